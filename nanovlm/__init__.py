@@ -1,0 +1,16 @@
+"""nanovlm: a vision-language model in a few files.
+
+The letters that names carry (`q_BTHK` is four-dimensional: rows, tokens, query heads, size of a head):
+
+    B rows   T tokens in a row   S cached tokens   N tiles   P patches of a tile   D width
+    H query heads   G key/value heads   K size of a head   F feed-forward width   V vocabulary
+    C channels   Y X pixels (or patches) down and across
+
+A lower-case letter is a part of what its capital counts (n of N trained tokens in a chunk), a 1 a dimension kept for broadcasting.
+"""
+IMAGE = -1  # the id that holds a picture's place among token ids; no vocabulary has it, so no embedding is spent on it
+UNTRAINED = -1  # the target of a token that nobody trains
+
+
+class Mistake(Exception):
+    """A user's mistake or a broken file, told in one line that names the thing; the doors print it and exit with 1."""

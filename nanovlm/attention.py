@@ -1,0 +1,49 @@
+"""Attention: every query looks at the keys it may see and takes the average of their values, weighted by likeness.
+
+    weights = softmax(query · key / sqrt(K))        over the keys that this query may see
+    out     = weights · values
+
+A query may see a key if all of these hold (positions count from the start of the row):
+
+    causal      the key is not later than the query
+    window      the key is less than `window` positions before it (Mistral 7B v0.1: 4096)
+    documents   both carry the same document number: samples packed into one row never see each other, and padding sees nothing of a sample
+"""
+import torch
+import torch.nn.functional as F
+
+
+def visible(T, S, *, causal=True, window=None, documents_BS=None, device=None):
+    """Who may see whom: bool of (B or 1, T, S), True where query t (the last T of S positions) may see key s."""
+    query_T1 = torch.arange(S - T, S, device=device)[:, None]
+    key_1S = torch.arange(S, device=device)[None, :]
+    mask_BTS = torch.ones(1, T, S, dtype=torch.bool, device=device)
+    if causal:
+        mask_BTS = mask_BTS & (key_1S <= query_T1)
+    if window is not None:
+        mask_BTS = mask_BTS & ((query_T1 - key_1S).abs() < window)
+    if documents_BS is not None:
+        mask_BTS = mask_BTS & (documents_BS[:, S - T :, None] == documents_BS[:, None, :])
+    return mask_BTS
+
+
+def attention(q_BTHK, k_BSGK, v_BSGK, *, causal=True, window=None, documents_BS=None):
+    """softmax(q·k / sqrt(K))·v with the queries as the last T of the S positions; H query heads share G key/value heads.
+
+    documents_BS: int, one number a sample, None if every row is one sample. Returns out_BTHK. Source: Vaswani et al. 2017; grouped
+    queries: Ainslie et al. 2023. A query sees at least itself, so no row of the softmax is empty.
+    """
+    T, S = q_BTHK.shape[1], k_BSGK.shape[1]
+    if T == 1 and documents_BS is None and window is None:
+        causal = False  # the newest token sees everything before it: no mask to build
+    full = not causal or T == S
+    mask_BTS = None
+    if window is not None or documents_BS is not None or not full:
+        mask_BTS = visible(T, S, causal=causal, window=window, documents_BS=documents_BS, device=q_BTHK.device)
+    out_BHTK = F.scaled_dot_product_attention(
+        q_BTHK.transpose(1, 2), k_BSGK.transpose(1, 2), v_BSGK.transpose(1, 2),
+        attn_mask=None if mask_BTS is None else mask_BTS[:, None],
+        is_causal=causal and mask_BTS is None,
+        enable_gqa=q_BTHK.shape[2] != k_BSGK.shape[2],
+    )
+    return out_BHTK.transpose(1, 2)

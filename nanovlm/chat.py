@@ -1,0 +1,99 @@
+"""Conversations to token ids and the mask of those that are trained, made together in one pass.
+
+Nothing is ever searched for in finished ids: each piece of a template knows as it is written whether it is the assistant's. Trained are the
+assistant's words and the token that ends its turn, so that it learns to stop; nothing else is.
+"""
+import re
+
+from . import IMAGE, Mistake
+
+# {} is what was said. Only names outside {} become special tokens: a user who types "</s>" has typed five characters.
+# The end of a user's piece opens the assistant's turn, so a prompt is the same pieces, left off after the user.
+TEMPLATES = {
+    "mistral": {"start": "<s>", "system": "{}\n\n", "user": "[INST]{}[/INST]", "end": "</s>", "after": ""},  # as Mistral's Tekken models
+    "chatml": {"start": "", "system": "<|im_start|>system\n{}<|im_end|>\n", "user": "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n",
+               "end": "<|im_end|>", "after": "\n"},
+}
+CAPTION_PROMPT = "Give a brief description of this image in one sentence."  # where a caption's data asks nothing; Megatron's COCO prompt
+
+
+def read_turns(record, name):
+    """A LLaVA `conversations` or an OpenAI-style `messages` list as [(role, text)], roles "system", "user", "assistant" in order."""
+    roles = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
+    raw = record.get("conversations") or record.get("messages")
+    if not isinstance(raw, list) or not all(isinstance(turn, dict) for turn in raw):
+        raise Mistake(f"{name}: neither `conversations` nor `messages` is a list of turns")
+    turns = []
+    for turn in raw:
+        role, text = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
+        if role not in roles or not isinstance(text, str):
+            raise Mistake(f"{name}: a turn needs one of {', '.join(roles)} and a text, not {str(turn)[:80]}")
+        turns.append((roles[role], text))
+    if turns[0][0] == "user" and turns[0][1].strip() == "<image>" and turns[1:]:
+        turns[0] = ("user", f"<image>\n{CAPTION_PROMPT}")
+    return turns
+
+
+def check_turns(turns, pictures, name):
+    """Raise Mistake unless users and assistants alternate, every answer says something and there is one <image> a picture."""
+    spoken = [role for role, _ in turns if role != "system"]
+    if spoken != ["user", "assistant"] * (len(spoken) // 2) or not spoken or "system" in [role for role, _ in turns[1:]]:
+        raise Mistake(f"{name}: turns must go (system,) user, assistant, user, assistant …, not {', '.join(role for role, _ in turns)}")
+    tags = sum(text.count("<image>") for role, text in turns if role != "assistant")
+    if tags != pictures:
+        raise Mistake(f"{name}: {tags} <image> in its text but {pictures} pictures")
+    for number, (role, text) in enumerate(turns):
+        if role == "assistant" and not text.strip():
+            raise Mistake(f"{name}: turn {number + 1}, the assistant's, is empty: there is nothing to learn")
+
+
+def pieces(turns, template):
+    """(text, how, trained) in order; how: "special" for template text in which names are special tokens, "said" for what somebody said."""
+    form, system = TEMPLATES[template], ""
+    yield form["start"], "special", False
+    for role, text in turns:
+        if role == "assistant":
+            yield text.strip(), "said", True
+            yield form["end"], "special", True
+            yield form["after"], "special", False
+            continue
+        before, after = form[role].split("{}")
+        if role == "system" and template == "mistral":  # Mistral has no system turn: it goes in front of the user's first words
+            system = text + after
+            continue
+        yield before, "special", False
+        yield (system + text if role == "user" else text), "said", False
+        yield after, "special", False
+        system = ""
+
+
+def render(turns, tokenizer, template):
+    """[(role, text)] -> (ids, trained), lists of equal length; ids hold IMAGE once a picture. Ends in a user's turn: a prompt to be answered."""
+    runs = []  # [text or id, trained]: texts side by side are encoded as one, as the reference templates do
+    for text, how, trained in pieces(turns, template):
+        pattern = "|".join(map(re.escape, tokenizer.special)) if how == "special" else "<image>" if not trained else None
+        for part in [text] if pattern is None else re.split(f"({pattern})", text):
+            if how == "special" and part in tokenizer.special:
+                runs.append([tokenizer.special[part], trained])
+            elif how == "said" and not trained and part == "<image>":
+                runs.append([IMAGE, False])
+            elif part and runs and isinstance(runs[-1][0], str) and runs[-1][1] == trained:
+                runs[-1][0] += part
+            elif part:
+                runs.append([part, trained])
+    ids, mask = [], []
+    for content, trained in runs:
+        new = tokenizer.encode(content) if isinstance(content, str) else [content]
+        ids += new
+        mask += [trained] * len(new)
+    return ids, mask
+
+
+def end_id(tokenizer, template):
+    """The id that ends the assistant's turn."""
+    return tokenizer.special[TEMPLATES[template]["end"]]
+
+
+def special_names(template):
+    """The special tokens a template needs, for a tokenizer that is learnt for it."""
+    return list(dict.fromkeys(re.findall(r"<\|\w+\|>|</?s>|\[/?\w+\]", "".join(TEMPLATES[template].values()))))

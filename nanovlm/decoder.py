@@ -1,0 +1,108 @@
+"""The brain: a Mistral-style decoder (Llama, Mistral and SmolLM2 differ from it in numbers only).
+
+Every token's vector looks back at the ones before it (attention), thinks for itself (SwiGLU), and does so again layer by layer; the head turns
+the last vector into a score for every next token. Position is told by rotation: RoPE turns queries and keys by an angle that grows with
+their place, so that a dot product sees only how far apart they are (Su et al. 2021).
+"""
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from .attention import attention
+from .rmsnorm import rmsnorm
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, width, eps):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
+
+    def forward(self, x_BTD):
+        return rmsnorm(x_BTD, self.weight, self.eps)
+
+
+def rope_angles(positions_BT, K, theta):
+    """cos and sin of (B, T, 1, K): pair i of the K numbers turns by position · theta^(-2i/K) radians. float32: 4 digits are lost by bf16."""
+    frequency_k = theta ** -(torch.arange(0, K, 2, device=positions_BT.device, dtype=torch.float32) / K)
+    angle_BTk = positions_BT[..., None].float() * frequency_k
+    angle_BT1K = torch.cat([angle_BTk, angle_BTk], dim=-1)[:, :, None]  # Hugging Face's order: pair i is (i, i + K/2)
+    return angle_BT1K.cos(), angle_BT1K.sin()
+
+
+def rotate(x_BTHK, angles):
+    cos_BT1K, sin_BT1K = angles
+    first, second = x_BTHK.chunk(2, dim=-1)
+    return (x_BTHK * cos_BT1K + torch.cat([-second, first], dim=-1) * sin_BT1K).to(x_BTHK.dtype)
+
+
+class Cache:
+    """Keys and values of the tokens already read: one (B, S, G, K) pair a layer, allocated once, filled from the left."""
+
+    def __init__(self, decoder, rows, capacity):
+        block, weight = decoder.layers[0], decoder.embed.weight
+        shape = (rows, capacity, block.kv_heads, block.head_size)
+        self.pairs = [(weight.new_empty(shape), weight.new_empty(shape)) for _ in decoder.layers]
+        self.length = 0
+
+    def extend(self, layer, k_BTGK, v_BTGK):
+        """Store a layer's new keys and values after the old; return all of them, (B, S, G, K) each."""
+        end = self.length + k_BTGK.shape[1]
+        for stored, new in zip(self.pairs[layer], (k_BTGK, v_BTGK), strict=True):
+            stored[:, self.length : end] = new
+        return tuple(stored[:, :end] for stored in self.pairs[layer])
+
+
+class Block(nn.Module):
+    def __init__(self, *, width, heads, kv_heads, head_size, ffn, eps, window):
+        super().__init__()
+        self.heads, self.kv_heads, self.head_size, self.window = heads, kv_heads, head_size, window
+        self.attention_norm = RMSNorm(width, eps)
+        self.query = nn.Linear(width, heads * head_size, bias=False)
+        self.key = nn.Linear(width, kv_heads * head_size, bias=False)
+        self.value = nn.Linear(width, kv_heads * head_size, bias=False)
+        self.out = nn.Linear(heads * head_size, width, bias=False)
+        self.mlp_norm = RMSNorm(width, eps)
+        self.gate, self.up = nn.Linear(width, ffn, bias=False), nn.Linear(width, ffn, bias=False)
+        self.down = nn.Linear(ffn, width, bias=False)
+
+    def forward(self, x_BTD, angles, documents_BS, cache, layer):
+        normed_BTD = self.attention_norm(x_BTD)
+        q_BTHK = rotate(self.query(normed_BTD).unflatten(-1, (self.heads, -1)), angles)
+        k_BSGK = rotate(self.key(normed_BTD).unflatten(-1, (self.kv_heads, -1)), angles)
+        v_BSGK = self.value(normed_BTD).unflatten(-1, (self.kv_heads, -1))
+        if cache is not None:
+            k_BSGK, v_BSGK = cache.extend(layer, k_BSGK, v_BSGK)
+        seen_BTHK = attention(q_BTHK, k_BSGK, v_BSGK, window=self.window, documents_BS=documents_BS)
+        x_BTD = x_BTD + self.out(seen_BTHK.flatten(-2))
+        normed_BTD = self.mlp_norm(x_BTD)
+        return x_BTD + self.down(F.silu(self.gate(normed_BTD)) * self.up(normed_BTD))
+
+
+class Decoder(nn.Module):
+    """Embeddings x_BTD in, normed hidden states hidden_BTD out; `head.weight` (V, D) turns those into logits."""
+
+    def __init__(self, *, vocabulary, width, layers, heads, kv_heads, ffn, head_size=None, theta=10000.0, eps=1e-5, window=None, tied=False):
+        super().__init__()
+        self.head_size, self.theta = head_size or width // heads, theta
+        self.embed = nn.Embedding(vocabulary, width)
+        self.layers = nn.ModuleList(
+            Block(width=width, heads=heads, kv_heads=kv_heads, head_size=self.head_size, ffn=ffn, eps=eps, window=window)
+            for _ in range(layers)
+        )
+        self.norm = RMSNorm(width, eps)
+        self.head = nn.Linear(width, vocabulary, bias=False)
+        for weight in [p for p in self.parameters() if p.dim() == 2]:
+            nn.init.normal_(weight, std=0.02)  # GPT-2's; a random decoder only ever stands in the demonstration
+        for layer in self.layers:  # 2 · layers additions to the residual stream keep it near the embeddings' size (GPT-2, section 2.3)
+            nn.init.normal_(layer.out.weight, std=0.02 / (2 * layers) ** 0.5)
+            nn.init.normal_(layer.down.weight, std=0.02 / (2 * layers) ** 0.5)
+        if tied:
+            self.head.weight = self.embed.weight
+
+    def forward(self, x_BTD, positions_BT, documents_BS=None, cache=None):
+        angles = rope_angles(positions_BT, self.head_size, self.theta)
+        for i, layer in enumerate(self.layers):
+            x_BTD = layer(x_BTD, angles, documents_BS, cache, i)
+        if cache is not None:
+            cache.length += x_BTD.shape[1]
+        return self.norm(x_BTD)

@@ -1,0 +1,121 @@
+"""The whole model: an eye, a projector that turns what it sees into something a brain can read, and the brain.
+
+A picture of 64 × 64 pixels, followed through the demonstration's model:
+
+    tiles_NCYX      (1, 3, 64, 64)   uint8, normalised here
+    features_NPD    (1, 64, 128)     one vector for each 8 × 8 patch, from the eye
+    features_NPD    (1, 16, 512)     pixel shuffle by 2: every 2 × 2 patches become one token four times as wide
+    features_NPD    (1, 16, 128)     through the projector, as wide as the brain's own embeddings
+    x_BTD           (1, T, 128)      put where the ids say IMAGE, among the embeddings of the words
+"""
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from . import IMAGE, UNTRAINED, Mistake
+from .decoder import Cache, Decoder
+from .loss import linear_cross_entropy
+from .vision import Vision
+
+
+def pixel_shuffle(features_NPD, factor):
+    """(N, P, D) -> (N, P / factor², D · factor²): a square of patches becomes one, row by row (InternVL, Chen et al. 2024)."""
+    side = int(features_NPD.shape[1] ** 0.5)
+    features_NYXD = features_NPD.unflatten(1, (side, side))
+    blocks_NYyXxD = features_NYXD.unflatten(2, (-1, factor)).unflatten(1, (-1, factor))
+    return blocks_NYyXxD.transpose(2, 3).flatten(3).flatten(1, 2)
+
+
+class Projector(nn.Module):
+    """Two layers with a GELU between (LLaVA-1.5), after an optional pixel shuffle."""
+
+    def __init__(self, *, vision_width, width, shuffle=1):
+        super().__init__()
+        self.shuffle = shuffle
+        self.up, self.down = nn.Linear(vision_width * shuffle**2, width), nn.Linear(width, width)
+
+    def forward(self, features_NPD):
+        return self.down(F.gelu(self.up(pixel_shuffle(features_NPD, self.shuffle))))
+
+
+class VLM(nn.Module):
+    """vision, decoder: the keyword arguments of Vision and Decoder; mean, std: three numbers each, of pixels between 0 and 1."""
+
+    def __init__(self, *, vision, decoder, shuffle=1, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)):
+        super().__init__()
+        self.vision = Vision(**vision)
+        self.projector = Projector(vision_width=vision["width"], width=decoder["width"], shuffle=shuffle)
+        self.decoder = Decoder(**decoder)
+        self.tile = vision["tile"]
+        self.register_buffer("mean_C11", torch.tensor(mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std_C11", torch.tensor(std).view(3, 1, 1), persistent=False)
+
+    def see(self, tiles_NCYX):
+        """uint8 (N, C, Y, X) -> what the brain reads of each tile, (N, tokens a tile, D)."""
+        dtype = self.vision.patches.weight.dtype
+        return self.projector(self.vision(((tiles_NCYX.float() / 255 - self.mean_C11) / self.std_C11).to(dtype)))
+
+    def embed(self, ids_BT, tiles_NCYX):
+        """Embeddings of the words with the pictures' features spliced in where the ids say IMAGE, in order."""
+        x_BTD = self.decoder.embed(ids_BT.clamp(min=0))
+        place_BT = ids_BT == IMAGE
+        places = int(place_BT.sum())
+        if len(tiles_NCYX):
+            features_ND = self.see(tiles_NCYX).flatten(0, 1)
+            if places != len(features_ND):
+                raise Mistake(f"the ids hold {places} places for picture tokens, the pictures make {len(features_ND)}")
+            return x_BTD.masked_scatter(place_BT[..., None], features_ND.to(x_BTD.dtype))
+        if places:
+            raise Mistake(f"the ids hold {places} places for picture tokens, but there is no picture")
+        if self.training:  # the other ranks may have pictures and wait for this one's gradients: look at nothing, and add nothing
+            blank_NCYX = torch.zeros(1, 3, self.tile, self.tile, dtype=torch.uint8, device=ids_BT.device)
+            x_BTD = x_BTD + self.see(blank_NCYX).sum().to(x_BTD.dtype) * 0
+        return x_BTD
+
+    def forward(self, ids_BT, targets_BT, positions_BT, documents_BT, tiles_NCYX):
+        """The loss summed over all trained tokens, a float32 scalar; targets_BT holds the next id, or UNTRAINED."""
+        hidden_BTD = self.decoder(self.embed(ids_BT, tiles_NCYX), positions_BT, documents_BT)
+        trained_BT = targets_BT != UNTRAINED
+        return linear_cross_entropy(hidden_BTD[trained_BT], self.decoder.head.weight, targets_BT[trained_BT])
+
+    @torch.no_grad()
+    def generate(self, prompts, tiles_NCYX, *, stop, max_tokens=256, temperature=0.0, top_k=0, top_p=1.0, seed=0):
+        """Continue every prompt (a list of ids, IMAGE once for each picture token); yields a list a step: a row's next id, None once it ended.
+
+        A row ends after an id of `stop`, which is yielded, or max_tokens. Rows of unequal length are padded on the left, where documents_BS
+        hides the padding; each row draws from a generator of its own, so that it says what it would say alone.
+        """
+        device = self.decoder.embed.weight.device
+        B, T = len(prompts), max(map(len, prompts))
+        pad_B = torch.tensor([T - len(p) for p in prompts], device=device)
+        ids_BT = torch.tensor([[0] * (T - len(p)) + list(p) for p in prompts], device=device)
+        slot_BS = torch.arange(T + max_tokens, device=device).expand(B, -1)
+        positions_BS = (slot_BS - pad_B[:, None]).clamp(min=0)
+        documents_BS = None if not pad_B.any() else (slot_BS >= pad_B[:, None]).int()
+        generators = [torch.Generator().manual_seed(seed) for _ in prompts]
+        cache, ended = Cache(self.decoder, B, T + max_tokens), [False] * B
+
+        x_BTD, start = self.embed(ids_BT, tiles_NCYX.to(device)), 0
+        for end in range(T, T + max_tokens):
+            seen_BS = None if documents_BS is None else documents_BS[:, :end]
+            hidden_BTD = self.decoder(x_BTD, positions_BS[:, start:end], seen_BS, cache)
+            logits_BV = self.decoder.head(hidden_BTD[:, -1]).float()
+            next_B = choose(logits_BV, temperature, top_k, top_p, generators)
+            yield [None if over else i for i, over in zip(next_B, ended, strict=True)]
+            ended = [over or i in stop for i, over in zip(next_B, ended, strict=True)]
+            if all(ended):
+                return
+            x_BTD, start = self.decoder.embed(torch.tensor(next_B, device=device)[:, None]), end
+
+
+def choose(logits_BV, temperature, top_k, top_p, generators):
+    """The next id of each row: the likeliest (temperature 0), or a draw from softmax(logits / temperature) cut to the top_k likeliest ids (0: all)
+    and to the fewest likeliest ids that hold top_p of the probability (nucleus sampling, Holtzman et al. 2019)."""
+    if temperature == 0:
+        return logits_BV.argmax(-1).tolist()
+    sorted_BV, order_BV = (logits_BV / temperature).softmax(-1).sort(dim=-1, descending=True)
+    before_BV = sorted_BV.cumsum(-1) - sorted_BV
+    keep_BV = (before_BV < top_p) & (torch.arange(sorted_BV.shape[1], device=logits_BV.device) < (top_k or sorted_BV.shape[1]))
+    kept_BV = (sorted_BV * keep_BV).cpu()
+    draws = [int(torch.multinomial(kept_V, 1, generator=g)) for kept_V, g in zip(kept_BV, generators, strict=True)]
+    return [int(order_V[i]) for order_V, i in zip(order_BV, draws, strict=True)]

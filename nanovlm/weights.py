@@ -1,0 +1,183 @@
+"""Checkpoints: a folder that carries everything needed to use a model.
+
+    model.safetensors      every parameter, by the names of nanovlm's modules
+    nanovlm.json           the numbers that its constructors take, the picture policy, the chat template, a card of where each part came from
+    tokenizer.json         the tokenizer's own file, unchanged
+    training.safetensors   only in a training run: the optimizer's moments      training.json   the step and what must stay the same to go on
+
+A run writes out/NAME/step-000200 and removes the one before only once the new one is whole, so whatever happens there is a good one.
+"""
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from . import Mistake
+from .model import VLM
+from .tokenizer import Tokenizer
+
+VERSION = 1
+
+
+class Checkpoint(NamedTuple):
+    model: VLM
+    tokenizer: Tokenizer
+    shapes: dict  # the arguments of VLM: vision, decoder, shuffle
+    policy: dict  # how pictures become tiles (images.py)
+    template: str  # how conversations become text (chat.py)
+    card: dict  # where each part came from
+
+    def fingerprint(self):
+        """What prepared data must share with the model that reads it."""
+        return {"tokenizer": self.tokenizer.fingerprint, "template": self.template, "policy": self.policy}
+
+
+def build(shapes, policy):
+    """A VLM with random numbers."""
+    return VLM(**shapes, mean=policy["mean"], std=policy["std"])
+
+
+def newest(folder):
+    """The checkpoint that `folder` is, or the one with the highest step in it."""
+    folder = Path(folder)
+    if (folder / "nanovlm.json").is_file():
+        return folder
+    steps = sorted(path for path in folder.glob("step-*") if path.suffix != ".tmp" and (path / "nanovlm.json").is_file())
+    if not steps:
+        raise Mistake(f"{folder} holds no nanovlm checkpoint" if folder.exists() else f"no such model: {folder}")
+    return steps[-1]
+
+
+def read_tensors(path):
+    try:
+        return load_file(path)
+    except FileNotFoundError:
+        raise Mistake(f"{path} is missing from its checkpoint") from None
+    except SafetensorError as error:
+        raise Mistake(f"{path} is broken or cut short ({os.path.getsize(path)} bytes): {error}") from None
+
+
+def read_json(path):
+    try:
+        return json.loads(Path(path).read_text())
+    except FileNotFoundError:
+        raise Mistake(f"no such file: {path}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise Mistake(f"{path} is not JSON: {error}") from None
+
+
+def parameters(model):
+    """Names and tensors as they are saved; a tied head is the embedding and is not saved twice."""
+    state = model.state_dict()
+    if model.decoder.head.weight is model.decoder.embed.weight:
+        del state["decoder.head.weight"]
+    return state
+
+
+def put(model, tensors, where):
+    """Copy tensors into the model; every name and shape must match, or a Mistake lists those that do not."""
+    own = parameters(model)
+    wrong = [f"{n} is missing" for n in own if n not in tensors] + [f"{n} is not used" for n in tensors if n not in own]
+    wrong += [f"{n} is {list(tensors[n].shape)}, the model wants {list(t.shape)}" for n, t in own.items()
+              if n in tensors and tensors[n].shape != t.shape]
+    if wrong:
+        raise Mistake(f"{where}: {'; '.join(wrong[:10])}{f' and {len(wrong) - 10} more' if len(wrong) > 10 else ''}")
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(tensors[name])
+
+
+def load(folder, device="cpu"):
+    """The newest Checkpoint in a folder, its model in eval mode on `device`."""
+    folder = newest(folder)
+    meta = read_json(folder / "nanovlm.json")
+    if meta.get("version") != VERSION:
+        raise Mistake(f"{folder}: written in format {meta.get('version')}, this reads {VERSION}")
+    model = build(meta["shapes"], meta["policy"])
+    put(model, read_tensors(folder / "model.safetensors"), folder / "model.safetensors")
+    card = {**meta["card"], "folder": str(folder)}
+    return Checkpoint(model.to(device).eval(), Tokenizer.load(folder), meta["shapes"], meta["policy"], meta["template"], card)
+
+
+def sync(path):
+    """Ask the disk to hold a file, or a folder's list of names, before we go on."""
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
+
+
+def save(checkpoint, folder, training=None, tensors=None):
+    """Write a checkpoint whole or not at all: under a temporary name, flushed, then renamed. OSError (a full disk) leaves nothing half done.
+
+    training: a dict for training.json, tensors: a dict for training.safetensors.
+    """
+    folder, tmp = Path(folder), Path(f"{folder}.tmp")
+    shutil.rmtree(tmp, ignore_errors=True)
+    tmp.mkdir(parents=True)
+    meta = {"version": VERSION, **{k: getattr(checkpoint, k) for k in ("shapes", "policy", "template", "card")}}
+    try:
+        state = {name: tensor.detach().cpu().contiguous() for name, tensor in parameters(checkpoint.model).items()}
+        write_tensors(state, tmp / "model.safetensors")
+        (tmp / "nanovlm.json").write_text(json.dumps(meta, indent=1))
+        checkpoint.tokenizer.save(tmp)
+        if training is not None:
+            write_tensors(tensors, tmp / "training.safetensors")
+            (tmp / "training.json").write_text(json.dumps(training, indent=1))
+        for path in [*tmp.iterdir(), tmp]:
+            sync(path)
+        if folder.exists():  # the same step, saved twice
+            shutil.rmtree(folder)
+        os.rename(tmp, folder)
+        sync(folder.parent)
+    except OSError:
+        shutil.rmtree(tmp, ignore_errors=True)
+        raise
+
+
+def write_tensors(tensors, path):
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:  # how safetensors reports a full disk
+        raise OSError(f"could not write {path}: {error}") from None
+
+
+def save_step(checkpoint, out, step, training, tensors):
+    """Write out/step-…; the steps before it go once it is whole."""
+    folder = Path(out) / f"step-{step:06d}"
+    save(checkpoint, folder, training, tensors)
+    for old in Path(out).glob("step-*"):
+        if old.name != folder.name:
+            shutil.rmtree(old)
+    return folder
+
+
+def optimizer_tensors(model, optimizer):
+    """The optimizer's state by the names of the parameters: {"decoder.norm.weight/exp_avg": …}."""
+    return {f"{name}/{key}": value.detach().cpu().contiguous() for name, p in model.named_parameters()
+            for key, value in optimizer.state.get(p, {}).items()}
+
+
+def put_optimizer(model, optimizer, tensors, where):
+    """The inverse; every trained parameter must find its state."""
+    for name, p in model.named_parameters():
+        found = {key.split("/")[1]: value for key, value in tensors.items() if key.split("/")[0] == name}
+        if p.requires_grad and not found:
+            raise Mistake(f"{where}: nothing of the optimizer for {name}: was it frozen in that run?")
+        if p.requires_grad:  # AdamW counts its steps in float32 where the parameter is
+            optimizer.state[p] = {key: value.to(p.device) for key, value in found.items()}
+
+
+def stitch(vision, decoder, seed):
+    """An eye from one Checkpoint, a brain, tokenizer and template from another, and a fresh projector between them; no other number changes."""
+    shapes = {"vision": vision.shapes["vision"], "decoder": decoder.shapes["decoder"], "shuffle": vision.shapes["shuffle"]}
+    torch.manual_seed(seed)
+    model = build(shapes, vision.policy)
+    model.vision.load_state_dict(vision.model.vision.state_dict())
+    model.decoder.load_state_dict(decoder.model.decoder.state_dict())
+    card = {"vision": vision.card["folder"], "decoder": decoder.card["folder"], "projector": f"fresh, seed {seed}"}
+    return Checkpoint(model.eval(), decoder.tokenizer, shapes, vision.policy, decoder.template, card)

@@ -1,0 +1,59 @@
+"""What tests share: a model whose sizes all differ, so that a swapped axis cannot go unnoticed."""
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+torch.set_num_threads(2)
+
+from nanovlm import IMAGE, UNTRAINED  # noqa: E402
+from nanovlm.model import VLM  # noqa: E402
+
+VISION = dict(tile=12, patch=3, width=20, layers=2, heads=5, ffn=28)  # 16 patches
+DECODER = dict(vocabulary=41, width=24, layers=3, heads=6, kv_heads=2, ffn=36, head_size=8)
+TOKENS = 4  # a picture, after pixel shuffle by 2
+
+
+def make_vlm(seed=0, vision={}, decoder={}, **other):
+    torch.manual_seed(seed)
+    model = VLM(**{"vision": VISION | vision, "decoder": DECODER | decoder, "shuffle": 2, **other}).eval()
+    with torch.no_grad():
+        for p in model.parameters():  # away from the neat values of a fresh start, so that every path shows in the output
+            p.add_(torch.randn_like(p) * 0.1)
+    return model
+
+
+@pytest.fixture
+def vlm():
+    return make_vlm()
+
+
+def make_samples(seed=0, lengths=(9, 14, 6, 11), pictures=(1, 0, 2, 1)):
+    """[(ids_T, targets_T, tiles_NCYX)]: random words, pictures at the start, the later half trained."""
+    g = torch.Generator().manual_seed(seed)
+    samples = []
+    for length, count in zip(lengths, pictures, strict=True):
+        words = torch.randint(41, (length,), generator=g)
+        ids_T = torch.cat([torch.full((count * TOKENS,), IMAGE), words])
+        targets_T = torch.full_like(ids_T, UNTRAINED)
+        targets_T[len(ids_T) - length // 2 - 1 : -1] = ids_T[len(ids_T) - length // 2 :]
+        samples.append((ids_T, targets_T, torch.randint(256, (count, 3, 12, 12), generator=g, dtype=torch.uint8)))
+    return samples
+
+
+def make_batch(rows):
+    """Rows of samples packed side by side, as VLM.forward takes them; padded on the right as document -1."""
+    T = max(sum(len(ids) for ids, _, _ in row) for row in rows)
+    batch = {name: torch.full((len(rows), T), fill) for name, fill in
+             [("ids_BT", 0), ("targets_BT", UNTRAINED), ("positions_BT", 0), ("documents_BT", -1)]}
+    for b, row in enumerate(rows):
+        start = 0
+        for document, (ids, targets, _) in enumerate(row):
+            span = slice(start, start + len(ids))
+            for name, value in [("ids_BT", ids), ("targets_BT", targets), ("positions_BT", torch.arange(len(ids))), ("documents_BT", document)]:
+                batch[name][b, span] = value
+            start = span.stop
+    return batch | {"tiles_NCYX": torch.cat([tiles for row in rows for _, _, tiles in row])}
