@@ -7,6 +7,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import sys
 import time
@@ -83,7 +84,7 @@ def validate(model, samples, row, micro, rank, world, device, limit=64):
     return (loss / count, blank / count) if count else (float("nan"), float("nan"))
 
 
-def show_answers(checkpoint, samples, device, count=2):
+def show_answers(checkpoint, samples, count=2):
     """The first question of the first held-out samples, the model's answer and the right one."""
     for i in samples.split(validation=True)[:count]:
         ids_T, targets_T, tiles_NCYX = samples.read(i)
@@ -319,7 +320,44 @@ def exam(model, questions, images_from, blank=False):
 
 
 def demonstration():
-    """The whole road from nothing."""
+    """The whole road from nothing: every step below is one that you can type yourself, and each is skipped if an earlier run has finished it."""
+    began = time.time()
+
+    def once(made, why, do, **settings):
+        done = Path(made).exists()
+        print(f"\n== {why}{' (done before)' if done else ''}", flush=True)
+        return None if done else do(**settings)
+
+    def stage(name, why, **settings):
+        print(f"\n== {why}", flush=True)
+        train(stage=name, resume=any(Path(f"out/{name}").glob("step-*")), **settings)
+
+    once("data/fridge/exam.jsonl", "Draw fridges, and write down what is in them.", prepare.fridge)
+    once("out/newborn", "Learn a tokenizer from those words. The newborn's eye and brain are random.",
+         prepare.new, source=["data/fridge/text.json"])
+    for name in ("text", "captions", "chats"):
+        once(f"data/{name}", f"Cut and tokenise {name} once, so that training only reads.",
+             prepare.data, source=f"data/fridge/{name}.json", images="data/fridge/images", out=f"data/{name}")
+    stage("brain", "A brain learns to talk about fridges that it is told of. It is blind.")
+    stage("eye", "An eye learns to see what that brain can read: the brain stands still, only the eye and a projector train.")
+    once("out/stitched", "Now the real road. Stitch the two as if we had found them, with a projector that knows nothing.",
+         prepare.stitch, vision="out/eye", decoder="out/brain")
+    questions = evaluate.read_questions("data/fridge/exam.jsonl")
+    readings = [q for q in questions if q["kind"] == "reading"]
+    before = exam("out/stitched", readings, "data/fridge/images")[-1][2]
+    stage("pretrain", "Align: only the projector trains, until the brain can read the eye.", steps=200, batch=16, row=256, lr=2e-3, floor=1e-4)
+    after = exam("out/pretrain", readings, "data/fridge/images")[-1][2]
+    print(f"fridges read without a mistake: {before:.1%} before, {after:.1%} after")
+    stage("sft", "Fine-tune: projector and brain learn to answer all kinds of questions.", steps=600, batch=16, row=512, lr=1e-3, floor=5e-5)
+
+    print(f"\n== The exam: {len(readings)} fridges that it has never seen.", flush=True)
+    marks, blank = (exam("out/sft", questions, "data/fridge/images", blank=grey) for grey in (False, True))
+    for (kind, count, share), (_, _, guessed) in zip(marks, blank, strict=True):
+        print(f"{kind:10} {count:5} questions   {share:6.1%} right   {guessed:6.1%} with a blank picture")
+    scores = {"scenes": len(readings), "before pretrain": before, "after pretrain": after, "sft": marks, "blank": blank}
+    Path("out/exam.json").write_text(json.dumps(scores))
+    shutil.copy("data/fridge/fridge.jpg", "fridge.jpg")
+    print(f"\nThe whole road took {time.time() - began:.0f} s. Now ask it: python sample.py --image fridge.jpg")
 
 
 if __name__ == "__main__":
