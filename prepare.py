@@ -69,7 +69,7 @@ def new(*,
     texts = (text for path in source for record in read_records(path) for _, text in chat.read_turns(record, path))
     words = tokenizer.learn(texts, vocabulary, chat.special_names(template))
     policy = {"tile": tile, "patch": patch, "shuffle": shuffle, "fit": fit, "resample": "bicubic", "mean": [0.5] * 3, "std": [0.5] * 3}
-    pictures.tokens_per_tile(policy)
+    pictures.check_policy(policy)
     shapes = {
         "vision": {"tile": tile, "patch": patch, "width": vision_width, "layers": vision_layers, "heads": vision_heads, "ffn": vision_ffn},
         "decoder": {"vocabulary": words.vocab_size, "width": width, "layers": layers, "heads": heads, "kv_heads": kv_heads, "ffn": ffn},
@@ -79,7 +79,7 @@ def new(*,
     model = weights.build(shapes, policy)
     weights.save(weights.Checkpoint(model, words, shapes, policy, template, {"newborn": f"seed {seed}"}), out)
     say(f"{out}: {sum(p.numel() for p in model.parameters()):,} random parameters, {words.vocab_size} tokens, "
-        f"{pictures.tokens_per_tile(policy)} tokens a picture")
+        f"{pictures.picture_tokens(1, policy)} tokens a picture")
 
 
 def data(*,
@@ -93,7 +93,7 @@ def data(*,
         raise Mistake("prepare.py data needs --source=FILE.json and --out=data/NAME")
     owner, records = weights.load(model), read_records(source)
     folder = Path(images) if images else Path(source).parent
-    writer = shards.Writer(out, fingerprint=owner.fingerprint(), tokens_per_tile=pictures.tokens_per_tile(owner.policy), tile=owner.policy["tile"])
+    writer = shards.Writer(out, fingerprint=owner.fingerprint(), tokens_per_tile=pictures.picture_tokens(1, owner.policy), tile=owner.policy["tile"])
     began = told = time.time()
     for number, record in enumerate(records, 1):
         writer.add(*sample(record, number, folder, owner))

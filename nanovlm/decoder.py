@@ -92,10 +92,10 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(width, eps)
         self.head = nn.Linear(width, vocabulary, bias=False)
         for weight in [p for p in self.parameters() if p.dim() == 2]:
-            nn.init.normal_(weight, std=0.02)  # GPT-2's; a random decoder only ever stands in the demonstration
+            nn.init.normal_(weight, std=width**-0.5)  # Llama's 0.02 is this for a width of 2,500; small widths need more
         for layer in self.layers:  # 2 · layers additions to the residual stream keep it near the embeddings' size (GPT-2, section 2.3)
-            nn.init.normal_(layer.out.weight, std=0.02 / (2 * layers) ** 0.5)
-            nn.init.normal_(layer.down.weight, std=0.02 / (2 * layers) ** 0.5)
+            nn.init.normal_(layer.out.weight, std=(2 * layers * width) ** -0.5)
+            nn.init.normal_(layer.down.weight, std=(2 * layers * ffn) ** -0.5)
         if tied:
             self.head.weight = self.embed.weight
 

@@ -19,6 +19,16 @@ ACTIVATIONS = {
 }
 
 
+def sincos(side, width):
+    """(side², D): the sines and cosines of a patch's row and column at D/4 frequencies. A small ViT that starts from these learns where things
+    are many times sooner than from random places (Beyer et al. 2022, "Better plain ViT baselines"); they train on from there."""
+    frequency_k = 100.0 ** -torch.linspace(0, 1, -(-width // 4))  # radians a patch: from 1 down to 1/100
+    angle_Pk = torch.arange(side)[:, None] * frequency_k
+    wave_Pk = torch.cat([angle_Pk.sin(), angle_Pk.cos()], dim=1)
+    rows, columns = wave_Pk.repeat_interleave(side, 0), wave_Pk.repeat(side, 1)
+    return torch.cat([rows, columns], dim=1)[:, :width]
+
+
 class Block(nn.Module):
     def __init__(self, *, width, heads, ffn, activation, eps):
         super().__init__()
@@ -46,10 +56,9 @@ class Vision(nn.Module):
     def __init__(self, *, tile, patch, width, layers, heads, ffn, class_token=False, pre_norm=False, post_norm=True,
                  patch_bias=True, activation="gelu_tanh", eps=1e-6, read=-1):
         super().__init__()
-        places = (tile // patch) ** 2 + class_token
         self.patches = nn.Conv2d(3, width, patch, patch, bias=patch_bias)
         self.class_token = nn.Parameter(torch.randn(width) * width**-0.5) if class_token else None
-        self.positions = nn.Parameter(torch.randn(places, width) * 0.02)
+        self.positions = nn.Parameter(torch.cat([torch.zeros(int(class_token), width), sincos(tile // patch, width)]))
         self.pre_norm = nn.LayerNorm(width, eps) if pre_norm else None
         used = layers + 1 + read if read < 0 else read
         self.layers = nn.ModuleList(Block(width=width, heads=heads, ffn=ffn, activation=activation, eps=eps) for _ in range(used))
