@@ -2,7 +2,7 @@
 
 A scene is four places, each with foods from left to right (in the door from top to bottom), None where a slot is empty:
 
-    {"top": ("apple", None, "milk"), "middle": (None, None, None), "bottom": ("egg", "egg", None), "door": ("juice", None)}
+    {"top": ("apple", None, "milk"), "middle": (None, None, None), "bottom": ("egg", "egg", None), "door": ("juice", None, None)}
 
 Everything is a function of (seed, number), so scenes can be made in any order. One composition in eight, chosen by a hash of it, is held out: the
 exam never shows a fridge with the contents of one that was trained on.
@@ -22,9 +22,10 @@ FOODS = list(PLURAL)
 RECIPES = {"an omelette": ("egg", "milk", "cheese"), "a fruit salad": ("apple", "grapes", "juice"), "a fish supper": ("fish", "carrot", "broccoli"),
            "a tea party": ("cake", "milk", "grapes")}
 PLACES = {"top": "on the top shelf", "middle": "on the middle shelf", "bottom": "on the bottom shelf", "door": "in the door"}
-SLOTS = {"top": 3, "middle": 3, "bottom": 3, "door": 2}
+SLOTS = {"top": 3, "middle": 3, "bottom": 3, "door": 3}
 NUMBERS = ("none", "one", "two", "three")
-SIDE = 192  # pixels of a picture
+SIDE = 192  # pixels of a picture, four squares of 48 each way
+FLOORS = (47, 95, 143)  # where the shelves are, pixels from above; below them is a closed drawer
 
 
 # ---- scenes ----
@@ -78,20 +79,20 @@ def reading(scene, order=tuple(SLOTS)):
     return ", ".join(f"{place} {' '.join(foods(scene, place)) or 'nothing'}" for place in order)
 
 
+def plan(scene):
+    """The fridge as the eye will see it, square by square: four rows of three slots and one of the door, the last row the closed drawer."""
+    rows = [[*(scene[place][i] for i in range(3)), scene["door"][number]] for number, place in enumerate(("top", "middle", "bottom"))]
+    return "".join(f" {food or '.'}" for row in [*rows, [None] * 4] for food in row)
+
+
 def note(rng, scene):
     """The fridge in words, for a brain without eyes."""
-    order = rng.sample(list(SLOTS), 4)
-    style = rng.randrange(3)
-    if style == 0:
+    order, style = rng.sample(list(SLOTS), 4), rng.random()
+    if style < 0.6:
+        return plan(scene)
+    if style < 0.8:
         return reading(scene, order)
-    if style == 1:
-        return ", ".join(f"{join(foods(scene, p))} {PLACES[p]}" for p in order)
-    left = {p: foods(scene, p) for p in SLOTS}
-    said = []
-    while any(left.values()):  # item by item, those of one shelf in their order
-        place = rng.choice([p for p in SLOTS if left[p]])
-        said.append(f"{left[place].pop(0)} {PLACES[place]}")
-    return ", ".join(said)
+    return ", ".join(f"{join(foods(scene, p))} {PLACES[p]}" for p in order)
 
 
 def ask_reading(rng, scene):
@@ -175,11 +176,10 @@ def text_only(rng):
         recipe = rng.choice(list(RECIPES))
         return talk([("Hello!", "Hello! Show me your fridge."), (f"What do I need for {recipe}?", join(list(RECIPES[recipe])))], "")
     scene = scene_of(rng, False)
-    if style < 0.3:
+    if style < 0.2:
         pair = without(rng, scene, False)
         if pair:
-            order = rng.sample(list(SLOTS), 4)
-            return talk([("What was taken out?", f"the {pair[1]}")], f"{reading(scene, order)}\n{reading(pair[0], order)}\n")
+            return talk([("What was taken out?", f"the {pair[1]}")], f"{plan(scene)}\n{plan(pair[0])}\n")
     return talk(questions(rng, scene, rng.randint(5, 8)), note(rng, scene) + "\n")
 
 
@@ -281,24 +281,22 @@ def draw(scene, rng):
     wall = (tone, tone, min(255, tone + rng.randint(0, 8)))
     picture = Image.new("RGB", (SIDE, SIDE), tuple(rng.randint(90, 170) for _ in range(3)))
     d = ImageDraw.Draw(picture)
-    d.rectangle((2, 2, 141, 189), fill=wall, outline=(150, 155, 165), width=3)
+    d.rectangle((2, 2, 142, 189), fill=wall, outline=(150, 155, 165), width=3)
     d.rectangle((146, 2, 190, 189), fill=tuple(c - 14 for c in wall), outline=(150, 155, 165), width=3)
     for y in range(5, 187, 6):  # light falls from the lamp above
-        d.rectangle((5, y, 138, y + 5), fill=tuple(round(c * (1 - rng.uniform(0.05, 0.07) * y / SIDE)) for c in wall))
-    for floor in (64, 126, 186):
-        d.rectangle((4, floor, 139, floor + 3), fill=(165, 185, 200))
-    for floor in (96, 186):
-        d.rectangle((147, floor, 189, floor + 3), fill=(140, 160, 180))
+        d.rectangle((5, y, 139, y + 5), fill=tuple(round(c * (1 - rng.uniform(0.05, 0.07) * y / SIDE)) for c in wall))
+    for floor in FLOORS:
+        d.rectangle((4, floor, 140, floor + 2), fill=(165, 185, 200))
+        d.rectangle((147, floor, 189, floor + 2), fill=(140, 160, 180))
+    d.rectangle((7, 152, 137, 186), fill=tuple(c - 24 for c in wall), outline=(150, 155, 165), width=2)
+    d.rectangle((56, 160, 88, 165), fill=(150, 155, 165))
     for _ in range(rng.randint(0, 3)):  # frost
         x, y = rng.randint(8, 130), rng.randint(6, 180)
         d.ellipse((x, y, x + rng.randint(2, 5), y + rng.randint(2, 4)), fill=(255, 255, 255))
-    for place, floor in (("top", 64), ("middle", 126), ("bottom", 186)):
-        for i, food in enumerate(scene[place]):
+    for floor, place, in_door in zip(FLOORS, ("top", "middle", "bottom"), scene["door"], strict=True):
+        for i, food in enumerate([*scene[place], in_door]):
             if food:
-                put(rng, picture, food, 28 + i * 43.5, floor, 44)
-    for floor, food in zip((96, 186), scene["door"], strict=True):
-        if food:
-            put(rng, picture, food, 168, floor, 42)
+                put(rng, picture, food, 24 + 48 * i, floor, 43)
     picture = ImageEnhance.Brightness(picture).enhance(rng.uniform(0.85, 1.1))
     warm = rng.uniform(-0.05, 0.05)
     r, g, b = picture.split()
