@@ -133,7 +133,7 @@ def train(*,
     batch: int | None = None,         # rows of a step, over all ranks and micro-batches
     micro: int = 8,                   # rows a rank holds at once
     row: int | None = None,           # tokens in a row; whole samples are packed into it
-    freeze: str | None = None,        # parts that keep still: of vision,projector,decoder, or none
+    freeze: str = "",                 # parts that keep still, of vision,projector,decoder, or none; empty: the stage's
     lr: float | None = None,          # peak rate of every part that trains
     vision_lr: float | None = None,   # the eye's own
     projector_lr: float | None = None,  # the projector's own
@@ -155,7 +155,7 @@ def train(*,
     if not stage:
         return demonstration()
     began = time.time()
-    given = dict(model=model, data=data, steps=steps, batch=batch, row=row, freeze=freeze, lr=lr, floor=floor, decay=decay, clip=clip)
+    given = dict(model=model, data=data, steps=steps, batch=batch, row=row, freeze=freeze or None, lr=lr, floor=floor, decay=decay, clip=clip)
     chosen, out = resolve(stage, given), out or f"out/{stage}"
     device = parallel.pick_device(device)
     rank, world = parallel.start(device)

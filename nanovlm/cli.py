@@ -3,6 +3,7 @@ import ast
 import difflib
 import inspect
 import math
+import os
 import sys
 import textwrap
 import types
@@ -76,16 +77,15 @@ def parse(function, argv):
     chosen, wrong = {}, []
     for name, text in pairs(argv, known):
         if name is None:
-            wrong.append(f"{text!r} belongs to no setting (--name=value)")
+            wrong.append(f"{text!r} belongs to no setting{suggestion(text.lstrip('-').split('=')[0], known, '--')}")
         elif name not in known:
-            near = difflib.get_close_matches(name, known, 1)
-            wrong.append(f"--{name} is no setting{f', did you mean --{near[0]}?' if near else ''}")
+            wrong.append(f"--{name} is no setting{suggestion(name, known, '--')}")
         elif text is None:
             wrong.append(f"--{name} needs a value, {wanted(known[name])}")
         elif known[name] == list[str]:
             chosen.setdefault(name, []).append(text)
         elif name in chosen:
-            wrong.append(f"--{name} is given twice: {chosen[name]} and {text}")
+            wrong.append(f"--{name}={text} comes after another --{name}")
         else:
             try:
                 chosen[name] = convert(text, known[name])
@@ -96,33 +96,56 @@ def parse(function, argv):
     return chosen
 
 
+def suggestion(word, known, dashes=""):
+    near = difflib.get_close_matches(word, known, 1)
+    return f", did you mean {dashes}{near[0]}?" if near else ""
+
+
+def show(value):
+    return ",".join(value) if isinstance(value, list) else str(value).lower() if value is None or isinstance(value, bool) else str(value)
+
+
 def show_help(function):
-    print(inspect.getdoc(function), "\n")
-    for name, _, default, remark in settings(function):
-        print(f"  --{name + '=' + (','.join(default) if isinstance(default, list) else str(default)):34} {remark}")
+    rows = [(f"--{name}", show(default), remark) for name, _, default, remark in settings(function)]
+    widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
+    print(inspect.getdoc(function) + "\n")
+    for name, default, remark in rows:
+        print(f"  {name:{widths[0]}}  {default:{widths[1]}}  {remark}")
 
 
-def pick(functions, argv):
+def choose(functions, argv):
     """The function that the first word names, and the rest of argv."""
-    names = ", ".join(functions)
-    if not argv or argv[0] in ("--help", "-h"):
-        raise Mistake(f"say which: {names}")
+    ask = f"the first word says what to do ({', '.join(functions)})"
+    if not argv:
+        raise Mistake(f"{ask}: there is none")
     if argv[0] not in functions:
-        near = difflib.get_close_matches(argv[0], functions, 1)
-        raise Mistake(f"{argv[0]!r} is none of {names}{f'; did you mean {near[0]}?' if near else ''}")
+        raise Mistake(f"{ask}: {argv[0]!r} is none of them{suggestion(argv[0], functions)}")
     return functions[argv[0]], argv[1:]
 
 
+def call(functions, argv):
+    """Call a function, or of several the one that the first word names, with the settings in argv; or print its help."""
+    helps = {"--help", "-h"}
+    if isinstance(functions, dict):
+        if argv and argv[0] in helps:
+            return print("\n".join(f"{name}: {inspect.getdoc(function).splitlines()[0]}" for name, function in functions.items()))
+        functions, argv = choose(functions, argv)
+    if helps & set(argv):
+        return show_help(functions)
+    functions(**parse(functions, argv))
+
+
 def run(functions):
-    """Call a function (or, of a dict, the one that the first word names) with the settings on the command line."""
+    """A door: settings in, and every end a user may meet told in one line. Exit codes: 1 a mistake, 130 Ctrl-C, 141 a reader who left."""
     try:
-        function, argv = pick(functions, sys.argv[1:]) if isinstance(functions, dict) else (functions, sys.argv[1:])
-        if "--help" in argv or "-h" in argv:
-            return show_help(function)
-        function(**parse(function, argv))
+        call(functions, sys.argv[1:])
+        sys.stdout.flush()
     except Mistake as mistake:
         sys.exit(f"error: {mistake}")
+    except BrokenPipeError:  # `python sample.py … | head -1` is no error; what is left in the buffer has nowhere to go
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except OSError as error:
-        sys.exit(f"error: {error.filename + ': ' if error.filename else ''}{error.strerror or error}")
+        sys.exit(f"error: {f'{error.filename}: ' if error.filename else ''}{error.strerror or error}")
     except KeyboardInterrupt:
         sys.exit(130)
