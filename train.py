@@ -7,19 +7,21 @@
 import json
 import math
 import os
+import shlex
 import shutil
-import signal
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from hashlib import sha256
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
 import prepare
 import sample
-from nanovlm import IMAGE, UNTRAINED, Mistake, cli, evaluate, images, parallel, weights
-from nanovlm.data import Loader, Samples, collate, pack
+from nanovlm import UNTRAINED, Mistake, cli, evaluate, images, parallel, watch, weights
+from nanovlm.data import LENGTH, Loader, Samples
 
 # What a stage sets where no setting overrides it. brain and eye are the demonstration's; pretrain and sft are the recipe of
 # Megatron-LM/examples/multimodal (pretrain_mistral_clip.sh, sft_mistral_clip.sh): rates, floors, steps, batch, decay and clipping.
@@ -31,6 +33,7 @@ STAGES = {
     "sft": dict(freeze="vision", model="out/pretrain", data="data/chats", lr=1e-6, floor=1e-7, steps=20000, batch=128, row=2048, decay=0.1, clip=0.5),
 }
 PARTS = ("vision", "projector", "decoder")
+FREE = ("data", "out", "resume", "micro", "save_every", "validate_every", "log_every", "device")  # may change when a run is resumed
 
 
 def schedule(step, *, steps, warmup, floor):
@@ -42,85 +45,81 @@ def schedule(step, *, steps, warmup, floor):
 
 
 def make_optimizer(model, rates, decay, betas):
-    """AdamW over what trains: a group for each part and kind, decay on matrices only (vectors are norms and biases: pulling them to 0 is no prior)."""
+    """AdamW over what trains: a group for each part and kind, decay on matrices only (vectors are norms and biases: 0 is no prior of theirs)."""
     groups = []
-    for part in PARTS:
-        trained = [p for p in getattr(model, part).parameters() if p.requires_grad]
+    for part, rate in rates.items():
         for matrices in (True, False):
-            members = [p for p in trained if (p.dim() >= 2) == matrices]
+            members = [p for p in getattr(model, part).parameters() if (p.dim() >= 2) == matrices]
             if members:
-                groups.append({"params": members, "peak": rates[part], "weight_decay": decay if matrices else 0.0})
+                groups.append({"params": members, "peak": rate, "weight_decay": decay if matrices else 0.0})
     return torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)
 
 
-def print_plan(model, rates, micro, row):
-    """What trains at which rate, and how much memory it will take."""
-    print(f"{'part':10} {'parameters':>13} {'trained':>13} {'rate':>9}")
-    for part in PARTS:
-        sizes = [(p.numel(), p.requires_grad) for p in getattr(model, part).parameters()]
-        trained = sum(n for n, on in sizes if on)
-        print(f"{part:10} {sum(n for n, _ in sizes):13,} {trained:13,} {f'{rates[part]:.1e}' if trained else 'frozen':>9}")
-    size = {on: sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad is on) for on in (True, False)}
-    block, width = model.decoder.layers[0], model.decoder.embed.weight.shape[1]
-    # Saved for backward by a decoder layer, in numbers a token: two norms in and out, q, k, v, their mix, out, gate, up, their product, down.
-    a_token = 8 * width + 2 * (block.heads + block.kv_heads) * block.head_size + 4 * block.up.weight.shape[0]
-    activations = micro * row * len(model.decoder.layers) * a_token * model.decoder.embed.weight.element_size()
-    gb = [size[True] + size[False], size[True], 2 * size[True], activations]
-    print("memory, about: " + " + ".join(f"{x / 2**30:.2f} GB {what}" for x, what in zip(gb, ["weights", "gradients", "optimizer", "activations"], strict=True)))
+def resolve(typed):
+    """The settings of a run: what was typed, its stage's presets where nothing was, and `rates`, {part that trains: peak rate}."""
+    if typed["stage"] not in STAGES:
+        raise Mistake(f"--stage={typed['stage']} is not known: {', '.join(STAGES)}")
+    preset = {"out": f"out/{typed['stage']}", **STAGES[typed["stage"]]}
+    run = SimpleNamespace(**typed | {name: value for name, value in preset.items() if typed[name] in (None, "")})
+    frozen = [part.strip() for part in run.freeze.split(",")] if run.freeze != "none" else []
+    if unknown := [part for part in frozen if part not in PARTS]:
+        raise Mistake(f"--freeze={run.freeze}: {unknown[0]!r} is none of {', '.join(PARTS)}, nor is it all of none")
+    if not (trained := [part for part in PARTS if part not in frozen]):
+        raise Mistake(f"--freeze={run.freeze} leaves nothing to train")
+    own = {part: getattr(run, f"{part}_lr") for part in PARTS}
+    check(run, {f"{part}_lr": own[part] for part in frozen if own[part] is not None})
+    run.rates = {part: run.lr if own[part] is None else own[part] for part in trained}
+    return run
 
 
-@torch.no_grad()
-def validate(model, samples, row, micro, rank, world, device, limit=64):
-    """(loss a trained token, the same with every picture grey) over the held-out part; the second tells whether it looks at all."""
-    members = samples.split(validation=True)[:limit]
-    rows = [members[r] for r in pack(samples.table[members, 4], row)][rank::world]
-    sums = [0.0, 0.0, 0.0]
-    for start in range(0, len(rows), micro):
-        batch = {k: v.to(device) for k, v in collate(samples, rows[start : start + micro])[0].items()}
-        sums[0] += model(**batch).item()
-        sums[1] += model(**{**batch, "tiles_NCYX": torch.full_like(batch["tiles_NCYX"], 128)}).item()
-        sums[2] += (batch["targets_BT"] != UNTRAINED).sum().item()
-    loss, blank, count = parallel.total(sums, device)
-    return (loss / count, blank / count) if count else (float("nan"), float("nan"))
+def check(run, idle):
+    """One Mistake that names every setting out of its range; idle: {name: value} of rates for parts that stand still."""
+    value = vars(run)
+    wrong = [f"--{name}={value[name]} must be at least 1"
+             for name in ("steps", "batch", "micro", "row", "save_every", "validate_every", "log_every") if value[name] < 1]
+    wrong += [f"--{name}={value[name]} must be above 0" for name in ("lr", "vision_lr", "projector_lr", "decoder_lr", "clip")
+              if value[name] is not None and value[name] <= 0]
+    wrong += [f"--{name}={value[name]} must be at least 0 and below 1" for name in ("warmup", "beta1", "beta2") if not 0 <= value[name] < 1]
+    wrong += [f"--floor={run.floor} must be between 0 and --lr={run.lr}"] if not 0 <= run.floor <= run.lr else []
+    wrong += [f"--decay={run.decay} must be at least 0"] if run.decay < 0 else []
+    wrong += [f"--dtype={run.dtype} is none of auto, float32, bfloat16"] if run.dtype not in ("auto", "float32", "bfloat16") else []
+    wrong += [f"--{name}={rate} is for a part that --freeze={run.freeze} holds still" for name, rate in idle.items()]
+    if wrong:
+        raise Mistake("; ".join(wrong))
 
 
-def show_answers(checkpoint, samples, count=2):
-    """The first question of the first held-out samples, the model's answer and the right one."""
-    for i in samples.split(validation=True)[:count]:
-        ids_T, targets_T, tiles_NCYX = samples.read(i)
-        first = int((targets_T != UNTRAINED).argmax()) + 1
-        last = first + int((targets_T[first - 1 :] == UNTRAINED).argmax()) - 1
-        stop = int(ids_T[last])
-        seen = int((ids_T[:first] == IMAGE).sum()) // samples.header["tokens_per_tile"]
-        tiles_NCYX = torch.from_numpy(tiles_NCYX[:seen].copy())
-        said = [x for (x,) in checkpoint.model.generate([ids_T[:first].tolist()], tiles_NCYX, stop={stop}, max_tokens=64) if x != stop]
-        decode = checkpoint.tokenizer.decode
-        print(f"  {samples.names[i]}: it says {decode(said)!r}, right is {decode(ids_T[first:last].tolist())!r}")
-
-
-def resolve(stage, given):
-    """A stage's presets with the settings that were given laid over them."""
-    if stage not in STAGES:
-        raise Mistake(f"--stage={stage} is not known: {', '.join(STAGES)}")
-    chosen = {**STAGES[stage], **{name: value for name, value in given.items() if value is not None}}
-    frozen = [part for part in chosen["freeze"].split(",") if part not in ("", "none")]
-    wrong = [part for part in frozen if part not in PARTS]
-    if wrong or len(set(frozen)) == len(PARTS):
-        raise Mistake(f"--freeze={chosen['freeze']}: {f'{wrong[0]} is none of' if wrong else 'nothing is left to train of'} {', '.join(PARTS)}")
-    return chosen | {"freeze": frozen}
-
-
-def open_run(out, resume, rank):
-    """The folder of the newest checkpoint to go on from, or None for a fresh run; an earlier run in the way is moved aside, not lost."""
-    out = Path(out)
-    if resume:
-        return weights.newest(out)
-    if out.exists() and rank == 0:
+def open_run(run, rank):
+    """The checkpoint to go on from, or None for a fresh run; an earlier run in the way is moved aside, not lost."""
+    out = Path(run.out)
+    if run.resume:
+        if not (found := weights.steps(out)):
+            raise Mistake(f"--resume=true, but {out} holds no checkpoint of a run to go on from")
+        return found[-1]
+    if Path(run.model).resolve().is_relative_to(out.resolve()):
+        raise Mistake(f"--model={run.model} lies in --out={out}: name another --out, or go on with --resume=true")
+    if rank == 0 and out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        if not (out / "log.jsonl").is_file():
+            raise Mistake(f"--out={out} is there already, and is no run that could be moved aside: name another")
         number = next(n for n in range(1, 1000) if not Path(f"{out}.{n}").exists())
         os.rename(out, f"{out}.{number}")
         print(f"{out} holds an earlier run: moved to {out}.{number}")
-    parallel.barrier()
     return None
+
+
+def identity(run, samples):
+    """What must stay the same for a run to go on to the same numbers; data by what it holds, since it may have moved."""
+    content = f"{len(samples.table):,} samples of {samples.table[:, LENGTH].sum():,} tokens ({sha256(samples.table.tobytes()).hexdigest()[:8]})"
+    return {name: value for name, value in vars(run).items() if name not in (*FREE, "rates")} | {"data": content}
+
+
+def go_on(found, vlm, optimizer, must_agree):
+    """Fill the optimizer from a run's checkpoint and return its step; a setting that would change the run is refused."""
+    was = weights.read_json(found / "training.json")
+    wrong = [f"--{name} was {was.get(name)}, now {value}" for name, value in must_agree.items() if was.get(name) != value]
+    if wrong:
+        raise Mistake(f"{found} cannot go on as another run: {'; '.join(wrong)}")
+    weights.put_optimizer(vlm, optimizer, weights.read_tensors(found / "training.safetensors"), found / "training.safetensors")
+    return was["step"]
 
 
 def train(*,
@@ -151,164 +150,133 @@ def train(*,
     device: str = "auto",             # auto, cpu, cuda or mps
     dtype: str = "auto",              # auto, float32 or bfloat16: of the products; auto is bfloat16 on CUDA. Parameters stay float32
 ):
-    """Train one stage, or (without --stage) walk the whole road once."""
+    """Train one stage, or (without --stage) walk the whole road once.
+
+    Exit codes: 0 finished, 1 a mistake, 130 or 143 stopped by Ctrl-C or SIGTERM and saved.
+    """
+    typed = dict(locals())
     if not stage:
+        refuse_settings(typed)
         return demonstration()
-    began = time.time()
-    given = dict(model=model, data=data, steps=steps, batch=batch, row=row, freeze=freeze or None, lr=lr, floor=floor, decay=decay, clip=clip)
-    chosen, out = resolve(stage, given), out or f"out/{stage}"
-    device = parallel.pick_device(device)
+    run, device = resolve(typed), parallel.pick_device(device)
     rank, world = parallel.start(device)
-    micro = min(micro, -(-chosen["batch"] // world))
+    mixed = torch.autocast(device.type, torch.bfloat16, enabled=run.dtype == "bfloat16" or (run.dtype == "auto" and device.type == "cuda"))
 
-    # ---- what to train: the checkpoint, its frozen parts, the rates ----
-    found = open_run(out, resume, rank)
-    checkpoint = weights.load(found or chosen["model"], device)
-    vlm = checkpoint.model.train()
-    rates = {part: own or chosen["lr"] for part, own in zip(PARTS, (vision_lr, projector_lr, decoder_lr), strict=True)}
-    for part in PARTS:
-        getattr(vlm, part).requires_grad_(part not in chosen["freeze"])
-    optimizer = make_optimizer(vlm, rates, chosen["decay"], (beta1, beta2))
-    trained = [p for p in vlm.parameters() if p.requires_grad]
+    with parallel.together():
+        # ---- what to train: the checkpoint, its frozen parts, the rates ----
+        found = open_run(run, rank)
+        checkpoint = weights.load(found or run.model, device)
+        checkpoint.card[stage] = f"{run.steps} steps from {run.model} on {run.data}"
+        vlm = checkpoint.model.train()
+        for part in PARTS:
+            getattr(vlm, part).requires_grad_(part in run.rates)
+        optimizer = make_optimizer(vlm, run.rates, run.decay, (run.beta1, run.beta2))
 
-    # ---- what to train on ----
-    samples = Samples(chosen["data"])
-    samples.check_fingerprint(checkpoint.fingerprint())
-    must_agree = {"stage": stage, "data": str(Path(chosen["data"]).resolve()), "batch": chosen["batch"], "row": chosen["row"], "seed": seed,
-                  "steps": chosen["steps"], "freeze": chosen["freeze"]}
-    start = go_on(found, vlm, optimizer, must_agree) if found else 0
-    if start >= chosen["steps"]:
-        return print(f"{stage}: {out} has all of its {start} steps already")
-    loader = Loader(samples, row=chosen["row"], batch=chosen["batch"], micro=micro, seed=seed, rank=rank, world=world, start=start)
-    warmup = max(1, round(warmup * chosen["steps"]))
-    if rank == 0:
-        print_plan(vlm, rates, micro, chosen["row"])
-        print(f"{stage}: {chosen['steps']} steps of {chosen['batch']} rows on {world} × {device}, from {found or chosen['model']} on {chosen['data']}")
+        # ---- what to train on, and from which step ----
+        samples = Samples(run.data)
+        samples.check_fingerprint(checkpoint.fingerprint())
+        must_agree = identity(run, samples)
+        start = go_on(found, vlm, optimizer, must_agree) if found else 0
+        if run.batch < world:
+            raise Mistake(f"--batch={run.batch} leaves some of {world} ranks without a row")
+        loader = Loader(samples, row=run.row, batch=run.batch, micro=run.micro, seed=run.seed, rank=rank, world=world, start=start)
+        held_out = watch.held_out_rows(samples, run.row)
+        log = watch.Log(run.out, start, run.steps, rank)
+        if rank == 0 and start < run.steps:
+            print(f"{stage}: {run.steps} steps of {run.batch} rows on {world} × {device}, from {found or run.model} on {run.data}")
+            one_row = next(Loader(samples, row=run.row, batch=1, micro=1, seed=run.seed))[0][0]
+            watch.print_plan(vlm, run.rates, {name: x.to(device) for name, x in one_row.items()}, min(run.micro, -(-run.batch // world)), mixed)
+
+    if start == run.steps:
+        return print(f"{stage}: {run.out} has all of its {start} steps already") if rank == 0 else None
 
     # ---- the loop ----
-    mixed = torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16" or (dtype == "auto" and device.type == "cuda"))
-    wrapped, log = parallel.wrap(vlm), Log(out, start, rank, began)
-    with ThreadPoolExecutor(1) as reader, Stopper() as stopper:
+    wrapped, trained = parallel.wrap(vlm), [p for p in vlm.parameters() if p.requires_grad]
+    done, stopping = start, False
+    with ThreadPoolExecutor(1) as reader, watch.Stopper(rank) as stopper:
         coming = reader.submit(next, loader)
-        for step in range(start, chosen["steps"]):
+        while done < run.steps and not stopping:
             batches = log.wait(coming)
             coming = reader.submit(next, loader)
-            share = schedule(step, steps=chosen["steps"], warmup=warmup, floor=chosen["floor"] / chosen["lr"])
+            share = schedule(done, steps=run.steps, warmup=max(1, round(run.warmup * run.steps)), floor=run.floor / run.lr)
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * share
-            loss, count, length, stopping = gradients(wrapped, batches, device, mixed, stopper.asked)
-            norm = torch.nn.utils.clip_grad_norm_(trained, chosen["clip"]).item()
-            if not (math.isfinite(loss) and math.isfinite(norm)):
-                names = ", ".join(name for _, members in batches for name in members)
-                raise Mistake(f"step {step + 1}: loss {loss}, gradient norm {norm}; the last checkpoint stands. This rank's samples: {names}")
+            losses, loss, count, length, stopping = gradients(wrapped, batches, device, mixed, stopper)
+            norm = torch.nn.utils.clip_grad_norm_(trained, run.clip).item()
+            done += 1
+            check_finite(done, loss, norm, losses, batches)
             optimizer.step()
             optimizer.zero_grad()
 
-            done, ends = step + 1, step + 1 == chosen["steps"] or stopping
-            log.count(length)
-            if done % validate_every == 0 or ends:
-                log.looks(*validate(vlm, samples, chosen["row"], micro, rank, world, device))
-                if rank == 0:
-                    show_answers(checkpoint, samples)
-            if done % log_every == 0 or ends:
-                log.line(done, chosen["steps"], loss=loss, rate=chosen["lr"] * share, norm=norm, trained=count / length)
-            if rank == 0 and (done % save_every == 0 or ends):
-                weights.save_step(checkpoint, out, done, {"step": done, **must_agree}, weights.optimizer_tensors(vlm, optimizer))
-            if ends:
-                break
-    parallel.barrier()
+            last = done == run.steps
+            looks = watch.look(checkpoint, samples, held_out, rank, world, mixed) if last or done % run.validate_every == 0 else {}
+            log.tokens += length
+            if looks or last or done % run.log_every == 0:
+                with parallel.together():
+                    log.line(done, looks, loss=loss, rate=run.lr * share, norm=norm, trained=count / length)
+            if last or stopping or done % run.save_every == 0:
+                with parallel.together():
+                    if rank == 0:
+                        weights.save_step(checkpoint, run.out, done, {"step": done, **must_agree}, weights.optimizer_tensors(vlm, optimizer))
     if rank == 0:
-        print(f"{stage}: {log.spent()} for {done - start} steps, in {out}", flush=True)
-    if stopping and done < chosen["steps"]:
-        raise Mistake(f"stopped after step {done} of {chosen['steps']} and saved; to go on: {' '.join(sys.argv)} --resume=true")
-    parallel.stop()
+        print(f"{stage}: step {done} of {run.steps} after {log.spent()}, in {run.out}", flush=True)
+    if done < run.steps:
+        stopper.leave(how_to_go_on(typed))
 
 
-def gradients(wrapped, batches, device, mixed, stopping):
+def gradients(wrapped, batches, device, mixed, stopper):
     """One step's gradients: the loss summed over trained tokens, divided by their number over all ranks and micro-batches, never a mean of means.
 
-    Returns that loss, the trained tokens, all tokens, and whether any rank was asked to stop.
+    Returns the summed loss of each of this rank's micro-batches, the step's loss, its trained tokens, all its tokens, and whether any rank was
+    asked to stop before the end.
     """
     trained = sum(int((batch["targets_BT"] != UNTRAINED).sum()) for batch, _ in batches)
     length = sum(int((batch["documents_BT"] >= 0).sum()) for batch, _ in batches)
-    count, length, world, stopping = parallel.total([trained, length, 1, stopping], device)
-    loss = 0.0
-    for i, (batch, _) in enumerate(batches):
-        with parallel.no_sync(wrapped, last=i == len(batches) - 1):
+    count, length, world = parallel.total([trained, length, 1], device)
+    losses = []
+    for number, (batch, _) in enumerate(batches, 1):
+        with parallel.no_sync(wrapped, last=number == len(batches)):
             with mixed:
-                part = wrapped(**{name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()})
-            (part * world / count).backward()  # the wrapper takes the mean over ranks
-        loss += part.item()
-    return parallel.total([loss], device)[0] / count, count, length, stopping > 0
+                loss = wrapped(**{name: tensor.to(device) for name, tensor in batch.items()})
+            (loss * (world / count if count else math.nan)).backward()  # the wrapper takes the mean over ranks
+        losses.append(loss.detach())
+    losses = torch.stack(losses).tolist()
+    loss, asked = parallel.total([sum(losses), stopper.asked > 0], device)
+    return losses, loss / count if count else math.nan, count, length, asked > 0
 
 
-class Stopper:
-    """Ctrl-C and SIGTERM set `asked`; the loop finishes its step and saves. A second Ctrl-C stops at once."""
-
-    def __enter__(self):
-        self.asked = False
-        self.before = {s: signal.signal(s, self.ask) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def ask(self, number, frame):
-        if self.asked and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.asked = True
-        print("\nfinishing this step, then saving", file=sys.stderr, flush=True)
-
-    def __exit__(self, *_):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
+def check_finite(step, loss, norm, losses, batches):
+    """Raise Mistake, before the weights change, unless loss and gradient are numbers; it names the samples of the micro-batches to blame."""
+    if math.isfinite(loss) and math.isfinite(norm):
+        return
+    mine = [name for _, members in batches for name in members]
+    blamed = [name for x, (_, members) in zip(losses, batches, strict=True) if not math.isfinite(x) for name in members]
+    everyone = parallel.gather((blamed, mine))
+    names = [name for some, _ in everyone for name in some] or [name for _, some in everyone for name in some]
+    with parallel.together():
+        raise Mistake(f"step {step}: loss {loss}, gradient norm {norm}; the last checkpoint stands. "
+                      f"Samples: {', '.join(names[:50])}{f' and {len(names) - 50} more' if len(names) > 50 else ''}")
 
 
-class Log:
-    """Progress lines on the terminal and out/log.jsonl, which goes on where a resumed run does."""
-
-    def __init__(self, out, start, rank, began):
-        self.path, self.rank, self.start, self.began = Path(out) / "log.jsonl", rank, start, began
-        self.seen, self.waited, self.tokens, self.told = {}, 0.0, 0, time.time()
-        if rank == 0:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            lines = self.path.read_text().splitlines() if start and self.path.exists() else []
-            self.path.write_text("".join(line + "\n" for line in lines if json.loads(line)["step"] <= start))
-
-    def wait(self, future):
-        asked = time.time()
-        result = future.result()
-        self.waited += time.time() - asked
-        return result
-
-    def count(self, tokens):
-        self.tokens += tokens
-
-    def looks(self, validation, blank):
-        self.seen = {"validation": validation, "blank": blank}
-
-    def spent(self):
-        return f"{time.time() - self.began:.0f} s"
-
-    def line(self, step, steps, **numbers):
-        now = time.time()
-        took, left = now - self.told, (now - self.began) / (step - self.start) * (steps - step)
-        numbers = {"step": step, **numbers, **self.seen, "tokens_per_s": self.tokens / took, "waited": self.waited / took, "left": left}
-        self.told, self.waited, self.tokens = now, 0.0, 0
-        if self.rank:
-            return
-        with open(self.path, "a") as file:
-            file.write(json.dumps(numbers) + "\n")
-        looks = "".join(f" | {name} {value:.3f}" for name, value in self.seen.items())
-        print(f"step {step:5d}/{steps} | loss {numbers['loss']:.4f}{looks} | rate {numbers['rate']:.1e} | norm {numbers['norm']:.2f} | "
-              f"{numbers['tokens_per_s']:,.0f} tokens/s, {numbers['trained']:.0%} trained, {numbers['waited']:.0%} waiting | {left:.0f} s left", flush=True)
+def changed(typed):
+    """{setting: value} of those that are not at their defaults."""
+    return {name: typed[name] for name, _, default, _ in cli.settings(train) if typed[name] != default}
 
 
-def go_on(folder, vlm, optimizer, must_agree):
-    """Fill the optimizer from a run's checkpoint and return its step; a setting that would change the run is refused."""
-    was = weights.read_json(folder / "training.json")
-    wrong = [f"{name} was {was.get(name)}, now {value}" for name, value in must_agree.items() if was.get(name) != value]
-    if wrong:
-        raise Mistake(f"{folder} cannot be resumed as another run: {'; '.join(wrong)}")
-    weights.put_optimizer(vlm, optimizer, weights.read_tensors(folder / "training.safetensors"), folder)
-    return was["step"]
+def refuse_settings(typed):
+    """The demonstration sets everything itself, and is one process."""
+    for name, value in changed(typed).items():
+        raise Mistake(f"--{name}={cli.show(value)} belongs to one --stage ({', '.join(STAGES)}); without it the demonstration sets everything itself")
+    if "RANK" in os.environ:
+        raise Mistake(f"the demonstration is one process: torchrun wants a --stage ({', '.join(STAGES)})")
+
+
+def how_to_go_on(typed):
+    """The command that continues this run; the demonstration finds its own way."""
+    if len(sys.argv) == 1:
+        return "python train.py"
+    launch = f"torchrun --nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}" if "LOCAL_WORLD_SIZE" in os.environ else "python"
+    return shlex.join([*launch.split(), sys.argv[0], *(f"--{name}={cli.show(value)}" for name, value in (changed(typed) | {"resume": True}).items())])
 
 
 def exam(model, questions, images_from, blank=False):

@@ -1,9 +1,11 @@
-"""Several processes as one: launch, wrapping, and the two collectives the training loop needs. The model does not know that this file exists.
+"""Several processes as one: launch, wrapping, and the collectives the training loop needs. The model does not know that this file exists.
 
 One process is the case of one rank: every function here then does nothing, so that train.py has no second path for it.
 """
+import atexit
 import contextlib
 import os
+import sys
 
 import torch
 import torch.distributed as dist
@@ -13,41 +15,39 @@ from . import Mistake
 
 
 def pick_device(name):
-    """"auto" takes CUDA, then Apple's MPS, then the CPU; a rank takes the card of its number on its machine."""
+    """"auto" takes CUDA, then Apple's MPS, then the CPU; under torchrun a rank takes the card of its number on its machine."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise Mistake(f"--device={name}, but PyTorch {torch.__version__} sees no CUDA card here")
-    if name == "mps" and not torch.backends.mps.is_available():
+    kind, _, number = name.partition(":")
+    if kind not in ("cpu", "cuda", "mps") or (number and not (kind == "cuda" and number.isdecimal())):
+        raise Mistake(f"--device={name} is none of auto, cpu, cuda, cuda:1 (or another card's number) and mps")
+    if kind == "mps" and not torch.backends.mps.is_available():
         raise Mistake(f"--device={name}, but PyTorch {torch.__version__} sees no Apple GPU here")
-    try:
-        return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
-    except RuntimeError:
-        raise Mistake(f"--device={name} is no device that PyTorch knows: auto, cpu, cuda, cuda:1 or mps") from None
+    if kind != "cuda":
+        return torch.device(kind)
+    number, cards = int(number or os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if number >= cards:
+        raise Mistake(f"--device={name} wants CUDA card {number}, but PyTorch {torch.__version__} sees {cards} here")
+    return torch.device("cuda", number)
 
 
 def start(device):
     """(rank, world): under torchrun its processes meet here (NCCL on cards, gloo on CPUs); without it, (0, 1)."""
     if "RANK" not in os.environ:
         return 0, 1
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", device_id=device if device.type == "cuda" else None)
+        atexit.register(dist.destroy_process_group)
     return dist.get_rank(), dist.get_world_size()
 
 
-def stop():
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
 def wrap(model):
-    """A module whose gradients are averaged over ranks; calling it is calling the model."""
+    """A module whose gradients are averaged over ranks; calling it is calling the model. Its buffers are constants and need no broadcast."""
     if not dist.is_initialized():
         return model
-    card = [torch.cuda.current_device()] if torch.cuda.is_available() and next(model.parameters()).is_cuda else None
-    return DistributedDataParallel(model, device_ids=card)
+    return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
 def no_sync(wrapped, last):
@@ -56,7 +56,7 @@ def no_sync(wrapped, last):
 
 
 def total(numbers, device):
-    """A list of numbers summed over all ranks, as floats (float64: exact up to 2^53 tokens; MPS knows float32 only)."""
+    """A list of numbers summed over all ranks, as floats (float64: exact up to 2^53 tokens)."""
     if not dist.is_initialized():
         return [float(x) for x in numbers]
     sums = torch.tensor(numbers, dtype=torch.float64, device=device)
@@ -64,6 +64,25 @@ def total(numbers, device):
     return sums.tolist()
 
 
-def barrier():
-    if dist.is_initialized():
-        dist.barrier()
+def gather(thing):
+    """What each rank holds, as a list in their order; anything that pickle takes."""
+    if not dist.is_initialized():
+        return [thing]
+    things = [None] * dist.get_world_size()
+    dist.all_gather_object(things, thing)
+    return things
+
+
+@contextlib.contextmanager
+def together():
+    """What fails here on one rank fails on all: the first that failed says why, the others leave without a word, and nobody waits for the gone."""
+    trouble = None
+    try:
+        yield
+    except Exception as error:  # of whatever kind: it is raised again as soon as all ranks know of it
+        trouble = error
+    failed = gather(trouble is not None)
+    if trouble and not any(failed[: dist.get_rank() if dist.is_initialized() else 0]):
+        raise trouble
+    if any(failed):
+        sys.exit(1)

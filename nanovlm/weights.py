@@ -22,6 +22,7 @@ from .model import VLM
 from .tokenizer import Tokenizer
 
 VERSION = 1
+CARRIED = ("shapes", "policy", "template", "card")  # what nanovlm.json says of a Checkpoint
 
 
 class Checkpoint(NamedTuple):
@@ -42,15 +43,19 @@ def build(shapes, policy):
     return VLM(**shapes, mean=policy["mean"], std=policy["std"])
 
 
+def steps(out):
+    """The checkpoints of a run, oldest first; what a killed writer left behind ends in .tmp and is none."""
+    return sorted(path for path in Path(out).glob("step-*") if path.suffix != ".tmp" and (path / "nanovlm.json").is_file())
+
+
 def newest(folder):
     """The checkpoint that `folder` is, or the one with the highest step in it."""
     folder = Path(folder)
     if (folder / "nanovlm.json").is_file():
         return folder
-    steps = sorted(path for path in folder.glob("step-*") if path.suffix != ".tmp" and (path / "nanovlm.json").is_file())
-    if not steps:
+    if not (found := steps(folder)):
         raise Mistake(f"{folder} holds no nanovlm checkpoint" if folder.exists() else f"no such model: {folder}")
-    return steps[-1]
+    return found[-1]
 
 
 def read_tensors(path):
@@ -98,9 +103,11 @@ def load(folder, device="cpu"):
     meta = read_json(folder / "nanovlm.json")
     if meta.get("version") != VERSION:
         raise Mistake(f"{folder}: written in format {meta.get('version')}, this reads {VERSION}")
+    if missing := [name for name in CARRIED if name not in meta]:
+        raise Mistake(f"{folder / 'nanovlm.json'} does not say its {', '.join(missing)}")
     model = build(meta["shapes"], meta["policy"])
     put(model, read_tensors(folder / "model.safetensors"), folder / "model.safetensors")
-    card = {**meta["card"], "folder": str(folder)}
+    card = {**meta["card"], "folder": str(folder)}  # where it was read from, which is not written again
     return Checkpoint(model.to(device).eval(), Tokenizer.load(folder), meta["shapes"], meta["policy"], meta["template"], card)
 
 
@@ -114,15 +121,16 @@ def sync(path):
 def save(checkpoint, folder, training=None, tensors=None):
     """Write a checkpoint whole or not at all: under a temporary name, flushed, then renamed. OSError (a full disk) leaves nothing half done.
 
-    training: a dict for training.json, tensors: a dict for training.safetensors.
+    training: a dict for training.json, tensors: a dict for training.safetensors. A checkpoint of the same name goes once the new one is whole.
     """
-    folder, tmp = Path(folder), Path(f"{folder}.tmp")
-    shutil.rmtree(tmp, ignore_errors=True)
-    tmp.mkdir(parents=True)
-    meta = {"version": VERSION, **{k: getattr(checkpoint, k) for k in ("shapes", "policy", "template", "card")}}
+    folder, tmp, old = Path(folder), Path(f"{folder}.tmp"), Path(f"{folder}.old.tmp")
+    meta = {"version": VERSION, **{name: getattr(checkpoint, name) for name in CARRIED}}
+    meta["card"] = {name: origin for name, origin in checkpoint.card.items() if name != "folder"}
+    for left in (tmp, old):
+        shutil.rmtree(left, ignore_errors=True)
     try:
-        state = {name: tensor.detach().cpu().contiguous() for name, tensor in parameters(checkpoint.model).items()}
-        write_tensors(state, tmp / "model.safetensors")
+        tmp.mkdir(parents=True)
+        write_tensors({name: tensor.detach().cpu().contiguous() for name, tensor in parameters(checkpoint.model).items()}, tmp / "model.safetensors")
         (tmp / "nanovlm.json").write_text(json.dumps(meta, indent=1))
         checkpoint.tokenizer.save(tmp)
         if training is not None:
@@ -130,13 +138,13 @@ def save(checkpoint, folder, training=None, tensors=None):
             (tmp / "training.json").write_text(json.dumps(training, indent=1))
         for path in [*tmp.iterdir(), tmp]:
             sync(path)
-        if folder.exists():  # the same step, saved twice
-            shutil.rmtree(folder)
+        if folder.exists():
+            os.rename(folder, old)
         os.rename(tmp, folder)
         sync(folder.parent)
-    except OSError:
+    finally:
         shutil.rmtree(tmp, ignore_errors=True)
-        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def write_tensors(tensors, path):
@@ -147,13 +155,16 @@ def write_tensors(tensors, path):
 
 
 def save_step(checkpoint, out, step, training, tensors):
-    """Write out/step-…; the steps before it go once it is whole."""
+    """Write out/step-…; the steps before it go once it is whole, and stay, with a Mistake that says so, if it cannot be written."""
     folder = Path(out) / f"step-{step:06d}"
-    save(checkpoint, folder, training, tensors)
+    try:
+        save(checkpoint, folder, training, tensors)
+    except OSError as error:
+        kept = steps(out)
+        raise Mistake(f"{folder} could not be saved ({error.strerror or error}); {kept[-1] if kept else 'no checkpoint'} is whole") from None
     for old in Path(out).glob("step-*"):
-        if old.name != folder.name:
+        if old != folder:
             shutil.rmtree(old)
-    return folder
 
 
 def optimizer_tensors(model, optimizer):
@@ -163,13 +174,16 @@ def optimizer_tensors(model, optimizer):
 
 
 def put_optimizer(model, optimizer, tensors, where):
-    """The inverse; every trained parameter must find its state."""
-    for name, p in model.named_parameters():
-        found = {key.split("/")[1]: value for key, value in tensors.items() if key.split("/")[0] == name}
-        if p.requires_grad and not found:
-            raise Mistake(f"{where}: nothing of the optimizer for {name}: was it frozen in that run?")
-        if p.requires_grad:  # AdamW counts its steps in float32 where the parameter is
-            optimizer.state[p] = {key: value.to(p.device) for key, value in found.items()}
+    """The inverse; every trained parameter must find its state, and every state its parameter."""
+    found = {}
+    for key, value in tensors.items():
+        name, _, kind = key.rpartition("/")
+        found.setdefault(name, {})[kind] = value
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if wrong := sorted(found.keys() ^ trained.keys()):
+        raise Mistake(f"{where}: {wrong[0]} {'is trained, but has no' if wrong[0] in trained else 'is frozen, but has a'} state of the optimizer")
+    for name, p in trained.items():  # AdamW counts its steps in float32 where the parameter is
+        optimizer.state[p] = {kind: value.to(p.device) for kind, value in found[name].items()}
 
 
 def stitch(vision, decoder, seed):
