@@ -4,6 +4,7 @@
     python train.py --stage=sft --data=data/mine --out=out/mine  fine-tune what `pretrain` left, on your own data
     torchrun --nproc_per_node=8 train.py --stage=sft             the same on eight cards
 """
+import itertools
 import json
 import math
 import os
@@ -55,8 +56,8 @@ def make_optimizer(model, rates, decay, betas):
     return torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)
 
 
-def resolve(typed):
-    """The settings of a run: what was typed, its stage's presets where nothing was, and `rates`, {part that trains: peak rate}."""
+def resolve(typed, world):
+    """The settings of a run on `world` ranks: what was typed, else what its stage sets, and `rates`, {part that trains: peak rate}."""
     if typed["stage"] not in STAGES:
         raise Mistake(f"--stage={typed['stage']} is not known: {', '.join(STAGES)}")
     preset = {"out": f"out/{typed['stage']}", **STAGES[typed["stage"]]}
@@ -68,7 +69,10 @@ def resolve(typed):
         raise Mistake(f"--freeze={run.freeze} leaves nothing to train")
     own = {part: getattr(run, f"{part}_lr") for part in PARTS}
     check(run, {f"{part}_lr": own[part] for part in frozen if own[part] is not None})
+    if run.batch < world:
+        raise Mistake(f"--batch={run.batch} leaves some of {world} ranks without a row")
     run.rates = {part: run.lr if own[part] is None else own[part] for part in trained}
+    run.micro = min(run.micro, -(-run.batch // world))
     return run
 
 
@@ -88,22 +92,26 @@ def check(run, idle):
         raise Mistake("; ".join(wrong))
 
 
-def open_run(run, rank):
-    """The checkpoint to go on from, or None for a fresh run; an earlier run in the way is moved aside, not lost."""
-    out = Path(run.out)
+def to_go_on_from(run):
+    """The checkpoint that a resumed run goes on from; None for a fresh run."""
     if run.resume:
-        if not (found := weights.steps(out)):
-            raise Mistake(f"--resume=true, but {out} holds no checkpoint of a run to go on from")
+        if not (found := weights.steps(run.out)):
+            raise Mistake(f"--resume=true, but {run.out} holds no checkpoint of a run to go on from")
         return found[-1]
-    if Path(run.model).resolve().is_relative_to(out.resolve()):
-        raise Mistake(f"--model={run.model} lies in --out={out}: name another --out, or go on with --resume=true")
-    if rank == 0 and out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        if not (out / "log.jsonl").is_file():
-            raise Mistake(f"--out={out} is there already, and is no run that could be moved aside: name another")
-        number = next(n for n in range(1, 1000) if not Path(f"{out}.{n}").exists())
-        os.rename(out, f"{out}.{number}")
-        print(f"{out} holds an earlier run: moved to {out}.{number}")
-    return None
+    if Path(run.model).resolve().is_relative_to(Path(run.out).resolve()):
+        raise Mistake(f"--model={run.model} lies in --out={run.out}: name another --out, or go on with --resume=true")
+
+
+def make_room(run):
+    """Move an earlier run that a fresh one would write over aside; it is not lost."""
+    out = Path(run.out)
+    if run.resume or not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if not (out / "log.jsonl").is_file():
+        raise Mistake(f"--out={out} is there already, and is no run that could be moved aside: name another")
+    number = next(n for n in itertools.count(1) if not Path(f"{out}.{n}").exists())
+    os.rename(out, f"{out}.{number}")
+    print(f"{out} holds an earlier run: moved to {out}.{number}")
 
 
 def identity(run, samples):
@@ -158,37 +166,34 @@ def train(*,
     if not stage:
         refuse_settings(typed)
         return demonstration()
-    run, device = resolve(typed), parallel.pick_device(device)
+    device = parallel.pick_device(device)
     rank, world = parallel.start(device)
-    mixed = torch.autocast(device.type, torch.bfloat16, enabled=run.dtype == "bfloat16" or (run.dtype == "auto" and device.type == "cuda"))
-
     with parallel.together():
         # ---- what to train: the checkpoint, its frozen parts, the rates ----
-        found = open_run(run, rank)
+        run = resolve(typed, world)
+        found = to_go_on_from(run)
         checkpoint = weights.load(found or run.model, device)
         checkpoint.card[stage] = f"{run.steps} steps from {run.model} on {run.data}"
         vlm = checkpoint.model.train()
         for part in PARTS:
             getattr(vlm, part).requires_grad_(part in run.rates)
         optimizer = make_optimizer(vlm, run.rates, run.decay, (run.beta1, run.beta2))
+        mixed = torch.autocast(device.type, torch.bfloat16, enabled=run.dtype == "bfloat16" or (run.dtype == "auto" and device.type == "cuda"))
 
         # ---- what to train on, and from which step ----
         samples = Samples(run.data)
         samples.check_fingerprint(checkpoint.fingerprint())
         must_agree = identity(run, samples)
         start = go_on(found, vlm, optimizer, must_agree) if found else 0
-        if run.batch < world:
-            raise Mistake(f"--batch={run.batch} leaves some of {world} ranks without a row")
+        if start == run.steps:
+            return print(f"{stage}: {run.out} has all of its {start} steps already") if rank == 0 else None
         loader = Loader(samples, row=run.row, batch=run.batch, micro=run.micro, seed=run.seed, rank=rank, world=world, start=start)
         held_out = watch.held_out_rows(samples, run.row)
-        log = watch.Log(run.out, start, run.steps, rank)
-        if rank == 0 and start < run.steps:
+        if rank == 0:
             print(f"{stage}: {run.steps} steps of {run.batch} rows on {world} × {device}, from {found or run.model} on {run.data}")
-            one_row = next(Loader(samples, row=run.row, batch=1, micro=1, seed=run.seed))[0][0]
-            watch.print_plan(vlm, run.rates, {name: x.to(device) for name, x in one_row.items()}, min(run.micro, -(-run.batch // world)), mixed)
-
-    if start == run.steps:
-        return print(f"{stage}: {run.out} has all of its {start} steps already") if rank == 0 else None
+            watch.print_plan(vlm, run.rates, Loader(samples, row=run.row, batch=1, micro=1, seed=run.seed), run.micro, mixed)
+            make_room(run)
+        log = watch.Log(run.out, start, run.steps, rank)
 
     # ---- the loop ----
     wrapped, trained = parallel.wrap(vlm), [p for p in vlm.parameters() if p.requires_grad]

@@ -42,13 +42,14 @@ def memory(model, row, micro, mixed):
             "activations": one + (micro - 1) * (two - one), "logits": logits}
 
 
-def print_plan(model, rates, row, micro, mixed):
-    """What trains at which rate (a frozen part has none), and how much memory a step of `micro` rows like `row`, a batch of one, will take."""
+def print_plan(model, rates, one_row, micro, mixed):
+    """What trains at which rate (a frozen part has none), and how much memory a step of `micro` rows will take; one_row: a Loader of single rows."""
     print(f"{'part':10} {'parameters':>13} {'trained':>13} {'rate':>9}")
     for part, module in model.named_children():
         count = sum(p.numel() for p in module.parameters())
         print(f"{part:10} {count:13,} {count if part in rates else 0:13,} {f'{rates[part]:.1e}' if part in rates else 'frozen':>9}", flush=True)
-    sizes = memory(model, row, micro, mixed)
+    row, device = next(one_row)[0][0], model.decoder.embed.weight.device
+    sizes = memory(model, {name: x.to(device) for name, x in row.items()}, micro, mixed)
     sizes["in all"] = sum(sizes.values())
     print("memory, about: " + ", ".join(f"{what} {size / 2**20:,.0f} MiB" for what, size in sizes.items()), flush=True)
 
