@@ -270,10 +270,10 @@ def changed(typed):
 
 def refuse_settings(typed):
     """The demonstration sets everything itself, and is one process."""
-    for name, value in changed(typed).items():
-        raise Mistake(f"--{name}={cli.show(value)} belongs to one --stage ({', '.join(STAGES)}); without it the demonstration sets everything itself")
+    if given := ", ".join(f"--{name}={cli.show(value)}" for name, value in changed(typed).items()):
+        raise Mistake(f"{given}: without a --stage ({', '.join(STAGES)}) the demonstration sets everything itself")
     if "RANK" in os.environ:
-        raise Mistake(f"the demonstration is one process: torchrun wants a --stage ({', '.join(STAGES)})")
+        raise Mistake(f"torchrun wants a --stage ({', '.join(STAGES)}): the demonstration is one process")
 
 
 def how_to_go_on(typed):
