@@ -4,6 +4,8 @@ Every token's vector looks back at the ones before it (attention), thinks for it
 the last vector into a score for every next token. Position is told by rotation: RoPE turns queries and keys by an angle that grows with
 their place, so that a dot product sees only how far apart they are (Su et al. 2021).
 """
+import math
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -21,12 +23,41 @@ class RMSNorm(nn.Module):
         return rmsnorm(x_BTD, self.weight, self.eps)
 
 
-def rope_angles(positions_BT, K, theta):
+def rope_angles(positions_BT, K, theta, scaling=None):
     """cos and sin of (B, T, 1, K): pair i of the K numbers turns by position · theta^(-2i/K) radians. float32: 4 digits are lost by bf16."""
     frequency_k = theta ** -(torch.arange(0, K, 2, device=positions_BT.device, dtype=torch.float32) / K)
+    if scaling is not None:
+        frequency_k = stretch(frequency_k, theta, scaling)
     angle_BTk = positions_BT[..., None].float() * frequency_k
     angle_BT1K = torch.cat([angle_BTk, angle_BTk], dim=-1)[:, :, None]  # Hugging Face's order: pair i is (i, i + K/2)
-    return angle_BT1K.cos(), angle_BT1K.sin()
+    if scaling is None or scaling["rope_type"] != "yarn":
+        return angle_BT1K.cos(), angle_BT1K.sin()
+    return angle_BT1K.cos() * scaling["attention_factor"], angle_BT1K.sin() * scaling["attention_factor"]
+
+
+def stretch(frequency_k, theta, scaling):
+    """The frequencies of a model taught to read texts `factor` times as long as those it grew up with, `original_max_position_embeddings`.
+
+    A pair that turned many times over an old text knows its neighbours by it and keeps its frequency; one that turned less than once would meet
+    angles it has never seen and is slowed down; between them, a ramp:  frequency · (keep + (1 - keep) / factor).
+    scaling: Hugging Face's names; rope_type is linear (keep = 0), llama3 (the ramp is straight in turns) or yarn (in i; Peng et al. 2023).
+    """
+    k, factor = len(frequency_k), scaling["factor"]
+    if scaling["rope_type"] == "linear":
+        return frequency_k / factor
+    length = scaling["original_max_position_embeddings"]
+    if scaling["rope_type"] == "llama3":
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        keep_k = (length * frequency_k / (2 * math.pi) - low) / (high - low)
+    else:
+        first, last = (k * math.log(length / (turns * 2 * math.pi)) / math.log(theta) for turns in (scaling["beta_fast"], scaling["beta_slow"]))
+        if scaling["truncate"]:
+            first, last = math.floor(first), math.ceil(last)
+        first, last = max(first, 0), min(last, 2 * k - 1)
+        i_k = torch.arange(k, device=frequency_k.device, dtype=torch.float32)
+        keep_k = 1 - (i_k - first) / max(last - first, 0.001)
+    keep_k = keep_k.clamp(0, 1)
+    return frequency_k * (keep_k + (1 - keep_k) / factor)
 
 
 def rotate(x_BTHK, angles):
@@ -79,15 +110,21 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Embeddings x_BTD in, normed hidden states hidden_BTD out; `head.weight` (V, D) turns those into logits."""
+    """Embeddings x_BTD in, normed hidden states hidden_BTD out; `head.weight` (V, D) turns those into logits.
 
-    def __init__(self, *, vocabulary, width, layers, heads, kv_heads, ffn, head_size=None, theta=10000.0, eps=1e-5, window=None, tied=False):
+    window: how far back a token sees, for all layers or a list of one a layer (Ministral); None: to the start.
+    scaling: how RoPE is stretched for longer texts (see `stretch`).
+    """
+
+    def __init__(self, *, vocabulary, width, layers, heads, kv_heads, ffn, head_size=None, theta=10000.0, scaling=None, eps=1e-5, window=None,
+                 tied=False):
         super().__init__()
-        self.head_size, self.theta = head_size or width // heads, theta
+        self.head_size, self.theta, self.scaling = head_size or width // heads, theta, scaling
+        windows = window if isinstance(window, list) else [window] * layers
         self.embed = nn.Embedding(vocabulary, width)
         self.layers = nn.ModuleList(
-            Block(width=width, heads=heads, kv_heads=kv_heads, head_size=self.head_size, ffn=ffn, eps=eps, window=window)
-            for _ in range(layers)
+            Block(width=width, heads=heads, kv_heads=kv_heads, head_size=self.head_size, ffn=ffn, eps=eps, window=windows[i])
+            for i in range(layers)
         )
         self.norm = RMSNorm(width, eps)
         self.head = nn.Linear(width, vocabulary, bias=False)
@@ -100,7 +137,7 @@ class Decoder(nn.Module):
             self.head.weight = self.embed.weight
 
     def forward(self, x_BTD, positions_BT, documents_BS=None, cache=None):
-        angles = rope_angles(positions_BT, self.head_size, self.theta)
+        angles = rope_angles(positions_BT, self.head_size, self.theta, self.scaling)
         for i, layer in enumerate(self.layers):
             x_BTD = layer(x_BTD, angles, documents_BS, cache, i)
         if cache is not None:

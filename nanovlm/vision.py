@@ -1,10 +1,11 @@
-"""The eye: a Vision Transformer (Dosovitskiy et al. 2020) with the options that CLIP and SigLIP need.
+"""The eye: a Vision Transformer (Dosovitskiy et al. 2020) with the options that CLIP, SigLIP and DINOv2 need.
 
 A tile of Y × X pixels is cut into patches; each becomes a vector, gets the embedding of its place added, and looks at all the others, layer
 after layer. What comes out is one feature vector a patch.
 
     CLIP     class token · norm before the layers · quick-GELU · no bias on the patches · LLaVA reads the last layer but one, un-normed
     SigLIP   neither class token nor pre-norm · tanh-GELU · bias on the patches · the last layer, normed
+    DINOv2   class token · GELU · bias on the patches · every layer's two additions scaled by learnt weights · the last layer, normed
 """
 import torch
 import torch.nn as nn
@@ -29,8 +30,13 @@ def sincos(side, width):
     return torch.cat([rows, columns], dim=1)[:, :width]
 
 
+def scaled(x_NPD, scale_D):
+    """LayerScale (Touvron et al. 2021), for an eye that has it."""
+    return x_NPD if scale_D is None else x_NPD * scale_D
+
+
 class Block(nn.Module):
-    def __init__(self, *, width, heads, ffn, activation, eps):
+    def __init__(self, *, width, heads, ffn, activation, eps, layer_scale=False):
         super().__init__()
         self.heads = heads
         self.activation = ACTIVATIONS[activation]
@@ -38,12 +44,14 @@ class Block(nn.Module):
         self.query, self.key, self.value, self.out = (nn.Linear(width, width) for _ in range(4))
         self.mlp_norm = nn.LayerNorm(width, eps)
         self.up, self.down = nn.Linear(width, ffn), nn.Linear(ffn, width)
+        self.attention_scale = nn.Parameter(torch.ones(width)) if layer_scale else None
+        self.mlp_scale = nn.Parameter(torch.ones(width)) if layer_scale else None
 
     def forward(self, x_NPD):
         normed_NPD = self.attention_norm(x_NPD)
         q_NPHK, k_NPHK, v_NPHK = (part(normed_NPD).unflatten(-1, (self.heads, -1)) for part in (self.query, self.key, self.value))
-        x_NPD = x_NPD + self.out(attention(q_NPHK, k_NPHK, v_NPHK, causal=False).flatten(-2))
-        return x_NPD + self.down(self.activation(self.up(self.mlp_norm(x_NPD))))
+        x_NPD = x_NPD + scaled(self.out(attention(q_NPHK, k_NPHK, v_NPHK, causal=False).flatten(-2)), self.attention_scale)
+        return x_NPD + scaled(self.down(self.activation(self.up(self.mlp_norm(x_NPD)))), self.mlp_scale)
 
 
 class Vision(nn.Module):
@@ -54,14 +62,15 @@ class Vision(nn.Module):
     """
 
     def __init__(self, *, tile, patch, width, layers, heads, ffn, class_token=False, pre_norm=False, post_norm=True,
-                 patch_bias=True, activation="gelu_tanh", eps=1e-6, read=-1):
+                 patch_bias=True, activation="gelu_tanh", layer_scale=False, eps=1e-6, read=-1):
         super().__init__()
         self.patches = nn.Conv2d(3, width, patch, patch, bias=patch_bias)
         self.class_token = nn.Parameter(torch.randn(width) * width**-0.5) if class_token else None
         self.positions = nn.Parameter(torch.cat([torch.zeros(int(class_token), width), sincos(tile // patch, width)]))
         self.pre_norm = nn.LayerNorm(width, eps) if pre_norm else None
         used = layers + 1 + read if read < 0 else read
-        self.layers = nn.ModuleList(Block(width=width, heads=heads, ffn=ffn, activation=activation, eps=eps) for _ in range(used))
+        self.layers = nn.ModuleList(Block(width=width, heads=heads, ffn=ffn, activation=activation, eps=eps, layer_scale=layer_scale)
+                                    for _ in range(used))
         self.post_norm = nn.LayerNorm(width, eps) if post_norm else None
 
     def forward(self, tiles_NCYX):

@@ -182,8 +182,9 @@ def test_a_cache_longer_than_the_new_tokens_continues_where_it_stopped(vlm):
 # Another value for each argument. Shapes may make it fail to be the same function, so outputs are compared where both exist.
 CHANGED = {
     Vision: dict(tile=9, patch=4, width=40, layers=3, heads=4, ffn=30, class_token=True, pre_norm=True, post_norm=False, patch_bias=False,
-                 activation="quick_gelu", eps=0.1, read=-2),
-    Decoder: dict(vocabulary=43, width=32, layers=2, heads=4, kv_heads=3, ffn=40, head_size=10, theta=50.0, eps=0.1, window=3, tied=True),
+                 activation="quick_gelu", layer_scale=True, eps=0.1, read=-2),
+    Decoder: dict(vocabulary=43, width=32, layers=2, heads=4, kv_heads=3, ffn=40, head_size=10, theta=50.0,
+                  scaling={"rope_type": "linear", "factor": 2.0}, eps=0.1, window=[3, None, 4], tied=True),
     Projector: dict(vision_width=24, width=28, shuffle=1),
     VLM: dict(vision=VISION | {"ffn": 30}, decoder=DECODER | {"ffn": 40}, shuffle=1, mean=(0.1, 0.2, 0.3), std=(0.3, 0.2, 0.1)),
 }
