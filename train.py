@@ -259,7 +259,7 @@ def check_finite(step, loss, norm, losses, batches):
     everyone = parallel.gather((blamed, mine))
     names = [name for some, _ in everyone for name in some] or [name for _, some in everyone for name in some]
     with parallel.together():
-        raise Mistake(f"step {step}: loss {loss}, gradient norm {norm}; the last checkpoint stands. "
+        raise Mistake(f"step {step}: loss {loss}, gradient norm {norm}; what is saved is untouched. "
                       f"Samples: {', '.join(names[:50])}{f' and {len(names) - 50} more' if len(names) > 50 else ''}")
 
 

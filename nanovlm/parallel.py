@@ -44,10 +44,10 @@ def start(device):
 
 
 def wrap(model):
-    """A module whose gradients are averaged over ranks; calling it is calling the model. Its buffers are constants and need no broadcast."""
+    """A module whose gradients are averaged over ranks; calling it is calling the model."""
     if not dist.is_initialized():
         return model
-    return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+    return DistributedDataParallel(model, gradient_as_bucket_view=True)
 
 
 def no_sync(wrapped, last):

@@ -17,7 +17,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from . import Mistake
+from . import Mistake, huggingface
+from .huggingface import read_json
 from .model import VLM
 from .tokenizer import Tokenizer
 
@@ -67,15 +68,6 @@ def read_tensors(path):
         raise Mistake(f"{path} is broken or cut short ({os.path.getsize(path)} bytes): {error}") from None
 
 
-def read_json(path):
-    try:
-        return json.loads(Path(path).read_text())
-    except FileNotFoundError:
-        raise Mistake(f"no such file: {path}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise Mistake(f"{path} is not JSON: {error}") from None
-
-
 def parameters(model):
     """Names and tensors as they are saved; a tied head is the embedding and is not saved twice."""
     state = model.state_dict()
@@ -85,28 +77,34 @@ def parameters(model):
 
 
 def put(model, tensors, where):
-    """Copy tensors into the model; every name and shape must match, or a Mistake lists those that do not."""
+    """Make tensors the model's own, without a copy; every name and shape must match, or a Mistake lists those that do not."""
     own = parameters(model)
     wrong = [f"{n} is missing" for n in own if n not in tensors] + [f"{n} is not used" for n in tensors if n not in own]
     wrong += [f"{n} is {list(tensors[n].shape)}, the model wants {list(t.shape)}" for n, t in own.items()
               if n in tensors and tensors[n].shape != t.shape]
     if wrong:
         raise Mistake(f"{where}: {'; '.join(wrong[:10])}{f' and {len(wrong) - 10} more' if len(wrong) > 10 else ''}")
-    with torch.no_grad():
-        for name, tensor in own.items():
-            tensor.copy_(tensors[name])
+    if "decoder.head.weight" not in own:
+        tensors = tensors | {"decoder.head.weight": tensors["decoder.embed.weight"]}
+    model.load_state_dict(tensors, assign=True)
+    if "decoder.head.weight" not in own:
+        model.decoder.head.weight = model.decoder.embed.weight
 
 
-def load(folder, device="cpu"):
-    """The newest Checkpoint in a folder, its model in eval mode on `device`."""
+def load(folder, device="cpu", dtype=torch.float32):
+    """The newest Checkpoint in a folder, its model in eval mode on `device`; dtype: of all its parameters, None for as they were saved."""
     folder = newest(folder)
     meta = read_json(folder / "nanovlm.json")
     if meta.get("version") != VERSION:
         raise Mistake(f"{folder}: written in format {meta.get('version')}, this reads {VERSION}")
     if missing := [name for name in CARRIED if name not in meta]:
         raise Mistake(f"{folder / 'nanovlm.json'} does not say its {', '.join(missing)}")
-    model = build(meta["shapes"], meta["policy"])
-    put(model, read_tensors(folder / "model.safetensors"), folder / "model.safetensors")
+    with torch.device("meta"):
+        model = build(meta["shapes"], meta["policy"])
+    tensors = read_tensors(folder / "model.safetensors")
+    if dtype is not None:  # else they stay in the file until they are used
+        tensors = {name: tensor.to(dtype, copy=True) for name, tensor in tensors.items()}
+    put(model, tensors, folder / "model.safetensors")
     card = {**meta["card"], "folder": str(folder)}  # where it was read from, which is not written again
     return Checkpoint(model.to(device).eval(), Tokenizer.load(folder), meta["shapes"], meta["policy"], meta["template"], card)
 
@@ -136,8 +134,10 @@ def save(checkpoint, folder, training=None, tensors=None):
         if training is not None:
             write_tensors(tensors, tmp / "training.safetensors")
             (tmp / "training.json").write_text(json.dumps(training, indent=1))
-        for path in [*tmp.iterdir(), tmp]:
+        for path in tmp.iterdir():
+            shutil.copymode(tmp / "nanovlm.json", path)  # safetensors hides its files from everyone else
             sync(path)
+        sync(tmp)
         if folder.exists():
             os.rename(folder, old)
         os.rename(tmp, folder)
@@ -186,12 +186,68 @@ def put_optimizer(model, optimizer, tensors, where):
         optimizer.state[p] = {kind: value.to(p.device) for kind, value in found[name].items()}
 
 
+def eye(name, **how):
+    """The eye of a checkpoint of ours, or of a public model's folder with `how`, the choices of huggingface.eye."""
+    return part(name, huggingface.eye, how)
+
+
+def brain(name, **how):
+    """The brain, tokenizer and template of a checkpoint of ours, or of a public model's folder with `how`, the choices of huggingface.brain."""
+    return part(name, huggingface.brain, how)
+
+
+def part(name, public, how):
+    if not ((Path(name) / "nanovlm.json").is_file() or steps(name)):
+        return public(name, **how)
+    for setting, value in how.items():
+        raise Mistake(f"--{setting}={value} is for a public model's folder; {name} has settled it")
+    return load(name)
+
+
 def stitch(vision, decoder, seed):
-    """An eye from one Checkpoint, a brain, tokenizer and template from another, and a fresh projector between them; no other number changes."""
+    """An eye and a brain, each from a Checkpoint or a Part, the brain's tokenizer and template, and a fresh projector; no other number changes."""
     shapes = {"vision": vision.shapes["vision"], "decoder": decoder.shapes["decoder"], "shuffle": vision.shapes["shuffle"]}
     torch.manual_seed(seed)
-    model = build(shapes, vision.policy)
-    model.vision.load_state_dict(vision.model.vision.state_dict())
-    model.decoder.load_state_dict(decoder.model.decoder.state_dict())
+    model = build(shapes | {"decoder": shapes["decoder"] | {"layers": 0, "vocabulary": 1}}, vision.policy)  # a brain may be too large to have twice
+    model.vision, model.decoder = vision.model.vision, decoder.model.decoder
     card = {"vision": vision.card["folder"], "decoder": decoder.card["folder"], "projector": f"fresh, seed {seed}"}
     return Checkpoint(model.eval(), decoder.tokenizer, shapes, vision.policy, decoder.template, card)
+
+
+@torch.no_grad()
+def alone(vision, decoder):
+    """What an eye sees by itself in a picture of noise, and the logits of a brain by itself over eight tokens: (features_NPD, logits_BTV)."""
+    tiles_NCYX, ids_BT, positions_BT = one_input(vision.policy, decoder.shapes)
+    mean_C11, std_C11 = (torch.tensor(vision.policy[name]).view(3, 1, 1) for name in ("mean", "std"))
+    eye, brain = vision.model.vision, decoder.model.decoder
+    normal_NCYX = ((tiles_NCYX.float() / 255 - mean_C11) / std_C11).to(eye.patches.weight.dtype)
+    return eye(normal_NCYX), brain.head(brain(brain.embed(ids_BT), positions_BT))
+
+
+@torch.no_grad()
+def together(checkpoint):
+    """The same of a whole model: the features that reach its projector, and its logits."""
+    tiles_NCYX, ids_BT, positions_BT = one_input(checkpoint.policy, checkpoint.shapes)
+    vlm, features = checkpoint.model, []
+    hook = vlm.projector.register_forward_pre_hook(lambda _, inputs: features.append(inputs[0]))
+    vlm.see(tiles_NCYX)
+    hook.remove()
+    return features[0], vlm.decoder.head(vlm.decoder(vlm.embed(ids_BT, tiles_NCYX[:0]), positions_BT))
+
+
+def one_input(policy, shapes):
+    tiles_NCYX = torch.randint(256, (1, 3, policy["tile"], policy["tile"]), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    ids_BT = torch.arange(1, 9)[None] * 997 % shapes["decoder"]["vocabulary"]
+    return tiles_NCYX, ids_BT, torch.arange(8)[None]
+
+
+def check_stitch(folder, expected):
+    """Read a stitched checkpoint again; the largest difference from what its parts did alone, or a Mistake if that is more than rounding."""
+    largest = 0.0
+    for what, found, wanted in zip(("the eye's features", "the brain's logits"), together(load(folder, dtype=None)), expected, strict=True):
+        rounding = 1e-4 if wanted.dtype == torch.float32 else 2e-2  # products depend a little on where in memory a file's tensors lie
+        difference = (found.float() - wanted.float()).abs().max().item()
+        if not difference <= rounding * wanted.float().abs().max().item():
+            raise Mistake(f"{folder}: {what} differ by {difference:.2g} from the bare part's")
+        largest = max(largest, difference)
+    return largest

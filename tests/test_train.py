@@ -22,7 +22,7 @@ from nanovlm import IMAGE, UNTRAINED, Mistake, cli, data, tokenizer, watch, weig
 from nanovlm.model import VLM
 
 POLICY = {"tile": 12, "patch": 3, "shuffle": 2, "fit": "squash", "resample": "bicubic", "mean": [0.5] * 3, "std": [0.5] * 3}
-SETTINGS = dict(stage="sft", freeze="none", steps=8, batch=4, micro=2, row=22, lr=1e-2, floor=1e-3, warmup=0.3, save_every=3, validate_every=4,
+SETTINGS = dict(stage="sft", freeze="none", steps=8, batch=5, micro=2, row=22, lr=1e-2, floor=1e-3, warmup=0.3, save_every=3, validate_every=4,
                 log_every=1, device="cpu")
 
 
@@ -49,7 +49,7 @@ def home(tmp_path_factory):
 
 
 def write_set(out, checkpoint, poison=None, held_out=5, count=60):
-    """`count` samples to train on and a few held out: random letters of which the last three are trained, every other sample without a picture."""
+    """`count` samples to train on and a few held out: random letters of which the last three are trained, every third sample with a picture."""
     writer, g = data.Writer(out, fingerprint=checkpoint.fingerprint(), tokens_per_tile=TOKENS, tile=12), np.random.default_rng(1)
     left = {True: held_out, False: count}
     for i in itertools.count():
@@ -59,7 +59,7 @@ def write_set(out, checkpoint, poison=None, held_out=5, count=60):
         if not left[data.held_out(name)]:
             continue
         left[data.held_out(name)] -= 1
-        tiles = [g.integers(256, size=(1, 3, 12, 12), dtype=np.uint8)] * (i % 2)
+        tiles = [g.integers(256, size=(1, 3, 12, 12), dtype=np.uint8)] * (i % 3 == 0)
         letters = g.integers(97, 123, size=g.integers(5, 17)).tolist()
         if not data.held_out(name) and left[False] == 40 and poison:
             letters[0], name = poison, "the poisoned one"
@@ -135,13 +135,13 @@ def test_matrices_decay_vectors_do_not_and_each_part_has_its_rate(vlm):
 
 def test_a_run_is_the_textbook_loop(home):
     """Two steps by hand: mean loss over trained tokens, gradients cut to norm `clip`, AdamW."""
-    chosen = settings(home, "by-hand", steps=2, clip=0.5, decay=0.2, beta1=0.8, beta2=0.9, projector_lr=3e-2, freeze="vision")
+    chosen = settings(home, "by-hand", steps=2, micro=5, clip=0.5, decay=0.2, beta1=0.8, beta2=0.9, projector_lr=3e-2, freeze="vision")
     door.train(**chosen)
     model = weights.load(home / "model").model.train()
     groups = [{"params": [p for p in getattr(model, part).parameters() if (p.dim() > 1) == matrix], "lr": lr, "weight_decay": 0.2 * matrix}
               for part, lr in [("projector", 3e-2), ("decoder", 1e-2)] for matrix in (True, False)]
     optimizer = torch.optim.AdamW(groups, betas=(0.8, 0.9))
-    loader = data.Loader(data.Samples(home / "data"), row=22, batch=4, micro=4, seed=0)
+    loader = data.Loader(data.Samples(home / "data"), row=22, batch=5, micro=5, seed=0)
     model.vision.requires_grad_(False)
     for line, share in zip(log_of(home / "by-hand"), (1, 1), strict=True):  # one step of warm-up, then the top of the cosine
         ((batch, _),) = next(loader)
@@ -154,7 +154,7 @@ def test_a_run_is_the_textbook_loop(home):
         optimizer.step()
         optimizer.zero_grad()
     ours = weights.load(home / "by-hand").model
-    torch.testing.assert_close(dict(ours.named_parameters()), dict(model.named_parameters()), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(dict(ours.named_parameters()), dict(model.named_parameters()), rtol=1e-3, atol=1e-4)  # a step is about 1e-2
 
 
 def peak_bytes(run):
@@ -226,16 +226,16 @@ def test_a_look_shows_the_answer_that_is_right(home, capsys):
 # ---- the same numbers, however the work is cut up ----
 
 def test_accumulated_micro_batches_are_one_batch(home):
-    door.train(**settings(home, "micro-4", micro=4))
+    door.train(**settings(home, "micro-5", micro=5))
     door.train(**settings(home, "micro-1", micro=1))
-    same_run_to_rounding(home / "micro-4", home / "micro-1")
+    same_run_to_rounding(home / "micro-5", home / "micro-1")
 
 
 def test_two_ranks_are_one_even_where_one_of_them_has_no_picture(home):
     """With the eye trained, so that its gradients are waited for."""
     samples = data.Samples(home / "data")
     steps = zip(*(itertools.islice(iter(lambda x=rank: next(x), None), 8) for rank in
-                  (data.Loader(samples, row=22, batch=4, micro=2, seed=0, rank=r, world=2) for r in (0, 1))), strict=True)
+                  (data.Loader(samples, row=22, batch=5, micro=2, seed=0, rank=r, world=2) for r in (0, 1))), strict=True)
     pictures = [[sum(len(batch["tiles_NCYX"]) for batch, _ in batches) for batches in ranks] for ranks in steps]
     assert any(0 in counts and sum(counts) for counts in pictures), "the test wants a step in which one rank alone has pictures"
     two = launch(settings(home, "two"), ranks=2)
@@ -325,7 +325,7 @@ def test_a_loss_that_is_no_number_names_its_step_and_sample_and_changes_nothing(
     weights.save(checkpoint, home / "poisoned")
     write_set(home / "poisoned-data", checkpoint, poison)
     chosen = settings(home, "nan", model=str(home / "poisoned"), data=str(home / "poisoned-data"), steps=40, micro=1, save_every=1, row=21)
-    loader = data.Loader(data.Samples(chosen["data"]), row=21, batch=4, micro=1, seed=0)
+    loader = data.Loader(data.Samples(chosen["data"]), row=21, batch=5, micro=1, seed=0)
     step, row = next((step, names) for step, batches in enumerate(iter(lambda: next(loader), None), 1)
                      for _, names in batches if "the poisoned one" in names)
     assert step > 1
@@ -361,7 +361,7 @@ REFUSED = [
     (dict(model="no/model"), "no such model: no/model"),
     (dict(row=12), r"sample sample-\d+ takes 20 tokens, a row holds --row=12"),
     (dict(resume=True), "--resume=true, but .*refused holds no checkpoint"),
-    (dict(stage=""), "--steps=8, --batch=4.*: without a --stage"),
+    (dict(stage=""), "--steps=8, --batch=5.*: without a --stage"),
 ]
 
 
@@ -374,7 +374,7 @@ def test_nonsense_is_refused_in_one_line_before_anything_is_written(home, wrong,
     assert "\n" not in str(mistake.value) and not (home / "refused").exists()
 
 
-OTHERS = dict(stage="eye", model="elsewhere", steps=9, batch=5, row=23, freeze="vision", lr=2e-2, vision_lr=1e-2, projector_lr=1e-2, decoder_lr=1e-2,
+OTHERS = dict(stage="eye", model="elsewhere", steps=9, batch=6, row=23, freeze="vision", lr=2e-2, vision_lr=1e-2, projector_lr=1e-2, decoder_lr=1e-2,
               floor=2e-3, warmup=0.4, decay=0.2, clip=2.0, beta1=0.8, beta2=0.9, seed=1, dtype="float32")
 
 

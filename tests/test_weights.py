@@ -134,6 +134,7 @@ def test_saving_over_a_checkpoint_replaces_it(words, tmp_path):
     weights.save(new, tmp_path / "a")
     same_tensors(weights.load(tmp_path / "a").model.state_dict(), new.model.state_dict())
     assert [path.name for path in tmp_path.iterdir()] == ["a"] and not (tmp_path / "a" / "training.json").exists()
+    assert len({path.stat().st_mode for path in (tmp_path / "a").iterdir()}) == 1, "whoever may read one file may read all"
 
 
 def step(model, optimizer, seed):
