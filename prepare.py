@@ -123,16 +123,32 @@ def sample(record, number, folder, owner):
 
 
 def stitch(*,
-    vision: str = "",            # a checkpoint to take the eye from
-    decoder: str = "",           # a checkpoint to take the brain, the tokenizer and the template from
-    out: str = "out/stitched",   # where the stitched model goes
-    seed: int = 0,               # of the fresh projector
+    vision: str = "",             # whose eye: a checkpoint, a CLIP, SigLIP or DINOv2 folder, or owner/name as on Hugging Face
+    decoder: str = "",            # whose brain, tokenizer and template: a checkpoint, a Llama or Mistral folder, or owner/name
+    out: str = "out/stitched",    # where the stitched model goes
+    tile: int | None = None,      # pixels across a picture for a public eye; none: its own
+    fit: str | None = None,       # squash, pad or crop, for a public eye; none: what its preprocessor does
+    read: int | None = None,      # a public eye's layer to read un-normed, -2 the last but one; none: CLIP -2, others their normed end
+    shuffle: int | None = None,   # pixel shuffle for a public eye: shuffle² patches become one token; none: 1
+    template: str | None = None,  # how a public brain's conversations become text; none: what its own chat template does
+    seed: int = 0,                # of the fresh projector
 ):
     """Join an eye and a brain by a fresh projector; no number of either changes."""
     if not vision or not decoder:
         raise Mistake("prepare.py stitch needs --vision=DIR and --decoder=DIR")
-    weights.save(weights.stitch(weights.load(vision), weights.load(decoder), seed), out)
+    if fit is not None and fit not in pictures.FITS:
+        raise Mistake(f"--fit={fit} is not known: {', '.join(pictures.FITS)}")
+    if template is not None and template not in chat.TEMPLATES:
+        raise Mistake(f"--template={template} is not known: {', '.join(chat.TEMPLATES)}")
+    choices = {"tile": tile, "fit": fit, "read": read, "shuffle": shuffle}
+    eye = weights.eye(vision, **{name: value for name, value in choices.items() if value is not None})
+    brain = weights.brain(decoder, **{} if template is None else {"template": template})
+    alone = weights.alone(eye, brain)
+    weights.save(weights.stitch(eye, brain, seed), out)
+    del eye, brain  # their files are let go before the new one is read
+    difference = weights.check_stitch(out, alone)
     say(f"{out}: the eye of {vision}, the brain of {decoder}, a projector that knows nothing yet")
+    say(f"read again, it sees in a picture of noise and says over eight tokens what they do alone: the largest difference is {difference:.2g}")
 
 
 if __name__ == "__main__":

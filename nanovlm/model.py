@@ -47,13 +47,13 @@ class VLM(nn.Module):
         self.projector = Projector(vision_width=vision["width"], width=decoder["width"], shuffle=shuffle)
         self.decoder = Decoder(**decoder)
         self.tile = vision["tile"]
-        self.register_buffer("mean_C11", torch.tensor(mean).view(3, 1, 1), persistent=False)
-        self.register_buffer("std_C11", torch.tensor(std).view(3, 1, 1), persistent=False)
+        self.register_buffer("mean_C11", torch.tensor(mean, device="cpu").view(3, 1, 1), persistent=False)
+        self.register_buffer("std_C11", torch.tensor(std, device="cpu").view(3, 1, 1), persistent=False)
 
     def see(self, tiles_NCYX):
         """uint8 (N, C, Y, X) -> what the brain reads of each tile, (N, tokens a tile, D)."""
-        dtype = self.vision.patches.weight.dtype
-        return self.projector(self.vision(((tiles_NCYX.float() / 255 - self.mean_C11) / self.std_C11).to(dtype)))
+        eye, projector = self.vision.patches.weight.dtype, self.projector.up.weight.dtype  # public parts come in dtypes of their own
+        return self.projector(self.vision(((tiles_NCYX.float() / 255 - self.mean_C11) / self.std_C11).to(eye)).to(projector))
 
     def embed(self, ids_BT, tiles_NCYX):
         """Embeddings of the words with the pictures' features spliced in where the ids say IMAGE, in order."""

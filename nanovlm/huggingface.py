@@ -1,0 +1,446 @@
+"""Public models, as their owners publish them: an eye or a brain out of a Hugging Face folder.
+
+    config.json                its numbers; a field that would change the result and that we do not compute is refused by its name
+    *.safetensors              its weights, in one file or in shards that an index lists; else pytorch_model.bin, read as plain tensors only
+    preprocessor_config.json   how an eye wants its pictures
+    tokenizer.*, tekken.json   how a brain cuts its text; its chat template is recognised by what it writes, never by the folder's name
+
+Tensors stay in their files (mmap) and in their dtype until they are used, so that a part is in memory once. Names are translated by one table,
+which export reads too.
+"""
+import hashlib
+import json
+import math
+import os
+import pickle
+import re
+import zipfile
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import jinja2
+import jinja2.ext
+import jinja2.sandbox  # comes with torch
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from . import Mistake, chat
+from .decoder import Decoder
+from .tokenizer import Tokenizer
+from .vision import Vision
+
+# ---- names: ours to theirs; * is the number of a layer. A name of a module stands for its weight and bias ----
+CLIP = {
+    "class_token": "embeddings.class_embedding", "patches": "embeddings.patch_embedding", "positions": "embeddings.position_embedding.weight",
+    "pre_norm": "pre_layrnorm", "post_norm": "post_layernorm",
+    "layers.*.attention_norm": "encoder.layers.*.layer_norm1", "layers.*.mlp_norm": "encoder.layers.*.layer_norm2",
+    "layers.*.query": "encoder.layers.*.self_attn.q_proj", "layers.*.key": "encoder.layers.*.self_attn.k_proj",
+    "layers.*.value": "encoder.layers.*.self_attn.v_proj", "layers.*.out": "encoder.layers.*.self_attn.out_proj",
+    "layers.*.up": "encoder.layers.*.mlp.fc1", "layers.*.down": "encoder.layers.*.mlp.fc2",
+}
+DINOV2 = {
+    "class_token": "embeddings.cls_token", "patches": "embeddings.patch_embeddings.projection", "positions": "embeddings.position_embeddings",
+    "post_norm": "layernorm", "layers.*.attention_norm": "encoder.layer.*.norm1", "layers.*.mlp_norm": "encoder.layer.*.norm2",
+    "layers.*.query": "encoder.layer.*.attention.attention.query", "layers.*.key": "encoder.layer.*.attention.attention.key",
+    "layers.*.value": "encoder.layer.*.attention.attention.value", "layers.*.out": "encoder.layer.*.attention.output.dense",
+    "layers.*.attention_scale": "encoder.layer.*.layer_scale1.lambda1", "layers.*.mlp_scale": "encoder.layer.*.layer_scale2.lambda1",
+    "layers.*.up": "encoder.layer.*.mlp.fc1", "layers.*.down": "encoder.layer.*.mlp.fc2",
+}
+LLAMA = {
+    "embed": "model.embed_tokens", "norm": "model.norm", "head": "lm_head",
+    "layers.*.attention_norm": "model.layers.*.input_layernorm", "layers.*.mlp_norm": "model.layers.*.post_attention_layernorm",
+    "layers.*.query": "model.layers.*.self_attn.q_proj", "layers.*.key": "model.layers.*.self_attn.k_proj",
+    "layers.*.value": "model.layers.*.self_attn.v_proj", "layers.*.out": "model.layers.*.self_attn.o_proj",
+    "layers.*.gate": "model.layers.*.mlp.gate_proj", "layers.*.up": "model.layers.*.mlp.up_proj", "layers.*.down": "model.layers.*.mlp.down_proj",
+}
+# What stands in front of those names where the part belongs to something larger, in the spellings of transformers 4 and 5.
+EYE_WRAPPED = [(r"^(model\.)?(vision_tower\.)?(vision_model\.|dinov2\.)?", "")]
+BRAIN_WRAPPED = [(r"^(model\.)?language_model\.(model\.)?(?!lm_head)", "model."), (r"^language_model\.(?=lm_head)", "")]
+# What a folder may hold that a part does not read: the other parts, heads for other tasks, tables that are computed.
+EYE_UNREAD = (r"text_model\.|(text|visual)_projection\.|logit_(scale|bias)$|head\.|classifier\.|embeddings\.(position_ids|mask_token)$|"
+              r"multi_modal_projector\.|language_model\.|lm_head\.|image_newline$")
+BRAIN_UNREAD = r".*rotary_emb\.inv_freq$|(model\.)?(vision_tower|vision_model|multi_modal_projector)\.|(model\.)?image_newline$"
+
+
+def theirs(name, table):
+    """Their name of our parameter: "layers.3.query.weight" -> "model.layers.3.self_attn.q_proj.weight"."""
+    key, number = re.sub(r"\.\d+\.", ".*.", name), re.search(r"\.(\d+)\.", name)
+    module, _, kind = key.rpartition(".")
+    found = table[key] if key in table else f"{table[module]}.{kind}"
+    return found.replace("*", number[1]) if number else found
+
+
+# ---- config.json: what transformers assumes where a folder is silent, and the fields that must say what we compute ----
+DEFAULTS = {
+    "clip_vision_model": dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, image_size=224, patch_size=32,
+                              hidden_act="quick_gelu", layer_norm_eps=1e-5),
+    "siglip_vision_model": dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, image_size=224, patch_size=16,
+                                hidden_act="gelu_pytorch_tanh", layer_norm_eps=1e-6),
+    "dinov2": dict(hidden_size=768, mlp_ratio=4, num_hidden_layers=12, num_attention_heads=12, image_size=224, patch_size=14, hidden_act="gelu",
+                   layer_norm_eps=1e-6),
+    "llama": dict(vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=None,
+                  head_dim=None, rms_norm_eps=1e-6, tie_word_embeddings=False, max_position_embeddings=2048, sliding_window=None),
+    "mistral": dict(vocab_size=32000, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,
+                    head_dim=None, rms_norm_eps=1e-6, tie_word_embeddings=False, max_position_embeddings=131072, sliding_window=4096),
+}
+DEFAULTS["ministral"] = DEFAULTS["mistral"]
+EYES, BRAINS = ("clip_vision_model", "siglip_vision_model", "dinov2"), ("llama", "mistral", "ministral")
+EYE_MUST = dict(num_channels=3, qkv_bias=True, use_swiglu_ffn=False, num_register_tokens=0, apply_layernorm=True, head_dim=None, auto_map=None,
+                quantization_config=None)
+BRAIN_MUST = dict(
+    hidden_act="silu", hidden_activation="silu", attention_bias=False, mlp_bias=False, qkv_bias=False, use_qkv_bias=False, use_bias=False,
+    use_qk_norm=False, qk_norm=False, qk_layernorm=False, attention_multiplier=None, embedding_multiplier=1.0, residual_multiplier=1.0,
+    logits_scaling=1.0, logit_scale=1.0, final_logit_softcapping=None, attn_logit_softcapping=None, query_pre_attn_scalar=None, clip_qkv=None,
+    partial_rotary_factor=1.0, rope_interleaved=False, no_rope_layers=None, attention_chunk_size=None, attn_temperature_tuning=False,
+    num_local_experts=None, use_parallel_residual=False, add_cross_attention=False, auto_map=None, quantization_config=None,
+)
+PICTURE_MUST = dict(do_resize=True, do_rescale=True, do_normalize=True, do_pad=False, do_image_splitting=False)
+ACTIVATION = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
+ROPE = {  # what each kind of stretching needs, and what it may leave out
+    "default": {}, "linear": dict(factor=...),
+    "llama3": dict(factor=..., low_freq_factor=..., high_freq_factor=..., original_max_position_embeddings=None),
+    "yarn": dict(factor=..., beta_fast=32, beta_slow=1, truncate=True, attention_factor=None, mscale=None, mscale_all_dim=None,
+                 original_max_position_embeddings=None),
+}
+
+
+def read_json(path):
+    try:
+        return json.loads(Path(path).read_text())
+    except FileNotFoundError:
+        raise Mistake(f"no such file: {path}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise Mistake(f"{path} is not JSON: {error}") from None
+
+
+def insist(config, must, where):
+    """Raise Mistake where a field says something else than what is computed here; null says nothing."""
+    for field, value in must.items():
+        if config.get(field) not in (None, value):
+            raise Mistake(f"{where}: {field} {config[field]} is not known here{'' if value is None else f', only {value}'}")
+
+
+def section(config, inner, kinds, where):
+    """The part of a config that describes an eye or a brain, with what transformers would assume filled in."""
+    if config.get("model_type") not in kinds and isinstance(config.get(inner), dict):
+        outer = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}.get(config["model_type"])
+        given = {"model_type": outer} | config[inner]
+        if older := config.get(f"{inner}_dict"):  # CLIP's first spelling, which transformers puts above the second
+            given |= DEFAULTS.get(given["model_type"], {}) | older
+        config = given
+    kind = config.get("model_type")
+    if kind not in kinds:
+        raise Mistake(f"{where}: a model of type {kind} is not known here, only {', '.join(kinds)}")
+    return {**DEFAULTS[kind], **config}
+
+
+def eye_shapes(config, tile, read, where):
+    """The arguments of Vision for an eye of its own tile size unless `tile` says another, and its own layer unless `read` does."""
+    kind, layers, patch = config["model_type"], config["num_hidden_layers"], config["patch_size"]
+    insist(config, EYE_MUST, where)
+    if config["hidden_act"] not in ACTIVATION:
+        raise Mistake(f"{where}: hidden_act {config['hidden_act']} is not known here, only {', '.join(ACTIVATION)}")
+    if not isinstance(patch, int) or tile < patch:
+        raise Mistake(f"{where}: a tile of {tile} pixels and patches of {patch} do not go together")
+    if read is not None and not -layers <= read <= layers or read == 0:
+        raise Mistake(f"--read={read} is not among the {layers} layers of {where}")
+    own = {"clip_vision_model": dict(class_token=True, pre_norm=True, patch_bias=False), "siglip_vision_model": {},
+           "dinov2": dict(class_token=True, layer_scale=True)}[kind]
+    clip = kind == "clip_vision_model"  # LLaVA's choice for CLIP; the others are read at their normed end
+    return dict(tile=tile, patch=patch, width=config["hidden_size"], layers=layers, heads=config["num_attention_heads"],
+                ffn=config.get("intermediate_size") or int(config["hidden_size"] * config["mlp_ratio"]), activation=ACTIVATION[config["hidden_act"]],
+                eps=config["layer_norm_eps"], read=read or (-2 if clip else -1), post_norm=not clip and read is None, **own)
+
+
+def rope(config, where):
+    """(theta, scaling): the arguments of Decoder, from rope_parameters (transformers 5) or rope_theta and rope_scaling (4)."""
+    given = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    theta, kind = given.pop("rope_theta", config.get("rope_theta")) or 10000.0, given.pop("rope_type", given.get("type", "default"))
+    given.pop("type", None)
+    insist(given, dict(partial_rotary_factor=1.0), where)
+    given.pop("partial_rotary_factor", None)
+    if kind not in ROPE:
+        raise Mistake(f"{where}: RoPE of type {kind} is not known here, only {', '.join(ROPE)}")
+    if odd := given.keys() - ROPE[kind].keys():
+        raise Mistake(f"{where}: RoPE of type {kind} is not known to have {', '.join(sorted(odd))}")
+    if absent := [name for name, value in ROPE[kind].items() if value is ... and given.get(name) is None]:
+        raise Mistake(f"{where}: RoPE of type {kind} needs {', '.join(absent)}")
+    if kind == "default":
+        return theta, None
+    scaling = {"rope_type": kind, **ROPE[kind], **{name: value for name, value in given.items() if value is not None}}
+    if kind != "linear":
+        scaling["original_max_position_embeddings"] = (config.get("original_max_position_embeddings") or scaling["original_max_position_embeddings"]
+                                                       or config["max_position_embeddings"])
+    if kind == "yarn":
+        growth, over, under = (0.1 * (m or 1) * math.log(max(scaling["factor"], 1)) + 1 for m in (1, scaling["mscale"], scaling["mscale_all_dim"]))
+        scaling["attention_factor"] = scaling["attention_factor"] or (over / under if scaling["mscale"] and scaling["mscale_all_dim"] else growth)
+    return theta, scaling
+
+
+def brain_shapes(config, where):
+    """The arguments of Decoder."""
+    insist(config, BRAIN_MUST, where)
+    theta, scaling = rope(config, where)
+    layers, window = config["num_hidden_layers"], config["sliding_window"]
+    kinds = config.get("layer_types") or ["full_attention" if window is None else "sliding_attention"] * layers
+    if len(kinds) != layers or set(kinds) - {"full_attention", "sliding_attention"} or (window is None and "sliding_attention" in kinds):
+        raise Mistake(f"{where}: layer_types {kinds} do not fit {layers} layers with a sliding_window of {window}")
+    windows = [window if kind == "sliding_attention" else None for kind in kinds]
+    return dict(vocabulary=config["vocab_size"], width=config["hidden_size"], layers=layers, heads=config["num_attention_heads"],
+                kv_heads=config["num_key_value_heads"] or config["num_attention_heads"], ffn=config["intermediate_size"],
+                head_size=config["head_dim"] or config["hidden_size"] // config["num_attention_heads"], theta=theta, scaling=scaling,
+                eps=config["rms_norm_eps"], window=windows[0] if len(set(windows)) == 1 else windows, tied=config["tie_word_embeddings"])
+
+
+# ---- files ----
+def find(name):
+    """The folder of a public model: the one that is named, or the one that the Hugging Face cache holds of owner/name; fetched if it can be."""
+    if Path(name).is_dir():
+        if not (Path(name) / "config.json").is_file():
+            raise Mistake(f"{name} holds neither a nanovlm checkpoint nor a config.json")
+        return Path(name)
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise Mistake(f"no such folder: {name}")
+    home = os.environ.get("HF_HOME") or "~/.cache/huggingface"
+    cache = Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub").expanduser() / f"models--{name.replace('/', '--')}"
+    main = cache / "refs" / "main"
+    if main.is_file() and (cache / "snapshots" / main.read_text().strip() / "config.json").is_file():
+        return cache / "snapshots" / main.read_text().strip()
+    try:
+        import huggingface_hub
+    except ImportError:
+        raise Mistake(f"{name} is neither a folder nor in {cache.parent}; to fetch it: "
+                      f"pip install huggingface_hub && hf download {name} --exclude 'consolidated*'") from None
+    return fetch(name, huggingface_hub)
+
+
+def fetch(name, hub):
+    """Download what we read of owner/name: of its weights only one spelling."""
+    try:
+        files = hub.list_repo_files(name)
+        kind = ".safetensors" if any(f.endswith(".safetensors") for f in files) else ".bin"
+        wanted = [f for f in files if f.endswith((".json", ".model", ".jinja", "README.md", kind)) and "/" not in f and "consolidated" not in f]
+        return Path(hub.snapshot_download(name, allow_patterns=wanted))
+    except Exception as error:  # of whatever kind: the network's, the hub's, a licence not yet agreed to
+        raise Mistake(f"{name} is no folder here and could not be fetched: {type(error).__name__} {' '.join(str(error).split())[:200]}") from None
+
+
+def weight_files(folder):
+    """The files of a folder that hold its weights, as transformers chooses among them; consolidated.safetensors is another format."""
+    for single in ("model.safetensors", "pytorch_model.bin"):
+        if (folder / single).is_file():
+            return [folder / single]
+        index = folder / f"{single}.index.json"
+        if not index.is_file():
+            continue
+        names = sorted(set(read_json(index)["weight_map"].values()))
+        for name in names:
+            if Path(name).name != name or not (folder / name).is_file():
+                raise Mistake(f"{index} names {name}, which is not in the folder")
+        return [folder / name for name in names]
+    raise Mistake(f"{folder} holds neither model.safetensors nor pytorch_model.bin, whole or in shards with an index")
+
+
+def read_tensors(path):
+    """{name: tensor} of a weights file, left in the file until they are used. Only tensors are ever unpickled."""
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        reason = str(error).split("\n")[0]
+        raise Mistake(f"{path} is broken, cut short ({os.path.getsize(path):,} bytes) or holds more than tensors: {reason}") from None
+
+
+def read_weights(files, wrapped):
+    """{plain name: (tensor, file)} of all files."""
+    found = {}
+    for path in files:
+        for name, tensor in read_tensors(path).items():
+            for pattern, plain in wrapped:
+                name = re.sub(pattern, plain, name)
+            if name in found:
+                raise Mistake(f"{name} is both in {found[name][1]} and in {path}")
+            found[name] = tensor, path
+    return found
+
+
+def take(module, table, found, unread, where):
+    """Put tensors into a module built on the meta device, without a copy. Every name and shape must match, or one Mistake lists those that do not."""
+    own = {theirs(name, table): (name, tensor.shape) for name, tensor in module.state_dict().items()}
+    wrong = [f"{name} is missing" for name in own if name not in found]
+    wrong += [f"{name} is not used" for name in found if name not in own and not re.match(unread, name)]
+    taken = {}
+    for theirname, (name, shape) in own.items():
+        tensor, path = found.get(theirname, (None, None))
+        if tensor is None:
+            continue
+        while tensor.dim() > len(shape) and len(tensor) == 1:  # DINOv2 keeps a dimension for the batch
+            tensor = tensor[0]
+        if tensor.shape != shape:
+            wrong.append(f"{theirname} is {list(tensor.shape)}, its config says {list(shape)}")
+        elif not all(math.isfinite(x) for x in tensor.aminmax()):
+            wrong.append(f"{theirname} in {path.name} holds a number that is not finite")
+        taken[name] = tensor
+    if wrong:
+        raise Mistake(f"{where}: {'; '.join(wrong[:10])}{f' and {len(wrong) - 10} more' if len(wrong) > 10 else ''}")
+    module.load_state_dict(taken, assign=True)
+    return module.eval()
+
+
+# ---- the parts ----
+class Part(NamedTuple):
+    """What an eye or a brain alone can fill of a Checkpoint."""
+
+    model: SimpleNamespace  # .vision or .decoder
+    shapes: dict
+    card: dict
+    policy: dict | None = None
+    tokenizer: Tokenizer | None = None
+    template: str | None = None
+
+
+def origin(name, folder, files):
+    """Where a part came from: name, licence if its README states one, and the sha256 of each of its weight files."""
+    card = {"from": str(name), "files": {}}
+    if folder.parent.name == "snapshots":
+        card["revision"] = folder.name
+    front = re.match(r"---\n(.*?)\n---", (folder / "README.md").read_text(errors="replace"), re.S) if (folder / "README.md").is_file() else None
+    if front and (licence := re.search(r"^license: *(\S+)", front[1], re.M)):
+        card["licence"] = licence[1]
+    for path in files:
+        with open(path, "rb") as file:
+            card["files"][path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"folder": card}
+
+
+def picture_policy(folder, tile, fit, own_size):
+    """How the folder's own preprocessor treats a picture, as images.py says it; tile and fit override it."""
+    path = next((p for p in (folder / "preprocessor_config.json", folder / "processor_config.json") if p.is_file()), None)
+    if path is None:
+        raise Mistake(f"{folder} holds no preprocessor_config.json: how its eye wants pictures is not known")
+    config = read_json(path)
+    config = config.get("image_processor", config)
+    insist(config, PICTURE_MUST, path)
+    resample, rescale = {2: "bilinear", 3: "bicubic"}.get(config.get("resample", 3)), config.get("rescale_factor", 1 / 255)
+    if resample is None or abs(rescale * 255 - 1) > 1e-6:
+        raise Mistake(f"{path}: resample {config.get('resample')} or rescale_factor {rescale} is not known here, only 2 or 3, and 1/255")
+    if missing := {"image_mean", "image_std"} - config.keys():
+        raise Mistake(f"{path} does not say its {', '.join(sorted(missing))}")
+    size, crop = config.get("size", own_size), config.get("do_center_crop", False)
+    size = config.get("crop_size", size) if crop else size
+    edges = {size} if isinstance(size, int) else set(size.values())
+    if tile is None and len(edges) != 1:
+        raise Mistake(f"{path}: pictures of {size} are not square: say --tile")
+    return {"tile": tile or edges.pop(), "fit": fit or ("crop" if crop else "squash"), "resample": resample,
+            "mean": config["image_mean"], "std": config["image_std"]}
+
+
+def resize_positions(positions_PD, side, leading):
+    """The embeddings of a square grid of places, made into side × side by the bicubic filter that transformers uses; `leading` ones stay."""
+    grid_PD = positions_PD[leading:]
+    old = math.isqrt(len(grid_PD))
+    grid_1DYX = grid_PD.float().T.unflatten(1, (old, old))[None]
+    new_PD = F.interpolate(grid_1DYX, size=(side, side), mode="bicubic", align_corners=False)[0].flatten(1).T
+    return torch.cat([positions_PD[:leading], new_PD.to(positions_PD.dtype)])
+
+
+def eye(name, *, tile=None, fit=None, read=None, shuffle=1):
+    """The eye of a CLIP, SigLIP or DINOv2 folder. tile: pixels, other than its own; fit: as images.py; read: a layer's output, un-normed."""
+    folder = find(name)
+    where, files = folder / "config.json", weight_files(folder)
+    config = section(read_json(where), "vision_config", EYES, where)
+    size, patch = config["image_size"], config["patch_size"]
+    policy = picture_policy(folder, tile, fit, size)
+    shapes = eye_shapes(config, policy["tile"], read, where)
+    side = policy["tile"] // patch
+    if side % shuffle:
+        raise Mistake(f"--shuffle={shuffle} does not divide the {side} patches across a tile of {policy['tile']} pixels")
+    policy = {**policy, "patch": patch, "shuffle": shuffle}
+    table, found = DINOV2 if config["model_type"] == "dinov2" else CLIP, read_weights(files, EYE_WRAPPED)
+    places = theirs("positions", table)
+    if side != size // patch and places in found:
+        tensor, path = found[places]
+        found[places] = resize_positions(tensor.flatten(0, -2), side, int("class_token" in shapes)), path
+    with torch.device("meta"):
+        whole, vision = Vision(**shapes | {"read": -1, "post_norm": True}), Vision(**shapes)
+    spare = [re.escape(theirs(n, table)) for n in whole.state_dict().keys() - vision.state_dict().keys()]  # of the layers after the one read
+    take(vision, table, found, "|".join([EYE_UNREAD, *spare]), folder)
+    return Part(SimpleNamespace(vision=vision), {"vision": shapes, "shuffle": shuffle}, origin(name, folder, files), policy=policy)
+
+
+def brain(name, *, template=None):
+    """The brain of a Llama or Mistral folder with its tokenizer. template: a name of chat.TEMPLATES, where the folder's own is not known."""
+    folder = find(name)
+    where, files = folder / "config.json", weight_files(folder)
+    shapes = brain_shapes(section(read_json(where), "text_config", BRAINS, where), where)
+    template, tokenizer = template or recognise(folder), Tokenizer.load(folder)
+    if tokenizer.vocab_size > shapes["vocabulary"]:
+        raise Mistake(f"{folder}: its tokenizer knows {tokenizer.vocab_size:,} tokens, its vocab_size is {shapes['vocabulary']:,}")
+    found = read_weights(files, BRAIN_WRAPPED)
+    if shapes["tied"] and "model.embed_tokens.weight" in found:
+        embed = found["model.embed_tokens.weight"]
+        if not torch.equal(found.setdefault("lm_head.weight", embed)[0], embed[0]):
+            raise Mistake(f"{folder}: tie_word_embeddings is true, but lm_head.weight is not embed_tokens.weight")
+    with torch.device("meta"):
+        decoder = Decoder(**shapes)
+    take(decoder, LLAMA, found, BRAIN_UNREAD, folder)
+    if shapes["tied"]:
+        decoder.head.weight = decoder.embed.weight
+    return Part(SimpleNamespace(decoder=decoder), {"decoder": shapes}, origin(name, folder, files), tokenizer=tokenizer, template=template)
+
+
+# ---- the chat template ----
+PROBES = [  # conversations that any two templates write differently
+    [("user", "Hello"), ("assistant", "Hi"), ("user", "Bye")], [("user", "Hello")],
+    [("system", "Be kind."), ("user", "Hello")],
+]
+
+
+def their_template(folder):
+    """(Jinja text, {bos_token, eos_token}) of a folder, or (None, …); transformers has written it into three files over the years."""
+    config = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
+    tokens = {name: value["content"] if isinstance(value, dict) else value
+              for name in ("bos_token", "eos_token") if (value := config.get(name)) is not None}
+    text = config.get("chat_template")
+    if (folder / "chat_template.json").is_file():
+        text = read_json(folder / "chat_template.json").get("chat_template", text)
+    if (folder / "chat_template.jinja").is_file():
+        text = (folder / "chat_template.jinja").read_text()
+    if isinstance(text, list):  # several, by name
+        text = {one["name"]: one["template"] for one in text}.get("default")
+    return text, tokens
+
+
+def rendered(text, tokens, turns):
+    """What a Jinja template writes of a conversation that waits for an answer; None if it refuses it."""
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols])
+
+    def raise_exception(message):
+        raise jinja2.TemplateError(message)
+
+    messages = [{"role": role, "content": said} for role, said in turns]
+    try:
+        return environment.from_string(text).render(messages=messages, add_generation_prompt=True, raise_exception=raise_exception, **tokens)
+    except (jinja2.TemplateError, TypeError):
+        return None
+
+
+def recognise(folder):
+    """The name of the template of ours that writes what the folder's own writes, over every probe that its own accepts."""
+    text, tokens = their_template(folder)
+    choices = f"say which it is by --template: {', '.join(chat.TEMPLATES)}"
+    if text is None:
+        raise Mistake(f"{folder} states no chat template; {choices}")
+    answers = {i: said for i, turns in enumerate(PROBES) if (said := rendered(text, tokens, turns)) is not None}
+    for name in chat.TEMPLATES:
+        if answers and all(written(PROBES[i], name) == said for i, said in answers.items()):
+            return name
+    raise Mistake(f"{folder}: its chat template writes {answers.get(0)!r}, as none of ours does; {choices}")
+
+
+def written(turns, template):
+    return "".join(text for text, _, _ in chat.pieces(turns, template))
