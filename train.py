@@ -64,30 +64,30 @@ def resolve(typed, world):
     run = SimpleNamespace(**typed | {name: value for name, value in preset.items() if typed[name] in (None, "")})
     frozen = [part.strip() for part in run.freeze.split(",")] if run.freeze != "none" else []
     if unknown := [part for part in frozen if part not in PARTS]:
-        raise Mistake(f"--freeze={run.freeze}: {unknown[0]!r} is none of {', '.join(PARTS)}, nor is it all of none")
+        raise Mistake(f"--freeze={run.freeze}: {unknown[0]!r} is none of {', '.join(PARTS)}")
     if not (trained := [part for part in PARTS if part not in frozen]):
         raise Mistake(f"--freeze={run.freeze} leaves nothing to train")
-    own = {part: getattr(run, f"{part}_lr") for part in PARTS}
-    check(run, {f"{part}_lr": own[part] for part in frozen if own[part] is not None})
-    if run.batch < world:
-        raise Mistake(f"--batch={run.batch} leaves some of {world} ranks without a row")
-    run.rates = {part: run.lr if own[part] is None else own[part] for part in trained}
+    check(run, world, idle=[f"{part}_lr" for part in frozen])
+    own = {part: getattr(run, f"{part}_lr") for part in trained}
+    run.rates = {part: run.lr if rate is None else rate for part, rate in own.items()}
     run.micro = min(run.micro, -(-run.batch // world))
     return run
 
 
-def check(run, idle):
-    """One Mistake that names every setting out of its range; idle: {name: value} of rates for parts that stand still."""
-    value = vars(run)
-    wrong = [f"--{name}={value[name]} must be at least 1"
-             for name in ("steps", "batch", "micro", "row", "save_every", "validate_every", "log_every") if value[name] < 1]
-    wrong += [f"--{name}={value[name]} must be above 0" for name in ("lr", "vision_lr", "projector_lr", "decoder_lr", "clip")
-              if value[name] is not None and value[name] <= 0]
-    wrong += [f"--{name}={value[name]} must be at least 0 and below 1" for name in ("warmup", "beta1", "beta2") if not 0 <= value[name] < 1]
-    wrong += [f"--floor={run.floor} must be between 0 and --lr={run.lr}"] if not 0 <= run.floor <= run.lr else []
-    wrong += [f"--decay={run.decay} must be at least 0"] if run.decay < 0 else []
-    wrong += [f"--dtype={run.dtype} is none of auto, float32, bfloat16"] if run.dtype not in ("auto", "float32", "bfloat16") else []
-    wrong += [f"--{name}={rate} is for a part that --freeze={run.freeze} holds still" for name, rate in idle.items()]
+def check(run, world, idle):
+    """One Mistake that names every setting out of its range; idle: the rates of parts that stand still, which nobody may set."""
+    rules = [
+        ("must be at least 1", lambda x: x >= 1, ("steps", "micro", "row", "save_every", "validate_every", "log_every")),
+        (f"must be at least {world}, a row for each rank", lambda x: x >= world, ("batch",)),
+        ("must be above 0", lambda x: x > 0, ("lr", "vision_lr", "projector_lr", "decoder_lr", "clip")),
+        (f"must be between 0 and --lr={run.lr}", lambda x: 0 <= x <= run.lr, ("floor",)),
+        ("must be at least 0", lambda x: x >= 0, ("decay", "seed")),
+        ("must be at least 0 and below 1", lambda x: 0 <= x < 1, ("warmup", "beta1", "beta2")),
+        ("is none of auto, float32, bfloat16", lambda x: x in ("auto", "float32", "bfloat16"), ("dtype",)),
+        (f"is for a part that --freeze={run.freeze} holds still", lambda x: False, idle),
+    ]
+    values = {name: value for name, value in vars(run).items() if value is not None}
+    wrong = [f"--{name}={values[name]} {must}" for must, holds, names in rules for name in names if name in values and not holds(values[name])]
     if wrong:
         raise Mistake("; ".join(wrong))
 

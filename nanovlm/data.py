@@ -207,9 +207,9 @@ class Loader:
         lengths = samples.table[training, LENGTH]
         if not len(training):
             raise Mistake(f"{samples.folder} holds no training samples")
-        if lengths.max() > row:
-            name = samples.names[training[lengths.argmax()]]
-            raise Mistake(f"{samples.folder}: sample {name} takes {lengths.max()} tokens, a row holds --row={row}")
+        longest = samples.table[:, LENGTH].argmax()  # held-out samples too: validation packs them into the same rows
+        if samples.table[longest, LENGTH] > row:
+            raise Mistake(f"{samples.folder}: sample {samples.names[longest]} takes {samples.table[longest, LENGTH]} tokens, a row holds --row={row}")
         self.rows = (training[members] for members in rows_forever(lengths, row, seed))
         self.rows = itertools.islice(self.rows, start * batch, None)
         self.batch = batch

@@ -344,12 +344,12 @@ def test_a_finished_run_says_so(home, capsys):
 # ---- what is refused ----
 
 REFUSED = [
-    (dict(micro=0, batch=-1, row=0), "--batch=-1 must be at least 1; --micro=0 must be at least 1; --row=0"),
+    (dict(micro=0, batch=-1, row=0), "--micro=0 must be at least 1; --row=0 must be at least 1; --batch=-1 must be at least 1, a row for each rank"),
     (dict(steps=0, save_every=0, log_every=0, validate_every=0), "--steps=0 .*--save_every=0 .*--validate_every=0 .*--log_every=0 must"),
     (dict(lr=0, clip=-1.0, projector_lr=0), "--lr=0 must be above 0; --projector_lr=0 .*--clip=-1.0 must"),
     (dict(floor=0.02), "--floor=0.02 must be between 0 and --lr=0.01"),
     (dict(warmup=1.0, beta1=-0.1, beta2=1), "--warmup=1.0 .*--beta1=-0.1 .*--beta2=1 must"),
-    (dict(decay=-0.1), "--decay=-0.1"),
+    (dict(decay=-0.1, seed=-1), "--decay=-0.1 must be at least 0; --seed=-1 must"),
     (dict(dtype="float16"), "--dtype=float16 is none of auto"),
     (dict(device="tpu"), "--device=tpu is none of auto"),
     (dict(device="cuda:99"), "card 99.* sees 0"),
@@ -382,6 +382,16 @@ OTHERS = dict(stage="eye", model="elsewhere", steps=9, batch=6, row=23, freeze="
 def test_a_run_goes_on_only_with_the_settings_it_had(home, name):
     with pytest.raises(Mistake, match=rf"--{name} was .*, now {OTHERS[name]}"):
         door.train(**settings(home, "whole", resume=True, **{name: OTHERS[name]}))
+
+
+def test_a_held_out_sample_must_fit_into_a_row_as_well(home):
+    writer = data.Writer(home / "long", fingerprint=weights.load(home / "model").fingerprint(), tokens_per_tile=TOKENS, tile=12)
+    for name, length in [("sample-33", 23), ("short", 7)]:
+        writer.add(name, [97] * length, [1] * length, [])
+    writer.close()
+    assert data.held_out("sample-33")
+    with pytest.raises(Mistake, match="sample sample-33 takes 23 tokens, a row holds --row=22"):
+        door.train(**settings(home, "refused", data=str(home / "long")))
 
 
 def test_a_run_goes_on_only_with_the_data_it_had_wherever_that_lies(home, capsys):
