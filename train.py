@@ -199,7 +199,7 @@ def train(*,
     wrapped, trained = parallel.wrap(vlm), [p for p in vlm.parameters() if p.requires_grad]
     done, stopping = start, False
     with ThreadPoolExecutor(1) as reader, watch.Stopper(rank) as stopper:
-        coming = reader.submit(next, loader)
+        coming = reader.submit(next, loader)  # the next step's batches are read while this one's are computed
         while done < run.steps and not stopping:
             batches = log.wait(coming)
             coming = reader.submit(next, loader)
@@ -216,6 +216,7 @@ def train(*,
             last = done == run.steps
             looks = watch.look(checkpoint, samples, held_out, rank, world, mixed) if last or done % run.validate_every == 0 else {}
             log.tokens += length
+            # Rank 0 alone writes; where it cannot (a full disk), the others must hear of it.
             if looks or last or done % run.log_every == 0:
                 with parallel.together():
                     log.line(done, looks, loss=loss, rate=run.lr * share, norm=norm, trained=count / length)

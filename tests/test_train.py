@@ -3,7 +3,6 @@ import itertools
 import json
 import math
 import os
-import resource
 import shlex
 import signal
 import subprocess
@@ -74,12 +73,13 @@ def words_of(chosen):
     return [f"--{name}={cli.show(value)}" for name, value in chosen.items()]
 
 
-def launch(chosen, ranks=1, code="import train; train.cli.run(train.train)", **how):
-    """train.py in a process of its own, or in several under torchrun; `code` stands for train.py where it must be tampered with."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--standalone", str(ROOT / "train.py")]
-    command = torchrun if ranks > 1 else [sys.executable, "-c", code]
-    return subprocess.run([*command, *words_of(chosen)], capture_output=True, text=True, timeout=100, cwd=ROOT,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"}, **how)
+TWO_RANKS = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", str(ROOT / "train.py")]
+
+
+def launch(command, chosen):
+    """train.py in processes of its own, to be waited for."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run([*command, *words_of(chosen)], capture_output=True, text=True, timeout=100, cwd=ROOT, env=environment)
 
 
 def log_of(out):
@@ -238,7 +238,7 @@ def test_two_ranks_are_one_even_where_one_of_them_has_no_picture(home):
                   (data.Loader(samples, row=22, batch=5, micro=2, seed=0, rank=r, world=2) for r in (0, 1))), strict=True)
     pictures = [[sum(len(batch["tiles_NCYX"]) for batch, _ in batches) for batches in ranks] for ranks in steps]
     assert any(0 in counts and sum(counts) for counts in pictures), "the test wants a step in which one rank alone has pictures"
-    two = launch(settings(home, "two"), ranks=2)
+    two = launch(TWO_RANKS, settings(home, "two"))
     assert two.returncode == 0, two.stderr
     same_run_to_rounding(home / "whole", home / "two")
 
@@ -249,6 +249,13 @@ def test_bfloat16_products_change_little(home):
     assert [line["loss"] for line in rough] == pytest.approx([line["loss"] for line in exact], rel=0.02)
     assert rough[-1]["loss"] != exact[-1]["loss"]
     assert all(x.dtype == torch.float32 for x in state_of(home / "bfloat16").values())
+
+
+def test_looking_and_logging_change_nothing(home):
+    door.train(**settings(home, "watched", validate_every=1, log_every=5, save_every=100))
+    torch.testing.assert_close(state_of(home / "watched"), state_of(home / "whole"), rtol=0, atol=0)
+    assert [line["validation"] for line in log_of(home / "watched") if line["step"] in (4, 8)] == \
+        [line["validation"] for line in log_of(home / "whole") if "validation" in line]
 
 
 # ---- however it ends ----
@@ -276,6 +283,15 @@ def test_a_run_stopped_by_a_signal_goes_on_bit_for_bit(home, monkeypatch, capsys
     same_run(home / "whole", home / "a stopped run")
 
 
+def test_a_second_ctrl_c_does_not_wait(capsys):
+    with watch.Stopper(0) as stopper:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stopper.asked == signal.SIGINT and "finishing this step" in capsys.readouterr().err
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
 def test_a_run_killed_while_it_saves_goes_on_from_the_checkpoint_before(home):
     killer = """if 1:
         import os, signal, train
@@ -291,7 +307,7 @@ def test_a_run_killed_while_it_saves_goes_on_from_the_checkpoint_before(home):
         weights.sync = kill_at_the_second_save
         train.cli.run(train.train)
     """
-    assert launch(settings(home, "killed"), code=killer).returncode == -signal.SIGKILL
+    assert launch([sys.executable, "-c", killer], settings(home, "killed")).returncode == -signal.SIGKILL
     left = sorted(path.name for path in (home / "killed").iterdir())
     assert left == ["log.jsonl", "step-000003", "step-000006.tmp"]
     door.train(**settings(home, "killed", resume=True))
@@ -300,15 +316,14 @@ def test_a_run_killed_while_it_saves_goes_on_from_the_checkpoint_before(home):
 
 
 def test_a_full_disk_leaves_the_last_checkpoint_and_one_message_from_all_ranks(home, monkeypatch):
-    """No file may grow over 64 kB: rank 0 cannot save, and rank 1 does not wait for it."""
+    """No file may grow over 128 blocks (of 512 or 1024 bytes): rank 0 cannot save, and rank 1 does not wait for it."""
     monkeypatch.setattr(watch.Log, "line", lambda log, step, *_, **__: os.kill(os.getpid(), signal.SIGINT) if step == 3 else None)
     with pytest.raises(SystemExit) as end:
-        door.train(**settings(home, "full", steps=8))
+        door.train(**settings(home, "full"))
     assert end.value.code == 130
     (kept,) = weights.steps(home / "full")
     before = {path.name: path.read_bytes() for path in kept.iterdir()}
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16))  # noqa: E731
-    full = launch(settings(home, "full", steps=8, resume=True), ranks=2, preexec_fn=limit)
+    full = launch(["sh", "-c", 'ulimit -f 128 && exec "$@"', "sh", *TWO_RANKS], settings(home, "full", resume=True))
     assert full.returncode == 1
     (error,) = [line for line in full.stderr.splitlines() if line.startswith("error: ")]
     assert "step-000006 could not be saved" in error and f"{kept} is whole" in error
