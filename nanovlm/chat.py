@@ -9,10 +9,25 @@ from . import IMAGE, Mistake
 
 # {} is what was said. Only names outside {} become special tokens: a user who types "</s>" has typed five characters.
 # The end of a user's piece opens the assistant's turn, so a prompt is the same pieces, left off after the user.
+# A SentencePiece tokenizer puts a space before every text, so that "[INST]{}" is the "[INST] Hello" of Mistral v2 and v3, "[INST]Hello" of Tekken.
+# inside: the system's words stand in front of the user's first; default: what the system says where a conversation leaves it out.
+CHATML = {"start": "", "system": "<|im_start|>system\n{}<|im_end|>\n", "user": "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n",
+          "end": "<|im_end|>", "after": "\n"}
 TEMPLATES = {
-    "mistral": {"start": "<s>", "system": "{}\n\n", "user": "[INST]{}[/INST]", "end": "</s>", "after": ""},  # as Mistral's Tekken models
-    "chatml": {"start": "", "system": "<|im_start|>system\n{}<|im_end|>\n", "user": "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n",
-               "end": "<|im_end|>", "after": "\n"},
+    "mistral": {"start": "<s>", "system": "{}\n\n", "inside": True, "user": "[INST]{}[/INST]", "end": "</s>", "after": ""},
+    "mistral-v1": {"start": "<s>", "system": "{}\n\n", "inside": True, "user": "[INST] {} [/INST]", "end": "</s>", "after": ""},
+    "mistral-v7": {"start": "<s>", "system": "[SYSTEM_PROMPT]{}[/SYSTEM_PROMPT]", "user": "[INST]{}[/INST]", "end": "</s>", "after": ""},
+    "chatml": CHATML,
+    "smollm2": CHATML | {"default": "You are a helpful AI assistant named SmolLM, trained by Hugging Face"},
+    "llama2": {"start": "", "system": "<<SYS>>\n{}\n<</SYS>>\n\n", "inside": True, "user": "<s>[INST] {} [/INST]", "answer": "{} ", "end": "</s>",
+               "after": ""},
+    "llama3": {"start": "<|begin_of_text|>", "system": "<|start_header_id|>system<|end_header_id|>\n\n{}<|eot_id|>",
+               "user": "<|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
+               "end": "<|eot_id|>", "after": ""},
+    "vicuna": {"start": "<s>", "system": "{} ", "user": "USER: {} ASSISTANT:", "end": "</s>", "after": "",
+               "default": "A chat between a curious user and an artificial intelligence assistant. "
+                          "The assistant gives helpful, detailed, and polite answers to the user's questions."},
+    "zephyr": {"start": "", "system": "<|system|>\n{}</s>\n", "user": "<|user|>\n{}</s>\n<|assistant|>\n", "end": "</s>", "after": "\n"},
 }
 CAPTION_PROMPT = "Give a brief description of this image in one sentence."  # where a caption's data asks nothing; Megatron's COCO prompt
 
@@ -50,16 +65,18 @@ def check_turns(turns, pictures, name):
 def pieces(turns, template):
     """(text, how, trained) in order; how: "special" for template text in which names are special tokens, "said" for what somebody said."""
     form, system = TEMPLATES[template], ""
+    if "default" in form and turns[0][0] != "system":
+        turns = [("system", form["default"]), *turns]
     yield form["start"], "special", False
     for role, text in turns:
         if role == "assistant":
-            yield text.strip(), "said", True
+            yield form.get("answer", "{}").replace("{}", text.strip()), "said", True
             yield form["end"], "special", True
             yield form["after"], "special", False
             continue
         before, after = form[role].split("{}")
-        if role == "system" and template == "mistral":  # Mistral has no system turn: it goes in front of the user's first words
-            system = text + after
+        if role == "system" and form.get("inside"):
+            system = before + text + after
             continue
         yield before, "special", False
         yield (system + text if role == "user" else text), "said", False
@@ -96,4 +113,5 @@ def end_id(tokenizer, template):
 
 def special_names(template):
     """The special tokens a template needs, for a tokenizer that is learnt for it."""
-    return list(dict.fromkeys(re.findall(r"<\|\w+\|>|</?s>|\[/?\w+\]", "".join(TEMPLATES[template].values()))))
+    parts = [TEMPLATES[template][name] for name in ("start", "system", "user", "end", "after")]
+    return list(dict.fromkeys(re.findall(r"<\|\w+\|>|</?s>|\[/?\w+\]", "".join(parts))))

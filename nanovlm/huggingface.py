@@ -9,6 +9,7 @@ Tensors stay in their files (mmap) and in their dtype until they are used, so th
 which export reads too.
 """
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -82,7 +83,7 @@ DEFAULTS = {
     "dinov2": dict(hidden_size=768, mlp_ratio=4, num_hidden_layers=12, num_attention_heads=12, image_size=224, patch_size=14, hidden_act="gelu",
                    layer_norm_eps=1e-6),
     "llama": dict(vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=None,
-                  head_dim=None, rms_norm_eps=1e-6, tie_word_embeddings=False, max_position_embeddings=2048, sliding_window=None),
+                  head_dim=None, rms_norm_eps=1e-6, tie_word_embeddings=False, max_position_embeddings=2048),
     "mistral": dict(vocab_size=32000, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,
                     head_dim=None, rms_norm_eps=1e-6, tie_word_embeddings=False, max_position_embeddings=131072, sliding_window=4096),
 }
@@ -182,12 +183,14 @@ def rope(config, where):
 
 def brain_shapes(config, where):
     """The arguments of Decoder."""
-    insist(config, BRAIN_MUST, where)
+    insist(config, BRAIN_MUST | (dict(sliding_window=None) if config["model_type"] == "llama" else {}), where)
     theta, scaling = rope(config, where)
-    layers, window = config["num_hidden_layers"], config["sliding_window"]
-    kinds = config.get("layer_types") or ["full_attention" if window is None else "sliding_attention"] * layers
-    if len(kinds) != layers or set(kinds) - {"full_attention", "sliding_attention"} or (window is None and "sliding_attention" in kinds):
-        raise Mistake(f"{where}: layer_types {kinds} do not fit {layers} layers with a sliding_window of {window}")
+    layers, window = config["num_hidden_layers"], config.get("sliding_window")
+    usual = ["full_attention" if window is None else "sliding_attention"] * layers
+    kinds = config.get("layer_types") or usual
+    mixed = config["model_type"] == "ministral" and window is not None and len(kinds) == layers and set(kinds) <= {"full_attention", *usual}
+    if kinds != usual and not mixed:
+        raise Mistake(f"{where}: layer_types {kinds} do not fit {layers} layers of {config['model_type']} with a sliding_window of {window}")
     windows = [window if kind == "sliding_attention" else None for kind in kinds]
     return dict(vocabulary=config["vocab_size"], width=config["hidden_size"], layers=layers, heads=config["num_attention_heads"],
                 kv_heads=config["num_key_value_heads"] or config["num_attention_heads"], ffn=config["intermediate_size"],
@@ -377,7 +380,8 @@ def brain(name, *, template=None):
     folder = find(name)
     where, files = folder / "config.json", weight_files(folder)
     shapes = brain_shapes(section(read_json(where), "text_config", BRAINS, where), where)
-    template, tokenizer = template or recognise(folder), Tokenizer.load(folder)
+    tokenizer = Tokenizer.load(folder)
+    template = template or recognise(folder, tokenizer)
     if tokenizer.vocab_size > shapes["vocabulary"]:
         raise Mistake(f"{folder}: its tokenizer knows {tokenizer.vocab_size:,} tokens, its vocab_size is {shapes['vocabulary']:,}")
     found = read_weights(files, BRAIN_WRAPPED)
@@ -429,18 +433,27 @@ def rendered(text, tokens, turns):
         return None
 
 
-def recognise(folder):
-    """The name of the template of ours that writes what the folder's own writes, over every probe that its own accepts."""
+def written(turns, template, tokenizer, space):
+    """What a template of ours writes, with `space` before every text that is tokenised by itself."""
+    stub = SimpleNamespace(special={name: name for name in tokenizer.special}, encode=lambda text: [space + text])
+    return "".join(chat.render(turns, stub, template)[0])
+
+
+def recognise(folder, tokenizer):
+    """The name of the template of ours that writes what the folder's own writes, over every probe that its own accepts.
+
+    A SentencePiece tokenizer puts a space before each text; of it some templates write every one, some only a few, and one is enough.
+    """
     text, tokens = their_template(folder)
+    own_space = tokenizer.bytes_of[tokenizer.encode("a")[0]].startswith(b" ")
+    optional = f"({'|'.join(map(re.escape, tokenizer.special))}) " if own_space else "()(?!)"
     choices = f"say which it is by --template: {', '.join(chat.TEMPLATES)}"
     if text is None:
         raise Mistake(f"{folder} states no chat template; {choices}")
     answers = {i: said for i, turns in enumerate(PROBES) if (said := rendered(text, tokens, turns)) is not None}
-    for name in chat.TEMPLATES:
-        if answers and all(written(PROBES[i], name) == said for i, said in answers.items()):
+    for name, space in itertools.product(chat.TEMPLATES, ["", " "] if own_space else [""]):
+        ours = {i: written(PROBES[i], name, tokenizer, space) for i in answers}
+        if answers and all(re.sub(optional, r"\1", ours[i]) == re.sub(optional, r"\1", answers[i]) for i in answers):
             return name
     raise Mistake(f"{folder}: its chat template writes {answers.get(0)!r}, as none of ours does; {choices}")
 
-
-def written(turns, template):
-    return "".join(text for text, _, _ in chat.pieces(turns, template))

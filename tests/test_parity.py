@@ -1,18 +1,19 @@
-"""The eye and the brain compute what transformers' published models compute: the same random weights, the same numbers to 1e-5."""
+"""Public folders, read by our loaders, compute what transformers computes from them: the same random weights, the same numbers to 1e-5."""
+import json
+
 import pytest
 import torch
 import transformers as hf
 
-from nanovlm.decoder import Decoder
-from nanovlm.vision import Vision
+from nanovlm import huggingface, tokenizer
 
-BLOCK_NAMES = {  # ours: theirs
-    "eye": {"query": "self_attn.q_proj", "key": "self_attn.k_proj", "value": "self_attn.v_proj", "out": "self_attn.out_proj",
-            "attention_norm": "layer_norm1", "mlp_norm": "layer_norm2", "up": "mlp.fc1", "down": "mlp.fc2"},
-    "brain": {"query": "self_attn.q_proj", "key": "self_attn.k_proj", "value": "self_attn.v_proj", "out": "self_attn.o_proj",
-              "attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm",
-              "gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj"},
-}
+EYE = dict(hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=4, image_size=28, patch_size=7)
+BRAIN = dict(vocab_size=301, hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=6, num_key_value_heads=2,
+             max_position_embeddings=64, rms_norm_eps=1e-5, attn_implementation="eager")
+PREPROCESSOR = {"do_resize": True, "size": 28, "resample": 3, "do_center_crop": False, "image_mean": [0.1, 0.2, 0.3], "image_std": [0.3, 0.2, 0.1]}
+WORDS = tokenizer.learn(["a cat, a catalogue, the category of cats"], 260, ["<|im_start|>", "<|im_end|>"])
+CHATML = ("{% for m in messages %}{{'<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n'}}{% endfor %}"
+          "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
 
 
 def shake(model, seed):
@@ -24,66 +25,103 @@ def shake(model, seed):
     return model.float().eval()
 
 
-def copy_blocks(ours, theirs, names):
-    for mine, block in zip(ours, theirs, strict=False):  # an eye read at -2 has no last layer
-        for here, there in names.items():
-            mine.get_submodule(here).load_state_dict(block.get_submodule(there).state_dict())
+def publish(model, folder, **how):
+    """Write a model as its owner would: config and weights by transformers, the picture policy or tokenizer and template beside them."""
+    model.save_pretrained(folder, **how)
+    (folder / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": CHATML, "eos_token": "<|im_end|>"}))
+    WORDS.save(folder)
+    return folder
 
 
 def close(ours, theirs):
-    assert (ours - theirs).norm() / theirs.norm() < 1e-5
+    assert ours.shape == theirs.shape and (ours - theirs).norm() / theirs.norm() < 1e-5
+
+
+def clip(**other):
+    return shake(hf.CLIPVisionModel(hf.CLIPVisionConfig(**EYE | other)), 1)
+
+
+def siglip(**other):
+    return shake(hf.SiglipVisionModel(hf.SiglipVisionConfig(**EYE | other)), 2)
+
+
+def dinov2(**other):
+    sizes = {name: size for name, size in EYE.items() if name != "intermediate_size"}
+    return shake(hf.Dinov2Model(hf.Dinov2Config(**sizes | {"mlp_ratio": 2} | other)), 3)
 
 
 @torch.no_grad()
-def test_clip_read_at_the_last_layer_but_one_as_llava_does():
-    config = hf.CLIPVisionConfig(hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=4, image_size=28, patch_size=7)
-    theirs = shake(hf.CLIPVisionModel(config), 1)
-    inner = getattr(theirs, "vision_model", theirs)
-    ours = Vision(tile=28, patch=7, width=48, layers=3, heads=4, ffn=80, class_token=True, pre_norm=True, post_norm=False, patch_bias=False,
-                  activation="quick_gelu", eps=config.layer_norm_eps, read=-2).eval()
-    assert len(ours.layers) == 2
-    ours.class_token.copy_(inner.embeddings.class_embedding)
-    ours.patches.load_state_dict(inner.embeddings.patch_embedding.state_dict())
-    ours.positions.copy_(inner.embeddings.position_embedding.weight)
-    ours.pre_norm.load_state_dict(inner.pre_layrnorm.state_dict())
-    copy_blocks(ours.layers, inner.encoder.layers, BLOCK_NAMES["eye"])
-    tiles_NCYX = torch.randn(3, 3, 28, 28)
-    close(ours(tiles_NCYX), theirs(tiles_NCYX, output_hidden_states=True).hidden_states[-2][:, 1:])
+@pytest.mark.parametrize("tile", [28, 42])
+@pytest.mark.parametrize("make", [clip, siglip, dinov2])
+def test_an_eye(make, tile, tmp_path):
+    """CLIP is read before its last layer as LLaVA does, the others at their normed end; larger pictures by interpolated positions."""
+    theirs = make()
+    ours = huggingface.eye(publish(theirs, tmp_path), tile=tile).model.vision
+    assert len(ours.layers) == (2 if make is clip else 3)
+    tiles_NCYX = torch.randn(2, 3, tile, tile)
+    larger = {"interpolate_pos_encoding": True} if make is not dinov2 else {}
+    out = theirs(tiles_NCYX, output_hidden_states=True, **larger)
+    close(ours(tiles_NCYX), {clip: lambda: out.hidden_states[-2][:, 1:], siglip: lambda: out.last_hidden_state,
+                             dinov2: lambda: out.last_hidden_state[:, 1:]}[make]())
 
 
 @torch.no_grad()
-def test_siglip_read_at_its_normed_end():
-    config = hf.SiglipVisionConfig(hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=4, image_size=28, patch_size=7)
-    theirs = shake(hf.SiglipVisionModel(config), 2)
-    inner = getattr(theirs, "vision_model", theirs)
-    ours = Vision(tile=28, patch=7, width=48, layers=3, heads=4, ffn=80, eps=config.layer_norm_eps).eval()
-    ours.patches.load_state_dict(inner.embeddings.patch_embedding.state_dict())
-    ours.positions.copy_(inner.embeddings.position_embedding.weight)
-    ours.post_norm.load_state_dict(inner.post_layernorm.state_dict())
-    copy_blocks(ours.layers, inner.encoder.layers, BLOCK_NAMES["eye"])
-    tiles_NCYX = torch.randn(3, 3, 28, 28)
-    close(ours(tiles_NCYX), theirs(tiles_NCYX).last_hidden_state)
+@pytest.mark.parametrize("read", [-3, -1, 2])
+def test_an_eye_read_elsewhere(read, tmp_path):
+    """--read counts as transformers counts hidden states; the class token is dropped, and no norm applied."""
+    theirs = clip(hidden_act="gelu")
+    ours = huggingface.eye(publish(theirs, tmp_path), read=read).model.vision
+    tiles_NCYX = torch.randn(2, 3, 28, 28)
+    close(ours(tiles_NCYX), theirs(tiles_NCYX, output_hidden_states=True).hidden_states[read][:, 1:])
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", ["mistral", "llama"])
-def test_decoder(family):
-    common = dict(vocab_size=97, hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=6, num_key_value_heads=2,
-                  max_position_embeddings=64, rms_norm_eps=1e-5, attn_implementation="eager")
-    if family == "mistral":  # a head size of its own, and a window shorter than the text
-        config = hf.MistralConfig(**common, head_dim=10, sliding_window=7, rope_parameters={"rope_type": "default", "rope_theta": 1e6})
-        theirs = shake(hf.MistralForCausalLM(config), 3)
-        own = dict(head_size=10, window=7, theta=1e6)
-    else:  # SmolLM2 is a Llama with tied embeddings
-        config = hf.LlamaConfig(**common, tie_word_embeddings=True, rope_parameters={"rope_type": "default", "rope_theta": 1e4})
-        theirs = shake(hf.LlamaForCausalLM(config), 4)
-        own = dict(tied=True)
-    ours = Decoder(vocabulary=97, width=48, layers=3, heads=6, kv_heads=2, ffn=80, **own).eval()
-    ours.embed.load_state_dict(theirs.model.embed_tokens.state_dict())
-    ours.head.load_state_dict(theirs.lm_head.state_dict())
-    ours.norm.load_state_dict(theirs.model.norm.state_dict())
-    copy_blocks(ours.layers, theirs.model.layers, BLOCK_NAMES["brain"])
-    assert (ours.head.weight is ours.embed.weight) == (family == "llama")
-    ids_BT = torch.randint(97, (2, 19))
-    positions_BT = torch.arange(19).expand(2, -1)
-    close(ours.head(ours(ours.embed(ids_BT), positions_BT)), theirs(ids_BT).logits)
+def test_an_eye_whose_patches_do_not_fill_the_picture(tmp_path):
+    """SigLIP so400m cuts 27 patches of 14 pixels out of 384; the last 6 pixels are not looked at."""
+    theirs = siglip(image_size=33)
+    (publish(theirs, tmp_path) / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR | {"size": {"height": 33, "width": 33}}))
+    tiles_NCYX = torch.randn(2, 3, 33, 33)
+    close(huggingface.eye(tmp_path).model.vision(tiles_NCYX), theirs(tiles_NCYX).last_hidden_state)
+
+
+DEFAULT = {"rope_type": "default"}
+BRAINS = {  # every kind in its own way: a head size, a window shorter than the text, tied embeddings, RoPE stretched
+    "mistral 0.1": (hf.MistralForCausalLM, hf.MistralConfig, dict(sliding_window=7, rope_parameters=DEFAULT | {"rope_theta": 1e4})),
+    "nemo": (hf.MistralForCausalLM, hf.MistralConfig, dict(head_dim=10, sliding_window=None, rope_parameters=DEFAULT | {"rope_theta": 1e6})),
+    "ministral": (hf.MinistralForCausalLM, hf.MinistralConfig,
+                  dict(head_dim=8, sliding_window=5, layer_types=["full_attention", "sliding_attention", "full_attention"],
+                       rope_parameters=DEFAULT | {"rope_theta": 1e5})),
+    "llama 2": (hf.LlamaForCausalLM, hf.LlamaConfig, dict(num_key_value_heads=6, rope_parameters=DEFAULT | {"rope_theta": 1e4})),
+    "smollm2": (hf.LlamaForCausalLM, hf.LlamaConfig, dict(tie_word_embeddings=True, rope_parameters=DEFAULT | {"rope_theta": 1e5})),
+    "llama 3": (hf.LlamaForCausalLM, hf.LlamaConfig, dict(rope_parameters={
+        "rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32})),
+    "linear": (hf.LlamaForCausalLM, hf.LlamaConfig, dict(rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0})),
+    "yarn": (hf.MistralForCausalLM, hf.MistralConfig, dict(head_dim=20, rope_parameters={
+        "rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16, "beta_fast": 2.0, "beta_slow": 0.2})),
+    "yarn, odd": (hf.LlamaForCausalLM, hf.LlamaConfig, dict(rope_parameters={
+        "rope_type": "yarn", "rope_theta": 1e3, "factor": 3.0, "mscale": 0.7, "mscale_all_dim": 1.4, "truncate": False, "beta_fast": 3.0})),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", BRAINS)
+def test_a_brain(kind, tmp_path):
+    model, config, own = BRAINS[kind]
+    theirs = shake(model(config(**BRAIN | own)), 4)
+    ours = huggingface.brain(publish(theirs, tmp_path)).model.decoder
+    assert (ours.head.weight is ours.embed.weight) == (kind == "smollm2")
+    ids_BT = torch.randint(301, (2, 45), generator=torch.Generator().manual_seed(5))
+    close(ours.head(ours(ours.embed(ids_BT), torch.arange(45).expand(2, -1))), theirs(ids_BT).logits)
+
+
+@pytest.mark.parametrize("kind, config", [("clip_vision_model", hf.CLIPVisionConfig), ("siglip_vision_model", hf.SiglipVisionConfig),
+                                          ("dinov2", hf.Dinov2Config), ("llama", hf.LlamaConfig), ("mistral", hf.MistralConfig)])
+def test_what_a_config_leaves_out_is_what_transformers_assumes(kind, config):
+    """The config.json of google/siglip-base-patch16-224 says nothing of its eye but its type."""
+    assumed = config()
+    for field, value in huggingface.DEFAULTS[kind].items():
+        theirs = getattr(assumed, field)
+        derived = {"num_key_value_heads": assumed.to_dict().get("num_attention_heads"), "head_dim": 128}.get(field)
+        assert theirs == (derived if value is None and theirs is not None else value), field
