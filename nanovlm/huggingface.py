@@ -320,7 +320,7 @@ def origin(name, folder, files):
     return {"folder": card}
 
 
-def picture_policy(folder, tile, fit, own_size):
+def picture_policy(folder, tile, fit):
     """How the folder's own preprocessor treats a picture, as images.py says it; tile and fit override it."""
     path = next((p for p in (folder / "preprocessor_config.json", folder / "processor_config.json") if p.is_file()), None)
     if path is None:
@@ -333,13 +333,14 @@ def picture_policy(folder, tile, fit, own_size):
         raise Mistake(f"{path}: resample {config.get('resample')} or rescale_factor {rescale} is not known here, only 2 or 3, and 1/255")
     if missing := {"image_mean", "image_std"} - config.keys():
         raise Mistake(f"{path} does not say its {', '.join(sorted(missing))}")
-    size, crop = config.get("size", own_size), config.get("do_center_crop", False)
-    size = config.get("crop_size", size) if crop else size
-    edges = {size} if isinstance(size, int) else set(size.values())
-    if tile is None and len(edges) != 1:
-        raise Mistake(f"{path}: pictures of {size} are not square: say --tile")
-    return {"tile": tile or edges.pop(), "fit": fit or ("crop" if crop else "squash"), "resample": resample,
-            "mean": config["image_mean"], "std": config["image_std"]}
+    size, crop = config.get("size"), config.get("crop_size") if config.get("do_center_crop") else None
+    edges = [set(edge.values()) if isinstance(edge, dict) else {edge} for edge in (size, crop) if edge is not None]
+    if tile is None and (not edges or len(edges[-1]) != 1):
+        raise Mistake(f"{path}: what it makes of a picture, size {size}, crop {crop}, is not square: say --tile")
+    own_fit = "crop" if crop and edges[0] == edges[-1] else "squash" if not crop and isinstance(size, dict) and "height" in size else None
+    if not (fit or own_fit):  # DINOv2's own enlarges to 256 and cuts 224 out of the middle
+        raise Mistake(f"{path}: its way with pictures, size {size}, crop {crop}, is not known here: say --fit")
+    return {"tile": tile or edges[-1].pop(), "fit": fit or own_fit, "resample": resample, "mean": config["image_mean"], "std": config["image_std"]}
 
 
 def resize_positions(positions_PD, side, leading):
@@ -357,17 +358,17 @@ def eye(name, *, tile=None, fit=None, read=None, shuffle=1):
     where, files = folder / "config.json", weight_files(folder)
     config = section(read_json(where), "vision_config", EYES, where)
     size, patch = config["image_size"], config["patch_size"]
-    policy = picture_policy(folder, tile, fit, size)
+    policy = picture_policy(folder, tile, fit)
     shapes = eye_shapes(config, policy["tile"], read, where)
     side = policy["tile"] // patch
     if side % shuffle:
         raise Mistake(f"--shuffle={shuffle} does not divide the {side} patches across a tile of {policy['tile']} pixels")
     policy = {**policy, "patch": patch, "shuffle": shuffle}
     table, found = DINOV2 if config["model_type"] == "dinov2" else CLIP, read_weights(files, EYE_WRAPPED)
-    places = theirs("positions", table)
-    if side != size // patch and places in found:
-        tensor, path = found[places]
-        found[places] = resize_positions(tensor.flatten(0, -2), side, int("class_token" in shapes)), path
+    places, leading = theirs("positions", table), int("class_token" in shapes)
+    tensor, path = found.get(places, (torch.empty(0, 0), None))
+    if side != size // patch and tensor.shape[-2] == leading + (size // patch) ** 2:
+        found[places] = resize_positions(tensor.flatten(0, -2), side, leading), path
     with torch.device("meta"):
         whole, vision = Vision(**shapes | {"read": -1, "post_norm": True}), Vision(**shapes)
     spare = [re.escape(theirs(n, table)) for n in whole.state_dict().keys() - vision.state_dict().keys()]  # of the layers after the one read
@@ -435,8 +436,8 @@ def rendered(text, tokens, turns):
 
 def written(turns, template, tokenizer, space):
     """What a template of ours writes, with `space` before every text that is tokenised by itself."""
-    stub = SimpleNamespace(special={name: name for name in tokenizer.special}, encode=lambda text: [space + text])
-    return "".join(chat.render(turns, stub, template)[0])
+    stub = SimpleNamespace(special={name: (name,) for name in tokenizer.special}, encode=lambda text: [space + text])
+    return "".join("".join(piece) for piece in chat.render(turns, stub, template)[0])
 
 
 def recognise(folder, tokenizer):

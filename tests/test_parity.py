@@ -10,7 +10,7 @@ from nanovlm import huggingface, tokenizer
 EYE = dict(hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=4, image_size=28, patch_size=7)
 BRAIN = dict(vocab_size=301, hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=6, num_key_value_heads=2,
              max_position_embeddings=64, rms_norm_eps=1e-5, attn_implementation="eager")
-PREPROCESSOR = {"do_resize": True, "size": 28, "resample": 3, "do_center_crop": False, "image_mean": [0.1, 0.2, 0.3], "image_std": [0.3, 0.2, 0.1]}
+PREPROCESSOR = {"do_resize": True, "size": {"height": 28, "width": 28}, "resample": 3, "image_mean": [0.1, 0.2, 0.3], "image_std": [0.3, 0.2, 0.1]}
 WORDS = tokenizer.learn(["a cat, a catalogue, the category of cats"], 260, ["<|im_start|>", "<|im_end|>"])
 CHATML = ("{% for m in messages %}{{'<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n'}}{% endfor %}"
           "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
