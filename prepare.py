@@ -7,7 +7,10 @@
 """
 import sys
 import time
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import torch
 
@@ -29,6 +32,8 @@ def fridge(*,
     seed: int = 0,             # the same seed draws the same world
 ):
     """Draw fridges, describe them, ask about them: ordinary JPEGs and ordinary LLaVA-format JSON."""
+    if wrong := [f"--{name}={count} must be at least 1" for name, count in (("scenes", scenes), ("text", text), ("exam", exam)) if count < 1]:
+        raise Mistake("; ".join(wrong))
     world.write(out=out, scenes=scenes, text=text, exam=exam, seed=seed)
     say(f"{out}: {scenes} fridges to learn from, {text} conversations without one, {exam} held out for the exam")
 
@@ -39,6 +44,24 @@ def read_records(source):
     if not isinstance(records, list) or not records:
         raise Mistake(f"{source}: not a list of samples" if records != [] else f"{source} holds no samples")
     return records
+
+
+def each(do, things):
+    """[do(thing, number)] of all things, numbered from 1; if some are wrong, one Mistake tells of the first three and how many more there are."""
+    done, wrong = [], []
+    for number, thing in enumerate(things, 1):
+        try:
+            done.append(do(thing, number))
+        except Mistake as mistake:
+            wrong.append(str(mistake))
+    if wrong:
+        raise Mistake("; ".join(wrong[:3]) + (f"; and {len(wrong) - 3} more samples are wrong" if wrong[3:] else ""))
+    return done
+
+
+def refuse_to_overwrite(out):
+    if Path(out).exists():
+        raise Mistake(f"--out={out} is there already: remove it, or name another")
 
 
 def new(*,
@@ -62,14 +85,13 @@ def new(*,
     seed: int = 0,              # of the random numbers
 ):
     """A newborn: a tokenizer learnt from your text, a random eye and a random brain, for growing a small model from nothing."""
-    if not source:
-        raise Mistake("--source names no file to learn a tokenizer from")
-    if template not in chat.TEMPLATES:
-        raise Mistake(f"--template={template} is not known: {', '.join(chat.TEMPLATES)}")
-    texts = (text for path in source for record in read_records(path) for _, text in chat.read_turns(record, path))
-    words = tokenizer.learn(texts, vocabulary, chat.special_names(template))
+    check_newborn(SimpleNamespace(**locals()))
+    refuse_to_overwrite(out)
     policy = {"tile": tile, "patch": patch, "shuffle": shuffle, "fit": fit, "resample": "bicubic", "mean": [0.5] * 3, "std": [0.5] * 3}
     pictures.check_policy(policy)
+    said = [each(lambda record, number, path=path: chat.read_turns(record, f"{path}, sample {number}"), read_records(path)) for path in source]
+    texts = (text for conversations in said for turns in conversations for _, text in turns)
+    words = tokenizer.learn(texts, vocabulary, chat.special_names(template))
     shapes = {
         "vision": {"tile": tile, "patch": patch, "width": vision_width, "layers": vision_layers, "heads": vision_heads, "ffn": vision_ffn},
         "decoder": {"vocabulary": words.vocab_size, "width": width, "layers": layers, "heads": heads, "kv_heads": kv_heads, "ffn": ffn},
@@ -82,6 +104,22 @@ def new(*,
         f"{pictures.picture_tokens(1, policy)} tokens a picture")
 
 
+def check_newborn(new):
+    """One Mistake that names every setting of a newborn that cannot be."""
+    wrong = [f"--{name}={value} must be at least 1" for name, value in vars(new).items() if isinstance(value, int) and name != "seed" and value < 1]
+    rules = [] if wrong else [
+        (new.source, "--source names no file to learn a tokenizer from"),
+        (new.template in chat.TEMPLATES, f"--template={new.template} is not known: {', '.join(chat.TEMPLATES)}"),
+        (new.vocabulary >= 256, f"--vocabulary={new.vocabulary} must be at least 256, a token for each byte"),
+        (new.vision_width % new.vision_heads == 0, f"--vision_width={new.vision_width} is no multiple of --vision_heads={new.vision_heads}"),
+        (new.heads % new.kv_heads == 0, f"--heads={new.heads} is no multiple of --kv_heads={new.kv_heads}"),
+        (new.width % (2 * new.heads) == 0, f"--width={new.width} is no multiple of 2 × --heads={new.heads}: RoPE turns a head's numbers in pairs"),
+        (0 <= new.seed < 2**63, f"--seed={new.seed} must be at least 0 and below 2^63"),
+    ]
+    if wrong := wrong + [said for holds, said in rules if not holds]:
+        raise Mistake("; ".join(wrong))
+
+
 def data(*,
     model: str = "out/newborn",  # whose tokenizer, template and picture policy to prepare for
     source: str = "",            # a JSON file in LLaVA's format
@@ -91,35 +129,67 @@ def data(*,
     """Pictures and conversations, prepared once: cut, tokenised, and written to be read at memory speed."""
     if not source or not out:
         raise Mistake("prepare.py data needs --source=FILE.json and --out=data/NAME")
-    owner, records = weights.load(model), read_records(source)
+    refuse_to_overwrite(out)
     folder = Path(images) if images else Path(source).parent
-    writer = shards.Writer(out, fingerprint=owner.fingerprint(), tokens_per_tile=pictures.picture_tokens(1, owner.policy), tile=owner.policy["tile"])
-    began = told = time.time()
-    for number, record in enumerate(records, 1):
-        writer.add(*sample(record, number, folder, owner))
+    if not folder.is_dir():
+        raise Mistake(f"--images={images}: no such folder")
+    samples = each(partial(read_sample, folder=folder), read_records(source))  # what is wrong with them is told now, not after hours of pictures
+    owner = weights.load(model)
+    chat.end_id(owner.tokenizer, owner.template)
+    began, tokens = time.time(), pictures.picture_tokens(1, owner.policy)
+    with shards.Writer(out, fingerprint=owner.fingerprint(), tokens_per_tile=tokens, tile=owner.policy["tile"]) as writer:
+        each(lambda sample, number: writer.add(*prepared(sample, owner)), progress(samples, began))
+    table = shards.Samples(out).table
+    say(f"{out}: {len(table):,} samples, {table[:, shards.HELD_OUT].sum():,} of them held out, the longest of "
+        f"{table[:, shards.LENGTH].max():,} tokens, in {time.time() - began:.0f} s")
+
+
+def progress(things, began):
+    """The things, one after another; every five seconds how far they have come."""
+    told = began
+    for number, thing in enumerate(things, 1):
+        yield thing
         if time.time() - told > 5:
             told = time.time()
-            left = (told - began) / number * (len(records) - number)
-            say(f"{number:,} of {len(records):,} samples, {number / (told - began):.0f}/s, {left:.0f} s left")
-    writer.close()
-    say(f"{out}: {len(records):,} samples in {time.time() - began:.0f} s")
+            left = (told - began) / number * (len(things) - number)
+            say(f"{number:,} of {len(things):,} samples, {number / (told - began):.0f}/s, {left:.0f} s left")
 
 
-def sample(record, number, folder, owner):
-    """A record of the source as what Writer.add takes: name, ids, trained, and the tiles of each picture."""
-    if not isinstance(record, dict):
-        raise Mistake(f"sample {number} is not an object: {str(record)[:80]}")
-    name = f"sample {record.get('id', number)}"
-    paths = record.get("image") or []
+class Sample(NamedTuple):
+    name: str      # its id in the source
+    label: str     # where to find it, for messages
+    turns: list    # [(role, text)]
+    paths: list    # of its pictures, one for each <image>
+
+
+def read_sample(record, number, folder):
+    """A record of the source as a Sample, everything but its pictures' insides checked.
+
+    Ids may come again, as in LLaVA's own mix, where one picture has several conversations under the same id: all of them are held out or none.
+    """
+    name = record.get("id") if isinstance(record, dict) else None
+    if isinstance(name, bool) or not isinstance(name, str | int | float):
+        raise Mistake(f"sample {number} needs an id, a text or a number, which decides whether it is held out: {record!r:.80}")
+    shards.check_name(str(name))
+    label, paths = f"sample {number} ({name})", record.get("image") or []
     paths = [paths] if isinstance(paths, str) else paths
-    turns = chat.read_turns(record, name)
-    chat.check_turns(turns, len(paths), name)
-    ids, trained = chat.render(turns, owner.tokenizer, owner.template)
+    if not isinstance(paths, list) or not all(isinstance(path, str) for path in paths):
+        raise Mistake(f"{label}: `image` is neither a path nor a list of paths: {paths!r:.80}")
+    turns = chat.read_turns(record, label)
+    chat.check_turns(turns, len(paths), label)
+    for path in paths:
+        if not (folder / path).is_file():
+            raise Mistake(f"{label}: no such picture: {folder / path}")
+    return Sample(str(name), label, turns, [folder / path for path in paths])
+
+
+def prepared(sample, owner):
+    """A Sample as what Writer.add takes: name, ids, trained, and the tiles of each picture."""
+    ids, trained = chat.render(sample.turns, owner.tokenizer, owner.template)
     try:
-        tiles = [pictures.load_tiles(folder / path, owner.policy) for path in paths]
+        return sample.name, ids, trained, [pictures.load_tiles(path, owner.policy) for path in sample.paths]
     except Mistake as mistake:
-        raise Mistake(f"{name}: {mistake}") from None
-    return str(record.get("id", number)), ids, trained, tiles
+        raise Mistake(f"{sample.label}: {mistake}") from None
 
 
 def stitch(*,
@@ -136,6 +206,7 @@ def stitch(*,
     """Join an eye and a brain by a fresh projector; no number of either changes."""
     if not vision or not decoder:
         raise Mistake("prepare.py stitch needs --vision=DIR and --decoder=DIR")
+    refuse_to_overwrite(out)
     if fit is not None and fit not in pictures.FITS:
         raise Mistake(f"--fit={fit} is not known: {', '.join(pictures.FITS)}")
     if template is not None and template not in chat.TEMPLATES:

@@ -35,17 +35,18 @@ CAPTION_PROMPT = "Give a brief description of this image in one sentence."  # wh
 def read_turns(record, name):
     """A LLaVA `conversations` or an OpenAI-style `messages` list as [(role, text)], roles "system", "user", "assistant" in order."""
     roles = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
-    raw = record.get("conversations") or record.get("messages")
-    if not isinstance(raw, list) or not all(isinstance(turn, dict) for turn in raw):
-        raise Mistake(f"{name}: neither `conversations` nor `messages` is a list of turns")
+    raw = isinstance(record, dict) and (record.get("conversations") or record.get("messages"))
+    if not raw or not isinstance(raw, list) or not all(isinstance(turn, dict) for turn in raw):
+        raise Mistake(f"{name}: neither `conversations` nor `messages` is a list of turns in {record!r:.80}")
     turns = []
     for turn in raw:
         role, text = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
-        if role not in roles or not isinstance(text, str):
-            raise Mistake(f"{name}: a turn needs one of {', '.join(roles)} and a text, not {str(turn)[:80]}")
+        if not isinstance(role, str) or role not in roles or not isinstance(text, str):
+            raise Mistake(f"{name}: a turn is said by one of {', '.join(roles)}, and is a text, not {str(turn)[:80]}")
         turns.append((roles[role], text))
-    if turns[0][0] == "user" and turns[0][1].strip() == "<image>" and turns[1:]:
-        turns[0] = ("user", f"<image>\n{CAPTION_PROMPT}")
+    first = next((i for i, (role, _) in enumerate(turns) if role == "user"), None)
+    if first is not None and turns[first][1].strip() == "<image>":
+        turns[first] = ("user", f"<image>\n{CAPTION_PROMPT}")
     return turns
 
 
@@ -86,14 +87,15 @@ def pieces(turns, template):
 
 def render(turns, tokenizer, template):
     """[(role, text)] -> (ids, trained), lists of equal length; ids hold IMAGE once a picture. Ends in a user's turn: a prompt to be answered."""
+    written = list(pieces(turns, template))
+    names = [name for name in tokenizer.special if any(name in text for text, how, _ in written if how == "special")]
+    special = "|".join(map(re.escape, sorted(names, key=len, reverse=True))) or "(?!)"  # the longest first, as Hugging Face finds them
     runs = []  # [text or id, trained]: texts side by side are encoded as one, as the reference templates do
-    for text, how, trained in pieces(turns, template):
-        pattern = "|".join(map(re.escape, tokenizer.special)) if how == "special" else "<image>" if not trained else None
-        for part in [text] if pattern is None else re.split(f"({pattern})", text):
-            if how == "special" and part in tokenizer.special:
-                runs.append([tokenizer.special[part], trained])
-            elif how == "said" and not trained and part == "<image>":
-                runs.append([IMAGE, False])
+    for text, how, trained in written:
+        pattern = special if how == "special" else "<image>" if not trained else "(?!)"
+        for part in re.split(f"({pattern})", text):
+            if part and re.fullmatch(pattern, part):
+                runs.append([IMAGE if how == "said" else tokenizer.special[part], trained])
             elif part and runs and isinstance(runs[-1][0], str) and runs[-1][1] == trained:
                 runs[-1][0] += part
             elif part:
@@ -107,8 +109,12 @@ def render(turns, tokenizer, template):
 
 
 def end_id(tokenizer, template):
-    """The id that ends the assistant's turn."""
-    return tokenizer.special[TEMPLATES[template]["end"]]
+    """The id that ends the assistant's turn; Mistake if the tokenizer does not know the special tokens that the template begins and ends with."""
+    start, end = (TEMPLATES[template][name] for name in ("start", "end"))
+    for name in filter(None, (start, end)):
+        if name not in tokenizer.special:
+            raise Mistake(f"the template {template} writes {name}, which is no special token of this tokenizer")
+    return tokenizer.special[end]
 
 
 def special_names(template):

@@ -155,5 +155,8 @@ def learn(texts, vocabulary, special):
     """
     counts = Counter(word for text in texts for word in regex.findall(GPT2, text))
     sample = "".join(word * count.bit_length() for word, count in sorted(counts.items()))
-    ranks = bpe_train(sample, vocabulary, GPT2, visualise=None)
+    try:
+        ranks = bpe_train(sample, vocabulary, GPT2, visualise=None)
+    except ValueError:  # no two neighbours are left to join
+        raise Mistake(f"there is too little text for a vocabulary of {vocabulary} tokens") from None
     return Tokenizer(json.dumps(spec_of(ranks, special)).encode())
