@@ -6,6 +6,8 @@ import torch
 import transformers as hf
 
 from nanovlm import huggingface, tokenizer
+from nanovlm.decoder import Decoder
+from nanovlm.vision import Vision
 
 EYE = dict(hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=4, image_size=28, patch_size=7)
 BRAIN = dict(vocab_size=301, hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=6, num_key_value_heads=2,
@@ -125,3 +127,49 @@ def test_what_a_config_leaves_out_is_what_transformers_assumes(kind, config):
         theirs = getattr(assumed, field)
         derived = {"num_key_value_heads": assumed.to_dict().get("num_attention_heads"), "head_dim": 128}.get(field)
         assert theirs == (derived if value is None and theirs is not None else value), field
+
+
+BIG_BRAIN = dict(hidden_act="silu", rms_norm_eps=1e-5, max_position_embeddings=32768)
+FULL_SIZE = {  # the numbers of the published config.json, and the bytes of its weights at two a number
+    "mistralai/Mistral-7B-v0.1": (dict(BIG_BRAIN, model_type="mistral", sliding_window=4096), 14_483_464_192),
+    "mistralai/Mistral-7B-Instruct-v0.3": (dict(BIG_BRAIN, model_type="mistral", vocab_size=32768, sliding_window=None, rope_theta=1e6),
+                                           14_496_047_104),
+    "mistralai/Mistral-Nemo-Instruct-2407": (dict(BIG_BRAIN, model_type="mistral", vocab_size=131072, hidden_size=5120, num_hidden_layers=40,
+                                                  head_dim=128, sliding_window=None, rope_theta=1e6), 24_495_564_800),
+    "meta-llama/Meta-Llama-3-8B-Instruct": (dict(BIG_BRAIN, model_type="llama", vocab_size=128256, intermediate_size=14336, num_key_value_heads=8,
+                                                 rope_theta=5e5), 16_060_522_496),
+    "lmsys/vicuna-7b-v1.5": (dict(BIG_BRAIN, model_type="llama"), 13_476_831_232),
+}
+
+
+@pytest.mark.parametrize("name", FULL_SIZE)
+def test_the_plan_of_a_full_size_brain(name):
+    """Names and shapes as transformers has them and the published bytes, without a byte of them in memory."""
+    config, size = FULL_SIZE[name]
+    shapes = huggingface.brain_shapes(huggingface.section(config, "text_config", huggingface.BRAINS, name), name)
+    with torch.device("meta"):
+        ours = Decoder(**shapes)
+        theirs = hf.AutoModelForCausalLM.from_config(hf.AutoConfig.for_model(**config))
+    plan = {huggingface.theirs(n, huggingface.LLAMA): tensor.shape for n, tensor in ours.state_dict().items()}
+    assert plan == {n: tensor.shape for n, tensor in theirs.state_dict().items()}
+    assert sum(2 * shape.numel() for shape in plan.values()) == size
+
+
+@pytest.mark.parametrize("model, config", [
+    (hf.CLIPVisionModel, dict(model_type="clip_vision_model", hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16,
+                              image_size=336, patch_size=14)),
+    (hf.SiglipVisionModel, dict(model_type="siglip_vision_model", hidden_size=1152, intermediate_size=4304, num_hidden_layers=27,
+                                num_attention_heads=16, image_size=384, patch_size=14)),
+    (hf.Dinov2Model, dict(model_type="dinov2", hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, image_size=518, patch_size=14))])
+def test_the_plan_of_a_full_size_eye(model, config):
+    shapes = huggingface.eye_shapes(huggingface.DEFAULTS[config["model_type"]] | config, config["image_size"], None, "here")
+    table = huggingface.DINOV2 if model is hf.Dinov2Model else huggingface.CLIP
+    with torch.device("meta"):
+        ours, theirs = Vision(**shapes), model(model.config_class(**config))
+    published = {n: p.numel() for n, p in theirs.state_dict().items()}
+    if model is hf.Dinov2Model:  # in memory transformers 5 calls them otherwise than on disk
+        assert sum(p.numel() for p in ours.state_dict().values()) == sum(published.values()) - published["embeddings.mask_token"]
+        return
+    plan = {huggingface.theirs(n, table): p.numel() for n, p in ours.state_dict().items()}
+    assert plan.items() <= published.items()
+    assert {n.split(".")[0] for n in published.keys() - plan.keys()} <= {"head", "encoder", "post_layernorm"}
