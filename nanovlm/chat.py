@@ -3,7 +3,12 @@
 Nothing is ever searched for in finished ids: each piece of a template knows as it is written whether it is the assistant's. Trained are the
 assistant's words and the token that ends its turn, so that it learns to stop; nothing else is.
 """
+import itertools
 import re
+from types import SimpleNamespace
+
+import jinja2.ext  # comes with torch
+import jinja2.sandbox
 
 from . import IMAGE, Mistake
 
@@ -121,3 +126,47 @@ def special_names(template):
     """The special tokens a template needs, for a tokenizer that is learnt for it."""
     parts = [TEMPLATES[template][name] for name in ("start", "system", "user", "end", "after")]
     return list(dict.fromkeys(re.findall(r"<\|\w+\|>|</?s>|\[/?\w+\]", "".join(parts))))
+
+
+PROBES = [  # conversations that any two templates write differently; the first must be known to a template, the others may be
+    [("user", "Hello"), ("assistant", "Hi"), ("user", "Bye")], [("user", "Hello")],
+    [("system", "Be kind."), ("user", "Hello")],
+]
+
+
+def recognise(jinja, tokens, tokenizer, where):
+    """The name of the template that writes what a published one in Jinja writes, over every probe that it accepts; Mistake if there is none.
+
+    tokens: its bos_token and eos_token. A SentencePiece tokenizer puts a space before each text: of those spaces some published templates write
+    every one, some only a few, so they are not compared.
+    """
+    choices = f"say which it is by --template: {', '.join(TEMPLATES)}"
+    if jinja is None:
+        raise Mistake(f"{where} states no chat template; {choices}")
+    own_space = tokenizer.bytes_of[tokenizer.encode("a")[0]].startswith(b" ")
+    optional = f"({'|'.join(map(re.escape, tokenizer.special))}) " if own_space else "()(?!)"
+    wanted = {i: re.sub(optional, r"\1", text) for i, turns in enumerate(PROBES) if (text := write_jinja(jinja, tokens, turns)) is not None}
+    for name, space in itertools.product(TEMPLATES, ["", " "] if own_space else [""]):
+        if 0 in wanted and wanted == {i: re.sub(optional, r"\1", write(PROBES[i], tokenizer, name, space)) for i in wanted}:
+            return name
+    raise Mistake(f"{where}: its chat template writes {wanted.get(0)!r}, as none of ours does; {choices}")
+
+
+def write(turns, tokenizer, template, space=""):
+    """A conversation as one text, with `space` before every part that is tokenised by itself."""
+    stub = SimpleNamespace(special={name: (name,) for name in tokenizer.special}, encode=lambda text: [space + text])
+    return "".join("".join(piece) for piece in render(turns, stub, template)[0])
+
+
+def write_jinja(jinja, tokens, turns):
+    """What a template in Jinja writes of a conversation that waits for an answer, in the sandbox that transformers uses; None if it refuses it."""
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols])
+
+    def raise_exception(message):
+        raise jinja2.TemplateError(message)
+
+    messages = [{"role": role, "content": said} for role, said in turns]
+    try:
+        return environment.from_string(jinja).render(messages=messages, add_generation_prompt=True, raise_exception=raise_exception, **tokens)
+    except (jinja2.TemplateError, TypeError):
+        return None

@@ -9,7 +9,6 @@ Tensors stay in their files (mmap) and in their dtype until they are used, so th
 which export reads too.
 """
 import hashlib
-import itertools
 import json
 import math
 import os
@@ -20,9 +19,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
-import jinja2
-import jinja2.ext
-import jinja2.sandbox  # comes with torch
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
@@ -89,14 +85,13 @@ DEFAULTS = {
 }
 DEFAULTS["ministral"] = DEFAULTS["mistral"]
 EYES, BRAINS = ("clip_vision_model", "siglip_vision_model", "dinov2"), ("llama", "mistral", "ministral")
-EYE_MUST = dict(num_channels=3, qkv_bias=True, use_swiglu_ffn=False, num_register_tokens=0, apply_layernorm=True, head_dim=None, auto_map=None,
-                quantization_config=None)
+EYE_MUST = dict(num_channels=3, qkv_bias=True, use_swiglu_ffn=False, num_register_tokens=0, apply_layernorm=True, head_dim=None)
 BRAIN_MUST = dict(
     hidden_act="silu", hidden_activation="silu", attention_bias=False, mlp_bias=False, qkv_bias=False, use_qkv_bias=False, use_bias=False,
     use_qk_norm=False, qk_norm=False, qk_layernorm=False, attention_multiplier=None, embedding_multiplier=1.0, residual_multiplier=1.0,
     logits_scaling=1.0, logit_scale=1.0, final_logit_softcapping=None, attn_logit_softcapping=None, query_pre_attn_scalar=None, clip_qkv=None,
     partial_rotary_factor=1.0, rope_interleaved=False, no_rope_layers=None, attention_chunk_size=None, attn_temperature_tuning=False,
-    num_local_experts=None, use_parallel_residual=False, add_cross_attention=False, auto_map=None, quantization_config=None,
+    num_local_experts=None, use_parallel_residual=False, add_cross_attention=False,
 )
 PICTURE_MUST = dict(do_resize=True, do_rescale=True, do_normalize=True, do_pad=False, do_image_splitting=False)
 ACTIVATION = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
@@ -126,8 +121,11 @@ def insist(config, must, where):
 
 def section(config, inner, kinds, where):
     """The part of a config that describes an eye or a brain, with what transformers would assume filled in."""
+    if not isinstance(config, dict):
+        raise Mistake(f"{where} is no object")
+    insist(config, dict(auto_map=None, quantization_config=None), where)
     if config.get("model_type") not in kinds and isinstance(config.get(inner), dict):
-        outer = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}.get(config["model_type"])
+        outer = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}.get(config.get("model_type"))
         given = {"model_type": outer} | config[inner]
         if older := config.get(f"{inner}_dict"):  # CLIP's first spelling, which transformers puts above the second
             given |= DEFAULTS.get(given["model_type"], {}) | older
@@ -239,7 +237,10 @@ def weight_files(folder):
         index = folder / f"{single}.index.json"
         if not index.is_file():
             continue
-        names = sorted(set(read_json(index)["weight_map"].values()))
+        listed = read_json(index)
+        if not isinstance(listed, dict) or not isinstance(listed.get("weight_map"), dict):
+            raise Mistake(f"{index} holds no weight_map")
+        names = sorted(set(listed["weight_map"].values()))
         for name in names:
             if Path(name).name != name or not (folder / name).is_file():
                 raise Mistake(f"{index} names {name}, which is not in the folder")
@@ -252,7 +253,10 @@ def read_tensors(path):
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        if not isinstance(tensors, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
+            raise ValueError("no tensors by name")
+        return tensors
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
         reason = str(error).split("\n")[0]
         raise Mistake(f"{path} is broken, cut short ({os.path.getsize(path):,} bytes) or holds more than tensors: {reason}") from None
@@ -382,7 +386,8 @@ def brain(name, *, template=None):
     where, files = folder / "config.json", weight_files(folder)
     shapes = brain_shapes(section(read_json(where), "text_config", BRAINS, where), where)
     tokenizer = Tokenizer.load(folder)
-    template = template or recognise(folder, tokenizer)
+    template = template or chat.recognise(*their_template(folder), tokenizer, folder)
+    chat.end_id(tokenizer, template)  # or a Mistake
     if tokenizer.vocab_size > shapes["vocabulary"]:
         raise Mistake(f"{folder}: its tokenizer knows {tokenizer.vocab_size:,} tokens, its vocab_size is {shapes['vocabulary']:,}")
     found = read_weights(files, BRAIN_WRAPPED)
@@ -398,15 +403,8 @@ def brain(name, *, template=None):
     return Part(SimpleNamespace(decoder=decoder), {"decoder": shapes}, origin(name, folder, files), tokenizer=tokenizer, template=template)
 
 
-# ---- the chat template ----
-PROBES = [  # conversations that any two templates write differently
-    [("user", "Hello"), ("assistant", "Hi"), ("user", "Bye")], [("user", "Hello")],
-    [("system", "Be kind."), ("user", "Hello")],
-]
-
-
 def their_template(folder):
-    """(Jinja text, {bos_token, eos_token}) of a folder, or (None, …); transformers has written it into three files over the years."""
+    """(Jinja text or None, {bos_token, eos_token}) of a folder; transformers has written it into three files over the years."""
     config = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
     tokens = {name: value["content"] if isinstance(value, dict) else value
               for name in ("bos_token", "eos_token") if (value := config.get(name)) is not None}
@@ -418,43 +416,3 @@ def their_template(folder):
     if isinstance(text, list):  # several, by name
         text = {one["name"]: one["template"] for one in text}.get("default")
     return text, tokens
-
-
-def rendered(text, tokens, turns):
-    """What a Jinja template writes of a conversation that waits for an answer; None if it refuses it."""
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols])
-
-    def raise_exception(message):
-        raise jinja2.TemplateError(message)
-
-    messages = [{"role": role, "content": said} for role, said in turns]
-    try:
-        return environment.from_string(text).render(messages=messages, add_generation_prompt=True, raise_exception=raise_exception, **tokens)
-    except (jinja2.TemplateError, TypeError):
-        return None
-
-
-def written(turns, template, tokenizer, space):
-    """What a template of ours writes, with `space` before every text that is tokenised by itself."""
-    stub = SimpleNamespace(special={name: (name,) for name in tokenizer.special}, encode=lambda text: [space + text])
-    return "".join("".join(piece) for piece in chat.render(turns, stub, template)[0])
-
-
-def recognise(folder, tokenizer):
-    """The name of the template of ours that writes what the folder's own writes, over every probe that its own accepts.
-
-    A SentencePiece tokenizer puts a space before each text; of it some templates write every one, some only a few, and one is enough.
-    """
-    text, tokens = their_template(folder)
-    own_space = tokenizer.bytes_of[tokenizer.encode("a")[0]].startswith(b" ")
-    optional = f"({'|'.join(map(re.escape, tokenizer.special))}) " if own_space else "()(?!)"
-    choices = f"say which it is by --template: {', '.join(chat.TEMPLATES)}"
-    if text is None:
-        raise Mistake(f"{folder} states no chat template; {choices}")
-    answers = {i: said for i, turns in enumerate(PROBES) if (said := rendered(text, tokens, turns)) is not None}
-    for name, space in itertools.product(chat.TEMPLATES, ["", " "] if own_space else [""]):
-        ours = {i: written(PROBES[i], name, tokenizer, space) for i in answers}
-        if answers and all(re.sub(optional, r"\1", ours[i]) == re.sub(optional, r"\1", answers[i]) for i in answers):
-            return name
-    raise Mistake(f"{folder}: its chat template writes {answers.get(0)!r}, as none of ours does; {choices}")
-

@@ -218,6 +218,11 @@ def cut_a_bin(folder):
     (folder / "pytorch_model.bin").write_bytes((folder / "pytorch_model.bin").read_bytes()[:-1000])
 
 
+def keep_a_list(folder):
+    torch.save([torch.ones(3)], folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+
+
 def keep_no_weights(folder):
     (folder / "model.safetensors").unlink()
 
@@ -234,12 +239,15 @@ def keep_no_weights(folder):
     (lose_a_shard, "names model-00002-of-00003.safetensors, which is not in the folder"),
     (cut_a_shard, "model-00003-of-00003.safetensors is broken, cut short"),
     (pickle_code, "pytorch_model.bin is broken, .* or holds more than tensors"),
+    (keep_a_list, "pytorch_model.bin is broken, .*: no tensors by name"),
     (cut_a_bin, "pytorch_model.bin is broken, cut short"),
     (keep_no_weights, "holds neither model.safetensors nor pytorch_model.bin"),
     (lambda folder: edit(folder / "config.json", num_hidden_layers=1), "model.layers.1.input_layernorm.weight is not used"),
     (lambda folder: edit(folder / "config.json", vocab_size=100), "tokenizer knows 262 tokens, its vocab_size is 100"),
     (lambda folder: edit(folder / "config.json", tie_word_embeddings=True), "lm_head.weight is not embed_tokens.weight"),
     (lambda folder: (folder / "config.json").write_text("{"), "config.json is not JSON"),
+    (lambda folder: (folder / "config.json").write_text("[]"), "config.json is no object"),
+    (lambda folder: (folder / "config.json").write_text("{}"), "model of type None"),
     (lambda folder: (folder / "config.json").unlink(), "holds neither a nanovlm checkpoint nor a config.json"),
 ])
 def test_a_broken_folder_is_told_by_file_and_tensor(change, said, brain_folder):
@@ -413,7 +421,7 @@ def test_a_template_is_known_by_what_it_writes(name, tmp_path):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": ends[0], "eos_token": ends[1], "chat_template": PUBLISHED[name]}))
     words = tokenizer.learn(["hello goodbye"], 258, special)
     mine = SentencePiece(words.special) if name in SENTENCEPIECE else words
-    assert huggingface.recognise(tmp_path, mine) == name.split(",")[0]
+    assert chat.recognise(*huggingface.their_template(tmp_path), mine, tmp_path) == name.split(",")[0]
 
 
 @pytest.mark.parametrize("name", ["chatml", "smollm2", "llama3", "mistral, tekken", "mistral-v7"])
@@ -431,7 +439,7 @@ def test_our_ids_are_those_of_apply_chat_template(name, tmp_path):
 
 
 def test_vicuna_as_fastchat_writes_it():
-    written = huggingface.written([("user", "Hello"), ("assistant", "Hi"), ("user", "Bye")], "vicuna", SentencePiece({"<s>": 1, "</s>": 2}), "")
+    written = chat.write([("user", "Hello"), ("assistant", "Hi"), ("user", "Bye")], SentencePiece({"<s>": 1, "</s>": 2}), "vicuna")
     assert written == ("<s>A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, and polite "
                        "answers to the user's questions. USER: Hello ASSISTANT:Hi</s>USER: Bye ASSISTANT:")  # the space of " Hi" is the tokenizer's
 
@@ -450,12 +458,16 @@ def test_a_template_is_found_where_transformers_has_put_it(place, brain_folder):
 
 @pytest.mark.parametrize("template, said", [(..., "states no chat template; say which it is by --template: mistral, "),
                                             ("{{ messages[0]['content'] }}", "its chat template writes 'Hello', as none of ours does"),
-                                            ("{{ ''.__class__.__mro__ }}", "writes None")])
+                                            ("{{ ''.__class__.__mro__ }}", "writes None"),  # the sandbox refuses it
+                                            ("{{ today }}{{ raise_exception('no') }}", "writes None"),
+                                            (CHATML.replace("m['content']", "m['content'] | upper"), "writes '<|im_start|>user\\\\nHELLO")])
 def test_an_unknown_template_must_be_said(template, said, brain_folder):
     edit(brain_folder / "tokenizer_config.json", chat_template=template)
     with pytest.raises(Mistake, match=said):
         huggingface.brain(brain_folder)
-    assert huggingface.brain(brain_folder, template="llama3").template == "llama3"
+    assert huggingface.brain(brain_folder, template="smollm2").template == "smollm2"
+    with pytest.raises(Mistake, match="llama3 writes <.begin_of_text.>, which is no special token"):
+        huggingface.brain(brain_folder, template="llama3")
 
 
 # ---- the door ----
