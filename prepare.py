@@ -185,8 +185,8 @@ def read_sample(record, number, folder):
 
 def prepared(sample, owner):
     """A Sample as what Writer.add takes: name, ids, trained, and the tiles of each picture."""
-    ids, trained = chat.render(sample.turns, owner.tokenizer, owner.template)
     try:
+        ids, trained = chat.render(sample.turns, owner.tokenizer, owner.template)
         return sample.name, ids, trained, [pictures.load_tiles(path, owner.policy) for path in sample.paths]
     except Mistake as mistake:
         raise Mistake(f"{sample.label}: {mistake}") from None

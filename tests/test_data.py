@@ -193,7 +193,7 @@ def test_a_folder_that_is_no_set(tmp_path, folder, said):
     (FINGERPRINT | {"tokenizer": "xyz"}, "another model: its tokenizer is abc, the model's xyz$"),
     (FINGERPRINT | {"template": "chatml"}, "its template is mistral, the model's chatml$"),
     (FINGERPRINT | {"policy": FINGERPRINT["policy"] | {"fit": "crop"}}, "its policy fit is pad, the model's crop$"),
-    (FINGERPRINT | {"policy": {"tile": 8, "fit": "pad", "mean": [0.4]}}, r"policy tile is 4, the model's 8; its policy mean is \[0.1, 0.2, 0.3\], .* \[0.4\]$"),
+    (FINGERPRINT | {"policy": {"tile": 8, "fit": "pad", "mean": [0.4]}}, r"policy tile is 4, .* 8; its policy mean is \[0.1, .*\], .* \[0.4\]$"),
     (FINGERPRINT | {"policy": FINGERPRINT["policy"] | {"grid": 12}}, "its policy grid is None, the model's 12$"),
     (FINGERPRINT | {"policy": {"tile": 4, "fit": "pad"}}, r"its policy mean is \[0.1, 0.2, 0.3\], the model's None$"),
 ])
