@@ -343,7 +343,7 @@ def picture_policy(folder, tile, fit):
         raise Mistake(f"{path}: what it makes of a picture, size {size}, crop {crop}, is not square: say --tile")
     own_fit = "crop" if crop and edges[0] == edges[-1] else "squash" if not crop and isinstance(size, dict) and "height" in size else None
     if not (fit or own_fit):  # DINOv2's own enlarges to 256 and cuts 224 out of the middle
-        raise Mistake(f"{path}: its way with pictures, size {size}, crop {crop}, is not known here: say --fit")
+        raise Mistake(f"{path}: its way with pictures, size {size}, crop {crop}, is not known here: say --fit, squash, pad or crop")
     return {"tile": tile or edges[-1].pop(), "fit": fit or own_fit, "resample": resample, "mean": config["image_mean"], "std": config["image_std"]}
 
 
