@@ -6,6 +6,7 @@ import atexit
 import contextlib
 import os
 import sys
+import time
 
 import torch
 import torch.distributed as dist
@@ -39,8 +40,15 @@ def start(device):
         if device.type == "cuda":
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", device_id=device if device.type == "cuda" else None)
-        atexit.register(dist.destroy_process_group)
+        atexit.register(leave)
     return dist.get_rank(), dist.get_world_size()
+
+
+def leave():
+    """Part from the other ranks. gloo's threads need the interpreter once more to let go of the last collective's tensors, and abort the process
+    if it is gone by then (pytorch/pytorch#190489): sleeping lends it to them."""
+    dist.destroy_process_group()
+    time.sleep(0.1)
 
 
 def wrap(model):
