@@ -68,7 +68,7 @@ def new(*,
     source: list[str] = [],     # LLaVA JSON whose text the tokenizer is learnt from; may be repeated
     out: str = "out/newborn",   # where the newborn goes
     vocabulary: int = 512,      # tokens to learn, special ones aside
-    template: str = "mistral",  # mistral or chatml: how conversations become text
+    template: str = "mistral",  # how conversations become text: mistral, chatml, llama3 or another that chat.py knows
     tile: int = 64,             # pixels across a picture as the eye sees it
     patch: int = 8,             # pixels across a patch
     shuffle: int = 2,           # pixel shuffle: shuffle² patches become one token
@@ -130,10 +130,10 @@ def data(*,
     if not source or not out:
         raise Mistake("prepare.py data needs --source=FILE.json and --out=data/NAME")
     refuse_to_overwrite(out)
-    folder = Path(images) if images else Path(source).parent
+    records, folder = read_records(source), Path(images) if images else Path(source).parent
     if not folder.is_dir():
-        raise Mistake(f"--images={images}: no such folder")
-    samples = each(partial(read_sample, folder=folder), read_records(source))  # what is wrong with them is told now, not after hours of pictures
+        raise Mistake(f"--images={images} is no folder")
+    samples = each(partial(read_sample, folder=folder), records)  # what is wrong with them is told now, not after hours of pictures
     owner = weights.load(model)
     chat.end_id(owner.tokenizer, owner.template)
     began, tokens = time.time(), pictures.picture_tokens(1, owner.policy)

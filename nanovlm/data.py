@@ -69,7 +69,7 @@ def sync(path):
 class Writer:
     """Appends samples to shards in `out`.tmp; closing it writes the header and gives the folder its name: a set is whole or not there.
 
-    In a `with` block it closes at the end, and an error (a full disk is a Mistake) leaves nothing behind.
+    In a `with` block it closes at the end, and an error leaves nothing behind. A full disk is an OSError that names the set.
     """
 
     def __init__(self, out, *, fingerprint, tokens_per_tile, tile):
@@ -100,7 +100,8 @@ class Writer:
         try:
             yield
         except OSError as error:
-            raise Mistake(f"{self.out} could not be written: {error.strerror or error}") from None
+            error.filename = str(self.out)
+            raise
 
     def _open(self):
         prefix = self.tmp / f"{len(self.header['shards']):05d}"
