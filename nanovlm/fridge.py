@@ -1,8 +1,8 @@
 """The little world of the demonstration: open fridges, what is in them in words, and questions about it. Pillow only, no downloads.
 
-A scene is four places, each with foods from left to right (in the door from top to bottom), None where a slot is empty:
+A scene is four places, each with three slots from left to right, None where one is empty:
 
-    {"top": ("apple", None, "milk"), "middle": (None, None, None), "bottom": ("egg", "egg", None), "door": ("juice", None, None)}
+    {"top": ("apple", None, "milk"), "middle": (None, None, None), "bottom": ("egg", "egg", None), "drawer": ("juice", None, None)}
 
 Everything is a function of (seed, number), so scenes can be made in any order. One composition in eight, chosen by a hash of it, is held out: the
 exam never shows a fridge with the contents of one that was trained on.
@@ -21,23 +21,23 @@ PLURAL = {"apple": "apples", "milk": "cartons of milk", "egg": "eggs", "cheese":
 FOODS = list(PLURAL)
 RECIPES = {"an omelette": ("egg", "milk", "cheese"), "a fruit salad": ("apple", "grapes", "juice"), "a fish supper": ("fish", "carrot", "broccoli"),
            "a tea party": ("cake", "milk", "grapes")}
-PLACES = {"top": "on the top shelf", "middle": "on the middle shelf", "bottom": "on the bottom shelf", "door": "in the door"}
-SLOTS = {"top": 3, "middle": 3, "bottom": 3, "door": 3}
+PLACES = {"top": "on the top shelf", "middle": "on the middle shelf", "bottom": "on the bottom shelf", "drawer": "in the drawer"}
+SLOTS = 3  # in each place
 NUMBERS = ("none", "one", "two", "three")
-SIDE = 192  # pixels of a picture, four squares of 48 each way
-FLOORS = (47, 95, 143)  # where the shelves are, pixels from above; below them is a closed drawer
+SQUARE = 48  # pixels across a slot; a picture is four squares each way: a column of the open door, three of slots
+SIDE = 4 * SQUARE
 
 
 # ---- scenes ----
 
 def foods(scene, place=None):
     """The foods of one place, or of all, in order."""
-    return [food for p in ([place] if place else SLOTS) for food in scene[p] if food]
+    return [food for p in ([place] if place else PLACES) for food in scene[p] if food]
 
 
 def is_held_out(scene):
     """By what stands where, whatever the gaps between."""
-    return hashlib.sha256(repr([foods(scene, place) for place in SLOTS]).encode()).digest()[0] % 8 == 0
+    return hashlib.sha256(repr([foods(scene, place) for place in PLACES]).encode()).digest()[0] % 8 == 0
 
 
 def scene_of(rng, held_out):
@@ -48,8 +48,8 @@ def scene_of(rng, held_out):
         if rng.random() < 0.4:
             kinds[1:3] = [kinds[0]] * len(kinds[1 : rng.randint(2, 3)])
         rng.shuffle(kinds)
-        slots = rng.sample([(place, i) for place, n in SLOTS.items() for i in range(n)], len(kinds))
-        scene = {place: [None] * n for place, n in SLOTS.items()}
+        slots = rng.sample([(place, i) for place in PLACES for i in range(SLOTS)], len(kinds))
+        scene = {place: [None] * SLOTS for place in PLACES}
         for (place, i), kind in zip(slots, kinds, strict=True):
             scene[place][i] = kind
         if max(map(kinds.count, kinds)) <= 3 and is_held_out(scene) == held_out:
@@ -58,7 +58,7 @@ def scene_of(rng, held_out):
 
 def without(rng, scene, held_out):
     """(the scene with one food fewer, that food), a kind that stood there once; None if no such scene is of this part."""
-    unique = [(p, i) for p in SLOTS for i, food in enumerate(scene[p]) if food and foods(scene).count(food) == 1]
+    unique = [(p, i) for p in PLACES for i, food in enumerate(scene[p]) if food and foods(scene).count(food) == 1]
     rng.shuffle(unique)
     for place, i in unique:
         rest = {p: list(row) for p, row in scene.items()}
@@ -74,23 +74,22 @@ def join(words):
     return " and ".join(filter(None, [", ".join(words[:-1]), words[-1]])) if words else "nothing"
 
 
-def reading(scene, order=tuple(SLOTS)):
+def reading(scene, order=tuple(PLACES)):
     """Shelf by shelf, each from left to right."""
     return ", ".join(f"{place} {' '.join(foods(scene, place)) or 'nothing'}" for place in order)
 
 
 def plan(scene):
-    """The fridge as the eye will see it, square by square: four rows of three slots and one of the door, the last row the closed drawer."""
-    rows = [[*(scene[place][i] for i in range(3)), scene["door"][number]] for number, place in enumerate(("top", "middle", "bottom"))]
-    return "".join(f" {food or '.'}" for row in [*rows, [None] * 4] for food in row)
+    """The fridge square by square, as the eye will see it: each of the four rows is a square of the door and three slots."""
+    return "".join(f" {word or '.'}" for place in PLACES for word in (place, *scene[place]))
 
 
 def note(rng, scene):
     """The fridge in words, for a brain without eyes."""
-    order, style = rng.sample(list(SLOTS), 4), rng.random()
-    if style < 0.6:
+    order, style = rng.sample(list(PLACES), 4), rng.random()
+    if style < 0.85:
         return plan(scene)
-    if style < 0.8:
+    if style < 0.93:
         return reading(scene, order)
     return ", ".join(f"{join(foods(scene, p))} {PLACES[p]}" for p in order)
 
@@ -100,11 +99,21 @@ def ask_reading(rng, scene):
 
 
 def ask_upward(rng, scene):
-    return "Read the fridge from bottom to top.", reading(scene, ("bottom", "middle", "top", "door"))
+    return "Read the fridge from bottom to top.", reading(scene, tuple(reversed(PLACES)))
+
+
+def whereabouts(scene, food):
+    """A food and the place of each of its kind."""
+    return " ".join([food, *(place for place in PLACES for found in scene[place] if found == food)])
+
+
+def ask_inventory(rng, scene):
+    """By kind where ask_reading goes by place: looking for a food is learnt ten times from one answer. Trained, never examined."""
+    return "Where is everything?", ", ".join(whereabouts(scene, food) if food in foods(scene) else f"{food} nowhere" for food in FOODS)
 
 
 def ask_shelf(rng, scene, place=None):
-    place = place or rng.choice(list(SLOTS))
+    place = place or rng.choice(list(PLACES))
     return f"What is {PLACES[place]}?", join(foods(scene, place))
 
 
@@ -121,26 +130,31 @@ def ask_exists(rng, scene):
     return rng.choice([f"Is there any {kind}?", f"Do you see any {kind}?"]), "yes" if there else "no"
 
 
-def unique_foods(scene, places):
-    return [food for food in foods(scene) if foods(scene).count(food) == 1 and any(food in scene[p] for p in places)]
+def unique_foods(scene):
+    return [food for food in foods(scene) if foods(scene).count(food) == 1]
 
 
 def ask_where(rng, scene):
-    kinds = unique_foods(scene, SLOTS)
+    kinds = unique_foods(scene)
     if not kinds:
         return None
     kind = rng.choice(kinds)
-    return f"Where is the {kind}?", next(PLACES[p] for p in SLOTS if kind in scene[p])
+    return f"Where is the {kind}?", whereabouts(scene, kind)
 
 
 def ask_next(rng, scene):
-    kinds = unique_foods(scene, ("top", "middle", "bottom"))
+    kinds = unique_foods(scene)
     if not kinds:
         return None
     kind = rng.choice(kinds)
-    row = next(foods(scene, p) for p in SLOTS if kind in scene[p])
+    row = next(foods(scene, p) for p in PLACES if kind in scene[p])
     i = row.index(kind)
-    return f"What is next to the {kind}?", join(row[max(0, i - 1) : i] + row[i + 1 : i + 2])
+    return f"What is next to the {kind}?", f"{whereabouts(scene, kind)} beside {join(row[max(0, i - 1) : i] + row[i + 1 : i + 2])}"
+
+
+def ask_taken(scene, rest, food):
+    """Questions about a scene and the rest of it, without a food that was there once."""
+    return [("What was taken out?", food), ("Where was it?", whereabouts(scene, food)), ("What is left?", reading(rest))]
 
 
 def ask_recipe(rng, scene):
@@ -152,14 +166,14 @@ KINDS = {"reading": ask_reading, "shelf": ask_shelf, "count": ask_count, "exists
 
 
 def questions(rng, scene, count):
-    """(question, answer) pairs, each kind once before any comes again."""
-    asked = {}
+    """(question, answer) pairs: the inventory, then each kind once, and the hardest twice, before any comes again."""
+    asked = dict([ask_inventory(rng, scene)])
     while len(asked) < count:
-        for ask in rng.sample(list(KINDS.values()), len(KINDS)):
-            pair = ask(rng, scene)
+        for kind in rng.sample([*KINDS, "count", "next"], len(KINDS) + 2):
+            pair = KINDS[kind](rng, scene)
             if pair and len(asked) < count:
                 asked.setdefault(*pair)
-    return list(asked.items())
+    return rng.sample(list(asked.items()), count)
 
 
 def talk(pairs, before):
@@ -176,11 +190,11 @@ def text_only(rng):
         recipe = rng.choice(list(RECIPES))
         return talk([("Hello!", "Hello! Show me your fridge."), (f"What do I need for {recipe}?", join(list(RECIPES[recipe])))], "")
     scene = scene_of(rng, False)
-    if style < 0.2:
-        pair = without(rng, scene, False)
-        if pair:
-            return talk([("What was taken out?", f"the {pair[1]}")], f"{plan(scene)}\n{plan(pair[0])}\n")
-    return talk(questions(rng, scene, rng.randint(5, 8)), note(rng, scene) + "\n")
+    pair = without(rng, scene, False) if style < 0.5 else None
+    if pair:
+        rest, food = pair
+        return talk(ask_taken(scene, rest, food), f"{plan(scene)}\n{plan(rest)}\n")
+    return talk(questions(rng, scene, rng.randint(8, 12)), note(rng, scene) + "\n")
 
 
 # ---- pictures ----
@@ -268,35 +282,36 @@ def sprite(food):
 
 def put(rng, picture, food, x, floor, size):
     """Stand a food on a floor, its middle at x, in its own size, tint and shadow."""
-    size = round(size * rng.uniform(0.9, 1.1))
+    size = round(size * rng.uniform(0.88, 1.14))
     thing = sprite(food).resize((size, size), Image.BILINEAR)
     colour = ImageEnhance.Brightness(ImageEnhance.Color(thing).enhance(rng.uniform(0.8, 1.2))).enhance(rng.uniform(0.88, 1.1))
-    left, top = round(x - size / 2 + rng.uniform(-3, 3)), round(floor - size * 0.95 + rng.uniform(-1, 1))
+    left, top = round(x - size / 2 + rng.uniform(-4, 4)), round(floor - size * 0.95 + rng.uniform(-1, 1))
     picture.paste(colour, (left, top), thing.getchannel("A"))
 
 
 def draw(scene, rng):
-    """The open fridge of a scene, SIDE × SIDE pixels."""
+    """The open fridge of a scene, SIDE × SIDE pixels: the inside of its door on the left, three shelves and a drawer on the right."""
     tone = rng.randint(222, 250)
     wall = (tone, tone, min(255, tone + rng.randint(0, 8)))
-    picture = Image.new("RGB", (SIDE, SIDE), tuple(rng.randint(90, 170) for _ in range(3)))
+    picture = Image.new("RGB", (SIDE, SIDE), wall)
     d = ImageDraw.Draw(picture)
-    d.rectangle((2, 2, 142, 189), fill=wall, outline=(150, 155, 165), width=3)
-    d.rectangle((146, 2, 190, 189), fill=tuple(c - 14 for c in wall), outline=(150, 155, 165), width=3)
-    for y in range(5, 187, 6):  # light falls from the lamp above
-        d.rectangle((5, y, 139, y + 5), fill=tuple(round(c * (1 - rng.uniform(0.05, 0.07) * y / SIDE)) for c in wall))
-    for floor in FLOORS:
-        d.rectangle((4, floor, 140, floor + 2), fill=(165, 185, 200))
-        d.rectangle((147, floor, 189, floor + 2), fill=(140, 160, 180))
-    d.rectangle((7, 152, 137, 186), fill=tuple(c - 24 for c in wall), outline=(150, 155, 165), width=2)
-    d.rectangle((56, 160, 88, 165), fill=(150, 155, 165))
+    for y in range(0, SIDE, 6):  # light falls from the lamp above
+        d.rectangle((SQUARE, y, SIDE, y + 5), fill=tuple(round(c * (1 - rng.uniform(0.05, 0.07) * y / SIDE)) for c in wall))
+    d.rectangle((0, 0, SQUARE - 5, SIDE), fill=tuple(c - rng.randint(16, 40) for c in wall), outline=(150, 155, 165), width=2)
+    for _ in range(rng.randint(0, 5)):  # magnets on the door, and notes: they mean nothing
+        x, y, size = rng.randint(5, 26), rng.randint(4, SIDE - 20), rng.randint(4, 13)
+        rng.choice([d.ellipse, d.rectangle])((x, y, x + size, y + size), fill=tuple(rng.randint(60, 255) for _ in range(3)))
+    d.rectangle((SQUARE, SIDE - SQUARE + 1, SIDE, SIDE), fill=tuple(c - 22 for c in wall))
+    for row in range(1, 4):
+        d.rectangle((SQUARE, row * SQUARE - 2, SIDE, row * SQUARE), fill=(165, 185, 200))
     for _ in range(rng.randint(0, 3)):  # frost
-        x, y = rng.randint(8, 130), rng.randint(6, 180)
+        x, y = rng.randint(SQUARE, SIDE - 10), rng.randint(4, SIDE - 10)
         d.ellipse((x, y, x + rng.randint(2, 5), y + rng.randint(2, 4)), fill=(255, 255, 255))
-    for floor, place, in_door in zip(FLOORS, ("top", "middle", "bottom"), scene["door"], strict=True):
-        for i, food in enumerate([*scene[place], in_door]):
-            if food:
-                put(rng, picture, food, 24 + 48 * i, floor, 43)
+    things = [(row, i, food) for row, place in enumerate(PLACES) for i, food in enumerate(scene[place]) if food]
+    for row, i, food in rng.sample(things, len(things)):  # who stands in front of whom is chance
+        put(rng, picture, food, (i + 1.5) * SQUARE, (row + 1) * SQUARE - 2, 0.9 * SQUARE)
+    d.rectangle((SQUARE, SIDE - 7, SIDE, SIDE), fill=(185, 200, 212))  # the drawer's front hides the feet of what lies in it
+    d.rectangle((SQUARE + 60, SIDE - 5, SQUARE + 84, SIDE - 3), fill=(130, 140, 155))
     picture = ImageEnhance.Brightness(picture).enhance(rng.uniform(0.85, 1.1))
     warm = rng.uniform(-0.05, 0.05)
     r, g, b = picture.split()
@@ -306,20 +321,20 @@ def draw(scene, rng):
 # ---- files ----
 
 def train_sample(number, seed, folder):
-    """One training fridge (or pair): its pictures on disk, its captions record (None for a pair) and its chat."""
+    """One training fridge: its picture on disk, its captions and its chat; every other chat is about two pictures, before and after."""
     rng, name = random.Random(f"{seed}-train-{number}"), f"train-{number:05d}"
     scene = scene_of(rng, False)
-    pair = without(rng, scene, False) if number % 8 == 7 else None
-    if pair:
-        save(draw(scene, rng), folder / f"{name}-a.jpg")
-        save(draw(pair[0], rng), folder / f"{name}-b.jpg")
-        turns = talk([("What was taken out?", f"the {pair[1]}")], "<image>\n<image>\n")
-        return None, {"id": name, "image": [f"{name}-a.jpg", f"{name}-b.jpg"], "conversations": turns}
     save(draw(scene, rng), folder / f"{name}.jpg")
-    parts = [ask_upward(rng, scene), *(ask_shelf(rng, scene, place) for place in SLOTS)]
-    captions = [ask_reading(rng, scene), *rng.sample(parts, 3)]
+    parts = [ask_upward(rng, scene), *(ask_shelf(rng, scene, place) for place in PLACES)]
+    captions = [ask_reading(rng, scene), ask_inventory(rng, scene), *rng.sample(parts, 2)]
     caption = {"id": name, "image": f"{name}.jpg", "conversations": talk(captions, "<image>\n")}
-    chat = {"id": name, "image": f"{name}.jpg", "conversations": talk(questions(rng, scene, rng.randint(6, 8)), "<image>\n")}
+    images, asked = [f"{name}.jpg"], questions(rng, scene, rng.randint(8, 12))
+    pair = without(rng, scene, False) if number % 2 else None
+    if pair:
+        rest, food = pair
+        save(draw(rest, rng), folder / f"{name}-b.jpg")
+        images, asked = [f"{name}.jpg", f"{name}-b.jpg"], ask_taken(scene, rest, food)
+    chat = {"id": name, "image": images, "conversations": talk(asked, "<image>\n" * len(images))}
     return caption, chat
 
 
@@ -333,7 +348,7 @@ def exam_sample(number, seed, folder):
     save(draw(scene, rng), folder / f"{name}.jpg")
     save(draw(rest, rng), folder / f"{name}-b.jpg")
     asked = [(kind, ask(rng, scene), f"{name}.jpg") for kind, ask in KINDS.items()]
-    asked.append(("taken", ("What was taken out?", f"the {taken}"), [f"{name}.jpg", f"{name}-b.jpg"]))
+    asked.append(("taken", ask_taken(scene, rest, taken)[0], [f"{name}.jpg", f"{name}-b.jpg"]))
     return [{"id": f"{name}-{kind}", "kind": kind, "image": image, "question": pair[0], "answers": [pair[1]]} for kind, pair, image in asked if pair]
 
 
@@ -350,12 +365,12 @@ def write(*, out, scenes=8000, text=12000, exam=500, seed=0, workers=2):
         asked = list(pool.map(exam_sample, range(exam), [seed] * exam, [out / "images"] * exam, chunksize=50))
     told = [{"id": f"text-{i:05d}", "conversations": text_only(random.Random(f"{seed}-text-{i}"))} for i in range(text)]
     extra = [{"id": f"told-{i:05d}", "conversations": text_only(random.Random(f"{seed}-told-{i}"))} for i in range(scenes // 12)]
-    files = {"text": told, "captions": [caption for caption, _ in trained if caption], "chats": [chat for _, chat in trained] + extra}
+    files = {"text": told, "captions": [caption for caption, _ in trained], "chats": [chat for _, chat in trained] + extra}
     for name, records in files.items():
         (out / f"{name}.json").write_text(json.dumps(records))
     rng = random.Random(f"{seed}-demo")
     scene = scene_of(rng, True)
-    while not (len(foods(scene)) == 6 and all(foods(scene, p) for p in SLOTS)):
+    while not (len(foods(scene)) == 6 and all(foods(scene, p) for p in PLACES)):
         scene = scene_of(rng, True)
     save(draw(scene, rng), out / "fridge.jpg")
     (out / "fridge.txt").write_text(reading(scene) + "\n")
