@@ -16,8 +16,10 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageEnhance, ImageFilter
 
-PLURAL = {"apple": "apples", "milk": "cartons of milk", "egg": "eggs", "cheese": "pieces of cheese", "carrot": "carrots", "broccoli": "heads of broccoli",
-          "grapes": "bunches of grapes", "juice": "bottles of juice", "fish": "fish", "cake": "slices of cake"}
+PLURAL = {
+    "apple": "apples", "milk": "cartons of milk", "egg": "eggs", "cheese": "pieces of cheese", "carrot": "carrots", "broccoli": "heads of broccoli",
+    "grapes": "bunches of grapes", "juice": "bottles of juice", "fish": "fish", "cake": "slices of cake",
+}
 FOODS = list(PLURAL)
 RECIPES = {"an omelette": ("egg", "milk", "cheese"), "a fruit salad": ("apple", "grapes", "juice"), "a fish supper": ("fish", "carrot", "broccoli"),
            "a tea party": ("cake", "milk", "grapes")}
@@ -162,7 +164,9 @@ def ask_recipe(rng, scene):
     return f"What is missing for {recipe}?", join([food for food in RECIPES[recipe] if food not in foods(scene)])
 
 
-KINDS = {"reading": ask_reading, "shelf": ask_shelf, "count": ask_count, "exists": ask_exists, "where": ask_where, "next": ask_next, "recipe": ask_recipe}
+KINDS = {
+    "reading": ask_reading, "shelf": ask_shelf, "count": ask_count, "exists": ask_exists, "where": ask_where, "next": ask_next, "recipe": ask_recipe,
+}
 
 
 def questions(rng, scene, count):

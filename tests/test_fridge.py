@@ -35,11 +35,14 @@ def test_the_same_number_gives_the_same_fridge_in_a_larger_world(world, tmp_path
 
 def test_the_exam_shares_no_composition_with_training():
     """What stands on which shelf in which order, gaps aside: the hash decides, so no pair of scenes need ever be compared."""
-    compositions = [{str([fridge.foods(fridge.scene_of(random.Random(i), held_out), place) for place in fridge.PLACES]) for i in range(400)}
-                    for held_out in (False, True)]
-    assert not compositions[0] & compositions[1] and min(map(len, compositions)) > 300
-    rest, _ = fridge.without(random.Random(1), fridge.scene_of(random.Random(1), True), True)
-    assert fridge.is_held_out(rest)
+    def composition(seed, held_out):
+        scene = fridge.scene_of(random.Random(seed), held_out)
+        return str([fridge.foods(scene, place) for place in fridge.PLACES])
+
+    trained, examined = ({composition(seed, held_out) for seed in range(400)} for held_out in (False, True))
+    assert not trained & examined and min(len(trained), len(examined)) > 300
+    pairs = filter(None, (fridge.without(random.Random(seed), fridge.scene_of(random.Random(seed), True), True) for seed in range(40)))
+    assert all(fridge.is_held_out(rest) for rest, _ in pairs)
 
 
 def test_conversations_are_llavas_and_name_pictures_that_exist(world):
@@ -64,8 +67,8 @@ SCENE = {"top": ("apple", None, "milk"), "middle": (None, None, None), "bottom":
 @pytest.mark.parametrize("ask, answers", [
     (fridge.ask_reading, {"*": "top apple milk, middle nothing, bottom egg cake egg, drawer juice"}),
     (fridge.ask_upward, {"*": "drawer juice, bottom egg cake egg, middle nothing, top apple milk"}),
-    (fridge.ask_inventory, {"*": "apple top, milk top, egg bottom bottom, cheese nowhere, carrot nowhere, broccoli nowhere, grapes nowhere, juice drawer, "
-                                 "fish nowhere, cake bottom"}),
+    (fridge.ask_inventory, {"*": "apple top, milk top, egg bottom bottom, cheese nowhere, carrot nowhere, broccoli nowhere, grapes nowhere, "
+                                 "juice drawer, fish nowhere, cake bottom"}),
     (fridge.ask_shelf, {"What is on the top shelf?": "apple and milk", "What is on the middle shelf?": "nothing",
                         "What is on the bottom shelf?": "egg, cake and egg", "What is in the drawer?": "juice"}),
     (fridge.ask_where, {"Where is the apple?": "apple top", "Where is the milk?": "milk top", "Where is the juice?": "juice drawer",
@@ -89,14 +92,14 @@ def test_counts_and_presence_worked_out_by_hand():
 
 
 def test_what_was_taken_is_what_the_second_fridge_lacks():
-    rest, food = fridge.without(random.Random(3), SCENE, fridge.is_held_out(SCENE)) or fridge.without(random.Random(3), SCENE, not fridge.is_held_out(SCENE))
+    rest, food = next(filter(None, (fridge.without(random.Random(3), SCENE, part) for part in (False, True))))
     assert Counter(fridge.foods(SCENE)) - Counter(fridge.foods(rest)) == Counter([food])
     asked = dict(fridge.ask_taken(SCENE, rest, food))
     assert asked["What was taken out?"] == food and asked["Where was it?"].split()[0] == food and asked["What is left?"] == fridge.reading(rest)
 
 
 def test_a_plan_has_a_word_for_each_square_that_the_eye_sees():
-    assert fridge.plan(SCENE).split() == "top apple . milk middle . . . bottom egg cake egg drawer . juice .".split()
+    assert fridge.plan(SCENE) == " top apple . milk middle . . . bottom egg cake egg drawer . juice ."
 
 
 def test_a_food_changes_the_picture_in_its_own_square_most():
