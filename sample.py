@@ -9,28 +9,57 @@ Only the answer goes to standard output.
 """
 import sys
 import time
+from pathlib import Path
 
 import torch
 
 from nanovlm import Mistake, chat, cli, data, images, parallel, weights
 
+LONGEST = 1 << 20  # tokens of prompt and answer together; the cache takes memory for all of them before the first is read
+
+
+def say(*words):
+    print(*words, file=sys.stderr, flush=True)
+
+
+def place_pictures(text, pictures):
+    """What a user says, with an <image> for each picture: where the text has them, else all in front of it."""
+    typed = text.count("<image>")
+    if typed not in (0, pictures):
+        raise Mistake(f"the question says <image> {typed} times, the pictures given with it are {pictures}")
+    if any("\ud800" <= letter <= "\udfff" for letter in text):  # how Python hands on bytes that are no text
+        raise Mistake(f"the question is not text in {sys.stdin.encoding if sys.stdin else 'UTF-8'}: {text[:80]!r}")
+    return text if typed else "<image>\n" * pictures + text
+
 
 def prompt_ids(checkpoint, turns, tiles):
     """The ids of a conversation that waits for its answer, every picture expanded; tiles: one tiles_NCYX a picture."""
     ids, _ = chat.render(turns, checkpoint.tokenizer, checkpoint.template)
-    return data.expand(ids, [images.picture_tokens(len(t), checkpoint.policy) for t in tiles]).tolist()
+    return data.expand(ids, [images.picture_tokens(len(tiles_NCYX), checkpoint.policy) for tiles_NCYX in tiles]).tolist()
 
 
-def as_tensor(tiles):
-    """Tiles of several pictures as one uint8 (N, C, Y, X)."""
-    return torch.cat([torch.from_numpy(t) for t in tiles]) if tiles else torch.zeros(0)
+def as_tensor(tiles, policy):
+    """Tiles of several pictures, or of none, as one uint8 (N, C, Y, X)."""
+    none_NCYX = torch.empty(0, 3, policy["tile"], policy["tile"], dtype=torch.uint8)
+    return torch.cat([none_NCYX, *map(torch.tensor, tiles)])
+
+
+def check_length(checkpoint, ids, max_tokens):
+    """Refuse what no memory holds; warn of a prompt longer than all that the model was trained on."""
+    if len(ids) + max_tokens > LONGEST:
+        raise Mistake(f"{len(ids):,} tokens of prompt and --max_tokens={max_tokens} make more than {LONGEST:,}")
+    path = Path(checkpoint.card["folder"]) / "training.json"
+    row = weights.read_json(path)["row"] if path.is_file() else len(ids)
+    if len(ids) > row:
+        say(f"the prompt takes {len(ids):,} tokens, the model was trained on rows of {row:,}: do not expect much")
 
 
 def stream(checkpoint, turns, tiles, **choices):
-    """The answer to a conversation, piece by piece as it can be shown; ends at the end token."""
-    text = checkpoint.tokenizer.stream()
+    """The answer to a conversation, a piece of text for each token and a last one for what was held back; ends at the end token."""
+    text, ids = checkpoint.tokenizer.stream(), prompt_ids(checkpoint, turns, tiles)
+    check_length(checkpoint, ids, choices["max_tokens"])
     stop = {chat.end_id(checkpoint.tokenizer, checkpoint.template)}
-    for (next_id,) in checkpoint.model.generate([prompt_ids(checkpoint, turns, tiles)], as_tensor(tiles), stop=stop, **choices):
+    for (next_id,) in checkpoint.model.generate([ids], as_tensor(tiles, checkpoint.policy), stop=stop, **choices):
         if next_id not in stop:
             yield text.push(next_id)
     yield text.flush()
@@ -39,11 +68,11 @@ def stream(checkpoint, turns, tiles, **choices):
 def answer_all(checkpoint, questions, batch=100, blank=False, **choices):
     """The answers to many (text, tiles) questions, in their order, a batch at a time; blank: with grey pictures instead of theirs."""
     stop, answers = {chat.end_id(checkpoint.tokenizer, checkpoint.template)}, {}
-    asked = [prompt_ids(checkpoint, [("user", "<image>\n" * len(tiles) + text)], tiles) for text, tiles in questions]
+    asked = [prompt_ids(checkpoint, [("user", place_pictures(text, len(tiles)))], tiles) for text, tiles in questions]
     order = sorted(range(len(asked)), key=lambda i: len(asked[i]))  # prompts of one length need no padding
     for start in range(0, len(order), batch):
         members = order[start : start + batch]
-        tiles_NCYX = as_tensor([t for i in members for t in questions[i][1]])
+        tiles_NCYX = as_tensor([t for i in members for t in questions[i][1]], checkpoint.policy)
         if blank:
             tiles_NCYX = torch.full_like(tiles_NCYX, 128)
         said = zip(*checkpoint.model.generate([asked[i] for i in members], tiles_NCYX, stop=stop, **choices), strict=True)
@@ -52,35 +81,57 @@ def answer_all(checkpoint, questions, batch=100, blank=False, **choices):
     return [answers[i] for i in range(len(questions))]
 
 
-def converse(checkpoint, tiles, **choices):
-    """Questions from the terminal, one a line, until it ends; the pictures belong to the first."""
-    turns = []
-    while True:
-        print("> ", end="", file=sys.stderr, flush=True)
-        line = sys.stdin.readline()
-        if not line:
-            return
-        if not line.strip():
-            continue
-        turns.append(("user", ("<image>\n" * len(tiles) if not turns else "") + line.strip()))
-        turns.append(("assistant", show(stream(checkpoint, turns, tiles, **choices))))
-
-
-def show(parts):
-    """Print an answer as it comes; return the whole of it."""
-    said = ""
-    for part in parts:
-        said += part
+def answer(checkpoint, turns, tiles, **choices):
+    """Print the answer to a conversation as it comes; return the whole of it."""
+    began, parts = time.time(), []
+    for part in stream(checkpoint, turns, tiles, **choices):
+        parts.append(part)
         print(part, end="", flush=True)
-    print()
-    return said
+    print(flush=True)
+    count = len(parts) - 1  # the last is no token's
+    cut = f", cut off at --max_tokens={count}" if count == choices["max_tokens"] else ""
+    say(f"{count} tokens in {time.time() - began:.2f} s{cut}")
+    return "".join(parts)
+
+
+def question(prompt, pictures):
+    """What is asked: what was typed, else what is piped in, else, of a picture, the demonstration's question."""
+    if not prompt.strip() and sys.stdin and not sys.stdin.isatty():
+        prompt = sys.stdin.read()
+    if not prompt.strip() and not pictures:
+        raise Mistake("there is nothing to answer: give a --prompt, an --image, or --chat=true for a conversation")
+    return place_pictures(prompt.strip() or "What is in the fridge?", pictures)
+
+
+def lines(first):
+    """What a user says: `first` if it is not empty, then line after line of standard input until that ends."""
+    while True:
+        if first.strip():
+            yield first.strip()
+        print("> ", end="", file=sys.stderr, flush=True)
+        first = sys.stdin.readline() if sys.stdin else ""
+        if not first:
+            return say()
+
+
+def converse(checkpoint, tiles, prompt, **choices):
+    """A conversation in the terminal, an answer to each line; the pictures belong to the first."""
+    turns = []
+    for line in lines(prompt):
+        try:
+            asked = place_pictures(line, 0 if turns else len(tiles))
+        except Mistake as mistake:
+            say(f"error: {mistake}")
+            continue
+        turns.append(("user", asked))
+        turns.append(("assistant", answer(checkpoint, turns, tiles, **choices)))
 
 
 def sample(*,
     model: str = "out/sft",       # a checkpoint, or a run's folder: its newest one
     image: list[str] = [],        # a picture; may be repeated
-    prompt: str = "",             # the question; empty: standard input if it is piped, else what is in the fridge
-    chat: bool = False,           # keep talking
+    prompt: str = "",             # the question, <image> in it where a picture belongs; empty: standard input if piped, else what is in the fridge
+    chat: bool = False,           # keep talking: the prompt, then a question a line
     temperature: float = 0.0,     # 0 takes the likeliest token every time; 1 draws as the model believes
     top_p: float = 1.0,           # draw among the fewest likeliest tokens that hold this much of the probability
     top_k: int = 0,               # draw among this many likeliest tokens; 0: among all
@@ -89,19 +140,31 @@ def sample(*,
     device: str = "auto",         # auto, cpu, cuda or mps
 ):
     """Answer a question about pictures, or about nothing but words."""
-    if temperature < 0 or not 0 < top_p <= 1 or top_k < 0 or max_tokens < 1:
-        raise Mistake(f"temperature {temperature} must be at least 0, top_p {top_p} in (0, 1], top_k {top_k} at least 0, max_tokens {max_tokens} at least 1")
+    choices = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "max_tokens": max_tokens, "seed": seed}
+    check(choices)
+    if not Path(model).exists():
+        raise Mistake(f"no such model: {model}; `python train.py` makes out/sft, the demonstration's")
+    asked = "" if chat else question(prompt, len(image))
     checkpoint = weights.load(model, parallel.pick_device(device))
     tiles = [images.load_tiles(path, checkpoint.policy) for path in image]
-    choices = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "max_tokens": max_tokens, "seed": seed}
     if chat:
-        return converse(checkpoint, tiles, **choices)
-    if not prompt:
-        prompt = "What is in the fridge?" if sys.stdin.isatty() else sys.stdin.read().strip() or "What is in the fridge?"
-    began, turns = time.time(), [("user", "<image>\n" * len(tiles) + prompt)]
-    said = show(stream(checkpoint, turns, tiles, **choices))
-    count = len(checkpoint.tokenizer.encode(said))
-    print(f"{count} tokens in {time.time() - began:.2f} s", file=sys.stderr)
+        converse(checkpoint, tiles, prompt, **choices)
+    else:
+        answer(checkpoint, [("user", asked)], tiles, **choices)
+
+
+def check(choices):
+    """One Mistake that names every choice out of its range."""
+    rules = {  # where float32 could make a quotient infinite or a share 0, torch would draw from nothing
+        "temperature": ("0 or from 0.001 to 1000", lambda x: x == 0 or 0.001 <= x <= 1000),
+        "top_p": ("from 0.001 to 1", lambda x: 0.001 <= x <= 1),
+        "top_k": ("at least 0 and below 2^31", lambda x: 0 <= x < 2**31),
+        "max_tokens": (f"from 1 to {LONGEST:,}", lambda x: 1 <= x <= LONGEST),
+        "seed": ("at least 0 and below 2^63", lambda x: 0 <= x < 2**63),
+    }
+    wrong = [f"--{name}={choices[name]} must be {must}" for name, (must, holds) in rules.items() if not holds(choices[name])]
+    if wrong:
+        raise Mistake("; ".join(wrong))
 
 
 if __name__ == "__main__":

@@ -136,10 +136,16 @@ def call(functions, argv):
 
 
 def run(functions):
-    """A door: settings in, and every end a user may meet told in one line. Exit codes: 1 a mistake, 130 Ctrl-C, 141 a reader who left."""
+    """A door: settings in, and every end a user may meet told in one line. Exit codes: 1 a mistake, 130 Ctrl-C, 141 a reader who left.
+
+    Bytes that are no text come in as argv's do, as surrogates; letters that the terminal does not have go out as escapes, and stop nothing.
+    """
+    for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "backslashreplace")):
+        if stream:
+            stream.reconfigure(errors=errors)
     try:
         call(functions, sys.argv[1:])
-        sys.stdout.flush()
+        print(end="", flush=True)
     except Mistake as mistake:
         sys.exit(f"error: {mistake}")
     except BrokenPipeError:  # `python sample.py … | head -1` is no error; what is left in the buffer has nowhere to go

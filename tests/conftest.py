@@ -7,7 +7,7 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # models this small gain nothing from more, and lose much where another process wants the core
 
 from nanovlm import IMAGE, UNTRAINED  # noqa: E402
 from nanovlm.model import VLM  # noqa: E402

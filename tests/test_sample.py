@@ -1,0 +1,254 @@
+"""What the sample door says, and says of what it cannot do: the answer alone on standard output, all else on standard error."""
+import io
+import os
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import DECODER, ROOT, TOKENS, VISION, make_vlm
+from PIL import Image
+
+import sample as door
+from nanovlm import IMAGE, cli, tokenizer, weights
+
+POLICY = {"tile": 12, "patch": 3, "shuffle": 2, "fit": "squash", "resample": "bicubic", "mean": [0.5] * 3, "std": [0.5] * 3}
+START, OPEN, CLOSE, END = range(256, 260)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder with a checkpoint `model` that speaks in bytes and often ends, `endless` that never does, and two pictures."""
+    home = tmp_path_factory.mktemp("home")
+    words = tokenizer.learn(["a b"], 256, ["<s>", "[INST]", "[/INST]", "</s>"])
+    shapes = {"vision": VISION, "decoder": DECODER | {"vocabulary": words.vocab_size}, "shuffle": 2}
+    for name, loud in (("model", 2.5), ("endless", 0.0)):  # a score of 0 is never the best of 260
+        model = make_vlm(decoder={"vocabulary": words.vocab_size})
+        with torch.no_grad():
+            model.decoder.head.weight[END] *= loud
+            model.decoder.head.weight[128:256] *= 0.5  # mostly letters
+        weights.save(weights.Checkpoint(model, words, shapes, POLICY, "mistral", {"born": "here"}), home / name)
+    for name, seed in (("a.png", 1), ("b.png", 2)):
+        Image.fromarray(np.random.default_rng(seed).integers(256, size=(12, 12, 3), dtype=np.uint8)).save(home / name)
+    return home
+
+
+@pytest.fixture(scope="module")
+def checkpoint(home):
+    return weights.load(home / "model")
+
+
+@pytest.fixture
+def ask(home, capsys, monkeypatch):
+    """sample.py's words typed in `home` -> (exit code, standard output, standard error), in this process."""
+    def run(*words, piped=b""):
+        monkeypatch.chdir(home)
+        given = {word.split("=")[0] for word in words}
+        usual = [word for word in ("--model=model", "--device=cpu") if word.split("=")[0] not in given]
+        monkeypatch.setattr(sys, "argv", ["sample.py", *usual, *words])
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(piped), encoding="utf-8"))
+        code = 0
+        try:
+            cli.run(door.sample)
+        except SystemExit as end:
+            code = end.code
+        if isinstance(code, str):  # what Python then does with it
+            print(code, file=sys.stderr)
+            code = 1
+        return code, *capsys.readouterr()
+    return run
+
+
+def tiles_of(home, *names):
+    return [np.asarray(Image.open(home / name)).transpose(2, 0, 1)[None] for name in names]
+
+
+def expected(checkpoint, ids, tiles, max_tokens=256, **how):
+    """The answer to ids written by hand, straight from the model."""
+    tiles_NCYX = torch.cat([torch.tensor(t) for t in tiles]) if tiles else torch.zeros(0, 3, 12, 12, dtype=torch.uint8)
+    said = [i for (i,) in checkpoint.model.generate([ids], tiles_NCYX, stop={END}, max_tokens=max_tokens, **how)]
+    shown = {i: bytes([i]) for i in range(256)} | {START: b"<s>", OPEN: b"[INST]", CLOSE: b"[/INST]", END: b""}
+    return b"".join(shown[i] for i in said).decode(errors="replace"), said
+
+
+def turn(text):
+    """The ids of Mistral's [INST]…[/INST]: a byte is its own id here, a picture takes TOKENS places."""
+    parts = text.split("<image>")
+    said = list(parts[0].encode())
+    for part in parts[1:]:
+        said += [IMAGE] * TOKENS + list(part.encode())
+    return [OPEN, *said, CLOSE]
+
+
+def test_only_the_answer_goes_to_standard_output_and_ends_at_the_end_token(home, checkpoint, ask):
+    ended = 0
+    for text in ("what", "is there", "how many of these", "?", "and now"):
+        answer, ids = expected(checkpoint, [START, *turn("<image>\n" + text)], tiles_of(home, "a.png"), max_tokens=60)
+        code, out, err = ask("--image=a.png", "--prompt", text, "--max_tokens=60")
+        assert (code, out) == (0, answer + "\n")
+        count = len(ids) - (ids[-1] == END)
+        assert err.startswith(f"{count} tokens in ") and err.endswith(" s\n" if ids[-1] == END else " s, cut off at --max_tokens=60\n")
+        assert err.count("\n") == 1
+        ended += ids[-1] == END
+    assert ended >= 1, "no answer ended by itself: the test saw nothing of the end token"
+
+
+@pytest.mark.parametrize("words, asked, pictures", [
+    (["--prompt=hm"], "hm", []),
+    (["--image=b.png", "--prompt=hm"], "<image>\nhm", ["b.png"]),
+    (["--image=a.png", "--image=b.png", "--prompt=hm"], "<image>\n<image>\nhm", ["a.png", "b.png"]),
+    (["--image=b.png", "--image=a.png", "--prompt=hm"], "<image>\n<image>\nhm", ["b.png", "a.png"]),
+    (["--image=a.png", "--image=b.png", "--prompt=from <image> to <image>?"], "from <image> to <image>?", ["a.png", "b.png"]),
+    (["--image=a.png"], "<image>\nWhat is in the fridge?", ["a.png"]),
+    (["--image=a.png", "--prompt=  "], "<image>\nWhat is in the fridge?", ["a.png"]),
+    (["--prompt=</s>[INST] é 🍎"], "</s>[INST] é 🍎", []),  # a user who types a special token has typed letters
+])
+def test_a_question_is_its_pictures_and_its_words(home, checkpoint, ask, words, asked, pictures):
+    answer, _ = expected(checkpoint, [START, *turn(asked)], tiles_of(home, *pictures), max_tokens=12)
+    assert ask(*words, "--max_tokens=12")[:2] == (0, answer + "\n")
+
+
+def test_the_question_is_typed_else_piped_else_the_demonstrations(home, checkpoint, ask):
+    piped, typed, fridge = (expected(checkpoint, [START, *turn(f"<image>\n{text}")], tiles_of(home, "a.png"), max_tokens=12)[0] + "\n"
+                            for text in ("a piped\nquestion", "typed", "What is in the fridge?"))
+    assert len({piped, typed, fridge}) == 3
+    assert ask("--image=a.png", "--max_tokens=12", piped=b" a piped\nquestion\n")[1] == piped
+    assert ask("--image=a.png", "--max_tokens=12", "--prompt=typed", piped=b"a piped question")[1] == typed
+    assert ask("--image=a.png", "--max_tokens=12", piped=b" \n\n")[1] == fridge
+
+
+def test_greedy_unless_asked_and_a_seed_draws_the_same_again(ask):
+    def say(*how):
+        code, out, _ = ask("--image=a.png", "--prompt=x", "--max_tokens=30", *how)
+        assert code == 0
+        return out
+    assert say() == say("--temperature=0", "--seed=5", "--top_p=0.5") == say("--temperature=1", "--top_k=1", "--seed=3")
+    assert say("--temperature=1", "--top_p=0.001") == say() == say("--temperature=0.001", "--seed=2")
+    assert say("--temperature=2", "--seed=7") == say("--temperature=2", "--seed=7")
+    assert len({say(f"--seed={seed}", "--temperature=2") for seed in range(5)}) == 5
+
+
+def test_many_answers_at_once_are_the_answers_one_by_one(home, checkpoint):
+    a, b = tiles_of(home, "a.png", "b.png")
+    questions = [("longer than the others", [a]), ("x", []), ("two", [a, b]), ("x", [b]), ("is <image> that <image>", [b, a]), ("no picture", [])]
+    for how in ({"max_tokens": 20}, {"max_tokens": 9, "temperature": 1.5, "seed": 3, "top_k": 50}):
+        prompts = [[START, *turn(text if "<image>" in text else "<image>\n" * len(tiles) + text)] for text, tiles in questions]
+        alone = [expected(checkpoint, ids, tiles, **how)[0] for ids, (_, tiles) in zip(prompts, questions, strict=True)]
+        for batch in (1, 4, 100):
+            assert door.answer_all(checkpoint, questions, batch=batch, **how) == alone
+    assert len(set(alone)) == len(alone)
+    assert door.answer_all(checkpoint, [], max_tokens=3) == []
+
+
+def test_blank_hides_the_pictures_and_nothing_else(home, checkpoint):
+    a, b = tiles_of(home, "a.png", "b.png")
+    seen = door.answer_all(checkpoint, [("x", [a]), ("x", [b]), ("y", [])], max_tokens=20)
+    blind = door.answer_all(checkpoint, [("x", [a]), ("x", [b]), ("y", [])], blank=True, max_tokens=20)
+    grey = door.answer_all(checkpoint, [("x", [np.full_like(a, 128)])], max_tokens=20)
+    assert seen[0] != seen[1] and blind[0] == blind[1] == grey[0] and blind[2] == seen[2]
+
+
+def test_a_letter_in_several_tokens_is_shown_once_it_is_whole():
+    words = tokenizer.learn(["a b"], 256, ["</s>"])
+    class Speaker:
+        def generate(self, prompts, tiles_NCYX, **_):
+            yield from ([i] for i in "é🍎a".encode() + b"\xf0\x9f")
+    said = weights.Checkpoint(Speaker(), words, {}, POLICY, "mistral", {"folder": "nowhere"})
+    words.special |= {"<s>": 257, "[INST]": 258, "[/INST]": 259}
+    parts = list(door.stream(said, [("user", "x")], [], max_tokens=99))
+    assert parts == ["", "é", "", "", "", "🍎", "a", "", "", "\ufffd"]
+
+
+def test_a_conversation_sees_its_own_past_and_the_pictures_of_its_first_turn(home, checkpoint, ask):
+    tiles, ids, spoken = tiles_of(home, "a.png"), [START], []
+    for text in ("<image>\nfirst", "second", "third"):
+        ids += turn(text)
+        answer, _ = expected(checkpoint, ids, tiles, max_tokens=8)
+        spoken.append(answer + "\n")
+        ids += [*answer.strip().encode(), END]
+    code, out, err = ask("--image=a.png", "--chat=true", "--max_tokens=8", piped=b"first\n\nsecond\n  third \n")
+    assert (code, out) == (0, "".join(spoken)) and err.count("> ") == 5
+    code, out, _ = ask("--image=a.png", "--chat=true", "--max_tokens=8", "--prompt=first", piped=b"second\nthird")
+    assert (code, out) == (0, "".join(spoken)), "a prompt is the first thing said"
+    assert ask("--prompt=second", "--max_tokens=8")[1] != spoken[1]
+
+
+def test_a_conversation_goes_on_after_a_line_that_cannot_be_asked(ask):
+    code, out, err = ask("--image=a.png", "--chat=true", "--max_tokens=8", piped=b"<image><image> x\nfirst\nthat <image>\nsecond\n")
+    assert code == 0 and out == ask("--image=a.png", "--chat=true", "--max_tokens=8", piped=b"first\nsecond\n")[1]
+    assert "error: the question says <image> 2 times, the pictures given with it are 1\n" in err
+    assert "error: the question says <image> 1 times, the pictures given with it are 0\n" in err
+
+
+@pytest.mark.parametrize("words, said", [
+    (["--top_p=0"], "--top_p=0.0 must be from 0.001 to 1"),
+    (["--top_p=1.5"], "--top_p=1.5 must be from 0.001 to 1"),
+    (["--temperature=-1"], "--temperature=-1.0 must be 0 or from 0.001 to 1000"),
+    (["--temperature=1e-30"], "--temperature=1e-30 must be 0 or from 0.001 to 1000"),
+    (["--top_k=-1"], "--top_k=-1 must be at least 0 and below 2^31"),
+    (["--max_tokens=0"], "--max_tokens=0 must be from 1 to 1,048,576"),
+    (["--max_tokens=1e12"], "--max_tokens=1000000000000 must be from 1 to 1,048,576"),
+    (["--seed=99999999999999999999"], "--seed=99999999999999999999 must be at least 0 and below 2^63"),
+    (["--top_k=-1", "--seed=-1"], "--top_k=-1 must be at least 0 and below 2^31; --seed=-1 must be at least 0 and below 2^63"),
+    (["--model=out/none", "--prompt=a"], "no such model: out/none; `python train.py` makes out/sft, the demonstration's"),
+    (["--model=.", "--prompt=a"], ". holds no nanovlm checkpoint"),
+    ([], "there is nothing to answer: give a --prompt, an --image, or --chat=true for a conversation"),
+    (["--prompt=a <image>"], "the question says <image> 1 times, the pictures given with it are 0"),
+    (["--prompt=a <image>", "--image=a.png", "--image=a.png"], "the question says <image> 1 times, the pictures given with it are 2"),
+    (["--prompt=a", "--image=none.png"], "none.png: No such file or directory"),
+    (["--prompt=a", "--image=model/nanovlm.json"], "model/nanovlm.json is not a picture that can be read: "),
+    (["--prompt=a", "--image=model"], "model: Is a directory"),
+    (["--prompt=a", "--max_tokens=1048576"], "4 tokens of prompt and --max_tokens=1048576 make more than 1,048,576"),
+    (["--prompt=a \udce9"], r"the question is not text in utf-8: 'a \udce9'"),
+    (["--device=abacus", "--prompt=a"], "--device=abacus is none of auto, cpu, cuda"),
+])
+def test_what_cannot_be_done_is_one_line_and_exit_code_1(ask, words, said):
+    code, out, err = ask(*words)
+    assert (code, out, err.count("\n")) == (1, "", 1)
+    assert err.startswith(f"error: {said}")
+
+
+def test_a_prompt_longer_than_anything_it_was_trained_on_is_answered_with_a_warning(home, ask):
+    (home / "model" / "training.json").write_text('{"row": 20}')
+    try:
+        assert ask(f"--prompt={'x' * 17}", "--max_tokens=3")[2].count("\n") == 1  # with <s>, [INST], [/INST] 20 tokens
+        code, out, err = ask(f"--prompt={'x' * 18}", "--max_tokens=3")
+    finally:
+        (home / "model" / "training.json").unlink()
+    assert code == 0 and out
+    assert err.startswith("the prompt takes 21 tokens, the model was trained on rows of 20: do not expect much\n")
+
+
+# ---- through a process of its own ----
+
+def launch(home, *words, **how):
+    how = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | how
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "ascii:strict"}
+    return subprocess.Popen([sys.executable, str(ROOT / "sample.py"), *words], cwd=home, env=environment, **how)
+
+
+def test_a_shell_gets_the_answer_as_bytes_and_letters_it_does_not_have_as_escapes(home, ask):
+    process = launch(home, "--model=model", "--image", "a.png", "--max_tokens", "40", stdin=subprocess.PIPE)
+    out, err = process.communicate(b"what is it?\n", timeout=60)
+    answer = ask("--image=a.png", "--max_tokens=40", "--prompt=what is it?")[1]
+    assert (process.returncode, out) == (0, answer.encode("ascii", "backslashreplace")) and b" tokens in " in err
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals as POSIX has them")
+def test_an_answer_streams_and_ctrl_c_ends_it_without_a_traceback(home):
+    process = launch(home, "--model=endless", "--prompt=hm", "--max_tokens=1e6")
+    first = process.stdout.read(20)  # long before the last of a million
+    process.send_signal(signal.SIGINT)
+    rest, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (130, b"") and len(first) == 20 and len(rest) < 100_000
+
+
+@pytest.mark.skipif(os.name != "posix", reason="pipes as POSIX has them")
+def test_a_reader_who_has_read_enough_is_no_error(home):
+    process = launch(home, "--model=endless", "--prompt=hm", "--max_tokens=1e6")
+    process.stdout.read(5)
+    process.stdout.close()
+    assert (process.wait(timeout=60), process.stderr.read()) == (141, b"")
+    process.stderr.close()
