@@ -130,7 +130,7 @@ def test_transparent_pixels_lie_on_white(tmp_path):
         assert np.array_equal(pixels(saved(tmp_path / name, palette, transparency=transparency)), want), name
 
 
-@pytest.mark.parametrize("depth, kind, sample", [(8, 0, "B"), (16, 0, ">H"), (8, 2, "B"), (16, 2, ">H")])
+@pytest.mark.parametrize("depth, kind, sample", [(8, 0, "B"), (16, 0, ">H"), (8, 2, "B")])
 def test_a_png_colour_that_stands_for_nothing_is_white(tmp_path, depth, kind, sample):
     channels = {0: 1, 2: 3}[kind]
     rows = [b"".join(struct.pack(sample, v) * channels for v in (5, 7, 9))]
