@@ -17,14 +17,14 @@ def visible(T, S, *, causal=True, window=None, documents_BS=None, device=None):
     """Who may see whom: bool of (B or 1, T, S), True where query t (the last T of S positions) may see key s."""
     query_T1 = torch.arange(S - T, S, device=device)[:, None]
     key_1S = torch.arange(S, device=device)[None, :]
-    mask_BTS = torch.ones(1, T, S, dtype=torch.bool, device=device)
+    mask_1TS = torch.ones(1, T, S, dtype=torch.bool, device=device)
     if causal:
-        mask_BTS = mask_BTS & (key_1S <= query_T1)
+        mask_1TS = mask_1TS & (key_1S <= query_T1)
     if window is not None:
-        mask_BTS = mask_BTS & ((query_T1 - key_1S).abs() < window)
-    if documents_BS is not None:
-        mask_BTS = mask_BTS & (documents_BS[:, S - T :, None] == documents_BS[:, None, :])
-    return mask_BTS
+        mask_1TS = mask_1TS & ((query_T1 - key_1S).abs() < window)
+    if documents_BS is None:
+        return mask_1TS
+    return mask_1TS & (documents_BS[:, S - T :, None] == documents_BS[:, None, :])
 
 
 def attention(q_BTHK, k_BSGK, v_BSGK, *, causal=True, window=None, documents_BS=None):
@@ -37,13 +37,13 @@ def attention(q_BTHK, k_BSGK, v_BSGK, *, causal=True, window=None, documents_BS=
     if T == 1 and documents_BS is None and window is None:
         causal = False  # the newest token sees everything before it: no mask to build
     full = not causal or T == S
-    mask_BTS = None
+    mask = None
     if window is not None or documents_BS is not None or not full:
-        mask_BTS = visible(T, S, causal=causal, window=window, documents_BS=documents_BS, device=q_BTHK.device)
+        mask = visible(T, S, causal=causal, window=window, documents_BS=documents_BS, device=q_BTHK.device)[:, None]  # for all heads
     out_BHTK = F.scaled_dot_product_attention(
         q_BTHK.transpose(1, 2), k_BSGK.transpose(1, 2), v_BSGK.transpose(1, 2),
-        attn_mask=None if mask_BTS is None else mask_BTS[:, None],
-        is_causal=causal and mask_BTS is None,
+        attn_mask=mask,
+        is_causal=causal and mask is None,
         enable_gqa=q_BTHK.shape[2] != k_BSGK.shape[2],
     )
     return out_BHTK.transpose(1, 2)

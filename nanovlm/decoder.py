@@ -99,10 +99,9 @@ class Block(nn.Module):
     def forward(self, x_BTD, angles, documents_BS, cache, layer):
         normed_BTD = self.attention_norm(x_BTD)
         q_BTHK = rotate(self.query(normed_BTD).unflatten(-1, (self.heads, -1)), angles)
-        k_BSGK = rotate(self.key(normed_BTD).unflatten(-1, (self.kv_heads, -1)), angles)
-        v_BSGK = self.value(normed_BTD).unflatten(-1, (self.kv_heads, -1))
-        if cache is not None:
-            k_BSGK, v_BSGK = cache.extend(layer, k_BSGK, v_BSGK)
+        k_BTGK = rotate(self.key(normed_BTD).unflatten(-1, (self.kv_heads, -1)), angles)
+        v_BTGK = self.value(normed_BTD).unflatten(-1, (self.kv_heads, -1))
+        k_BSGK, v_BSGK = (k_BTGK, v_BTGK) if cache is None else cache.extend(layer, k_BTGK, v_BTGK)
         seen_BTHK = attention(q_BTHK, k_BSGK, v_BSGK, window=self.window, documents_BS=documents_BS)
         x_BTD = x_BTD + self.out(seen_BTHK.flatten(-2))
         normed_BTD = self.mlp_norm(x_BTD)

@@ -349,11 +349,11 @@ def picture_policy(folder, tile, fit):
 
 def resize_positions(positions_PD, side, leading):
     """The embeddings of a square grid of places, made into side × side by the bicubic filter that transformers uses; `leading` ones stay."""
-    grid_PD = positions_PD[leading:]
-    old = math.isqrt(len(grid_PD))
-    grid_1DYX = grid_PD.float().T.unflatten(1, (old, old))[None]
-    new_PD = F.interpolate(grid_1DYX, size=(side, side), mode="bicubic", align_corners=False)[0].flatten(1).T
-    return torch.cat([positions_PD[:leading], new_PD.to(positions_PD.dtype)])
+    grid_pD = positions_PD[leading:]
+    old = math.isqrt(len(grid_pD))
+    grid_1DYX = grid_pD.float().T.unflatten(1, (old, old))[None]
+    resized = F.interpolate(grid_1DYX, size=(side, side), mode="bicubic", align_corners=False)[0].flatten(1).T
+    return torch.cat([positions_PD[:leading], resized.to(positions_PD.dtype)])
 
 
 def eye(name, *, tile=None, fit=None, read=None, shuffle=1):

@@ -20,9 +20,8 @@ from .vision import Vision
 
 def pixel_shuffle(features_NPD, factor):
     """(N, P, D) -> (N, P / factor², D · factor²): a square of patches becomes one, row by row (InternVL, Chen et al. 2024)."""
-    side = int(features_NPD.shape[1] ** 0.5)
-    features_NYXD = features_NPD.unflatten(1, (side, side))
-    blocks_NYyXxD = features_NYXD.unflatten(2, (-1, factor)).unflatten(1, (-1, factor))
+    side = int(features_NPD.shape[1] ** 0.5) // factor
+    blocks_NYyXxD = features_NPD.unflatten(1, (side, factor, side, factor))
     return blocks_NYyXxD.transpose(2, 3).flatten(3).flatten(1, 2)
 
 
@@ -95,17 +94,17 @@ class VLM(nn.Module):
         generators = [torch.Generator().manual_seed(seed) for _ in prompts]
         cache, ended = Cache(self.decoder, B, T + max_tokens), [False] * B
 
-        x_BTD, start = self.embed(ids_BT, tiles_NCYX.to(device)), 0
+        x_BtD, start = self.embed(ids_BT, tiles_NCYX.to(device)), 0  # t: all of the prompt, then one token a step
         for end in range(T, T + max_tokens):
-            seen_BS = None if documents_BS is None else documents_BS[:, :end]
-            hidden_BTD = self.decoder(x_BTD, positions_BS[:, start:end], seen_BS, cache)
-            logits_BV = self.decoder.head(hidden_BTD[:, -1]).float()
+            seen_Bs = None if documents_BS is None else documents_BS[:, :end]
+            hidden_BtD = self.decoder(x_BtD, positions_BS[:, start:end], seen_Bs, cache)
+            logits_BV = self.decoder.head(hidden_BtD[:, -1]).float()
             next_B = choose(logits_BV, temperature, top_k, top_p, generators)
             yield [None if over else i for i, over in zip(next_B, ended, strict=True)]
             ended = [over or i in stop for i, over in zip(next_B, ended, strict=True)]
             if all(ended):
                 return
-            x_BTD, start = self.decoder.embed(torch.tensor(next_B, device=device)[:, None]), end
+            x_BtD, start = self.decoder.embed(torch.tensor(next_B, device=device)[:, None]), end
 
 
 def choose(logits_BV, temperature, top_k, top_p, generators):

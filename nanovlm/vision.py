@@ -23,10 +23,10 @@ ACTIVATIONS = {
 def sincos(side, width):
     """(side², D): the sines and cosines of a patch's row and column at D/4 frequencies. A small ViT that starts from these learns where things
     are many times sooner than from random places (Beyer et al. 2022, "Better plain ViT baselines"); they train on from there."""
-    frequency_k = 100.0 ** -torch.linspace(0, 1, -(-width // 4))  # radians a patch: from 1 down to 1/100
-    angle_Pk = torch.arange(side)[:, None] * frequency_k
-    wave_Pk = torch.cat([angle_Pk.sin(), angle_Pk.cos()], dim=1)
-    rows, columns = wave_Pk.repeat_interleave(side, 0), wave_Pk.repeat(side, 1)
+    frequency_d = 100.0 ** -torch.linspace(0, 1, -(-width // 4))  # radians a patch: from 1 down to 1/100
+    angle_Yd = torch.arange(side)[:, None] * frequency_d
+    wave = torch.cat([angle_Yd.sin(), angle_Yd.cos()], dim=1)
+    rows, columns = wave.repeat_interleave(side, 0), wave.repeat(side, 1)
     return torch.cat([rows, columns], dim=1)[:, :width]
 
 
