@@ -4,16 +4,18 @@
     python sample.py --model=out/sft --image a.jpg --image b.jpg --prompt "What was taken out?"
     python sample.py --image fridge.jpg --chat=true                           a conversation in the terminal
     echo "Is there any milk?" | python sample.py --image fridge.jpg
+    python sample.py --questions=data/fridge/exam.jsonl --images=data/fridge/images     the whole exam, marked
 
 Only the answer goes to standard output.
 """
+import json
 import sys
 import time
 from pathlib import Path
 
 import torch
 
-from nanovlm import Mistake, chat, cli, data, images, parallel, weights
+from nanovlm import Mistake, chat, cli, data, evaluate, images, parallel, weights
 
 LONGEST = 1 << 20  # tokens of prompt and answer together; the cache takes memory for all of them before the first is read
 
@@ -36,6 +38,10 @@ def prompt_ids(checkpoint, turns, tiles):
     """The ids of a conversation that waits for its answer, every picture expanded; tiles: one tiles_NCYX a picture."""
     ids, _ = chat.render(turns, checkpoint.tokenizer, checkpoint.template)
     return data.expand(ids, [images.picture_tokens(len(tiles_NCYX), checkpoint.policy) for tiles_NCYX in tiles]).tolist()
+
+
+def load_tiles(paths, policy):
+    return [images.load_tiles(path, policy) for path in paths]
 
 
 def as_tensor(tiles, policy):
@@ -79,6 +85,25 @@ def answer_all(checkpoint, questions, batch=100, blank=False, **choices):
         for i, ids in zip(members, said, strict=True):
             answers[i] = checkpoint.tokenizer.decode([x for x in ids if x is not None and x not in stop])
     return [answers[i] for i in range(len(questions))]
+
+
+def examine(checkpoint, questions, folder, benchmark="exact", **how):
+    """Answer questions (as evaluate.read_questions gives them) about pictures in `folder`, and mark them: the answers, and a score for each."""
+    tiles = {path: images.load_tiles(Path(folder) / path, checkpoint.policy) for q in questions for path in q["image"]}
+    answers = answer_all(checkpoint, [(q["question"], [tiles[path] for path in q["image"]]) for q in questions], **how)
+    return answers, [evaluate.MARKS[benchmark](a, q["answers"]) for a, q in zip(answers, questions, strict=True)]
+
+
+def show_marks(checkpoint, questions, folder, benchmark, out, **how):
+    """A table of the marks of an exam, and where `out` names a file, every answer in it as a JSON line."""
+    began = time.time()
+    answers, scores = examine(checkpoint, questions, folder, benchmark, **how)
+    if out:
+        lines = [{**q, "answer": a, "score": score} for q, a, score in zip(questions, answers, scores, strict=True)]
+        Path(out).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for kind, count, share in evaluate.table(questions, scores):
+        print(f"{kind:10} {count:5} questions   {share:6.1%} right")
+    say(f"{len(answers) / (time.time() - began):.0f} answers/s")
 
 
 def answer(checkpoint, turns, tiles, **choices):
@@ -132,6 +157,10 @@ def sample(*,
     image: list[str] = [],        # a picture; may be repeated
     prompt: str = "",             # the question, <image> in it where a picture belongs; empty: standard input if piped, else what is in the fridge
     chat: bool = False,           # keep talking: the prompt, then a question a line
+    questions: str = "",          # an exam: JSON lines of id, image, question, answers, or LLaVA JSON; --prompt takes the questions' place
+    images: str = "",             # the folder that the exam's pictures are named from; empty: the exam's own
+    benchmark: str = "exact",     # how the exam is marked: exact, or contains, where a right answer may stand among other words
+    out: str = "",                # a file for the exam's answers, JSON lines
     temperature: float = 0.0,     # 0 takes the likeliest token every time; 1 draws as the model believes
     top_p: float = 1.0,           # draw among the fewest likeliest tokens that hold this much of the probability
     top_k: int = 0,               # draw among this many likeliest tokens; 0: among all
@@ -144,9 +173,12 @@ def sample(*,
     check(choices)
     if not Path(model).exists():
         raise Mistake(f"no such model: {model}; `python train.py` makes out/sft, the demonstration's")
+    if questions:
+        papers = evaluate.read_questions(questions, benchmark, prompt)
+        return show_marks(weights.load(model, parallel.pick_device(device)), papers, images or Path(questions).parent, benchmark, out, **choices)
     asked = "" if chat else question(prompt, len(image))
     checkpoint = weights.load(model, parallel.pick_device(device))
-    tiles = [images.load_tiles(path, checkpoint.policy) for path in image]
+    tiles = load_tiles(image, checkpoint.policy)
     if chat:
         converse(checkpoint, tiles, prompt, **choices)
     else:

@@ -21,7 +21,7 @@ import torch
 
 import prepare
 import sample
-from nanovlm import UNTRAINED, Mistake, cli, evaluate, images, parallel, watch, weights
+from nanovlm import UNTRAINED, Mistake, cli, evaluate, parallel, watch, weights
 from nanovlm.data import LENGTH, Loader, Samples
 
 # What a stage sets where no setting overrides it. brain and eye are the demonstration's; pretrain and sft are the recipe of
@@ -286,12 +286,11 @@ def how_to_go_on(typed):
     return shlex.join([*launch.split(), sys.argv[0], *(f"--{name}={cli.show(value)}" for name, value in (changed(typed) | {"resume": True}).items())])
 
 
-def exam(model, questions, images_from, blank=False):
-    """Mark a model's answers: [(kind, questions, share exactly right)], the last over all."""
+def exam(model, questions, blank=False):
+    """[(kind, questions, share exactly right)] of the fridge world's exam, the last over all."""
     checkpoint = weights.load(model, parallel.pick_device("auto"))
-    asked = [(q["question"], [images.load_tiles(Path(images_from) / path, checkpoint.policy) for path in q["image"]]) for q in questions]
-    answers = sample.answer_all(checkpoint, asked, blank=blank, max_tokens=64)
-    return evaluate.table(questions, [evaluate.exact(a, q["answers"]) for a, q in zip(answers, questions, strict=True)])
+    _, scores = sample.examine(checkpoint, questions, "data/fridge/images", blank=blank, max_tokens=64)
+    return evaluate.table(questions, scores)
 
 
 def demonstration():
@@ -319,14 +318,14 @@ def demonstration():
          prepare.stitch, vision="out/eye", decoder="out/brain")
     questions = evaluate.read_questions("data/fridge/exam.jsonl")
     readings = [q for q in questions if q["kind"] == "reading"]
-    before = exam("out/stitched", readings, "data/fridge/images")[-1][2]
+    before = exam("out/stitched", readings)[-1][2]
     stage("pretrain", "Align: only the projector trains, until the brain can read the eye.", steps=250, batch=8, row=256, lr=2e-3, floor=1e-4)
-    after = exam("out/pretrain", readings, "data/fridge/images")[-1][2]
+    after = exam("out/pretrain", readings)[-1][2]
     print(f"fridges read without a mistake: {before:.1%} before, {after:.1%} after")
     stage("sft", "Fine-tune: projector and brain learn to answer all kinds of questions.", steps=800, batch=8, row=512, lr=7e-4, floor=2e-5)
 
     print(f"\n== The exam: {len(readings)} fridges that it has never seen.", flush=True)
-    marks, blank = (exam("out/sft", questions, "data/fridge/images", blank=grey) for grey in (False, True))
+    marks, blank = (exam("out/sft", questions, blank=grey) for grey in (False, True))
     for (kind, count, share), (_, _, guessed) in zip(marks, blank, strict=True):
         print(f"{kind:10} {count:5} questions   {share:6.1%} right   {guessed:6.1%} with a blank picture")
     scores = {"scenes": len(readings), "before pretrain": before, "after pretrain": after, "sft": marks, "blank": blank}

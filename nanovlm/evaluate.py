@@ -1,24 +1,68 @@
 """Exam papers: reading the questions, marking the answers. The model is not known here; a door asks it and hands the answers over."""
 import json
+import re
 from pathlib import Path
 
 from . import Mistake
 
 
-def read_questions(path):
-    """JSON lines of id, image (a path or a list of them), question, answers (any of them is right), and perhaps a kind."""
-    questions = []
-    for number, line in enumerate(Path(path).read_text().splitlines(), 1):
+def read_questions(path, benchmark="exact", prompt=""):
+    """[{id, kind, image (a list of paths), question, answers (any is right)}] from JSON lines of these, or from a JSON list in LLaVA's format.
+
+    Of a LLaVA sample the first turn is the question and the reply to it the answer; its label, if it has one, is the kind. prompt: asked in
+    place of every question. Raises Mistake, naming the line, for what cannot be read, ids that come twice and a benchmark that is not known.
+    """
+    if benchmark not in MARKS:
+        raise Mistake(f"--benchmark={benchmark} is not known: {', '.join(MARKS)}")
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise Mistake(f"{path} is not text in UTF-8: {error}") from None
+    questions = [read_question(record, f"{path}, question {number}", prompt) for number, record in enumerate(read_records(text, path), 1)]
+    if not questions:
+        raise Mistake(f"{path} holds no questions")
+    seen = set()
+    for number, question in enumerate(questions, 1):
+        if question["id"] in seen:
+            raise Mistake(f"{path}, question {number}: the id {question['id']} comes again")
+        seen.add(question["id"])
+    return questions
+
+
+def read_records(text, path):
+    """The records of a JSON list, or of a file with one on each line."""
+    if text.lstrip().startswith("["):
         try:
-            record = json.loads(line)
+            return json.loads(text)
+        except json.JSONDecodeError as error:
+            raise Mistake(f"{path}: not JSON: {error}") from None
+    records = []
+    for number, line in enumerate(text.splitlines(), 1):
+        try:
+            records += [json.loads(line)] if line.strip() else []
         except json.JSONDecodeError as error:
             raise Mistake(f"{path}, line {number}: not JSON: {error}") from None
-        missing = [key for key in ("id", "question", "answers") if key not in record]
-        if missing:
-            raise Mistake(f"{path}, line {number}: no {', '.join(missing)}")
-        image = record.get("image", [])
-        questions.append({"kind": "all", **record, "image": [image] if isinstance(image, str) else image})
-    return questions
+    return records
+
+
+def read_question(record, where, prompt):
+    if not isinstance(record, dict):
+        raise Mistake(f"{where} is not an object: {record!r:.80}")
+    if "conversations" in record:
+        said = [turn.get("value") if isinstance(turn, dict) else None for turn in record["conversations"][:2]]
+        if len(said) < 2 or not all(isinstance(text, str) for text in said):
+            raise Mistake(f"{where}: its first two turns are no question and answer")
+        record = {**record, "question": said[0].replace("<image>", "").strip(), "answers": [said[1]], "kind": record.get("label", "all")}
+    missing = [key for key in ("id", "question", "answers") if key not in record]
+    if missing:
+        raise Mistake(f"{where}: no {', '.join(missing)}")
+    image, answers = record.get("image", []), record["answers"]
+    image = [image] if isinstance(image, str) else image
+    question = prompt or record["question"]
+    for name, texts in (("image", image), ("answers", answers), ("question", [question])):
+        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts) or (name == "answers" and not texts):
+            raise Mistake(f"{where}: `{name}` should be text, not {texts!r:.80}")
+    return {"id": record["id"], "kind": str(record.get("kind", "all")), "image": image, "question": question, "answers": answers}
 
 
 def exact(answer, golds):
@@ -26,10 +70,18 @@ def exact(answer, golds):
     return float(answer.strip() in [gold.strip() for gold in golds])
 
 
+def contains(answer, golds):
+    """1.0 if one of the golds stands in the answer as whole words, whatever their case: "a photo of a cat." names a cat, "a catfish" does not."""
+    return float(any(re.search(rf"(?<!\w){re.escape(gold.strip())}(?!\w)", answer, re.IGNORECASE) for gold in golds if gold.strip()))
+
+
+MARKS = {"exact": exact, "contains": contains}
+
+
 def table(questions, scores):
     """[(kind, questions of it, mean score)], the last row over all."""
     kinds = {}
     for question, score in zip(questions, scores, strict=True):
         kinds.setdefault(question["kind"], []).append(score)
-    rows = [(kind, len(marks), sum(marks) / len(marks)) for kind, marks in kinds.items()]
-    return [*rows, ("all", len(scores), sum(scores) / len(scores))]
+    kinds["all"] = scores
+    return [(kind, len(marks), sum(marks) / len(marks)) for kind, marks in kinds.items()]
