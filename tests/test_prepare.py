@@ -121,7 +121,7 @@ def changed(**fields):
     ([changed(image=5)], "`image` is neither"), ([changed(image=[None])], "`image` is neither"), ([changed(image={"a": 1})], "`image` is neither"),
     ([changed(image=...)], "sample 1 (egg): 1 <image> in its text but 0 pictures"),
     ([changed(image=["egg.png"] * 2)], "1 <image> in its text but 2 pictures"),
-    ([changed(image="text.jpg")], "sample 1 (egg): "), ([changed(image="text.jpg")], "text.jpg is not a picture"),
+    ([changed(image="text.jpg")], "sample 1 (egg): "), ([changed(image="text.jpg")], "text.jpg is no picture"),
     ([changed(image="cut.jpg")], "cut.jpg"),
     ([changed(conversations=talk("<image>", ""))], "sample 1 (egg): turn 2, the assistant's, is empty"),
     ([changed(conversations=talk("<image>"))], "turns must go"), ([changed(conversations=...)], "neither `conversations` nor `messages`"),
@@ -230,7 +230,7 @@ def test_a_newborn_is_a_function_of_its_seed(door, tmp_path):
     (dict(heads=0, layers=-1), "--layers=-1 must be at least 1; --heads=0 must be at least 1"),
     (dict(heads=5), "--width=24 is no multiple of 2 × --heads=5"),
     (dict(kv_heads=4), "--heads=6 is no multiple of --kv_heads=4"), (dict(vision_heads=3), "--vision_width=20 is no multiple of --vision_heads=3"),
-    (dict(tile=13), "a tile of 13 pixels is no multiple of patch 3 × shuffle 2"), (dict(fit="stretch"), "stretch must be one of"),
+    (dict(tile=13), "a tile of 13 pixels is not whole patches of 3"), (dict(fit="stretch"), "is none of squash, pad, crop"),
     (dict(template="mistrl"), "--template=mistrl is not known: mistral"), (dict(seed=-1), "--seed=-1"),
     (dict(source="nowhere.json"), "no such file: nowhere.json"),
 ])
