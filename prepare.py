@@ -67,7 +67,7 @@ def refuse_to_overwrite(out):
 def new(*,
     source: list[str] = [],     # LLaVA JSON whose text the tokenizer is learnt from; may be repeated
     out: str = "out/newborn",   # where the newborn goes
-    vocabulary: int = 512,      # tokens to learn, special ones aside
+    vocabulary: int = 512,      # tokens to learn, special ones aside; fewer if the text has no more to join
     template: str = "mistral",  # how conversations become text: mistral, chatml, llama3 or another that chat.py knows
     tile: int = 64,             # pixels across a picture as the eye sees it
     patch: int = 8,             # pixels across a patch

@@ -34,6 +34,7 @@ TEMPLATES = {
                           "The assistant gives helpful, detailed, and polite answers to the user's questions."},
     "zephyr": {"start": "", "system": "<|system|>\n{}</s>\n", "user": "<|user|>\n{}</s>\n<|assistant|>\n", "end": "</s>", "after": "\n"},
 }
+HALF = re.compile("[\ud800-\udfff]")  # JSON can write one half of a UTF-16 pair, UTF-8 cannot
 CAPTION_PROMPT = "Give a brief description of this image in one sentence."  # where a caption's data asks nothing; Megatron's COCO prompt
 
 
@@ -48,6 +49,8 @@ def read_turns(record, name):
         role, text = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
         if not isinstance(role, str) or role not in roles or not isinstance(text, str):
             raise Mistake(f"{name}: a turn is said by one of {', '.join(roles)}, and is a text, not {str(turn)[:80]}")
+        if HALF.search(text):
+            raise Mistake(f"{name}: a turn has half a character (a lone surrogate): {text!a:.80}")
         turns.append((roles[role], text))
     first = next((i for i, (role, _) in enumerate(turns) if role == "user"), None)
     if first is not None and turns[first][1].strip() == "<image>":

@@ -183,6 +183,7 @@ GOOD = [turn("human", "<image>Hi"), turn("gpt", "Hello")]
     ({"conversations": [], "messages": []}, "neither"), ({"conversations": {"from": "human"}}, "neither"), ({"conversations": ["Hi"]}, "neither"),
     ({"conversations": [turn("robot", "Hi")]}, "one of human, gpt, user, assistant, system, .*robot"),
     ({"conversations": [turn(["human"], "Hi")]}, "one of human"), ({"conversations": [turn(None, "Hi")]}, "one of human"),
+    ({"conversations": [turn("human", "egg \ud83e")]}, r"half a character .*'egg \\ud83e'"),
     ({"conversations": [turn("human", None)]}, "is a text, not"), ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "is a text, not"),
     ({"conversations": [*GOOD, turn("gpt", "Hello")]}, "turns must go .* not user, assistant, assistant"),
     ({"conversations": GOOD[::-1]}, "turns must go .* not assistant, user"),
