@@ -60,10 +60,11 @@ def stretch(frequency_k, theta, scaling):
     return frequency_k * (keep_k + (1 - keep_k) / factor)
 
 
-def rotate(x_BTHK, angles):
+def rotate(x, angles):
+    """Queries or keys, (B, T, heads, K), each turned by the angle of its position."""
     cos_BT1K, sin_BT1K = angles
-    first, second = x_BTHK.chunk(2, dim=-1)
-    return (x_BTHK * cos_BT1K + torch.cat([-second, first], dim=-1) * sin_BT1K).to(x_BTHK.dtype)
+    first, second = x.chunk(2, dim=-1)
+    return (x * cos_BT1K + torch.cat([-second, first], dim=-1) * sin_BT1K).to(x.dtype)
 
 
 class Cache:

@@ -60,15 +60,16 @@ class VLM(nn.Module):
         place_BT = ids_BT == IMAGE
         places = int(place_BT.sum())
         if len(tiles_NCYX):
-            features_ND = self.see(tiles_NCYX).flatten(0, 1)
-            if places != len(features_ND):
-                raise Mistake(f"the ids hold {places} places for picture tokens, the pictures make {len(features_ND)}")
-            return x_BTD.masked_scatter(place_BT[..., None], features_ND.to(x_BTD.dtype))
+            features_NPD = self.see(tiles_NCYX)
+            made = features_NPD.shape[:2].numel()
+            if places != made:
+                raise Mistake(f"the ids hold {places} places for picture tokens, the pictures make {made}")
+            return x_BTD.masked_scatter(place_BT[..., None], features_NPD.to(x_BTD.dtype))
         if places:
             raise Mistake(f"the ids hold {places} places for picture tokens, but there is no picture")
         if self.training:  # the other ranks may have pictures and wait for this one's gradients: look at nothing, and add nothing
-            blank_NCYX = torch.zeros(1, 3, self.tile, self.tile, dtype=torch.uint8, device=ids_BT.device)
-            x_BTD = x_BTD + self.see(blank_NCYX).sum().to(x_BTD.dtype) * 0
+            blank_1CYX = torch.zeros(1, 3, self.tile, self.tile, dtype=torch.uint8, device=ids_BT.device)
+            x_BTD = x_BTD + self.see(blank_1CYX).sum().to(x_BTD.dtype) * 0
         return x_BTD
 
     def forward(self, ids_BT, targets_BT, positions_BT, documents_BT, tiles_NCYX):

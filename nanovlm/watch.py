@@ -90,18 +90,22 @@ def validate(model, samples, rows, mixed):
 def show_answers(checkpoint, samples, rows, mixed, count=2):
     """The first question of the first samples of `rows`, the model's answer and the right one."""
     for i in sorted(i for members in rows for i in members)[:count]:
-        ids_T, targets_T, tiles_NCYX = samples.read(i)
-        trained_T = targets_T != UNTRAINED  # the token after each of these is the assistant's
-        if not trained_T.any():
-            continue
-        first = int(trained_T.argmax()) + 1
-        last = first + int((~trained_T[first:]).argmax())
-        stop, seen = int(ids_T[last]), int((ids_T[:first] == IMAGE).sum()) // samples.header["tokens_per_tile"]
-        with mixed:
-            answer = checkpoint.model.generate([ids_T[:first].tolist()], torch.from_numpy(tiles_NCYX[:seen].copy()), stop={stop}, max_tokens=64)
-            said = [x for (x,) in answer if x != stop]
-        decode = checkpoint.tokenizer.decode
-        print(f"  {samples.names[i]}: it says {decode(said)!r}, right is {decode(ids_T[first:last].tolist())!r}", flush=True)
+        show_answer(checkpoint, samples, i, mixed)
+
+
+def show_answer(checkpoint, samples, i, mixed):
+    ids_T, targets_T, tiles_NCYX = samples.read(i)
+    trained_T = targets_T != UNTRAINED  # the token after each of these is the assistant's
+    if not trained_T.any():
+        return
+    first = int(trained_T.argmax()) + 1
+    last = first + int((~trained_T[first:]).argmax())
+    stop, seen = int(ids_T[last]), int((ids_T[:first] == IMAGE).sum()) // samples.header["tokens_per_tile"]
+    with mixed:
+        answer = checkpoint.model.generate([ids_T[:first].tolist()], torch.from_numpy(tiles_NCYX[:seen].copy()), stop={stop}, max_tokens=64)
+        said = [x for (x,) in answer if x != stop]
+    decode = checkpoint.tokenizer.decode
+    print(f"  {samples.names[i]}: it says {decode(said)!r}, right is {decode(ids_T[first:last].tolist())!r}", flush=True)
 
 
 class Log:

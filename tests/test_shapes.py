@@ -1,0 +1,195 @@
+"""Names carry shapes, and no name lies: our files are run with sizes that all differ while every local variable is looked at, line by line.
+
+A name such as q_BTHK must have as many dimensions as letters. At any moment, a capital letter means one size in a function, whichever names carry
+it (an int named T counts too); a lower-case letter is no more than its capital; 1 is 1. Of some letters the size is known in advance.
+"""
+import ast
+import contextlib
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import DECODER, ROOT, VISION, make_vlm
+from PIL import Image
+
+import nanovlm
+import sample
+from nanovlm import IMAGE, data, huggingface, images, tokenizer, watch, weights
+
+ALPHABET = "".join(re.findall(r"(?<= )[A-Z](?= )", "".join(line for line in nanovlm.__doc__.splitlines() if line.startswith("    "))))
+CARRIES = re.compile(rf"[a-z]\w*_([{ALPHABET}{ALPHABET.lower()}1]+)$")
+LOOKS_LIKE = re.compile(r"[a-z]\w*_[A-Za-z]*[A-Z]\w*$")  # has a capital at its end: meant to carry a shape
+
+EYE = VISION | {"tile": 18, "class_token": True, "layer_scale": True}  # 36 patches, 9 tokens after pixel shuffle by 2
+BRAIN = DECODER | {"vocabulary": 260, "window": [None, 14, None]}
+POLICY = {"tile": 18, "patch": 3, "shuffle": 2, "fit": "crop", "resample": "bicubic", "mean": [0.5] * 3, "std": [0.5] * 3}
+C = {"C": 3}
+KNOWN = {  # file: the sizes that a letter may have in it, several where the eye and the brain share it
+    "decoder.py": {"D": 24, "H": 6, "G": 2, "K": 8, "V": 260},
+    "vision.py": C | {"D": 20, "H": 5, "K": 4, "P": (36, 37)},  # 37: with the class token
+    "attention.py": {"H": (6, 5), "G": (2, 5), "K": (8, 4)},
+    "loss.py": {"D": 24, "V": 260},
+    "model.py": C | {"D": (24, 20), "V": 260, "P": (36, 9)},
+    "images.py": C,
+    "data.py": C | {"Y": 18, "X": 18},
+}
+
+
+def shape_of(value):
+    """The shape of what a name can stand for: a tensor, an array, or a list of numbers; None if it is something else."""
+    if isinstance(value, (torch.Tensor, np.ndarray)):
+        return tuple(value.shape)
+    return (len(value),) if isinstance(value, list) and all(isinstance(x, int) for x in value) else None
+
+
+def lies_of(variables, known):
+    """What is untrue among the names of one function at one moment, as sentences; variables: {name: value}."""
+    sizes = {name: (value, name) for name, value in variables.items() if len(name) == 1 and name in ALPHABET and isinstance(value, int)}
+    parts = []
+    for name, value in variables.items():
+        match, shape = CARRIES.match(name), shape_of(value)
+        if not match or value is None or (shape is None and match[1].islower()):  # top_p is a number
+            continue
+        letters = match[1]
+        if shape is None or len(shape) != len(letters):
+            yield f"{name} is {type(value).__name__} of shape {shape}"
+            continue
+        for letter, size in zip(letters, shape, strict=True):
+            if letter.islower():
+                parts.append((letter, size, name, shape))
+                continue
+            allowed = 1 if letter == "1" else known.get(letter, size)
+            if size not in (allowed if isinstance(allowed, tuple) else (allowed,)):
+                yield f"{name} has shape {shape}, {letter} is {allowed}"
+            elif letter != "1" and sizes.setdefault(letter, (size, name))[0] != size:
+                yield f"{name} has shape {shape}, but {letter} is {sizes[letter][0]} in {sizes[letter][1]}"
+    for letter, size, name, shape in parts:
+        if size > sizes.get(letter.upper(), (size, ""))[0]:
+            yield f"{name} has shape {shape}, but all of {letter.upper()} is {sizes[letter.upper()][0]}"
+
+
+@contextlib.contextmanager
+def watching(*folders):
+    """Looks at the variables of every function in the folders' files; yields (lies, {(file, name)} that carried a shape)."""
+    lies, seen = {}, set()
+
+    def enter(frame, event, arg):
+        return look if Path(frame.f_code.co_filename).parent in folders else None
+
+    def look(frame, event, arg):
+        file, variables = Path(frame.f_code.co_filename).name, dict(frame.f_locals)
+        for said in lies_of(variables, KNOWN.get(file, {})):
+            lies.setdefault(said, f"{file}, before line {frame.f_lineno}, in {frame.f_code.co_name}: {said}")
+        seen.update((file, name) for name, value in variables.items() if CARRIES.match(name) and shape_of(value) is not None)
+        return look
+
+    before = sys.gettrace()
+    sys.settrace(enter)
+    try:
+        yield lies, seen
+    finally:
+        sys.settrace(before)
+
+
+def names_in(path):
+    """The variables and parameters of a file, with their lines."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            yield node.id, node.lineno
+        elif isinstance(node, ast.arg):
+            yield node.arg, node.lineno
+
+
+def everything(folder):
+    """Use the whole house, in sizes that all differ: 7 rows, 3 channels, 5 pictures and so on."""
+    words = tokenizer.learn(["a b"], 256, ["<s>", "[INST]", "[/INST]", "</s>"])
+    shapes = {"vision": EYE, "decoder": BRAIN, "shuffle": 2}
+    model = make_vlm(vision=EYE, decoder=BRAIN)
+    weights.save(weights.Checkpoint(model, words, shapes, POLICY, "mistral", {"born": "here"}), folder / "model")
+    checkpoint = weights.load(folder / "model")
+    weights.save(weights.stitch(checkpoint, checkpoint, 0), folder / "stitched")
+    weights.check_stitch(folder / "stitched", weights.alone(checkpoint, checkpoint))
+    huggingface.resize_positions(torch.randn(37, 20), 8, leading=1)
+
+    g = np.random.default_rng(0)
+    Image.fromarray(g.integers(65536, size=(29, 23), dtype=np.uint16)).save(folder / "grey.png")
+    Image.fromarray(g.integers(256, size=(23, 29, 3), dtype=np.uint8)).save(folder / "colour.png")
+    for fit in images.FITS:
+        colour = images.load_tiles(folder / "colour.png", POLICY | {"fit": fit})
+    grey = images.load_tiles(folder / "grey.png", POLICY)
+    images.picture_of(grey[0])
+
+    with data.Writer(folder / "set", fingerprint=checkpoint.fingerprint(), tokens_per_tile=9, tile=18) as writer:
+        for i in range(300):
+            ids = [IMAGE] * (i % 3 == 0) + list(range(65, 70 + i % 11))
+            writer.add(f"sample {i}", ids, [0] * (len(ids) - 3) + [1, 1, 0], [colour] if i % 3 == 0 else [])
+    samples = data.Samples(folder / "set")
+    (batch, _), *_ = next(data.Loader(samples, row=51, batch=7, micro=7, seed=1))
+    model.train()(**batch).backward()
+    none = data.collate(samples, [[i] for i in range(300) if i % 3][:7])[0]
+    model(**none).backward()
+    for scaling in ({"rope_type": "llama3", "factor": 2.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 20},):
+        make_vlm(vision=EYE, decoder=BRAIN | {"scaling": scaling})(**none)
+
+    questions = [("a longer question", [colour]), ("x", []), ("two", [colour, grey])]
+    for how in ({"temperature": 1.0, "top_k": 50}, {}):
+        sample.answer_all(checkpoint, questions, max_tokens=5, **how)
+    sample.answer_all(checkpoint, questions, blank=True, max_tokens=2)
+    list(sample.stream(checkpoint, [("user", "<image>x")], [colour], max_tokens=3))
+    watch.look(checkpoint, samples, watch.held_out_rows(samples, 51), 0, 1, contextlib.nullcontext())
+
+
+@pytest.fixture(scope="module")
+def looked(tmp_path_factory):
+    with watching(ROOT, ROOT / "nanovlm") as (lies, seen):
+        everything(tmp_path_factory.mktemp("house"))
+    return lies, seen
+
+
+def test_no_name_lies_about_its_shape(looked):
+    lies, _ = looked
+    assert not lies, "\n".join(lies.values())
+
+
+def test_every_name_that_carries_a_shape_was_looked_at(looked):
+    _, seen = looked
+    wanted = {(path.name, name) for path in [*ROOT.glob("*.py"), *ROOT.glob("nanovlm/*.py")] for name, _ in names_in(path)
+              if LOOKS_LIKE.match(name) and CARRIES.match(name)}
+    assert len(wanted) > 80 and not wanted - seen, f"`everything` must run what sets {sorted(wanted - seen)}"
+
+
+def test_every_letter_is_in_the_alphabet():
+    assert set(ALPHABET) >= set("BTNDHK")
+    strangers = [f"{path.name}:{line} {name}" for path in [*ROOT.glob("*.py"), *ROOT.glob("nanovlm/*.py")] for name, line in names_in(path)
+                 if LOOKS_LIKE.match(name) and not CARRIES.match(name)]
+    assert not strangers, f"letters that nanovlm/__init__.py does not explain: {strangers}"
+
+
+@pytest.mark.parametrize("lines, said", [
+    ("x_BTD = torch.zeros(2, 5)", "x_BTD is Tensor of shape (2, 5)"),
+    ("q_BTHK = torch.zeros(2, 7, 4, 5); k_BTHK = q_BTHK.transpose(1, 2)", "k_BTHK has shape (2, 4, 7, 5), but T is 7 in q_BTHK"),
+    ("T = 6; ids_BT = np.zeros((6, 9))", "ids_BT has shape (6, 9), but T is 6 in T"),
+    ("cos_BT1K = torch.zeros(2, 7, 3, 5)", "cos_BT1K has shape (2, 7, 3, 5), 1 is 1"),
+    ("targets_N = torch.zeros(4); logits_nV = torch.zeros(5, 9)", "logits_nV has shape (5, 9), but all of N is 4"),
+    ("next_B = [1, 2]; pad_B = torch.zeros(3)", "pad_B has shape (3,), but B is 2 in next_B"),
+    ("angle_k = torch.zeros(2, 3)", "angle_k is Tensor of shape (2, 3)"),
+    ("x_BT = 'text'", "x_BT is str of shape None"),
+    ("x_BT = torch.zeros(2, 3); x_BT = x_BT.T; y_BT = torch.zeros(2, 3)", "y_BT has shape (2, 3), but B is 3 in x_BT"),
+    ("x_BT = torch.zeros(2, 3); x_BT = torch.zeros(4, 3); top_p = 0.5; rest_BTD = None", None),  # a name may move on
+    ("x_BT = torch.zeros(2, 3); first_Bt = x_BT[:, :1]; wave_Tk = torch.zeros(3, 9)", None),
+])
+def test_a_lie_is_caught(tmp_path, lines, said):
+    (tmp_path / "liar.py").write_text("import numpy as np\nimport torch\n\ndef speak():\n    " + lines.replace("; ", "\n    ") + "\n")
+    space = {}
+    exec(compile((tmp_path / "liar.py").read_text(), str(tmp_path / "liar.py"), "exec"), space)
+    with watching(tmp_path) as (lies, _):
+        space["speak"]()
+    assert list(lies)[:1] == ([said] if said else [])
+
+
+def test_a_size_known_in_advance_is_checked():
+    assert list(lies_of({"q_BTHK": torch.zeros(2, 7, 5, 6)}, KNOWN["decoder.py"])) == [
+        "q_BTHK has shape (2, 7, 5, 6), H is 6", "q_BTHK has shape (2, 7, 5, 6), K is 8"]
