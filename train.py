@@ -29,7 +29,7 @@ from nanovlm.data import LENGTH, Loader, Samples
 STAGES = {
     "brain": dict(freeze="vision,projector", model="out/newborn", data="data/text",
                   lr=1e-3, floor=3e-5, steps=1100, batch=8, row=256, decay=0.1, clip=1.0),
-    "eye": dict(freeze="decoder", model="out/brain", data="data/captions", lr=1e-3, floor=3e-5, steps=900, batch=8, row=256, decay=0.1, clip=1.0),
+    "eye": dict(freeze="decoder", model="out/brain", data="data/captions", lr=1e-3, floor=3e-5, steps=700, batch=8, row=320, decay=0.1, clip=1.0),
     "pretrain": dict(freeze="vision,decoder", model="out/stitched", data="data/captions",
                      lr=1.5e-4, floor=1e-5, steps=20000, batch=256, row=1024, decay=0.01, clip=1.0),
     "sft": dict(freeze="vision", model="out/pretrain", data="data/chats", lr=1e-6, floor=1e-7, steps=20000, batch=128, row=2048, decay=0.1, clip=0.5),
@@ -139,7 +139,7 @@ def train(*,
     resume: bool = False,             # go on from the newest checkpoint in --out
     steps: int | None = None,         # optimizer steps in all
     batch: int | None = None,         # rows of a step, over all ranks and micro-batches
-    micro: int = 8,                   # rows a rank holds at once
+    micro: int = 16,                  # rows a rank holds at once
     row: int | None = None,           # tokens in a row; whole samples are packed into it
     freeze: str = "",                 # parts that keep still, of vision,projector,decoder, or none; empty: the stage's
     lr: float | None = None,          # peak rate of every part that trains
@@ -223,12 +223,16 @@ def train(*,
                     log.line(done, looks, loss=loss, rate=run.lr * share, norm=norm, trained=count / length)
             if last or stopping or done % run.save_every == 0:
                 with parallel.together():
-                    if rank == 0:
-                        weights.save_step(checkpoint, run.out, done, {"step": done, **must_agree}, weights.optimizer_tensors(vlm, optimizer))
+                    save(checkpoint, run.out, {"step": done, **must_agree}, optimizer, rank)
     if rank == 0:
         print(f"{stage}: step {done} of {run.steps} after {log.spent()}, in {run.out}", flush=True)
     if done < run.steps:
         stopper.leave(how_to_go_on(typed))
+
+
+def save(checkpoint, out, training, optimizer, rank):
+    if rank == 0:
+        weights.save_step(checkpoint, out, training["step"], training, weights.optimizer_tensors(checkpoint.model, optimizer))
 
 
 def gradients(wrapped, batches, device, mixed, stopper):
@@ -304,7 +308,7 @@ def demonstration():
 
     def stage(name, why, **settings):
         print(f"\n== {why}", flush=True)
-        train(stage=name, resume=bool(weights.steps(f"out/{name}")), **settings)
+        train(stage=name, resume=bool(weights.steps(f"out/{name}")), validate_every=200, log_every=50, **settings)
 
     once("data/fridge/exam.jsonl", "Draw fridges, and write down what is in them.", prepare.fridge)
     once("out/newborn", "Learn a tokenizer from those words. The newborn's eye and brain are random.",
@@ -319,10 +323,10 @@ def demonstration():
     questions = evaluate.read_questions("data/fridge/exam.jsonl")
     readings = [q for q in questions if q["kind"] == "reading"]
     before = exam("out/stitched", readings)[-1][2]
-    stage("pretrain", "Align: only the projector trains, until the brain can read the eye.", steps=250, batch=8, row=256, lr=2e-3, floor=1e-4)
+    stage("pretrain", "Align: only the projector trains, until the brain can read the eye.", steps=200, batch=8, row=320, lr=2e-3, floor=1e-4)
     after = exam("out/pretrain", readings)[-1][2]
     print(f"fridges read without a mistake: {before:.1%} before, {after:.1%} after")
-    stage("sft", "Fine-tune: projector and brain learn to answer all kinds of questions.", steps=800, batch=8, row=512, lr=7e-4, floor=2e-5)
+    stage("sft", "Fine-tune: projector and brain learn to answer all kinds of questions.", steps=1050, batch=12, row=320, lr=7e-4, floor=2e-5)
 
     print(f"\n== The exam: {len(readings)} fridges that it has never seen.", flush=True)
     marks, blank = (exam("out/sft", questions, blank=grey) for grey in (False, True))
