@@ -10,7 +10,7 @@ def read_questions(path, benchmark="exact", prompt=""):
     """[{id, kind, image (a list of paths), question, answers (any is right)}] from JSON lines of these, or from a JSON list in LLaVA's format.
 
     Of a LLaVA sample the first turn is the question and the reply to it the answer; its label, if it has one, is the kind. prompt: asked in
-    place of every question. Raises Mistake, naming the line, for what cannot be read, ids that come twice and a benchmark that is not known.
+    place of every question. Raises Mistake, naming the question, for what cannot be read or marked, an id that comes again, an unknown benchmark.
     """
     if benchmark not in MARKS:
         raise Mistake(f"--benchmark={benchmark} is not known: {', '.join(MARKS)}")
@@ -23,9 +23,9 @@ def read_questions(path, benchmark="exact", prompt=""):
         raise Mistake(f"{path} holds no questions")
     seen = set()
     for number, question in enumerate(questions, 1):
-        if question["id"] in seen:
+        if str(question["id"]) in seen:
             raise Mistake(f"{path}, question {number}: the id {question['id']} comes again")
-        seen.add(question["id"])
+        seen.add(str(question["id"]))
     return questions
 
 
@@ -37,7 +37,7 @@ def read_records(text, path):
         except json.JSONDecodeError as error:
             raise Mistake(f"{path}: not JSON: {error}") from None
     records = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):  # JSON may hold what splitlines takes for the end of a line
         try:
             records += [json.loads(line)] if line.strip() else []
         except json.JSONDecodeError as error:
@@ -48,20 +48,22 @@ def read_records(text, path):
 def read_question(record, where, prompt):
     if not isinstance(record, dict):
         raise Mistake(f"{where} is not an object: {record!r:.80}")
-    if "conversations" in record:
-        said = [turn.get("value") if isinstance(turn, dict) else None for turn in record["conversations"][:2]]
-        if len(said) < 2 or not all(isinstance(text, str) for text in said):
+    match record:
+        case {"conversations": [{"from": "human", "value": asked}, {"from": "gpt", "value": answer}, *_]}:
+            record = {**record, "question": asked, "answers": [answer], "kind": record.get("label", "all")}
+        case {"conversations": _}:
             raise Mistake(f"{where}: its first two turns are no question and answer")
-        record = {**record, "question": said[0].replace("<image>", "").strip(), "answers": [said[1]], "kind": record.get("label", "all")}
     missing = [key for key in ("id", "question", "answers") if key not in record]
     if missing:
         raise Mistake(f"{where}: no {', '.join(missing)}")
     image, answers = record.get("image", []), record["answers"]
     image = [image] if isinstance(image, str) else image
     question = prompt or record["question"]
-    for name, texts in (("image", image), ("answers", answers), ("question", [question])):
-        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts) or (name == "answers" and not texts):
-            raise Mistake(f"{where}: `{name}` should be text, not {texts!r:.80}")
+    for name, texts in (("id", [str(record["id"])]), ("image", image), ("answers", answers or [None]), ("question", [question])):
+        if not isinstance(texts, list) or not all(isinstance(text, str) and text.replace("<image>", "").strip() for text in texts):
+            raise Mistake(f"{where}: `{name}` should be text that says something, not {texts!r:.80}")
+    if question.count("<image>") not in (0, len(image)):
+        raise Mistake(f"{where}: {question.count('<image>')} <image> in its text but {len(image)} pictures")
     return {"id": record["id"], "kind": str(record.get("kind", "all")), "image": image, "question": question, "answers": answers}
 
 
