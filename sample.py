@@ -98,11 +98,11 @@ def show_marks(checkpoint, questions, folder, benchmark, out, **how):
     """A table of the marks of an exam, and where `out` names a file, every answer in it as a JSON line."""
     began = time.time()
     answers, scores = examine(checkpoint, questions, folder, benchmark, **how)
+    for kind, count, share in evaluate.table(questions, scores):
+        print(f"{kind:10} {count:5} questions   {share:6.1%} right")
     if out:
         lines = [{**q, "answer": a, "score": score} for q, a, score in zip(questions, answers, scores, strict=True)]
         Path(out).write_text("".join(json.dumps(line) + "\n" for line in lines))
-    for kind, count, share in evaluate.table(questions, scores):
-        print(f"{kind:10} {count:5} questions   {share:6.1%} right")
     say(f"{len(answers) / (time.time() - began):.0f} answers/s")
 
 
@@ -173,6 +173,12 @@ def sample(*,
     check(choices)
     if not Path(model).exists():
         raise Mistake(f"no such model: {model}; `python train.py` makes out/sft, the demonstration's")
+    if questions and (image or chat):
+        raise Mistake("--questions brings its own pictures, and is no conversation: --image and --chat do not go with it")
+    if not questions and (images or out or benchmark != "exact"):
+        raise Mistake("--images, --benchmark and --out are for an exam: give its --questions")
+    if out and not Path(out).parent.is_dir():
+        raise Mistake(f"--out={out}: there is no folder {Path(out).parent}")
     if questions:
         papers = evaluate.read_questions(questions, benchmark, prompt)
         return show_marks(weights.load(model, parallel.pick_device(device)), papers, images or Path(questions).parent, benchmark, out, **choices)

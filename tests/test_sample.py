@@ -1,5 +1,6 @@
 """What the sample door says, and says of what it cannot do: the answer alone on standard output, all else on standard error."""
 import io
+import json
 import os
 import signal
 import subprocess
@@ -202,6 +203,13 @@ def test_a_conversation_goes_on_after_a_line_that_cannot_be_asked(ask):
     (["--prompt=a", "--image=model"], "model is a folder, not a picture"),
     (["--prompt=a", "--max_tokens=1048576"], "4 tokens of prompt and --max_tokens=1048576 make more than 1,048,576"),
     (["--prompt=a \udce9"], r"the question is not text in utf-8: 'a \udce9'"),
+    (["--questions=exam.jsonl", "--image=a.png"], "--questions brings its own pictures, and is no conversation"),
+    (["--questions=exam.jsonl", "--chat=true"], "--questions brings its own pictures, and is no conversation"),
+    (["--prompt=a", "--out=answers.jsonl"], "--images, --benchmark and --out are for an exam: give its --questions"),
+    (["--prompt=a", "--benchmark=contains"], "--images, --benchmark and --out are for an exam: give its --questions"),
+    (["--questions=exam.jsonl"], "exam.jsonl: No such file or directory"),
+    (["--questions=exam.jsonl", "--out=none/answers.jsonl"], "--out=none/answers.jsonl: there is no folder none"),
+    (["--questions=exam.jsonl", "--benchmark=extact"], "--benchmark=extact is not known: exact, contains"),
     (["--device=abacus", "--prompt=a"], "--device=abacus is none of auto, cpu, cuda"),
 ])
 def test_what_cannot_be_done_is_one_line_and_exit_code_1(ask, words, said):
@@ -219,6 +227,23 @@ def test_a_prompt_longer_than_anything_it_was_trained_on_is_answered_with_a_warn
         (home / "model" / "training.json").unlink()
     assert code == 0 and out
     assert err.startswith("the prompt takes 21 tokens, the model was trained on rows of 20: do not expect much\n")
+
+
+def test_an_exam_asks_what_a_user_would_and_marks_it(home, ask):
+    """Of three questions one is marked right, for its answer was taken from the model beforehand."""
+    right = ask("--image=a.png", "--prompt=hm", "--max_tokens=9")[1][:-1]
+    papers = [{"id": 1, "kind": "seen", "image": "a.png", "question": "hm", "answers": ["milk", right]},
+              {"id": 2, "kind": "seen", "image": ["b.png"], "question": "hm", "answers": [right + "!"]},
+              {"id": 3, "kind": "told", "question": "hm", "answers": [right + "!"]}]
+    (home / "sub").mkdir()
+    (home / "sub" / "exam.jsonl").write_text("".join(json.dumps(paper) + "\n" for paper in papers))
+    code, out, err = ask("--questions=sub/exam.jsonl", "--images=.", "--max_tokens=9", "--out=sub/answers.jsonl")
+    assert (code, [line.split() for line in out.splitlines()]) == (0, [
+        ["seen", "2", "questions", "50.0%", "right"], ["told", "1", "questions", "0.0%", "right"], ["all", "3", "questions", "33.3%", "right"]])
+    said = [json.loads(line) for line in (home / "sub" / "answers.jsonl").read_text().splitlines()]
+    assert [(line["id"], line["score"]) for line in said] == [(1, 1.0), (2, 0.0), (3, 0.0)] and said[0]["answer"] == right
+    assert said[2]["answer"] == ask("--prompt=hm", "--max_tokens=9")[1][:-1]
+    assert "a.png: No such file" in ask("--questions=sub/exam.jsonl", "--max_tokens=9")[2], "pictures are named from the exam's own folder"
 
 
 # ---- through a process of its own ----
