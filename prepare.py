@@ -101,7 +101,7 @@ def new(*,
     model = weights.build(shapes, policy)
     weights.save(weights.Checkpoint(model, words, shapes, policy, template, {"newborn": f"seed {seed}"}), out)
     say(f"{out}: {sum(p.numel() for p in model.parameters()):,} random parameters, {words.vocab_size} tokens, "
-        f"{pictures.picture_tokens(1, policy)} tokens a picture")
+        f"{pictures.picture_tokens((tile, tile), policy)} tokens a picture")
 
 
 def check_newborn(new):
@@ -136,7 +136,10 @@ def data(*,
     samples = each(partial(read_sample, folder=folder), records)  # what is wrong with them is told now, not after hours of pictures
     owner = weights.load(model)
     chat.end_id(owner.tokenizer, owner.template)
-    began, tokens = time.time(), pictures.picture_tokens(1, owner.policy)
+    if owner.policy["fit"] == "anyres":
+        raise Mistake(f"{model} takes as many tokens as a picture's size asks for (LLaVA-NeXT), prepared data has the same for all: "
+                      "stitch its eye to its brain with --fit=pad")
+    began, tokens = time.time(), pictures.tokens_per_tile(owner.policy)
     with shards.Writer(out, fingerprint=owner.fingerprint(), tokens_per_tile=tokens, tile=owner.policy["tile"]) as writer:
         each(lambda sample, number: writer.add(*prepared(sample, owner)), progress(samples, began))
     table = shards.Samples(out).table

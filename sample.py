@@ -13,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from nanovlm import Mistake, chat, cli, data, evaluate, images, parallel, weights
@@ -34,20 +35,24 @@ def place_pictures(text, pictures):
     return text if typed else "<image>\n" * pictures + text
 
 
-def prompt_ids(checkpoint, turns, tiles):
-    """The ids of a conversation that waits for its answer, every picture expanded; tiles: one tiles_NCYX a picture."""
+def prompt_ids(checkpoint, turns, pictures):
+    """The ids of a conversation that waits for its answer, every picture expanded; pictures: images.Picture each."""
     ids, _ = chat.render(turns, checkpoint.tokenizer, checkpoint.template)
-    return data.expand(ids, [images.picture_tokens(len(tiles_NCYX), checkpoint.policy) for tiles_NCYX in tiles]).tolist()
+    return data.expand(ids, [len(picture.places) for picture in pictures]).tolist()
 
 
-def load_tiles(paths, policy):
-    return [images.load_tiles(path, policy) for path in paths]
+def load_pictures(paths, policy):
+    return [images.load(path, policy) for path in paths]
 
 
-def as_tensor(tiles, policy):
-    """Tiles of several pictures, or of none, as one uint8 (N, C, Y, X)."""
-    none_NCYX = torch.empty(0, 3, policy["tile"], policy["tile"], dtype=torch.uint8)
-    return torch.cat([none_NCYX, *map(torch.tensor, tiles)])
+def as_tensors(pictures, policy):
+    """Several pictures, or none, as generate takes them: their tiles as one uint8 (N, C, Y, X), and the places in it that are read."""
+    tiles, places, before = [torch.empty(0, 3, policy["tile"], policy["tile"], dtype=torch.uint8)], [torch.empty(0, dtype=torch.int64)], 0
+    for picture in pictures:
+        tiles.append(torch.tensor(picture.tiles))
+        places.append(torch.from_numpy(np.where(picture.places == images.NEWLINE, images.NEWLINE, picture.places + before)))
+        before += len(picture.tiles) * images.tokens_per_tile(policy)
+    return {"tiles_NCYX": torch.cat(tiles), "places_t": torch.cat(places)}
 
 
 def check_length(checkpoint, ids, max_tokens):
@@ -60,28 +65,28 @@ def check_length(checkpoint, ids, max_tokens):
         say(f"the prompt takes {len(ids):,} tokens, the model was trained on rows of {row:,}: do not expect much")
 
 
-def stream(checkpoint, turns, tiles, **choices):
+def stream(checkpoint, turns, pictures, **choices):
     """The answer to a conversation, a piece of text for each token and a last one for what was held back; ends at the end token."""
-    text, ids = checkpoint.tokenizer.stream(), prompt_ids(checkpoint, turns, tiles)
+    text, ids = checkpoint.tokenizer.stream(), prompt_ids(checkpoint, turns, pictures)
     check_length(checkpoint, ids, choices["max_tokens"])
     stop = {chat.end_id(checkpoint.tokenizer, checkpoint.template)}
-    for (next_id,) in checkpoint.model.generate([ids], as_tensor(tiles, checkpoint.policy), stop=stop, **choices):
+    for (next_id,) in checkpoint.model.generate([ids], **as_tensors(pictures, checkpoint.policy), stop=stop, **choices):
         if next_id not in stop:
             yield text.push(next_id)
     yield text.flush()
 
 
 def answer_all(checkpoint, questions, batch=100, blank=False, **choices):
-    """The answers to many (text, tiles) questions, in their order, a batch at a time; blank: with grey pictures instead of theirs."""
+    """The answers to many (text, pictures) questions, in their order, a batch at a time; blank: with grey pictures instead of theirs."""
     stop, answers = {chat.end_id(checkpoint.tokenizer, checkpoint.template)}, {}
-    asked = [prompt_ids(checkpoint, [("user", place_pictures(text, len(tiles)))], tiles) for text, tiles in questions]
+    asked = [prompt_ids(checkpoint, [("user", place_pictures(text, len(pictures)))], pictures) for text, pictures in questions]
     order = sorted(range(len(asked)), key=lambda i: len(asked[i]))  # prompts of one length need no padding
     for start in range(0, len(order), batch):
         members = order[start : start + batch]
-        tiles_NCYX = as_tensor([t for i in members for t in questions[i][1]], checkpoint.policy)
+        seen = as_tensors([picture for i in members for picture in questions[i][1]], checkpoint.policy)
         if blank:
-            tiles_NCYX = torch.full_like(tiles_NCYX, 128)
-        said = zip(*checkpoint.model.generate([asked[i] for i in members], tiles_NCYX, stop=stop, **choices), strict=True)
+            seen["tiles_NCYX"].fill_(128)
+        said = zip(*checkpoint.model.generate([asked[i] for i in members], **seen, stop=stop, **choices), strict=True)
         for i, ids in zip(members, said, strict=True):
             answers[i] = checkpoint.tokenizer.decode([x for x in ids if x is not None and x not in stop])
     return [answers[i] for i in range(len(questions))]
@@ -89,8 +94,8 @@ def answer_all(checkpoint, questions, batch=100, blank=False, **choices):
 
 def examine(checkpoint, questions, folder, benchmark="exact", **how):
     """Answer questions (as evaluate.read_questions gives them) about pictures in `folder`, and mark them: the answers, and a score for each."""
-    tiles = {path: images.load_tiles(Path(folder) / path, checkpoint.policy) for q in questions for path in q["image"]}
-    answers = answer_all(checkpoint, [(q["question"], [tiles[path] for path in q["image"]]) for q in questions], **how)
+    pictures = {path: images.load(Path(folder) / path, checkpoint.policy) for q in questions for path in q["image"]}
+    answers = answer_all(checkpoint, [(q["question"], [pictures[path] for path in q["image"]]) for q in questions], **how)
     return answers, [evaluate.MARKS[benchmark](a, q["answers"]) for a, q in zip(answers, questions, strict=True)]
 
 
@@ -106,10 +111,10 @@ def show_marks(checkpoint, questions, folder, benchmark, out, **how):
     say(f"{len(answers) / (time.time() - began):.0f} answers/s")
 
 
-def answer(checkpoint, turns, tiles, **choices):
+def answer(checkpoint, turns, pictures, **choices):
     """Print the answer to a conversation as it comes; return the whole of it."""
     began, parts = time.time(), []
-    for part in stream(checkpoint, turns, tiles, **choices):
+    for part in stream(checkpoint, turns, pictures, **choices):
         parts.append(part)
         print(part, end="", flush=True)
     print(flush=True)
@@ -139,17 +144,17 @@ def lines(first):
             return say()
 
 
-def converse(checkpoint, tiles, prompt, **choices):
+def converse(checkpoint, pictures, prompt, **choices):
     """A conversation in the terminal, an answer to each line; the pictures belong to the first."""
     turns = []
     for line in lines(prompt):
         try:
-            asked = place_pictures(line, 0 if turns else len(tiles))
+            asked = place_pictures(line, 0 if turns else len(pictures))
         except Mistake as mistake:
             say(f"error: {mistake}")
             continue
         turns.append(("user", asked))
-        turns.append(("assistant", answer(checkpoint, turns, tiles, **choices)))
+        turns.append(("assistant", answer(checkpoint, turns, pictures, **choices)))
 
 
 def sample(*,
@@ -184,11 +189,11 @@ def sample(*,
         return show_marks(weights.load(model, parallel.pick_device(device)), papers, images or Path(questions).parent, benchmark, out, **choices)
     asked = "" if chat else question(prompt, len(image))
     checkpoint = weights.load(model, parallel.pick_device(device))
-    tiles = load_tiles(image, checkpoint.policy)
+    pictures = load_pictures(image, checkpoint.policy)
     if chat:
-        converse(checkpoint, tiles, prompt, **choices)
+        converse(checkpoint, pictures, prompt, **choices)
     else:
-        answer(checkpoint, [("user", asked)], tiles, **choices)
+        answer(checkpoint, [("user", asked)], pictures, **choices)
 
 
 def check(choices):

@@ -2,13 +2,17 @@
 
 The picture policy is a plain dict that travels in the checkpoint:
 
-    tile      pixels across a tile            fit        squash, pad (to a square, with the mean colour) or crop (the middle square)
+    tile      pixels across a tile            fit        squash, pad (to a square, with the mean colour), crop (the middle square) or anyres
     patch     pixels across a patch           resample   bicubic or bilinear
     shuffle   shuffle² patches a token        mean, std  three numbers each, of pixels between 0 and 1; applied by the model, on its device
+    pinpoints for anyres alone, LLaVA-NeXT's way (Liu et al. 2024): the heights and widths in pixels that a picture may be enlarged to. Its first
+              tile is the whole picture, squashed; the others cut the enlarged one, black around it, row by row.
 """
+import math
 import os
 import re
 import warnings
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -20,6 +24,14 @@ FITS = ("squash", "pad", "crop")
 FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 MAX_PIXELS = 100_000_000  # 300 MB as RGB; a bomb of a few kB unpacks to more
 MAX_ASPECT = 200
+NEWLINE = -1  # among places: the vector that a model has learnt for the end of a row
+
+
+class Picture(NamedTuple):
+    """A picture cut for a model."""
+
+    tiles: np.ndarray   # (N, C, Y, X), uint8
+    places: np.ndarray  # which tokens of the tiles are read, in order
 
 
 # ---- the policy ----
@@ -32,13 +44,21 @@ def check_policy(policy):
     def shares(x, low):
         return isinstance(x, list | tuple) and len(x) == 3 and all(isinstance(c, int | float) and low <= c <= 1 for c in x)
 
+    def grids(x):
+        return isinstance(x, list) and x and all(isinstance(edges, list) and len(edges) == 2 and all(map(of_tiles, edges)) for edges in x)
+
+    def of_tiles(x):
+        return whole(x) and whole(policy.get("tile")) and x % policy["tile"] == 0
+
     rules = {
         **{name: (whole, "is no whole number from 1 on") for name in ("tile", "patch", "shuffle")},
-        "fit": (lambda x: x in FITS, f"is none of {', '.join(FITS)}"),
+        "fit": (lambda x: x in FITS or x == "anyres", f"is none of {', '.join(FITS)}, anyres"),
         "resample": (lambda x: x in FILTERS, f"is none of {', '.join(FILTERS)}"),
         "mean": (lambda x: shares(x, 0), "is not three numbers from 0 to 1"),
         "std": (lambda x: shares(x, 1e-6), "is not three numbers above 0, at most 1"),
     }
+    if policy.get("fit") == "anyres":
+        rules["pinpoints"] = (grids, "is no list of heights and widths in whole tiles")
     wrong = [f"{name} is missing" for name in rules if name not in policy] + [f"{name} is not known" for name in policy if name not in rules]
     wrong += [f"{name} {policy[name]!r} {what}" for name, (holds, what) in rules.items() if name in policy and not holds(policy[name])]
     if not wrong:
@@ -55,9 +75,40 @@ def tokens_per_tile(policy):
     return (policy["tile"] // policy["patch"] // policy["shuffle"]) ** 2
 
 
-def picture_tokens(tiles, policy):
-    """How many tokens a picture of so many tiles takes; everyone who counts, counts with this."""
-    return tiles * tokens_per_tile(policy)
+def pinpoint(size, policy):
+    """The (height, width), of the policy's, that shows most of a picture of `size` (width, height), and of these the one that wastes least."""
+    def merit(edges):
+        scale = min(edges[1] / size[0], edges[0] / size[1])
+        shown = min(int(size[0] * scale) * int(size[1] * scale), size[0] * size[1])
+        return shown, shown - edges[0] * edges[1]
+    return max(policy["pinpoints"], key=merit)
+
+
+def places(size, policy):
+    """Which tokens of its tiles are read of a picture of `size` (width, height), in order: an array of places, NEWLINE among them after a row.
+
+    anyres: the first tile's tokens, then the grid's, row by row across its tiles, without the rows or columns that show only black
+    (`unpad_image` of transformers' modeling_llava_next.py, whose rounding this is).
+    """
+    tokens = tokens_per_tile(policy)
+    if policy["fit"] != "anyres":
+        return np.arange(tokens)
+    side, (rows, columns) = math.isqrt(tokens), (edge // policy["tile"] for edge in pinpoint(size, policy))
+    grid = np.arange(tokens, tokens * (1 + rows * columns)).reshape(rows, columns, side, side)
+    grid_YX = grid.transpose(0, 2, 1, 3).reshape(rows * side, columns * side)
+    height, width = grid_YX.shape
+    if size[0] / size[1] > width / height:
+        black = (height - int(round(size[1] * (width / size[0]), 7))) // 2
+        grid_YX = grid_YX[black : height - black]
+    else:
+        black = (width - int(round(size[0] * (height / size[1]), 7))) // 2
+        grid_YX = grid_YX[:, black : width - black]
+    return np.concatenate([np.arange(tokens), np.pad(grid_YX, ((0, 0), (0, 1)), constant_values=NEWLINE).ravel()])
+
+
+def picture_tokens(size, policy):
+    """How many tokens a picture of `size` (width, height) takes; everyone who counts, counts with this or with the places themselves."""
+    return len(places(size, policy))
 
 
 # ---- opening ----
@@ -130,8 +181,12 @@ def grey_of_16_bits(picture):
 # ---- cutting ----
 
 def cut(picture, policy):
-    """An RGB picture as tiles_NCYX (uint8); here N is 1."""
+    """An RGB picture as tiles_NCYX (uint8); N is 1 but for anyres."""
     tile, resample = policy["tile"], FILTERS[policy["resample"]]
+    if policy["fit"] == "anyres":
+        grid, squashed = enlarge(picture, pinpoint(picture.size, policy), resample), picture.resize((tile, tile), resample)
+        parts = [grid.crop((x, y, x + tile, y + tile)) for y in range(0, grid.height, tile) for x in range(0, grid.width, tile)]
+        return np.stack([np.asarray(part).transpose(2, 0, 1) for part in (squashed, *parts)])
     if policy["fit"] == "pad":  # as LLaVA-1.5's expand2square
         side = max(picture.size)
         square = Image.new("RGB", (side, side), tuple(int(x * 255) for x in policy["mean"]))
@@ -143,6 +198,22 @@ def cut(picture, policy):
         left, top = (picture.width - tile) // 2, (picture.height - tile) // 2
         picture = picture.crop((left, top, left + tile, top + tile))
     return np.array(picture.resize((tile, tile), resample)).transpose(2, 0, 1)[None].copy()
+
+
+def enlarge(picture, edges, resample):
+    """A picture in the middle of (height, width) pixels, as large as fits, black around it (`get_patch_output_size` of transformers)."""
+    height, width = edges
+    scale = min(width / picture.width, height / picture.height)
+    inner = (min(math.ceil(picture.width * scale), width), min(math.ceil(picture.height * scale), height))
+    padded = Image.new("RGB", (width, height))
+    padded.paste(picture.resize(inner, resample), ((width - inner[0]) // 2, (height - inner[1]) // 2))
+    return padded
+
+
+def load(path, policy):
+    """A picture file as a Picture, by the model's own policy."""
+    picture = open_picture(path)
+    return Picture(cut(picture, policy), places(picture.size, policy))
 
 
 def load_tiles(path, policy):

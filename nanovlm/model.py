@@ -38,13 +38,15 @@ class Projector(nn.Module):
 
 
 class VLM(nn.Module):
-    """vision, decoder: the keyword arguments of Vision and Decoder; mean, std: three numbers each, of pixels between 0 and 1."""
+    """vision, decoder: the keyword arguments of Vision and Decoder; mean, std: three numbers each, of pixels between 0 and 1; newline: whether
+    a vector is learnt for the end of a picture's row (LLaVA-NeXT)."""
 
-    def __init__(self, *, vision, decoder, shuffle=1, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)):
+    def __init__(self, *, vision, decoder, shuffle=1, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), newline=False):
         super().__init__()
         self.vision = Vision(**vision)
         self.projector = Projector(vision_width=vision["width"], width=decoder["width"], shuffle=shuffle)
         self.decoder = Decoder(**decoder)
+        self.newline = nn.Parameter(torch.randn(decoder["width"]) * decoder["width"] ** -0.5) if newline else None
         self.tile = vision["tile"]
         self.register_buffer("mean_C11", torch.tensor(mean, device="cpu").view(3, 1, 1), persistent=False)
         self.register_buffer("std_C11", torch.tensor(std, device="cpu").view(3, 1, 1), persistent=False)
@@ -54,17 +56,21 @@ class VLM(nn.Module):
         eye, projector = self.vision.patches.weight.dtype, self.projector.up.weight.dtype  # public parts come in dtypes of their own
         return self.projector(self.vision(((tiles_NCYX.float() / 255 - self.mean_C11) / self.std_C11).to(eye)).to(projector))
 
-    def embed(self, ids_BT, tiles_NCYX):
-        """Embeddings of the words with the pictures' features spliced in where the ids say IMAGE, in order."""
+    def embed(self, ids_BT, tiles_NCYX, places_t=None):
+        """Embeddings of the words with the pictures' features spliced in where the ids say IMAGE, in order: all of them, or those at places_t
+        among the features of all tiles, −1 for a newline."""
         x_BTD = self.decoder.embed(ids_BT.clamp(min=0))
         place_BT = ids_BT == IMAGE
         places = int(place_BT.sum())
         if len(tiles_NCYX):
-            features_NPD = self.see(tiles_NCYX)
-            made = features_NPD.shape[:2].numel()
-            if places != made:
-                raise Mistake(f"the ids hold {places} places for picture tokens, the pictures make {made}")
-            return x_BTD.masked_scatter(place_BT[..., None], features_NPD.to(x_BTD.dtype))
+            features = self.see(tiles_NCYX).flatten(0, 1)  # one a token of any tile, (N · P, D)
+            if self.newline is not None:
+                features = torch.cat([features, self.newline[None].to(features)])  # the last, as −1 says
+            if places_t is not None:
+                features = features[places_t.to(features.device)]
+            if places != len(features):
+                raise Mistake(f"the ids hold {places} places for picture tokens, the pictures make {len(features)}")
+            return x_BTD.masked_scatter(place_BT[..., None], features.to(x_BTD.dtype))
         if places:
             raise Mistake(f"the ids hold {places} places for picture tokens, but there is no picture")
         if self.training:  # the other ranks may have pictures and wait for this one's gradients: look at nothing, and add nothing
@@ -79,7 +85,7 @@ class VLM(nn.Module):
         return linear_cross_entropy(hidden_BTD[trained_BT], self.decoder.head.weight, targets_BT[trained_BT])
 
     @torch.no_grad()
-    def generate(self, prompts, tiles_NCYX, *, stop, max_tokens=256, temperature=0.0, top_k=0, top_p=1.0, seed=0):
+    def generate(self, prompts, tiles_NCYX, *, stop, places_t=None, max_tokens=256, temperature=0.0, top_k=0, top_p=1.0, seed=0):
         """Continue every prompt (a list of ids, IMAGE once for each picture token); yields a list a step: a row's next id, None once it ended.
 
         A row ends after an id of `stop`, which is yielded, or max_tokens. Rows of unequal length are padded on the left, where documents_BS
@@ -95,7 +101,7 @@ class VLM(nn.Module):
         generators = [torch.Generator().manual_seed(seed) for _ in prompts]
         cache, ended = Cache(self.decoder, B, T + max_tokens), [False] * B
 
-        x_BtD, start = self.embed(ids_BT, tiles_NCYX.to(device)), 0  # t: all of the prompt, then one token a step
+        x_BtD, start = self.embed(ids_BT, tiles_NCYX.to(device), places_t), 0  # t: all of the prompt, then one token a step
         for end in range(T, T + max_tokens):
             seen_Bs = None if documents_BS is None else documents_BS[:, :end]
             hidden_BtD = self.decoder(x_BtD, positions_BS[:, start:end], seen_Bs, cache)

@@ -41,7 +41,7 @@ class Checkpoint(NamedTuple):
 
 def build(shapes, policy):
     """A VLM with random numbers."""
-    return VLM(**shapes, mean=policy["mean"], std=policy["std"])
+    return VLM(**shapes, mean=policy["mean"], std=policy["std"], newline=policy["fit"] == "anyres")
 
 
 def steps(out):

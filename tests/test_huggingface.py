@@ -333,7 +333,7 @@ def test_pictures_are_treated_as_the_folder_says(config, choices, fit, tile, res
     part = huggingface.eye(eye_folder, **choices)
     assert part.policy == {"tile": tile, "patch": 7, "shuffle": 1, "fit": fit, "resample": resample, "mean": config["image_mean"],
                            "std": config["image_std"]}
-    assert len(part.model.vision.positions) == 1 + images.picture_tokens(1, part.policy)
+    assert len(part.model.vision.positions) == 1 + images.tokens_per_tile(part.policy)
 
 
 @pytest.mark.parametrize("change, said", [

@@ -256,7 +256,7 @@ def test_a_tile_takes_its_patches_shuffled():
     assert images.tokens_per_tile({"tile": 336, "patch": 14, "shuffle": 1}) == 576  # LLaVA-1.5 with CLIP ViT-L/14@336
     assert images.tokens_per_tile({"tile": 448, "patch": 14, "shuffle": 2}) == 256  # InternVL
     assert images.tokens_per_tile({"tile": 64, "patch": 8, "shuffle": 2}) == 16
-    assert images.picture_tokens(3, POLICY) == 3 * 9
+    assert images.picture_tokens((50, 40), POLICY) == 9
 
 
 @pytest.mark.parametrize("change, said", [

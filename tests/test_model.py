@@ -186,7 +186,7 @@ CHANGED = {
     Decoder: dict(vocabulary=43, width=32, layers=2, heads=4, kv_heads=3, ffn=40, head_size=10, theta=50.0,
                   scaling={"rope_type": "linear", "factor": 2.0}, eps=0.1, window=[3, None, 4], tied=True),
     Projector: dict(vision_width=24, width=28, shuffle=1),
-    VLM: dict(vision=VISION | {"ffn": 30}, decoder=DECODER | {"ffn": 40}, shuffle=1, mean=(0.1, 0.2, 0.3), std=(0.3, 0.2, 0.1)),
+    VLM: dict(vision=VISION | {"ffn": 30}, decoder=DECODER | {"ffn": 40}, shuffle=1, mean=(0.1, 0.2, 0.3), std=(0.3, 0.2, 0.1), newline=True),
 }
 BASE = {Vision: VISION, Decoder: DECODER, Projector: dict(vision_width=20, width=24, shuffle=2), VLM: dict(vision=VISION, decoder=DECODER, shuffle=2)}
 
@@ -203,7 +203,7 @@ def output(kind, arguments):
             return model.head(model(model.embed(torch.arange(13)[None]), torch.arange(13)[None]))
         if kind is Projector:
             return model(torch.linspace(-1, 1, 16 * arguments["vision_width"]).reshape(1, 16, -1))
-        ids_BT = torch.tensor([[IMAGE] * (TOKENS if arguments["shuffle"] == 2 else 16) + [1, 2, 3]])
+        ids_BT = torch.tensor([[IMAGE] * ((TOKENS if arguments["shuffle"] == 2 else 16) + arguments.get("newline", 0)) + [1, 2, 3]])
         return model.decoder(model.embed(ids_BT, torch.arange(432).reshape(1, 3, 12, 12).to(torch.uint8)), torch.arange(ids_BT.shape[1])[None])
 
 

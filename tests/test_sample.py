@@ -13,7 +13,7 @@ from conftest import DECODER, ROOT, TOKENS, VISION, make_vlm
 from PIL import Image
 
 import sample as door
-from nanovlm import IMAGE, cli, tokenizer, weights
+from nanovlm import IMAGE, cli, images, tokenizer, weights
 
 POLICY = {"tile": 12, "patch": 3, "shuffle": 2, "fit": "squash", "resample": "bicubic", "mean": [0.5] * 3, "std": [0.5] * 3}
 START, OPEN, CLOSE, END = range(256, 260)
@@ -64,6 +64,11 @@ def ask(home, capsys, monkeypatch):
 
 def tiles_of(home, *names):
     return [np.asarray(Image.open(home / name)).transpose(2, 0, 1)[None] for name in names]
+
+
+def picture(tiles_NCYX):
+    """As images.load gives it, by a policy of which each token of the one tile is read."""
+    return images.Picture(tiles_NCYX, np.arange(TOKENS))
 
 
 def expected(checkpoint, ids, tiles, max_tokens=256, **how):
@@ -137,17 +142,18 @@ def test_many_answers_at_once_are_the_answers_one_by_one(home, checkpoint):
     for how in ({"max_tokens": 20}, {"max_tokens": 9, "temperature": 1.5, "seed": 3, "top_k": 50}):
         prompts = [[START, *turn(text if "<image>" in text else "<image>\n" * len(tiles) + text)] for text, tiles in questions]
         alone = [expected(checkpoint, ids, tiles, **how)[0] for ids, (_, tiles) in zip(prompts, questions, strict=True)]
+        asked = [(text, [picture(t) for t in tiles]) for text, tiles in questions]
         for batch in (1, 4, 100):
-            assert door.answer_all(checkpoint, questions, batch=batch, **how) == alone
+            assert door.answer_all(checkpoint, asked, batch=batch, **how) == alone
     assert len(set(alone)) == len(alone)
     assert door.answer_all(checkpoint, [], max_tokens=3) == []
 
 
 def test_blank_hides_the_pictures_and_nothing_else(home, checkpoint):
-    a, b = tiles_of(home, "a.png", "b.png")
+    a, b = (picture(tiles_NCYX) for tiles_NCYX in tiles_of(home, "a.png", "b.png"))
     seen = door.answer_all(checkpoint, [("x", [a]), ("x", [b]), ("y", [])], max_tokens=20)
     blind = door.answer_all(checkpoint, [("x", [a]), ("x", [b]), ("y", [])], blank=True, max_tokens=20)
-    grey = door.answer_all(checkpoint, [("x", [np.full_like(a, 128)])], max_tokens=20)
+    grey = door.answer_all(checkpoint, [("x", [picture(np.full_like(a.tiles, 128))])], max_tokens=20)
     assert seen[0] != seen[1] and blind[0] == blind[1] == grey[0] and blind[2] == seen[2]
 
 

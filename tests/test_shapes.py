@@ -118,14 +118,17 @@ def everything(folder):
     Image.fromarray(g.integers(65536, size=(29, 23), dtype=np.uint16)).save(folder / "grey.png")
     Image.fromarray(g.integers(256, size=(23, 29, 3), dtype=np.uint8)).save(folder / "colour.png")
     for fit in images.FITS:
-        colour = images.load_tiles(folder / "colour.png", POLICY | {"fit": fit})
-    grey = images.load_tiles(folder / "grey.png", POLICY)
-    images.picture_of(grey[0])
+        images.load_tiles(folder / "colour.png", POLICY | {"fit": fit})
+    anyres = POLICY | {"fit": "anyres", "pinpoints": [[18, 36], [36, 18]]}
+    images.load(folder / "colour.png", anyres)
+    weights.build(shapes, anyres).embed(torch.full((1, 10), IMAGE), torch.zeros(1, 3, 18, 18, dtype=torch.uint8), torch.arange(10) - 1)
+    colour, grey = (images.load(folder / name, POLICY) for name in ("colour.png", "grey.png"))
+    images.picture_of(grey.tiles[0])
 
     with data.Writer(folder / "set", fingerprint=checkpoint.fingerprint(), tokens_per_tile=9, tile=18) as writer:
         for i in range(300):
             ids = [IMAGE] * (i % 3 == 0) + list(range(65, 70 + i % 11))
-            writer.add(f"sample {i}", ids, [0] * (len(ids) - 3) + [1, 1, 0], [colour] if i % 3 == 0 else [])
+            writer.add(f"sample {i}", ids, [0] * (len(ids) - 3) + [1, 1, 0], [colour.tiles] if i % 3 == 0 else [])
     samples = data.Samples(folder / "set")
     (batch, _), *_ = next(data.Loader(samples, row=51, batch=7, micro=7, seed=1))
     model.train()(**batch).backward()
