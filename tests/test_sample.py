@@ -261,9 +261,9 @@ def launch(home, *words, **how):
 
 
 def test_a_shell_gets_the_answer_as_bytes_and_letters_it_does_not_have_as_escapes(home, ask):
-    process = launch(home, "--model=model", "--image", "a.png", "--max_tokens", "40", stdin=subprocess.PIPE)
-    out, err = process.communicate(b"longer than the others\n", timeout=60)
-    answer = ask("--image=a.png", "--max_tokens=40", "--prompt=longer than the others")[1]
+    process = launch(home, "--model=model", "--image", "a.png", "--max_tokens", "40", "--temperature", "2", stdin=subprocess.PIPE)
+    out, err = process.communicate(b"what is it?\n", timeout=60)
+    answer = ask("--image=a.png", "--max_tokens=40", "--temperature=2", "--prompt=what is it?")[1]
     assert not answer.isascii()
     assert (process.returncode, out) == (0, answer.encode("ascii", "backslashreplace")) and b" tokens in " in err
 
