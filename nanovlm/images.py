@@ -23,6 +23,7 @@ FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # what people ha
 FITS = ("squash", "pad", "crop")
 FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 MAX_PIXELS = 100_000_000  # 300 MB as RGB; a bomb of a few kB unpacks to more
+MAX_SIDE = 20_000  # the square that it is padded to is 1.6 GB as Pillow keeps it
 MAX_ASPECT = 200
 NEWLINE = -1  # among places: the vector that a model has learnt for the end of a row
 
@@ -116,50 +117,61 @@ def picture_tokens(size, policy):
 def open_picture(path):
     """Any picture file as RGB: turned as its EXIF says, transparency over white, 16 bits scaled to 8, the first frame if it moves.
 
-    Raises Mistake, naming the file, for what is no picture of FORMATS, is cut short, has more than MAX_PIXELS or is longer than MAX_ASPECT
-    times its width.
+    Raises Mistake, naming the file, for what is no picture of FORMATS, is cut short, has more than MAX_PIXELS, a side of more than MAX_SIDE
+    or one MAX_ASPECT times the other, or holds grey that is neither 8 nor 16 bits.
     """
-    picture = decode(path)
-    try:
-        return to_rgb(picture)
-    except Mistake as mistake:
-        raise Mistake(f"{path}: {mistake}") from None
-
-
-def decode(path):
-    """A picture as Pillow decodes it, upright; every way in which that can fail as a Mistake."""
     try:
         with warnings.catch_warnings(action="ignore"), Image.open(path, formats=FORMATS) as picture:
-            check_size(path, *picture.size)
+            check_size(*picture.size)
+            codings = [part.args for part in picture.tile]  # how the file keeps a pixel, which loading forgets
             picture.load()
-            return ImageOps.exif_transpose(picture)
-    except Mistake:
-        raise
+            if "transparency" in picture.info:
+                translate_transparency(path, picture, codings)
+            return to_rgb(ImageOps.exif_transpose(picture))
+    except Mistake as mistake:
+        raise Mistake(f"{path} {mistake}") from None
     except IsADirectoryError:
         raise Mistake(f"{path} is a folder, not a picture") from None
-    except (FileNotFoundError, PermissionError) as error:
-        raise Mistake(f"{path}: {error.strerror}") from None
     except Image.UnidentifiedImageError:
         what = "is empty (0 bytes)" if os.path.getsize(path) == 0 else f"is no picture that can be read here ({', '.join(FORMATS)})"
         raise Mistake(f"{path} {what}") from None
     except Image.DecompressionBombError as error:  # Pillow counts before we can; its message says how many
-        check_size(path, int(re.search(r"\((\d+) pixels\)", str(error))[1]), 1)
-        raise Mistake(f"{path}: {error}") from None
-    except Exception as error:  # on broken bytes Pillow's decoders raise nearly every kind of error; nothing of ours runs in here
+        pixels = int(re.search(r"\((\d+) pixels\)", str(error))[1])
+        raise Mistake(f"{path} {too_many(pixels)}") from None
+    except Exception as error:  # on broken bytes Pillow raises nearly every kind of error
+        if isinstance(error, OSError) and error.strerror:  # the system's word, not Pillow's
+            raise Mistake(f"{path}: {error.strerror}") from None
         raise Mistake(f"{path} is broken or cut short: {' '.join(str(error).split()) or type(error).__name__}") from None
 
 
-def check_size(path, width, height):
+def too_many(pixels):
+    return f"has {pixels:,} pixels, more than the {MAX_PIXELS:,} that are allowed"
+
+
+def check_size(width, height):
     if width * height > MAX_PIXELS:
-        raise Mistake(f"{path} has {width * height:,} pixels, more than the {MAX_PIXELS:,} that are allowed")
+        raise Mistake(too_many(width * height))
+    if max(width, height) > MAX_SIDE:
+        raise Mistake(f"is {width} x {height} pixels, more than the {MAX_SIDE:,} that a side may have")
     if min(width, height) < 1 or max(width, height) > MAX_ASPECT * min(width, height):
-        raise Mistake(f"{path} is {width} x {height} pixels: one side is more than {MAX_ASPECT} times the other")
+        raise Mistake(f"is {width} x {height} pixels: one side is more than {MAX_ASPECT} times the other")
+
+
+def translate_transparency(path, picture, codings):
+    """A PNG names its transparent colour in the file's own depth; Pillow compares it with the 8 bits that it decodes to. In place."""
+    if "L;2" in codings or "L;4" in codings:
+        picture.info["transparency"] *= 85 if "L;2" in codings else 17  # 255 / 3, 255 / 15
+    if "RGB;16B" in codings:
+        with Image.open(path, formats=["PNG"]) as lower:
+            lower.tile = [part._replace(args="RGB;16L") for part in lower.tile]  # the bytes swapped: the lower 8 bits of each number
+            values_YXC = np.asarray(picture).astype(np.uint16) << 8 | np.asarray(lower)
+        picture.putalpha(Image.fromarray((values_YXC != picture.info.pop("transparency")).any(-1)))
 
 
 def to_rgb(picture):
     """A loaded picture of any mode as RGB; Mistake for grey values that are neither 8 nor 16 bits."""
     if picture.mode == "F":
-        raise Mistake("float pixels have no agreed white")
+        raise Mistake("holds float pixels, which have no agreed white")
     if picture.mode.startswith("I"):
         return grey_of_16_bits(picture)
     if picture.has_transparency_data:
@@ -172,7 +184,7 @@ def grey_of_16_bits(picture):
     """The upper 8 of 16 bits, as Pillow takes them from 16-bit colour; its own conversion of grey would clip at 255."""
     values_YX = np.asarray(picture).astype(np.int64)
     if values_YX.min() < 0 or values_YX.max() > 65535:
-        raise Mistake(f"grey from {values_YX.min()} to {values_YX.max()} is neither 8 nor 16 bits")
+        raise Mistake(f"holds grey from {values_YX.min()} to {values_YX.max()}, neither 8 nor 16 bits")
     grey_YX = values_YX >> 8
     grey_YX[values_YX == picture.info.get("transparency", -1)] = 255
     return Image.fromarray(grey_YX.astype(np.uint8)).convert("RGB")

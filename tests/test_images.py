@@ -99,7 +99,8 @@ def test_16_bit_grey_looks_like_the_same_grey_in_16_bit_colour(tmp_path):
 
 
 def test_grey_outside_16_bits_and_floats_are_refused(tmp_path):
-    for values, said in [(np.array([[0, 65536]], np.int32), "0 to 65536"), (np.array([[-1, 5]], np.int32), "-1 to 5"), (np.ones((1, 2), np.float32), "float")]:
+    long, negative, real = np.array([[0, 65536]], np.int32), np.array([[-1, 5]], np.int32), np.ones((1, 2), np.float32)
+    for values, said in [(long, "0 to 65536"), (negative, "-1 to 5"), (real, "float")]:
         with pytest.raises(Mistake, match=said):
             images.open_picture(saved(tmp_path / "a.tiff", Image.fromarray(values)))
 
@@ -130,13 +131,31 @@ def test_transparent_pixels_lie_on_white(tmp_path):
         assert np.array_equal(pixels(saved(tmp_path / name, palette, transparency=transparency)), want), name
 
 
-@pytest.mark.parametrize("depth, kind, sample", [(8, 0, "B"), (16, 0, ">H"), (8, 2, "B")])
+@pytest.mark.parametrize("depth, kind, sample", [(8, 0, "B"), (16, 0, ">H"), (8, 2, "B"), (16, 2, ">H")])
 def test_a_png_colour_that_stands_for_nothing_is_white(tmp_path, depth, kind, sample):
     channels = {0: 1, 2: 3}[kind]
     rows = [b"".join(struct.pack(sample, v) * channels for v in (5, 7, 9))]
     path = png(tmp_path / "a.png", 3, 1, depth, kind, rows, (b"tRNS", struct.pack(">H", 7) * channels))
     assert pixels(path)[0, 1].tolist() == [255] * 3
     assert pixels(path)[0, 0].max() <= 5
+
+
+@pytest.mark.parametrize("depth, row, grey", [(2, 0b00_01_10_11, [0, 85, 170, 255]), (4, 0x17f4, [17, 119, 255, 68])])
+def test_few_bits_of_grey_name_their_nothing_in_their_own_depth(tmp_path, depth, row, grey):
+    for nothing in range(2**depth):
+        path = png(tmp_path / "a.png", 4, 1, depth, 0, [row.to_bytes(depth // 2)], (b"tRNS", struct.pack(">H", nothing)))
+        want = [255 if v == nothing * 255 / (2**depth - 1) else v for v in grey]
+        assert pixels(path)[0, :, 0].tolist() == want, nothing
+
+
+@pytest.mark.parametrize("kind, nothing", [(0, [0x0700]), (2, [0x0007, 0x0700, 0x0707])])
+def test_all_16_bits_must_be_those_of_the_colour_that_stands_for_nothing(tmp_path, kind, nothing):
+    values = np.random.default_rng(0).choice([0x0000, 0x0007, 0x0700, 0x0707], (20, 30, len(nothing)))
+    rows = [row.astype(">u2").tobytes() for row in values]
+    path = png(tmp_path / "a.png", 30, 20, 16, kind, rows, (b"tRNS", struct.pack(f">{len(nothing)}H", *nothing)))
+    clear = (values == nothing).all(-1, keepdims=True)
+    assert 0 < clear.sum() < 300
+    assert np.array_equal(pixels(path), np.broadcast_to(np.where(clear, 255, values >> 8), (20, 30, 3)))
 
 
 @pytest.mark.parametrize("suffix", ["gif", "webp", "png", "tiff"])
@@ -166,6 +185,22 @@ def test_what_is_no_picture_is_named(tmp_path, name, content, said):
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_what_the_system_says_is_not_blamed_on_the_file(tmp_path):
+    (tmp_path / "loop.png").symlink_to("loop.png")
+    saved(tmp_path / "a.png", Image.new("RGB", (4, 4)))
+    for name, said in [("loop.png", "symbolic links"), ("x" * 300, "too long"), ("a.png/b.png", "Not a directory")]:
+        with pytest.raises(Mistake, match=said) as caught:
+            images.open_picture(tmp_path / name)
+        assert "broken" not in str(caught.value)
+
+
+def test_more_transparencies_than_a_palette_can_have_are_named(tmp_path):
+    """Pillow finds this only when it converts, after all was decoded."""
+    path = png(tmp_path / "a.png", 2, 1, 8, 3, [b"\0\1"], (b"PLTE", bytes(6)), (b"tRNS", bytes(300)))
+    with pytest.raises(Mistake, match="broken or cut short: palette"):
+        images.open_picture(path)
+
+
 def test_a_folder_is_named(tmp_path):
     with pytest.raises(Mistake, match="is a folder"):
         images.open_picture(str(tmp_path))
@@ -192,6 +227,13 @@ def test_extreme_shapes_are_refused(tmp_path):
     for size in [(401, 2), (2, 401)]:
         with pytest.raises(Mistake, match=f"{size[0]} x {size[1]}.*200 times"):
             images.open_picture(saved(tmp_path / "a.png", Image.new("RGB", size)))
+
+
+def test_a_side_that_no_square_should_have_is_refused(tmp_path):
+    """20,001 x 101 is few pixels, its square 400 million."""
+    for size in [(20_001, 101), (101, 20_001)]:
+        with pytest.raises(Mistake, match=f"{size[0]} x {size[1]} pixels, more than the 20,000 that a side may have"):
+            images.open_picture(png(tmp_path / "a.png", *size, 8, 2, None))
 
 
 def test_nothing_global_changes_and_no_warning_leaks(tmp_path, monkeypatch):
