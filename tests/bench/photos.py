@@ -50,7 +50,7 @@ def photos(*,
     out: str = "out/photos",  # a folder for everything: photographs, shards, checkpoints
     train: int = 50000,       # photographs to learn from
     test: int = 500,          # photographs held out
-    steps: int = 700,         # of 64 photographs
+    steps: int = 1500,        # of about 48 photographs
 ):
     """Fetch CIFAR-10, then prepare, train and examine as the README does."""
     out = Path(out)
