@@ -4,6 +4,7 @@ A name such as q_BTHK must have as many dimensions as letters. At any moment, a 
 it (an int named T counts too); a lower-case letter is no more than its capital; 1 is 1. Of some letters the size is known in advance.
 """
 import ast
+import base64
 import contextlib
 import re
 import sys
@@ -26,6 +27,8 @@ LOOKS_LIKE = re.compile(r"[a-z]\w*_[A-Za-z]*[A-Z]\w*$")  # has a capital at its 
 EYE = VISION | {"tile": 18, "class_token": True, "layer_scale": True}  # 36 patches, 9 tokens after pixel shuffle by 2
 BRAIN = DECODER | {"vocabulary": 260, "window": [None, 14, None]}
 POLICY = {"tile": 18, "patch": 3, "shuffle": 2, "fit": "crop", "resample": "bicubic", "mean": [0.5] * 3, "std": [0.5] * 3}
+DEEP = ("iVBORw0KGgoAAAANSUhEUgAAAAUAAAAEEAIAAACZwb5UAAAABnRSTlMAAAAAAAfwwpIyAAAADElEQVR4nGNgGDgAAAB8AAHDeixI"
+        "AAAAAElFTkSuQmCC")  # a PNG of 5 x 4 pixels, 16-bit colour of which one is transparent: Pillow cannot write it
 C = {"C": 3}
 KNOWN = {  # file: the sizes that a letter may have in it, several where the eye and the brain share it
     "decoder.py": {"D": 24, "H": 6, "G": 2, "K": 8, "V": 260},
@@ -124,6 +127,8 @@ def everything(folder):
     weights.build(shapes, anyres).embed(torch.full((1, 10), IMAGE), torch.zeros(1, 3, 18, 18, dtype=torch.uint8), torch.arange(10) - 1)
     colour, grey = (images.load(folder / name, POLICY) for name in ("colour.png", "grey.png"))
     images.picture_of(grey.tiles[0])
+    (folder / "deep.png").write_bytes(base64.b64decode(DEEP))
+    images.open_picture(folder / "deep.png")
 
     with data.Writer(folder / "set", fingerprint=checkpoint.fingerprint(), tokens_per_tile=9, tile=18) as writer:
         for i in range(300):
