@@ -4,6 +4,7 @@
     python prepare.py new --source=data/fridge/text.json --out=out/newborn                a tokenizer learnt from text, a random eye and brain
     python prepare.py data --model=M --source=FILE.json --images=DIR --out=data/NAME      pictures and conversations to memory-mapped shards
     python prepare.py stitch --vision=DIR --decoder=DIR --out=out/NAME                    an eye, a brain, a fresh projector between them
+    python prepare.py export --model=out/NAME --out=DIR                                   a LLaVA folder for transformers, vLLM, llama.cpp
 """
 import sys
 import time
@@ -225,5 +226,19 @@ def stitch(*,
     say(f"read again, it sees in a picture of noise and says over eight tokens what they do alone: the largest difference is {difference:.2g}")
 
 
+def export(*,
+    model: str = "out/sft",  # whose weights, tokenizer, template and picture policy
+    out: str = "",           # the new folder
+):
+    """Hand a model on: a LLaVA folder that transformers, vLLM and llama.cpp's converter read without any code of ours."""
+    if not out:
+        raise Mistake("prepare.py export needs --out=DIR")
+    refuse_to_overwrite(out)
+    owner = weights.load(model, dtype=None)
+    weights.export(owner, out)
+    kind = "LLaVA-NeXT" if owner.policy["fit"] == "anyres" else "LLaVA"
+    say(f"{out}: a {kind} folder of {sum(file.stat().st_size for file in Path(out).iterdir()):,} bytes, its template {owner.template}")
+
+
 if __name__ == "__main__":
-    cli.run({"fridge": fridge, "new": new, "data": data, "stitch": stitch})
+    cli.run({"fridge": fridge, "new": new, "data": data, "stitch": stitch, "export": export})

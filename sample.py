@@ -5,6 +5,7 @@
     python sample.py --image fridge.jpg --chat=true                           a conversation in the terminal
     echo "Is there any milk?" | python sample.py --image fridge.jpg
     python sample.py --questions=data/fridge/exam.jsonl --images=data/fridge/images     the whole exam, marked
+    python sample.py --model=llava-hf/llava-v1.6-mistral-7b-hf --image a.jpg --prompt "What is this?"
 
 Only the answer goes to standard output.
 """
@@ -16,8 +17,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from nanovlm import Mistake, chat, cli, data, evaluate, images, parallel, weights
+from nanovlm import Mistake, chat, cli, data, evaluate, huggingface, images, parallel, weights
 
+DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LONGEST = 1 << 20  # tokens of prompt and answer together; the cache takes memory for all of them before the first is read
 
 
@@ -158,7 +160,7 @@ def converse(checkpoint, pictures, prompt, **choices):
 
 
 def sample(*,
-    model: str = "out/sft",       # a checkpoint, or a run's folder: its newest one
+    model: str = "out/sft",       # a checkpoint, a run's folder (its newest one), or a public LLaVA: its folder or owner/name
     image: list[str] = [],        # a picture; may be repeated
     prompt: str = "",             # the question, <image> in it where a picture belongs; empty: standard input if piped, else what is in the fridge
     chat: bool = False,           # keep talking: the prompt, then a question a line
@@ -172,11 +174,14 @@ def sample(*,
     max_tokens: int = 256,        # the longest answer
     seed: int = 0,                # of the draws
     device: str = "auto",         # auto, cpu, cuda or mps
+    dtype: str = "auto",          # of the model's numbers: float32, bfloat16 or float16; auto: what its files have, so that 7B take 14 GB, not 28
 ):
     """Answer a question about pictures, or about nothing but words."""
     choices = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "max_tokens": max_tokens, "seed": seed}
     check(choices)
-    if not Path(model).exists():
+    if dtype not in DTYPES:
+        raise Mistake(f"--dtype={dtype} is none of {', '.join(DTYPES)}")
+    if not (Path(model).exists() or huggingface.is_name(model)):
         raise Mistake(f"no such model: {model}; `python train.py` makes out/sft, the demonstration's")
     if questions and (image or chat):
         raise Mistake("--questions brings its own pictures, and is no conversation: --image and --chat do not go with it")
@@ -186,9 +191,10 @@ def sample(*,
         raise Mistake(f"--out={out}: there is no folder {Path(out).parent}")
     if questions:
         papers = evaluate.read_questions(questions, benchmark, prompt)
-        return show_marks(weights.load(model, parallel.pick_device(device)), papers, images or Path(questions).parent, benchmark, out, **choices)
+        checkpoint = weights.load(model, parallel.pick_device(device), DTYPES[dtype])
+        return show_marks(checkpoint, papers, images or Path(questions).parent, benchmark, out, **choices)
     asked = "" if chat else question(prompt, len(image))
-    checkpoint = weights.load(model, parallel.pick_device(device))
+    checkpoint = weights.load(model, parallel.pick_device(device), DTYPES[dtype])
     pictures = load_pictures(image, checkpoint.policy)
     if chat:
         converse(checkpoint, pictures, prompt, **choices)

@@ -15,23 +15,24 @@ from . import IMAGE, Mistake
 # {} is what was said. Only names outside {} become special tokens: a user who types "</s>" has typed five characters.
 # The end of a user's piece opens the assistant's turn, so a prompt is the same pieces, left off after the user.
 # A SentencePiece tokenizer puts a space before every text, so that "[INST]{}" is the "[INST] Hello" of Mistral v2 and v3, "[INST]Hello" of Tekken.
-# inside: the system's words stand in front of the user's first; default: what the system says where a conversation leaves it out.
+# inside: the system's words stand in front of the user's "first" or "last"; default: what the system says where a conversation leaves it out.
 CHATML = {"start": "", "system": "<|im_start|>system\n{}<|im_end|>\n", "user": "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n",
           "end": "<|im_end|>", "after": "\n"}
+VICUNA = {"start": "<s>", "system": "{} ", "user": "USER: {} ASSISTANT:", "end": "</s>", "after": ""}
 TEMPLATES = {
-    "mistral": {"start": "<s>", "system": "{}\n\n", "inside": True, "user": "[INST]{}[/INST]", "end": "</s>", "after": ""},
-    "mistral-v1": {"start": "<s>", "system": "{}\n\n", "inside": True, "user": "[INST] {} [/INST]", "end": "</s>", "after": ""},
+    "mistral": {"start": "<s>", "system": "{}\n\n", "inside": "last", "user": "[INST]{}[/INST]", "end": "</s>", "after": ""},
+    "mistral-v1": {"start": "<s>", "system": "{}\n\n", "inside": "first", "user": "[INST] {} [/INST]", "end": "</s>", "after": ""},
     "mistral-v7": {"start": "<s>", "system": "[SYSTEM_PROMPT]{}[/SYSTEM_PROMPT]", "user": "[INST]{}[/INST]", "end": "</s>", "after": ""},
     "chatml": CHATML,
     "smollm2": CHATML | {"default": "You are a helpful AI assistant named SmolLM, trained by Hugging Face"},
-    "llama2": {"start": "", "system": "<<SYS>>\n{}\n<</SYS>>\n\n", "inside": True, "user": "<s>[INST] {} [/INST]", "answer": "{} ", "end": "</s>",
+    "llama2": {"start": "", "system": "<<SYS>>\n{}\n<</SYS>>\n\n", "inside": "first", "user": "<s>[INST] {} [/INST]", "answer": "{} ", "end": "</s>",
                "after": ""},
     "llama3": {"start": "<|begin_of_text|>", "system": "<|start_header_id|>system<|end_header_id|>\n\n{}<|eot_id|>",
                "user": "<|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
                "end": "<|eot_id|>", "after": ""},
-    "vicuna": {"start": "<s>", "system": "{} ", "user": "USER: {} ASSISTANT:", "end": "</s>", "after": "",
-               "default": "A chat between a curious user and an artificial intelligence assistant. "
-                          "The assistant gives helpful, detailed, and polite answers to the user's questions."},
+    "vicuna": VICUNA | {"default": "A chat between a curious user and an artificial intelligence assistant. "
+                                   "The assistant gives helpful, detailed, and polite answers to the user's questions."},
+    "llava": VICUNA,  # as llava-hf publishes LLaVA-1.5; its end token stands where LLaVA was trained with it, after every answer
     "zephyr": {"start": "", "system": "<|system|>\n{}</s>\n", "user": "<|user|>\n{}</s>\n<|assistant|>\n", "end": "</s>", "after": "\n"},
 }
 HALF = re.compile("[\ud800-\udfff]")  # JSON can write one half of a UTF-16 pair, UTF-8 cannot
@@ -77,7 +78,8 @@ def pieces(turns, template):
     if "default" in form and turns[0][0] != "system":
         turns = [("system", form["default"]), *turns]
     yield form["start"], "special", False
-    for role, text in turns:
+    last = max((i for i, (role, _) in enumerate(turns) if role == "user"), default=None)
+    for i, (role, text) in enumerate(turns):
         if role == "assistant":
             yield form.get("answer", "{}").replace("{}", text.strip()), "said", True
             yield form["end"], "special", True
@@ -88,9 +90,10 @@ def pieces(turns, template):
             system = before + text + after
             continue
         yield before, "special", False
-        yield (system + text if role == "user" else text), "said", False
+        if role == "user" and (i == last or form.get("inside") == "first"):
+            text, system = system + text, ""
+        yield text, "said", False
         yield after, "special", False
-        system = ""
 
 
 def render(turns, tokenizer, template):
@@ -134,12 +137,15 @@ def special_names(template):
 PROBES = [  # conversations that any two templates write differently; the first must be known to a template, the others may be
     [("user", "Hello"), ("assistant", "Hi"), ("user", "Bye")], [("user", "Hello")],
     [("system", "Be kind."), ("user", "Hello")],
+    [("system", "Be kind."), ("user", "Hello"), ("assistant", "Hi"), ("user", "Bye")],
 ]
 
 
 def recognise(jinja, tokens, tokenizer, where):
     """The name of the template that writes what a published one in Jinja writes, over every probe that it accepts; Mistake if there is none.
 
+    Templates of LLaVA folders want what is said in parts, and are compared by a first question alone: they leave the start token to the tokenizer,
+    and llava-hf's leave out or misspell ("<\\s>") the end token after an answer, with which LLaVA was trained.
     tokens: its bos_token and eos_token. A SentencePiece tokenizer puts a space before each text: of those spaces some published templates write
     every one, some only a few, so they are not compared.
     """
@@ -152,6 +158,11 @@ def recognise(jinja, tokens, tokenizer, where):
     for name, space in itertools.product(TEMPLATES, ["", " "] if own_space else [""]):
         if 0 in wanted and wanted == {i: re.sub(optional, r"\1", write(PROBES[i], tokenizer, name, space)) for i in wanted}:
             return name
+    if (asked := write_jinja(jinja, tokens, PROBES[1], parts=True)) is not None:
+        for name in TEMPLATES:
+            ours = re.sub(optional, r"\1", write(PROBES[1], tokenizer, name)).removeprefix(TEMPLATES[name]["start"])
+            if ours == re.sub(optional, r"\1", asked).removeprefix(TEMPLATES[name]["start"]):
+                return name
     raise Mistake(f"{where}: its chat template writes {wanted.get(0)!r}, as none of ours does; {choices}")
 
 
@@ -161,14 +172,26 @@ def write(turns, tokenizer, template, space=""):
     return "".join("".join(piece) for piece in render(turns, stub, template)[0])
 
 
-def write_jinja(jinja, tokens, turns):
-    """What a template in Jinja writes of a conversation that waits for an answer, in the sandbox that transformers uses; None if it refuses it."""
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols])
+class Generation(jinja2.ext.Extension):
+    """{% generation %} … {% endgeneration %}, which tells transformers what the assistant says: written as it stands."""
+
+    tags = {"generation"}
+
+    def parse(self, parser):
+        next(parser.stream)
+        return parser.parse_statements(["name:endgeneration"], drop_needle=True)
+
+
+def write_jinja(jinja, tokens, turns, parts=False):
+    """What a template in Jinja writes of a conversation that waits for an answer, in the sandbox that transformers uses; None if it refuses it.
+    parts: what is said comes as a list of parts, of which each is a text or a picture."""
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
+                                                               extensions=[jinja2.ext.loopcontrols, Generation])
 
     def raise_exception(message):
         raise jinja2.TemplateError(message)
 
-    messages = [{"role": role, "content": said} for role, said in turns]
+    messages = [{"role": role, "content": [{"type": "text", "text": said}] if parts else said} for role, said in turns]
     try:
         return environment.from_string(jinja).render(messages=messages, add_generation_prompt=True, raise_exception=raise_exception, **tokens)
     except (jinja2.TemplateError, TypeError):

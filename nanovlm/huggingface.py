@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from . import Mistake, chat
 from .decoder import Decoder
@@ -93,7 +93,8 @@ BRAIN_MUST = dict(
     partial_rotary_factor=1.0, rope_interleaved=False, no_rope_layers=None, attention_chunk_size=None, attn_temperature_tuning=False,
     num_local_experts=None, use_parallel_residual=False, add_cross_attention=False,
 )
-PICTURE_MUST = dict(do_resize=True, do_rescale=True, do_normalize=True, do_pad=False, do_image_splitting=False)
+PICTURE_MUST = dict(do_resize=True, do_rescale=True, do_normalize=True, do_image_splitting=False)
+PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]  # where a LLaVA-NeXT says none
 ACTIVATION = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
 ROPE = {  # what each kind of stretching needs, and what it may leave out
     "default": {}, "linear": dict(factor=...),
@@ -126,6 +127,8 @@ def section(config, inner, kinds, where):
     insist(config, dict(auto_map=None, quantization_config=None), where)
     if config.get("model_type") not in kinds and isinstance(config.get(inner), dict):
         outer = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}.get(config.get("model_type"))
+        if config.get("model_type") in ("llava", "llava_next"):
+            outer = "clip_vision_model" if inner == "vision_config" else "llama"
         given = {"model_type": outer} | config[inner]
         if older := config.get(f"{inner}_dict"):  # CLIP's first spelling, which transformers puts above the second
             given |= DEFAULTS.get(given["model_type"], {}) | older
@@ -197,13 +200,18 @@ def brain_shapes(config, where):
 
 
 # ---- files ----
+def is_name(name):
+    """Whether a text is an owner/name, as Hugging Face has them, and none of the folders that our doors write."""
+    return re.fullmatch(r"(?!out/)\w[\w.-]*/[\w.-]+", str(name)) is not None
+
+
 def find(name):
     """The folder of a public model: the one that is named, or the one that the Hugging Face cache holds of owner/name; fetched if it can be."""
     if Path(name).is_dir():
         if not (Path(name) / "config.json").is_file():
             raise Mistake(f"{name} holds neither a nanovlm checkpoint nor a config.json")
         return Path(name)
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+    if not is_name(name):
         raise Mistake(f"no such folder: {name}")
     home = os.environ.get("HF_HOME") or "~/.cache/huggingface"
     cache = Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub").expanduser() / f"models--{name.replace('/', '--')}"
@@ -262,6 +270,13 @@ def read_tensors(path):
         raise Mistake(f"{path} is broken, cut short ({os.path.getsize(path):,} bytes) or holds more than tensors: {reason}") from None
 
 
+def write_tensors(tensors, path):
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:  # how safetensors reports a full disk
+        raise OSError(f"could not write {path}: {error}") from None
+
+
 def read_weights(files, wrapped):
     """{plain name: (tensor, file)} of all files."""
     found = {}
@@ -308,6 +323,7 @@ class Part(NamedTuple):
     policy: dict | None = None
     tokenizer: Tokenizer | None = None
     template: str | None = None
+    spare: dict = {}  # tensors of an eye that are not read, by their own names: a LLaVA folder must hold them
 
 
 def origin(name, folder, files):
@@ -341,10 +357,19 @@ def picture_policy(folder, tile, fit):
     edges = [set(edge.values()) if isinstance(edge, dict) else {edge} for edge in (size, crop) if edge is not None]
     if tile is None and (not edges or len(edges[-1]) != 1):
         raise Mistake(f"{path}: what it makes of a picture, size {size}, crop {crop}, is not square: say --tile")
-    own_fit = "crop" if crop and edges[0] == edges[-1] else "squash" if not crop and isinstance(size, dict) and "height" in size else None
+    own_fit = None if not edges or edges[0] != edges[-1] else "squash" if isinstance(size, dict) and "height" in size else "crop" if crop else None
+    pinpoints, llava = {}, str(config.get("image_processor_type")).startswith("LlavaImageProcessor")
+    if str(config.get("image_processor_type")).startswith("LlavaNextImageProcessor") or "image_grid_pinpoints" in config:
+        own_fit = own_fit and "anyres"  # its do_pad is of tiles to a batch
+        pinpoints = {"pinpoints": config.get("image_grid_pinpoints", PINPOINTS)}
+    elif llava and config.get("do_pad"):
+        own_fit = own_fit and "pad"
+    else:
+        insist(config, dict(do_pad=False), path)
     if not (fit or own_fit):  # DINOv2's own enlarges to 256 and cuts 224 out of the middle
         raise Mistake(f"{path}: its way with pictures, size {size}, crop {crop}, is not known here: say --fit, squash, pad or crop")
-    return {"tile": tile or edges[-1].pop(), "fit": fit or own_fit, "resample": resample, "mean": config["image_mean"], "std": config["image_std"]}
+    return {"tile": tile or edges[-1].pop(), "fit": fit or own_fit, "resample": resample, "mean": config["image_mean"], "std": config["image_std"],
+            **({} if fit else pinpoints)}
 
 
 def resize_positions(positions_PD, side, leading):
@@ -375,18 +400,22 @@ def eye(name, *, tile=None, fit=None, read=None, shuffle=1):
         found[places] = resize_positions(tensor.flatten(0, -2), side, leading), path
     with torch.device("meta"):
         whole, vision = Vision(**shapes | {"read": -1, "post_norm": True}), Vision(**shapes)
-    spare = [re.escape(theirs(n, table)) for n in whole.state_dict().keys() - vision.state_dict().keys()]  # of the layers after the one read
-    take(vision, table, found, "|".join([EYE_UNREAD, *spare]), folder)
-    return Part(SimpleNamespace(vision=vision), {"vision": shapes, "shuffle": shuffle}, origin(name, folder, files), policy=policy)
+    after = {theirs(n, table) for n in whole.state_dict().keys() - vision.state_dict().keys()}  # of the layers after the one read
+    take(vision, table, found, "|".join([EYE_UNREAD, *map(re.escape, after)]), folder)
+    spare = {n: tensor for n, (tensor, _) in found.items() if n in after or n.startswith("head.")}
+    return Part(SimpleNamespace(vision=vision), {"vision": shapes, "shuffle": shuffle}, origin(name, folder, files), policy=policy, spare=spare)
 
 
-def brain(name, *, template=None):
-    """The brain of a Llama or Mistral folder with its tokenizer. template: a name of chat.TEMPLATES, where the folder's own is not known."""
+def brain(name, *, template=None, usual=None):
+    """The brain of a Llama or Mistral folder with its tokenizer. template: a name of chat.TEMPLATES, where the folder's own is not known;
+    usual: one for a folder that states none."""
     folder = find(name)
     where, files = folder / "config.json", weight_files(folder)
-    shapes = brain_shapes(section(read_json(where), "text_config", BRAINS, where), where)
+    config = section(read_json(where), "text_config", BRAINS, where)
+    shapes = brain_shapes(config, where)
     tokenizer = Tokenizer.load(folder)
-    template = template or chat.recognise(*their_template(folder), tokenizer, folder)
+    jinja, tokens = their_template(folder)
+    template = template or (usual if jinja is None else None) or chat.recognise(jinja, tokens, tokenizer, folder)
     chat.end_id(tokenizer, template)  # or a Mistake
     if tokenizer.vocab_size > shapes["vocabulary"]:
         raise Mistake(f"{folder}: its tokenizer knows {tokenizer.vocab_size:,} tokens, its vocab_size is {shapes['vocabulary']:,}")
@@ -400,7 +429,9 @@ def brain(name, *, template=None):
     take(decoder, LLAMA, found, BRAIN_UNREAD, folder)
     if shapes["tied"]:
         decoder.head.weight = decoder.embed.weight
-    return Part(SimpleNamespace(decoder=decoder), {"decoder": shapes}, origin(name, folder, files), tokenizer=tokenizer, template=template)
+    card = origin(name, folder, files)
+    card["folder"]["max_position_embeddings"] = config["max_position_embeddings"]
+    return Part(SimpleNamespace(decoder=decoder), {"decoder": shapes}, card, tokenizer=tokenizer, template=template)
 
 
 def their_template(folder):

@@ -3,10 +3,12 @@
     model.safetensors      every parameter, by the names of nanovlm's modules
     nanovlm.json           the numbers that its constructors take, the picture policy, the chat template, a card of where each part came from
     tokenizer.json         the tokenizer's own file, unchanged
+    spare.safetensors      only with a public eye: its layers after the one that is read, for those who read more (llava.py writes them)
     training.safetensors   only in a training run: the optimizer's moments      training.json   the step and what must stay the same to go on
 
 A run writes out/NAME/step-000200 and removes the one before only once the new one is whole, so whatever happens there is a good one.
 """
+import contextlib
 import json
 import os
 import shutil
@@ -15,10 +17,10 @@ from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from . import Mistake, huggingface
-from .huggingface import read_json
+from . import Mistake, huggingface, llava
+from .huggingface import read_json, write_tensors
 from .model import VLM
 from .tokenizer import Tokenizer
 
@@ -33,6 +35,7 @@ class Checkpoint(NamedTuple):
     policy: dict  # how pictures become tiles (images.py)
     template: str  # how conversations become text (chat.py)
     card: dict  # where each part came from
+    spare: dict = {}  # tensors of the eye that are not read, by their public names
 
     def fingerprint(self):
         """What prepared data must share with the model that reads it."""
@@ -92,7 +95,11 @@ def put(model, tensors, where):
 
 
 def load(folder, device="cpu", dtype=torch.float32):
-    """The newest Checkpoint in a folder, its model in eval mode on `device`; dtype: of all its parameters, None for as they were saved."""
+    """The newest Checkpoint in a folder, or a published LLaVA (llava.py), its model in eval mode on `device`; dtype: of all its parameters, None
+    for as they were saved."""
+    if (Path(folder) / "config.json").is_file() or (huggingface.is_name(folder) and not Path(folder).exists()):
+        found = llava.read(folder, dtype)
+        return Checkpoint(**found)._replace(model=found["model"].to(device), card=found["card"] | {"folder": str(folder)})
     folder = newest(folder)
     meta = read_json(folder / "nanovlm.json")
     if meta.get("version") != VERSION:
@@ -106,7 +113,8 @@ def load(folder, device="cpu", dtype=torch.float32):
         tensors = {name: tensor.to(dtype, copy=True) for name, tensor in tensors.items()}
     put(model, tensors, folder / "model.safetensors")
     card = {**meta["card"], "folder": str(folder)}  # where it was read from, which is not written again
-    return Checkpoint(model.to(device).eval(), Tokenizer.load(folder), meta["shapes"], meta["policy"], meta["template"], card)
+    spare = read_tensors(folder / "spare.safetensors") if (folder / "spare.safetensors").is_file() else {}
+    return Checkpoint(model.to(device).eval(), Tokenizer.load(folder), meta["shapes"], meta["policy"], meta["template"], card, spare)
 
 
 def sync(path):
@@ -121,21 +129,36 @@ def save(checkpoint, folder, training=None, tensors=None):
 
     training: a dict for training.json, tensors: a dict for training.safetensors. A checkpoint of the same name goes once the new one is whole.
     """
-    folder, tmp, old = Path(folder), Path(f"{folder}.tmp"), Path(f"{folder}.old.tmp")
     meta = {"version": VERSION, **{name: getattr(checkpoint, name) for name in CARRIED}}
     meta["card"] = {name: origin for name, origin in checkpoint.card.items() if name != "folder"}
+    with written(folder) as tmp:
+        write_tensors({name: tensor.detach().cpu().contiguous() for name, tensor in parameters(checkpoint.model).items()}, tmp / "model.safetensors")
+        (tmp / "nanovlm.json").write_text(json.dumps(meta, indent=1))
+        checkpoint.tokenizer.save(tmp)
+        if checkpoint.spare:
+            write_tensors({name: tensor.contiguous() for name, tensor in checkpoint.spare.items()}, tmp / "spare.safetensors")
+        if training is not None:
+            write_tensors(tensors, tmp / "training.safetensors")
+            (tmp / "training.json").write_text(json.dumps(training, indent=1))
+
+
+def export(checkpoint, folder):
+    """Write a checkpoint as a LLaVA folder (llava.py), whole or not at all."""
+    with written(folder) as tmp:
+        llava.write(checkpoint, tmp)
+
+
+@contextlib.contextmanager
+def written(folder):
+    """A folder to write into, which is flushed and gets its name when all is in it; another of that name goes then."""
+    folder, tmp, old = Path(folder), Path(f"{folder}.tmp"), Path(f"{folder}.old.tmp")
     for left in (tmp, old):
         shutil.rmtree(left, ignore_errors=True)
     try:
         tmp.mkdir(parents=True)
-        write_tensors({name: tensor.detach().cpu().contiguous() for name, tensor in parameters(checkpoint.model).items()}, tmp / "model.safetensors")
-        (tmp / "nanovlm.json").write_text(json.dumps(meta, indent=1))
-        checkpoint.tokenizer.save(tmp)
-        if training is not None:
-            write_tensors(tensors, tmp / "training.safetensors")
-            (tmp / "training.json").write_text(json.dumps(training, indent=1))
+        yield tmp
         for path in tmp.iterdir():
-            shutil.copymode(tmp / "nanovlm.json", path)  # safetensors hides its files from everyone else
+            shutil.copymode(next(tmp.glob("*.json")), path)  # safetensors hides its files from everyone else
             sync(path)
         sync(tmp)
         if folder.exists():
@@ -145,13 +168,6 @@ def save(checkpoint, folder, training=None, tensors=None):
     finally:
         shutil.rmtree(tmp, ignore_errors=True)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def write_tensors(tensors, path):
-    try:
-        save_file(tensors, path, metadata={"format": "pt"})
-    except SafetensorError as error:  # how safetensors reports a full disk
-        raise OSError(f"could not write {path}: {error}") from None
 
 
 def save_step(checkpoint, out, step, training, tensors):
@@ -211,7 +227,7 @@ def stitch(vision, decoder, seed):
     model = build(shapes | {"decoder": shapes["decoder"] | {"layers": 0, "vocabulary": 1}}, vision.policy)  # a brain may be too large to have twice
     model.vision, model.decoder = vision.model.vision, decoder.model.decoder
     card = {"vision": vision.card["folder"], "decoder": decoder.card["folder"], "projector": f"fresh, seed {seed}"}
-    return Checkpoint(model.eval(), decoder.tokenizer, shapes, vision.policy, decoder.template, card)
+    return Checkpoint(model.eval(), decoder.tokenizer, shapes, vision.policy, decoder.template, card, vision.spare)
 
 
 @torch.no_grad()

@@ -45,10 +45,14 @@ def test_a_prompt_is_the_beginning_of_the_conversation(template, answer, questio
 
 @ALL
 def test_every_turn_of_a_conversation_begins_with_the_ones_before(template):
-    whole, _ = render(TURNS, template)
-    for length in range(2, 6):
-        part, _ = render(TURNS[:length], template)
+    """But for the system's words where a template moves them on to the user's last turn: a prompt is then the beginning of its own answer alone."""
+    turns = TURNS[1:] if chat.TEMPLATES[template].get("inside") == "last" else TURNS
+    whole, _ = render(turns, template)
+    for length in range(2, len(turns) + 1):
+        part, _ = render(turns[:length], template)
         assert part == whole[: len(part)]
+    prompt, _ = render(TURNS[:4], template)
+    assert prompt == render(TURNS, template)[0][: len(prompt)]
 
 
 # ---- whose words they are ----
@@ -130,11 +134,11 @@ def test_ids_are_those_of_the_published_template(theirs, template, turns):
     assert render(turns, template)[0] == theirs(turns, template)
 
 
-def test_system_turns_stand_where_a_prompt_stays_the_beginning_of_its_conversation(theirs):
-    """Mistral's own moves the system's words to the *last* user turn: no prompt would be the beginning of what follows. Ours stay with the first."""
+def test_system_turns_stand_where_the_published_template_puts_them(theirs):
+    """Mistral's, since v2, before the user's *last* turn; where an answer follows that, its Jinja forgets them, mistral-common and we do not."""
     assert render(TURNS, "chatml")[0] == theirs(TURNS, "chatml")
-    assert theirs(TURNS[:4], "mistral") != theirs(TURNS[:5], "mistral")[: len(theirs(TURNS[:4], "mistral"))]
-    assert WORDS.decode(render(TURNS, "mistral")[0]) == "<s>[INST]Be kind.\n\nWhat is there?[/INST]Two eggs.</s>[INST]And milk?[/INST]No.</s>"
+    assert render(TURNS[:4], "mistral")[0] == theirs(TURNS[:4], "mistral")
+    assert WORDS.decode(render(TURNS, "mistral")[0]) == "<s>[INST]What is there?[/INST]Two eggs.</s>[INST]Be kind.\n\nAnd milk?[/INST]No.</s>"
 
 
 # ---- pictures ----
