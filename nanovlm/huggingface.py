@@ -201,8 +201,21 @@ def brain_shapes(config, where):
 
 # ---- files ----
 def is_name(name):
-    """Whether a text is an owner/name, as Hugging Face has them, and none of the folders that our doors write."""
-    return re.fullmatch(r"(?!out/)\w[\w.-]*/[\w.-]+", str(name)) is not None
+    """Whether a text may be an owner/name, as Hugging Face has them, and not a path into a folder that is here."""
+    return re.fullmatch(r"(?!out/)\w[\w.-]*/[\w.-]+", str(name)) is not None and not Path(name).parent.exists()
+
+
+def cache_of(name):
+    home = os.environ.get("HF_HOME") or "~/.cache/huggingface"
+    return Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub").expanduser() / f"models--{str(name).replace('/', '--')}"
+
+
+def cached(name):
+    """The folder in which the local Hugging Face cache holds owner/name, or None."""
+    main = cache_of(name) / "refs" / "main"
+    if is_name(name) and main.is_file():
+        folder = cache_of(name) / "snapshots" / main.read_text().strip()
+        return folder if (folder / "config.json").is_file() else None
 
 
 def find(name):
@@ -213,15 +226,12 @@ def find(name):
         return Path(name)
     if not is_name(name):
         raise Mistake(f"no such folder: {name}")
-    home = os.environ.get("HF_HOME") or "~/.cache/huggingface"
-    cache = Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub").expanduser() / f"models--{name.replace('/', '--')}"
-    main = cache / "refs" / "main"
-    if main.is_file() and (cache / "snapshots" / main.read_text().strip() / "config.json").is_file():
-        return cache / "snapshots" / main.read_text().strip()
+    if folder := cached(name):
+        return folder
     try:
         import huggingface_hub
     except ImportError:
-        raise Mistake(f"{name} is neither a folder nor in {cache.parent}; to fetch it: "
+        raise Mistake(f"{name} is neither a folder nor in {cache_of(name).parent}; to fetch it: "
                       f"pip install huggingface_hub && hf download {name} --exclude 'consolidated*'") from None
     return fetch(name, huggingface_hub)
 

@@ -58,7 +58,8 @@ def newest(folder):
     if (folder / "nanovlm.json").is_file():
         return folder
     if not (found := steps(folder)):
-        raise Mistake(f"{folder} holds no nanovlm checkpoint" if folder.exists() else f"no such model: {folder}")
+        hint = f"; to fetch it: hf download {folder}" if huggingface.is_name(folder) else ""
+        raise Mistake(f"{folder} holds no nanovlm checkpoint" if folder.exists() else f"no such model: {folder}{hint}")
     return found[-1]
 
 
@@ -97,7 +98,7 @@ def put(model, tensors, where):
 def load(folder, device="cpu", dtype=torch.float32):
     """The newest Checkpoint in a folder, or a published LLaVA (llava.py), its model in eval mode on `device`; dtype: of all its parameters, None
     for as they were saved."""
-    if (Path(folder) / "config.json").is_file() or (huggingface.is_name(folder) and not Path(folder).exists()):
+    if (Path(folder) / "config.json").is_file() or huggingface.cached(folder):
         found = llava.read(folder, dtype)
         return Checkpoint(**found)._replace(model=found["model"].to(device), card=found["card"] | {"folder": str(folder)})
     folder = newest(folder)
