@@ -269,8 +269,8 @@ def jinja_of(template, tokenizer):
     # SentencePiece puts a space before an answer, which stands in one text with the words before it if no special token comes between
     spaced = tokenizer.front not in (None, "never") and not opening.endswith(tuple(tokenizer.special))
     inside = form.get("inside")
-    slots = dict(start=form["start"], user=user, opening=opening, answer=" " * spaced + answer, end=end + form["end"] + form["after"], system=system, after=after,
-                 inside=bool(inside), first=inside == "first")
+    slots = dict(start=form["start"], user=user, opening=opening, answer=" " * spaced + answer, end=end + form["end"] + form["after"],
+                 system=system, after=after, inside=bool(inside), first=inside == "first")
     source = SAID + TURNS
     if "default" in form:
         source = source.replace("{%- for message in messages %}\n", "{%- if messages[0]['role'] != 'system' %}{{- «default» }}{%- endif %}\n"

@@ -7,7 +7,7 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-with torch.device("meta"):  # at its first use torch lists what makes tensors: not amid transformers' from_pretrained, which puts another linspace there
+with torch.device("meta"):  # at its first use torch lists what makes tensors: not amid transformers' from_pretrained, where linspace is another
     torch.empty(0)
 torch.set_num_threads(1)  # models this small gain nothing from more, and lose much where another process wants the core
 

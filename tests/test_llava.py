@@ -11,7 +11,7 @@ from test_parity import BRAIN, EYE, shake
 
 import prepare
 import sample
-from nanovlm import IMAGE, Mistake, chat, data, huggingface, images, llava, tokenizer, weights
+from nanovlm import IMAGE, Mistake, chat, images, llava, tokenizer, weights
 
 PINPOINTS = [[28, 56], [56, 28], [56, 56], [84, 28], [28, 84]]  # LLaVA-NeXT's own, for tiles of 28 pixels
 LLAVA_15 = ("{% for message in messages %}{% if message['role'] != 'system' %}{{ message['role'].upper() + ': '}}{% endif %}"
@@ -25,7 +25,7 @@ LLAVA_16_MISTRAL = ("{% for message in messages %}{% if message['role'] == 'syst
                     "selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}{% for content in message['content'] | "
                     "selectattr('type', 'equalto', 'text') %}{{ content['text'] }}{% endfor %}{{' [/INST]' }}"
                     "{% elif message['role'] == 'assistant' %}{{ ' ' + message['content'][0]['text'] + '<\\\\s> '}}{% else %}"
-                    "{{ raise_exception('Only user and assistant roles are supported!') }}{% endif %}{% endfor %}")  # llava-hf/llava-v1.6-mistral-7b-hf
+                    "{{ raise_exception('Only user and assistant roles are supported!') }}{% endif %}{% endfor %}")  # llava-v1.6-mistral-7b-hf
 WORDS = tokenizer.learn(["a cat, a catalogue, the category of cats"], 260, ["<s>", "</s>", "<image>"])
 IMAGE_ID = WORDS.special["<image>"]
 SIZES = {"square": (31, 31), "wide": (90, 25), "tall": (20, 83), "tiny": (3, 2), "a pixel off": (29, 28), "exact": (56, 28), "large": (200, 133)}
@@ -39,20 +39,21 @@ def publish(folder, kind="llava", brain="llama", eye="clip", jinja=LLAVA_15, **h
     """A LLaVA folder as its owners make it: random numbers and config by transformers, its processors and tokenizer beside them."""
     vision = {"clip": hf.CLIPVisionConfig, "siglip": lambda **sizes: hf.SiglipVisionConfig(vision_use_head=False, **sizes)}[eye](**EYE)
     text = {"llama": hf.LlamaConfig, "mistral": lambda **sizes: hf.MistralConfig(sliding_window=None, **sizes)}[brain](**BRAIN)
-    both = dict(vision_config=vision, text_config=text, image_token_index=IMAGE_ID, vision_feature_select_strategy="default" if eye == "clip" else "full")
+    strategy = "default" if eye == "clip" else "full"
+    both = dict(vision_config=vision, text_config=text, image_token_index=IMAGE_ID, vision_feature_select_strategy=strategy)
     model = (hf.LlavaNextForConditionalGeneration(hf.LlavaNextConfig(image_grid_pinpoints=PINPOINTS, **both)) if kind == "llava_next"
              else hf.LlavaForConditionalGeneration(hf.LlavaConfig(**both)))
     shake(model, 3).save_pretrained(folder)
     square, short = {"height": 28, "width": 28}, {"shortest_edge": 28}
     preprocessor = {"llava": {"image_processor_type": "CLIPImageProcessor"},
                     "llava_next": {"image_processor_type": "LlavaNextImageProcessor", "image_grid_pinpoints": PINPOINTS, "do_pad": True}}[kind]
-    preprocessor |= {"size": short, "crop_size": square, "do_center_crop": True, "do_resize": True, "resample": 3, "do_rescale": True, "do_normalize": True,
-                     "image_mean": [0.48, 0.46, 0.41], "image_std": [0.27, 0.26, 0.28], "do_convert_rgb": True} | how
+    preprocessor |= {"size": short, "crop_size": square, "do_center_crop": True, "do_resize": True, "resample": 3, "do_rescale": True,
+                     "do_normalize": True, "image_mean": [0.48, 0.46, 0.41], "image_std": [0.27, 0.26, 0.28], "do_convert_rgb": True} | how
     kinds = {"llava": "LlavaProcessor", "llava_next": "LlavaNextProcessor"}
     files = {
         "preprocessor_config.json": preprocessor,
-        "processor_config.json": {"processor_class": kinds[kind], "patch_size": 7, "image_token": "<image>", "num_additional_image_tokens": int(eye == "clip"),
-                                  "vision_feature_select_strategy": both["vision_feature_select_strategy"]},
+        "processor_config.json": {"processor_class": kinds[kind], "patch_size": 7, "image_token": "<image>",
+                                  "num_additional_image_tokens": int(eye == "clip"), "vision_feature_select_strategy": strategy},
         "tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>"},
     }
     for name, content in files.items():
@@ -167,3 +168,194 @@ def test_shards_and_their_index(folders, tmp_path, monkeypatch):
     whole(out)
     again = weights.load(out, dtype=None).model.state_dict()
     assert all(torch.equal(tensor, again[name]) for name, tensor in weights.load(folders["1.5"], dtype=None).model.state_dict().items())
+
+
+# ---- our own models, handed on ----
+CONVERSATIONS = {
+    "a question": [("user", "<image>\nIs it a cat?")],
+    "two pictures": [("user", "<image>\n<image>\na or b?")],
+    "more": [("system", "Be kind."), ("user", "<image>\nIs it a cat?"), ("assistant", "It is."), ("user", "Is it a category?")],
+}
+
+
+def eye_folder(folder, kind, **how):
+    """A CLIP or SigLIP alone, as published."""
+    model, config = {"clip": (hf.CLIPVisionModel, hf.CLIPVisionConfig), "siglip": (hf.SiglipVisionModel, hf.SiglipVisionConfig)}[kind]
+    shake(model(config(**EYE)), 1).save_pretrained(folder)
+    square = {"height": 28, "width": 28}
+    (folder / "preprocessor_config.json").write_text(json.dumps({
+        "do_resize": True, "size": square, "resample": 2, "image_mean": [0.1, 0.2, 0.3], "image_std": [0.3, 0.2, 0.1]} | how))
+    return folder
+
+
+def stitched(home, template, eye="clip", vocabulary=None, decoder={}, **choices):
+    """A checkpoint of ours, stitched of public parts; its tokenizer knows no <image>, its vocabulary ends with the tokenizer's."""
+    words = tokenizer.learn(["a cat, a catalogue, the category of cats. Is it kind?"], 280, chat.special_names(template))
+    sizes = BRAIN | {"vocab_size": vocabulary or words.vocab_size} | decoder
+    kind = hf.MistralForCausalLM(hf.MistralConfig(**sizes)) if "sliding_window" in decoder else hf.LlamaForCausalLM(hf.LlamaConfig(**sizes))
+    shake(kind, 4).save_pretrained(home / "brain")
+    words.save(home / "brain")
+    prepare.stitch(vision=str(eye_folder(home / "eye", eye)), decoder=str(home / "brain"), out=str(home / "ours"), template=template, **choices)
+    return home / "ours"
+
+
+def messages(turns):
+    """A conversation as transformers wants it: what is said in parts, the pictures first."""
+    return [{"role": role, "content": [{"type": "image"}] * text.count("<image>") + [{"type": "text", "text": text.replace("<image>\n", "")}]}
+            for role, text in turns]
+
+
+@torch.no_grad()
+def assert_the_same(ours, folder, turns, paths):
+    """transformers, given the folder and its own chat template, reads the same ids, computes the same logits and says the same as our checkpoint."""
+    model, processor = whole(folder)
+    ours = weights.load(ours)
+    shown = [images.load(path, ours.policy) for path in paths]
+    ids = sample.prompt_ids(ours, turns, shown)
+    prompt = processor.apply_chat_template(messages(turns), add_generation_prompt=True)
+    theirs = processor(text=prompt, images=[Image.open(path) for path in paths], return_tensors="pt", add_special_tokens=False)
+    image_id = model.config.image_token_id
+    assert [image_id if i == IMAGE else i for i in ids] == theirs["input_ids"][0].tolist()
+    seen, end = sample.as_tensors(shown, ours.policy), chat.end_id(ours.tokenizer, ours.template)
+    logits_BTV = ours.model.decoder.head(ours.model.decoder(ours.model.embed(torch.tensor([ids]), **seen), torch.arange(len(ids))[None]))
+    torch.testing.assert_close(logits_BTV, model(**theirs).logits[..., : logits_BTV.shape[-1]], rtol=1e-4, atol=1e-4)
+    said = [i for (i,) in ours.model.generate([ids], **seen, stop={end}, max_tokens=20)]
+    assert said == model.generate(**theirs, max_new_tokens=20, do_sample=False)[0, len(ids):].tolist()
+
+
+@pytest.mark.parametrize("turns", CONVERSATIONS.values(), ids=CONVERSATIONS)
+@pytest.mark.parametrize("template", ["mistral", "mistral-v1", "chatml", "smollm2", "llama3", "vicuna"])
+def test_an_exported_model_says_in_transformers_what_it_says_here(template, turns, tmp_path):
+    ours = stitched(tmp_path, template)
+    out = exported(ours, tmp_path / "out")
+    paths = [tmp_path / f"{n}.png" for n in range(sum(text.count("<image>") for _, text in turns))]
+    for n, path in enumerate(paths):
+        picture((40, 31), n).save(path)
+    assert_the_same(ours, out, turns, paths)
+
+
+ROPE = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32}
+MADE = {"SigLIP before its last layer": dict(eye="siglip", read=-2), "SigLIP un-normed": dict(eye="siglip", read=-1),
+        "a layer from below": dict(read=2), "padded": dict(fit="pad"), "cropped": dict(fit="crop"), "larger": dict(tile=42), "room in the vocabulary": dict(vocabulary=320),
+        "a window": dict(decoder={"sliding_window": 9}), "tied": dict(decoder={"tie_word_embeddings": True}),
+        "llama 3": dict(decoder={"rope_parameters": ROPE})}
+
+
+@pytest.mark.parametrize("made", MADE.values(), ids=MADE)
+def test_whatever_the_layout_can_say_is_said(made, tmp_path):
+    ours = stitched(tmp_path, "chatml", **made)
+    picture((90, 31)).save(tmp_path / "a.png")
+    assert_the_same(ours, exported(ours, tmp_path / "out"), CONVERSATIONS["a question"], [tmp_path / "a.png"])
+
+
+@pytest.mark.parametrize("change, said", [
+    (dict(shuffle=2), "pixel shuffle by 2: train with --shuffle=1"),
+    (dict(eye="siglip"), "whose last layer is normed: stitch with --read=-2"),
+])
+def test_what_the_layout_cannot_say_is_refused_with_the_setting_to_train_with(change, said, tmp_path):
+    with pytest.raises(Mistake, match=said):
+        exported(stitched(tmp_path, "chatml", **change), tmp_path / "out")
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_an_eye_of_another_kind_is_refused():
+    vision = dict(tile=28, patch=7, width=20, layers=2, heads=5, ffn=28)
+    assert llava.eye_kind(vision) == "siglip_vision_model"
+    assert llava.eye_kind(vision | dict(class_token=True, pre_norm=True, patch_bias=False)) == "clip_vision_model"
+    for other in (dict(class_token=True), dict(layer_scale=True), dict(class_token=True, pre_norm=True), dict(patch_bias=False)):
+        assert llava.eye_kind(vision | other) is None
+
+
+# ---- what is refused of others' folders ----
+def edit(path, **fields):
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+@pytest.mark.parametrize("file, fields, said", [
+    ("config.json", {"projector_hidden_act": "relu"}, "projector_hidden_act relu"),
+    ("config.json", {"multimodal_projector_bias": False}, "multimodal_projector_bias False"),
+    ("config.json", {"vision_feature_select_strategy": "full"}, "vision_feature_select_strategy full"),
+    ("config.json", {"vision_feature_layer": [-2, -5]}, r"vision_feature_layer \[-2, -5\]"),
+    ("config.json", {"tie_word_embeddings": True}, "tie_word_embeddings True"),
+    ("config.json", {"use_image_newline_parameter": False}, "use_image_newline_parameter False"),
+    ("config.json", {"quantization_config": {}}, "quantization_config"),
+    ("config.json", {"image_grid_pinpoints": [[28, 56]]}, "image_grid_pinpoints are .*28, 84.* for its preprocessor, .*28, 56.* in config.json"),
+    ("config.json", {"model_type": "llava_onevision"}, "type llava_onevision is no LLaVA"),
+    ("preprocessor_config.json", {"image_grid_pinpoints": [[28, 50]]}, r"pinpoints \[\[28, 50\]\] is no list of heights and widths in whole tiles"),
+    ("preprocessor_config.json", {"size": {"shortest_edge": 40}}, "say --fit"),
+])
+def test_a_folder_that_computes_something_else_is_refused_by_name(file, fields, said, tmp_path):
+    folder = publish(tmp_path / "x", **KINDS["1.6 vicuna"])
+    edit(folder / file, **fields)
+    if "28, 50" in said:
+        edit(folder / "config.json", **fields)
+    with pytest.raises(Mistake, match=said):
+        weights.load(folder)
+
+
+@pytest.mark.parametrize("old, new, said", [
+    ("image_newline", "image_comma", "image_comma"), ("linear_2.bias", "linear_3.bias", "linear_2.bias is missing"),
+    ("vision_tower.pre_", "vision_tower.past_", "pre_layrnorm.weight is missing")])
+def test_a_tensor_that_is_missing_or_not_used_is_named(old, new, said, tmp_path):
+    folder = publish(tmp_path / "x", **KINDS["1.6 vicuna"])
+    rename(folder, lambda name: name.replace(old, new))
+    with pytest.raises(Mistake, match=said):
+        weights.load(folder)
+
+
+# ---- through the doors ----
+def test_a_folder_that_states_no_template_gets_the_one_of_its_kind(tmp_path):
+    for kind, template in (("1.5", "llava"), ("1.6 mistral", "mistral-v1")):
+        folder = publish(tmp_path / kind, **KINDS[kind])
+        assert weights.load(folder).template == template
+        (folder / "chat_template.jinja").unlink()
+        assert weights.load(folder).template == template
+
+
+def test_sample_takes_a_folder_or_a_name_in_the_cache(folders, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    cache = tmp_path / "hub" / "models--some--llava"
+    (cache / "refs").mkdir(parents=True)
+    (cache / "refs" / "main").write_text("abc")
+    (cache / "snapshots").mkdir()
+    (cache / "snapshots" / "abc").symlink_to(folders["1.6 mistral"])
+    picture((90, 31)).save(tmp_path / "a.png")
+    heard = []
+    for model in (str(folders["1.6 mistral"]), "some/llava"):
+        sample.sample(model=model, image=[str(tmp_path / "a.png")], prompt="a cat?", max_tokens=9)
+        heard.append(capsys.readouterr().out)
+    assert heard[0] == heard[1] and heard[0].strip()
+
+
+def test_many_pictures_of_many_sizes_at_once_are_answered_as_one_by_one(folders, tmp_path):
+    ours = weights.load(folders["1.6 vicuna"])
+    for name, size in SIZES.items():
+        picture(size).save(tmp_path / f"{name}.png")
+    shown = {name: images.load(tmp_path / f"{name}.png", ours.policy) for name in SIZES}
+    questions = [("a cat?", [shown["wide"]]), ("or", [shown["tall"], shown["square"]]), ("no", []), ("b", [shown["a pixel off"]])]
+    together = sample.answer_all(ours, questions, max_tokens=8)
+    for said, (text, seen) in zip(together, questions, strict=True):
+        assert said == "".join(sample.stream(ours, [("user", sample.place_pictures(text, len(seen)))], seen, max_tokens=8))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_numbers_stay_as_their_files_have_them(dtype, folders, tmp_path):
+    """7B parameters take 14 GB in half precision; read as float32 they would take 28."""
+    folder = publish(tmp_path / "half", **KINDS["1.6 vicuna"])
+    tensors = load_file(folder / "model.safetensors")
+    save_file({name: tensor.to(dtype) for name, tensor in tensors.items()}, folder / "model.safetensors", metadata={"format": "pt"})
+    kept = weights.load(folder, dtype=sample.DTYPES["auto"])
+    assert {p.dtype for p in kept.model.parameters()} == {dtype}
+    assert {p.dtype for p in weights.load(folder, dtype=sample.DTYPES["float32"]).model.parameters()} == {torch.float32}
+    picture((90, 31)).save(tmp_path / "a.png")
+    list(sample.stream(kept, [("user", "<image>a")], [images.load(tmp_path / "a.png", kept.policy)], max_tokens=3))
+    out = exported(folder, tmp_path / "out")
+    assert {tensor.dtype for tensor in load_file(out / "model.safetensors").values()} == {dtype}
+    assert json.loads((out / "config.json").read_text())["dtype"] == str(dtype).removeprefix("torch.")
+
+
+def test_prepared_data_has_no_pictures_of_many_sizes(folders, tmp_path):
+    (tmp_path / "x.json").write_text(json.dumps([{"id": "1", "conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}]))
+    with pytest.raises(Mistake, match="stitch its eye to its brain with --fit=pad"):
+        prepare.data(model=str(folders["1.6 vicuna"]), source=str(tmp_path / "x.json"), out=str(tmp_path / "set"))

@@ -16,14 +16,15 @@ import train
 from nanovlm import Mistake, cli
 
 DOORS = {"train.py": train.train, "sample.py": sample.sample,
-         "prepare.py": {"fridge": prepare.fridge, "new": prepare.new, "data": prepare.data, "stitch": prepare.stitch}}
+         "prepare.py": {"fridge": prepare.fridge, "new": prepare.new, "data": prepare.data, "stitch": prepare.stitch,
+                        "export": prepare.export}}
 FUNCTIONS = [f for door in DOORS.values() for f in (door.values() if isinstance(door, dict) else [door])]
 FILES = sorted([*ROOT.glob("*.py"), *ROOT.glob("nanovlm/*.py")])
 README = ROOT / "README.md"
 READERS = {"photos.json", "exam.json", "captions.json", "chats.json", "photo.jpg"}  # what README.md asks the reader to bring
 
 # From the street down to the cellar: a file imports only from lines below its own (../shared/design.md, Rooms).
-ROOMS = ["train", "sample prepare", "weights", "huggingface watch", "parallel", "model", "vision decoder", "attention rmsnorm loss",
+ROOMS = ["train", "sample prepare", "weights", "llava", "huggingface watch", "parallel", "model", "vision decoder", "attention rmsnorm loss",
          "data", "chat", "tokenizer", "images", "evaluate", "fridge", "cli", "__init__"]
 # The model knows of no file, tokenizer or second process, a kernel of nothing of ours.
 KNOWS_ONLY = {"model": "vision decoder attention rmsnorm loss __init__", "vision": "attention", "decoder": "attention rmsnorm",
