@@ -29,7 +29,7 @@ from nanovlm.data import LENGTH, Loader, Samples
 STAGES = {
     "brain": dict(freeze="vision,projector", model="out/newborn", data="data/text",
                   lr=1e-3, floor=3e-5, steps=1100, batch=8, row=256, decay=0.1, clip=1.0),
-    "eye": dict(freeze="decoder", model="out/brain", data="data/captions", lr=1e-3, floor=3e-5, steps=900, batch=5, row=320, decay=0.1, clip=1.0),
+    "eye": dict(freeze="decoder", model="out/brain", data="data/captions", lr=1e-3, floor=3e-5, steps=1000, batch=5, row=320, decay=0.1, clip=1.0),
     "pretrain": dict(freeze="vision,decoder", model="out/stitched", data="data/captions",
                      lr=1.5e-4, floor=1e-5, steps=20000, batch=256, row=1024, decay=0.01, clip=1.0),
     "sft": dict(freeze="vision", model="out/pretrain", data="data/chats", lr=1e-6, floor=1e-7, steps=20000, batch=128, row=2048, decay=0.1, clip=0.5),
@@ -326,7 +326,7 @@ def demonstration():
     stage("pretrain", "Align: only the projector trains, until the brain can read the eye.", steps=250, batch=5, row=320, lr=2e-3, floor=1e-4)
     after = exam("out/pretrain", readings)[-1][2]
     print(f"fridges read without a mistake: {before:.1%} before, {after:.1%} after")
-    stage("sft", "Fine-tune: projector and brain learn to answer all kinds of questions.", steps=950, batch=12, row=320, lr=7e-4, floor=2e-5)
+    stage("sft", "Fine-tune: projector and brain learn to answer all kinds of questions.", steps=1050, batch=12, row=320, lr=7e-4, floor=2e-5)
 
     print(f"\n== The exam: {len(readings)} fridges that it has never seen.", flush=True)
     marks, blank = (exam("out/sft", questions, blank=grey) for grey in (False, True))

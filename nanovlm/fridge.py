@@ -170,10 +170,10 @@ KINDS = {
 
 
 def questions(rng, scene, count):
-    """(question, answer) pairs: the inventory, then each kind once, and the hardest three times, before any comes again."""
+    """(question, answer) pairs: the inventory, then each kind once, and the hardest twice, before any comes again."""
     asked = dict([ask_inventory(rng, scene)])
     while len(asked) < count:
-        for kind in rng.sample([*KINDS, "next", "next"], len(KINDS) + 2):
+        for kind in rng.sample([*KINDS, "count", "next"], len(KINDS) + 2):
             pair = KINDS[kind](rng, scene)
             if pair and len(asked) < count:
                 asked.setdefault(*pair)
