@@ -236,10 +236,12 @@ def test_an_exported_model_says_in_transformers_what_it_says_here(template, turn
 
 ROPE = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
         "original_max_position_embeddings": 32}
-MADE = {"SigLIP before its last layer": dict(eye="siglip", read=-2), "SigLIP un-normed": dict(eye="siglip", read=-1),
-        "a layer from below": dict(read=2), "padded": dict(fit="pad"), "cropped": dict(fit="crop"), "larger": dict(tile=42), "room in the vocabulary": dict(vocabulary=320),
-        "a window": dict(decoder={"sliding_window": 9}), "tied": dict(decoder={"tie_word_embeddings": True}),
-        "llama 3": dict(decoder={"rope_parameters": ROPE})}
+MADE = {
+    "SigLIP before its last layer": dict(eye="siglip", read=-2), "SigLIP un-normed": dict(eye="siglip", read=-1), "a layer from below": dict(read=2),
+    "padded": dict(fit="pad"), "cropped": dict(fit="crop"), "larger": dict(tile=42), "room in the vocabulary": dict(vocabulary=320),
+    "a window": dict(decoder={"sliding_window": 9}), "tied": dict(decoder={"tie_word_embeddings": True}),
+    "llama 3": dict(decoder={"rope_parameters": ROPE}),
+}
 
 
 @pytest.mark.parametrize("made", MADE.values(), ids=MADE)
