@@ -37,7 +37,7 @@ def picture(size, seed=0):
 
 def publish(folder, kind="llava", brain="llama", eye="clip", jinja=LLAVA_15, **how):
     """A LLaVA folder as its owners make it: random numbers and config by transformers, its processors and tokenizer beside them."""
-    vision = {"clip": hf.CLIPVisionConfig, "siglip": lambda **sizes: hf.SiglipVisionConfig(vision_use_head=False, **sizes)}[eye](**EYE)
+    vision = hf.CLIPVisionConfig(**EYE) if eye == "clip" else hf.SiglipVisionConfig(vision_use_head=eye == "siglip with its head", **EYE)
     text = {"llama": hf.LlamaConfig, "mistral": lambda **sizes: hf.MistralConfig(sliding_window=None, **sizes)}[brain](**BRAIN)
     strategy = "default" if eye == "clip" else "full"
     both = dict(vision_config=vision, text_config=text, image_token_index=IMAGE_ID, vision_feature_select_strategy=strategy)
@@ -142,11 +142,11 @@ def exported(source, out):
     return out
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS.values(), KINDS["1.5 with SigLIP"] | {"eye": "siglip with its head"}], ids=str)
 @pytest.mark.parametrize("spell", [lambda name: name, SPELLINGS["transformers 4"]])
 def test_a_folder_comes_back_tensor_for_tensor(kind, spell, tmp_path):
     """Through load, our own checkpoint and export, CLIP's last layer and norm too, which LLaVA never reads; its tokenizer byte for byte."""
-    folder = publish(tmp_path / "published", **KINDS[kind])
+    folder = publish(tmp_path / "published", **kind)
     rename(folder, spell)
     weights.save(weights.load(folder, dtype=None), tmp_path / "ours")
     out = exported(tmp_path / "ours", tmp_path / "back")
@@ -174,7 +174,7 @@ def test_shards_and_their_index(folders, tmp_path, monkeypatch):
 CONVERSATIONS = {
     "a question": [("user", "<image>\nIs it a cat?")],
     "two pictures": [("user", "<image>\n<image>\na or b?")],
-    "more": [("system", "Be kind."), ("user", "<image>\nIs it a cat?"), ("assistant", "It is."), ("user", "Is it a category?")],
+    "more": [("system", "Be kind."), ("user", "<image>\nIs it a cat?"), ("assistant", " It is. "), ("user", "Is it a category?")],
 }
 
 
@@ -192,8 +192,9 @@ def stitched(home, template, eye="clip", vocabulary=None, decoder={}, **choices)
     """A checkpoint of ours, stitched of public parts; its tokenizer knows no <image>, its vocabulary ends with the tokenizer's."""
     words = tokenizer.learn(["a cat, a catalogue, the category of cats. Is it kind?"], 280, chat.special_names(template))
     sizes = BRAIN | {"vocab_size": vocabulary or words.vocab_size} | decoder
-    kind = hf.MistralForCausalLM(hf.MistralConfig(**sizes)) if "sliding_window" in decoder else hf.LlamaForCausalLM(hf.LlamaConfig(**sizes))
-    shake(kind, 4).save_pretrained(home / "brain")
+    model, config = ((hf.MinistralForCausalLM, hf.MinistralConfig) if "layer_types" in decoder else
+                     (hf.MistralForCausalLM, hf.MistralConfig) if "sliding_window" in decoder else (hf.LlamaForCausalLM, hf.LlamaConfig))
+    shake(model(config(**sizes)), 4).save_pretrained(home / "brain")
     words.save(home / "brain")
     prepare.stitch(vision=str(eye_folder(home / "eye", eye)), decoder=str(home / "brain"), out=str(home / "ours"), template=template, **choices)
     return home / "ours"
@@ -241,6 +242,7 @@ MADE = {
     "padded": dict(fit="pad"), "cropped": dict(fit="crop"), "larger": dict(tile=42), "room in the vocabulary": dict(vocabulary=320),
     "a window": dict(decoder={"sliding_window": 9}), "tied": dict(decoder={"tie_word_embeddings": True}),
     "llama 3": dict(decoder={"rope_parameters": ROPE}),
+    "windows": dict(decoder={"sliding_window": 5, "layer_types": ["full_attention", "sliding_attention", "full_attention"], "head_dim": 8}),
 }
 
 
@@ -249,6 +251,28 @@ def test_whatever_the_layout_can_say_is_said(made, tmp_path):
     ours = stitched(tmp_path, "chatml", **made)
     picture((90, 31)).save(tmp_path / "a.png")
     assert_the_same(ours, exported(ours, tmp_path / "out"), CONVERSATIONS["a question"], [tmp_path / "a.png"])
+
+
+def test_a_token_for_pictures_is_added_to_a_tokenizer_that_has_none(tmp_path):
+    """Its row is the start token's, its id is never said, and the tokenizer's own file stays as it is."""
+    ours = stitched(tmp_path, "mistral")
+    out, own = exported(ours, tmp_path / "out"), weights.load(ours)
+    config, tensors, added = json.loads((out / "config.json").read_text()), load_file(out / "model.safetensors"), own.tokenizer.vocab_size
+    assert config["image_token_index"] == added and config["text_config"]["vocab_size"] == added + 1
+    assert json.loads((out / "generation_config.json").read_text())["suppress_tokens"] == [added]
+    for name in ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight"):
+        assert torch.equal(tensors[name][added], tensors[name][own.tokenizer.special["<s>"]])
+    assert (out / "tokenizer.json").read_bytes() == own.tokenizer.files["tokenizer.json"]
+    assert hf.AutoTokenizer.from_pretrained(out).convert_tokens_to_ids("<image>") == added
+
+
+def test_the_grid_is_the_one_that_transformers_chooses():
+    """The order in which a folder lists its grids decides only where two show as much and waste as much."""
+    random = np.random.default_rng(0)
+    for _ in range(300):
+        size, pinpoints = random.integers(1, 120, 2).tolist(), random.permutation(PINPOINTS).tolist()
+        theirs = hf.image_processing_utils.select_best_resolution(size[::-1], pinpoints)
+        assert images.pinpoint(size, {"pinpoints": pinpoints}) == list(theirs)
 
 
 @pytest.mark.parametrize("change, said", [
