@@ -12,7 +12,7 @@ import jinja2.sandbox
 
 from . import IMAGE, Mistake
 
-# {} is what was said. Only names outside {} become special tokens: a user who types "</s>" has typed five characters.
+# {} is what was said. Only names outside {} become special tokens: a user who types "</s>" has typed four characters.
 # The end of a user's piece opens the assistant's turn, so a prompt is the same pieces, left off after the user.
 # A SentencePiece tokenizer puts a space before every text, so that "[INST]{}" is the "[INST] Hello" of Mistral v2 and v3, "[INST]Hello" of Tekken.
 # inside: the system's words stand in front of the user's "first" or "last"; default: what the system says where a conversation leaves it out.

@@ -24,7 +24,7 @@ class RMSNorm(nn.Module):
 
 
 def rope_angles(positions_BT, K, theta, scaling=None):
-    """cos and sin of (B, T, 1, K): pair i of the K numbers turns by position · theta^(-2i/K) radians. float32: 4 digits are lost by bf16."""
+    """cos and sin of (B, T, 1, K): pair i of the K numbers turns by position · theta^(-2i/K) radians. float32, as bfloat16 takes 257 for 256."""
     frequency_k = theta ** -(torch.arange(0, K, 2, device=positions_BT.device, dtype=torch.float32) / K)
     if scaling is not None:
         frequency_k = stretch(frequency_k, theta, scaling)

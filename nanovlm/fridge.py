@@ -285,7 +285,7 @@ def sprite(food):
 
 
 def put(rng, picture, food, x, floor, size):
-    """Stand a food on a floor, its middle at x, in its own size, tint and shadow."""
+    """Stand a food on a floor, its middle at x, in its own size and tint."""
     size = round(size * rng.uniform(0.88, 1.14))
     thing = sprite(food).resize((size, size), Image.BILINEAR)
     colour = ImageEnhance.Brightness(ImageEnhance.Color(thing).enhance(rng.uniform(0.8, 1.2))).enhance(rng.uniform(0.88, 1.1))

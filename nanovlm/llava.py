@@ -92,11 +92,11 @@ def check(checkpoint):
     """Raise Mistake, naming the settings to train with, unless the layout can say all that a checkpoint does."""
     vision, wrong = checkpoint.shapes["vision"], []
     if checkpoint.shapes["shuffle"] != 1:
-        wrong.append(f"pixel shuffle by {checkpoint.shapes['shuffle']}: train with --shuffle=1")
+        wrong.append(f"pixel shuffle by {checkpoint.shapes['shuffle']}: stitch a public eye without --shuffle")
     if eye_kind(vision) is None:
         wrong.append("an eye that is neither CLIP's nor SigLIP's: stitch with --vision of one of these")
     if vision.get("post_norm", True):
-        wrong.append("an eye whose last layer is normed: stitch with --read=-2, the last layer but one")
+        wrong.append("an eye whose last layer is normed: stitch a public CLIP or SigLIP folder with --read=-2, the last layer but one")
     elif not checkpoint.spare:
         wrong.append("an eye without the layers after the one that is read: stitch it again")
     if "tekken.json" in checkpoint.tokenizer.files:

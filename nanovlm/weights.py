@@ -2,7 +2,7 @@
 
     model.safetensors      every parameter, by the names of nanovlm's modules
     nanovlm.json           the numbers that its constructors take, the picture policy, the chat template, a card of where each part came from
-    tokenizer.json         the tokenizer's own file, unchanged
+    tokenizer.json         or tekken.json, or tokenizer.model: the tokenizer's own files, unchanged
     spare.safetensors      only with a public eye: its layers after the one that is read, for those who read more (llava.py writes them)
     training.safetensors   only in a training run: the optimizer's moments      training.json   the step and what must stay the same to go on
 

@@ -276,8 +276,8 @@ def test_the_grid_is_the_one_that_transformers_chooses():
 
 
 @pytest.mark.parametrize("change, said", [
-    (dict(shuffle=2), "pixel shuffle by 2: train with --shuffle=1"),
-    (dict(eye="siglip"), "whose last layer is normed: stitch with --read=-2"),
+    (dict(shuffle=2), "pixel shuffle by 2: stitch a public eye without --shuffle"),
+    (dict(eye="siglip"), "whose last layer is normed: stitch a public CLIP or SigLIP folder with --read=-2"),
 ])
 def test_what_the_layout_cannot_say_is_refused_with_the_setting_to_train_with(change, said, tmp_path):
     with pytest.raises(Mistake, match=said):
