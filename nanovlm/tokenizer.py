@@ -59,7 +59,7 @@ class Parts(NamedTuple):
     ids: dict         # bytes of a token -> id
     special: dict     # name -> id
     pattern: str      # what a piece is
-    front: str | None = None  # SentencePiece's space in front of a text: always; where it is missing; the same at a conversation's first only; never
+    front: str | None = None  # SentencePiece's space in front of a text: "always", "missing": unless it is there; "never"; None: bytes need none
     byte_ids: dict = {}       # a byte -> id, for the bytes of what has no id; beside the id of the character that a byte may be
 
 
@@ -230,7 +230,9 @@ def cutting(spec, where):
             return WORDS, "never"
         case [{"type": "Metaspace", "replacement": "▁"} as step]:
             scheme = step.get("prepend_scheme", "always" if step.get("add_prefix_space", True) else "never")
-            return EACH_SPACE if step.get("split", True) else WORDS, {"always": "missing", "first": "first", "never": "never"}[scheme]
+            # "first" puts a space at the start of a conversation alone, where its template opens with a special token and has written the space
+            # itself. Our templates leave the space to the tokenizer, so every text gets one; LLaVA's "USER:" after </s>, which has none there, too.
+            return EACH_SPACE if step.get("split", True) else WORDS, {"always": "missing", "first": "missing", "never": "never"}[scheme]
         case [*_, {"type": "ByteLevel", "add_prefix_space": True}]:
             raise Mistake(f"{where} puts a space before every text, which is not known here")
         case [{"type": "ByteLevel"} as last] if last.get("use_regex", True):
@@ -286,11 +288,10 @@ class Tokenizer:
         for name, source in self.files.items():
             (Path(folder) / name).write_bytes(source)
 
-    def encode(self, text, first=True):
-        """first: whether the text opens a conversation, which matters to a tokenizer whose `front` is "first" alone."""
+    def encode(self, text):
         if self.front and text:
             text = text.replace("▁", " ")
-            wanted = {"always": True, "missing": text[0] != " ", "first": first and text[0] != " ", "never": False}[self.front]
+            wanted = {"always": True, "missing": text[0] != " ", "never": False}[self.front]
             text = " " + text if wanted else text
         try:
             source = text.encode()

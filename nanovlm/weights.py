@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from . import Mistake, huggingface, llava
+from .data import sync
 from .huggingface import read_json, write_tensors
 from .model import VLM
 from .tokenizer import Tokenizer
@@ -116,13 +117,6 @@ def load(folder, device="cpu", dtype=torch.float32):
     card = {**meta["card"], "folder": str(folder)}  # where it was read from, which is not written again
     spare = read_tensors(folder / "spare.safetensors") if (folder / "spare.safetensors").is_file() else {}
     return Checkpoint(model.to(device).eval(), Tokenizer.load(folder), meta["shapes"], meta["policy"], meta["template"], card, spare)
-
-
-def sync(path):
-    """Ask the disk to hold a file, or a folder's list of names, before we go on."""
-    handle = os.open(path, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)
 
 
 def save(checkpoint, folder, training=None, tensors=None):
