@@ -13,4 +13,11 @@ UNTRAINED = -1  # the target of a token that nobody trains
 
 
 class Mistake(Exception):
-    """A user's mistake or a broken file, told in one line that names the thing; the doors print it and exit with 1."""
+    """A user's mistake or a broken file, told in one line that names the thing; the doors print it and exit with 1.
+
+    reason: a few words that a table of such mistakes is grouped by.
+    """
+
+    def __init__(self, text, reason=None):
+        super().__init__(text)
+        self.reason = reason
