@@ -37,6 +37,8 @@ TEMPLATES = {
 }
 HALF = re.compile("[\ud800-\udfff]")  # JSON can write one half of a UTF-16 pair, UTF-8 cannot
 CAPTION_PROMPT = "Give a brief description of this image in one sentence."  # where a caption's data asks nothing; Megatron's COCO prompt
+SHORT_PROMPT = "Answer the question using a single word or phrase."  # after a question: VQAv2, ChartQA, POPE, MME
+LETTER_PROMPT = "Answer with the option's letter from the given choices directly."  # after a question and its choices: AI2D, MMMU, MMStar
 
 
 def read_turns(record, name):
@@ -44,14 +46,14 @@ def read_turns(record, name):
     roles = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
     raw = isinstance(record, dict) and (record.get("conversations") or record.get("messages"))
     if not raw or not isinstance(raw, list) or not all(isinstance(turn, dict) for turn in raw):
-        raise Mistake(f"{name}: neither `conversations` nor `messages` is a list of turns in {record!r:.80}")
+        raise Mistake(f"{name}: neither `conversations` nor `messages` is a list of turns in {record!r:.80}", "no conversation")
     turns = []
     for turn in raw:
         role, text = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
         if not isinstance(role, str) or role not in roles or not isinstance(text, str):
-            raise Mistake(f"{name}: a turn is said by one of {', '.join(roles)}, and is a text, not {str(turn)[:80]}")
+            raise Mistake(f"{name}: a turn is said by one of {', '.join(roles)}, and is a text, not {str(turn)[:80]}", "no conversation")
         if HALF.search(text):
-            raise Mistake(f"{name}: a turn has half a character (a lone surrogate): {text!a:.80}")
+            raise Mistake(f"{name}: a turn has half a character (a lone surrogate): {text!a:.80}", "half a character")
         turns.append((roles[role], text))
     first = next((i for i, (role, _) in enumerate(turns) if role == "user"), None)
     if first is not None and turns[first][1].strip() == "<image>":
@@ -63,13 +65,14 @@ def check_turns(turns, pictures, name):
     """Raise Mistake unless users and assistants alternate, every answer says something and there is one <image> a picture."""
     spoken = [role for role, _ in turns if role != "system"]
     if spoken != ["user", "assistant"] * (len(spoken) // 2) or not spoken or "system" in [role for role, _ in turns[1:]]:
-        raise Mistake(f"{name}: turns must go (system,) user, assistant, user, assistant …, not {', '.join(role for role, _ in turns)}")
+        raise Mistake(f"{name}: turns must go (system,) user, assistant, user, assistant …, not {', '.join(role for role, _ in turns)}",
+                      "turns out of order")
     tags = sum(text.count("<image>") for role, text in turns if role != "assistant")
     if tags != pictures:
-        raise Mistake(f"{name}: {tags} <image> in its text but {pictures} pictures")
+        raise Mistake(f"{name}: {tags} <image> in its text but {pictures} pictures", "wrong number of <image>")
     for number, (role, text) in enumerate(turns):
         if role == "assistant" and not text.strip():
-            raise Mistake(f"{name}: turn {number + 1}, the assistant's, is empty: there is nothing to learn")
+            raise Mistake(f"{name}: turn {number + 1}, the assistant's, is empty: there is nothing to learn", "empty answer")
 
 
 def pieces(turns, template):
