@@ -16,24 +16,31 @@ from . import IMAGE, Mistake
 # The end of a user's piece opens the assistant's turn, so a prompt is the same pieces, left off after the user.
 # A SentencePiece tokenizer puts a space before every text, so that "[INST]{}" is the "[INST] Hello" of Mistral v2 and v3, "[INST]Hello" of Tekken.
 # inside: the system's words stand in front of the user's "first" or "last"; default: what the system says where a conversation leaves it out.
+# trim: the white space that a published template takes off: "all" around what is said, or the spaces that end an "answer".
+# glued: an answer follows its opening without a space; apart: a turn follows the end token before it with one (`space_before`).
 CHATML = {"start": "", "system": "<|im_start|>system\n{}<|im_end|>\n", "user": "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n",
           "end": "<|im_end|>", "after": "\n"}
 VICUNA = {"start": "<s>", "system": "{} ", "user": "USER: {} ASSISTANT:", "end": "</s>", "after": ""}
 TEMPLATES = {
-    "mistral": {"start": "<s>", "system": "{}\n\n", "inside": "last", "user": "[INST]{}[/INST]", "end": "</s>", "after": ""},
-    "mistral-v1": {"start": "<s>", "system": "{}\n\n", "inside": "first", "user": "[INST] {} [/INST]", "end": "</s>", "after": ""},
-    "mistral-v7": {"start": "<s>", "system": "[SYSTEM_PROMPT]{}[/SYSTEM_PROMPT]", "user": "[INST]{}[/INST]", "end": "</s>", "after": ""},
+    "mistral": {"start": "<s>", "system": "{}\n\n", "inside": "last", "user": "[INST]{}[/INST]", "end": "</s>", "after": "", "trim": "answer"},
+    "mistral-v1": {"start": "<s>", "system": "{}\n\n", "inside": "first", "user": "[INST] {} [/INST]", "end": "</s>", "after": "", "apart": True},
+    "mistral-v7": {"start": "<s>", "system": "[SYSTEM_PROMPT]{}[/SYSTEM_PROMPT]", "user": "[INST]{}[/INST]", "end": "</s>", "after": "",
+                   "trim": "answer"},
     "chatml": CHATML,
     "smollm2": CHATML | {"default": "You are a helpful AI assistant named SmolLM, trained by Hugging Face"},
     "llama2": {"start": "", "system": "<<SYS>>\n{}\n<</SYS>>\n\n", "inside": "first", "user": "<s>[INST] {} [/INST]", "answer": "{} ", "end": "</s>",
-               "after": ""},
+               "after": "", "trim": "all"},
     "llama3": {"start": "<|begin_of_text|>", "system": "<|start_header_id|>system<|end_header_id|>\n\n{}<|eot_id|>",
                "user": "<|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
-               "end": "<|eot_id|>", "after": ""},
+               "end": "<|eot_id|>", "after": "", "trim": "all"},
     "vicuna": VICUNA | {"default": "A chat between a curious user and an artificial intelligence assistant. "
                                    "The assistant gives helpful, detailed, and polite answers to the user's questions."},
     "llava": VICUNA,  # as llava-hf publishes LLaVA-1.5; its end token stands where LLaVA was trained with it, after every answer
-    "zephyr": {"start": "", "system": "<|system|>\n{}</s>\n", "user": "<|user|>\n{}</s>\n<|assistant|>\n", "end": "</s>", "after": "\n"},
+    "zephyr": {"start": "", "system": "<|system|>\n{}</s>\n", "user": "<|user|>\n{}</s>\n<|assistant|>\n", "end": "</s>", "after": "\n",
+               "glued": True},
+    # LLaVA's for pretraining: a picture, then its caption; mute: words beside a picture are left out (`shown`), text without one is kept. Where LLaVA
+    # ends a caption by a line break, here is the token that ends every answer. For tokenizers with <s> and </s>: SentencePiece and Tekken.
+    "plain": {"start": "<s>", "system": "{}\n\n", "user": "{}", "end": "</s>", "after": "", "mute": True},
 }
 HALF = re.compile("[\ud800-\udfff]")  # JSON can write one half of a UTF-16 pair, UTF-8 cannot
 CAPTION_PROMPT = "Give a brief description of this image in one sentence."  # where a caption's data asks nothing; Megatron's COCO prompt
@@ -54,7 +61,7 @@ def read_turns(record, name):
             raise Mistake(f"{name}: a turn is said by one of {', '.join(roles)}, and is a text, not {str(turn)[:80]}", "no conversation")
         if HALF.search(text):
             raise Mistake(f"{name}: a turn has half a character (a lone surrogate): {text!a:.80}", "half a character")
-        turns.append((roles[role], text))
+        turns.append((roles[role], text.strip() if roles[role] == "assistant" else text))  # nobody should learn to end in white space
     first = next((i for i, (role, _) in enumerate(turns) if role == "user"), None)
     if first is not None and turns[first][1].strip() == "<image>":
         turns[first] = ("user", f"<image>\n{CAPTION_PROMPT}")
@@ -75,6 +82,21 @@ def check_turns(turns, pictures, name):
             raise Mistake(f"{name}: turn {number + 1}, the assistant's, is empty: there is nothing to learn", "empty answer")
 
 
+def shown(text, is_asked):
+    """The pictures of what a user says, without the words: in captions' data these only ask for a caption, each time in others, and LLaVA leaves them
+    out. But a question that waits for its answer (is_asked) was meant: Mistake."""
+    words = text.replace("<image>", "").strip()
+    if is_asked and words not in ("", CAPTION_PROMPT):
+        raise Mistake(f"the template plain shows a picture and asks nothing: it cannot ask {words[:80]!r}, only {CAPTION_PROMPT!r}")
+    return "<image>" * text.count("<image>")
+
+
+def trimmed(text, role, form):
+    if form.get("trim") == "all":
+        return text.strip()
+    return text.rstrip(" ") if form.get("trim") == "answer" and role == "assistant" else text
+
+
 def pieces(turns, template):
     """(text, how, trained) in order; how: "special" for template text in which names are special tokens, "said" for what somebody said."""
     form, system = TEMPLATES[template], ""
@@ -84,7 +106,7 @@ def pieces(turns, template):
     last = max((i for i, (role, _) in enumerate(turns) if role == "user"), default=None)
     for i, (role, text) in enumerate(turns):
         if role == "assistant":
-            yield form.get("answer", "{}").replace("{}", text.strip()), "said", True
+            yield form.get("answer", "{}").replace("{}", trimmed(text, role, form)), "said", True
             yield form["end"], "special", True
             yield form["after"], "special", False
             continue
@@ -93,9 +115,11 @@ def pieces(turns, template):
             system = before + text + after
             continue
         yield before, "special", False
+        if form.get("mute") and "<image>" in text:
+            text = shown(text, is_asked=i == len(turns) - 1)
         if role == "user" and (i == last or form.get("inside") == "first"):
             text, system = system + text, ""
-        yield text, "said", False
+        yield trimmed(text, role, form), "said", False
         yield after, "special", False
 
 
@@ -116,10 +140,24 @@ def render(turns, tokenizer, template):
                 runs.append([part, trained])
     ids, mask = [], []
     for content, trained in runs:
-        new = tokenizer.encode(content) if isinstance(content, str) else [content]
+        is_text = isinstance(content, str)
+        new = tokenizer.encode(content, space_before(ids, trained, tokenizer, TEMPLATES[template])) if is_text else [content]
         ids += new
         mask += [trained] * len(new)
     return ids, mask
+
+
+def space_before(ids, is_answer, tokenizer, form):
+    """Whether SentencePiece's space stands before the text that comes after `ids`; None: as the tokenizer does by itself.
+
+    One that puts it first in a conversation alone (Metaspace's "first": Mistral v0.3, LLaVA-1.5) leaves the others to the template, and published
+    ones write it before whatever is said, but not after a picture or, mostly, an ended turn.
+    """
+    if is_answer and form.get("glued"):
+        return False
+    if tokenizer.front != "first" or not ids:
+        return None
+    return ids[-1] != IMAGE and (form.get("apart", False) or ids[-1] != tokenizer.special.get(form["end"]))
 
 
 def end_id(tokenizer, template):
@@ -171,7 +209,7 @@ def recognise(jinja, tokens, tokenizer, where):
 
 def write(turns, tokenizer, template, space=""):
     """A conversation as one text, with `space` before every part that is tokenised by itself."""
-    stub = SimpleNamespace(special={name: (name,) for name in tokenizer.special}, encode=lambda text: [space + text])
+    stub = SimpleNamespace(special={name: (name,) for name in tokenizer.special}, encode=lambda text, _: [space + text], front=None)
     return "".join("".join(piece) for piece in render(turns, stub, template)[0])
 
 

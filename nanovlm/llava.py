@@ -101,6 +101,8 @@ def check(checkpoint):
         wrong.append("an eye without the layers after the one that is read: stitch it again")
     if "tekken.json" in checkpoint.tokenizer.files:
         wrong.append("a tekken.json: stitch with a --decoder folder whose only tokenizer is tokenizer.json")
+    if chat.TEMPLATES[checkpoint.template].get("mute"):
+        wrong.append(f"the template {checkpoint.template}, which asks nothing: stitch with the --template that the brain chats by")
     if wrong:
         raise Mistake(f"a LLaVA folder cannot say {'; nor '.join(wrong)}")
 
@@ -251,12 +253,12 @@ TURNS = """\
 {%- for message in messages %}
 {%- if message['role'] == 'user' %}
 {%- set system = state.system if «first» or state.last == 0 else '' %}
-{{- «user» + system + said(message['content']) + «opening» }}
+{{- «user» + (system + said(message['content']))|heard + «opening» }}
 {%- set state.system = '' if system else state.system %}
 {%- set state.last = state.last - 1 %}
-{%- elif message['role'] == 'assistant' %}{{- «answer» + (said(message['content']) | trim) + «end» }}
+{%- elif message['role'] == 'assistant' %}{{- «answer» + said(message['content'])|told + «end» }}
 {%- elif «inside» %}{%- set state.system = «system» + said(message['content']) + «after» %}
-{%- else %}{{- «system» + said(message['content']) + «after» }}
+{%- else %}{{- «system» + said(message['content'])|heard + «after» }}
 {%- endif %}
 {%- endfor %}
 """
@@ -267,11 +269,12 @@ def jinja_of(template, tokenizer):
     form = chat.TEMPLATES[template]
     (system, after), (user, opening), (answer, end) = (form.get(part, "{}").split("{}") for part in ("system", "user", "answer"))
     # SentencePiece puts a space before an answer, which stands in one text with the words before it if no special token comes between
-    spaced = tokenizer.front not in (None, "never") and not opening.endswith(tuple(tokenizer.special))
+    spaced = tokenizer.front not in (None, "never") and not opening.endswith(tuple(tokenizer.special)) and not form.get("glued")
     inside = form.get("inside")
     slots = dict(start=form["start"], user=user, opening=opening, answer=" " * spaced + answer, end=end + form["end"] + form["after"],
                  system=system, after=after, inside=bool(inside), first=inside == "first")
-    source = SAID + TURNS
+    heard, told = {"all": ("|trim", "|trim"), "answer": ("", ".rstrip(' ')")}.get(form.get("trim"), ("", ""))  # as chat.trimmed
+    source = SAID + TURNS.replace("|heard", heard).replace("|told", told)
     if "default" in form:
         source = source.replace("{%- for message in messages %}\n", "{%- if messages[0]['role'] != 'system' %}{{- «default» }}{%- endif %}\n"
                                 "{%- for message in messages %}\n")

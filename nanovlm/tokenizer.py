@@ -33,7 +33,7 @@ GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+
 DIGITS_GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
 # SentencePiece takes a text as one piece. Where no token goes on past the end of a word, cutting there changes nothing and is faster.
 WHOLE, WORDS, EACH_SPACE = r"(?s).+", r" *[^ ]+| +", r" ?[^ ]+| "
-LONG = 900_000  # letters; tiktoken's pattern matcher gives up (and panics) at 1,000,000 spaces in a row
+LONG = 900_000  # letters; tiktoken's pattern matcher gives up at 1,000,000 spaces in a row
 BYTES = [bytes([b]) for b in range(256)]
 # Mistral's own, for a tekken.json that lists none (versions 1 to 7); their ids are their places in it.
 TEKKEN = ["<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]", "[TOOL_CALLS]",
@@ -59,7 +59,9 @@ class Parts(NamedTuple):
     ids: dict         # bytes of a token -> id
     special: dict     # name -> id
     pattern: str      # what a piece is
-    front: str | None = None  # SentencePiece's space in front of a text: "always", "missing": unless it is there; "never"; None: bytes need none
+    # SentencePiece's space in front of a text: "always"; "missing": unless it is there; "first": so for a text alone, in a conversation where
+    # its template has one (chat.space_before); "never"; None: bytes need none
+    front: str | None = None
     byte_ids: dict = {}       # a byte -> id, for the bytes of what has no id; beside the id of the character that a byte may be
 
 
@@ -230,9 +232,7 @@ def cutting(spec, where):
             return WORDS, "never"
         case [{"type": "Metaspace", "replacement": "▁"} as step]:
             scheme = step.get("prepend_scheme", "always" if step.get("add_prefix_space", True) else "never")
-            # "first" puts a space at the start of a conversation alone, where its template opens with a special token and has written the space
-            # itself. Our templates leave the space to the tokenizer, so every text gets one; LLaVA's "USER:" after </s>, which has none there, too.
-            return EACH_SPACE if step.get("split", True) else WORDS, {"always": "missing", "first": "missing", "never": "never"}[scheme]
+            return EACH_SPACE if step.get("split", True) else WORDS, {"always": "missing", "first": "first", "never": "never"}[scheme]
         case [*_, {"type": "ByteLevel", "add_prefix_space": True}]:
             raise Mistake(f"{where} puts a space before every text, which is not known here")
         case [{"type": "ByteLevel"} as last] if last.get("use_regex", True):
@@ -288,11 +288,12 @@ class Tokenizer:
         for name, source in self.files.items():
             (Path(folder) / name).write_bytes(source)
 
-    def encode(self, text):
+    def encode(self, text, space=None):
+        """space: whether one is put in front of a part of a conversation where a tokenizer does so at all; None: as it does with a text alone."""
         if self.front and text:
             text = text.replace("▁", " ")
-            wanted = {"always": True, "missing": text[0] != " ", "never": False}[self.front]
-            text = " " + text if wanted else text
+            own = {"always": True, "missing": text[0] != " ", "first": text[0] != " ", "never": False}[self.front]
+            text = " " + text if (own if space is None else space and self.front != "never") else text
         try:
             source = text.encode()
         except UnicodeEncodeError as error:

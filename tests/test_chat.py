@@ -1,9 +1,17 @@
 """Conversations become ids and their mask in one pass; the ids are those of the published templates."""
 import json
+from functools import cache
 
 import pytest
-from hypothesis import given
+import test_huggingface
+from bench.tokenizer import MISTRAL, converted
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from mistral_common.protocol.instruct.messages import AssistantMessage, SystemMessage, UserMessage
+from mistral_common.protocol.instruct.request import ChatCompletionRequest
+from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
+from sentencepiece import SentencePieceProcessor
+from tokenizers import AddedToken, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from nanovlm import IMAGE, Mistake, chat, tokenizer
@@ -14,6 +22,7 @@ TURNS = [("system", "Be kind."), ("user", "What is there?"), ("assistant", "Two 
 SAID = st.text(st.one_of(st.characters(exclude_categories=["Cs"]), st.sampled_from("ae \n<>[]/|sINT")), max_size=30)
 ANSWER = SAID.filter(lambda text: text.strip())
 ALL = pytest.mark.parametrize("template", chat.TEMPLATES)
+ASKING = pytest.mark.parametrize("template", [name for name, form in chat.TEMPLATES.items() if not form.get("mute")])
 
 
 def render(turns, template="mistral"):
@@ -28,7 +37,7 @@ def test_trained_are_the_assistants_words_and_the_end_of_its_turn_and_nothing_el
     ids, trained = render([turn for answer in answers for turn in (("user", question), ("assistant", answer))], template)
     assert len(ids) == len(trained)
     form = chat.TEMPLATES[template]
-    want = "".join(form.get("answer", "{}").replace("{}", answer.strip()) + form["end"] for answer in answers)
+    want = "".join(form.get("answer", "{}").replace("{}", chat.trimmed(answer, "assistant", form)) + form["end"] for answer in answers)
     assert WORDS.decode([i for i, is_trained in zip(ids, trained, strict=True) if is_trained]) == want
     assert [i for i, is_trained in zip(ids, trained, strict=True) if is_trained].count(chat.end_id(WORDS, template)) == len(answers)
 
@@ -141,9 +150,107 @@ def test_system_turns_stand_where_the_published_template_puts_them(theirs):
     assert WORDS.decode(render(TURNS, "mistral")[0]) == "<s>[INST]What is there?[/INST]Two eggs.</s>[INST]Be kind.\n\nAnd milk?[/INST]No.</s>"
 
 
+# What is said has white space at its ends, single and in runs, line breaks, what means something elsewhere, and letters beyond the vocabulary.
+SCRAPS = st.sampled_from(["Hello", " ", "  ", "\n", "\n\n", "\t", "two words", "</s>", "[INST]", "USER:", "<|user|>", "日本 🥚", "é", "1\n\ty"])
+SPEECH = st.lists(SCRAPS, min_size=1, max_size=5).map("".join)
+WORDED = SPEECH.filter(lambda text: text.strip())
+SPEECHES = st.tuples(st.none() | WORDED, st.lists(st.tuples(SPEECH, WORDED), max_size=2), SPEECH)
+
+
+def conversation(speeches):
+    """(system's words or None, [(question, answer)], last question) -> turns that wait for an answer."""
+    system, past, question = speeches
+    return [*([("system", system)] if system else []), *(turn for asked, said in past for turn in (("user", asked), ("assistant", said))),
+            ("user", question)]
+
+
+@cache
+def of_mistral(kind):
+    """(their tokenizer, ours of the same file)"""
+    theirs = MistralTokenizer.v3(is_tekken=True) if kind == "tekken" else getattr(MistralTokenizer, kind)()
+    name = {"tekken": "tekken_240911.json", "v1": "tokenizer.model.v1", "v2": "mistral_instruct_tokenizer_240216.model.v2",
+            "v3": "mistral_instruct_tokenizer_240323.model.v3", "v7": "mistral_instruct_tokenizer_241114.model.v7"}[kind]
+    return theirs, tokenizer.Tokenizer({"tekken.json" if kind == "tekken" else "tokenizer.model": (MISTRAL / name).read_bytes()})
+
+
+@pytest.mark.parametrize("kind, template", [("v1", "mistral-v1"), ("v2", "mistral"), ("v3", "mistral"), ("tekken", "mistral"), ("v7", "mistral-v7")])
+@settings(max_examples=60, deadline=None)
+@given(speeches=SPEECHES)
+def test_ids_are_those_of_mistral_common(kind, template, speeches):
+    """Spacing, the place of the system's words, and what is trimmed: for each generation of Mistral's tokenizers."""
+    theirs, ours = of_mistral(kind)
+    message = {"system": SystemMessage, "user": UserMessage, "assistant": AssistantMessage}
+    turns = conversation(speeches)
+    request = ChatCompletionRequest(messages=[message[role](content=text) for role, text in turns])
+    assert chat.render(turns, ours, template)[0] == theirs.encode_chat_completion(request).tokens
+
+
+VICUNA = ("{{ bos_token }}" + chat.TEMPLATES["vicuna"]["default"] + " {% for m in messages %}{% if m['role'] == 'user' %}"
+          "{{ 'USER: ' + m['content'] + ' ASSISTANT:' }}{% else %}{{ ' ' + m['content'] + eos_token }}{% endif %}{% endfor %}")  # FastChat's
+LAYOUTS = {  # name of the published template: (its vocabulary, "first" or Llama 2's "always", whether it takes a system's words)
+    "zephyr": ("v1", "always", True), "llama2": ("v1", "always", True), "vicuna": ("v1", "always", False),
+    "mistral, v3": ("v3", "first", True), "mistral-v1, newer": ("v1", "first", True), "vicuna, first": ("v1", "first", False),
+}
+
+
+@cache
+def layout(kind, scheme):
+    """(transformers' tokenizer, ours) of a tokenizer.json that is converted from a SentencePiece model; <image> is the token after its last."""
+    model = of_mistral(kind)[1].files["tokenizer.model"]
+    spec = converted(model)
+    if scheme == "first":
+        spec.normalizer, spec.pre_tokenizer = None, pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    names = ["<unk>", "<s>", "</s>", *(["[INST]", "[/INST]"] if kind == "v3" else []), "<image>"]
+    spec.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in names])
+    ours = tokenizer.Tokenizer({"tokenizer.json": spec.to_str().encode()})
+    return PreTrainedTokenizerFast(tokenizer_object=spec, bos_token="<s>", eos_token="</s>"), ours
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+@settings(max_examples=60, deadline=None)
+@given(speeches=SPEECHES)
+def test_ids_are_those_of_apply_chat_template_with_a_converted_sentencepiece(name, speeches):
+    kind, scheme, has_system = LAYOUTS[name]
+    theirs, ours = layout(kind, scheme)
+    template, jinja = name.split(",")[0], VICUNA if name.startswith("vicuna") else test_huggingface.PUBLISHED[name]
+    harmless = str.maketrans("]>", ")»")  # transformers takes a special token that a user types for one
+    turns = [(role, text.translate(harmless)) for role, text in conversation(speeches) if has_system or role != "system"]
+    messages = [{"role": role, "content": text} for role, text in turns]
+    if name == "mistral, v3":  # mistral-common, and we with it, trims an answer's last spaces, the Jinja beside it does not
+        messages = [m | ({"content": m["content"].rstrip(" ")} if m["role"] == "assistant" else {}) for m in messages]
+    if name == "vicuna, first":  # LLaVA's processor puts the start token before the text, which then begins with the tokenizer's space
+        jinja = jinja.removeprefix("{{ bos_token }}")
+    wanted = theirs.apply_chat_template(messages, chat_template=jinja, add_generation_prompt=True, return_dict=False)
+    assert chat.render(turns, ours, template)[0] == [ours.special["<s>"]] * (name == "vicuna, first") + wanted
+
+
+def test_after_a_picture_a_tokenizer_with_its_space_first_has_none():
+    """LLaVA-1.5: the processor puts the start token before a prompt, of which the tokenizer cuts out <image>."""
+    theirs, ours = layout("v1", "first")
+    turns = [("user", "<image>\nWhat is it?"), ("assistant", "An egg."), ("user", "And <image>there?")]
+    wanted = theirs("USER: <image>\nWhat is it? ASSISTANT: An egg.</s>USER: And <image>there? ASSISTANT:", add_special_tokens=False)["input_ids"]
+    image, ids = ours.special["<image>"], chat.render(turns, ours, "llava")[0]
+    assert [image if i == IMAGE else i for i in ids] == [ours.special["<s>"], *wanted]
+
+
 # ---- pictures ----
 
-@ALL
+def test_plain_is_a_picture_and_its_caption():
+    """LLaVA's pretraining: what the data asks is left out, the caption alone is trained. SentencePiece's ids are those that LLaVA trained with."""
+    theirs, ours = of_mistral("v1")[1].files["tokenizer.model"], of_mistral("v1")[1]
+    caption = SentencePieceProcessor(model_proto=theirs).encode("Two eggs.")
+    turns = [("user", "Render a summary of the photo.\n<image>"), ("assistant", "Two eggs.")]
+    ids, trained = chat.render(turns, ours, "plain")
+    assert ids == [1, IMAGE, *caption, 2] and trained == [False] * 2 + [True] * (len(caption) + 1)
+    for question in ("<image>", f"<image>\n{chat.CAPTION_PROMPT}"):
+        assert chat.render([("user", question)], ours, "plain")[0] == ids[:2]
+    assert WORDS.decode(render([("user", "Two eggs"), ("assistant", " and milk.")], "plain")[0]) == "<s>Two eggs and milk.</s>"
+    with pytest.raises(Mistake, match="plain shows a picture and asks nothing: it cannot ask 'Any milk.', only 'Give a brief"):
+        chat.render([("user", "<image>\nAny milk?")], ours, "plain")
+
+
+
+@ASKING
 @pytest.mark.parametrize("text", ["<image>\nWhat?", "What?\n<image>", "Is <image> like <image>?", "<image><image>", "no picture", "<image"])
 def test_a_picture_stands_where_the_text_says_so(template, text):
     (ids, trained), parts = render([("user", text)], template), text.split("<image>")
