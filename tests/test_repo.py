@@ -25,14 +25,14 @@ READERS = {"photos.json", "exam.json", "captions.json", "chats.json", "photo.jpg
 
 # From the street down to the cellar: a file imports only from lines below its own (../shared/design.md, Rooms).
 ROOMS = ["train", "sample prepare", "weights", "llava", "huggingface watch", "parallel", "model", "vision decoder", "attention rmsnorm loss",
-         "data", "chat", "tokenizer", "images", "evaluate", "fridge", "cli", "__init__"]
+         "sources", "records refs", "data", "chat", "tokenizer", "images", "evaluate", "fridge", "cli", "__init__"]
 # The model knows of no file, tokenizer or second process, a kernel of nothing of ours.
 KNOWS_ONLY = {"model": "vision decoder attention rmsnorm loss __init__", "vision": "attention", "decoder": "attention rmsnorm",
               "attention": "", "rmsnorm": "", "loss": "", "fridge": "__init__"}
 
 PACKAGES = {"torch": "torch", "numpy": "numpy", "pillow": "PIL", "tiktoken": "tiktoken", "safetensors": "safetensors", "triton": "triton"}
 GUESTS = {"regex": "tiktoken", "jinja2": "torch"}  # come with a package of ours
-OPTIONAL = {"huggingface_hub", "tensorboard"}  # used where the user has them, so imported where they are used
+OPTIONAL = {"huggingface_hub", "tensorboard", "pyarrow"}  # used where the user has them, so imported where they are used
 
 
 def rows(problems):
