@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from nanovlm import Mistake, chat, cli, data, evaluate, huggingface, images, parallel, weights
+from nanovlm import Mistake, chat, cli, data, disk, evaluate, images, parallel, weights
 
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LONGEST = 1 << 20  # tokens of prompt and answer together; the cache takes memory for all of them before the first is read
@@ -181,7 +181,7 @@ def sample(*,
     check(choices)
     if dtype not in DTYPES:
         raise Mistake(f"--dtype={dtype} is none of {', '.join(DTYPES)}")
-    if not (Path(model).exists() or huggingface.is_name(model)):
+    if not (Path(model).exists() or disk.is_name(model)):
         raise Mistake(f"no such model: {model}; `python train.py` makes out/sft, the demonstration's")
     if questions and (image or chat):
         raise Mistake("--questions brings its own pictures, and is no conversation: --image and --chat do not go with it")

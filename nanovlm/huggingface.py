@@ -5,27 +5,19 @@
     preprocessor_config.json   how an eye wants its pictures
     tokenizer.*, tekken.json   how a brain cuts its text; its chat template is recognised by what it writes, never by the folder's name
 
-Tensors stay in their files (mmap) and in their dtype until they are used, so that a part is in memory once. Names are translated by one table,
-which export reads too.
+Names are translated by one table, which export reads too; disk.py holds files and tensors to what is wanted.
 """
-import hashlib
-import json
 import math
-import os
-import pickle
 import re
-import zipfile
-from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
 from . import Mistake, chat
 from .decoder import Decoder
+from .disk import checked, find, origin, read_json, read_weights, weight_files
 from .tokenizer import Tokenizer
 from .vision import Vision
 
@@ -104,15 +96,6 @@ ROPE = {  # what each kind of stretching needs, and what it may leave out
 }
 
 
-def read_json(path):
-    try:
-        return json.loads(Path(path).read_text())
-    except FileNotFoundError:
-        raise Mistake(f"no such file: {path}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise Mistake(f"{path} is not JSON: {error}") from None
-
-
 def insist(config, must, where):
     """Raise Mistake where a field says something else than what is computed here; null says nothing."""
     for field, value in must.items():
@@ -136,7 +119,11 @@ def section(config, inner, kinds, where):
     kind = config.get("model_type")
     if kind not in kinds:
         raise Mistake(f"{where}: a model of type {kind} is not known here, only {', '.join(kinds)}")
-    return {**DEFAULTS[kind], **config}
+    config = {**DEFAULTS[kind], **config}
+    for field, usual in DEFAULTS[kind].items():
+        if isinstance(usual, int) and usual > 1 and field != "sliding_window" and (type(config[field]) is not int or config[field] < 1):
+            raise Mistake(f"{where}: {field} {config[field]!r} is no whole number from 1 on")
+    return config
 
 
 def eye_shapes(config, tile, read, where):
@@ -199,127 +186,11 @@ def brain_shapes(config, where):
                 eps=config["rms_norm_eps"], window=windows[0] if len(set(windows)) == 1 else windows, tied=config["tie_word_embeddings"])
 
 
-# ---- files ----
-def is_name(name):
-    """Whether a text may be an owner/name, as Hugging Face has them, and not a path into a folder that is here."""
-    return re.fullmatch(r"(?!out/)\w[\w.-]*/[\w.-]+", str(name)) is not None and not Path(name).parent.exists()
-
-
-def cache_of(name):
-    home = os.environ.get("HF_HOME") or "~/.cache/huggingface"
-    return Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub").expanduser() / f"models--{str(name).replace('/', '--')}"
-
-
-def cached(name):
-    """The folder in which the local Hugging Face cache holds owner/name, or None."""
-    main = cache_of(name) / "refs" / "main"
-    if is_name(name) and main.is_file():
-        folder = cache_of(name) / "snapshots" / main.read_text().strip()
-        return folder if (folder / "config.json").is_file() else None
-
-
-def find(name):
-    """The folder of a public model: the one that is named, or the one that the Hugging Face cache holds of owner/name; fetched if it can be."""
-    if Path(name).is_dir():
-        if not (Path(name) / "config.json").is_file():
-            raise Mistake(f"{name} holds neither a nanovlm checkpoint nor a config.json")
-        return Path(name)
-    if not is_name(name):
-        raise Mistake(f"no such folder: {name}")
-    if folder := cached(name):
-        return folder
-    try:
-        import huggingface_hub
-    except ImportError:
-        raise Mistake(f"{name} is neither a folder nor in {cache_of(name).parent}; to fetch it: "
-                      f"pip install huggingface_hub && hf download {name} --exclude 'consolidated*'") from None
-    return fetch(name, huggingface_hub)
-
-
-def fetch(name, hub):
-    """Download what we read of owner/name: of its weights only one spelling."""
-    try:
-        files = hub.list_repo_files(name)
-        kind = ".safetensors" if any(f.endswith(".safetensors") for f in files) else ".bin"
-        wanted = [f for f in files if f.endswith((".json", ".model", ".jinja", "README.md", kind)) and "/" not in f and "consolidated" not in f]
-        return Path(hub.snapshot_download(name, allow_patterns=wanted))
-    except Exception as error:  # of whatever kind: the network's, the hub's, a licence not yet agreed to
-        raise Mistake(f"{name} is no folder here and could not be fetched: {type(error).__name__} {' '.join(str(error).split())[:200]}") from None
-
-
-def weight_files(folder):
-    """The files of a folder that hold its weights, as transformers chooses among them; consolidated.safetensors is another format."""
-    for single in ("model.safetensors", "pytorch_model.bin"):
-        if (folder / single).is_file():
-            return [folder / single]
-        index = folder / f"{single}.index.json"
-        if not index.is_file():
-            continue
-        listed = read_json(index)
-        if not isinstance(listed, dict) or not isinstance(listed.get("weight_map"), dict):
-            raise Mistake(f"{index} holds no weight_map")
-        names = sorted(set(listed["weight_map"].values()))
-        for name in names:
-            if Path(name).name != name or not (folder / name).is_file():
-                raise Mistake(f"{index} names {name}, which is not in the folder")
-        return [folder / name for name in names]
-    raise Mistake(f"{folder} holds neither model.safetensors nor pytorch_model.bin, whole or in shards with an index")
-
-
-def read_tensors(path):
-    """{name: tensor} of a weights file, left in the file until they are used. Only tensors are ever unpickled."""
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-        if not isinstance(tensors, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
-            raise ValueError("no tensors by name")
-        return tensors
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        reason = str(error).split("\n")[0]
-        raise Mistake(f"{path} is broken, cut short ({os.path.getsize(path):,} bytes) or holds more than tensors: {reason}") from None
-
-
-def write_tensors(tensors, path):
-    try:
-        save_file(tensors, path, metadata={"format": "pt"})
-    except SafetensorError as error:  # how safetensors reports a full disk
-        raise OSError(f"could not write {path}: {error}") from None
-
-
-def read_weights(files, wrapped):
-    """{plain name: (tensor, file)} of all files."""
-    found = {}
-    for path in files:
-        for name, tensor in read_tensors(path).items():
-            for pattern, plain in wrapped:
-                name = re.sub(pattern, plain, name)
-            if name in found:
-                raise Mistake(f"{name} is both in {found[name][1]} and in {path}")
-            found[name] = tensor, path
-    return found
-
-
-def take(module, table, found, unread, where):
-    """Put tensors into a module built on the meta device, without a copy. Every name and shape must match, or one Mistake lists those that do not."""
-    own = {theirs(name, table): (name, tensor.shape) for name, tensor in module.state_dict().items()}
-    wrong = [f"{name} is missing" for name in own if name not in found]
-    wrong += [f"{name} is not used" for name in found if name not in own and not re.match(unread, name)]
-    taken = {}
-    for theirname, (name, shape) in own.items():
-        tensor, path = found.get(theirname, (None, None))
-        if tensor is None:
-            continue
-        while tensor.dim() > len(shape) and len(tensor) == 1:  # DINOv2 keeps a dimension for the batch
-            tensor = tensor[0]
-        if tensor.shape != shape:
-            wrong.append(f"{theirname} is {list(tensor.shape)}, its config says {list(shape)}")
-        elif not all(math.isfinite(x) for x in tensor.aminmax()):
-            wrong.append(f"{theirname} in {path.name} holds a number that is not finite")
-        taken[name] = tensor
-    if wrong:
-        raise Mistake(f"{where}: {'; '.join(wrong[:10])}{f' and {len(wrong) - 10} more' if len(wrong) > 10 else ''}")
-    module.load_state_dict(taken, assign=True)
+def take(module, table, found, unread, files):
+    """Put tensors into a module built on the meta device, without a copy; strict as disk.checked is."""
+    own = {theirs(name, table): name for name in module.state_dict()}
+    shapes = {theirname: module.get_parameter(name).shape for theirname, name in own.items()}
+    module.load_state_dict({own[name]: tensor for name, tensor in checked(shapes, found, unread, files).items()}, assign=True)
     return module.eval()
 
 
@@ -327,27 +198,13 @@ def take(module, table, found, unread, where):
 class Part(NamedTuple):
     """What an eye or a brain alone can fill of a Checkpoint."""
 
-    model: SimpleNamespace  # .vision or .decoder
+    model: SimpleNamespace | None  # .vision or .decoder; None where no weights were asked for
     shapes: dict
     card: dict
     policy: dict | None = None
     tokenizer: Tokenizer | None = None
     template: str | None = None
     spare: dict = {}  # tensors of an eye that are not read, by their own names: a LLaVA folder must hold them
-
-
-def origin(name, folder, files):
-    """Where a part came from: name, licence if its README states one, and the sha256 of each of its weight files."""
-    card = {"from": str(name), "files": {}}
-    if folder.parent.name == "snapshots":
-        card["revision"] = folder.name
-    front = re.match(r"---\n(.*?)\n---", (folder / "README.md").read_text(errors="replace"), re.S) if (folder / "README.md").is_file() else None
-    if front and (licence := re.search(r"^license: *(\S+)", front[1], re.M)):
-        card["licence"] = licence[1]
-    for path in files:
-        with open(path, "rb") as file:
-            card["files"][path.name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"folder": card}
 
 
 def picture_policy(folder, tile, fit):
@@ -391,44 +248,51 @@ def resize_positions(positions_PD, side, leading):
     return torch.cat([positions_PD[:leading], resized.to(positions_PD.dtype)])
 
 
-def eye(name, *, tile=None, fit=None, read=None, shuffle=1):
-    """The eye of a CLIP, SigLIP or DINOv2 folder. tile: pixels, other than its own; fit: as images.py; read: a layer's output, un-normed."""
+def eye(name, *, tile=None, fit=None, read=None, shuffle=1, tensors=True):
+    """The eye of a CLIP, SigLIP or DINOv2 folder. tile: pixels, other than its own; fit: as images.py; read: a layer's output, un-normed;
+    tensors: False for all but the model."""
     folder = find(name)
-    where, files = folder / "config.json", weight_files(folder)
+    where = folder / "config.json"
     config = section(read_json(where), "vision_config", EYES, where)
-    size, patch = config["image_size"], config["patch_size"]
-    policy = picture_policy(folder, tile, fit)
+    own, patch = config["image_size"] // config["patch_size"], config["patch_size"]
+    policy = picture_policy(folder, tile, fit) | {"patch": patch, "shuffle": shuffle}
     shapes = eye_shapes(config, policy["tile"], read, where)
     side = policy["tile"] // patch
     if side % shuffle:
         raise Mistake(f"--shuffle={shuffle} does not divide the {side} patches across a tile of {policy['tile']} pixels")
-    policy = {**policy, "patch": patch, "shuffle": shuffle}
+    part = Part(None, {"vision": shapes, "shuffle": shuffle}, {}, policy=policy)
+    if not tensors:
+        return part
+    files = weight_files(folder)
     table, found = DINOV2 if config["model_type"] == "dinov2" else CLIP, read_weights(files, EYE_WRAPPED)
     places, leading = theirs("positions", table), int("class_token" in shapes)
     tensor, path = found.get(places, (torch.empty(0, 0), None))
-    if side != size // patch and tensor.shape[-2] == leading + (size // patch) ** 2:
+    if side != own and tensor.shape[-2] == leading + own**2:
         found[places] = resize_positions(tensor.flatten(0, -2), side, leading), path
     with torch.device("meta"):
         whole, vision = Vision(**shapes | {"read": -1, "post_norm": True}), Vision(**shapes)
-    after = {theirs(n, table) for n in whole.state_dict().keys() - vision.state_dict().keys()}  # of the layers after the one read
-    take(vision, table, found, "|".join([EYE_UNREAD, *map(re.escape, after)]), folder)
-    spare = {n: tensor for n, (tensor, _) in found.items() if n in after or n.startswith("head.")}
-    return Part(SimpleNamespace(vision=vision), {"vision": shapes, "shuffle": shuffle}, origin(name, folder, files), policy=policy, spare=spare)
+    after = take(whole, table, found, EYE_UNREAD, files).state_dict()
+    vision.load_state_dict({name: after.pop(name) for name in vision.state_dict()}, assign=True)
+    spare = {theirs(name, table): tensor for name, tensor in after.items()} | {n: t for n, (t, _) in found.items() if n.startswith("head.")}
+    return part._replace(model=SimpleNamespace(vision=vision.eval()), card=origin(name, folder, files), spare=spare)
 
 
-def brain(name, *, template=None, usual=None):
+def brain(name, *, template=None, usual=None, tensors=True):
     """The brain of a Llama or Mistral folder with its tokenizer. template: a name of chat.TEMPLATES, where the folder's own is not known;
-    usual: one for a folder that states none."""
+    usual: one for a folder that states none; tensors: False for all but the model."""
     folder = find(name)
-    where, files = folder / "config.json", weight_files(folder)
+    where = folder / "config.json"
     config = section(read_json(where), "text_config", BRAINS, where)
     shapes = brain_shapes(config, where)
     tokenizer = Tokenizer.load(folder)
     jinja, tokens = their_template(folder)
     template = template or (usual if jinja is None else None) or chat.recognise(jinja, tokens, tokenizer, folder)
     chat.end_id(tokenizer, template)  # or a Mistake
-    if tokenizer.vocab_size > shapes["vocabulary"]:
-        raise Mistake(f"{folder}: its tokenizer knows {tokenizer.vocab_size:,} tokens, its vocab_size is {shapes['vocabulary']:,}")
+    check_vocabulary(tokenizer, shapes, where)
+    part = Part(None, {"decoder": shapes}, {}, tokenizer=tokenizer, template=template)
+    if not tensors:
+        return part
+    files = weight_files(folder)
     found = read_weights(files, BRAIN_WRAPPED)
     if shapes["tied"] and "model.embed_tokens.weight" in found:
         embed = found["model.embed_tokens.weight"]
@@ -436,12 +300,18 @@ def brain(name, *, template=None, usual=None):
             raise Mistake(f"{folder}: tie_word_embeddings is true, but lm_head.weight is not embed_tokens.weight")
     with torch.device("meta"):
         decoder = Decoder(**shapes)
-    take(decoder, LLAMA, found, BRAIN_UNREAD, folder)
+    take(decoder, LLAMA, found, BRAIN_UNREAD, files)
     if shapes["tied"]:
         decoder.head.weight = decoder.embed.weight
     card = origin(name, folder, files)
     card["folder"]["max_position_embeddings"] = config["max_position_embeddings"]
-    return Part(SimpleNamespace(decoder=decoder), {"decoder": shapes}, card, tokenizer=tokenizer, template=template)
+    return part._replace(model=SimpleNamespace(decoder=decoder), card=card)
+
+
+def check_vocabulary(tokenizer, shapes, where):
+    """Raise Mistake unless the brain has a row for every token."""
+    if tokenizer.vocab_size > shapes["vocabulary"]:
+        raise Mistake(f"{where}: the vocabulary is {shapes['vocabulary']:,}, its folder's tokenizer knows {tokenizer.vocab_size:,} tokens")
 
 
 def their_template(folder):

@@ -13,8 +13,9 @@ import re
 
 import torch
 
-from . import Mistake, chat, huggingface, images
-from .huggingface import insist, read_json, theirs
+from . import Mistake, chat, disk, huggingface, images
+from .disk import read_json
+from .huggingface import insist, theirs
 from .model import VLM
 
 JOINT = {"projector.up": "multi_modal_projector.linear_1", "projector.down": "multi_modal_projector.linear_2", "newline": "image_newline"}
@@ -23,9 +24,10 @@ SHARD_BYTES = 5_000_000_000  # transformers' own
 
 
 # ---- reading ----
-def read(name, dtype=None):
-    """A published LLaVA-1.5 or LLaVA-NeXT folder, or owner/name, as the fields of a Checkpoint; dtype: of all parameters, None for their own."""
-    folder = huggingface.find(name)
+def read(name, dtype=None, tensors=True):
+    """A published LLaVA-1.5 or LLaVA-NeXT folder, or owner/name, as the fields of a Checkpoint; dtype: of all parameters, None for their own;
+    tensors: False for all but the model."""
+    folder = disk.find(name)
     where = folder / "config.json"
     config = read_json(where)
     if config.get("model_type") not in KINDS:
@@ -34,8 +36,8 @@ def read(name, dtype=None):
     layer = config.get("vision_feature_layer", -2)
     if not isinstance(layer, int):
         raise Mistake(f"{where}: vision_feature_layer {layer} is not known here, only one layer")
-    eye = huggingface.eye(name, read=layer)
-    brain = huggingface.brain(name, usual=usual_template(config))
+    eye = huggingface.eye(name, read=layer, tensors=tensors)
+    brain = huggingface.brain(name, usual=usual_template(config), tensors=tensors)
     strategy = "default" if eye.shapes["vision"].get("class_token") else "full"
     insist(config, dict(projector_hidden_act="gelu", multimodal_projector_bias=True, use_image_newline_parameter=True, quantization_config=None,
                         tie_word_embeddings=brain.shapes["decoder"]["tied"]), where)
@@ -46,11 +48,13 @@ def read(name, dtype=None):
                       f"{pinpoints if anyres else None} in config.json")
     images.check_policy(eye.policy)
     shapes = {**eye.shapes, **brain.shapes}
+    told = dict(model=None, tokenizer=brain.tokenizer, shapes=shapes, policy=eye.policy, template=brain.template, card={}, spare=eye.spare)
+    if not tensors:
+        return told
     model, spelling = join(eye, brain, shapes, anyres, folder)
     if dtype is not None:
         model.to(dtype)
-    card = {"llava": brain.card["folder"] | {"vision_names": spelling}}
-    return dict(model=model, tokenizer=brain.tokenizer, shapes=shapes, policy=eye.policy, template=brain.template, card=card, spare=eye.spare)
+    return told | dict(model=model, card={"llava": brain.card["folder"] | {"vision_names": spelling}})
 
 
 def usual_template(config):
@@ -60,13 +64,13 @@ def usual_template(config):
 
 def join(eye, brain, shapes, anyres, folder):
     """The VLM of two parts and what a folder holds between them, and how the folder begins the names of its eye."""
-    files = huggingface.weight_files(folder)
-    found = huggingface.read_weights(files, [(r"^model\.", "")])
+    paths = disk.weight_files(folder)
+    found = disk.read_weights(paths, [(r"^model\.", "")])
     small = shapes["decoder"] | {"layers": 0, "vocabulary": 1}
     with torch.device("meta"):
         model = VLM(vision=shapes["vision"], decoder=small, shuffle=1, mean=eye.policy["mean"], std=eye.policy["std"], newline=anyres)
         model.vision = model.decoder = torch.nn.Identity()
-    huggingface.take(model, JOINT, found, r"(?!multi_modal_projector|image_newline)", folder)
+    huggingface.take(model, JOINT, found, r"(?!multi_modal_projector|image_newline)", paths)
     model.vision, model.decoder = eye.model.vision, brain.model.decoder
     inner = any(name.startswith("vision_tower.vision_model.") for name in found)
     return model.eval(), f"vision_tower.{'vision_model.' * inner}"
@@ -158,7 +162,7 @@ def write_shards(tensors, folder):
         shards[-1][name], size = tensor, size + tensor.nbytes
     names = ["model.safetensors"] if len(shards) == 1 else [f"model-{n:05d}-of-{len(shards):05d}.safetensors" for n in range(1, len(shards) + 1)]
     for name, shard in zip(names, shards, strict=True):
-        huggingface.write_tensors({key: tensor.detach().cpu().contiguous() for key, tensor in shard.items()}, folder / name)
+        disk.write_tensors({key: tensor.detach().cpu().contiguous() for key, tensor in shard.items()}, folder / name)
     if len(shards) > 1:
         weight_map = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
         index = {"metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())}, "weight_map": weight_map}

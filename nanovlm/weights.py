@@ -16,12 +16,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
-from . import Mistake, huggingface, llava
+from . import Mistake, disk, huggingface, llava
 from .data import sync
-from .huggingface import read_json, write_tensors
+from .disk import read_json, read_tensors, write_tensors
 from .model import VLM
 from .tokenizer import Tokenizer
 
@@ -30,7 +28,7 @@ CARRIED = ("shapes", "policy", "template", "card")  # what nanovlm.json says of 
 
 
 class Checkpoint(NamedTuple):
-    model: VLM
+    model: VLM | None  # None where no weights were asked for (describe)
     tokenizer: Tokenizer
     shapes: dict  # the arguments of VLM: vision, decoder, shuffle
     policy: dict  # how pictures become tiles (images.py)
@@ -59,18 +57,9 @@ def newest(folder):
     if (folder / "nanovlm.json").is_file():
         return folder
     if not (found := steps(folder)):
-        hint = f"; to fetch it: hf download {folder}" if huggingface.is_name(folder) else ""
+        hint = f"; to fetch it: hf download {folder}" if disk.is_name(folder) else ""
         raise Mistake(f"{folder} holds no nanovlm checkpoint" if folder.exists() else f"no such model: {folder}{hint}")
     return found[-1]
-
-
-def read_tensors(path):
-    try:
-        return load_file(path)
-    except FileNotFoundError:
-        raise Mistake(f"{path} is missing from its checkpoint") from None
-    except SafetensorError as error:
-        raise Mistake(f"{path} is broken or cut short ({os.path.getsize(path)} bytes): {error}") from None
 
 
 def parameters(model):
@@ -81,42 +70,47 @@ def parameters(model):
     return state
 
 
-def put(model, tensors, where):
-    """Make tensors the model's own, without a copy; every name and shape must match, or a Mistake lists those that do not."""
-    own = parameters(model)
-    wrong = [f"{n} is missing" for n in own if n not in tensors] + [f"{n} is not used" for n in tensors if n not in own]
-    wrong += [f"{n} is {list(tensors[n].shape)}, the model wants {list(t.shape)}" for n, t in own.items()
-              if n in tensors and tensors[n].shape != t.shape]
-    if wrong:
-        raise Mistake(f"{where}: {'; '.join(wrong[:10])}{f' and {len(wrong) - 10} more' if len(wrong) > 10 else ''}")
-    if "decoder.head.weight" not in own:
-        tensors = tensors | {"decoder.head.weight": tensors["decoder.embed.weight"]}
-    model.load_state_dict(tensors, assign=True)
-    if "decoder.head.weight" not in own:
-        model.decoder.head.weight = model.decoder.embed.weight
+def is_public(folder):
+    return (Path(folder) / "config.json").is_file() or disk.cached(folder) is not None
+
+
+def describe(folder):
+    """What load gives, with no model, and none of the weights read: enough to prepare data for it."""
+    if is_public(folder):
+        return Checkpoint(**llava.read(folder, tensors=False))._replace(card={"folder": str(folder)})
+    folder = newest(folder)
+    where = folder / "nanovlm.json"
+    meta = read_json(where)
+    if meta.get("version") != VERSION:
+        raise Mistake(f"{folder}: written in format {meta.get('version')}, this reads {VERSION}")
+    if missing := [name for name in CARRIED if name not in meta]:
+        raise Mistake(f"{where} does not say its {', '.join(missing)}")
+    tokenizer = Tokenizer.load(folder)
+    huggingface.check_vocabulary(tokenizer, meta["shapes"]["decoder"], where)
+    card = {**meta["card"], "folder": str(folder)}  # where it was read from, which is not written again
+    return Checkpoint(None, tokenizer, meta["shapes"], meta["policy"], meta["template"], card)
 
 
 def load(folder, device="cpu", dtype=torch.float32):
     """The newest Checkpoint in a folder, or a published LLaVA (llava.py), its model in eval mode on `device`; dtype: of all its parameters, None
     for as they were saved."""
-    if (Path(folder) / "config.json").is_file() or huggingface.cached(folder):
+    if is_public(folder):
         found = llava.read(folder, dtype)
         return Checkpoint(**found)._replace(model=found["model"].to(device), card=found["card"] | {"folder": str(folder)})
-    folder = newest(folder)
-    meta = read_json(folder / "nanovlm.json")
-    if meta.get("version") != VERSION:
-        raise Mistake(f"{folder}: written in format {meta.get('version')}, this reads {VERSION}")
-    if missing := [name for name in CARRIED if name not in meta]:
-        raise Mistake(f"{folder / 'nanovlm.json'} does not say its {', '.join(missing)}")
+    found = describe(folder)
+    path, spare = (Path(found.card["folder"]) / name for name in ("model.safetensors", "spare.safetensors"))
     with torch.device("meta"):
-        model = build(meta["shapes"], meta["policy"])
-    tensors = read_tensors(folder / "model.safetensors")
+        model = build(found.shapes, found.policy)
+    shapes = {name: tensor.shape for name, tensor in parameters(model).items()}
+    tensors = disk.checked(shapes, disk.read_weights({path: None}, []), "(?!)", [path])
     if dtype is not None:  # else they stay in the file until they are used
         tensors = {name: tensor.to(dtype, copy=True) for name, tensor in tensors.items()}
-    put(model, tensors, folder / "model.safetensors")
-    card = {**meta["card"], "folder": str(folder)}  # where it was read from, which is not written again
-    spare = read_tensors(folder / "spare.safetensors") if (folder / "spare.safetensors").is_file() else {}
-    return Checkpoint(model.to(device).eval(), Tokenizer.load(folder), meta["shapes"], meta["policy"], meta["template"], card, spare)
+    if tied := "decoder.head.weight" not in shapes:
+        tensors["decoder.head.weight"] = tensors["decoder.embed.weight"]
+    model.load_state_dict(tensors, assign=True)
+    if tied:
+        model.decoder.head.weight = model.decoder.embed.weight
+    return found._replace(model=model.to(device).eval(), spare=read_tensors(spare) if spare.is_file() else {})
 
 
 def save(checkpoint, folder, training=None, tensors=None):

@@ -1,7 +1,10 @@
 """Public folders in all their spellings become parts of a model; what is broken, unknown or missing is named."""
 import json
+import math
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from test_parity import BRAIN, CHATML, clip, dinov2, publish, shake, siglip
 
 import prepare
-from nanovlm import Mistake, chat, huggingface, images, tokenizer, weights
+from nanovlm import Mistake, chat, disk, huggingface, images, tokenizer, weights
 
 
 def llama(**other):
@@ -191,10 +194,33 @@ def put_a_tensor_in_two_shards(folder):
     save_file(shards[0] | shards[1], folder / "model-00001-of-00003.safetensors")
 
 
-def name_a_shard_elsewhere(folder):
-    (folder.parent / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"lm_head.weight": "../model.safetensors"}}))
-    (folder / "model.safetensors").unlink()
+def call_a_tensor_by_two_names(folder):
+    """One of a brain alone, one of the same brain in a LLaVA; each is what an index may hold."""
+    as_shards(folder)
+    save_file({"language_model.model.norm.weight": torch.ones(48)}, folder / "other.safetensors")
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    index["weight_map"]["language_model.model.norm.weight"] = "other.safetensors"
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def take_a_tensor_out_of_its_shard(folder):
+    as_shards(folder)
+    path = folder / "model-00001-of-00003.safetensors"
+    save_file(dict(list(load_file(path).items())[1:]), path)
+
+
+def keep_an_index_of_nothing(folder):
+    as_shards(folder)
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"lm_head.weight": null}}')
+
+
+def name_a_shard(name):
+    def change(folder):
+        (folder.parent / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
+        file = name.format(folder=folder.parent)
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"lm_head.weight": file}}))
+        (folder / "model.safetensors").unlink()
+    return change
 
 
 def lose_a_shard(folder):
@@ -208,9 +234,27 @@ def cut_a_shard(folder):
     path.write_bytes(path.read_bytes()[:-100])
 
 
+class Code:
+    """Writes a file where a pickle of it is read freely."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
 def pickle_code(folder):
-    torch.save({"model.norm.weight": print}, folder / "pytorch_model.bin")
+    torch.save({"model.norm.weight": Code(folder / "ran")}, folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
+
+
+def spill_a_pickle(folder):
+    """A byte in the middle of the older kind's pickle is another: whatever Python then says, it is told as a broken file."""
+    as_old_bin(folder)
+    data = bytearray((folder / "pytorch_model.bin").read_bytes())
+    data[data.index(b"model.norm.weight") - 4] ^= 255  # the length of that name
+    (folder / "pytorch_model.bin").write_bytes(data)
 
 
 def cut_a_bin(folder):
@@ -230,20 +274,29 @@ def keep_no_weights(folder):
 @pytest.mark.parametrize("change, said", [
     (lambda folder: rename(folder, lambda name: None if "norm.weight" in name else name),
      "layers.0.input_layernorm.weight is missing; .*model.norm.weight is missing"),
-    (spoil(extra=torch.ones(3)), "model.extra.weight is not used"),
-    (spoil(norm=torch.ones(49)), r"model.norm.weight is \[49\], its config says \[48\]"),
+    (spoil(extra=torch.ones(3)), "model.extra.weight in model.safetensors is not used"),
+    (spoil(norm=torch.ones(49)), r"model.norm.weight in model.safetensors is \[49\], the model wants \[48\]"),
     (spoil(norm=torch.full((48,), torch.nan)), "model.norm.weight in model.safetensors holds a number that is not finite"),
     (spoil(norm=torch.full((48,), -torch.inf)), "not finite"),
-    (name_a_shard_elsewhere, "index.json names ../model.safetensors, which is not in the folder"),
-    (put_a_tensor_in_two_shards, "is both in .*model-00001-of-00003.safetensors and in .*model-00002"),
-    (lose_a_shard, "names model-00002-of-00003.safetensors, which is not in the folder"),
+    (spoil(norm=torch.ones(48, dtype=torch.int8)), "model.norm.weight in model.safetensors is of torch.int8"),
+    (name_a_shard("../model.safetensors"), "index.json names ../model.safetensors for lm_head.weight, which is not in the folder"),
+    (name_a_shard("{folder}/model.safetensors"), "index.json names /.*/model.safetensors for lm_head.weight, which is not in the folder"),
+    (name_a_shard(".."), "index.json names .. for lm_head.weight, which is not in the folder"),
+    (keep_an_index_of_nothing, "index.json holds no weight_map"),
+    (take_a_tensor_out_of_its_shard, "model-00001-of-00003.safetensors lacks lm_head.weight, its folder's index says otherwise"),
+    (call_a_tensor_by_two_names, "model.norm.weight is both in .*model-0000.-of-00003.safetensors and in .*other.safetensors"),
+    (put_a_tensor_in_two_shards, "model-00001-of-00003.safetensors holds .*, its folder's index says otherwise"),
+    (lose_a_shard, "names model-00002-of-00003.safetensors for .*, which is not in the folder"),
     (cut_a_shard, "model-00003-of-00003.safetensors is broken, cut short"),
     (pickle_code, "pytorch_model.bin is broken, .* or holds more than tensors"),
     (keep_a_list, "pytorch_model.bin is broken, .*: no tensors by name"),
-    (cut_a_bin, "pytorch_model.bin is broken, cut short"),
+    (cut_a_bin, r"pytorch_model.bin is broken, cut short \([\d,]+ bytes\)"),
+    (spill_a_pickle, "pytorch_model.bin is broken, cut short"),
     (keep_no_weights, "holds neither model.safetensors nor pytorch_model.bin"),
-    (lambda folder: edit(folder / "config.json", num_hidden_layers=1), "model.layers.1.input_layernorm.weight is not used"),
-    (lambda folder: edit(folder / "config.json", vocab_size=100), "tokenizer knows 262 tokens, its vocab_size is 100"),
+    (lambda folder: edit(folder / "config.json", num_hidden_layers=1), "model.layers.1.input_layernorm.weight in .* is not used"),
+    (lambda folder: edit(folder / "config.json", vocab_size=100), "the vocabulary is 100, its folder's tokenizer knows 262 tokens"),
+    (lambda folder: edit(folder / "config.json", num_attention_heads=0), "config.json: num_attention_heads 0 is no whole number from 1 on"),
+    (lambda folder: edit(folder / "config.json", hidden_size="48"), "config.json: hidden_size '48' is no whole number"),
     (lambda folder: edit(folder / "config.json", tie_word_embeddings=True), "lm_head.weight is not embed_tokens.weight"),
     (lambda folder: (folder / "config.json").write_text("{"), "config.json is not JSON"),
     (lambda folder: (folder / "config.json").write_text("[]"), "config.json is no object"),
@@ -252,8 +305,79 @@ def keep_no_weights(folder):
 ])
 def test_a_broken_folder_is_told_by_file_and_tensor(change, said, brain_folder):
     change(brain_folder)
-    with pytest.raises(Mistake, match=said):
+    with pytest.raises(Mistake, match=said) as mistake:
         huggingface.brain(brain_folder)
+    assert "\n" not in str(mistake.value) and not (brain_folder / "ran").exists()
+
+
+@pytest.mark.parametrize("name", ["encoder.layers.0.mlp.fc1.bias", "encoder.layers.2.mlp.fc1.bias", "post_layernorm.weight"])
+def test_of_an_eye_the_layers_that_are_not_read_must_be_whole_too(name, eye_folder):
+    """CLIP's last layer and norm: LLaVA folders are written with them."""
+    tensors = load_file(eye_folder / "model.safetensors")
+    name = next(n for n in tensors if n.endswith(name))
+    plain = name.removeprefix("vision_model.")
+    for other, said in ((torch.full_like(tensors[name], torch.nan), f"{plain} in model.safetensors holds a number that is not finite"),
+                        (torch.ones(5), rf"{plain} in model.safetensors is \[5\]"), (None, f"{plain} is missing")):
+        save_file({n: t for n, t in (tensors | {name: other}).items() if t is not None}, eye_folder / "model.safetensors")
+        with pytest.raises(Mistake, match=said):
+            huggingface.eye(eye_folder)
+
+
+# ---- a full-size folder ----
+def sparse(path, shapes):
+    """A safetensors file of bfloat16 with all of its header and none of its numbers."""
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [end, end := end + 2 * math.prod(shape)]}
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text)
+    os.truncate(path, 8 + len(text) + end)
+
+
+def mistral_7b(folder):
+    """Mistral-7B-Instruct-v0.3 as published, its tokenizer's files and its numbers aside: config, three shards, index."""
+    config = hf.MistralConfig(vocab_size=32768, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+                              num_key_value_heads=8, rope_theta=1e6, rms_norm_eps=1e-5, max_position_embeddings=32768, sliding_window=None)
+    config.save_pretrained(folder)
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in hf.MistralForCausalLM(config).state_dict().items()}
+    shards, size = [{}], 0
+    for name, shape in shapes.items():
+        if size + 2 * shape.numel() > 5e9:  # as transformers fills them
+            shards, size = [*shards, {}], 0
+        shards[-1][name], size = shape, size + 2 * shape.numel()
+    names = [f"model-{n:05d}-of-{len(shards):05d}.safetensors" for n in range(1, len(shards) + 1)]
+    for name, shard in zip(names, shards, strict=True):
+        sparse(folder / name, shard)
+    index = {"metadata": {"total_size": 14_496_047_104}, "weight_map": {key: n for n, shard in zip(names, shards, strict=True) for key in shard}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return folder
+
+
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a process's memory is read from /proc")
+def test_a_full_size_mistral_is_planned_without_a_number_of_it(tmp_path):
+    """14.5 GB in name only: names, shapes and bytes are held against the config, and nothing is allocated. A wrong one is told as soon."""
+    folder = mistral_7b(tmp_path)
+    files, where = disk.weight_files(folder), folder / "config.json"
+    shapes = huggingface.brain_shapes(huggingface.section(disk.read_json(where), "text_config", huggingface.BRAINS, where), where)
+    with torch.device("meta"):
+        wanted = {huggingface.theirs(name, huggingface.LLAMA): t.shape for name, t in huggingface.Decoder(**shapes).state_dict().items()}
+    before = resident()
+    plan = disk.matched(wanted, disk.read_weights(files, huggingface.BRAIN_WRAPPED), huggingface.BRAIN_UNREAD, files)
+    total = json.loads((folder / "model.safetensors.index.json").read_text())["metadata"]["total_size"]
+    assert len(files) == 3 and sum(tensor.nbytes for tensor in plan.values()) == total == sum(2 * shape.numel() for shape in wanted.values())
+    assert {name: tensor.shape for name, tensor in plan.items()} == wanted and {t.dtype for t in plan.values()} == {torch.bfloat16}
+    assert resident() - before < 20e6 and sum(path.stat().st_blocks for path in tmp_path.iterdir()) * 512 < 1e6
+    with torch.device("meta"):
+        other = huggingface.Decoder(**shapes | {"kv_heads": 4})
+    with pytest.raises(Mistake, match=r"self_attn.k_proj.weight in model-0000.-of-00003.safetensors is \[1024, 4096\], the model wants \[512, 4096\];"
+                                      ".* and 54 more"):
+        huggingface.take(other, huggingface.LLAMA, disk.read_weights(files, huggingface.BRAIN_WRAPPED), huggingface.BRAIN_UNREAD, files)
+    assert resident() - before < 20e6
 
 
 # ---- where folders lie ----
@@ -263,19 +387,25 @@ def cached(home, name, source, commit="0123abc"):
     (cache / "refs").mkdir(parents=True)
     (cache / "refs" / "main").write_text(commit)
     (cache / "snapshots").mkdir()
-    return copy(source, cache / "snapshots" / commit)
+    folder = copy(source, cache / "snapshots" / commit)
+    (cache / "blobs").mkdir()
+    for path in folder.iterdir():  # a snapshot is links into blobs, which the cache names by their hashes
+        path.rename(blob := cache / "blobs" / f"b{hash(path.name):x}")
+        path.symlink_to(Path("../../blobs") / blob.name)
+    return folder
 
 
-def test_an_owner_and_name_is_looked_up_in_the_cache(published, tmp_path, monkeypatch):
+def test_an_owner_and_name_is_looked_up_in_the_cache(published, brain_folder, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HOME", str(tmp_path))
-    folder = cached(tmp_path, "someone/brain", published[1])
+    as_shards(brain_folder)
+    folder = cached(tmp_path, "someone/brain", brain_folder)
     (folder / "README.md").write_text("---\ntags:\n- text\nlicense: apache-2.0\n---\n# A brain\n")
     part = huggingface.brain("someone/brain")
     same(part.model.decoder, huggingface.brain(published[1]).model.decoder)
-    card = part.card["folder"]
+    card, shards = part.card["folder"], sorted(folder.glob("*.safetensors"))
     assert (card["from"], card["revision"], card["licence"]) == ("someone/brain", "0123abc", "apache-2.0")
-    printed = subprocess.run(["sha256sum", folder / "model.safetensors"], capture_output=True, text=True).stdout
-    assert card["files"] == {"model.safetensors": printed.split()[0]}
+    printed = subprocess.run(["sha256sum", *shards], capture_output=True, text=True).stdout.split()
+    assert len(shards) == 3 and card["files"] == {path.name: sha for path, sha in zip(shards, printed[::2], strict=True)}
 
 
 def test_what_is_nowhere_comes_with_the_command_that_fetches_it(tmp_path, monkeypatch):
@@ -307,12 +437,12 @@ def test_only_what_is_read_is_fetched(tmp_path):
     files = ["README.md", "config.json", "consolidated.safetensors", "model-1.safetensors", "original/params.json", "pytorch_model.bin",
              "tokenizer.model"]
     hub = Hub(files, tmp_path)
-    assert huggingface.fetch("a/b", hub) == tmp_path and hub.asked == ["README.md", "config.json", "model-1.safetensors", "tokenizer.model"]
+    assert disk.fetch("a/b", hub) == tmp_path and hub.asked == ["README.md", "config.json", "model-1.safetensors", "tokenizer.model"]
     hub.files = ["config.json", "pytorch_model.bin", "flax_model.msgpack"]
-    huggingface.fetch("a/b", hub)
+    disk.fetch("a/b", hub)
     assert hub.asked == ["config.json", "pytorch_model.bin"]
     with pytest.raises(Mistake, match="a/b is no folder here and could not be fetched: ConnectionError no route to host"):
-        huggingface.fetch("a/b", Hub(files, None))
+        disk.fetch("a/b", Hub(files, None))
 
 
 # ---- pictures ----

@@ -365,6 +365,20 @@ def test_many_pictures_of_many_sizes_at_once_are_answered_as_one_by_one(folders,
         assert said == "".join(sample.stream(ours, [("user", sample.place_pictures(text, len(seen)))], seen, max_tokens=8))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_description_is_all_but_the_model_and_reads_no_weights(kind, folders, tmp_path):
+    loaded = weights.load(folders[kind], dtype=None)
+    folder = tmp_path / "bare"
+    folder.mkdir()
+    for path in folders[kind].iterdir():
+        if path.suffix != ".safetensors":
+            (folder / path.name).write_bytes(path.read_bytes())
+    told = weights.describe(folder)
+    assert told.model is None and told.fingerprint() == loaded.fingerprint() and told.shapes == loaded.shapes
+    with pytest.raises(Mistake, match="holds neither model.safetensors nor pytorch_model.bin"):
+        weights.load(folder)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_numbers_stay_as_their_files_have_them(dtype, folders, tmp_path):
     """7B parameters take 14 GB in half precision; read as float32 they would take 28."""

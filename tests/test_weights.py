@@ -52,8 +52,36 @@ def test_missing_unused_and_misshapen_tensors_are_all_named(words, tmp_path):
     save_file(tensors, tmp_path / "a" / "model.safetensors")
     with pytest.raises(Mistake) as mistake:
         weights.load(tmp_path / "a")
-    assert str(mistake.value) == (f"{tmp_path / 'a' / 'model.safetensors'}: vision.positions is missing; decoder.extra is not used; "
-                                  "projector.up.weight is [80, 24], the model wants [24, 80]")
+    assert str(mistake.value) == (f"{tmp_path / 'a' / 'model.safetensors'}: vision.positions is missing; decoder.extra in model.safetensors is not "
+                                  "used; projector.up.weight in model.safetensors is [80, 24], the model wants [24, 80]")
+
+
+@pytest.mark.parametrize("number", [torch.nan, torch.inf, -torch.inf])
+def test_a_number_that_is_not_finite_is_named(words, tmp_path, number):
+    weights.save(make_checkpoint(words), tmp_path / "a")
+    tensors = load_file(tmp_path / "a" / "model.safetensors")
+    tensors["vision.layers.1.up.bias"][3] = number
+    save_file(tensors, tmp_path / "a" / "model.safetensors")
+    for dtype in (torch.float32, torch.bfloat16, None):
+        with pytest.raises(Mistake, match="vision.layers.1.up.bias in model.safetensors holds a number that is not finite"):
+            weights.load(tmp_path / "a", dtype=dtype)
+
+
+def test_a_description_is_all_but_the_model_and_reads_no_weights(words, tmp_path):
+    weights.save(make_checkpoint(words), tmp_path / "run" / "step-000003")
+    loaded = weights.load(tmp_path / "run")
+    (tmp_path / "run" / "step-000003" / "model.safetensors").unlink()
+    told = weights.describe(tmp_path / "run")
+    assert told.model is None and told.fingerprint() == loaded.fingerprint() == make_checkpoint(words).fingerprint()
+    assert (told.shapes, told.policy, told.template, told.card) == (loaded.shapes, loaded.policy, loaded.template, loaded.card)
+    assert told.tokenizer.encode("a b") == words.encode("a b")
+
+
+def test_a_vocabulary_smaller_than_the_tokenizer_is_refused(words, tmp_path):
+    checkpoint = make_checkpoint(words, vocabulary=words.vocab_size - 1)
+    weights.save(checkpoint, tmp_path / "a")
+    with pytest.raises(Mistake, match="nanovlm.json: the vocabulary is 259, its folder's tokenizer knows 260 tokens"):
+        weights.load(tmp_path / "a")
 
 
 FILES = ["model.safetensors", "nanovlm.json", "tokenizer.json", "training.safetensors", "training.json"]
@@ -71,7 +99,7 @@ def test_a_file_cut_short_is_refused_by_name(words, tmp_path, name, keep):
         read(path)
     assert str(path) in str(mistake.value) and "\n" not in str(mistake.value)
     if name.endswith("safetensors"):
-        assert f"{path.stat().st_size} bytes" in str(mistake.value)
+        assert f"{path.stat().st_size:,} bytes" in str(mistake.value)
 
 
 @pytest.mark.parametrize("name", FILES[:3])
