@@ -289,15 +289,18 @@ class Tokenizer:
             (Path(folder) / name).write_bytes(source)
 
     def encode(self, text, space=None):
-        """space: whether one is put in front of a part of a conversation where a tokenizer does so at all; None: as it does with a text alone."""
+        """space: whether SentencePiece's is put in front; None: as the file says."""
+        said = text
         if self.front and text:
             text = text.replace("▁", " ")
-            own = {"always": True, "missing": text[0] != " ", "first": text[0] != " ", "never": False}[self.front]
-            text = " " + text if (own if space is None else space and self.front != "never") else text
+            if space is None:
+                space = {"always": True, "missing": text[0] != " ", "first": text[0] != " ", "never": False}[self.front]
+            text = " " + text if space else text
         try:
             source = text.encode()
         except UnicodeEncodeError as error:
-            raise Mistake(f"a text has half a character, U+{ord(text[error.start]):X}, at letter {error.start + 1}: {text[:40]!a}") from None
+            at = error.start - len(text) + len(said)
+            raise Mistake(f"a text has half a character, U+{ord(said[at]):X}, at letter {at + 1}: {said[:40]!a}") from None
         if len(text) < LONG and source.translate(None, self.dropped) == source:
             ranks = self.encoding.encode_ordinary(text)
         else:  # the pieces found here, as tiktoken's own tests do it
