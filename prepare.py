@@ -213,8 +213,7 @@ def stitch(*,
     refuse_to_overwrite(out)
     if fit is not None and fit not in pictures.FITS:
         raise Mistake(f"--fit={fit} is not known: {', '.join(pictures.FITS)}")
-    if template is not None and template not in chat.TEMPLATES:
-        raise Mistake(f"--template={template} is not known: {', '.join(chat.TEMPLATES)}")
+    check_template(template)
     choices = {"tile": tile, "fit": fit, "read": read, "shuffle": shuffle}
     eye = weights.eye(vision, **{name: value for name, value in choices.items() if value is not None})
     brain = weights.brain(decoder, **{} if template is None else {"template": template})
@@ -226,15 +225,22 @@ def stitch(*,
     say(f"read again, it sees in a picture of noise and says over eight tokens what they do alone: the largest difference is {difference:.2g}")
 
 
+def check_template(template):
+    if template not in (None, *chat.TEMPLATES):
+        raise Mistake(f"--template={template} is not known: {', '.join(chat.TEMPLATES)}")
+
+
 def export(*,
-    model: str = "out/sft",  # whose weights, tokenizer, template and picture policy
-    out: str = "",           # the new folder
+    model: str = "out/sft",       # whose weights, tokenizer, template and picture policy
+    out: str = "",                # the new folder
+    template: str | None = None,  # of a published LLaVA whose own is not known; the new folder states it
 ):
     """Hand a model on: a LLaVA folder that transformers, vLLM and llama.cpp's converter read without any code of ours."""
     if not out:
         raise Mistake("prepare.py export needs --out=DIR")
     refuse_to_overwrite(out)
-    owner = weights.load(model, dtype=None)
+    check_template(template)
+    owner = weights.load(model, dtype=None, template=template)
     weights.export(owner, out)
     kind = "LLaVA-NeXT" if owner.policy["fit"] == "anyres" else "LLaVA"
     say(f"{out}: a {kind} folder of {sum(file.stat().st_size for file in Path(out).iterdir()):,} bytes, its template {owner.template}")

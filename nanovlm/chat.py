@@ -190,7 +190,7 @@ def recognise(jinja, tokens, tokenizer, where):
     tokens: its bos_token and eos_token. A SentencePiece tokenizer puts a space before each text: of those spaces some published templates write
     every one, some only a few, so they are not compared.
     """
-    choices = f"say which it is by --template: {', '.join(TEMPLATES)}"
+    choices = f"say which it is by --template of prepare.py, stitch for a brain, export for a whole LLaVA: {', '.join(TEMPLATES)}"
     if jinja is None:
         raise Mistake(f"{where} states no chat template; {choices}")
     own_space = tokenizer.bytes_of[tokenizer.encode("a")[0]].startswith(b" ")

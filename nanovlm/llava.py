@@ -24,9 +24,9 @@ SHARD_BYTES = 5_000_000_000  # transformers' own
 
 
 # ---- reading ----
-def read(name, dtype=None, tensors=True):
+def read(name, dtype=None, template=None, tensors=True):
     """A published LLaVA-1.5 or LLaVA-NeXT folder, or owner/name, as the fields of a Checkpoint; dtype: of all parameters, None for their own;
-    tensors: False for all but the model."""
+    template: where the folder's own is not known; tensors: False for all but the model."""
     folder = disk.find(name)
     where = folder / "config.json"
     config = read_json(where)
@@ -37,7 +37,7 @@ def read(name, dtype=None, tensors=True):
     if not isinstance(layer, int):
         raise Mistake(f"{where}: vision_feature_layer {layer} is not known here, only one layer")
     eye = huggingface.eye(name, read=layer, tensors=tensors)
-    brain = huggingface.brain(name, usual=usual_template(config), tensors=tensors)
+    brain = huggingface.brain(name, template=template, usual=usual_template(config), tensors=tensors)
     strategy = "default" if eye.shapes["vision"].get("class_token") else "full"
     insist(config, dict(projector_hidden_act="gelu", multimodal_projector_bias=True, use_image_newline_parameter=True, quantization_config=None,
                         tie_word_embeddings=brain.shapes["decoder"]["tied"]), where)

@@ -91,12 +91,14 @@ def describe(folder):
     return Checkpoint(None, tokenizer, meta["shapes"], meta["policy"], meta["template"], card)
 
 
-def load(folder, device="cpu", dtype=torch.float32):
+def load(folder, device="cpu", dtype=torch.float32, template=None):
     """The newest Checkpoint in a folder, or a published LLaVA (llava.py), its model in eval mode on `device`; dtype: of all its parameters, None
-    for as they were saved."""
+    for as they were saved; template: for a published LLaVA whose own is not known."""
     if is_public(folder):
-        found = llava.read(folder, dtype)
+        found = llava.read(folder, dtype, template)
         return Checkpoint(**found)._replace(model=found["model"].to(device), card=found["card"] | {"folder": str(folder)})
+    if template is not None:
+        raise Mistake(f"--template={template} is for a published LLaVA; {folder} has settled it")
     found = describe(folder)
     path, spare = (Path(found.card["folder"]) / name for name in ("model.safetensors", "spare.safetensors"))
     with torch.device("meta"):

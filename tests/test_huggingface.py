@@ -179,6 +179,55 @@ def test_an_eye_that_computes_something_else_is_refused_by_name(make, field, val
         huggingface.eye(tmp_path)
 
 
+@pytest.mark.parametrize("field", huggingface.BRAIN_MUST)
+def test_each_field_that_would_change_what_a_brain_says_is_refused(field, brain_folder):
+    value = {True: False, False: True}.get(huggingface.BRAIN_MUST[field], 7)
+    edit(brain_folder / "config.json", **{field: value})
+    with pytest.raises(Mistake, match=f"config.json: {field} {value} is not known here"):
+        huggingface.brain(brain_folder)
+
+
+@pytest.mark.parametrize("field", huggingface.EYE_MUST)
+def test_each_field_that_would_change_what_an_eye_sees_is_refused(field, eye_folder):
+    value = {True: False, False: True}.get(huggingface.EYE_MUST[field], 7)
+    edit(eye_folder / "config.json", **{field: value})
+    with pytest.raises(Mistake, match=f"config.json: {field} {value} is not known here"):
+        huggingface.eye(eye_folder)
+
+
+# What changes no result: how transformers starts, trains, caches and labels; parts that are not read; which ids begin and end a text (the template's)
+HARMLESS = {"attention_dropout", "attention_probs_dropout_prob", "hidden_dropout_prob", "drop_path_rate", "initializer_range", "initializer_factor",
+            "layerscale_value", "use_mask_token", "use_cache", "pretraining_tp", "bos_token_id", "eos_token_id", "pad_token_id", "projection_dim",
+            "vision_use_head", "out_features", "out_indices", "stage_names", "reshape_hidden_states",
+            "max_position_embeddings"}  # RoPE has no table; where it is stretched from that length, it is read
+
+
+class Read(dict):
+    """A config that remembers which of its fields were asked for."""
+
+    def __init__(self, fields):
+        super().__init__(fields)
+        self.asked = set()
+
+    def __getitem__(self, field):
+        self.asked.add(field)
+        return super().__getitem__(field)
+
+    def get(self, field, other=None):
+        self.asked.add(field)
+        return super().get(field, other)
+
+
+@pytest.mark.parametrize("kind", [hf.CLIPVisionConfig, hf.SiglipVisionConfig, hf.Dinov2Config, hf.LlamaConfig, hf.MistralConfig, hf.MinistralConfig],
+                         ids=lambda kind: kind.model_type)
+def test_every_field_that_transformers_knows_is_read_or_changes_nothing(kind):
+    config = kind(**{"sliding_window": 9} if kind is hf.MinistralConfig else {}).to_dict()
+    read, is_eye = Read(huggingface.DEFAULTS[kind.model_type] | config), kind.model_type in huggingface.EYES
+    huggingface.eye_shapes(read, read["image_size"], None, "here") if is_eye else huggingface.brain_shapes(read, "here")
+    own = config.keys() - hf.PretrainedConfig().to_dict().keys()
+    assert len(own) > 8 and own - read.asked == own & HARMLESS
+
+
 def spoil(**how):
     def change(folder):
         tensors = load_file(folder / "model.safetensors")
@@ -586,7 +635,7 @@ def test_a_template_is_found_where_transformers_has_put_it(place, brain_folder):
     assert huggingface.brain(brain_folder).template == "chatml"
 
 
-@pytest.mark.parametrize("template, said", [(..., "states no chat template; say which it is by --template: mistral, "),
+@pytest.mark.parametrize("template, said", [(..., "states no chat template; say which it is by --template of prepare.py, .*: mistral, "),
                                             ("{{ messages[0]['content'] }}", "its chat template writes 'Hello', as none of ours does"),
                                             ("{{ ''.__class__.__mro__ }}", "writes None"),  # the sandbox refuses it
                                             ("{{ today }}{{ raise_exception('no') }}", "writes None"),

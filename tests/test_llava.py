@@ -339,6 +339,20 @@ def test_a_folder_that_states_no_template_gets_the_one_of_its_kind(tmp_path):
         assert weights.load(folder).template == template
 
 
+def test_a_template_that_nobody_knows_is_said_to_export_which_stores_it(tmp_path):
+    folder = publish(tmp_path / "odd", **KINDS["1.5"] | {"jinja": "{{ 'odd' }}"})
+    for read in (weights.load, weights.describe):
+        with pytest.raises(Mistake, match="writes 'odd', as none of ours does; say which it is by --template of prepare.py, .*export .*: .*vicuna"):
+            read(folder)
+    with pytest.raises(Mistake, match="--template=odd is not known: mistral"):
+        prepare.export(model=str(folder), out=str(tmp_path / "out"), template="odd")
+    prepare.export(model=str(folder), out=str(tmp_path / "out"), template="vicuna")
+    assert weights.load(tmp_path / "out").template == "vicuna"
+    weights.save(weights.load(tmp_path / "out"), tmp_path / "ours")
+    with pytest.raises(Mistake, match="--template=llava is for a published LLaVA; .*ours has settled it"):
+        prepare.export(model=str(tmp_path / "ours"), out=str(tmp_path / "again"), template="llava")
+
+
 def test_sample_takes_a_folder_or_a_name_in_the_cache(folders, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     cache = tmp_path / "hub" / "models--some--llava"
