@@ -115,7 +115,7 @@ def one_text(turn):
 
 def pairs(record, name):
     texts = record["texts"] if isinstance(record["texts"], list) else [record["texts"]]
-    return [words(pair.get(role) if isinstance(pair, dict) else pair, "turn") for pair in texts for role in ("user", "assistant")]
+    return [words(pair.get(role) if isinstance(pair, dict) else None, "turn") for pair in texts for role in ("user", "assistant")]
 
 
 def choice(record, name):
