@@ -1,30 +1,32 @@
-"""From a picture file, whatever its kind, to the uint8 tiles that training and use both see.
+"""From a picture, whatever its kind, to the uint8 tiles that training and use both see.
 
 The picture policy is a plain dict that travels in the checkpoint:
 
-    tile      pixels across a tile            fit        squash, pad (to a square, with the mean colour), crop (the middle square) or anyres
+    tile      pixels across a tile            fit        squash, pad (to a square, with the mean colour), crop (the middle square), tiles, anyres
     patch     pixels across a patch           resample   bicubic or bilinear
     shuffle   shuffle² patches a token        mean, std  three numbers each, of pixels between 0 and 1; applied by the model, on its device
+    draft     where it is true, a JPEG may be decoded at a half, a quarter or an eighth, if that is twice as large still as what it is resized to
+
+    tiles     for tiles alone, the way of InternVL (Chen et al. 2024) and NVLM (Dai et al. 2024): the picture is squashed to the grid of at most
+              `tiles` tiles that its shape asks for, and cut row by row; with `thumbnail`, the whole of it comes last where there are several.
+              choice: how a grid is chosen (GRIDS); tags: whether a text that numbers it stands before each tile.
     pinpoints for anyres alone, LLaVA-NeXT's way (Liu et al. 2024): the heights and widths in pixels that a picture may be enlarged to. Its first
               tile is the whole picture, squashed; the others cut the enlarged one, black around it, row by row.
 """
+import functools
 import math
-import os
-import re
-import warnings
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
+import torch
+import torch.nn.functional as F
+from PIL import Image
 
-from . import Mistake
+from . import Mistake, opening
 
-FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # what people have; Pillow knows 40 more, some of which start other programs
-FITS = ("squash", "pad", "crop")
+FITS = ("squash", "pad", "crop")  # that make one tile of any picture
 FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
-MAX_PIXELS = 100_000_000  # 300 MB as RGB; a bomb of a few kB unpacks to more
-MAX_SIDE = 20_000  # the square that it is padded to is 1.6 GB as Pillow keeps it
-MAX_ASPECT = 200
+SMALL = 1 << 16  # pixels of a picture on which half a millisecond of Pillow's may be spent
 NEWLINE = -1  # among places: the vector that a model has learnt for the end of a row
 
 
@@ -33,6 +35,7 @@ class Picture(NamedTuple):
 
     tiles: np.ndarray   # (N, C, Y, X), uint8
     places: np.ndarray  # which tokens of the tiles are read, in order
+    size: tuple         # (width, height) in pixels, upright, before it was cut
 
 
 # ---- the policy ----
@@ -53,13 +56,18 @@ def check_policy(policy):
 
     rules = {
         **{name: (whole, "is no whole number from 1 on") for name in ("tile", "patch", "shuffle")},
-        "fit": (lambda x: x in FITS or x == "anyres", f"is none of {', '.join(FITS)}, anyres"),
+        "fit": (lambda x: x in (*FITS, "tiles", "anyres"), f"is none of {', '.join(FITS)}, tiles, anyres"),
         "resample": (lambda x: x in FILTERS, f"is none of {', '.join(FILTERS)}"),
         "mean": (lambda x: shares(x, 0), "is not three numbers from 0 to 1"),
         "std": (lambda x: shares(x, 1e-6), "is not three numbers above 0, at most 1"),
     }
+    truth = (lambda x: isinstance(x, bool), "is neither true nor false")
     if policy.get("fit") == "anyres":
         rules["pinpoints"] = (grids, "is no list of heights and widths in whole tiles")
+    if policy.get("fit") == "tiles":
+        rules |= {"tiles": rules["tile"], "choice": (lambda x: x in GRIDS, f"is none of {', '.join(GRIDS)}"), "thumbnail": truth, "tags": truth}
+    if "draft" in policy:
+        rules["draft"] = truth
     wrong = [f"{name} is missing" for name in rules if name not in policy] + [f"{name} is not known" for name in policy if name not in rules]
     wrong += [f"{name} {policy[name]!r} {what}" for name, (holds, what) in rules.items() if name in policy and not holds(policy[name])]
     if not wrong:
@@ -76,6 +84,45 @@ def tokens_per_tile(policy):
     return (policy["tile"] // policy["patch"] // policy["shuffle"]) ** 2
 
 
+@functools.cache
+def grids_of(most):
+    """Every (columns, rows) of at most so many tiles, the fewest tiles first; of as many, in the order of a Python set, as InternVL's code has
+    them: among the grids that show a large square equally well, GRIDS["area"] takes the first."""
+    pairs = {(i, j) for n in range(1, most + 1) for i in range(1, n + 1) for j in range(1, n + 1) if i * j <= most}
+    return sorted(pairs, key=math.prod)
+
+
+def closest(size, tile, grids):
+    """The grid whose width / height is closest to the picture's; of several, the largest of which the picture covers more than half, else the
+    smallest (InternVL's `find_closest_aspect_ratio`)."""
+    def distance(grid):
+        return abs(size[0] / size[1] - grid[0] / grid[1])
+    nearest = min(map(distance, grids))
+    first, *larger = [grid for grid in grids if distance(grid) == nearest]
+    return next((grid for grid in reversed(larger) if math.prod(size) > 0.5 * tile * tile * math.prod(grid)), first)
+
+
+def closest_and_large(size, tile, grids):
+    """The grid with the best product of how much of the picture's area it has, 0.6 being enough, and how well the shapes agree (Megatron-LM's
+    examples/multimodal, `find_closest_area_weighted_aspect_ratio`)."""
+    aspect, area = size[0] / size[1], math.prod(size)
+
+    def merit(grid):
+        own = grid[0] / grid[1]
+        return min(math.prod(grid) * tile * tile / area, 0.6) * min(own / aspect, aspect / own)
+    return max(grids, key=merit)
+
+
+GRIDS = {"aspect": closest, "area": closest_and_large}
+
+
+def grid(size, policy, limit=None):
+    """The (rows, columns) of tiles that a picture of `size` (width, height) is cut into where fit is tiles; limit: at most so many tiles."""
+    most = policy["tiles"] if limit is None else min(limit, policy["tiles"])
+    columns, rows = GRIDS[policy["choice"]](size, policy["tile"], grids_of(most))
+    return rows, columns
+
+
 def pinpoint(size, policy):
     """The (height, width), of the policy's, that shows most of a picture of `size` (width, height), and of these the one that wastes least."""
     def merit(edges):
@@ -85,18 +132,27 @@ def pinpoint(size, policy):
     return max(policy["pinpoints"], key=merit)
 
 
-def places(size, policy):
+def tile_count(size, policy, limit=None):
+    """How many tiles a picture of `size` (width, height) makes; limit: as for `grid`."""
+    if policy["fit"] == "anyres":
+        height, width = pinpoint(size, policy)
+        return 1 + height // policy["tile"] * (width // policy["tile"])
+    count = math.prod(grid(size, policy, limit)) if policy["fit"] == "tiles" else 1
+    return count + (count > 1 and policy["thumbnail"])
+
+
+def places(size, policy, tiles):
     """Which tokens of its tiles are read of a picture of `size` (width, height), in order: an array of places, NEWLINE among them after a row.
 
     anyres: the first tile's tokens, then the grid's, row by row across its tiles, without the rows or columns that show only black
-    (`unpad_image` of transformers' modeling_llava_next.py, whose rounding this is).
+    (`unpad_image` of transformers' modeling_llava_next.py, whose rounding this is). All others: every token of all `tiles` tiles.
     """
     tokens = tokens_per_tile(policy)
     if policy["fit"] != "anyres":
-        return np.arange(tokens)
+        return np.arange(tiles * tokens)
     side, (rows, columns) = math.isqrt(tokens), (edge // policy["tile"] for edge in pinpoint(size, policy))
-    grid = np.arange(tokens, tokens * (1 + rows * columns)).reshape(rows, columns, side, side)
-    grid_YX = grid.transpose(0, 2, 1, 3).reshape(rows * side, columns * side)
+    numbers = np.arange(tokens, tokens * tiles).reshape(rows, columns, side, side)
+    grid_YX = numbers.transpose(0, 2, 1, 3).reshape(rows * side, columns * side)
     height, width = grid_YX.shape
     if size[0] / size[1] > width / height:
         black = (height - int(round(size[1] * (width / size[0]), 7))) // 2
@@ -107,130 +163,116 @@ def places(size, policy):
     return np.concatenate([np.arange(tokens), np.pad(grid_YX, ((0, 0), (0, 1)), constant_values=NEWLINE).ravel()])
 
 
-def picture_tokens(size, policy):
+def picture_tokens(size, policy, limit=None):
     """How many tokens a picture of `size` (width, height) takes; everyone who counts, counts with this or with the places themselves."""
-    return len(places(size, policy))
+    return len(places(size, policy, tile_count(size, policy, limit)))
 
 
-# ---- opening ----
-
-def open_picture(path):
-    """Any picture file as RGB: turned as its EXIF says, transparency over white, 16 bits scaled to 8, the first frame if it moves.
-
-    Raises Mistake, naming the file, for what is no picture of FORMATS, is cut short, has more than MAX_PIXELS, a side of more than MAX_SIDE
-    or one MAX_ASPECT times the other, or holds grey that is neither 8 nor 16 bits.
-    """
-    try:
-        with warnings.catch_warnings(action="ignore"), Image.open(path, formats=FORMATS) as picture:
-            check_size(*picture.size)
-            codings = [part.args for part in picture.tile]  # how the file keeps a pixel, which loading forgets
-            picture.load()
-            if "transparency" in picture.info:
-                translate_transparency(path, picture, codings)
-            return to_rgb(ImageOps.exif_transpose(picture))
-    except Mistake as mistake:
-        raise Mistake(f"{path} {mistake}") from None
-    except IsADirectoryError:
-        raise Mistake(f"{path} is a folder, not a picture") from None
-    except Image.UnidentifiedImageError:
-        what = "is empty (0 bytes)" if os.path.getsize(path) == 0 else f"is no picture that can be read here ({', '.join(FORMATS)})"
-        raise Mistake(f"{path} {what}") from None
-    except Image.DecompressionBombError as error:  # Pillow counts before we can; its message says how many
-        pixels = int(re.search(r"\((\d+) pixels\)", str(error))[1])
-        raise Mistake(f"{path} {too_many(pixels)}") from None
-    except Exception as error:  # on broken bytes Pillow raises nearly every kind of error
-        if isinstance(error, OSError) and error.strerror:  # the system's word, not Pillow's
-            raise Mistake(f"{path}: {error.strerror}") from None
-        raise Mistake(f"{path} is broken or cut short: {' '.join(str(error).split()) or type(error).__name__}") from None
-
-
-def too_many(pixels):
-    return f"has {pixels:,} pixels, more than the {MAX_PIXELS:,} that are allowed"
-
-
-def check_size(width, height):
-    if width * height > MAX_PIXELS:
-        raise Mistake(too_many(width * height))
-    if max(width, height) > MAX_SIDE:
-        raise Mistake(f"is {width} x {height} pixels, more than the {MAX_SIDE:,} that a side may have")
-    if min(width, height) < 1 or max(width, height) > MAX_ASPECT * min(width, height):
-        raise Mistake(f"is {width} x {height} pixels: one side is more than {MAX_ASPECT} times the other")
-
-
-def translate_transparency(path, picture, codings):
-    """A PNG names its transparent colour in the file's own depth; Pillow compares it with the 8 bits that it decodes to. In place."""
-    if "L;2" in codings or "L;4" in codings:
-        picture.info["transparency"] *= 85 if "L;2" in codings else 17  # 255 / 3, 255 / 15
-    if "RGB;16B" in codings:
-        with Image.open(path, formats=["PNG"]) as lower:
-            lower.tile = [part._replace(args="RGB;16L") for part in lower.tile]  # the bytes swapped: the lower 8 bits of each number
-            values_YXC = np.asarray(picture).astype(np.uint16) << 8 | np.asarray(lower)
-        picture.putalpha(Image.fromarray((values_YXC != picture.info.pop("transparency")).any(-1)))
-
-
-def to_rgb(picture):
-    """A loaded picture of any mode as RGB; Mistake for grey values that are neither 8 nor 16 bits."""
-    if picture.mode == "F":
-        raise Mistake("holds float pixels, which have no agreed white")
-    if picture.mode.startswith("I"):
-        return grey_of_16_bits(picture)
-    if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
-    return picture.convert("RGB")
-
-
-def grey_of_16_bits(picture):
-    """The upper 8 of 16 bits, as Pillow takes them from 16-bit colour; its own conversion of grey would clip at 255."""
-    values_YX = np.asarray(picture).astype(np.int64)
-    if values_YX.min() < 0 or values_YX.max() > 65535:
-        raise Mistake(f"holds grey from {values_YX.min()} to {values_YX.max()}, neither 8 nor 16 bits")
-    grey_YX = values_YX >> 8
-    grey_YX[values_YX == picture.info.get("transparency", -1)] = 255
-    return Image.fromarray(grey_YX.astype(np.uint8)).convert("RGB")
+def tags(tiles, policy):
+    """NVLM's texts before a picture's tiles, one each, the whole picture's last; None for a policy without."""
+    if not policy.get("tags"):
+        return None
+    numbered = [f"<tile_{i}>" for i in range(1, tiles + 1)]
+    return [*numbered[:-1], "<tile_global_thumbnail>"] if policy["thumbnail"] else numbered
 
 
 # ---- cutting ----
 
-def cut(picture, policy):
-    """An RGB picture as tiles_NCYX (uint8); N is 1 but for anyres."""
-    tile, resample = policy["tile"], FILTERS[policy["resample"]]
-    if policy["fit"] == "anyres":
-        grid, squashed = enlarge(picture, pinpoint(picture.size, policy), resample), picture.resize((tile, tile), resample)
-        parts = [grid.crop((x, y, x + tile, y + tile)) for y in range(0, grid.height, tile) for x in range(0, grid.width, tile)]
-        return np.stack([np.asarray(part).transpose(2, 0, 1) for part in (squashed, *parts)])
-    if policy["fit"] == "pad":  # as LLaVA-1.5's expand2square
-        side = max(picture.size)
-        square = Image.new("RGB", (side, side), tuple(int(x * 255) for x in policy["mean"]))
-        square.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
-        picture = square
-    if policy["fit"] == "crop":  # as CLIP: the short side becomes `tile`, then the middle is cut out
-        short = min(picture.size)
-        picture = picture.resize((picture.width * tile // short, picture.height * tile // short), resample)
-        left, top = (picture.width - tile) // 2, (picture.height - tile) // 2
-        picture = picture.crop((left, top, left + tile, top + tile))
-    return np.array(picture.resize((tile, tile), resample)).transpose(2, 0, 1)[None].copy()
+def resize(pixels, size, resample):
+    """Pillow's antialiased resize of (Y, X, C) uint8 to `size` (width, height), as a new (C, Y, X): about five times as fast in narrowing.
+
+    What is promised is Pillow's number or one level beside it. torch rounds a filter's weights to 16 bits, Pillow to 32, and both round to whole
+    levels between the two directions. Two steps by torch may differ by a level each, which makes two levels in one number of some millions; so
+    Pillow takes the first step where it is short (SMALL) or where torch's weights are coarser yet (in widening). Pillow 13 goes down before it goes
+    across where that saves more. The count of threads changes nothing; another CPU may take another path in torch, with no more than this promise.
+    """
+    (height, width), (columns, rows) = pixels.shape[:2], size
+    first = (width, rows) if height - rows > max(2 * (width - columns), 0) else (columns, height)
+    if columns > width or width * height < SMALL:
+        pixels = np.array(Image.fromarray(pixels).resize(first, FILTERS[resample]))
+    step = functools.partial(F.interpolate, mode=resample, antialias=True)
+    pixels_1CYX = torch.from_numpy(pixels).permute(2, 0, 1)[None]  # channels last, for which torch has its fastest path
+    if columns != width == first[0]:  # F.interpolate by itself goes across first
+        pixels_1CYX = step(pixels_1CYX, first[::-1])
+    return step(pixels_1CYX, size[::-1])[0].contiguous().numpy()
 
 
-def enlarge(picture, edges, resample):
-    """A picture in the middle of (height, width) pixels, as large as fits, black around it (`get_patch_output_size` of transformers)."""
-    height, width = edges
-    scale = min(width / picture.width, height / picture.height)
-    inner = (min(math.ceil(picture.width * scale), width), min(math.ceil(picture.height * scale), height))
-    padded = Image.new("RGB", (width, height))
-    padded.paste(picture.resize(inner, resample), ((width - inner[0]) // 2, (height - inner[1]) // 2))
+def target(size, policy, limit=None):
+    """The (width, height) that the whole of a picture of `size` is resized to before it is cut; without the bars of pad."""
+    tile, fit = policy["tile"], policy["fit"]
+    if fit in ("crop", "pad"):  # as CLIP: the short side becomes `tile`; as LLaVA-1.5: the long one
+        edge = min(size) if fit == "crop" else max(size)
+        return max(size[0] * tile // edge, 1), max(size[1] * tile // edge, 1)
+    rows, columns = grid(size, policy, limit) if fit == "tiles" else (1, 1)
+    return columns * tile, rows * tile
+
+
+def squares(pixels_CYX, tile):
+    """(C, Y, X) cut into its tiles, row by row, as (N, C, tile, tile)."""
+    C, Y, X = pixels_CYX.shape
+    return pixels_CYX.reshape(C, Y // tile, tile, X // tile, tile).transpose(1, 3, 0, 2, 4).reshape(-1, C, tile, tile)
+
+
+def cut(picture, policy, limit=None, size=None):
+    """An RGB picture as tiles_NCYX (uint8); limit: as for `grid`; size: its own before it was drafted."""
+    pixels, tile, fit, resample = np.array(picture), policy["tile"], policy["fit"], policy["resample"]  # a copy, for torch wants to write
+    if fit == "anyres":
+        whole, enlarged = resize(pixels, (tile, tile), resample), enlarge(pixels, pinpoint(picture.size, policy), resample)
+        return np.concatenate([whole[None], squares(enlarged, tile)])
+    if fit == "pad":
+        return resize(on_square(pixels, policy["mean"]), (tile, tile), resample)[None]
+    resized = resize(pixels, target(size or picture.size, policy, limit), resample)
+    if fit == "crop":
+        top, left = (resized.shape[1] - tile) // 2, (resized.shape[2] - tile) // 2
+        resized = np.ascontiguousarray(resized[:, top : top + tile, left : left + tile])
+    cut = squares(resized, tile)
+    if len(cut) > 1 and policy["thumbnail"]:
+        cut = np.concatenate([cut, resize(pixels, (tile, tile), resample)[None]])
+    return cut
+
+
+def on_square(pixels_YXC, mean):
+    """A picture in the middle of a square of the mean colour (`expand2square` of LLaVA-1.5)."""
+    height, width, _ = pixels_YXC.shape
+    side = max(height, width)
+    square = np.full((side, side, 3), [int(x * 255) for x in mean], np.uint8)
+    top, left = (side - height) // 2, (side - width) // 2
+    square[top : top + height, left : left + width] = pixels_YXC
+    return square
+
+
+def enlarge(pixels_YXC, edges, resample):
+    """A picture in the middle of (height, width) pixels, as large as fits, black around it (`get_patch_output_size` of transformers); (C, Y, X)."""
+    (height, width), (rows, columns) = edges, pixels_YXC.shape[:2]
+    scale = min(width / columns, height / rows)
+    inner = resize(pixels_YXC, (min(math.ceil(columns * scale), width), min(math.ceil(rows * scale), height)), resample)
+    top, left = (height - inner.shape[1]) // 2, (width - inner.shape[2]) // 2
+    padded = np.zeros((3, height, width), np.uint8)
+    padded[:, top : top + inner.shape[1], left : left + inner.shape[2]] = inner
     return padded
 
 
-def load(path, policy):
-    """A picture file as a Picture, by the model's own policy."""
-    picture = open_picture(path)
-    return Picture(cut(picture, policy), places(picture.size, policy))
+def open_picture(source, name=None, policy=None):
+    """A picture, a path or its bytes, as RGB (opening.py); name: of bytes, for messages; policy: whose draft may make it smaller."""
+    return opening.read(source, name, needed(policy))[0]
 
 
-def load_tiles(path, policy):
-    """A picture file as tiles_NCYX (uint8), by the model's own policy."""
-    return cut(open_picture(path), policy)
+def needed(policy, limit=None):
+    """What opening.read may spare: the size to which a picture is resized, as a function of its own; None for all of it."""
+    drafts = policy and policy.get("draft") and policy["fit"] != "anyres"
+    return functools.partial(target, policy=policy, limit=limit) if drafts else None
+
+
+def load(source, policy, limit=None, name=None):
+    """A picture, a path or its bytes, as a Picture, by the model's own policy; limit: at most so many tiles, where fit is tiles."""
+    picture, size = opening.read(source, name, needed(policy, limit))
+    tiles_NCYX = cut(picture, policy, limit, size)
+    return Picture(tiles_NCYX, places(size, policy, len(tiles_NCYX)), size)
+
+
+def load_tiles(source, policy):
+    """A picture's tiles_NCYX (uint8) alone."""
+    return load(source, policy).tiles
 
 
 def picture_of(tile_CYX):

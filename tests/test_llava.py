@@ -89,6 +89,14 @@ def ask(question, count=1):
     return [{"role": "user", "content": [{"type": "image"}] * count + [{"type": "text", "text": question}]}]
 
 
+def seen_by_both(ours, shown, theirs):
+    """What as_tensors gives of our pictures, with the pixels of transformers in it, which may differ by a level each and by no more."""
+    seen = sample.as_tensors(shown, ours.policy)
+    tiles_NCYX = ((theirs["pixel_values"].flatten(0, -4) * ours.model.std_C11 + ours.model.mean_C11) * 255).round()
+    assert (tiles_NCYX - seen["tiles_NCYX"]).abs().max() <= 1
+    return seen | {"tiles_NCYX": tiles_NCYX.to(torch.uint8)}
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("kind", KINDS)
@@ -103,11 +111,7 @@ def test_a_published_folder_sees_and_says_what_transformers_says(kind, size, fol
     ids = sample.prompt_ids(ours, [("user", sample.place_pictures("a cat?", 1))], shown)
     assert [IMAGE_ID if i == IMAGE else i for i in ids] == theirs["input_ids"][0].tolist()
 
-    pixels = theirs["pixel_values"].flatten(0, -4)
-    mean_C11, std_C11 = ours.model.mean_C11, ours.model.std_C11
-    assert ((pixels * std_C11 + mean_C11) * 255 - torch.tensor(shown[0].tiles)).abs().max() <= 1
-
-    seen = sample.as_tensors(shown, ours.policy)
+    seen = seen_by_both(ours, shown, theirs)
     hidden_BTD = ours.model.decoder(ours.model.embed(torch.tensor([ids]), **seen), torch.arange(len(ids))[None])
     torch.testing.assert_close(ours.model.decoder.head(hidden_BTD), model(**theirs).logits, rtol=1e-4, atol=1e-4)
 
@@ -217,7 +221,7 @@ def assert_the_same(ours, folder, turns, paths):
     theirs = processor(text=prompt, images=[Image.open(path) for path in paths], return_tensors="pt", add_special_tokens=False)
     image_id = model.config.image_token_id
     assert [image_id if i == IMAGE else i for i in ids] == theirs["input_ids"][0].tolist()
-    seen, end = sample.as_tensors(shown, ours.policy), chat.end_id(ours.tokenizer, ours.template)
+    seen, end = seen_by_both(ours, shown, theirs), chat.end_id(ours.tokenizer, ours.template)
     logits_BTV = ours.model.decoder.head(ours.model.decoder(ours.model.embed(torch.tensor([ids]), **seen), torch.arange(len(ids))[None]))
     torch.testing.assert_close(logits_BTV, model(**theirs).logits[..., : logits_BTV.shape[-1]], rtol=1e-4, atol=1e-4)
     said = [i for (i,) in ours.model.generate([ids], **seen, stop={end}, max_tokens=20)]

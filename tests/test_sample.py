@@ -68,7 +68,7 @@ def tiles_of(home, *names):
 
 def picture(tiles_NCYX):
     """As images.load gives it, by a policy of which each token of the one tile is read."""
-    return images.Picture(tiles_NCYX, np.arange(TOKENS))
+    return images.Picture(tiles_NCYX, np.arange(TOKENS), (tiles_NCYX.shape[3], tiles_NCYX.shape[2]))
 
 
 def expected(checkpoint, ids, tiles, max_tokens=256, **how):

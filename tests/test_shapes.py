@@ -124,6 +124,7 @@ def everything(folder):
         images.load_tiles(folder / "colour.png", POLICY | {"fit": fit})
     anyres = POLICY | {"fit": "anyres", "pinpoints": [[18, 36], [36, 18]]}
     images.load(folder / "colour.png", anyres)
+    images.load(folder / "colour.png", POLICY | {"fit": "tiles", "tiles": 4, "choice": "aspect", "thumbnail": True, "tags": True})
     weights.build(shapes, anyres).embed(torch.full((1, 10), IMAGE), torch.zeros(1, 3, 18, 18, dtype=torch.uint8), torch.arange(10) - 1)
     colour, grey = (images.load(folder / name, POLICY) for name in ("colour.png", "grey.png"))
     images.picture_of(grey.tiles[0])
