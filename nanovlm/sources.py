@@ -295,6 +295,12 @@ def named(raw):
     return name, raw.where if own is None else f"{raw.where} ({name})"
 
 
+def id_of(raw):
+    """The id under which a record is listed, whether it can be used or not."""
+    own = records.own_id(raw.record or {})
+    return printable(str(own)) if isinstance(own, str | int | float) else printable(raw.name)
+
+
 def identity(raw):
     """A digest of a sample's id and of all that it says and shows, by which one that comes twice is known; in a tar, pictures count by their sizes.
 

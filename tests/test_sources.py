@@ -169,6 +169,9 @@ def test_ids_are_texts_or_numbers_and_where_there_is_none_it_is_the_place(folder
     source = put(folder / "a.json", records)
     samples = [sources.sample(raw) for raw in sources.read([source])]
     assert [sample.name for sample in samples] == ["a b", "7", "1.5", "a.json:4", "262148000"]
+    odd = [5, {"id": ["a"], "caption": "x"}, {"id": "a\nb", "caption": "x"}, {"id": "\ud800", "caption": "x"}]
+    listed = [sources.id_of(raw) for raw in sources.read([put(folder / "odd.json", [records[0], *odd])])]
+    assert listed == ["a b", "odd.json:2", "odd.json:3", r"'a\nb'", r"'\ud800'"]  # what cannot be used has an id to be listed by
     assert [sample.where for sample in samples][2:4] == [f"{source}, sample 3 (1.5)", f"{source}, sample 4"]
 
 
@@ -256,6 +259,7 @@ def test_what_webdataset_reads_is_what_we_read(folder):
     with tarfile.open(folder / "a.tar") as tar:  # several pictures in the order of the members
         order = [tar.extractfile(member).read() for member in tar if member.name.startswith("train/2") and member.name.endswith("jpg")]
     assert found[1][2] == order and len(order) == 2
+    assert sources.key_of("./shards/000012.left.JPG") == ("shards/000012", "jpg")  # as `tar -c .` names them
 
 
 def add(tar, name, content=b"", **fields):
