@@ -73,7 +73,12 @@ def new(*,
     tile: int = 64,             # pixels across a picture as the eye sees it
     patch: int = 8,             # pixels across a patch
     shuffle: int = 2,           # pixel shuffle: shuffle² patches become one token
-    fit: str = "squash",        # squash, pad or crop: how a picture that is not square becomes so
+    fit: str | None = None,     # squash, pad or crop: how a picture that is not square becomes so; none: squash, or what --tiles says
+    tiles: int | None = None,   # the most tiles that a large picture is cut into, as InternVL and NVLM do; none: it becomes one tile, by --fit
+    thumbnail: bool = True,     # the whole picture as a last tile where there are several
+    tile_choice: str = "aspect",  # its grid has the picture's shape (aspect, InternVL), or as much of its area and its shape (area, Megatron)
+    tile_tags: bool = False,    # a text before each tile that numbers it (NVLM)
+    draft: bool = True,         # large JPEGs are decoded at a half, a quarter or an eighth, still at least twice as large as what they are cut to
     width: int = 128,           # numbers in a vector of the brain
     layers: int = 4,            # of the brain
     heads: int = 4,             # query heads of the brain
@@ -88,7 +93,8 @@ def new(*,
     """A newborn: a tokenizer learnt from your text, a random eye and a random brain, for growing a small model from nothing."""
     check_newborn(SimpleNamespace(**locals()))
     refuse_to_overwrite(out)
-    policy = {"tile": tile, "patch": patch, "shuffle": shuffle, "fit": fit, "resample": "bicubic", "mean": [0.5] * 3, "std": [0.5] * 3}
+    policy = {"tile": tile, "patch": patch, "shuffle": shuffle, "fit": fit or "squash", "resample": "bicubic", "mean": [0.5] * 3, "std": [0.5] * 3,
+              "draft": draft, **tiling(fit, tiles, thumbnail, tile_choice, tile_tags)}
     pictures.check_policy(policy)
     said = [each(lambda record, number, path=path: chat.read_turns(record, f"{path}, sample {number}"), read_records(path)) for path in source]
     texts = (text for conversations in said for turns in conversations for _, text in turns)
@@ -107,7 +113,7 @@ def new(*,
 
 def check_newborn(new):
     """One Mistake that names every setting of a newborn that cannot be."""
-    wrong = [f"--{name}={value} must be at least 1" for name, value in vars(new).items() if isinstance(value, int) and name != "seed" and value < 1]
+    wrong = [f"--{name}={value} must be at least 1" for name, value in vars(new).items() if type(value) is int and name != "seed" and value < 1]
     rules = [] if wrong else [
         (new.source, "--source names no file to learn a tokenizer from"),
         (new.template in chat.TEMPLATES, f"--template={new.template} is not known: {', '.join(chat.TEMPLATES)}"),
@@ -119,6 +125,21 @@ def check_newborn(new):
     ]
     if wrong := wrong + [said for holds, said in rules if not holds]:
         raise Mistake("; ".join(wrong))
+
+
+def tiling(fit, tiles, thumbnail, tile_choice, tile_tags):
+    """What --tiles and the settings beside it add to a picture policy; Mistake where they contradict each other or --fit."""
+    beside = {"thumbnail": thumbnail is not True, "tile_choice": tile_choice != "aspect", "tile_tags": tile_tags is not False}
+    rules = [
+        (fit is None or fit in pictures.FITS, f"--fit={fit} is none of {', '.join(pictures.FITS)}"),
+        (tiles is None or fit is None, f"--fit={fit} makes one tile of a picture, --tiles={tiles} several: give one of the two"),
+        (tiles is None or tiles >= 1, f"--tiles={tiles} must be at least 1"),
+        (tile_choice in pictures.GRIDS, f"--tile_choice={tile_choice} is not known: {', '.join(pictures.GRIDS)}"),
+        (tiles is not None or not any(beside.values()), f"{', '.join(f'--{name}' for name, given in beside.items() if given)} without --tiles"),
+    ]
+    if wrong := [said for holds, said in rules if not holds]:
+        raise Mistake("; ".join(wrong))
+    return {} if tiles is None else {"tiles": tiles, "fit": "tiles", "thumbnail": thumbnail, "choice": tile_choice, "tags": tile_tags}
 
 
 def data(*,
@@ -201,7 +222,12 @@ def stitch(*,
     decoder: str = "",            # whose brain, tokenizer and template: a checkpoint, a Llama or Mistral folder, or owner/name
     out: str = "out/stitched",    # where the stitched model goes
     tile: int | None = None,      # pixels across a picture for a public eye; none: its own
-    fit: str | None = None,       # squash, pad or crop, for a public eye; none: what its preprocessor does
+    fit: str | None = None,       # squash, pad or crop, for a public eye; none: what its preprocessor does, or what --tiles says
+    tiles: int | None = None,     # for a public eye, the most tiles that a large picture is cut into, as InternVL and NVLM do; none: by --fit
+    thumbnail: bool = True,       # the whole picture as a last tile where there are several
+    tile_choice: str = "aspect",  # its grid has the picture's shape (aspect, InternVL), or as much of its area and its shape (area, Megatron)
+    tile_tags: bool = False,      # a text before each tile that numbers it (NVLM)
+    draft: bool = False,          # large JPEGs are decoded smaller, which is faster, but not pixel for pixel what a public eye was trained on
     read: int | None = None,      # a public eye's layer to read un-normed, -2 the last but one; none: CLIP -2, others their normed end
     shuffle: int | None = None,   # pixel shuffle for a public eye: shuffle² patches become one token; none: 1
     template: str | None = None,  # how a public brain's conversations become text; none: what its own chat template does
@@ -211,10 +237,9 @@ def stitch(*,
     if not vision or not decoder:
         raise Mistake("prepare.py stitch needs --vision=DIR and --decoder=DIR")
     refuse_to_overwrite(out)
-    if fit is not None and fit not in pictures.FITS:
-        raise Mistake(f"--fit={fit} is not known: {', '.join(pictures.FITS)}")
+    grid = tiling(fit, tiles, thumbnail, tile_choice, tile_tags)
     check_template(template)
-    choices = {"tile": tile, "fit": fit, "read": read, "shuffle": shuffle}
+    choices = {"tile": tile, "read": read, "shuffle": shuffle, "draft": draft or None, **(grid or {"fit": fit})}
     eye = weights.eye(vision, **{name: value for name, value in choices.items() if value is not None})
     brain = weights.brain(decoder, **{} if template is None else {"template": template})
     alone = weights.alone(eye, brain)

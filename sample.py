@@ -39,7 +39,8 @@ def place_pictures(text, pictures):
 
 def prompt_ids(checkpoint, turns, pictures):
     """The ids of a conversation that waits for its answer, every picture expanded; pictures: images.Picture each."""
-    ids, _ = chat.render(turns, checkpoint.tokenizer, checkpoint.template)
+    ids, trained = chat.render(turns, checkpoint.tokenizer, checkpoint.template)
+    ids, _, pictures = chat.tag_pictures(ids, trained, pictures, checkpoint.tokenizer, checkpoint.policy)
     return data.expand(ids, [len(picture.places) for picture in pictures]).tolist()
 
 

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import jinja2.ext  # comes with torch
 import jinja2.sandbox
 
-from . import IMAGE, Mistake
+from . import IMAGE, Mistake, images
 
 # {} is what was said. Only names outside {} become special tokens: a user who types "</s>" has typed four characters.
 # The end of a user's piece opens the assistant's turn, so a prompt is the same pieces, left off after the user.
@@ -237,3 +237,23 @@ def write_jinja(jinja, tokens, turns, parts=False):
         return environment.from_string(jinja).render(messages=messages, add_generation_prompt=True, raise_exception=raise_exception, **tokens)
     except (jinja2.TemplateError, TypeError):
         return None
+
+
+def tag_pictures(ids, trained, pictures, tokenizer, policy):
+    """What render gave and the images.Picture each that its IMAGE stand for, as NVLM shows them (Dai et al. 2024) where the policy has tags: before
+    each tile a text that numbers it, which nobody trains, and each tile a picture of its own. Else as they are."""
+    if not policy.get("tags"):
+        return ids, trained, pictures
+    if ids.count(IMAGE) != len(pictures):
+        raise Mistake(f"{ids.count(IMAGE)} places for pictures but {len(pictures)} pictures")
+    tagged, mask, tiles, remaining = [], [], [], iter(pictures)
+    for i, is_trained in zip(ids, trained, strict=True):
+        new = [i]
+        if i == IMAGE:
+            picture = next(remaining)
+            new = [x for text in images.tags(len(picture.tiles), policy) for x in (*tokenizer.encode(text), IMAGE)]
+            one = images.places(picture.size, policy, 1)
+            tiles += [picture._replace(tiles=picture.tiles[n : n + 1], places=one) for n in range(len(picture.tiles))]
+        tagged += new
+        mask += [is_trained] * len(new)
+    return tagged, mask, tiles

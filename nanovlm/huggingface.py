@@ -248,14 +248,14 @@ def resize_positions(positions_PD, side, leading):
     return torch.cat([positions_PD[:leading], resized.to(positions_PD.dtype)])
 
 
-def eye(name, *, tile=None, fit=None, read=None, shuffle=1, tensors=True):
+def eye(name, *, tile=None, fit=None, read=None, shuffle=1, tensors=True, **more):
     """The eye of a CLIP, SigLIP or DINOv2 folder. tile: pixels, other than its own; fit: as images.py; read: a layer's output, un-normed;
-    tensors: False for all but the model."""
+    tensors: False for all but the model; more: what its picture policy has besides, as images.py says it."""
     folder = find(name)
     where = folder / "config.json"
     config = section(read_json(where), "vision_config", EYES, where)
     own, patch = config["image_size"] // config["patch_size"], config["patch_size"]
-    policy = picture_policy(folder, tile, fit) | {"patch": patch, "shuffle": shuffle}
+    policy = picture_policy(folder, tile, fit) | {"patch": patch, "shuffle": shuffle, **more}
     shapes = eye_shapes(config, policy["tile"], read, where)
     side = policy["tile"] // patch
     if side % shuffle:

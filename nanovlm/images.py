@@ -165,7 +165,7 @@ def places(size, policy, tiles):
 
 def picture_tokens(size, policy, limit=None):
     """How many tokens a picture of `size` (width, height) takes; everyone who counts, counts with this or with the places themselves."""
-    return len(places(size, policy, tile_count(size, policy, limit)))
+    return len(plan(size, policy, limit).places)
 
 
 def tags(tiles, policy):
@@ -257,17 +257,22 @@ def open_picture(source, name=None, policy=None):
     return opening.read(source, name, needed(policy))[0]
 
 
-def needed(policy, limit=None):
+def needed(policy):
     """What opening.read may spare: the size to which a picture is resized, as a function of its own; None for all of it."""
-    drafts = policy and policy.get("draft") and policy["fit"] != "anyres"
-    return functools.partial(target, policy=policy, limit=limit) if drafts else None
+    return functools.partial(target, policy=policy) if policy and policy.get("draft") and policy["fit"] != "anyres" else None
+
+
+def plan(size, policy, limit=None):
+    """The Picture that one of `size` (width, height) becomes, before it is cut: its tiles are blank and take no memory."""
+    tiles = tile_count(size, policy, limit)
+    blank_NCYX = np.broadcast_to(np.uint8(0), (tiles, 3, policy["tile"], policy["tile"]))
+    return Picture(blank_NCYX, places(size, policy, tiles), size)
 
 
 def load(source, policy, limit=None, name=None):
     """A picture, a path or its bytes, as a Picture, by the model's own policy; limit: at most so many tiles, where fit is tiles."""
-    picture, size = opening.read(source, name, needed(policy, limit))
-    tiles_NCYX = cut(picture, policy, limit, size)
-    return Picture(tiles_NCYX, places(size, policy, len(tiles_NCYX)), size)
+    picture, size = opening.read(source, name, needed(policy))
+    return plan(size, policy, limit)._replace(tiles=cut(picture, policy, limit, size))
 
 
 def load_tiles(source, policy):

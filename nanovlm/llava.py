@@ -97,6 +97,8 @@ def check(checkpoint):
     vision, wrong = checkpoint.shapes["vision"], []
     if checkpoint.shapes["shuffle"] != 1:
         wrong.append(f"pixel shuffle by {checkpoint.shapes['shuffle']}: stitch a public eye without --shuffle")
+    if checkpoint.policy["fit"] == "tiles":
+        wrong.append("InternVL's tiles: stitch without --tiles")
     if eye_kind(vision) is None:
         wrong.append("an eye that is neither CLIP's nor SigLIP's: stitch with --vision of one of these")
     if vision.get("post_norm", True):

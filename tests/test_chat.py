@@ -2,6 +2,7 @@
 import json
 from functools import cache
 
+import numpy as np
 import pytest
 import test_huggingface
 from bench.tokenizer import MISTRAL, converted
@@ -14,7 +15,7 @@ from sentencepiece import SentencePieceProcessor
 from tokenizers import AddedToken, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from nanovlm import IMAGE, Mistake, chat, tokenizer
+from nanovlm import IMAGE, Mistake, chat, images, tokenizer
 
 NAMES = sorted({name for template in chat.TEMPLATES for name in chat.special_names(template)})
 WORDS = tokenizer.learn(["What is in the fridge? two eggs and some milk\n\nassistant user system"] * 3, 300, NAMES)
@@ -318,3 +319,18 @@ def test_a_good_record_passes():
     chat.check_turns(turns, 1, "x")
     chat.check_turns([("system", "Be kind."), *turns, ("user", "And?"), ("assistant", "Yes.")], 1, "x")
     assert json.dumps(turns)  # plain pairs of text
+
+
+# ---- tags ----
+
+def test_tags_are_untrained_text_before_each_tile_which_is_a_picture_of_its_own():
+    words, policy = tokenizer.learn(["a b"], 256, ["</s>"]), {"tile": 12, "patch": 3, "shuffle": 2, "fit": "tiles", "tiles": 4, "thumbnail": True}
+    wide = images.plan((24, 12), policy | {"choice": "aspect"})._replace(tiles=np.arange(3))
+    ids, trained = [97, IMAGE, 98, 99], [False, False, False, True]
+    tagged, mask, pictures = chat.tag_pictures(ids, trained, [wide], words, policy | {"tags": True})
+    assert tagged == [97, *b"<tile_1>", IMAGE, *b"<tile_2>", IMAGE, *b"<tile_global_thumbnail>", IMAGE, 98, 99]
+    assert mask == [False] * (len(tagged) - 1) + [True]
+    assert [(p.tiles.tolist(), p.places.tolist(), p.size) for p in pictures] == [([n], [0, 1, 2, 3], (24, 12)) for n in range(3)]
+    assert chat.tag_pictures(ids, trained, [wide], words, policy | {"tags": False}) == (ids, trained, [wide])
+    with pytest.raises(Mistake, match="1 places for pictures but 2 pictures"):
+        chat.tag_pictures(ids, trained, [wide, wide], words, policy | {"tags": True})

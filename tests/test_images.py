@@ -460,6 +460,8 @@ def test_every_token_of_every_tile_is_counted_and_read(tmp_path):
         assert images.tile_count((60, 40), policy, limit) == tiles == len(picture.tiles)
         assert picture.places.tolist() == list(range(tiles * 9)) and images.picture_tokens((60, 40), policy, limit) == tiles * 9
         assert picture.size == (60, 40)
+        planned = images.plan((60, 40), policy, limit)  # what a picture will be is known from its size
+        assert planned.size == picture.size and np.array_equal(planned.places, picture.places) and planned.tiles.shape == picture.tiles.shape
 
 
 def test_tags_number_the_tiles_and_name_the_whole_picture():

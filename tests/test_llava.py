@@ -281,12 +281,23 @@ def test_the_grid_is_the_one_that_transformers_chooses():
 
 @pytest.mark.parametrize("change, said", [
     (dict(shuffle=2), "pixel shuffle by 2: stitch a public eye without --shuffle"),
+    (dict(tiles=4), "InternVL's tiles: stitch without --tiles"),
     (dict(eye="siglip"), "whose last layer is normed: stitch a public CLIP or SigLIP folder with --read=-2"),
 ])
 def test_what_the_layout_cannot_say_is_refused_with_the_setting_to_train_with(change, said, tmp_path):
     with pytest.raises(Mistake, match=said):
         exported(stitched(tmp_path, "chatml", **change), tmp_path / "out")
     assert not list(tmp_path.glob("out*"))
+
+
+def test_a_public_eye_takes_tiles_and_one_of_ours_has_settled_it(tmp_path):
+    ours = stitched(tmp_path, "chatml", tiles=4, tile_choice="area", tile_tags=True, draft=True)
+    policy = weights.load(ours).policy
+    images.check_policy(policy)
+    assert {name: policy[name] for name in ("fit", "tiles", "thumbnail", "choice", "tags", "draft")} == {
+        "fit": "tiles", "tiles": 4, "thumbnail": True, "choice": "area", "tags": True, "draft": True}
+    with pytest.raises(Mistake, match="--tiles=4 is for a public model's folder; .* has settled it"):
+        prepare.stitch(vision=str(ours), decoder=str(tmp_path / "brain"), out=str(tmp_path / "again"), tiles=4)
 
 
 def test_an_eye_of_another_kind_is_refused():

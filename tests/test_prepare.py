@@ -226,12 +226,23 @@ def test_a_newborn_is_a_function_of_its_seed(door, tmp_path):
     assert one == two != three
 
 
+def test_a_newborn_sees_tiles_where_it_is_told_to(door, tmp_path):
+    assert door("new", out=tmp_path / "plain") is None
+    assert door("new", out=tmp_path / "tiled", tiles=6, tile_tags="true", thumbnail="false", tile_choice="area", draft="false") is None
+    plain, tiled = (weights.load(tmp_path / name).policy for name in ("plain", "tiled"))
+    assert plain == {"tile": 12, "patch": 3, "shuffle": 2, "fit": "squash", "resample": "bicubic", "mean": [0.5] * 3, "std": [0.5] * 3, "draft": True}
+    assert tiled == plain | {"fit": "tiles", "tiles": 6, "tags": True, "thumbnail": False, "choice": "area", "draft": False}
+
+
 @pytest.mark.parametrize("settings, said", [
     (dict(vocabulary=10), "--vocabulary=10 must be at least 256"),
     (dict(heads=0, layers=-1), "--layers=-1 must be at least 1; --heads=0 must be at least 1"),
     (dict(heads=5), "--width=24 is no multiple of 2 × --heads=5"),
     (dict(kv_heads=4), "--heads=6 is no multiple of --kv_heads=4"), (dict(vision_heads=3), "--vision_width=20 is no multiple of --vision_heads=3"),
     (dict(tile=13), "a tile of 13 pixels is not whole patches of 3"), (dict(fit="stretch"), "is none of squash, pad, crop"),
+    (dict(tiles=4, fit="pad"), "--fit=pad makes one tile of a picture, --tiles=4 several: give one of the two"),
+    (dict(tiles=-1), "--tiles=-1 must be at least 1"), (dict(tiles=4, tile_choice="best"), "--tile_choice=best is not known: aspect, area"),
+    (dict(tile_tags="true", thumbnail="false"), "--thumbnail, --tile_tags without --tiles"),
     (dict(template="mistrl"), "--template=mistrl is not known: mistral"), (dict(seed=-1), "--seed=-1"),
     (dict(source="nowhere.json"), "no such file: nowhere.json"),
 ])

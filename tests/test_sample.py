@@ -116,6 +116,24 @@ def test_a_question_is_its_pictures_and_its_words(home, checkpoint, ask, words, 
     assert ask(*words, "--max_tokens=12")[:2] == (0, answer + "\n")
 
 
+@torch.no_grad()
+def test_every_tile_of_a_tagged_picture_stands_behind_its_tag(checkpoint):
+    """NVLM's way: the tags are words like any, and what stands behind each is what the eye sees in that tile."""
+    policy = POLICY | {"fit": "tiles", "tiles": 6, "choice": "aspect", "thumbnail": True, "tags": True}
+    tagged = weights.Checkpoint(checkpoint.model, checkpoint.tokenizer, checkpoint.shapes, policy, checkpoint.template, checkpoint.card)
+    g = np.random.default_rng(0)
+    shown = [images.plan(size, policy)._replace(tiles=g.integers(256, size=(count, 3, 12, 12), dtype=np.uint8))
+             for size, count in [((24, 12), 3), ((12, 12), 1)]]
+    place, ids = [IMAGE] * TOKENS, door.prompt_ids(tagged, [("user", "a<image>b<image>")], shown)
+    assert ids == [START, OPEN, *b"a", *b"<tile_1>", *place, *b"<tile_2>", *place, *b"<tile_global_thumbnail>", *place,
+                   *b"b", *b"<tile_global_thumbnail>", *place, CLOSE]
+    x_BTD = tagged.model.embed(torch.tensor([ids]), **door.as_tensors(shown, policy))
+    tiles_NCYX = torch.from_numpy(np.concatenate([picture.tiles for picture in shown]))
+    torch.testing.assert_close(x_BTD[torch.tensor([ids]) == IMAGE], tagged.model.see(tiles_NCYX).flatten(0, 1))
+    together = door.answer_all(tagged, [("a<image>b<image>", shown), ("hm", [])], max_tokens=5)
+    assert together[0] == "".join(door.stream(tagged, [("user", "a<image>b<image>")], shown, max_tokens=5))
+
+
 def test_the_question_is_typed_else_piped_else_the_demonstrations(home, checkpoint, ask):
     piped, typed, fridge = (expected(checkpoint, [START, *turn(f"<image>\n{text}")], tiles_of(home, "a.png"), max_tokens=12)[0] + "\n"
                             for text in ("a piped\nquestion", "typed", "What is in the fridge?"))
