@@ -38,10 +38,10 @@ def read(name, dtype=None, template=None, tensors=True):
         raise Mistake(f"{where}: vision_feature_layer {layer} is not known here, only one layer")
     eye = huggingface.eye(name, read=layer, tensors=tensors)
     brain = huggingface.brain(name, template=template, usual=usual_template(config), tensors=tensors)
+    config.setdefault("vision_feature_select_strategy", "default")
     strategy = "default" if eye.shapes["vision"].get("class_token") else "full"
     insist(config, dict(projector_hidden_act="gelu", multimodal_projector_bias=True, use_image_newline_parameter=True, quantization_config=None,
-                        tie_word_embeddings=brain.shapes["decoder"]["tied"]), where)
-    insist({"vision_feature_select_strategy": "default"} | config, dict(vision_feature_select_strategy=strategy), where)
+                        tie_word_embeddings=brain.shapes["decoder"]["tied"], vision_feature_select_strategy=strategy), where)
     anyres, pinpoints = config["model_type"] == "llava_next", config.get("image_grid_pinpoints") or huggingface.PINPOINTS
     if (eye.policy["fit"] == "anyres") != anyres or (anyres and eye.policy["pinpoints"] != pinpoints):
         raise Mistake(f"{folder}: image_grid_pinpoints are {eye.policy.get('pinpoints')} for its preprocessor, "

@@ -7,11 +7,12 @@ import torch
 import transformers as hf
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from test_huggingface import Read
 from test_parity import BRAIN, EYE, shake
 
 import prepare
 import sample
-from nanovlm import IMAGE, Mistake, chat, images, llava, tokenizer, weights
+from nanovlm import IMAGE, Mistake, chat, huggingface, images, llava, tokenizer, weights
 
 PINPOINTS = [[28, 56], [56, 28], [56, 56], [84, 28], [28, 84]]  # LLaVA-NeXT's own, for tiles of 28 pixels
 LLAVA_15 = ("{% for message in messages %}{% if message['role'] != 'system' %}{{ message['role'].upper() + ': '}}{% endif %}"
@@ -333,6 +334,16 @@ def test_a_folder_that_computes_something_else_is_refused_by_name(file, fields, 
         edit(folder / "config.json", **fields)
     with pytest.raises(Mistake, match=said):
         weights.load(folder)
+
+
+@pytest.mark.parametrize("kind, config", [("1.5", hf.LlavaConfig), ("1.6 vicuna", hf.LlavaNextConfig)])
+def test_every_field_that_transformers_knows_is_read_or_changes_nothing(kind, config, folders, monkeypatch):
+    """How many tokens a picture takes follows from its tiles, where they go from the prompt; the two parts read their own configs."""
+    asked = []
+    monkeypatch.setattr(llava, "read_json", lambda path: asked.append(Read(huggingface.read_json(path))) or asked[-1])
+    weights.describe(folders[kind])
+    own = config().to_dict().keys() - hf.PretrainedConfig().to_dict().keys()
+    assert own - asked[0].asked == {"image_seq_length", "image_token_index", "vision_config"} and len(asked) == 1
 
 
 @pytest.mark.parametrize("old, new, said", [
