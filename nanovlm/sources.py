@@ -40,6 +40,7 @@ class Raw(NamedTuple):
     fault: tuple | None        # (reason, text) where it could not be read
     name: str                  # its id if it states none: the key in a tar, else the file's name and the record's number
     folder: str | None = None  # in which the files lie that it names; None in a tar or parquet, which may name none outside --images
+    at: float = 0.0            # how far it is in all sources, from 0 to 1
 
 
 class Sample(NamedTuple):
@@ -61,10 +62,17 @@ def read(paths, images=""):
     """
     if images and not os.path.isdir(images):
         archive(images, os.getpid())
-    sources = [opened(file) for file in find_files(paths)]
-    for raws in sources:
+    sources = {file: opened(file) for file in find_files(paths)}
+    for raws in sources.values():
         check_first(raws)
-    return itertools.chain.from_iterable(raws() for raws in sources)
+    return one_after_another(sources)
+
+
+def one_after_another(sources):
+    sizes = [os.path.getsize(file) for file in sources]
+    for number, raws in enumerate(sources.values()):
+        for raw in raws():
+            yield raw._replace(at=(sum(sizes[:number]) + raw.at * sizes[number]) / sum(sizes))
 
 
 def stamps(paths, images=""):
@@ -154,14 +162,18 @@ def deep(value, left=MAX_DEPTH):
 
 def json_list(file, objects):
     for number, record in enumerate(objects, 1):
-        yield made(f"{file}, sample {number}", record, f"{Path(file).name}:{number}", folder=str(Path(file).parent))
+        raw = made(f"{file}, sample {number}", record, f"{Path(file).name}:{number}", folder=str(Path(file).parent))
+        yield raw._replace(at=number / len(objects))
 
 
 def json_lines(file):
+    passed, size = 0, os.path.getsize(file)
     with open(file, "rb") as lines:
         for number, line in enumerate(lines, 1):
+            passed += len(line)
             if line.strip():
-                yield parsed(line, f"{file}, line {number}", f"{Path(file).name}:{number}", folder=str(Path(file).parent))
+                raw = parsed(line, f"{file}, line {number}", f"{Path(file).name}:{number}", folder=str(Path(file).parent))
+                yield raw._replace(at=passed / size)
 
 
 def parsed(text, where, name, **more):
@@ -175,7 +187,7 @@ def parsed(text, where, name, **more):
 # ---- parquet ----
 
 def parquet_rows(file):
-    for number, row in enumerate(read_parquet(file), 1):
+    for number, (row, at) in enumerate(read_parquet(file), 1):
         where, column = f"{file}, row {number}", next((name for name in ("images", "image") if row.get(name)), None)
         values = row.pop(column, None) or []
         parts = [value if isinstance(value, dict) else {"bytes" if isinstance(value, bytes) else "path": value}
@@ -183,11 +195,11 @@ def parquet_rows(file):
         pictures = [Bytes(f"{where}, picture {i}", part["bytes"]) for i, part in enumerate(parts, 1) if isinstance(part.get("bytes"), bytes)]
         if len(pictures) < len(parts):
             row["images"], pictures = [part.get("path") for part in parts], []
-        yield made(where, row, f"{Path(file).name}:{number}", pictures)
+        yield made(where, row, f"{Path(file).name}:{number}", pictures)._replace(at=at)
 
 
 def read_parquet(file):
-    """Its rows as dicts, of which few are in memory at a time."""
+    """Its rows as dicts, of which few are in memory at a time, and how far in the file each is."""
     try:
         from pyarrow import parquet
     except ImportError:
@@ -196,8 +208,9 @@ def read_parquet(file):
     try:
         with parquet.ParquetFile(file) as table:
             for batch in table.iter_batches(batch_size=16, use_threads=False):
-                yield from (found := batch.to_pylist())
-                rows += len(found)
+                for row in batch.to_pylist():
+                    rows += 1
+                    yield row, rows / table.metadata.num_rows
     except Exception as error:  # Arrow has its own kinds of error, and the conversion of odd columns raises others
         raise Mistake(f"{file} cannot be read beyond row {rows}: {one_line(error)}") from None
 
@@ -206,19 +219,19 @@ def read_parquet(file):
 
 def tar_groups(file):
     """Members side by side under one key as a Raw, as webdataset groups them."""
+    size = os.path.getsize(file)
     for key, group in itertools.groupby(tar_members(file), lambda member: key_of(member.name)[0]):
-        yield tar_group(file, key, list(group))
+        members = list(group)
+        yield tar_group(file, key, members)._replace(at=members[-1].offset / size)
 
 
 def tar_members(file):
     """Headers of all but folders and hidden files; their contents are passed over."""
-    end = -1
     try:
         with tarfile.open(file, "r:") as tar:
             while (member := tar.next()) is not None:
-                if member.size < 0 or tar.offset <= end:
+                if member.size < 0:  # the next member would be one before it
                     raise tarfile.ReadError(f"the size of {member.name!a} is {member.size}")
-                end = tar.offset
                 tar.members.clear()  # which would else hold all
                 if not member.isdir() and not os.path.basename(member.name).startswith("."):
                     yield member
@@ -274,12 +287,17 @@ def tar_text(where, key, texts, pictures):
 
 def sample(raw, images=""):
     """A Raw as a Sample; raises Mistake. images: as in `read`."""
+    name, where, turns, paths = conversation(raw)
+    return Sample(name, where, turns, raw.pictures or [find(path, raw.folder, images, where) for path in paths])
+
+
+def conversation(raw):
+    """(name, where, turns) of the Sample that a Raw is, and the paths of pictures that it names, wherever these are; raises Mistake."""
     if raw.fault:
         raise Mistake(raw.fault[1], raw.fault[0])
     name, where = named(raw)
     paths = [] if raw.pictures else records.paths(raw.record, where)
-    turns = records.turns(raw.record, name, len(raw.pictures or paths), where)
-    return Sample(name, where, turns, raw.pictures or [find(path, raw.folder, images, where) for path in paths])
+    return name, where, records.turns(raw.record, name, len(raw.pictures or paths), where), paths
 
 
 def named(raw):
@@ -291,7 +309,7 @@ def named(raw):
     try:
         check_name(name)
     except Mistake as mistake:
-        raise Mistake(f"{raw.where}: {mistake}", mistake.reason) from None
+        raise Mistake(f"{raw.where}: {mistake}", "id is not one line of text") from None
     return name, raw.where if own is None else f"{raw.where} ({name})"
 
 

@@ -1,5 +1,6 @@
 """Whatever kind of collection it is, the same samples come out of it, and what is wrong with one never stops the others."""
 import collections
+import gc
 import io
 import json
 import math
@@ -226,6 +227,8 @@ def test_captions_are_asked_for_in_llavas_eleven_ways_by_the_id_alone():
         counts = collections.Counter(asked[name] for name in chosen)
         assert set(counts) == {f"<image>\n{prompt}" for prompt in records.CAPTION_PROMPTS} and len(counts) == 11
         assert max(counts.values()) - min(counts.values()) < 10 * math.sqrt(len(chosen) / 11)
+    paired = [turns_of({"caption": list(records.CAPTION_PROMPTS)}, 1, name) for name in names[:1000]]
+    assert 50 < sum(asked.endswith(answer) for (_, asked), (_, answer) in paired) < 150  # 91: which of several captions is another draw
     assert turns_of({"text": ["An egg."]}, 2)[0][1].startswith("<image>\n<image>\n")
     with pytest.raises(Mistake, match="a caption, but no picture"):
         turns_of({"caption": "An egg."})
@@ -286,7 +289,8 @@ def add_sample(tar, key):
     ("b.json", {"content": b"{"}, "broken JSON"), ("b.json", {"content": b"5"}, "no known kind of record"),
     ("b.txt", {"content": b"\xff"}, "not text in UTF-8"),
     ("b.txt", {"content": b" \n"}, "no picture"), ("a.txt", {"content": b"again"}, "two texts under one key"),
-    ("b.json", {"content": b"[" * 40 + b"]" * 40}, "nested too deep"),
+    ("b.json", {"content": b"[" * 40 + b"]" * 40}, "nested too deep"), ("b.txt", {"content": b" " * (sources.MAX_TEXT + 1)}, "text too large"),
+    ("b.jpg", {"pax_headers": {"GNU.sparse.map": "0,0", "GNU.sparse.size": "9"}}, "a tar member is no plain file"),
 ])
 def test_an_odd_member_is_skipped_with_its_reason_and_the_samples_beside_it_are_not(tmp_path, name, fields, reason):
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
@@ -323,6 +327,27 @@ def test_a_tar_cut_short_is_refused_wherever_it_is_cut_and_never_read_as_a_short
             assert "damaged or cut short" in str(mistake) and length < end + 512
         else:
             assert count == 3 and length >= end + 512
+
+
+def test_a_tar_whose_sizes_lead_back_is_refused(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.GNU_FORMAT) as tar:
+        add_sample(tar, "a")
+        member = tarfile.TarInfo("b.txt")
+        member.size = -1024
+        tar.addfile(member)
+    with pytest.raises(Mistake, match="the size of 'b.txt' is -1024"):
+        sources.read([str(tmp_path / "a.tar")])
+
+
+def test_a_tar_of_many_members_is_never_held_as_a_whole(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for key in range(200):
+            add_sample(tar, key)
+    del tar  # which remembers what it wrote
+    gc.collect()
+    raws = sources.read([str(tmp_path / "a.tar")])
+    read = [next(raws) for _ in range(199)]
+    assert sum(type(thing) is tarfile.TarInfo for thing in gc.get_objects()) < 10 and len(read) == 199
 
 
 # ---- zips ----
@@ -469,7 +494,7 @@ CHOSEN = {"id": "x", "question": "What?", "choices": ["a", "b"], "answer": "A"}
     (ASKED | {"answers": [None]}, "answer is no text"), (ASKED | {"weights": [1]}, "wrong weights"),
     (ASKED | {"weights": [1, -1]}, "wrong weights"),
     (ASKED | {"weights": [1, float("nan")]}, "wrong weights"), (ASKED | {"weights": ["1", 1]}, "wrong weights"),
-    (ASKED | {"weights": 7}, "wrong weights"),
+    (ASKED | {"weights": 7}, "wrong weights"), (ASKED | {"weights": [True, 1]}, "wrong weights"),
     (ASKED | {"weights": [0, 0]}, "empty answer"), (ASKED | {"weights": [10**400, 1]}, "wrong weights"),
     (ASKED | {"weights": [5e-324] * 2}, "empty answer"),
     (CHOSEN | {"answer": "C"}, "no right choice"), (CHOSEN | {"answer": 2}, "no right choice"), (CHOSEN | {"answer": -1}, "no right choice"),
@@ -496,6 +521,13 @@ def test_only_the_same_id_with_the_same_content_is_the_same_sample(folder):
     assert same == first and len({first, *others}) == 1 + len(others)  # two without an id are two
     lines = list(map(sources.identity, sources.read([as_lines(folder)])))
     assert lines == list(map(sources.identity, sources.read([as_json(folder)]))) and len(set(lines)) == len(COLLECTION) and first == lines[0]
+
+
+def test_two_pictures_of_one_name_in_two_folders_are_two(folder):
+    (folder / "other").mkdir()
+    pictured, blind = ([sources.identity(*sources.read([put(place / "a.json", [record])])) for place in (folder, folder / "other")]
+                       for record in (COLLECTION[0], COLLECTION[2]))
+    assert pictured[0] != pictured[1] and blind[0] == blind[1]
 
 
 def test_in_containers_pictures_count_as_well(folder):
