@@ -3,19 +3,21 @@
     python prepare.py fridge --out=data/fridge                                            draw the little world of the demonstration
     python prepare.py new --source=data/fridge/text.json --out=out/newborn                a tokenizer learnt from text, a random eye and brain
     python prepare.py data --model=M --source=FILE.json --images=DIR --out=data/NAME      pictures and conversations to memory-mapped shards
+    python prepare.py show --data=data/NAME --sample=ID                                   a sample as the model will get it
+    python prepare.py check --data=data/NAME                                              a whole set: bytes, lengths, how full rows will be
     python prepare.py stitch --vision=DIR --decoder=DIR --out=out/NAME                    an eye, a brain, a fresh projector between them
     python prepare.py export --model=out/NAME --out=DIR                                   a LLaVA folder for transformers, vLLM, llama.cpp
 """
+import difflib
+import os
 import sys
 import time
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
 
 import torch
 
-from nanovlm import Mistake, chat, cli, tokenizer, weights
+from nanovlm import Mistake, chat, cli, gather, look, packing, sources, tokenizer, weights
 from nanovlm import data as shards
 from nanovlm import fridge as world
 from nanovlm import images as pictures
@@ -39,25 +41,13 @@ def fridge(*,
     say(f"{out}: {scenes} fridges to learn from, {text} conversations without one, {exam} held out for the exam")
 
 
-def read_records(source):
-    """A list of samples from a JSON file in LLaVA's format."""
-    records = weights.read_json(source)
-    if not isinstance(records, list) or not records:
-        raise Mistake(f"{source}: not a list of samples" if records != [] else f"{source} holds no samples")
-    return records
-
-
-def each(do, things):
-    """[do(thing, number)] of all things, numbered from 1; if some are wrong, one Mistake tells of the first three and how many more there are."""
-    done, wrong = [], []
-    for number, thing in enumerate(things, 1):
+def read_texts(paths):
+    """What anybody says in any conversation of some sources; what cannot be read of them is left out here, and told by `data`."""
+    for raw in sources.read(paths):
         try:
-            done.append(do(thing, number))
-        except Mistake as mistake:
-            wrong.append(str(mistake))
-    if wrong:
-        raise Mistake("; ".join(wrong[:3]) + (f"; and {len(wrong) - 3} more samples are wrong" if wrong[3:] else ""))
-    return done
+            yield from (text for _, text in sources.conversation(raw)[2])
+        except Mistake:
+            continue
 
 
 def refuse_to_overwrite(out):
@@ -96,9 +86,7 @@ def new(*,
     policy = {"tile": tile, "patch": patch, "shuffle": shuffle, "fit": fit or "squash", "resample": "bicubic", "mean": [0.5] * 3, "std": [0.5] * 3,
               "draft": draft, **tiling(fit, tiles, thumbnail, tile_choice, tile_tags)}
     pictures.check_policy(policy)
-    said = [each(lambda record, number, path=path: chat.read_turns(record, f"{path}, sample {number}"), read_records(path)) for path in source]
-    texts = (text for conversations in said for turns in conversations for _, text in turns)
-    words = tokenizer.learn(texts, vocabulary, chat.special_names(template))
+    words = tokenizer.learn(read_texts(source), vocabulary, chat.special_names(template))
     shapes = {
         "vision": {"tile": tile, "patch": patch, "width": vision_width, "layers": vision_layers, "heads": vision_heads, "ffn": vision_ffn},
         "decoder": {"vocabulary": words.vocab_size, "width": width, "layers": layers, "heads": heads, "kv_heads": kv_heads, "ffn": ffn},
@@ -144,77 +132,66 @@ def tiling(fit, tiles, thumbnail, tile_choice, tile_tags):
 
 def data(*,
     model: str = "out/newborn",  # whose tokenizer, template and picture policy to prepare for
-    source: str = "",            # a JSON file in LLaVA's format
-    images: str = "",            # the folder its pictures are named from; empty: the folder of the source
+    source: list[str] = [],      # JSON, JSON lines, tar or parquet (nanovlm/sources.py says what may be in them); may be repeated
+    images: str = "",            # the folder or zip that its pictures are named from; empty: the folder of the source
     out: str = "",               # where the prepared set goes
+    row: int = 2048,             # the most tokens of a sample: tiles step down 12, 8, 6, 4, 2, 1 to fit; no --row of training may be shorter
+    workers: int = 0,            # processes that cut; 0: one a core
+    max_skipped: float = 0.01,   # the share of samples that may be skipped, 0.01 or 1%, before it is a mistake
 ):
-    """Pictures and conversations, prepared once: cut, tokenised, and written to be read at memory speed."""
+    """Pictures and conversations, prepared once: cut, tokenised, and written to be read at memory speed. Stopped, it goes on where it was."""
     if not source or not out:
-        raise Mistake("prepare.py data needs --source=FILE.json and --out=data/NAME")
+        raise Mistake("prepare.py data needs --source=FILE and --out=data/NAME")
+    if row < 1 or workers < 0 or not 0 <= max_skipped <= 1:
+        raise Mistake(f"--row={row} must be at least 1, --workers={workers} at least 0, --max_skipped={max_skipped} from 0 to 1")
     refuse_to_overwrite(out)
-    records, folder = read_records(source), Path(images) if images else Path(source).parent
-    if not folder.is_dir():
-        raise Mistake(f"--images={images} is no folder")
-    samples = each(partial(read_sample, folder=folder), records)  # what is wrong with them is told now, not after hours of pictures
-    owner = weights.load(model)
+    if images and not Path(images).exists():
+        raise Mistake(f"--images={images}: no such folder or zip")
+    owner, began = weights.describe(model), time.time()
     chat.end_id(owner.tokenizer, owner.template)
-    if owner.policy["fit"] == "anyres":
-        raise Mistake(f"{model} takes as many tokens as a picture's size asks for (LLaVA-NeXT), prepared data has the same for all: "
-                      "stitch its eye to its brain with --fit=pad")
-    began, tokens = time.time(), pictures.tokens_per_tile(owner.policy)
-    with shards.Writer(out, fingerprint=owner.fingerprint(), tokens_per_tile=tokens, tile=owner.policy["tile"]) as writer:
-        each(lambda sample, number: writer.add(*prepared(sample, owner)), progress(samples, began))
+    recipe = gather.Recipe(owner.tokenizer, owner.template, owner.policy, row, images)
+    skipped = gather.gather(source, out, recipe, workers or len(os.sched_getaffinity(0)), max_skipped)
     table = shards.Samples(out).table
     say(f"{out}: {len(table):,} samples, {table[:, shards.HELD_OUT].sum():,} of them held out, the longest of "
         f"{table[:, shards.LENGTH].max():,} tokens, in {time.time() - began:.0f} s")
+    for reason, times in gather.table(skipped):
+        say(f"skipped {times:,}: {reason}")
+    if skipped:
+        say(f"each with its reason in {out}/skipped.jsonl")
 
 
-def progress(things, began):
-    """The things, one after another; every five seconds how far they have come."""
-    told = began
-    for number, thing in enumerate(things, 1):
-        yield thing
-        if time.time() - told > 5:
-            told = time.time()
-            left = (told - began) / number * (len(things) - number)
-            say(f"{number:,} of {len(things):,} samples, {number / (told - began):.0f}/s, {left:.0f} s left")
+def show(*,
+    data: str = "",            # a prepared set
+    sample: str = "",          # the id of a sample
+    out: str = "sample.png",   # where a picture of its tiles goes
+):
+    """A sample as the model will get it: every token once, a line for what is trained and for what is not, and its tiles as a picture."""
+    samples = shards.Samples(data)
+    numbers = [number for number, name in enumerate(samples.names) if name == sample]
+    if not numbers:
+        near = difflib.get_close_matches(sample, samples.names[:100_000], 3) or samples.names[:3]
+        raise Mistake(f"{data} holds no sample {sample!r}, but {', '.join(map(repr, near))}")
+    words = tokenizer.Tokenizer.load(data)
+    for number in numbers:
+        print(look.as_text(samples, number, words))
+    tiles_NCYX = packing.collate(samples, [numbers])[0]["tiles_NCYX"].numpy()
+    if len(tiles_NCYX):
+        look.mosaic(tiles_NCYX).save(out)
+        say(f"{out}: its {len(tiles_NCYX)} tiles")
 
 
-class Sample(NamedTuple):
-    name: str      # its id in the source
-    label: str     # where to find it, for messages
-    turns: list    # [(role, text)]
-    paths: list    # of its pictures, one for each <image>
-
-
-def read_sample(record, number, folder):
-    """A record of the source as a Sample, everything but its pictures' insides checked.
-
-    Ids may come again, as in LLaVA's own mix, where one picture has several conversations under the same id: all of them are held out or none.
-    """
-    name = record.get("id") if isinstance(record, dict) else None
-    if isinstance(name, bool) or not isinstance(name, str | int | float):
-        raise Mistake(f"sample {number} needs an id, a text or a number, which decides whether it is held out: {record!r:.80}")
-    shards.check_name(str(name))
-    label, paths = f"sample {number} ({name})", record.get("image") or []
-    paths = [paths] if isinstance(paths, str) else paths
-    if not isinstance(paths, list) or not all(isinstance(path, str) for path in paths):
-        raise Mistake(f"{label}: `image` is neither a path nor a list of paths: {paths!r:.80}")
-    turns = chat.read_turns(record, label)
-    chat.check_turns(turns, len(paths), label)
-    for path in paths:
-        if not (folder / path).is_file():
-            raise Mistake(f"{label}: no such picture: {folder / path}")
-    return Sample(str(name), label, turns, [folder / path for path in paths])
-
-
-def prepared(sample, owner):
-    """A Sample as what Writer.add takes: name, ids, trained, and the tiles of each picture."""
-    try:
-        ids, trained = chat.render(sample.turns, owner.tokenizer, owner.template)
-        return sample.name, ids, trained, [pictures.load_tiles(path, owner.policy) for path in sample.paths]
-    except Mistake as mistake:
-        raise Mistake(f"{sample.label}: {mistake}") from None
+def check(*,
+    data: str = "",            # a prepared set, or several: a,b or a:0.7,b:0.3
+    row: int = 2048,           # tokens in a row of training
+    rate: float = 0.0,         # tokens a second, if an epoch's time is asked for
+):
+    """Scan a whole set before a night is spent on it: its bytes, its lengths, how full rows will be, how long an epoch takes."""
+    folders, shares = packing.read_blend(data)
+    samples = shards.Samples(*folders)
+    print(look.report(samples, shares, row, rate))
+    if wrong := [said for folder in folders for said in shards.damaged(folder)]:
+        raise Mistake(f"{'; '.join(wrong[:3])}{f'; and {len(wrong) - 3} more files' if wrong[3:] else ''}: prepare it again")
+    print("every byte is as it was written")
 
 
 def stitch(*,
@@ -272,4 +249,4 @@ def export(*,
 
 
 if __name__ == "__main__":
-    cli.run({"fridge": fridge, "new": new, "data": data, "stitch": stitch, "export": export})
+    cli.run({"fridge": fridge, "new": new, "data": data, "show": show, "check": check, "stitch": stitch, "export": export})

@@ -14,10 +14,9 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 
-from nanovlm import Mistake, chat, cli, data, disk, evaluate, images, parallel, weights
+from nanovlm import Mistake, chat, cli, data, disk, evaluate, images, packing, parallel, weights
 
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LONGEST = 1 << 20  # tokens of prompt and answer together; the cache takes memory for all of them before the first is read
@@ -48,16 +47,6 @@ def load_pictures(paths, policy):
     return [images.load(path, policy) for path in paths]
 
 
-def as_tensors(pictures, policy):
-    """Several pictures, or none, as generate takes them: their tiles as one uint8 (N, C, Y, X), and the places in it that are read."""
-    tiles, places, before = [torch.empty(0, 3, policy["tile"], policy["tile"], dtype=torch.uint8)], [torch.empty(0, dtype=torch.int64)], 0
-    for picture in pictures:
-        tiles.append(torch.tensor(picture.tiles))
-        places.append(torch.from_numpy(np.where(picture.places == images.NEWLINE, images.NEWLINE, picture.places + before)))
-        before += len(picture.tiles) * images.tokens_per_tile(policy)
-    return {"tiles_NCYX": torch.cat(tiles), "places_t": torch.cat(places)}
-
-
 def check_length(checkpoint, ids, max_tokens):
     """Refuse what no memory holds; warn of a prompt longer than all that the model was trained on."""
     if len(ids) + max_tokens > LONGEST:
@@ -73,7 +62,7 @@ def stream(checkpoint, turns, pictures, **choices):
     text, ids = checkpoint.tokenizer.stream(), prompt_ids(checkpoint, turns, pictures)
     check_length(checkpoint, ids, choices["max_tokens"])
     stop = {chat.end_id(checkpoint.tokenizer, checkpoint.template)}
-    for (next_id,) in checkpoint.model.generate([ids], **as_tensors(pictures, checkpoint.policy), stop=stop, **choices):
+    for (next_id,) in checkpoint.model.generate([ids], **packing.join(pictures, checkpoint.policy), stop=stop, **choices):
         if next_id not in stop:
             yield text.push(next_id)
     yield text.flush()
@@ -86,7 +75,7 @@ def answer_all(checkpoint, questions, batch=100, blank=False, **choices):
     order = sorted(range(len(asked)), key=lambda i: len(asked[i]))  # prompts of one length need no padding
     for start in range(0, len(order), batch):
         members = order[start : start + batch]
-        seen = as_tensors([picture for i in members for picture in questions[i][1]], checkpoint.policy)
+        seen = packing.join([picture for i in members for picture in questions[i][1]], checkpoint.policy)
         if blank:
             seen["tiles_NCYX"].fill_(128)
         said = zip(*checkpoint.model.generate([asked[i] for i in members], **seen, stop=stop, **choices), strict=True)

@@ -22,7 +22,8 @@ import torch
 import prepare
 import sample
 from nanovlm import UNTRAINED, Mistake, cli, evaluate, parallel, watch, weights
-from nanovlm.data import LENGTH, Loader, Samples
+from nanovlm.data import LENGTH, Samples
+from nanovlm.packing import Loader, read_blend
 
 # What a stage sets where no setting overrides it. brain and eye are the demonstration's; pretrain and sft are the recipe of
 # Megatron-LM/examples/multimodal (pretrain_mistral_clip.sh, sft_mistral_clip.sh): rates, floors, steps, batch, decay and clipping.
@@ -118,7 +119,8 @@ def make_room(run):
 def identity(run, samples):
     """What must stay the same for a run to go on to the same numbers; data by what it holds, since it may have moved."""
     content = f"{len(samples.table):,} samples of {samples.table[:, LENGTH].sum():,} tokens ({sha256(samples.table.tobytes()).hexdigest()[:8]})"
-    return {name: value for name, value in vars(run).items() if name not in (*FREE, "rates")} | {"data": content}
+    blend = "" if run.weights is None else f" blended by {run.weights}"
+    return {name: value for name, value in vars(run).items() if name not in (*FREE, "rates", "weights")} | {"data": content + blend}
 
 
 def go_on(found, vlm, optimizer, must_agree):
@@ -134,7 +136,7 @@ def go_on(found, vlm, optimizer, must_agree):
 def train(*,
     stage: str = "",                  # brain, eye, pretrain or sft; empty: the demonstration, all of them in a row
     model: str | None = None,         # the checkpoint to start from; none: what the stage before left
-    data: str | None = None,          # a set that `prepare.py data` wrote
+    data: str | None = None,          # a set that `prepare.py data` wrote, or several: a,b, or a:0.7,b:0.3 by their shares of the samples
     out: str | None = None,           # the run's folder; none: out/STAGE
     resume: bool = False,             # go on from the newest checkpoint in --out
     steps: int | None = None,         # optimizer steps in all
@@ -182,17 +184,19 @@ def train(*,
         mixed = torch.autocast(device.type, torch.bfloat16, enabled=run.dtype == "bfloat16" or (run.dtype == "auto" and device.type == "cuda"))
 
         # ---- what to train on, and from which step ----
-        samples = Samples(run.data)
+        folders, run.weights = read_blend(run.data)
+        samples = Samples(*folders)
         samples.check_fingerprint(checkpoint.fingerprint())
         must_agree = identity(run, samples)
         start = go_on(found, vlm, optimizer, must_agree) if found else 0
         if start == run.steps:
             return print(f"{stage}: {run.out} has all of its {start} steps already") if rank == 0 else None
-        loader = Loader(samples, row=run.row, batch=run.batch, micro=run.micro, seed=run.seed, rank=rank, world=world, start=start)
+        how = dict(row=run.row, seed=run.seed, weights=run.weights)
+        loader = Loader(samples, batch=run.batch, micro=run.micro, rank=rank, world=world, start=start, pin=device.type == "cuda", **how)
         held_out = watch.held_out_rows(samples, run.row)
         if rank == 0:
             print(f"{stage}: {run.steps} steps of {run.batch} rows on {world} × {device}, from {found or run.model} on {run.data}")
-            watch.print_plan(vlm, run.rates, Loader(samples, row=run.row, batch=1, micro=1, seed=run.seed), run.micro, mixed)
+            watch.print_plan(vlm, run.rates, Loader(samples, batch=1, micro=1, **how), run.micro, mixed)
             make_room(run)
         log = watch.Log(run.out, start, run.steps, rank)
 
@@ -248,7 +252,7 @@ def gradients(wrapped, batches, device, mixed, stopper):
     for number, (batch, _) in enumerate(batches, 1):
         with parallel.no_sync(wrapped, last=number == len(batches)):
             with mixed:
-                loss = wrapped(**{name: tensor.to(device) for name, tensor in batch.items()})
+                loss = wrapped(**{name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()})
             (loss * (world / count if count else math.nan)).backward()  # the wrapper takes the mean over ranks
         losses.append(loss.detach())
     losses = torch.stack(losses).tolist()

@@ -39,8 +39,11 @@ def convert(text, kind):
         if not math.isfinite(number) or number != int(number):
             raise ValueError("a whole number")
         return int(number) if "e" in text.lower() or "." in text else int(text)
-    if kind is float and not math.isfinite(float(text)):
-        raise ValueError("a finite number")
+    if kind is float:
+        number = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+        if not math.isfinite(number):
+            raise ValueError("a finite number")
+        return number
     return kind(text)
 
 

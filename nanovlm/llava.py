@@ -18,7 +18,7 @@ from .disk import read_json
 from .huggingface import insist, theirs
 from .model import VLM
 
-JOINT = {"projector.up": "multi_modal_projector.linear_1", "projector.down": "multi_modal_projector.linear_2", "newline": "image_newline"}
+JOINT = {"projector.up": "multi_modal_projector.linear_1", "projector.down": "multi_modal_projector.linear_2", "projector.newline": "image_newline"}
 KINDS = ("llava", "llava_next")
 SHARD_BYTES = 5_000_000_000  # transformers' own
 

@@ -26,15 +26,18 @@ def pixel_shuffle(features_NPD, factor):
 
 
 class Projector(nn.Module):
-    """Two layers with a GELU between (LLaVA-1.5), after an optional pixel shuffle."""
+    """Two layers with a GELU between (LLaVA-1.5), after an optional pixel shuffle: features_NPD of all tiles -> a vector a token, (N · P, D).
+    newline: one more comes last, the vector that is learnt for the end of a picture's row (LLaVA-NeXT)."""
 
-    def __init__(self, *, vision_width, width, shuffle=1):
+    def __init__(self, *, vision_width, width, shuffle=1, newline=False):
         super().__init__()
         self.shuffle = shuffle
         self.up, self.down = nn.Linear(vision_width * shuffle**2, width), nn.Linear(width, width)
+        self.newline = nn.Parameter(torch.randn(width) * width**-0.5) if newline else None
 
     def forward(self, features_NPD):
-        return self.down(F.gelu(self.up(pixel_shuffle(features_NPD, self.shuffle))))
+        features = self.down(F.gelu(self.up(pixel_shuffle(features_NPD, self.shuffle)))).flatten(0, 1)
+        return features if self.newline is None else torch.cat([features, self.newline[None].to(features)])
 
 
 class VLM(nn.Module):
@@ -44,48 +47,45 @@ class VLM(nn.Module):
     def __init__(self, *, vision, decoder, shuffle=1, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), newline=False):
         super().__init__()
         self.vision = Vision(**vision)
-        self.projector = Projector(vision_width=vision["width"], width=decoder["width"], shuffle=shuffle)
+        self.projector = Projector(vision_width=vision["width"], width=decoder["width"], shuffle=shuffle, newline=newline)
         self.decoder = Decoder(**decoder)
-        self.newline = nn.Parameter(torch.randn(decoder["width"]) * decoder["width"] ** -0.5) if newline else None
         self.tile = vision["tile"]
         self.register_buffer("mean_C11", torch.tensor(mean, device="cpu").view(3, 1, 1), persistent=False)
         self.register_buffer("std_C11", torch.tensor(std, device="cpu").view(3, 1, 1), persistent=False)
 
     def see(self, tiles_NCYX):
-        """uint8 (N, C, Y, X) -> what the brain reads of each tile, (N, tokens a tile, D)."""
+        """uint8 (N, C, Y, X) -> what the brain reads of all tiles, as the projector gives it."""
         eye, projector = self.vision.patches.weight.dtype, self.projector.up.weight.dtype  # public parts come in dtypes of their own
         return self.projector(self.vision(((tiles_NCYX.float() / 255 - self.mean_C11) / self.std_C11).to(eye)).to(projector))
 
-    def embed(self, ids_BT, tiles_NCYX, places_t=None):
-        """Embeddings of the words with the pictures' features spliced in where the ids say IMAGE, in order: all of them, or those at places_t
-        among the features of all tiles, −1 for a newline."""
+    def embed(self, ids_BT, tiles_NCYX, places=None):
+        """Embeddings of the words with the pictures' features spliced in where the ids say IMAGE, in order: all of them, or those at `places`
+        among the features of all tiles, −1 (the last) for a newline."""
         x_BTD = self.decoder.embed(ids_BT.clamp(min=0))
         place_BT = ids_BT == IMAGE
-        places = int(place_BT.sum())
+        wanted = int(place_BT.sum())
         if len(tiles_NCYX):
-            features = self.see(tiles_NCYX).flatten(0, 1)  # one a token of any tile, (N · P, D)
-            if self.newline is not None:
-                features = torch.cat([features, self.newline[None].to(features)])  # the last, as −1 says
-            if places_t is not None:
-                features = features[places_t.to(features.device)]
-            if places != len(features):
-                raise Mistake(f"the ids hold {places} places for picture tokens, the pictures make {len(features)}")
+            features = self.see(tiles_NCYX)
+            if places is not None:
+                features = features[places.to(features.device)]
+            if wanted != len(features):
+                raise Mistake(f"the ids hold {wanted} places for picture tokens, the pictures make {len(features)}")
             return x_BTD.masked_scatter(place_BT[..., None], features.to(x_BTD.dtype))
-        if places:
-            raise Mistake(f"the ids hold {places} places for picture tokens, but there is no picture")
+        if wanted:
+            raise Mistake(f"the ids hold {wanted} places for picture tokens, but there is no picture")
         if self.training:  # the other ranks may have pictures and wait for this one's gradients: look at nothing, and add nothing
             blank_1CYX = torch.zeros(1, 3, self.tile, self.tile, dtype=torch.uint8, device=ids_BT.device)
             x_BTD = x_BTD + self.see(blank_1CYX).sum().to(x_BTD.dtype) * 0
         return x_BTD
 
-    def forward(self, ids_BT, targets_BT, positions_BT, documents_BT, tiles_NCYX):
+    def forward(self, ids_BT, targets_BT, positions_BT, documents_BT, tiles_NCYX, places=None):
         """The loss summed over all trained tokens, a float32 scalar; targets_BT holds the next id, or UNTRAINED."""
-        hidden_BTD = self.decoder(self.embed(ids_BT, tiles_NCYX), positions_BT, documents_BT)
+        hidden_BTD = self.decoder(self.embed(ids_BT, tiles_NCYX, places), positions_BT, documents_BT)
         trained_BT = targets_BT != UNTRAINED
         return linear_cross_entropy(hidden_BTD[trained_BT], self.decoder.head.weight, targets_BT[trained_BT])
 
     @torch.no_grad()
-    def generate(self, prompts, tiles_NCYX, *, stop, places_t=None, max_tokens=256, temperature=0.0, top_k=0, top_p=1.0, seed=0):
+    def generate(self, prompts, tiles_NCYX, *, stop, places=None, max_tokens=256, temperature=0.0, top_k=0, top_p=1.0, seed=0):
         """Continue every prompt (a list of ids, IMAGE once for each picture token); yields a list a step: a row's next id, None once it ended.
 
         A row ends after an id of `stop`, which is yielded, or max_tokens. Rows of unequal length are padded on the left, where documents_BS
@@ -101,7 +101,7 @@ class VLM(nn.Module):
         generators = [torch.Generator().manual_seed(seed) for _ in prompts]
         cache, ended = Cache(self.decoder, B, T + max_tokens), [False] * B
 
-        x_BtD, start = self.embed(ids_BT, tiles_NCYX.to(device), places_t), 0  # t: all of the prompt, then one token a step
+        x_BtD, start = self.embed(ids_BT, tiles_NCYX.to(device), places), 0  # t: all of the prompt, then one token a step
         for end in range(T, T + max_tokens):
             seen_Bs = None if documents_BS is None else documents_BS[:, :end]
             hidden_BtD = self.decoder(x_BtD, positions_BS[:, start:end], seen_Bs, cache)

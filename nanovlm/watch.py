@@ -7,11 +7,13 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from . import IMAGE, UNTRAINED, Mistake, parallel
-from .data import LENGTH, collate, pack
+from .data import LENGTH
 from .loss import CHUNK
+from .packing import collate, join, pack
 
 
 def kept_for_backward(model, batch, mixed):
@@ -94,15 +96,16 @@ def show_answers(checkpoint, samples, rows, mixed, count=2):
 
 
 def show_answer(checkpoint, samples, i, mixed):
-    ids_T, targets_T, tiles_NCYX = samples.read(i)
+    ids_T, targets_T, pictures = samples.read(i)
     trained_T = targets_T != UNTRAINED  # the token after each of these is the assistant's
     if not trained_T.any():
         return
     first = int(trained_T.argmax()) + 1
     last = first + int((~trained_T[first:]).argmax())
-    stop, seen = int(ids_T[last]), int((ids_T[:first] == IMAGE).sum()) // samples.header["tokens_per_tile"]
+    stop, ends = int(ids_T[last]), np.cumsum([0, *(len(picture.places) for picture in pictures)])
+    seen = int(np.searchsorted(ends, (ids_T[:first] == IMAGE).sum()))  # pictures before the answer
     with mixed:
-        answer = checkpoint.model.generate([ids_T[:first].tolist()], torch.from_numpy(tiles_NCYX[:seen].copy()), stop={stop}, max_tokens=64)
+        answer = checkpoint.model.generate([ids_T[:first].tolist()], **join(pictures[:seen], samples.policy), stop={stop}, max_tokens=64)
         said = [x for (x,) in answer if x != stop]
     decode = checkpoint.tokenizer.decode
     print(f"  {samples.names[i]}: it says {decode(said)!r}, right is {decode(ids_T[first:last].tolist())!r}", flush=True)

@@ -1,4 +1,5 @@
 """What tests share: a model whose sizes all differ, so that a swapped axis cannot go unnoticed."""
+import json
 import sys
 from pathlib import Path
 
@@ -11,7 +12,7 @@ with torch.device("meta"):  # at its first use torch lists what makes tensors: n
     torch.empty(0)
 torch.set_num_threads(1)  # models this small gain nothing from more, and lose much where another process wants the core
 
-from nanovlm import IMAGE, UNTRAINED  # noqa: E402
+from nanovlm import IMAGE, UNTRAINED, data  # noqa: E402
 from nanovlm.model import VLM  # noqa: E402
 
 VISION = dict(tile=12, patch=3, width=20, layers=2, heads=5, ffn=28)  # 16 patches
@@ -59,3 +60,13 @@ def make_batch(rows):
                 batch[name][b, span] = value
             start = span.stop
     return batch | {"tiles_NCYX": torch.cat([tiles for row in rows for _, _, tiles in row])}
+
+
+def write_set(out, fingerprint, *shards, row=2048):
+    """A prepared set of several shards, each a list of samples as data.write_shard takes them."""
+    receipts = []
+    for number, samples in enumerate(shards):
+        data.write_shard(out / f"{number:05d}", fingerprint["policy"], samples)
+        receipts.append(json.loads((out / f"{number:05d}" / "receipt.json").read_text()))
+    data.write_header(out, fingerprint, row, [receipt["files"] for receipt in receipts])
+    return out

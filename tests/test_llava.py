@@ -12,7 +12,7 @@ from test_parity import BRAIN, EYE, shake
 
 import prepare
 import sample
-from nanovlm import IMAGE, Mistake, chat, huggingface, images, llava, tokenizer, weights
+from nanovlm import IMAGE, Mistake, chat, data, huggingface, images, llava, packing, tokenizer, weights
 
 PINPOINTS = [[28, 56], [56, 28], [56, 56], [84, 28], [28, 84]]  # LLaVA-NeXT's own, for tiles of 28 pixels
 LLAVA_15 = ("{% for message in messages %}{% if message['role'] != 'system' %}{{ message['role'].upper() + ': '}}{% endif %}"
@@ -91,8 +91,8 @@ def ask(question, count=1):
 
 
 def seen_by_both(ours, shown, theirs):
-    """What as_tensors gives of our pictures, with the pixels of transformers in it, which may differ by a level each and by no more."""
-    seen = sample.as_tensors(shown, ours.policy)
+    """What join gives of our pictures, with the pixels of transformers in it, which may differ by a level each and by no more."""
+    seen = packing.join(shown, ours.policy)
     tiles_NCYX = ((theirs["pixel_values"].flatten(0, -4) * ours.model.std_C11 + ours.model.mean_C11) * 255).round()
     assert (tiles_NCYX - seen["tiles_NCYX"]).abs().max() <= 1
     return seen | {"tiles_NCYX": tiles_NCYX.to(torch.uint8)}
@@ -435,7 +435,23 @@ def test_numbers_stay_as_their_files_have_them(dtype, folders, tmp_path):
     assert json.loads((out / "config.json").read_text())["dtype"] == str(dtype).removeprefix("torch.")
 
 
-def test_prepared_data_has_no_pictures_of_many_sizes(folders, tmp_path):
-    (tmp_path / "x.json").write_text(json.dumps([{"id": "1", "conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}]))
-    with pytest.raises(Mistake, match="stitch its eye to its brain with --fit=pad"):
-        prepare.data(model=str(folders["1.6 vicuna"]), source=str(tmp_path / "x.json"), out=str(tmp_path / "set"))
+def test_a_llava_next_is_prepared_for_with_pictures_of_any_size(folders, tmp_path):
+    """Each takes the tokens that its size asks for, and what training reads of it is what sample.py shows."""
+    folder, ours = str(folders["1.6 vicuna"]), weights.load(folders["1.6 vicuna"])
+    records = []
+    for number, size in enumerate([(60, 40), (20, 90)]):
+        Image.fromarray(np.random.default_rng(number).integers(256, size=(*size[::-1], 3), dtype=np.uint8)).save(tmp_path / f"{number}.png")
+        said = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "That."}]
+        records.append({"id": str(number), "image": f"{number}.png", "conversations": said})
+    (tmp_path / "x.json").write_text(json.dumps(records))
+    prepare.data(model=folder, source=[str(tmp_path / "x.json")], out=str(tmp_path / "set"))
+    samples = data.Samples(tmp_path / "set")
+    batch, _ = packing.collate(samples, [[0, 1]])
+    shown = [images.load(tmp_path / f"{number}.png", ours.policy) for number in (0, 1)]
+    joined = packing.join(shown, ours.policy)
+    assert len(shown[0].places) != len(shown[1].places) and all(batch[name].equal(joined[name]) for name in joined)
+    for number in (0, 1):
+        asked = sample.prompt_ids(ours, [("user", "<image>\nWhat?")], [shown[number]])
+        assert samples.read(number)[0][: len(asked)].tolist() == asked
+    ours.model.train()(**batch).backward()
+    assert ours.model.projector.newline.grad.abs().sum() > 0

@@ -161,7 +161,7 @@ def test_a_row_without_pictures_still_gives_every_part_a_gradient_of_zero(vlm):
     assert loss == pytest.approx(vlm.eval()(**make_batch([[make_samples()[1]]])).item(), rel=1e-6)
 
 
-def test_more_or_fewer_places_than_features_name_both_counts(vlm):
+def test_more_or_fewer_placeshan_features_name_both_counts(vlm):
     ids_T, targets_T, tiles = make_samples()[0]
     with pytest.raises(Mistake, match=r"4 places .* make 8"):
         vlm.embed(ids_T[None], torch.cat([tiles, tiles]))
@@ -185,7 +185,7 @@ CHANGED = {
                  activation="quick_gelu", layer_scale=True, eps=0.1, read=-2),
     Decoder: dict(vocabulary=43, width=32, layers=2, heads=4, kv_heads=3, ffn=40, head_size=10, theta=50.0,
                   scaling={"rope_type": "linear", "factor": 2.0}, eps=0.1, window=[3, None, 4], tied=True),
-    Projector: dict(vision_width=24, width=28, shuffle=1),
+    Projector: dict(vision_width=24, width=28, shuffle=1, newline=True),
     VLM: dict(vision=VISION | {"ffn": 30}, decoder=DECODER | {"ffn": 40}, shuffle=1, mean=(0.1, 0.2, 0.3), std=(0.3, 0.2, 0.1), newline=True),
 }
 BASE = {Vision: VISION, Decoder: DECODER, Projector: dict(vision_width=20, width=24, shuffle=2), VLM: dict(vision=VISION, decoder=DECODER, shuffle=2)}

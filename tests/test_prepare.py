@@ -2,7 +2,6 @@
 import io
 import json
 import os
-import subprocess
 import sys
 
 import numpy as np
@@ -56,7 +55,8 @@ def door(world, tmp_path, monkeypatch):
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
         monkeypatch.setattr(sys, "argv", ["prepare.py", what, *(f"--{n}={v}" for n, v in (usual.get(what, {}) | settings).items())])
         try:
-            cli.run({"data": prepare.data, "new": prepare.new, "stitch": prepare.stitch, "fridge": prepare.fridge})
+            cli.run({"data": prepare.data, "new": prepare.new, "stitch": prepare.stitch, "fridge": prepare.fridge,
+                     "show": prepare.show, "check": prepare.check})
         except SystemExit as end:
             return end.code
     return run
@@ -83,9 +83,9 @@ def test_what_is_prepared_is_what_the_source_says(world, door, tmp_path, capsys)
     assert read.names == ["egg", "7", "pair", "egg"]
     pixels = {name: images.load_tiles(world / "pictures" / name, model.policy) for name in ("egg.png", "deep/milk.jpg")}
     for i, names in enumerate([["egg.png"], [], ["egg.png", "deep/milk.jpg"], ["egg.png"]]):
-        ids_T, _, tiles_NCYX = read.read(i)
+        ids_T, _, pictures = read.read(i)
         assert (ids_T == IMAGE).sum() == TOKENS * len(names)
-        assert np.array_equal(tiles_NCYX, np.concatenate([np.zeros((0, 3, 12, 12), np.uint8), *(pixels[name] for name in names)]))
+        assert all(np.array_equal(picture.tiles, pixels[name]) for picture, name in zip(pictures, names, strict=True))
     learnt = [model.tokenizer.decode([x for x in read.read(i)[1].tolist() if x != UNTRAINED]) for i in range(4)]
     assert learnt == ["An egg.</s>White.</s>", "Hello you</s>", "Milk.</s>", "A white egg.</s>"]
     said = capsys.readouterr()
@@ -96,11 +96,11 @@ def test_pictures_lie_beside_the_source_unless_a_folder_is_named(world, door):
     assert door("data", images="", source=source(world / "pictures", RECORDS)) is None
 
 
-def test_conversations_about_one_picture_are_held_out_together():
+def test_conversations_about_one_picture_are_held_out_together(world, door, tmp_path):
     """LLaVA's own mix gives one id to all conversations about one picture: it must not be trained in one and be examined in another."""
     records = [{"id": number % 200, "conversations": talk(f"Question {number}", "Answer")} for number in range(400)]
-    samples = [prepare.read_sample(record, number, ROOT) for number, record in enumerate(records, 1)]
-    held_out = [data.held_out(sample.name) for sample in samples]
+    assert door("data", source=source(tmp_path, records)) is None
+    held_out = data.Samples(tmp_path / "set").table[:, data.HELD_OUT].tolist()
     assert held_out[:200] == held_out[200:] and 0 < sum(held_out) < 40
 
 
@@ -111,53 +111,25 @@ def changed(**fields):
 
 
 @pytest.mark.parametrize("records, said", [
-    ("{'id': 1}", "source.json is not JSON"), ("\x00", "is not JSON"), ("", "is not JSON"), ("[]", "source.json holds no samples"),
-    ({"id": 1}, "not a list of samples"), ("5", "not a list of samples"),
-    ([5], "sample 1 needs an id"), (["a\nb"], "sample 1 needs an id"), ([RECORDS[0], None], "sample 2 needs an id"),
-    ([changed(id=...)], "sample 1 needs an id"), ([changed(id=None)], "sample 1 needs an id"), ([changed(id=True)], "sample 1 needs an id"),
-    ([changed(id=["a"])], "sample 1 needs an id"), ([changed(id="")], "the id '' is not one line"), ([changed(id="a\nb")], r"the id 'a\nb' is not"),
-    ([changed(image="nowhere.png")], "pictures/nowhere.png"), ([changed(image="deep")], "no such picture"),
-    ([changed(image="a\0b")], "no such picture"),
-    ([changed(image=5)], "`image` is neither"), ([changed(image=[None])], "`image` is neither"), ([changed(image={"a": 1})], "`image` is neither"),
-    ([changed(image=...)], "sample 1 (egg): 1 <image> in its text but 0 pictures"),
-    ([changed(image=["egg.png"] * 2)], "1 <image> in its text but 2 pictures"),
-    ([changed(image="text.jpg")], "sample 1 (egg): "), ([changed(image="text.jpg")], "text.jpg is no picture"),
-    ([changed(image="cut.jpg")], "cut.jpg"),
-    ([changed(conversations=talk("<image>", ""))], "sample 1 (egg): turn 2, the assistant's, is empty"),
-    ([changed(conversations=talk("<image>"))], "turns must go"), ([changed(conversations=...)], "neither `conversations` nor `messages`"),
+    ("{'id': 1}", "is not JSON"), ("\x00", "neither JSON"), ("", "is empty"), ("[]", "holds no samples"), ("5", "neither JSON"),
+    ([5], "sample 1 is no object: 5"), ([{"words": 1}], "{'words': 1}"),
 ])
-def test_a_source_that_cannot_be_used(door, tmp_path, records, said):
-    code = door("data", source=source(tmp_path, records))
-    refused(code, said)
-    assert os.listdir(tmp_path) == ["source.json"]  # neither a set nor half of one
+def test_a_source_that_is_none_is_refused_before_anything_is_written(door, tmp_path, records, said):
+    refused(door("data", source=source(tmp_path, records)), said)
+    assert os.listdir(tmp_path) == ["source.json"]
 
 
 @pytest.mark.parametrize("settings, said", [
-    (dict(source="nowhere/x.json"), "no such file: nowhere/x.json"), (dict(source=str(ROOT)), "Is a directory"),
-    (dict(images="nowhere"), "--images=nowhere is no folder"),
+    (dict(source="nowhere/x.json"), "no such file: nowhere/x.json"), (dict(source=str(ROOT / "tests")), "holds neither .tar nor .parquet"),
+    (dict(images="nowhere"), "--images=nowhere: no such folder or zip"), (dict(images=__file__), "neither a folder nor a zip"),
     (dict(model="nowhere"), "no such model: nowhere"), (dict(model=str(ROOT / "tests")), "holds no nanovlm checkpoint"),
-    (dict(source=""), "needs --source"), (dict(out=""), "needs --source=FILE.json and --out"), (dict(sauce="x"), "did you mean --source?"),
+    (dict(out=""), "needs --source=FILE and --out"), (dict(sauce="x"), "did you mean --source?"),
+    (dict(row=0), "--row=0 must be at least 1"), (dict(workers=-1), "--workers=-1 at least 0"),
+    (dict(max_skipped="101%"), "--max_skipped=1.01 from 0 to 1"),
 ])
 def test_settings_that_lead_nowhere(door, tmp_path, settings, said):
     refused(door("data", **settings), said)
     assert not os.listdir(tmp_path)
-
-
-def test_all_that_is_wrong_is_told_at_once_and_before_any_picture_is_opened(door, tmp_path, monkeypatch):
-    monkeypatch.setattr(images, "load_tiles", lambda *_: pytest.fail("a picture was opened"))
-    records = [changed(id=number, image="nowhere.png" if number % 2 else "egg.png") for number in range(12)]
-    code = door("data", source=source(tmp_path, records))
-    refused(code, "sample 2 (1): no such picture")
-    assert all(f"sample {number} ({number - 1})" in code for number in (2, 4, 6)) and "and 3 more samples are wrong" in code
-    refused(door("data", source=source(tmp_path, [changed(), changed(id="a\nb")])), "is not one line")
-    refused(door("data", source=source(tmp_path, [changed(), changed(conversations=talk("<image>", "\ud800"))])), "half a character")
-
-
-def test_unreadable_pictures_are_all_told_in_one_go(door, tmp_path):
-    records = [changed(id=number, image=name) for number, name in enumerate(["text.jpg", "egg.png", "cut.jpg"], 1)]
-    code = door("data", source=source(tmp_path, records))
-    refused(code, "sample 1 (1)")
-    assert "sample 3 (3)" in code and "sample 2" not in code
 
 
 @pytest.mark.parametrize("what", ["data", "new", "stitch"])
@@ -167,54 +139,6 @@ def test_what_is_there_is_never_written_over(world, door, tmp_path, what):
     parts = dict(vision=world / "model", decoder=world / "model") if what == "stitch" else {}
     refused(door(what, out=tmp_path / "mine", **parts), f"--out={tmp_path}/mine is there already")
     assert (tmp_path / "mine" / "precious").read_text() == "years of work"
-
-
-# ---- however it ends ----
-
-def test_ctrl_c_leaves_nothing_and_the_next_run_is_whole(door, tmp_path, monkeypatch):
-    opened = []
-
-    def load_tiles(path, policy):
-        opened.append(path)
-        if len(opened) == 3:
-            raise KeyboardInterrupt
-        return real(path, policy)
-
-    real = images.load_tiles
-    monkeypatch.setattr(images, "load_tiles", load_tiles)
-    assert door("data") == 130
-    assert len(opened) == 3 and not os.listdir(tmp_path)
-    assert door("data") is None
-    assert len(data.Samples(tmp_path / "set").names) == len(RECORDS)
-
-
-def test_a_full_disk_ends_it_at_once_and_names_the_set(door, tmp_path, monkeypatch):
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(data.Writer, "_put", full)
-    refused(door("data"), f"{tmp_path}/set: No space left on device")
-    assert not os.listdir(tmp_path)
-
-
-def run(code, *settings):
-    done = subprocess.run([sys.executable, *code, *map(str, settings)], cwd=ROOT, capture_output=True, text=True, timeout=60,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
-    return done.returncode, done.stdout, done.stderr
-
-
-def test_killed_and_run_again_as_a_person_would(world, tmp_path):
-    """In processes of their own: killed outright while it writes, there is no set; the same command again makes it; once more, it is refused."""
-    settings = ["data", f"--model={world}/model", f"--source={world}/good.json", f"--images={world}/pictures", f"--out={tmp_path}/set"]
-    killer = ("import os, signal, prepare; from nanovlm import cli, data; put = data.Writer._put; "
-              "kill = lambda self, kind, rows: os.kill(os.getpid(), signal.SIGKILL) if self.rows['samples'] == 2 else put(self, kind, rows); "
-              "data.Writer._put = kill; cli.run({'data': prepare.data})")
-    assert run(["-c", killer], *settings)[0] == -9
-    assert os.listdir(tmp_path) == ["set.tmp"]
-    code, out, err = run(["prepare.py"], *settings)
-    assert (code, out) == (0, "") and "4 samples" in err
-    assert os.listdir(tmp_path) == ["set"] and len(data.Samples(tmp_path / "set").names) == 4
-    assert run(["prepare.py"], *settings) == (1, "", f"error: --out={tmp_path}/set is there already: remove it, or name another\n")
 
 
 # ---- a newborn ----
@@ -251,9 +175,13 @@ def test_a_newborn_that_cannot_be(door, tmp_path, settings, said):
     assert not os.listdir(tmp_path)
 
 
-def test_a_newborn_names_the_sample_it_cannot_learn_from(door, tmp_path):
-    path = source(tmp_path, [RECORDS[0], {"id": 2, "text": "Hi"}])
-    refused(door("new", source=path), f"{path}, sample 2: neither `conversations` nor `messages`")
+def test_a_newborn_learns_from_any_source_what_can_be_read_of_it(door, tmp_path):
+    whole, lines = tmp_path / "whole.json", tmp_path / "lines.jsonl"
+    whole.write_text(json.dumps(RECORDS))
+    lines.write_text("".join(json.dumps(record) + "\n" for record in RECORDS) + "{broken\n")
+    for path in (whole, lines):
+        assert door("new", source=path, out=tmp_path / path.stem) is None
+    assert (tmp_path / "whole" / "tokenizer.json").read_bytes() == (tmp_path / "lines" / "tokenizer.json").read_bytes()
 
 
 def test_a_world_without_fridges_is_none(door, tmp_path):

@@ -16,16 +16,17 @@ import train
 from nanovlm import Mistake, cli, disk
 
 DOORS = {"train.py": train.train, "sample.py": sample.sample,
-         "prepare.py": {"fridge": prepare.fridge, "new": prepare.new, "data": prepare.data, "stitch": prepare.stitch,
-                        "export": prepare.export}}
+         "prepare.py": {"fridge": prepare.fridge, "new": prepare.new, "data": prepare.data, "show": prepare.show, "check": prepare.check,
+                        "stitch": prepare.stitch, "export": prepare.export}}
 FUNCTIONS = [f for door in DOORS.values() for f in (door.values() if isinstance(door, dict) else [door])]
 FILES = sorted([*ROOT.glob("*.py"), *ROOT.glob("nanovlm/*.py")])
 README = ROOT / "README.md"
 READERS = {"photos.json", "exam.json", "captions.json", "chats.json", "photo.jpg"}  # what README.md asks the reader to bring
 
 # From the street down to the cellar: a file imports only from lines below its own (../shared/design.md, Rooms).
-ROOMS = ["train", "sample prepare", "weights", "llava", "huggingface watch", "parallel", "model", "vision decoder", "attention rmsnorm loss",
-         "sources", "records refs", "data", "chat", "tokenizer", "images", "disk opening evaluate", "fridge", "cli", "__init__"]
+ROOMS = ["train", "sample prepare", "weights", "llava", "huggingface watch", "parallel gather look", "model packing", "vision decoder",
+         "attention rmsnorm loss", "sources", "records refs", "data", "chat", "tokenizer", "images", "disk opening evaluate", "fridge", "cli",
+         "__init__"]
 # The model knows of no file, tokenizer or second process, a kernel of nothing of ours.
 KNOWS_ONLY = {"model": "vision decoder attention rmsnorm loss __init__", "vision": "attention", "decoder": "attention rmsnorm",
               "attention": "", "rmsnorm": "", "loss": "", "fridge": "__init__"}

@@ -13,7 +13,7 @@ from conftest import DECODER, ROOT, TOKENS, VISION, make_vlm
 from PIL import Image
 
 import sample as door
-from nanovlm import IMAGE, cli, images, tokenizer, weights
+from nanovlm import IMAGE, cli, images, packing, tokenizer, weights
 
 POLICY = {"tile": 12, "patch": 3, "shuffle": 2, "fit": "squash", "resample": "bicubic", "mean": [0.5] * 3, "std": [0.5] * 3}
 START, OPEN, CLOSE, END = range(256, 260)
@@ -127,9 +127,9 @@ def test_every_tile_of_a_tagged_picture_stands_behind_its_tag(checkpoint):
     place, ids = [IMAGE] * TOKENS, door.prompt_ids(tagged, [("user", "a<image>b<image>")], shown)
     assert ids == [START, OPEN, *b"a", *b"<tile_1>", *place, *b"<tile_2>", *place, *b"<tile_global_thumbnail>", *place,
                    *b"b", *b"<tile_global_thumbnail>", *place, CLOSE]
-    x_BTD = tagged.model.embed(torch.tensor([ids]), **door.as_tensors(shown, policy))
+    x_BTD = tagged.model.embed(torch.tensor([ids]), **packing.join(shown, policy))
     tiles_NCYX = torch.from_numpy(np.concatenate([picture.tiles for picture in shown]))
-    torch.testing.assert_close(x_BTD[torch.tensor([ids]) == IMAGE], tagged.model.see(tiles_NCYX).flatten(0, 1))
+    torch.testing.assert_close(x_BTD[torch.tensor([ids]) == IMAGE], tagged.model.see(tiles_NCYX))
     together = door.answer_all(tagged, [("a<image>b<image>", shown), ("hm", [])], max_tokens=5)
     assert together[0] == "".join(door.stream(tagged, [("user", "a<image>b<image>")], shown, max_tokens=5))
 

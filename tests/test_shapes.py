@@ -13,12 +13,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import DECODER, ROOT, VISION, make_vlm
+from conftest import DECODER, ROOT, VISION, make_vlm, write_set
 from PIL import Image
 
 import nanovlm
+import prepare
 import sample
-from nanovlm import IMAGE, data, huggingface, images, tokenizer, watch, weights
+from nanovlm import IMAGE, data, huggingface, images, packing, tokenizer, watch, weights
 
 ALPHABET = "".join(re.findall(r"(?<= )[A-Z](?= )", "".join(line for line in nanovlm.__doc__.splitlines() if line.startswith("    "))))
 CARRIES = re.compile(rf"[a-z]\w*_([{ALPHABET}{ALPHABET.lower()}1]+)$")
@@ -38,6 +39,8 @@ KNOWN = {  # file: the sizes that a letter may have in it, several where the eye
     "model.py": C | {"D": (24, 20), "V": 260, "P": (36, 9)},
     "images.py": C,
     "data.py": C | {"Y": 18, "X": 18},
+    "packing.py": C | {"Y": 18, "X": 18},
+    "look.py": C | {"Y": 18, "X": 18},
 }
 
 
@@ -131,14 +134,15 @@ def everything(folder):
     (folder / "deep.png").write_bytes(base64.b64decode(DEEP))
     images.open_picture(folder / "deep.png")
 
-    with data.Writer(folder / "set", fingerprint=checkpoint.fingerprint(), tokens_per_tile=9, tile=18) as writer:
-        for i in range(300):
-            ids = [IMAGE] * (i % 3 == 0) + list(range(65, 70 + i % 11))
-            writer.add(f"sample {i}", ids, [0] * (len(ids) - 3) + [1, 1, 0], [colour.tiles] if i % 3 == 0 else [])
+    written = [[IMAGE] * (i % 3 == 0) + list(range(65, 70 + i % 11)) for i in range(300)]
+    write_set(folder / "set", checkpoint.fingerprint(), [(f"sample {i}", ids, [0] * (len(ids) - 3) + [1, 1, 0], [colour] if i % 3 == 0 else [])
+                                                         for i, ids in enumerate(written)])
+    checkpoint.tokenizer.save(folder / "set")
+    prepare.show(data=str(folder / "set"), sample="sample 3", out=str(folder / "tiles.png"))
     samples = data.Samples(folder / "set")
-    (batch, _), *_ = next(data.Loader(samples, row=51, batch=7, micro=7, seed=1))
+    (batch, _), *_ = next(packing.Loader(samples, row=51, batch=7, micro=7, seed=1))
     model.train()(**batch).backward()
-    none = data.collate(samples, [[i] for i in range(300) if i % 3][:7])[0]
+    none = packing.collate(samples, [[i] for i in range(300) if i % 3][:7])[0]
     model(**none).backward()
     for scaling in ({"rope_type": "llama3", "factor": 2.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 20},):
         make_vlm(vision=EYE, decoder=BRAIN | {"scaling": scaling})(**none)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import conftest
 import numpy as np
 import pytest
 import torch
@@ -17,7 +18,7 @@ from conftest import DECODER, ROOT, TOKENS, VISION, make_batch, make_samples
 from safetensors.torch import load_file
 
 import train as door
-from nanovlm import IMAGE, UNTRAINED, Mistake, cli, data, tokenizer, watch, weights
+from nanovlm import IMAGE, UNTRAINED, Mistake, cli, data, images, packing, tokenizer, watch, weights
 from nanovlm.model import VLM
 
 POLICY = {"tile": 12, "patch": 3, "shuffle": 2, "fit": "squash", "resample": "bicubic", "mean": [0.5] * 3, "std": [0.5] * 3}
@@ -49,20 +50,19 @@ def home(tmp_path_factory):
 
 def write_set(out, checkpoint, poison=None, held_out=5, count=60):
     """`count` samples to train on and a few held out: random letters of which the last three are trained, every third sample with a picture."""
-    writer, g = data.Writer(out, fingerprint=checkpoint.fingerprint(), tokens_per_tile=TOKENS, tile=12), np.random.default_rng(1)
-    left = {True: held_out, False: count}
+    g, samples, left = np.random.default_rng(1), [], {True: held_out, False: count}
     for i in itertools.count():
         name = f"sample-{i}"
         if not any(left.values()):
-            return writer.close()
+            return conftest.write_set(out, checkpoint.fingerprint(), samples[:40], samples[40:])
         if not left[data.held_out(name)]:
             continue
         left[data.held_out(name)] -= 1
-        tiles = [g.integers(256, size=(1, 3, 12, 12), dtype=np.uint8)] * (i % 3 == 0)
+        pictures = [images.Picture(g.integers(256, size=(1, 3, 12, 12), dtype=np.uint8), np.arange(TOKENS), (5, 7))] * (i % 3 == 0)
         letters = g.integers(97, 123, size=g.integers(5, 17)).tolist()
         if not data.held_out(name) and left[False] == 40 and poison:
             letters[0], name = poison, "the poisoned one"
-        writer.add(name, [IMAGE] * len(tiles) + letters, [0] * (len(tiles) + len(letters) - 3) + [1] * 3, tiles)
+        samples.append((name, [IMAGE] * len(pictures) + letters, [0] * (len(pictures) + len(letters) - 3) + [1] * 3, pictures))
 
 
 def settings(home, out, **others):
@@ -141,7 +141,7 @@ def test_a_run_is_the_textbook_loop(home):
     groups = [{"params": [p for p in getattr(model, part).parameters() if (p.dim() > 1) == matrix], "lr": lr, "weight_decay": 0.2 * matrix}
               for part, lr in [("projector", 3e-2), ("decoder", 1e-2)] for matrix in (True, False)]
     optimizer = torch.optim.AdamW(groups, betas=(0.8, 0.9))
-    loader = data.Loader(data.Samples(home / "data"), row=22, batch=5, micro=5, seed=0)
+    loader = packing.Loader(data.Samples(home / "data"), row=22, batch=5, micro=5, seed=0)
     model.vision.requires_grad_(False)
     for line, share in zip(log_of(home / "by-hand"), (1, 1), strict=True):  # one step of warm-up, then the top of the cosine
         ((batch, _),) = next(loader)
@@ -203,7 +203,8 @@ def test_validation_is_the_mean_loss_of_the_held_out_words_and_blank_hides_the_p
     looks = watch.validate(checkpoint.model, samples, watch.held_out_rows(samples, 22), torch.autocast("cpu", enabled=False))
     for name, hide in [("validation", False), ("blank", True)]:
         losses = []
-        for ids_T, targets_T, tiles in (map(torch.from_numpy, samples.read(i)) for i in samples.split(validation=True)):
+        for ids_T, targets_T, pictures in (samples.read(i) for i in samples.split(validation=True)):
+            ids_T, targets_T, tiles = torch.from_numpy(ids_T), torch.from_numpy(targets_T), packing.join(pictures, POLICY)["tiles_NCYX"]
             tiles = torch.full_like(tiles, 128) if hide else tiles
             with torch.no_grad():
                 hidden = checkpoint.model.decoder(checkpoint.model.embed(ids_T[None], tiles), torch.arange(len(ids_T))[None])
@@ -235,7 +236,7 @@ def test_two_ranks_are_one_even_where_one_of_them_has_no_picture(home):
     """With the eye trained, so that its gradients are waited for."""
     samples = data.Samples(home / "data")
     steps = zip(*(itertools.islice(iter(lambda x=rank: next(x), None), 8) for rank in
-                  (data.Loader(samples, row=22, batch=5, micro=2, seed=0, rank=r, world=2) for r in (0, 1))), strict=True)
+                  (packing.Loader(samples, row=22, batch=5, micro=2, seed=0, rank=r, world=2) for r in (0, 1))), strict=True)
     pictures = [[sum(len(batch["tiles_NCYX"]) for batch, _ in batches) for batches in ranks] for ranks in steps]
     assert any(0 in counts and sum(counts) for counts in pictures), "the test wants a step in which one rank alone has pictures"
     two = launch(TWO_RANKS, settings(home, "two"))
@@ -332,15 +333,15 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_one_message_from_all_ranks(h
     assert before == {path.name: path.read_bytes() for path in kept.iterdir()}
 
 
-def test_a_loss_that_is_no_number_names_its_step_and_sample_and_changes_nothing(home):
+def test_a_loss_that_is_no_number_names_its_step_and_sample_and_changes_nothing(home, monkeypatch):
     poison = 200  # an id that only one sample has, whose embedding is made NaN
     checkpoint = weights.load(home / "model")
     with torch.no_grad():
         checkpoint.model.decoder.embed.weight[poison] = math.nan
-    weights.save(checkpoint, home / "poisoned")
+    monkeypatch.setattr(weights, "load", lambda *_: checkpoint)  # what is in a file is never NaN
     write_set(home / "poisoned-data", checkpoint, poison)
-    chosen = settings(home, "nan", model=str(home / "poisoned"), data=str(home / "poisoned-data"), steps=40, micro=1, save_every=1, row=21)
-    loader = data.Loader(data.Samples(chosen["data"]), row=21, batch=5, micro=1, seed=0)
+    chosen = settings(home, "nan", data=str(home / "poisoned-data"), steps=40, micro=1, save_every=1, row=21)
+    loader = packing.Loader(data.Samples(chosen["data"]), row=21, batch=5, micro=1, seed=0)
     step, row = next((step, names) for step, batches in enumerate(iter(lambda: next(loader), None), 1)
                      for _, names in batches if "the poisoned one" in names)
     assert step > 1
@@ -400,10 +401,8 @@ def test_a_run_goes_on_only_with_the_settings_it_had(home, name):
 
 
 def test_a_held_out_sample_must_fit_into_a_row_as_well(home):
-    writer = data.Writer(home / "long", fingerprint=weights.load(home / "model").fingerprint(), tokens_per_tile=TOKENS, tile=12)
-    for name, length in [("sample-33", 23), ("short", 7)]:
-        writer.add(name, [97] * length, [1] * length, [])
-    writer.close()
+    samples = [(name, [97] * length, [1] * length, []) for name, length in [("sample-33", 23), ("short", 7)]]
+    conftest.write_set(home / "long", weights.load(home / "model").fingerprint(), samples)
     assert data.held_out("sample-33")
     with pytest.raises(Mistake, match="sample sample-33 takes 23 tokens, a row holds --row=22"):
         door.train(**settings(home, "refused", data=str(home / "long")))

@@ -1,0 +1,245 @@
+"""From collections of pictures and conversations to a prepared set: on all cores, through dirt, and through interruption.
+
+The records of all sources, in order, are dealt out to shards by number, SHARD to each, and a worker makes a whole shard of them or none. So the set
+is the same byte for byte whatever the number of workers and however often it was stopped: the same command makes the shards that are missing.
+
+    out.tmp/plan.json    what the shards are made from and how; another command may not go on with them
+    out.tmp/00012/       a shard (data.py), and with it receipt.json: how many records it was made from, which of them were skipped, and why
+"""
+import fcntl
+import itertools
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+import time
+from collections import Counter
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from . import Mistake, chat, data, images, opening, refs, sources
+from .tokenizer import Tokenizer
+
+SHARD = 1024  # records; at 12 tiles of 448 pixels 8 GB, and what a stop may cost each worker
+STEPS = (12, 8, 6, 4, 2, 1)  # tiles; Megatron-LM's examples/multimodal step down so where a row would not hold a sample
+
+
+class Recipe(NamedTuple):
+    """How records become samples; small, for it goes to every worker."""
+
+    tokenizer: Tokenizer
+    template: str
+    policy: dict
+    row: int       # the most tokens of a sample
+    pictures: str  # the folder or zip that records name their pictures from
+
+    def fingerprint(self):
+        return {"tokenizer": self.tokenizer.fingerprint, "template": self.template, "policy": self.policy}
+
+
+def gather(paths, out, recipe, workers, max_skipped):
+    """Prepare the set `out` from the sources `paths`. max_skipped: the share of records that may be skipped before it is a Mistake.
+    Returns the skipped, as they are written to skipped.jsonl: id, where, reason, said."""
+    out, tmp, raws = Path(out), Path(f"{out}.tmp"), sources.read(paths, recipe.pictures)  # what is no source is told before anything is written
+    lock = begin(tmp, {"version": data.VERSION, "shard": SHARD, "row": recipe.row, "fingerprint": recipe.fingerprint(),
+                       "sources": sources.stamps(paths, recipe.pictures)})
+    try:
+        if not (tmp / "header.json").exists():  # a run killed at its very end has left only the tidying
+            settle(tmp, cut_all(raws, tmp, recipe, workers), recipe, max_skipped)
+        tidy(tmp)
+        os.rename(tmp, out)
+        data.sync(out.parent)
+        return [json.loads(line) for line in (out / "skipped.jsonl").read_text().splitlines()]
+    except BrokenProcessPool:
+        raise Mistake(f"a worker was killed, for want of memory perhaps (fewer --workers need less): {how_to_go_on(tmp)}") from None
+    except OSError as error:
+        error.filename = f"{error.filename or out} ({how_to_go_on(tmp)})"
+        raise
+    except KeyboardInterrupt:
+        print(f"\n{how_to_go_on(tmp)}", file=sys.stderr)
+        raise
+    finally:
+        os.close(lock)
+
+
+def how_to_go_on(tmp):
+    return f"what is done stays in {tmp}, and the same command goes on with the rest"
+
+
+def begin(tmp, plan):
+    """Make the folder of a set to be, or take one up again; the handle that keeps others out of it."""
+    tmp.mkdir(parents=True, exist_ok=True)
+    lock, path = os.open(tmp, os.O_RDONLY), tmp / "plan.json"
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise Mistake(f"{tmp} is being written by another process") from None
+    for left in tmp.glob("*.tmp"):  # half a shard, or half a plan
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
+    if not path.exists():
+        half = path.with_suffix(".tmp")
+        half.write_text(json.dumps(plan, indent=1))
+        os.rename(half, path)
+    elif wrong := data.differences(json.loads(path.read_text()), json.loads(json.dumps(plan)), "its", "now"):
+        raise Mistake(f"{tmp} was begun otherwise: {'; '.join(wrong)}; remove it to begin anew")
+    return lock
+
+
+# ---- the workers ----
+
+def start_worker(recipe):
+    """A process of its own: one core's worth of threads, and no last words at Ctrl-C, which its parent hears too."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    torch.set_num_threads(1)
+    globals()["RECIPE"] = recipe
+
+
+def cut_in_worker(folder, raws):
+    return cut_shard(folder, raws, RECIPE)  # noqa: F821  start_worker puts it there
+
+
+def cut_shard(folder, raws, recipe):
+    """Make a shard of records; what cannot be used of them is skipped and written down in its receipt. Returns how many records and bytes it took."""
+    skipped = []
+
+    def samples():
+        for raw in raws:
+            try:
+                yield prepared(sources.sample(raw, recipe.pictures), recipe)
+            except Mistake as mistake:
+                skipped.append({"id": sources.id_of(raw), "where": raw.where, "reason": mistake.reason or "cannot be used", "said": str(mistake)})
+
+    data.write_shard(folder, recipe.policy, samples(), lambda: {"records": len(raws), "skipped": skipped})
+    return len(raws), (folder / "tiles").stat().st_size
+
+
+def prepared(sample, recipe):
+    """A sources.Sample as write_shard takes it: name, ids, trained, pictures. Pictures are cut into fewer tiles until the sample fits its row."""
+    ids, trained = chat.render(sample.turns, recipe.tokenizer, recipe.template)
+    opened = [opening.read(*refs.load(ref), images.needed(recipe.policy)) for ref in sample.pictures]
+    for limit in limits(recipe.policy):
+        planned = [images.plan(size, recipe.policy, limit) for _, size in opened]
+        tagged, _, pictures = chat.tag_pictures(ids, trained, planned, recipe.tokenizer, recipe.policy)
+        length = int(data.repeats(tagged, [len(picture.places) for picture in pictures]).sum())
+        if length <= recipe.row:
+            cut = [plan._replace(tiles=images.cut(picture, recipe.policy, limit, size))
+                   for plan, (picture, size) in zip(planned, opened, strict=True)]
+            return sample.name, *chat.tag_pictures(ids, trained, cut, recipe.tokenizer, recipe.policy)
+    raise Mistake(f"{sample.where}: {length:,} tokens, --row={recipe.row}", "longer than a row")
+
+
+def limits(policy):
+    """The most tiles that a picture may be cut into, step by step (NVLM's); the policy's own numbers where it is not cut by a grid."""
+    return [policy["tiles"], *(most for most in STEPS if most < policy["tiles"])] if policy["fit"] == "tiles" else [None]
+
+
+# ---- all of it ----
+
+def shards(raws):
+    """Lists of SHARD records, the last shorter; a record that has been there already is marked as such."""
+    seen = set()
+
+    def once(raw):
+        identity = sources.identity(raw)
+        again = identity in seen
+        seen.add(identity)
+        return raw._replace(fault=("duplicate", f"{raw.where}: the same as an earlier one, its id too")) if again and raw.fault is None else raw
+
+    records = map(once, raws)
+    while shard := list(itertools.islice(records, SHARD)):
+        yield shard
+
+
+def cut_all(raws, tmp, recipe, workers):
+    """Make every shard that is missing, and return how many there are."""
+    count, progress = 0, Progress()
+
+    def missing():
+        nonlocal count
+        for shard in shards(raws):
+            folder = tmp / f"{count:05d}"
+            count += 1
+            if folder.exists():
+                progress.start = shard[-1].at
+            else:
+                yield folder, shard
+
+    for done in in_order_of_ending(missing(), recipe, workers):
+        progress.tell(*done)
+    return count
+
+
+def in_order_of_ending(tasks, recipe, workers):
+    """(records, bytes, how far in the sources) of each shard as it is done. The first is made here: most sources need no more than one."""
+    for folder, raws in itertools.islice(tasks, None if workers == 1 else 1):
+        yield *cut_shard(folder, raws, recipe), raws[-1].at
+    first = next(tasks, None)
+    if first is None:
+        return
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start_worker, (recipe,))
+    try:
+        running = {}
+        for folder, raws in itertools.chain([first], tasks):
+            running[pool.submit(cut_in_worker, folder, raws)] = raws[-1].at
+            if len(running) > 2 * workers:
+                yield from ended(running)
+        while running:
+            yield from ended(running)
+    finally:
+        pool.shutdown(wait=not sys.exc_info()[0], cancel_futures=True)
+
+
+def ended(running):
+    done, _ = wait(running, return_when=FIRST_COMPLETED)
+    for future in done:
+        yield *future.result(), running.pop(future)
+
+
+class Progress:
+    """A line every five seconds: how many records, how fast, how much, and how long it will take."""
+
+    def __init__(self):
+        self.began = self.told = time.time()
+        self.records, self.bytes, self.start = 0, 0, 0.0  # start: how far in the sources an earlier run came, from 0 to 1
+
+    def tell(self, records, size, at):
+        """Another shard is done, of so many records and bytes, `at` so far in the sources."""
+        now = time.time()
+        self.records, self.bytes = self.records + records, self.bytes + size
+        if now - self.told > 5:
+            self.told, spent = now, now - self.began
+            left = spent * (1 - at) / max(at - self.start, 1e-9)
+            print(f"{self.records:,} samples, {self.records / spent:,.0f}/s, {self.bytes / 1e9:.1f} GB of tiles, {left:,.0f} s left",
+                  file=sys.stderr, flush=True)
+
+
+def settle(tmp, count, recipe, max_skipped):
+    """Make a folder of `count` shards a set, unless too much was skipped."""
+    folders = [tmp / f"{number:05d}" for number in range(count)]
+    receipts = [json.loads((folder / "receipt.json").read_text()) for folder in folders]
+    records, skipped = sum(receipt["records"] for receipt in receipts), [one for receipt in receipts for one in receipt["skipped"]]
+    (tmp / "skipped.jsonl").write_text("".join(json.dumps(one) + "\n" for one in skipped))
+    if len(skipped) > max_skipped * records or len(skipped) == records:
+        kinds = ", ".join(f"{reason} {times:,}" for reason, times in table(skipped))
+        raise Mistake(f"{len(skipped):,} of {records:,} samples cannot be used, more than --max_skipped={max_skipped:.0%} ({kinds}): "
+                      f"{'; '.join(one['said'] for one in skipped[:3])}; all are in {tmp}/skipped.jsonl")
+    recipe.tokenizer.save(tmp)
+    data.write_header(tmp, recipe.fingerprint(), recipe.row, [receipt["files"] for receipt in receipts])
+
+
+def tidy(tmp):
+    """Remove what was of use to the workers alone."""
+    for path in (*tmp.glob("*/receipt.json"), tmp / "plan.json"):
+        path.unlink()
+    data.sync(tmp)
+
+
+def table(skipped):
+    """[(reason, how often)], the most frequent first."""
+    return Counter(one["reason"] for one in skipped).most_common()

@@ -1,0 +1,162 @@
+"""The data road beside what it replaces, in one run, interleaved, medians: cutting, writing, reading, packing.
+
+    python tests/bench/data.py               a minute or two
+    python tests/bench/data.py --rounds=3    a rough look
+
+One core unless a line says otherwise. Photographs are drawn: 640 × 480, soft shapes under noise, JPEG of quality 90, about 100 kB.
+"""
+import io
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = "1"
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from PIL import Image  # noqa: E402
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from nanovlm import IMAGE, cli, data, images, packing  # noqa: E402
+
+POLICY = {"tile": 336, "patch": 14, "shuffle": 1, "fit": "crop", "resample": "bicubic", "mean": [0.5] * 3, "std": [0.5] * 3}
+
+
+def photograph(g, width=640, height=480):
+    soft = Image.fromarray(g.integers(256, size=(height // 40, width // 40, 3), dtype=np.uint8)).resize((width, height), Image.Resampling.BICUBIC)
+    noisy = np.asarray(soft).astype(int) + g.normal(0, 9, (height, width, 3)).astype(int)
+    file = io.BytesIO()
+    Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(file, "JPEG", quality=90)
+    return file.getvalue()
+
+
+def by_pillow(source, tile):
+    """What a loop of Pillow does for CLIP: decode, the short side to `tile`, the middle square, channels first."""
+    picture = Image.open(io.BytesIO(source)).convert("RGB")
+    short = min(picture.size)
+    picture = picture.resize((picture.width * tile // short, picture.height * tile // short), Image.Resampling.BICUBIC)
+    left, top = (picture.width - tile) // 2, (picture.height - tile) // 2
+    return np.ascontiguousarray(np.asarray(picture.crop((left, top, left + tile, top + tile))).transpose(2, 0, 1))
+
+
+def seconds(rounds, **ways):
+    """{way: median seconds of a call}; the ways take turns."""
+    taken = {name: [] for name in ways}
+    for _ in range(rounds):
+        for name, do in ways.items():
+            began = time.perf_counter()
+            do()
+            taken[name].append(time.perf_counter() - began)
+    return {name: statistics.median(times) for name, times in taken.items()}
+
+
+def cutting(photographs, rounds):
+    for tile in (224, 336, 384):
+        for draft in (False, True):
+            policy = {**POLICY, "tile": tile, "draft": draft}
+            took = seconds(rounds, pillow=lambda tile=tile: [by_pillow(source, tile) for source in photographs],
+                           ours=lambda policy=policy: [images.load(source, policy) for source in photographs])
+            print(f"cut to {tile}{', draft' * draft}: {len(photographs) / took['ours']:,.0f} pictures/s a core, "
+                  f"{took['pillow'] / took['ours']:.2f} times a loop of Pillow")
+
+
+def samples_of(photographs, count):
+    pictures = [images.load(source, POLICY) for source in photographs]
+    for number in range(count):
+        ids = [IMAGE, *range(40 + number % 60)]
+        yield f"{number}", ids, [0] * 20 + [1] * (len(ids) - 20), [pictures[number % len(pictures)]]
+
+
+def writing(folder, photographs, count, rounds):
+    """A shard of cut pictures beside a plain write of as many bytes, both flushed to the disk."""
+    samples, number = list(samples_of(photographs, count)), iter(range(10**6))
+    block = np.concatenate([pictures[0].tiles for *_, pictures in samples]).tobytes()
+
+    def plainly():
+        with open(folder / "plain", "wb") as file:
+            file.write(block)
+            file.flush()
+            os.fsync(file.fileno())
+
+    took = seconds(rounds, disk=plainly, ours=lambda: data.write_shard(folder / f"{next(number):05d}", POLICY, samples))
+    print(f"write: {len(block) / took['ours'] / 1e6:,.0f} MB/s of tiles, {took['disk'] / took['ours']:.2f} of the disk's own rate")
+
+
+class Decoding(torch.utils.data.Dataset):
+    """What a torch DataLoader is usually given: pictures that are decoded when they are asked for."""
+
+    def __init__(self, photographs, count):
+        self.photographs, self.count = photographs, count
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, number):
+        return torch.from_numpy(by_pillow(self.photographs[number % len(self.photographs)], POLICY["tile"]))
+
+
+def reading(folder, photographs, count, rounds):
+    """Batches from a set on warm pages, beside a plain copy of as many bytes and a DataLoader that decodes on two processes."""
+    data.write_shard(folder / "set/00000", POLICY, samples_of(photographs, count))
+    receipt = json.loads((folder / "set/00000/receipt.json").read_text())
+    data.write_header(folder / "set", {"tokenizer": "none", "template": "none", "policy": POLICY}, 2048, [receipt["files"]])
+    samples = data.Samples(folder / "set")
+    lots = np.array_split(np.arange(count), count // 16)
+    source, target = samples.shards[0]["tiles"], np.empty((16, 3, 336, 336), np.uint8)
+
+    def copy():
+        for lot in lots:
+            target[: len(lot)] = source[lot[0] : lot[-1] + 1]
+
+    decoding = torch.utils.data.DataLoader(Decoding(photographs, count), batch_size=16, num_workers=2)
+    found = [[samples.read(i)[2][0] for i in lot] for lot in lots]
+    took = seconds(rounds, memcpy=copy, tiles=lambda: [packing.join(pictures, POLICY) for pictures in found],
+                   batches=lambda: [packing.collate(samples, [[i] for i in lot]) for lot in lots], dataloader=lambda: list(decoding))
+    size = count * source[0].nbytes / 1e9
+    print(f"read tiles: {size / took['tiles']:.1f} GB/s, {took['memcpy'] / took['tiles']:.2f} of memcpy's")
+    print(f"read whole batches, 600 ids beside each tile: {count / took['batches']:,.0f} samples/s, {took['memcpy'] / took['batches']:.2f} of "
+          f"memcpy's rate; {took['dataloader'] / took['batches']:.0f} times a DataLoader that decodes in two processes")
+
+
+def llava_like(count=665_000, picture=576):
+    """Lengths such as LLaVA's fine-tuning mix has (assumed: 94% with a picture, about 150 words beside it; long conversations without)."""
+    g = np.random.default_rng(0)
+    told, chat = g.lognormal(5.0, 0.8, count).clip(20, 1470), g.lognormal(6.2, 0.7, count).clip(30, 2048)
+    return np.where(g.random(count) < 0.06, chat, told + picture).astype(int)
+
+
+def filling(out):
+    sets = {"LLaVA-like": (llava_like(), (2048, 4096, 8192)), "the same, 144 tokens a picture": (llava_like(picture=144), (2048, 4096, 8192))}
+    if Path(out).exists():
+        samples = data.Samples(out)
+        sets[out] = samples.table[samples.split(False), data.LENGTH], (320, 640, 1280)
+    for name, (lengths, rows) in sets.items():
+        for row in rows:
+            began = time.perf_counter()
+            filled = sum(1 for _ in packing.pack(lengths, row))
+            print(f"pack {name}: {len(lengths):,} samples into rows of {row:,}: {lengths.sum() / filled / row:.1%} full, "
+                  f"planned in {time.perf_counter() - began:.1f} s")
+
+
+def bench(*,
+    rounds: int = 9,            # of each measurement
+    photographs: int = 48,      # drawn
+    samples: int = 512,         # in the set that is written and read
+    chats: str = "data/chats",  # the demonstration's set, whose lengths are packed if it is there
+):
+    """Print every figure as a ratio to what stands beside it in the same run."""
+    torch.set_num_threads(1)
+    g = np.random.default_rng(0)
+    drawn = [photograph(g) for _ in range(photographs)]
+    cutting(drawn, rounds)
+    with tempfile.TemporaryDirectory(dir=".") as folder:
+        writing(Path(folder), drawn, samples, rounds)
+        reading(Path(folder), drawn, samples, rounds)
+    filling(chats)
+
+
+if __name__ == "__main__":
+    cli.run(bench)

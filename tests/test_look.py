@@ -1,0 +1,73 @@
+"""What `show` and `check` print is what training will read."""
+import numpy as np
+import pytest
+from conftest import write_set
+from PIL import Image
+from test_data import FINGERPRINT, TILE, TOKENS, make_picture, make_samples, write
+
+import prepare
+from nanovlm import IMAGE, Mistake, data, look, tokenizer
+
+WORDS = tokenizer.learn(["a b"], 256, ["<s>", "[INST]", "[/INST]", "</s>"])
+
+
+@pytest.fixture
+def told(tmp_path):
+    """A set of one sample with two pictures, of 2 tiles and of 1, and its tokenizer."""
+    g, special = np.random.default_rng(0), WORDS.special
+    ids = [special["<s>"], special["[INST]"], IMAGE, *b"or ", IMAGE, *b"?\n", special["[/INST]"], *"né".encode(), special["</s>"]]
+    trained = [0] * (len(ids) - 4) + [1] * 4
+    pictures = [make_picture(g, 2), make_picture(g, 1)]
+    write_set(tmp_path / "set", FINGERPRINT, [("one", ids, trained, pictures)])
+    WORDS.save(tmp_path / "set")
+    return tmp_path / "set", pictures
+
+
+def test_a_sample_is_shown_token_by_token_pictures_as_their_counts(told, capsys, tmp_path):
+    folder, pictures = told
+    prepare.show(data=str(folder), sample="one", out=str(tmp_path / "tiles.png"))
+    assert capsys.readouterr().out == (
+        "one: 24 tokens, 4 of them trained, pictures: 2\n"
+        "   given  <s>|[INST]|<picture 1: 2 tiles, 8 tokens>|o|r| |<picture 2: 1 tile, 4 tokens>|?|\\n|[/INST]\n"
+        " trained  n|\\\\xc3|\\\\xa9|</s>\n")
+    sheet = np.asarray(Image.open(tmp_path / "tiles.png"))
+    for n, tile_CYX in enumerate(np.concatenate([picture.tiles for picture in pictures])):
+        left = n * (TILE + look.GAP)
+        assert np.array_equal(sheet[:, left : left + TILE], tile_CYX.transpose(1, 2, 0))
+
+
+def test_a_sample_that_is_not_there_is_told_with_one_that_is(told):
+    with pytest.raises(Mistake, match="holds no sample 'onne', but 'one'"):
+        prepare.show(data=str(told[0]), sample="onne")
+
+
+def test_a_mosaic_breaks_into_rows():
+    tiles_NCYX = np.arange(5 * 3 * 2 * 7, dtype=np.uint8).reshape(5, 3, 2, 7)
+    sheet = np.asarray(look.mosaic(tiles_NCYX, across=2))
+    assert sheet.shape == (3 * 2 + 2 * look.GAP, 2 * 7 + look.GAP, 3)
+    assert np.array_equal(sheet[2 + look.GAP : 4 + look.GAP, 7 + look.GAP :], tiles_NCYX[3].transpose(1, 2, 0))
+
+
+def test_a_report_counts_what_is_there(tmp_path, capsys):
+    samples = make_samples(200)
+    write(tmp_path / "set", samples[:90], samples[90:])
+    prepare.check(data=str(tmp_path / "set"), row=64, rate=1000.0)
+    said = capsys.readouterr().out
+    training = [sample for sample in samples if not data.held_out(sample[0])]
+    tiles = sum(len(picture.tiles) for *_, pictures in samples for picture in pictures)
+    length = sum(len(ids) + sum(len(picture.tiles) * TOKENS - 1 for picture in pictures) for _, ids, _, pictures in training)
+    assert f"200 samples, {200 - len(training)} of them held out" in said and f"in {tiles:,} tiles" in said
+    assert f"trained: {sum(map(sum, (trained for _, _, trained, _ in samples))):,} tokens" in said
+    assert f"an epoch: {len(training)} samples, {length:,} tokens in" in said and f"tokens a second: {length / 1000 / 3600:.1f} hours" in said
+    assert said.endswith("every byte is as it was written\n")
+
+
+def test_a_row_too_short_and_a_damaged_byte_are_told(tmp_path, capsys):
+    write(tmp_path / "set", make_samples(20))
+    longest = data.Samples(tmp_path / "set").table[:, data.LENGTH].max()
+    prepare.check(data=str(tmp_path / "set"), row=int(longest) - 1)
+    assert f"do not fit into rows of {longest - 1:,} tokens" in capsys.readouterr().out
+    path = tmp_path / "set/00000/tiles"
+    path.write_bytes(bytes(255 - b for b in path.read_bytes()))
+    with pytest.raises(Mistake, match=f"{path}: its bytes have the checksum .*: prepare it again"):
+        prepare.check(data=str(tmp_path / "set"))
