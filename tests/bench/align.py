@@ -6,7 +6,7 @@
 Every held-out photograph is asked for three times: of the stitched model, of the aligned one, and of that about another photograph's picture,
 which tells whether it looks.
 
-Two settings are not the stage's own. --lr=1e-3 (LLaVA-1.5's): the preset 1.5e-4 is Megatron's for 20,000 steps, and too slow for 185. After 60 steps of
+Two settings are not the stage's own. --lr=1e-3 (LLaVA-1.5's): the preset 1.5e-4 is Megatron's for 20,000 steps, too slow for 185. After 60 steps of
 8 it names 68.0% (validation loss 0.23), 1e-3 names 88.7% (0.036). --shuffle=4 pools 4 × 4 patches: a row has 66 tokens, not 306, of which the
 brain, frozen but passed through forward and back, does all the work; an answer's 7 tokens are 11% of a row, and one of them names the thing.
 """
