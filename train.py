@@ -319,7 +319,7 @@ def demonstration():
          prepare.new, source=["data/fridge/text.json"])
     for name in ("text", "captions", "chats"):
         once(f"data/{name}", f"Cut and tokenise {name} once, so that training only reads.",
-             prepare.data, source=f"data/fridge/{name}.json", images="data/fridge/images", out=f"data/{name}")
+             prepare.data, source=[f"data/fridge/{name}.json"], images="data/fridge/images", out=f"data/{name}")
     stage("brain", "A brain learns to talk about fridges that it is told of. It is blind.")
     stage("eye", "An eye learns to see what that brain can read: the brain stands still, only the eye and a projector train.")
     once("out/stitched", "Now the real road. Stitch the two as if we had found them, with a projector that knows nothing.",
