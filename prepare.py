@@ -51,7 +51,7 @@ def read_texts(paths):
 
 
 def refuse_to_overwrite(out):
-    if Path(out).exists():
+    if os.path.lexists(out.rstrip("/")):  # a link that leads nowhere too: nothing could take its name
         raise Mistake(f"--out={out} is there already: remove it, or name another")
 
 
@@ -166,6 +166,8 @@ def show(*,
     out: str = "sample.png",   # where a picture of its tiles goes
 ):
     """A sample as the model will get it: every token once, a line for what is trained and for what is not, and its tiles as a picture."""
+    if not data or not out.lower().endswith(".png"):
+        raise Mistake(f"prepare.py show needs --data=data/NAME, and an --out that ends in .png: --data={data} --out={out}")
     samples = shards.Samples(data)
     numbers = [number for number, name in enumerate(samples.names) if name == sample]
     if not numbers:
@@ -177,7 +179,7 @@ def show(*,
     tiles_NCYX = packing.collate(samples, [numbers])[0]["tiles_NCYX"].numpy()
     if len(tiles_NCYX):
         look.mosaic(tiles_NCYX).save(out)
-        say(f"{out}: its {len(tiles_NCYX)} tiles")
+        say(f"{out}: its {len(tiles_NCYX)} tile{'s' * (len(tiles_NCYX) > 1)}")
 
 
 def check(*,
@@ -186,11 +188,13 @@ def check(*,
     rate: float = 0.0,         # tokens a second, if an epoch's time is asked for
 ):
     """Scan a whole set before a night is spent on it: its bytes, its lengths, how full rows will be, how long an epoch takes."""
+    if not data or row < 1 or rate < 0:
+        raise Mistake(f"prepare.py check needs --data=data/NAME, --row={row} at least 1, --rate={rate} at least 0")
     folders, shares = packing.read_blend(data)
     samples = shards.Samples(*folders)
-    print(look.report(samples, shares, row, rate))
     if wrong := [said for folder in folders for said in shards.damaged(folder)]:
         raise Mistake(f"{'; '.join(wrong[:3])}{f'; and {len(wrong) - 3} more files' if wrong[3:] else ''}: prepare it again")
+    print(look.report(samples, shares, row, rate))
     print("every byte is as it was written")
 
 

@@ -128,8 +128,10 @@ def check_sample(name, ids, trained, pictures, policy):
 def write_header(folder, fingerprint, row, shards):
     """Make a folder of shards a set; shards: the `files` of each one's receipt."""
     path = Path(folder) / "header.json"
-    path.write_text(json.dumps({"version": VERSION, "fingerprint": fingerprint, "row": row, "shards": shards}, indent=1))
-    sync(path)
+    half = path.with_suffix(".tmp")
+    half.write_text(json.dumps({"version": VERSION, "fingerprint": fingerprint, "row": row, "shards": shards}, indent=1))
+    sync(half)
+    os.rename(half, path)
 
 
 # ---- reading ----

@@ -6,6 +6,7 @@ is the same byte for byte whatever the number of workers and however often it wa
     out.tmp/plan.json    what the shards are made from and how; another command may not go on with them
     out.tmp/00012/       a shard (data.py), and with it receipt.json: how many records it was made from, which of them were skipped, and why
 """
+import contextlib
 import fcntl
 import itertools
 import json
@@ -14,6 +15,7 @@ import os
 import shutil
 import signal
 import sys
+import threading
 import time
 from collections import Counter
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
@@ -46,12 +48,16 @@ class Recipe(NamedTuple):
 def gather(paths, out, recipe, workers, max_skipped):
     """Prepare the set `out` from the sources `paths`. max_skipped: the share of records that may be skipped before it is a Mistake.
     Returns the skipped, as they are written to skipped.jsonl: id, where, reason, said."""
-    out, tmp, raws = Path(out), Path(f"{out}.tmp"), sources.read(paths, recipe.pictures)  # what is no source is told before anything is written
-    lock = begin(tmp, {"version": data.VERSION, "shard": SHARD, "row": recipe.row, "fingerprint": recipe.fingerprint(),
-                       "sources": sources.stamps(paths, recipe.pictures)})
+    raws = sources.read(paths, recipe.pictures)  # what is no source is told before anything is written
+    out = Path(out)
+    tmp = out.with_name(f"{out.name}.tmp")
+    lock = take(tmp)
     try:
+        begin(tmp, plan(paths, recipe))
         if not (tmp / "header.json").exists():  # a run killed at its very end has left only the tidying
-            settle(tmp, cut_all(raws, tmp, recipe, workers), recipe, max_skipped)
+            count = cut_all(raws, tmp, recipe, workers)
+            check_plan(tmp, plan(paths, recipe))  # sources may have changed while they were read
+            settle(tmp, count, recipe, max_skipped)
         tidy(tmp)
         os.rename(tmp, out)
         data.sync(out.parent)
@@ -72,32 +78,57 @@ def how_to_go_on(tmp):
     return f"what is done stays in {tmp}, and the same command goes on with the rest"
 
 
-def begin(tmp, plan):
-    """Make the folder of a set to be, or take one up again; the handle that keeps others out of it."""
+def plan(paths, recipe):
+    """What decides the bytes of a set, as far as it can be told without reading its pictures; in JSON's own types."""
+    stamps = sources.stamps(paths, recipe.pictures)
+    return json.loads(json.dumps({"version": data.VERSION, "shard": SHARD, "row": recipe.row, "fingerprint": recipe.fingerprint(),
+                                  "images": recipe.pictures, "sources": stamps, "order of sources": list(stamps)}))
+
+
+def check_plan(tmp, plan):
+    """Raise Mistake unless the set in `tmp` was begun by the same plan."""
+    if wrong := data.differences(json.loads((tmp / "plan.json").read_text()), plan, "its", "now"):
+        raise Mistake(f"{tmp} was begun otherwise: {'; '.join(wrong)}; remove it to begin anew")
+
+
+def take(tmp):
+    """The folder of a set to be, as a handle that keeps others out of it until it is closed."""
     tmp.mkdir(parents=True, exist_ok=True)
-    lock, path = os.open(tmp, os.O_RDONLY), tmp / "plan.json"
+    lock = os.open(tmp, os.O_RDONLY)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
+        os.close(lock)
         raise Mistake(f"{tmp} is being written by another process") from None
+    return lock
+
+
+def begin(tmp, plan):
+    """Write down what a set is to be made from, or take up again what was begun."""
+    path = tmp / "plan.json"
     for left in tmp.glob("*.tmp"):  # half a shard, or half a plan
         shutil.rmtree(left) if left.is_dir() else left.unlink()
     if not path.exists():
         half = path.with_suffix(".tmp")
         half.write_text(json.dumps(plan, indent=1))
         os.rename(half, path)
-    elif wrong := data.differences(json.loads(path.read_text()), json.loads(json.dumps(plan)), "its", "now"):
-        raise Mistake(f"{tmp} was begun otherwise: {'; '.join(wrong)}; remove it to begin anew")
-    return lock
+    check_plan(tmp, plan)
 
 
 # ---- the workers ----
 
 def start_worker(recipe):
-    """A process of its own: one core's worth of threads, and no last words at Ctrl-C, which its parent hears too."""
+    """A process of its own: one core's worth of threads, no last words at Ctrl-C, which its parent hears too, and no life without that parent."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    threading.Thread(target=end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     globals()["RECIPE"] = recipe
+
+
+def end_with_parent():
+    multiprocessing.parent_process().join()
+    os._exit(1)  # or it would wait for work forever, and write beside the run that takes its place
 
 
 def cut_in_worker(folder, raws):
@@ -158,17 +189,17 @@ def shards(raws):
 
 def cut_all(raws, tmp, recipe, workers):
     """Make every shard that is missing, and return how many there are."""
-    count, progress = 0, Progress()
+    count, before, progress = 0, 0.0, Progress()
 
     def missing():
-        nonlocal count
+        nonlocal count, before
         for shard in shards(raws):
-            folder = tmp / f"{count:05d}"
-            count += 1
+            folder, share = tmp / f"{count:05d}", shard[-1].at - before
+            count, before = count + 1, shard[-1].at
             if folder.exists():
-                progress.start = shard[-1].at
+                progress.found += share
             else:
-                yield folder, shard
+                yield folder, shard, share
 
     for done in in_order_of_ending(missing(), recipe, workers):
         progress.tell(*done)
@@ -176,23 +207,38 @@ def cut_all(raws, tmp, recipe, workers):
 
 
 def in_order_of_ending(tasks, recipe, workers):
-    """(records, bytes, how far in the sources) of each shard as it is done. The first is made here: most sources need no more than one."""
-    for folder, raws in itertools.islice(tasks, None if workers == 1 else 1):
-        yield *cut_shard(folder, raws, recipe), raws[-1].at
+    """(records, bytes, share of the sources) of each shard as it is done. The first is made here: most sources need no more than one."""
+    for folder, raws, share in itertools.islice(tasks, None if workers == 1 else 1):
+        yield *cut_shard(folder, raws, recipe), share
     first = next(tasks, None)
     if first is None:
         return
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start_worker, (recipe,))
     try:
         running = {}
-        for folder, raws in itertools.chain([first], tasks):
-            running[pool.submit(cut_in_worker, folder, raws)] = raws[-1].at
+        for folder, raws, share in itertools.chain([first], tasks):
+            with deaf_to_interrupts():  # a worker that starts is deaf too, until start_worker: it would die with a traceback
+                running[pool.submit(cut_in_worker, folder, raws)] = share
             if len(running) > 2 * workers:
                 yield from ended(running)
         while running:
             yield from ended(running)
+    except BaseException:
+        for worker in multiprocessing.active_children():  # who have shards in hand, and more of them waiting
+            worker.terminate()
+        raise
     finally:
-        pool.shutdown(wait=not sys.exc_info()[0], cancel_futures=True)
+        pool.shutdown(cancel_futures=True)
+
+
+@contextlib.contextmanager
+def deaf_to_interrupts():
+    """Ctrl-C is heard only afterwards; a process that is started meanwhile is born deaf to it."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
 def ended(running):
@@ -206,15 +252,15 @@ class Progress:
 
     def __init__(self):
         self.began = self.told = time.time()
-        self.records, self.bytes, self.start = 0, 0, 0.0  # start: how far in the sources an earlier run came, from 0 to 1
+        self.records, self.bytes, self.share, self.found = 0, 0, 0.0, 0.0  # shares of the sources: made, and made by an earlier run
 
-    def tell(self, records, size, at):
-        """Another shard is done, of so many records and bytes, `at` so far in the sources."""
+    def tell(self, records, size, share):
+        """Another shard is done, of so many records and bytes, a `share` of the sources."""
         now = time.time()
-        self.records, self.bytes = self.records + records, self.bytes + size
+        self.records, self.bytes, self.share = self.records + records, self.bytes + size, self.share + share
         if now - self.told > 5:
             self.told, spent = now, now - self.began
-            left = spent * (1 - at) / max(at - self.start, 1e-9)
+            left = spent * max(1 - self.found - self.share, 0) / max(self.share, 1e-9)
             print(f"{self.records:,} samples, {self.records / spent:,.0f}/s, {self.bytes / 1e9:.1f} GB of tiles, {left:,.0f} s left",
                   file=sys.stderr, flush=True)
 
@@ -227,9 +273,11 @@ def settle(tmp, count, recipe, max_skipped):
     (tmp / "skipped.jsonl").write_text("".join(json.dumps(one) + "\n" for one in skipped))
     if len(skipped) > max_skipped * records or len(skipped) == records:
         kinds = ", ".join(f"{reason} {times:,}" for reason, times in table(skipped))
-        raise Mistake(f"{len(skipped):,} of {records:,} samples cannot be used, more than --max_skipped={max_skipped:.0%} ({kinds}): "
-                      f"{'; '.join(one['said'] for one in skipped[:3])}; all are in {tmp}/skipped.jsonl")
+        raise Mistake(f"{len(skipped):,} of {records:,} samples cannot be used, more than --max_skipped={max_skipped * 100:g}% ({kinds}): "
+                      f"{'; '.join(one['said'] for one in skipped[:3])}; all are in {tmp}/skipped.jsonl; once they are mended, remove {tmp}")
     recipe.tokenizer.save(tmp)
+    for path in tmp.iterdir():
+        data.sync(path)
     data.write_header(tmp, recipe.fingerprint(), recipe.row, [receipt["files"] for receipt in receipts])
 
 

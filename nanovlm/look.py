@@ -4,7 +4,7 @@ import itertools
 import numpy as np
 from PIL import Image
 
-from . import IMAGE, UNTRAINED, images
+from . import IMAGE, UNTRAINED, Mistake, images
 from .data import LENGTH, PICTURES
 from .packing import draw, pack
 
@@ -44,6 +44,9 @@ def mosaic(tiles_NCYX, across=6):
 def report(samples, weights, row, rate):
     """What a set holds and what training will make of it: rows of `row` tokens; at `rate` tokens a second, if that is not 0."""
     training = samples.split(validation=False)
+    for number, folder in enumerate(samples.folders):
+        if not (samples.set_of[training] == number).any():
+            raise Mistake(f"{folder}: all of its {(samples.set_of == number).sum():,} samples are held out, none is left to train on")
     drawn = training[draw(samples.set_of[training], weights, seed=0, epoch=0)]
     lengths, tiles = samples.table[drawn, LENGTH], sum(len(shard["tiles"]) for shard in samples.shards)
     trained, ids = (sum(int(shard[kind].sum()) if kind == "trained" else len(shard[kind]) for shard in samples.shards) for kind in ("trained", "ids"))

@@ -70,9 +70,11 @@ def read(paths, images=""):
 
 def one_after_another(sources):
     sizes = [os.path.getsize(file) for file in sources]
-    for number, raws in enumerate(sources.values()):
+    before, total = 0, sum(sizes)
+    for size, raws in zip(sizes, sources.values(), strict=True):
         for raw in raws():
-            yield raw._replace(at=(sum(sizes[:number]) + raw.at * sizes[number]) / sum(sizes))
+            yield raw._replace(at=(before + raw.at * size) / total)
+        before += size
 
 
 def stamps(paths, images=""):

@@ -124,6 +124,20 @@ def test_killed_outright_with_its_workers_at_any_moment_it_goes_on(home, tmp_pat
     assert content(tmp_path / "set") == content(tmp_path / "whole")
 
 
+def test_workers_do_not_outlive_their_parent(home, tmp_path):
+    """They hold its stderr, which ends when the last of them does."""
+    script = tmp_path / "killed.py"
+    script.write_text(KILLED.format(root=str(ROOT), out=str(tmp_path / "set"), source=str(home / "good.json")))
+    process = subprocess.Popen([sys.executable, str(script)], stderr=subprocess.PIPE,
+                               env={**os.environ, "PYTHONPATH": str(ROOT / "tests"), "OMP_NUM_THREADS": "1"})
+    while process.poll() is None and not list(tmp_path.glob("set.tmp/0*")):
+        time.sleep(0.01)
+    time.sleep(0.5)  # they start as soon as the first shard is there, and take longer than this to import torch
+    process.kill()
+    process.communicate(timeout=30)
+    assert process.returncode == -signal.SIGKILL and not (tmp_path / "set").exists()
+
+
 @pytest.mark.parametrize("at", ["write_header", "tidy"])
 def test_killed_at_its_very_end_it_ends_the_same(home, tmp_path, monkeypatch, at):
     make(tmp_path / "whole", home / "good.json")
@@ -161,6 +175,46 @@ def test_a_set_goes_on_only_with_the_source_and_settings_that_it_was_begun_with(
         make(tmp_path / "set", source, **other)
 
 
+def test_other_pictures_or_another_order_of_sources_is_another_set(home, tmp_path, monkeypatch):
+    """Shards are counted through all sources: in another order, records would be lost and others there twice."""
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.json").write_text(json.dumps([record(f"{name}{number}", "0.png") for number in range(7)]))
+    paths, recipe = [str(tmp_path / "a.json"), str(tmp_path / "b.json")], RECIPE._replace(pictures=str(home))
+    monkeypatch.setattr(gather, "settle", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        gather.gather(paths, tmp_path / "set", recipe, 1, 0.0)
+    with pytest.raises(Mistake, match="its order of sources is .*a.json.*b.json.*, now .*b.json.*a.json"):
+        gather.gather(paths[::-1], tmp_path / "set", recipe, 1, 0.0)
+    with pytest.raises(Mistake, match=f"its images is {home}, now {tmp_path}"):
+        gather.gather(paths, tmp_path / "set", recipe._replace(pictures=str(tmp_path)), 1, 0.0)
+
+
+def test_a_source_that_changes_while_it_is_read_makes_no_set(home, tmp_path, monkeypatch):
+    source, cut = tmp_path / "texts.json", gather.cut_shard
+    source.write_text(json.dumps([record(number, None) for number in range(9)]))
+    monkeypatch.setattr(gather, "cut_shard", lambda *task: (source.write_bytes(source.read_bytes() + b" "), cut(*task))[1])
+    with pytest.raises(Mistake, match="texts.json is .*, now .*; remove it to begin anew"):
+        make(tmp_path / "set", source)
+    assert sorted(os.listdir(tmp_path)) == ["set.tmp", "texts.json"]
+
+
+def test_a_slash_behind_its_name_is_no_other_set(home, tmp_path):
+    make(f"{tmp_path}/set/", home / "good.json")
+    assert os.listdir(tmp_path) == ["set"] and len(data.Samples(tmp_path / "set").names) == 23
+
+
+def test_time_left_is_told_of_what_is_left_whatever_an_earlier_run_has_left_out(monkeypatch, capsys):
+    """Found: 30% of the sources, in whatever places. Another 20% took 8 seconds, so that the rest takes 20."""
+    now = [100.0]
+    monkeypatch.setattr(gather.time, "time", lambda: now[0])
+    progress = gather.Progress()
+    progress.found, now[0] = 0.3, 104.0
+    progress.tell(30, 10**9, 0.15)
+    now[0] = 108.0
+    progress.tell(10, 10**9, 0.05)
+    assert capsys.readouterr().err == "40 samples, 5/s, 2.0 GB of tiles, 20 s left\n"
+
+
 def test_two_at_once_do_not_write_the_same_set(home, tmp_path, monkeypatch):
     def second(*_):
         with pytest.raises(Mistake, match="set.tmp is being written by another process"):
@@ -185,6 +239,24 @@ def test_a_full_disk_keeps_what_is_whole_and_says_how_to_go_on(home, tmp_path, m
         make(tmp_path / "set", home / "good.json")
     assert "the same command goes on with the rest" in caught.value.filename
     assert sorted(path.name for path in (tmp_path / "set.tmp").glob("0*")) == ["00000", "00001"]
+
+
+def test_a_disk_that_is_full_at_the_very_last_file_spoils_nothing(home, tmp_path, monkeypatch):
+    make(tmp_path / "whole", home / "good.json")
+    real = data.sync
+
+    def full(path):
+        if "header" in str(path):
+            path.write_bytes(path.read_bytes()[:50])
+            raise OSError(28, "No space left on device")
+        real(path)
+
+    monkeypatch.setattr(data, "sync", full)
+    with pytest.raises(OSError):
+        make(tmp_path / "set", home / "good.json")
+    monkeypatch.setattr(data, "sync", real)
+    make(tmp_path / "set", home / "good.json")
+    assert content(tmp_path / "set") == content(tmp_path / "whole")
 
 
 # ---- dirt ----

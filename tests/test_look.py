@@ -41,6 +41,32 @@ def test_a_sample_that_is_not_there_is_told_with_one_that_is(told):
         prepare.show(data=str(told[0]), sample="onne")
 
 
+@pytest.mark.parametrize("settings, said", [
+    (dict(sample="one", out="tiles"), "an --out that ends in .png: .*--out=tiles"),
+    (dict(sample="one", data=""), "show needs --data"),
+])
+def test_nothing_is_shown_that_could_not_be_written(told, capsys, settings, said):
+    with pytest.raises(Mistake, match=said):
+        prepare.show(**{"data": str(told[0]), **settings})
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("settings, said", [(dict(row=0), "--row=0 at"), (dict(rate=-5.0), "--rate=-5.0 at"), (dict(data=""), "--data")])
+def test_settings_of_check_that_cannot_be_are_told(told, settings, said):
+    with pytest.raises(Mistake, match=said):
+        prepare.check(**{"data": str(told[0]), **settings})
+
+
+def test_a_set_of_which_all_is_held_out_is_told(tmp_path):
+    samples = make_samples(200)
+    held = [sample for sample in samples if data.held_out(sample[0])]
+    write(tmp_path / "held", held)
+    write(tmp_path / "all", samples)
+    for text in (f"{tmp_path}/held", f"{tmp_path}/all:0.5,{tmp_path}/held:0.5"):
+        with pytest.raises(Mistake, match=f"held: all of its {len(held)} samples are held out, none is left to train on"):
+            prepare.check(data=text)
+
+
 def test_a_mosaic_breaks_into_rows():
     tiles_NCYX = np.arange(5 * 3 * 2 * 7, dtype=np.uint8).reshape(5, 3, 2, 7)
     sheet = np.asarray(look.mosaic(tiles_NCYX, across=2))

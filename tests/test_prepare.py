@@ -10,7 +10,7 @@ from conftest import ROOT
 from PIL import Image
 
 import prepare
-from nanovlm import IMAGE, UNTRAINED, cli, data, images, weights
+from nanovlm import IMAGE, UNTRAINED, Mistake, cli, data, images, weights
 
 SMALL = dict(vocabulary=260, tile=12, patch=3, shuffle=2, width=24, layers=1, heads=6, kv_heads=2, ffn=20,
              vision_width=20, vision_layers=1, vision_heads=5, vision_ffn=28)
@@ -186,3 +186,10 @@ def test_a_newborn_learns_from_any_source_what_can_be_read_of_it(door, tmp_path)
 
 def test_a_world_without_fridges_is_none(door, tmp_path):
     refused(door("fridge", out=tmp_path / "fridge", scenes=0, exam=-1), "--scenes=0 must be at least 1; --exam=-1 must be at least 1")
+
+
+def test_a_link_that_leads_nowhere_has_its_name_all_the_same(tmp_path):
+    (tmp_path / "set").symlink_to(tmp_path / "nowhere")
+    for out in (tmp_path / "set", f"{tmp_path}/set/"):
+        with pytest.raises(Mistake, match="is there already: remove it, or name another"):
+            prepare.refuse_to_overwrite(str(out))
