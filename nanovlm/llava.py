@@ -3,7 +3,7 @@
     config.json                vision_config and text_config as of an eye and a brain alone, and how they are joined
     model.safetensors          vision_tower.*, multi_modal_projector.*, language_model.*; LLaVA-NeXT's image_newline
     preprocessor_config.json   the picture policy        processor_config.json   how many tokens stand for a picture
-    tokenizer files            as they came; tokenizer_config.json adds <image> where they do not have it
+    tokenizer files            as they came (but see save_tokenizer); tokenizer_config.json adds <image> where they do not have it
     chat_template.jinja        the template              generation_config.json  what begins and ends a text
 
 What the layout cannot say is refused, by the setting to train with instead.
@@ -88,7 +88,7 @@ def write(checkpoint, folder):
     for name, content in files.items():
         (folder / name).write_text(json.dumps(content, indent=2) + "\n")
     (folder / "chat_template.jinja").write_text(jinja_of(checkpoint.template, checkpoint.tokenizer))
-    checkpoint.tokenizer.save(folder)
+    save_tokenizer(checkpoint, folder)
     write_shards(tensors, folder)
 
 
@@ -239,19 +239,31 @@ def generation_of(checkpoint, image_id):
 
 
 def tokenizer_of(checkpoint, image_id):
+    """add_bos_token: what llama.cpp's converter asks whether a start token goes before a prompt; the template writes it."""
     form, special = chat.TEMPLATES[checkpoint.template], checkpoint.tokenizer.special
     flags = {"lstrip": False, "rstrip": False, "single_word": False, "normalized": False, "special": True}
     added = {} if "<image>" in special else {"added_tokens_decoder": {str(image_id): {"content": "<image>", **flags}}}
     return {"tokenizer_class": "LlamaTokenizer" if "tokenizer.model" in checkpoint.tokenizer.files else "PreTrainedTokenizerFast",
-            "bos_token": form["start"] or None, "eos_token": form["end"], "pad_token": "<pad>" if "<pad>" in special else form["end"],
-            "clean_up_tokenization_spaces": False, "processor_class": processor_of(checkpoint)["processor_class"], **added}
+            "bos_token": form["start"] or None, "add_bos_token": False, "eos_token": form["end"],
+            "pad_token": "<pad>" if "<pad>" in special else form["end"], "clean_up_tokenization_spaces": False,
+            "processor_class": processor_of(checkpoint)["processor_class"], **added}
+
+
+def save_tokenizer(checkpoint, folder):
+    """Its files as they came, but for a tokenizer.json that puts a start token before every text: transformers' processor would have it before a
+    prompt, unless the template begins with it."""
+    checkpoint.tokenizer.save(folder)
+    source = checkpoint.tokenizer.files.get("tokenizer.json", b"")
+    if b'"SpecialToken"' in source and not chat.TEMPLATES[checkpoint.template]["start"]:
+        (folder / "tokenizer.json").write_text(json.dumps(json.loads(source) | {"post_processor": None}, ensure_ascii=False))
 
 
 SAID = """\
 {%- macro said(content) %}{% if content is string %}{{ content }}{% else %}
 {%- for part in content if part['type'] == 'image' %}{{ '<image>\\n' }}{% endfor %}
 {%- for part in content if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}{% endif %}{% endmacro %}
-{%- set state = namespace(last=0, system='') %}
+{%- macro spaced(text, gap) %}{{ ' ' if gap and text and not text.startswith(«bare») }}{{ text }}{% endmacro %}
+{%- set state = namespace(last=0, system='', gap=«start_user») %}
 {%- for message in messages if message['role'] == 'user' %}{%- set state.last = loop.index0 %}{%- endfor %}
 """
 TURNS = """\
@@ -259,30 +271,57 @@ TURNS = """\
 {%- for message in messages %}
 {%- if message['role'] == 'user' %}
 {%- set system = state.system if «first» or state.last == 0 else '' %}
-{{- «user» + (system + said(message['content']))|heard + «opening» }}
+{{- spaced(«user» + spaced((system + said(message['content']))|heard, «user_said») + «opening», state.gap) }}
 {%- set state.system = '' if system else state.system %}
 {%- set state.last = state.last - 1 %}
-{%- elif message['role'] == 'assistant' %}{{- «answer» + said(message['content'])|told + «end» }}
+{%- elif message['role'] == 'assistant' %}{{- spaced(«answer» + said(message['content'])|told + «tail», «opening_answer») + «end» }}
+{%- set state.gap = «end_user» %}
 {%- elif «inside» %}{%- set state.system = «system» + said(message['content']) + «after» %}
-{%- else %}{{- «system» + said(message['content'])|heard + «after» }}
+{%- else %}{{- spaced(«system» + spaced(said(message['content'])|heard, «system_said») + «after», «start_system») }}
+{%- set state.gap = «after_user» %}
 {%- endif %}
 {%- endfor %}
 """
+DEFAULT = "{%- if messages[0]['role'] != 'system' %}{{- «default» }}{%- set state.gap = «after_user» %}{%- endif %}\n"
+SEAMS = [("start", "system"), ("system", "said"), ("start", "user"), ("after", "user"), ("end", "user"), ("user", "said")]
 
 
 def jinja_of(template, tokenizer):
     """A template of chat.py in Jinja. What a message says is a text, or parts of which the pictures come first, each on a line, as sample.py asks."""
     form = chat.TEMPLATES[template]
-    (system, after), (user, opening), (answer, end) = (form.get(part, "{}").split("{}") for part in ("system", "user", "answer"))
-    # SentencePiece puts a space before an answer, which stands in one text with the words before it if no special token comes between
-    spaced = tokenizer.front not in (None, "never") and not opening.endswith(tuple(tokenizer.special)) and not form.get("glued")
-    inside = form.get("inside")
-    slots = dict(start=form["start"], user=user, opening=opening, answer=" " * spaced + answer, end=end + form["end"] + form["after"],
-                 system=system, after=after, inside=bool(inside), first=inside == "first")
+    (system, after), (user, opening), (answer, tail) = (form.get(part, "{}").split("{}") for part in ("system", "user", "answer"))
+    start, end, inside = form["start"], form["end"] + form["after"], form.get("inside")
+    parts = dict(start=start, system=system, after=after, user=user, opening=opening, answer=answer, tail=tail, end=end)
+    slots = {name: with_spaces(part, tokenizer, form) for name, part in parts.items()}
+    slots |= {f"{left}_{right}": gap(parts[left], parts.get(right, ""), tokenizer, form) for left, right in SEAMS}
+    slots |= dict(opening_answer=answer_gap(opening, tokenizer, form), bare=" " if tokenizer.front == "missing" else "<image>",
+                  inside=bool(inside), first=inside == "first")
     heard, told = {"all": ("|trim", "|trim"), "answer": ("", ".rstrip(' ')")}.get(form.get("trim"), ("", ""))  # as chat.trimmed
     source = SAID + TURNS.replace("|heard", heard).replace("|told", told)
     if "default" in form:
-        source = source.replace("{%- for message in messages %}\n", "{%- if messages[0]['role'] != 'system' %}{{- «default» }}{%- endif %}\n"
-                                "{%- for message in messages %}\n")
-        slots["default"] = system + form["default"] + after
+        source = source.replace("{%- for message in messages %}\n", DEFAULT + "{%- for message in messages %}\n")
+        slots["default"] = with_spaces(start + system + form["default"] + after, tokenizer, form).removeprefix(start)
     return re.sub("«(\\w+)»", lambda slot: json.dumps(slots[slot[1]], ensure_ascii=False), source)
+
+
+def gap(left, right, tokenizer, form):
+    """Whether a space stands between `left`, which a template writes, and the text `right`: after a special token, SentencePiece's, which some
+    tokenizers leave to the template (chat.space_before)."""
+    name = max((name for name in tokenizer.special if left.endswith(name)), key=len, default=None)
+    if name is None or right.startswith(tuple(tokenizer.special)):
+        return False
+    return chat.space_before([tokenizer.special[name]], False, tokenizer, form) is True
+
+
+def with_spaces(text, tokenizer, form):
+    """What a template writes, with a space in every gap."""
+    names = "|".join(map(re.escape, sorted(tokenizer.special, key=len, reverse=True)))
+    pieces = [piece for piece in re.split(f"({names})", text) if piece]
+    return "".join(" " * gap(left, right, tokenizer, form) + right for left, right in zip(["", *pieces], pieces, strict=False))
+
+
+def answer_gap(opening, tokenizer, form):
+    """The same before an answer, which transformers reads in one text with the words before it, if no special token comes between: a tokenizer that
+    puts a space before every text puts none there."""
+    space = chat.space_before([None], True, tokenizer, form)  # None: any token but the end token, with which no opening ends
+    return tokenizer.front in ("always", "missing") and not opening.endswith(tuple(tokenizer.special)) if space is None else space

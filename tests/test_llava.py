@@ -1,14 +1,19 @@
 """LLaVA folders: what transformers computes of a folder we compute too, and what we write transformers reads, with no code of ours."""
+import io
 import json
+from functools import cache
 
 import numpy as np
 import pytest
 import torch
 import transformers as hf
+from bench.tokenizer import TEXTS, converted
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from sentencepiece import SentencePieceTrainer
 from test_huggingface import Read
 from test_parity import BRAIN, EYE, shake
+from tokenizers import AddedToken, pre_tokenizers, processors
 
 import prepare
 import sample
@@ -193,9 +198,9 @@ def eye_folder(folder, kind, **how):
     return folder
 
 
-def stitched(home, template, eye="clip", vocabulary=None, decoder={}, **choices):
+def stitched(home, template, eye="clip", vocabulary=None, decoder={}, words=None, **choices):
     """A checkpoint of ours, stitched of public parts; its tokenizer knows no <image>, its vocabulary ends with the tokenizer's."""
-    words = tokenizer.learn(["a cat, a catalogue, the category of cats. Is it kind?"], 280, chat.special_names(template))
+    words = words or tokenizer.learn(["a cat, a catalogue, the category of cats. Is it kind?"], 280, chat.special_names(template))
     sizes = BRAIN | {"vocab_size": vocabulary or words.vocab_size} | decoder
     model, config = ((hf.MinistralForCausalLM, hf.MinistralConfig) if "layer_types" in decoder else
                      (hf.MistralForCausalLM, hf.MistralConfig) if "sliding_window" in decoder else (hf.LlamaForCausalLM, hf.LlamaConfig))
@@ -205,10 +210,10 @@ def stitched(home, template, eye="clip", vocabulary=None, decoder={}, **choices)
     return home / "ours"
 
 
-def messages(turns):
+def messages(turns, **image):
     """A conversation as transformers wants it: what is said in parts, the pictures first."""
-    return [{"role": role, "content": [{"type": "image"}] * text.count("<image>") + [{"type": "text", "text": text.replace("<image>\n", "")}]}
-            for role, text in turns]
+    return [{"role": role, "content": [{"type": "image", **image}] * text.count("<image>") +
+             [{"type": "text", "text": text.replace("<image>\n", "")}]} for role, text in turns]
 
 
 @torch.no_grad()
@@ -238,6 +243,84 @@ def test_an_exported_model_says_in_transformers_what_it_says_here(template, turn
     for n, path in enumerate(paths):
         picture((40, 31), n).save(path)
     assert_the_same(ours, out, turns, paths)
+
+
+# ---- SentencePiece's spaces ----
+# Where a text's first space comes from: a normalizer's Prepend (Llama 2), Metaspace before every text that has none, Metaspace before the first alone
+# (Mistral v0.3, LLaVA-1.5), nowhere, or from a tokenizer.model.
+LAYOUTS = ["prepend", "always", "first", "never", "model"]
+SPOKEN = CONVERSATIONS | {
+    "one turn": [("user", "Hello")], "turns": [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"), ("user", "<image>\ne")],
+    "spaces": [("system", " Be kind. "), ("user", "  Is it?  "), ("assistant", " It is.  "), ("user", " And \n")],
+    "white": [("user", " "), ("assistant", "  b"), ("user", "<image>\n ")], "nothing": [("user", ""), ("assistant", ""), ("user", "")],
+}
+AMID = [("system", "<image>"), ("user", "Is <image> like <image>it?"), ("assistant", "No."), ("user", "<image><image> Or \n<image>")]
+
+
+@cache
+def sentencepiece(layout, names):
+    """A tokenizer of a few hundred pieces, a tokenizer.json with a post-processor that puts <s> before any text, as published ones have it."""
+    out = io.BytesIO()
+    SentencePieceTrainer.train(sentence_iterator=iter(TEXTS["prose"].split("\n")), model_writer=out, vocab_size=500, model_type="bpe",
+                               normalization_rule_name="identity", remove_extra_whitespaces=False, byte_fallback=True, minloglevel=2,
+                               num_threads=1, control_symbols=[name for name in names if name not in ("<s>", "</s>")])
+    if layout == "model":
+        return tokenizer.Tokenizer({"tokenizer.model": out.getvalue()})
+    spec = converted(out.getvalue())
+    if layout != "prepend":
+        spec.normalizer, spec.pre_tokenizer = None, pre_tokenizers.Metaspace(prepend_scheme=layout, split=False)
+    spec.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in ("<unk>", *names)])
+    spec.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return tokenizer.Tokenizer({"tokenizer.json": spec.to_str().encode()})
+
+
+def names_of(template):
+    """The special tokens of tokenizers that a template is used with: every one that it writes; <s> and </s> alone, if it can end with those."""
+    every = tuple(dict.fromkeys(["<s>", "</s>", *chat.special_names(template)]))
+    return dict.fromkeys([every, every[:2]]) if chat.TEMPLATES[template]["end"] == "</s>" else [every]
+
+
+@pytest.fixture(scope="module")
+def whole_model(tmp_path_factory):
+    return weights.load(stitched(tmp_path_factory.mktemp("model"), "chatml", vocabulary=520))
+
+
+SPACED = [(template, names) for template, form in chat.TEMPLATES.items() if not form.get("mute") for names in names_of(template)]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("template, names", SPACED, ids=lambda x: x if isinstance(x, str) else f"{len(x)} names")
+def test_an_exported_template_puts_spaces_where_render_does(template, names, layout, whole_model, tmp_path):
+    """By the tokenizer, and by the processor with its pictures, which must not put a start token before a prompt; and the template is known again."""
+    ours, out = whole_model._replace(tokenizer=sentencepiece(layout, names), template=template), tmp_path / "out"
+    weights.export(ours, out)
+    processor, image_id, photo = hf.AutoProcessor.from_pretrained(out, backend="pil"), ours.tokenizer.vocab_size, picture((28, 28))
+    photo.save(tmp_path / "a.png")
+    shown = images.load(tmp_path / "a.png", ours.policy)
+    how = dict(add_generation_prompt=True, return_dict=False)
+    for turns in [*SPOKEN.values(), AMID]:
+        ids = [image_id if i == IMAGE else i for i in chat.render(turns, ours.tokenizer, template)[0]]
+        said = [{"role": role, "content": text} for role, text in turns]
+        assert processor.tokenizer.apply_chat_template(said, **how) == ids
+    for turns in SPOKEN.values():
+        asked = messages(turns, image=photo)
+        ids = sample.prompt_ids(ours, turns, [shown] * sum(text.count("<image>") for _, text in turns))
+        assert processor.apply_chat_template(asked, tokenize=True, **how)[0] == [image_id if i == IMAGE else i for i in ids]
+    assert weights.describe(out).template == template
+
+
+@pytest.mark.parametrize("template, layout", [("mistral", "first"), ("llava", "first"), ("zephyr", "first"), ("mistral-v1", "model")])
+def test_an_exported_model_with_sentencepiece_says_what_it_says_here(template, layout, tmp_path):
+    ours = stitched(tmp_path, template, words=sentencepiece(layout, next(iter(names_of(template)))))
+    picture((40, 31)).save(tmp_path / "a.png")
+    assert_the_same(ours, exported(ours, tmp_path / "out"), CONVERSATIONS["more"], [tmp_path / "a.png"])
+
+
+def test_llama_cpp_is_told_to_put_no_start_token_before_a_prompt(whole_model, tmp_path):
+    gguf = pytest.importorskip("gguf")
+    for template, layout in (("zephyr", "first"), ("zephyr", "model"), ("mistral", "first")):
+        weights.export(whole_model._replace(tokenizer=sentencepiece(layout, ("<s>", "</s>")), template=template), tmp_path / "out")
+        assert gguf.SpecialVocab(tmp_path / "out").add_special_token["bos"] is False
 
 
 ROPE = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
