@@ -153,6 +153,9 @@ def cut_shard(folder, raws, recipe):
 def prepared(sample, recipe):
     """A sources.Sample as write_shard takes it: name, ids, trained, pictures. Pictures are cut into fewer tiles until the sample fits its row."""
     ids, trained = chat.render(sample.turns, recipe.tokenizer, recipe.template)
+    least = len(ids) + len(sample.pictures) * (images.tokens_per_tile(recipe.policy) - 1)
+    if least > recipe.row:  # a sample of a thousand pictures would not only fit no row, but no memory either
+        raise Mistake(f"{sample.where}: at least {least:,} tokens, --row={recipe.row}", "longer than a row")
     opened = [opening.read(*refs.load(ref), images.needed(recipe.policy)) for ref in sample.pictures]
     for limit in limits(recipe.policy):
         planned = [images.plan(size, recipe.policy, limit) for _, size in opened]
@@ -219,7 +222,7 @@ def in_order_of_ending(tasks, recipe, workers):
         for folder, raws, share in itertools.chain([first], tasks):
             with deaf_to_interrupts():  # a worker that starts is deaf too, until start_worker: it would die with a traceback
                 running[pool.submit(cut_in_worker, folder, raws)] = share
-            if len(running) > 2 * workers:
+            if len(running) > workers:  # one lies ready; a shard of parquet holds its pictures
                 yield from ended(running)
         while running:
             yield from ended(running)

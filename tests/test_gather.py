@@ -1,6 +1,7 @@
 """A set is the same byte for byte whatever the number of workers and however it was stopped, and says of everything it left out why."""
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -321,3 +322,13 @@ def test_a_sample_that_fits_no_row_is_skipped_with_both_numbers(home, tmp_path):
     (tmp_path / "one.json").write_text(json.dumps([record(1, str(home / "0.png")), record(2, None)]))
     (said,) = make(tmp_path / "set", tmp_path / "one.json", RECIPE._replace(row=14), max_skipped=0.5)
     assert said["reason"] == "longer than a row" and "15 tokens, --row=14" in said["said"]
+
+
+def test_pictures_that_cannot_fit_are_not_even_opened(home, tmp_path, monkeypatch):
+    """10 of at least 4 tokens each, and words."""
+    many = {"id": "many", "image": ["0.png"] * 10, "conversations": record(1, None)["conversations"]}
+    many["conversations"][0]["value"] = "<image>" * 10
+    (tmp_path / "two.json").write_text(json.dumps([many, record(2, None)]))
+    monkeypatch.setattr(gather.opening, "read", lambda *_: pytest.fail("a picture was opened"))
+    (said,) = make(tmp_path / "set", tmp_path / "two.json", RECIPE._replace(row=40, pictures=str(home)), max_skipped=0.5)
+    assert said["reason"] == "longer than a row" and re.search(r"at least 4\d tokens, --row=40", said["said"])
