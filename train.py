@@ -21,7 +21,8 @@ import torch
 
 import prepare
 import sample
-from nanovlm import UNTRAINED, Mistake, cli, evaluate, parallel, watch, weights
+from nanovlm import UNTRAINED, Mistake, cli, evaluate, saves, watch, weights
+from nanovlm import parallel as ranks
 from nanovlm.data import LENGTH, Samples
 from nanovlm.packing import Loader, read_blend
 
@@ -36,7 +37,8 @@ STAGES = {
     "sft": dict(freeze="vision", model="out/pretrain", data="data/chats", lr=1e-6, floor=1e-7, steps=20000, batch=128, row=2048, decay=0.1, clip=0.5),
 }
 PARTS = ("vision", "projector", "decoder")
-FREE = ("data", "out", "resume", "micro", "save_every", "validate_every", "log_every", "device")  # may change when a run is resumed
+FREE = ("data", "out", "resume", "micro", "save_every", "keep", "validate_every", "log_every", "device", "parallel", "shard",
+        "recompute")  # may change when a run is resumed
 
 
 def schedule(step, *, steps, warmup, floor):
@@ -45,6 +47,14 @@ def schedule(step, *, steps, warmup, floor):
         return (step + 1) / warmup
     progress = (step - warmup) / max(1, steps - warmup)
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def set_rates(optimizer, step, run):
+    """Every group at its rate for a step; returns the share of the peak that it is."""
+    share = schedule(step, steps=run.steps, warmup=max(1, round(run.warmup * run.steps)), floor=run.floor / run.lr)
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak"] * share
+    return share
 
 
 def make_optimizer(model, rates, decay, betas):
@@ -79,13 +89,17 @@ def resolve(typed, world):
 def check(run, world, idle):
     """One Mistake that names every setting out of its range; idle: the rates of parts that stand still, which nobody may set."""
     rules = [
-        ("must be at least 1", lambda x: x >= 1, ("steps", "micro", "row", "save_every", "validate_every", "log_every")),
+        ("must be at least 1", lambda x: x >= 1, ("steps", "micro", "row", "save_every", "keep", "validate_every", "log_every")),
         (f"must be at least {world}, a row for each rank", lambda x: x >= world, ("batch",)),
         ("must be above 0", lambda x: x > 0, ("lr", "vision_lr", "projector_lr", "decoder_lr", "clip")),
         (f"must be between 0 and --lr={run.lr}", lambda x: 0 <= x <= run.lr, ("floor",)),
         ("must be at least 0", lambda x: x >= 0, ("decay", "seed")),
         ("must be at least 0 and below 1", lambda x: 0 <= x < 1, ("warmup", "beta1", "beta2")),
         ("is none of auto, float32, bfloat16", lambda x: x in ("auto", "float32", "bfloat16"), ("dtype",)),
+        ("is none of auto, ddp, fsdp", lambda x: x in ("auto", "ddp", "fsdp"), ("parallel",)),
+        ("is none of none, decoder, all", lambda x: x in ("none", "decoder", "all"), ("recompute",)),
+        (f"wants --parallel=fsdp, and to divide the {world} ranks",
+         lambda x: x == 0 or (run.parallel == "fsdp" and x > 0 and world % x == 0), ("shard",)),
         (f"is for a part that --freeze={run.freeze} holds still", lambda x: False, idle),
     ]
     values = {name: value for name, value in vars(run).items() if value is not None}
@@ -102,6 +116,17 @@ def to_go_on_from(run):
         return found[-1]
     if Path(run.model).resolve().is_relative_to(Path(run.out).resolve()):
         raise Mistake(f"--model={run.model} lies in --out={run.out}: name another --out, or go on with --resume=true")
+
+
+def to_train(folder, run):
+    """A checkpoint whose card says what it is to become, and whose frozen parts hold still. Its numbers stay in their file until it is known which
+    rank needs which."""
+    checkpoint = weights.load(folder, dtype=None, late=True)
+    checkpoint.card[run.stage] = f"{run.steps} steps from {run.model} on {run.data}"
+    checkpoint.model.train()
+    for part in PARTS:
+        getattr(checkpoint.model, part).requires_grad_(part in run.rates)
+    return checkpoint
 
 
 def make_room(run):
@@ -123,14 +148,29 @@ def identity(run, samples):
     return {name: value for name, value in vars(run).items() if name not in (*FREE, "rates", "weights")} | {"data": content + blend}
 
 
-def go_on(found, vlm, optimizer, must_agree):
-    """Fill the optimizer from a run's checkpoint and return its step; a setting that would change the run is refused."""
+def step_of(found, must_agree):
+    """The step of a run's checkpoint; a setting that would change the run is refused."""
     was = weights.read_json(found / "training.json")
     wrong = [f"--{name} was {was.get(name)}, now {value}" for name, value in must_agree.items() if was.get(name) != value]
     if wrong:
         raise Mistake(f"{found} cannot go on as another run: {'; '.join(wrong)}")
-    weights.put_optimizer(vlm, optimizer, weights.read_tensors(found / "training.safetensors"), found / "training.safetensors")
     return was["step"]
+
+
+def lay_out(run, model, row, device, rank, world):
+    """Settle how the model lies over the ranks and print that, what trains, and the memory that a rank will take; returns the dtype of products.
+    row: a batch of one."""
+    narrow = run.dtype == "bfloat16" or (run.dtype == "auto" and device.type == "cuda")
+    products = torch.bfloat16 if narrow else torch.float32
+    how = dict(recompute=run.recompute, accumulates=run.micro * world < run.batch)
+    sizes = watch.memory(model, row, run.micro, device, products, **how)
+    run.parallel, why = ranks.choose(run.parallel, sum(sizes.values()), device)
+    if run.parallel == "fsdp":
+        sizes = watch.memory(model, row, run.micro, device, products, how="fsdp", shards=run.shard or world, **how)
+    if rank == 0:
+        print(f"parallel: {run.parallel}, {why}")
+        watch.print_plan(model, run.rates, sizes)
+    return products
 
 
 def train(*,
@@ -156,10 +196,14 @@ def train(*,
     beta2: float = 0.95,              # Adam's memory of their squares
     seed: int = 0,                    # of the order of the samples
     save_every: int = 500,            # steps between checkpoints
+    keep: int = 1,                    # how many of them stay; with 2 or more, the one that validates best stays as well
     validate_every: int = 100,        # steps between looks at the held-out samples
     log_every: int = 20,              # steps between progress lines
     device: str = "auto",             # auto, cpu, cuda or mps
     dtype: str = "auto",              # auto, float32 or bfloat16: of the products; auto is bfloat16 on CUDA. Parameters stay float32
+    parallel: str = "auto",           # of several processes: ddp, each holds the model; fsdp, each holds a part; auto, ddp where that fits
+    shard: int = 0,                   # under fsdp, over how many ranks a copy of the model lies (HSDP, within a node); 0: over all
+    recompute: str = "none",          # blocks that keep nothing for the backward pass and compute it again: none, decoder or all
 ):
     """Train one stage, or (without --stage) walk the whole road once.
 
@@ -169,50 +213,54 @@ def train(*,
     if not stage:
         refuse_settings(typed)
         return demonstration()
-    device = parallel.pick_device(device)
-    rank, world = parallel.start(device)
-    with parallel.together():
-        # ---- what to train: the checkpoint, its frozen parts, the rates ----
+    device = ranks.pick_device(device)
+    rank, world = ranks.start(device)
+    with ranks.together():
+        # ---- what to train: the checkpoint, its frozen parts ----
         run = resolve(typed, world)
         found = to_go_on_from(run)
-        checkpoint = weights.load(found or run.model, device)
-        checkpoint.card[stage] = f"{run.steps} steps from {run.model} on {run.data}"
-        vlm = checkpoint.model.train()
-        for part in PARTS:
-            getattr(vlm, part).requires_grad_(part in run.rates)
-        optimizer = make_optimizer(vlm, run.rates, run.decay, (run.beta1, run.beta2))
-        mixed = torch.autocast(device.type, torch.bfloat16, enabled=run.dtype == "bfloat16" or (run.dtype == "auto" and device.type == "cuda"))
+        checkpoint = to_train(found or run.model, run)
+        vlm = checkpoint.model
 
         # ---- what to train on, and from which step ----
         folders, run.weights = read_blend(run.data)
         samples = Samples(*folders)
         samples.check_fingerprint(checkpoint.fingerprint())
         must_agree = identity(run, samples)
-        start = go_on(found, vlm, optimizer, must_agree) if found else 0
+        start = step_of(found, must_agree) if found else 0
         if start == run.steps:
             return print(f"{stage}: {run.out} has all of its {start} steps already") if rank == 0 else None
         how = dict(row=run.row, seed=run.seed, weights=run.weights)
         loader = Loader(samples, batch=run.batch, micro=run.micro, rank=rank, world=world, start=start, pin=device.type == "cuda", **how)
         held_out = watch.held_out_rows(samples, run.row)
+        ((one_row, _),) = next(Loader(samples, batch=1, micro=1, **how))
         if rank == 0:
             print(f"{stage}: {run.steps} steps of {run.batch} rows on {world} × {device}, from {found or run.model} on {run.data}")
-            watch.print_plan(vlm, run.rates, Loader(samples, batch=1, micro=1, **how), run.micro, mixed)
+
+    # ---- on what: one process, or several that each hold the model, or a part of it ----
+    products = lay_out(run, vlm, one_row, device, rank, world)
+    with ranks.together():
+        if rank == 0:
             make_room(run)
         log = watch.Log(run.out, start, run.steps, rank)
+    ranks.recompute(ranks.blocks(vlm, run.recompute))
+    wrapped, mixed = ranks.wrap(vlm, run.parallel, device, products, run.shard)
+    trained = [p for p in vlm.parameters() if p.requires_grad]
+    optimizer = make_optimizer(vlm, run.rates, run.decay, (run.beta1, run.beta2))
+    if found:
+        saves.restore(found, vlm, optimizer)
+    saved = saves.Saves(checkpoint, optimizer, run.out, must_agree, run.keep)
 
     # ---- the loop ----
-    wrapped, trained = parallel.wrap(vlm), [p for p in vlm.parameters() if p.requires_grad]
     done, stopping = start, False
     with ThreadPoolExecutor(1) as reader, watch.Stopper(rank) as stopper:
         coming = reader.submit(next, loader)  # the next step's batches are read while this one's are computed
         while done < run.steps and not stopping:
             batches = log.wait(coming)
             coming = reader.submit(next, loader)
-            share = schedule(done, steps=run.steps, warmup=max(1, round(run.warmup * run.steps)), floor=run.floor / run.lr)
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * share
+            share = set_rates(optimizer, done, run)
             losses, loss, count, length, stopping = gradients(wrapped, batches, device, mixed, stopper)
-            norm = torch.nn.utils.clip_grad_norm_(trained, run.clip).item()
+            norm = ranks.clip(trained, run.clip)
             done += 1
             check_finite(done, loss, norm, losses, batches)
             optimizer.step()
@@ -221,22 +269,14 @@ def train(*,
             last = done == run.steps
             looks = watch.look(checkpoint, samples, held_out, rank, world, mixed) if last or done % run.validate_every == 0 else {}
             log.tokens += length
-            # Rank 0 alone writes; where it cannot (a full disk), the others must hear of it.
             if looks or last or done % run.log_every == 0:
-                with parallel.together():
-                    log.line(done, looks, loss=loss, rate=run.lr * share, norm=norm, trained=count / length)
+                log.line(done, looks, loss=loss, rate=run.lr * share, norm=norm, trained=count / length)
             if last or stopping or done % run.save_every == 0:
-                with parallel.together():
-                    save(checkpoint, run.out, {"step": done, **must_agree}, optimizer, rank)
+                saved.write(done, last, looks)
     if rank == 0:
         print(f"{stage}: step {done} of {run.steps} after {log.spent()}, in {run.out}", flush=True)
     if done < run.steps:
         stopper.leave(how_to_go_on(typed))
-
-
-def save(checkpoint, out, training, optimizer, rank):
-    if rank == 0:
-        weights.save_step(checkpoint, out, training["step"], training, weights.optimizer_tensors(checkpoint.model, optimizer))
 
 
 def gradients(wrapped, batches, device, mixed, stopper):
@@ -247,16 +287,16 @@ def gradients(wrapped, batches, device, mixed, stopper):
     """
     trained = sum(int((batch["targets_BT"] != UNTRAINED).sum()) for batch, _ in batches)
     length = sum(int((batch["documents_BT"] >= 0).sum()) for batch, _ in batches)
-    count, length, world = parallel.total([trained, length, 1], device)
+    count, length, world = ranks.total([trained, length, 1], device)
     losses = []
     for number, (batch, _) in enumerate(batches, 1):
-        with parallel.no_sync(wrapped, last=number == len(batches)):
+        with ranks.no_sync(wrapped, last=number == len(batches)):
             with mixed:
                 loss = wrapped(**{name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()})
             (loss * (world / count if count else math.nan)).backward()  # the wrapper takes the mean over ranks
         losses.append(loss.detach())
     losses = torch.stack(losses).tolist()
-    loss, asked = parallel.total([sum(losses), stopper.asked > 0], device)
+    loss, asked = ranks.total([sum(losses), stopper.asked > 0], device)
     return losses, loss / count if count else math.nan, count, length, asked > 0
 
 
@@ -266,9 +306,9 @@ def check_finite(step, loss, norm, losses, batches):
         return
     mine = [name for _, members in batches for name in members]
     blamed = [name for x, (_, members) in zip(losses, batches, strict=True) if not math.isfinite(x) for name in members]
-    everyone = parallel.gather((blamed, mine))
+    everyone = ranks.gather((blamed, mine))
     names = [name for some, _ in everyone for name in some] or [name for _, some in everyone for name in some]
-    with parallel.together():
+    with ranks.together():
         raise Mistake(f"step {step}: loss {loss}, gradient norm {norm}; what is saved is untouched. "
                       f"Samples: {', '.join(names[:50])}{f' and {len(names) - 50} more' if len(names) > 50 else ''}")
 
@@ -296,7 +336,7 @@ def how_to_go_on(typed):
 
 def exam(model, questions, blank=False):
     """[(kind, questions, share exactly right)] of the fridge world's exam, the last over all."""
-    checkpoint = weights.load(model, parallel.pick_device("auto"))
+    checkpoint = weights.load(model, ranks.pick_device("auto"))
     _, scores = sample.examine(checkpoint, questions, "data/fridge/images", blank=blank, max_tokens=64)
     return evaluate.table(questions, scores)
 

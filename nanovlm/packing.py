@@ -98,10 +98,10 @@ def collate(samples, rows, pin=False):
     """Rows of sample numbers -> the arguments of VLM.forward as a dict of tensors, with `names` beside them.
 
     Each sample is a document: positions restart at 0 and documents_BT counts up. Padding is document -1, trains nothing, and is no longer than
-    the longest row needs.
+    the longest row needs: one token, where a row has no members, as a rank is given that has to wait for others' rows.
     """
     read = [[samples.read(i) for i in members] for members in rows]
-    T = max(sum(len(ids) for ids, _, _ in row) for row in read)
+    T = max(1, *(sum(len(ids) for ids, _, _ in row) for row in read))
     ids_BT, positions_BT = np.zeros((len(rows), T), np.int64), np.zeros((len(rows), T), np.int64)
     targets_BT, documents_BT = np.full((len(rows), T), UNTRAINED, np.int64), np.full((len(rows), T), -1, np.int32)
     for b, row in enumerate(read):
@@ -120,6 +120,7 @@ def collate(samples, rows, pin=False):
 class Loader:
     """Step after step, the micro-batches of one rank: a function of (seed, step), whatever the number of ranks and micro-batches.
 
+    Every rank gets as many micro-batches, for each is a call of the model that under FSDP all take part in; the last may be one blank row.
     batch: rows of a step over all ranks; micro: rows of a micro-batch; start: the step to begin with; weights: of the sets, as read_blend says.
     """
 
@@ -140,4 +141,5 @@ class Loader:
 
     def __next__(self):
         rows = list(itertools.islice(self.rows, self.batch))[self.rank :: self.world]
-        return [collate(self.samples, rows[i : i + self.micro], self.pin) for i in range(0, len(rows), self.micro)]
+        most = -(-self.batch // self.world)  # rows of a rank
+        return [collate(self.samples, rows[i : i + self.micro] or [[]], self.pin) for i in range(0, most, self.micro)]

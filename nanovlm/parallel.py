@@ -4,15 +4,25 @@ One process is the case of one rank: every function here then does nothing, so t
 """
 import atexit
 import contextlib
+import functools
 import os
 import sys
 import time
+import warnings
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 from . import Mistake
+
+ROOM = 0.8  # of a device's memory may be spoken for by an estimate; the rest is for what fragments, and for libraries
 
 
 def pick_device(name):
@@ -51,17 +61,167 @@ def leave():
     time.sleep(0.1)
 
 
-def wrap(model):
-    """A module whose gradients are averaged over ranks; calling it is calling the model."""
+# ---- how a model lies over the ranks ----
+
+def choose(asked, needed, device):
+    """(how, why) for --parallel=auto, ddp or fsdp; needed: bytes that a rank takes where it holds everything, as watch.memory tells."""
     if not dist.is_initialized():
-        return model
-    return DistributedDataParallel(model, gradient_as_bucket_view=True)
+        if asked != "auto":
+            raise Mistake(f"--parallel={asked} is for several processes: start them with torchrun")
+        return "none", "one process"
+    if asked != "auto":
+        return asked, "as asked"
+    has = min(gather(memory_of(device)))
+    fits, sizes = max(gather(needed)) <= ROOM * has, f"a rank takes about {needed / 2**30:.2f} GiB whole, and has {has / 2**30:.2f} GiB"
+    return ("ddp", f"{sizes}") if fits else ("fsdp", f"{sizes}, of which {ROOM:.0%} may be spoken for")
+
+
+def memory_of(device):
+    """Bytes that a rank may use: its card's, or its share of the machine's."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def blocks(model, which="all"):
+    """The blocks that --recompute=none, decoder or all names."""
+    return [*(model.vision.layers if which == "all" else ()), *(model.decoder.layers if which != "none" else ())]
+
+
+def recompute(some):
+    """Have blocks keep only what enters them, and compute the rest again when the backward pass comes by (Chen et al. 2016): about a third more
+    work. There is no randomness in them to repeat."""
+    for block in some:
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+
+
+def units(model):
+    """What FSDP gathers at once: a block, and from the start of a pass to its end what is left (embeddings, head, norms, projector)."""
+    return [*blocks(model), model]
+
+
+def wrap(model, how, device, dtype, shard=0):
+    """(wrapped, mixed): a module whose gradients are averaged over ranks, calling it being calling the model, and the context to call it in.
+
+    how: none, ddp or fsdp. Parameters come from their file (mmap) or from nowhere (meta), and become float32 on `device`, where the optimizer
+    works; products are of `dtype`. fsdp: a unit after another is cut over the ranks, so that no rank ever holds more than one whole; shard: over
+    so many ranks, and held in as many copies as there are such groups (HSDP: within a node is fast), 0: over all.
+    """
+    if how != "fsdp":
+        for p in model.parameters():
+            settle(p, device)
+        model.to(device)
+        wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True) if how == "ddp" else model
+        return wrapped, torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
+    world, narrow = dist.get_world_size(), dtype if dtype != torch.float32 else None
+    shape, names = ((world // shard, shard), ("replicate", "shard")) if shard else ((world,), ("shard",))
+    mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
+    policy = MixedPrecisionPolicy(param_dtype=narrow, reduce_dtype=torch.float32, cast_forward_inputs=False)  # RoPE's angles stay float32
+    for unit in units(model):
+        for p in [p for p in unit.parameters() if not isinstance(p, DTensor)]:
+            settle(p, device)
+        fully_shard(unit, mesh=mesh, mp_policy=policy)
+    return model, contextlib.nullcontext()
+
+
+def settle(p, device):
+    """Give a parameter float32 memory of its own on a device, so that nobody writes into its file; from nowhere, it holds no numbers yet."""
+    fresh = torch.empty(p.shape, dtype=torch.float32, device=device)
+    if not p.is_meta:
+        fresh.copy_(p.detach())
+    torch.utils.swap_tensors(p, torch.nn.Parameter(fresh, p.requires_grad))
 
 
 def no_sync(wrapped, last):
     """Gradients travel once a step, with the last micro-batch."""
-    return contextlib.nullcontext() if last or not isinstance(wrapped, DistributedDataParallel) else wrapped.no_sync()
+    if isinstance(wrapped, FSDPModule):
+        wrapped.set_requires_gradient_sync(last)
+    return wrapped.no_sync() if isinstance(wrapped, DistributedDataParallel) and not last else contextlib.nullcontext()
 
+
+def clip(parameters, most):
+    """Cut the gradient down to the norm `most`; returns the norm that it had, over all ranks and parts."""
+    norm = torch.nn.utils.clip_grad_norm_(parameters, most)
+    return whole(norm).item()
+
+
+def is_sharded(model):
+    return isinstance(model, FSDPModule)
+
+
+@contextlib.contextmanager
+def gathered(model):
+    """Hold what a sharded model gathers at the start of a pass, to use it by other ways than a call: all ranks must do the same within."""
+    if is_sharded(model):
+        model.unshard()
+    yield
+    if is_sharded(model):
+        model.reshard()
+
+
+def whole(tensor):
+    """A tensor of which each rank may hold a part, on all of them."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def mine(tensor):
+    """The part of it that this rank holds."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def on_first(tensors):
+    """{name: tensor} whole in the memory of rank 0, gathered one after another; None on the others."""
+    rank, gathered = dist.get_rank(), {}
+    for name, tensor in tensors.items():
+        tensor = whole(tensor.detach())
+        if rank == 0:
+            gathered[name] = tensor.cpu()
+    return gathered if rank == 0 else None
+
+
+@torch.no_grad()
+def fill(tensor, source):
+    """Copy a whole tensor, which every rank has at hand, into one of which each rank may hold a part."""
+    if isinstance(tensor, DTensor):
+        cut = distribute_tensor(source.to(tensor.device), tensor.device_mesh, tensor.placements, src_data_rank=None)
+        tensor, source = mine(tensor), mine(cut)
+    tensor.copy_(source)
+
+
+# ---- a state in a folder to which each rank writes its part ----
+
+def write_shards(state, folder):
+    """All ranks together: {name: tensor, of which each rank may hold a part}, flushed. What fails on one rank is an OSError on all."""
+    try:
+        dcp.save(state, storage_writer=dcp.FileSystemWriter(folder))
+    except dcp.api.CheckpointException as error:
+        raise OSError(reason(error)) from None
+
+
+def read_shards(state, folder):
+    """Fill {name: tensor, of which this rank may hold a part} from what any number of ranks wrote; each rank reads what it needs, alone."""
+    with warnings.catch_warnings():  # that one process is meant
+        warnings.filterwarnings("ignore", message="torch.distributed is")
+        try:
+            dcp.load(state, storage_reader=dcp.FileSystemReader(folder), no_dist=True)
+        except dcp.api.CheckpointException as error:
+            raise Mistake(f"{folder} is broken or not of this model: {reason(error)}") from None
+
+
+def reason(error):
+    """The first failure of a CheckpointException in a line."""
+    failure = next(iter(error.failures.values()))[0]
+    return getattr(failure, "strerror", None) or " ".join(str(failure).split())[:200]
+
+
+def names_in(folder):
+    """The names that write_shards wrote."""
+    if not (Path(folder) / ".metadata").is_file():
+        raise Mistake(f"{folder} is broken: it holds no .metadata")
+    return list(dcp.FileSystemReader(folder).read_metadata().state_dict_metadata)
+
+
+# ---- collectives ----
 
 def total(numbers, device):
     """A list of numbers summed over all ranks, as floats (float64: exact up to 2^53 tokens)."""
@@ -79,6 +239,18 @@ def gather(thing):
     things = [None] * dist.get_world_size()
     dist.all_gather_object(things, thing)
     return things
+
+
+def first(do, *arguments):
+    """What rank 0 alone does, the others waiting; a full disk, or another OSError, is raised on all of them."""
+    trouble = None
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        try:
+            do(*arguments)
+        except OSError as error:
+            trouble = error
+    if trouble := gather(trouble)[0]:
+        raise trouble
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """What a run shows of itself: the plan before it starts, looks at held-out samples on the way, progress lines, and how it is asked to stop."""
 import datetime
+import itertools
 import json
 import os
 import signal
@@ -9,50 +10,100 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode  # what torch.compile plans with
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from . import IMAGE, UNTRAINED, Mistake, parallel
 from .data import LENGTH
-from .loss import CHUNK
+from .loss import CHUNK, linear_cross_entropy
 from .packing import collate, join, pack
 
 
-def kept_for_backward(model, batch, mixed):
-    """Bytes that the forward pass of a batch keeps for the backward pass, the parameters themselves aside."""
-    own, kept = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
+class Shapes(torch.nn.Module):
+    """What VLM.forward does, where there are shapes and no numbers to count: `words` tokens are trained."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch, words):
+        model, tiles = self.model, batch["tiles_NCYX"]
+        features = model.see(tiles if len(tiles) else tiles.new_empty(1, 3, model.tile, model.tile))
+        x_BTD = model.decoder.embed(batch["ids_BT"].clamp(min=0))
+        if "places" in batch:
+            features = features[batch["places"]]
+        x_BTD = x_BTD.masked_scatter((batch["ids_BT"] == IMAGE)[..., None], features.to(x_BTD.dtype))
+        hidden_BTD = model.decoder(x_BTD, batch["positions_BT"], batch["documents_BT"])
+        return linear_cross_entropy(hidden_BTD.flatten(0, 1)[:words], model.decoder.head.weight, batch["targets_BT"].flatten()[:words])
+
+
+def kept_for_backward(model, batch, device, dtype, narrow):
+    """Bytes that the forward pass of a batch keeps for the backward pass, the parameters themselves aside. Nothing is computed nor held: the
+    model may be of any size, and on the meta device. narrow: its parameters are of `dtype`, and not only its products."""
+    shapes, words, kept = Shapes(model), int((batch["targets_BT"] != UNTRAINED).sum()), {}
+    mixed = torch.autocast(device.type, dtype, enabled=dtype != torch.float32 and not narrow)
 
     def note(tensor):
         storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes()
+        kept[storage._cdata] = storage.nbytes(), StorageWeakRef(storage)  # a frozen block that would be computed again keeps nothing in the end
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), mixed:
-        loss = model(**batch)  # held until we have counted: what is freed could be counted twice
-    del loss
-    return sum(size for pointer, size in kept.items() if pointer not in own)
+    with FakeTensorMode():
+        new = lambda x, dtype: torch.empty(x.shape, dtype=dtype, device=device)  # noqa: E731
+        weights = {name: new(p, dtype if narrow else torch.float32).requires_grad_(p.requires_grad) for name, p in shapes.named_parameters()}
+        rest = {name: new(x, x.dtype) for name, x in shapes.named_buffers()}
+        batch = {name: new(x, x.dtype) for name, x in batch.items()}
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), mixed:
+            loss = torch.func.functional_call(shapes, weights | rest, (batch, words))
+        own = {p.untyped_storage()._cdata for p in weights.values()}
+        total = sum(size for pointer, (size, storage) in kept.items() if pointer not in own and not storage.expired())
+        del loss  # held until we have counted
+    return total
 
 
-def memory(model, row, micro, mixed):
-    """{what: bytes} at the height of a training step over `micro` rows like `row`, a batch of one.
+def memory(model, row, micro, device, dtype, *, how="none", shards=1, recompute="none", accumulates=False):
+    """{what: bytes} of a rank at the height of a training step, `micro` rows like `row`, a batch of one, at once; how: as parallel.wrap has it.
 
-    One row and the same row twice are measured, for a part of what is kept (bfloat16 copies of the weights) does not grow with the rows.
+    One row and the same row twice are looked at, for a part of what is kept (bfloat16 copies of the weights) does not grow with the rows.
+    recompute: blocks keep what enters them; the backward pass holds one of them whole at a time, and no logits any more. fsdp: a rank holds its
+    share, and gathers what it works on; accumulates: gradients of several micro-batches add up whole, and are cut at the end of the step.
     """
-    one, two = (kept_for_backward(model, {name: torch.cat([x] * n) for name, x in row.items()}, mixed) for n in (1, 2))
-    size = {on: sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad is on) for on in (True, False)}
+    def activations(blocks):
+        parallel.recompute(blocks)
+        one, two = (kept_for_backward(model, {name: torch.cat([x] * n) for name, x in row.items()}, device, dtype, how == "fsdp") for n in (1, 2))
+        for block in blocks:
+            del block.forward
+        return one + (micro - 1) * (two - one)
+
+    again = parallel.blocks(model, recompute)
+    kept = activations(again)
+    block = activations(again[:-1]) - kept
+    size = {on: 4 * sum(p.numel() for p in model.parameters() if p.requires_grad is on) for on in (True, False)}
     words = min(CHUNK, micro * int((row["targets_BT"] != UNTRAINED).sum()))
     logits = 2 * words * model.decoder.head.weight.shape[0] * 4  # they and their gradient, float32
-    return {"weights": size[True] + size[False], "gradients": size[True], "optimizer": 2 * size[True],
-            "activations": one + (micro - 1) * (two - one), "logits": logits}
+    sizes = {"weights": (size[True] + size[False]) // shards, "gradients": size[True] // shards, "optimizer": 2 * size[True] // shards,
+             "activations": kept + max(0, block - logits), "logits": logits}
+    if how == "fsdp":
+        sizes["gathered"] = gathered(model, dtype) + accumulates * size[True]
+    return sizes
 
 
-def print_plan(model, rates, one_row, micro, mixed):
-    """What trains at which rate (a frozen part has none), and how much memory a step of `micro` rows will take; one_row: a Loader of single rows."""
+def gathered(model, dtype):
+    """Bytes that FSDP gathers at once: what is held all along, a block and the next one, and the gradients of one of them and of the rest."""
+    *layers, _ = parallel.units(model)
+    numbers = [(sum(p.numel() for p in block.parameters()), sum(p.numel() for p in block.parameters() if p.requires_grad)) for block in layers]
+    every = sum(p.numel() for p in model.parameters()), sum(p.numel() for p in model.parameters() if p.requires_grad)
+    rest, largest = ([total - sum(sizes), max(sizes)] for total, sizes in zip(every, zip(*numbers, strict=True), strict=True))
+    return (rest[0] + 2 * largest[0] + rest[1] + largest[1]) * dtype.itemsize
+
+
+def print_plan(model, rates, sizes):
+    """What trains at which rate (a frozen part has none), and how much memory a rank will take, as `memory` has it."""
     print(f"{'part':10} {'parameters':>13} {'trained':>13} {'rate':>9}")
     for part, module in model.named_children():
         count = sum(p.numel() for p in module.parameters())
         print(f"{part:10} {count:13,} {count if part in rates else 0:13,} {f'{rates[part]:.1e}' if part in rates else 'frozen':>9}", flush=True)
-    row, device = next(one_row)[0][0], model.decoder.embed.weight.device
-    sizes = memory(model, {name: x.to(device) for name, x in row.items()}, micro, mixed)
-    sizes["in all"] = sum(sizes.values())
+    sizes = sizes | {"in all": sum(sizes.values())}
     print("memory, about: " + ", ".join(f"{what} {size / 2**20:,.0f} MiB" for what, size in sizes.items()), flush=True)
 
 
@@ -63,11 +114,12 @@ def held_out_rows(samples, row, limit=64):
 
 
 def look(checkpoint, samples, rows, rank, world, mixed):
-    """`validate` over all ranks' rows, and on the first of them two answers to read."""
-    looks = validate(checkpoint.model.eval(), samples, rows[rank::world], mixed)
-    if rank == 0:
-        show_answers(checkpoint, samples, rows, mixed)
-    checkpoint.model.train()
+    """`validate` over all ranks' rows, and two answers to read. All ranks call the model as often, on blank rows where there are no more: weights
+    that lie in parts are gathered by all or by none. The model stays in training mode, in which a row without pictures looks at a blank one."""
+    mine = rows[rank::world]
+    looks = validate(checkpoint.model, samples, [*mine, *[[]] * (-(-len(rows) // world) - len(mine))], mixed)
+    if rank == 0 or parallel.is_sharded(checkpoint.model):
+        show_answers(checkpoint, samples, rows, mixed, aloud=rank == 0)
     return looks
 
 
@@ -77,7 +129,7 @@ def validate(model, samples, rows, mixed):
 
     The second tells whether the model looks at all.
     """
-    sums, device = [0.0, 0.0, 0], model.decoder.embed.weight.device
+    sums, device = [0.0, 0.0, 0], model.mean_C11.device
     for members in rows:
         batch = {name: x.to(device) for name, x in collate(samples, [members])[0].items()}
         grey = {**batch, "tiles_NCYX": torch.full_like(batch["tiles_NCYX"], 128)}
@@ -89,26 +141,29 @@ def validate(model, samples, rows, mixed):
     return {"validation": loss / count, "blank": blank / count} if count else {}
 
 
-def show_answers(checkpoint, samples, rows, mixed, count=2):
+def show_answers(checkpoint, samples, rows, mixed, aloud=True, count=2):
     """The first question of the first samples of `rows`, the model's answer and the right one."""
     for i in sorted(i for members in rows for i in members)[:count]:
-        show_answer(checkpoint, samples, i, mixed)
+        show_answer(checkpoint, samples, i, mixed, aloud)
 
 
-def show_answer(checkpoint, samples, i, mixed):
+def show_answer(checkpoint, samples, i, mixed, aloud):
     ids_T, targets_T, pictures = samples.read(i)
     trained_T = targets_T != UNTRAINED  # the token after each of these is the assistant's
     if not trained_T.any():
         return
     first = int(trained_T.argmax()) + 1
     last = first + int((~trained_T[first:]).argmax())
-    stop, ends = int(ids_T[last]), np.cumsum([0, *(len(picture.places) for picture in pictures)])
+    end, ends = int(ids_T[last]), np.cumsum([0, *(len(picture.places) for picture in pictures)])
     seen = int(np.searchsorted(ends, (ids_T[:first] == IMAGE).sum()))  # pictures before the answer
-    with mixed:
-        answer = checkpoint.model.generate([ids_T[:first].tolist()], **join(pictures[:seen], samples.policy), stop={stop}, max_tokens=64)
-        said = [x for (x,) in answer if x != stop]
+    model = checkpoint.model
+    stop = set() if parallel.is_sharded(model) else {end}  # ranks that differed in a last bit would wait for one another
+    with mixed, parallel.gathered(model):
+        answer = model.generate([ids_T[:first].tolist()], **join(pictures[:seen], samples.policy), stop=stop, max_tokens=64)
+        said = list(itertools.takewhile(lambda x: x != end, [x for (x,) in answer]))
     decode = checkpoint.tokenizer.decode
-    print(f"  {samples.names[i]}: it says {decode(said)!r}, right is {decode(ids_T[first:last].tolist())!r}", flush=True)
+    if aloud:
+        print(f"  {samples.names[i]}: it says {decode(said)!r}, right is {decode(ids_T[first:last].tolist())!r}", flush=True)
 
 
 class Log:
@@ -143,6 +198,7 @@ class Log:
     def spent(self):
         return datetime.timedelta(seconds=round(time.time() - self.began))
 
+    @parallel.together()  # rank 0 alone writes; where it cannot (a full disk), the others must hear of it
     def line(self, step, looks, **numbers):
         """One line of numbers; looks: what `validate` returned at this step, {} if it did not look."""
         now = time.time()

@@ -4,9 +4,9 @@
     nanovlm.json           the numbers that its constructors take, the picture policy, the chat template, a card of where each part came from
     tokenizer.json         or tekken.json, or tokenizer.model: the tokenizer's own files, unchanged
     spare.safetensors      only with a public eye: its layers after the one that is read, for those who read more (llava.py writes them)
-    training.safetensors   only in a training run: the optimizer's moments      training.json   the step and what must stay the same to go on
 
-A run writes out/NAME/step-000200 and removes the one before only once the new one is whole, so whatever happens there is a good one.
+A run writes out/NAME/step-000200, with what it needs to go on (saves.py); under FSDP, all but the last of them hold their weights in parts, in
+sharded/ instead of model.safetensors.
 """
 import contextlib
 import json
@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import Mistake, disk, huggingface, llava
+from . import Mistake, disk, huggingface, llava, parallel
 from .data import sync
 from .disk import read_json, read_tensors, write_tensors
 from .model import VLM
@@ -91,20 +91,24 @@ def describe(folder):
     return Checkpoint(None, tokenizer, meta["shapes"], meta["policy"], meta["template"], card)
 
 
-def load(folder, device="cpu", dtype=torch.float32, template=None):
+def load(folder, device="cpu", dtype=torch.float32, template=None, late=False):
     """The newest Checkpoint in a folder, or a published LLaVA (llava.py), its model in eval mode on `device`; dtype: of all its parameters, None
-    for as they were saved; template: for a published LLaVA whose own is not known."""
+    for as they were saved; template: for a published LLaVA whose own is not known; late: leave weights that lie in parts where they are, the model
+    on the meta device, until it is known which of them a rank needs (saves.restore)."""
     if is_public(folder):
         found = llava.read(folder, dtype, template)
         return Checkpoint(**found)._replace(model=found["model"].to(device), card=found["card"] | {"folder": str(folder)})
     if template is not None:
         raise Mistake(f"--template={template} is for a published LLaVA; {folder} has settled it")
     found = describe(folder)
-    path, spare = (Path(found.card["folder"]) / name for name in ("model.safetensors", "spare.safetensors"))
+    path, parts, spare = (Path(found.card["folder"]) / name for name in ("model.safetensors", "sharded", "spare.safetensors"))
     with torch.device("meta"):
         model = build(found.shapes, found.policy)
+    if late and parts.is_dir():
+        return found._replace(model=model, spare=read_tensors(spare) if spare.is_file() else {})
     shapes = {name: tensor.shape for name, tensor in parameters(model).items()}
-    tensors = disk.checked(shapes, disk.read_weights({path: None}, []), "(?!)", [path])
+    tensors = read_parts(shapes, parts) if parts.is_dir() and not path.is_file() else disk.read_weights({path: None}, [])
+    tensors = disk.checked(shapes, tensors, "(?!)", [path])
     if dtype is not None:  # else they stay in the file until they are used
         tensors = {name: tensor.to(dtype, copy=True) for name, tensor in tensors.items()}
     if tied := "decoder.head.weight" not in shapes:
@@ -115,22 +119,30 @@ def load(folder, device="cpu", dtype=torch.float32, template=None):
     return found._replace(model=model.to(device).eval(), spare=read_tensors(spare) if spare.is_file() else {})
 
 
-def save(checkpoint, folder, training=None, tensors=None):
-    """Write a checkpoint whole or not at all: under a temporary name, flushed, then renamed. OSError (a full disk) leaves nothing half done.
+def read_parts(shapes, parts):
+    """The weights that the ranks of a run wrote in parts, as disk.read_weights gives them."""
+    tensors = {name: torch.empty(shape) for name, shape in shapes.items()}
+    parallel.read_shards({f"model.{name}": tensor for name, tensor in tensors.items()}, parts)
+    return {name: (tensor, parts) for name, tensor in tensors.items()}
 
-    training: a dict for training.json, tensors: a dict for training.safetensors. A checkpoint of the same name goes once the new one is whole.
-    """
+
+def save(checkpoint, folder):
+    """Write a checkpoint whole or not at all: under a temporary name, flushed, then renamed. OSError (a full disk) leaves nothing half done.
+    A checkpoint of the same name goes once the new one is whole."""
+    with written(folder) as tmp:
+        write(checkpoint, tmp, parameters(checkpoint.model))
+
+
+def write(checkpoint, folder, tensors):
+    """The files of a checkpoint; tensors: its weights by their names, None where they are written elsewhere."""
     meta = {"version": VERSION, **{name: getattr(checkpoint, name) for name in CARRIED}}
     meta["card"] = {name: origin for name, origin in checkpoint.card.items() if name != "folder"}
-    with written(folder) as tmp:
-        write_tensors({name: tensor.detach().cpu().contiguous() for name, tensor in parameters(checkpoint.model).items()}, tmp / "model.safetensors")
-        (tmp / "nanovlm.json").write_text(json.dumps(meta, indent=1))
-        checkpoint.tokenizer.save(tmp)
-        if checkpoint.spare:
-            write_tensors({name: tensor.contiguous() for name, tensor in checkpoint.spare.items()}, tmp / "spare.safetensors")
-        if training is not None:
-            write_tensors(tensors, tmp / "training.safetensors")
-            (tmp / "training.json").write_text(json.dumps(training, indent=1))
+    if tensors is not None:
+        write_tensors({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
+    (folder / "nanovlm.json").write_text(json.dumps(meta, indent=1))
+    checkpoint.tokenizer.save(folder)
+    if checkpoint.spare:
+        write_tensors({name: tensor.contiguous() for name, tensor in checkpoint.spare.items()}, folder / "spare.safetensors")
 
 
 def export(checkpoint, folder):
@@ -142,55 +154,41 @@ def export(checkpoint, folder):
 @contextlib.contextmanager
 def written(folder):
     """A folder to write into, which is flushed and gets its name when all is in it; another of that name goes then."""
-    folder, tmp, old = Path(folder), Path(f"{folder}.tmp"), Path(f"{folder}.old.tmp")
-    for left in (tmp, old):
-        shutil.rmtree(left, ignore_errors=True)
     try:
-        tmp.mkdir(parents=True)
-        yield tmp
-        for path in tmp.iterdir():
-            shutil.copymode(next(tmp.glob("*.json")), path)  # safetensors hides its files from everyone else
-            sync(path)
-        sync(tmp)
-        if folder.exists():
-            os.rename(folder, old)
-        os.rename(tmp, folder)
-        sync(folder.parent)
+        yield begin(folder)
+        finish(folder)
     finally:
-        shutil.rmtree(tmp, ignore_errors=True)
+        drop(folder)
+
+
+def begin(folder):
+    """The temporary folder in which `folder` is written."""
+    drop(folder)
+    tmp = Path(f"{folder}.tmp")
+    tmp.mkdir(parents=True)
+    return tmp
+
+
+def finish(folder):
+    """Flush what was written and give it its name."""
+    folder, tmp, old = Path(folder), Path(f"{folder}.tmp"), Path(f"{folder}.old.tmp")
+    mode = next(tmp.glob("*.json"))
+    for path in tmp.rglob("*"):
+        if path.is_file():
+            shutil.copymode(mode, path)  # safetensors hides its files from everyone else
+        sync(path)
+    sync(tmp)
+    if folder.exists():
+        os.rename(folder, old)
+    os.rename(tmp, folder)
+    sync(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
-def save_step(checkpoint, out, step, training, tensors):
-    """Write out/step-…; the steps before it go once it is whole, and stay, with a Mistake that says so, if it cannot be written."""
-    folder = Path(out) / f"step-{step:06d}"
-    try:
-        save(checkpoint, folder, training, tensors)
-    except OSError as error:
-        kept = steps(out)
-        raise Mistake(f"{folder} could not be saved ({error.strerror or error}); {kept[-1] if kept else 'no checkpoint'} is whole") from None
-    for old in Path(out).glob("step-*"):
-        if old != folder:
-            shutil.rmtree(old)
-
-
-def optimizer_tensors(model, optimizer):
-    """The optimizer's state by the names of the parameters: {"decoder.norm.weight/exp_avg": …}."""
-    return {f"{name}/{key}": value.detach().cpu().contiguous() for name, p in model.named_parameters()
-            for key, value in optimizer.state.get(p, {}).items()}
-
-
-def put_optimizer(model, optimizer, tensors, where):
-    """The inverse; every trained parameter must find its state, and every state its parameter."""
-    found = {}
-    for key, value in tensors.items():
-        name, _, kind = key.rpartition("/")
-        found.setdefault(name, {})[kind] = value
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if wrong := sorted(found.keys() ^ trained.keys()):
-        raise Mistake(f"{where}: {wrong[0]} {'is trained, but has no' if wrong[0] in trained else 'is frozen, but has a'} state of the optimizer")
-    for name, p in trained.items():  # AdamW counts its steps in float32 where the parameter is
-        optimizer.state[p] = {kind: value.to(p.device) for kind, value in found[name].items()}
+def drop(folder):
+    """What is left of a `folder` that was not finished, or that another has replaced."""
+    for left in (f"{folder}.tmp", f"{folder}.old.tmp"):
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def eye(name, **how):

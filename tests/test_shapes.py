@@ -142,6 +142,7 @@ def everything(folder):
     samples = data.Samples(folder / "set")
     (batch, _), *_ = next(packing.Loader(samples, row=51, batch=7, micro=7, seed=1))
     model.train()(**batch).backward()
+    watch.memory(model, batch, 1, torch.device("cpu"), torch.float32)
     none = packing.collate(samples, [[i] for i in range(300) if i % 3][:7])[0]
     model(**none).backward()
     for scaling in ({"rope_type": "llama3", "factor": 2.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 20},):

@@ -18,7 +18,7 @@ from conftest import DECODER, ROOT, TOKENS, VISION, make_batch, make_samples
 from safetensors.torch import load_file
 
 import train as door
-from nanovlm import IMAGE, UNTRAINED, Mistake, cli, data, images, packing, tokenizer, watch, weights
+from nanovlm import IMAGE, UNTRAINED, Mistake, cli, data, images, packing, parallel, tokenizer, watch, weights
 from nanovlm.model import VLM
 
 POLICY = {"tile": 12, "patch": 3, "shuffle": 2, "fit": "squash", "resample": "bicubic", "mean": [0.5] * 3, "std": [0.5] * 3}
@@ -167,7 +167,8 @@ def peak_bytes(run):
 
 @pytest.mark.parametrize("rates", [{"vision": 1, "projector": 1, "decoder": 1}, {"projector": 1}])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_memory_foretold_is_the_memory_taken(rates, dtype):
+@pytest.mark.parametrize("recompute", ["none", "decoder", "all"])
+def test_the_memory_foretold_is_the_memory_taken(rates, dtype, recompute):
     torch.manual_seed(0)
     model = VLM(vision=dict(tile=24, patch=3, width=80, layers=3, heads=5, ffn=200),
                 decoder=dict(vocabulary=1500, width=96, layers=4, heads=6, kv_heads=2, ffn=250), shuffle=4).train()
@@ -176,6 +177,8 @@ def test_the_memory_foretold_is_the_memory_taken(rates, dtype):
     row, mixed = make_batch([make_samples(lengths=(40, 61), pictures=(1, 2))]), torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16)
     row["tiles_NCYX"] = row["tiles_NCYX"].repeat(1, 1, 2, 2)  # 64 patches, 4 tokens
     optimizer, batch = door.make_optimizer(model, rates, 0.1, (0.9, 0.95)), {name: torch.cat([x] * 6) for name, x in row.items()}
+    foretold = watch.memory(model, row, 6, torch.device("cpu"), dtype, recompute=recompute)
+    parallel.recompute(parallel.blocks(model, recompute))
 
     def step():
         door.gradients(model, [(batch, [])], torch.device("cpu"), mixed, SimpleNamespace(asked=0))
@@ -183,7 +186,6 @@ def test_the_memory_foretold_is_the_memory_taken(rates, dtype):
 
     step()
     optimizer.zero_grad()
-    foretold = watch.memory(model, row, 6, mixed)
     held = sum(p.numel() * 4 * (3 if p.requires_grad else 1) for p in model.parameters())
     assert foretold["weights"] + foretold["optimizer"] == held
     assert sum(foretold.values()) == pytest.approx(held + peak_bytes(step), rel=0.15)
@@ -338,7 +340,7 @@ def test_a_loss_that_is_no_number_names_its_step_and_sample_and_changes_nothing(
     checkpoint = weights.load(home / "model")
     with torch.no_grad():
         checkpoint.model.decoder.embed.weight[poison] = math.nan
-    monkeypatch.setattr(weights, "load", lambda *_: checkpoint)  # what is in a file is never NaN
+    monkeypatch.setattr(weights, "load", lambda *_, **__: checkpoint)  # what is in a file is never NaN
     write_set(home / "poisoned-data", checkpoint, poison)
     chosen = settings(home, "nan", data=str(home / "poisoned-data"), steps=40, micro=1, save_every=1, row=21)
     loader = packing.Loader(data.Samples(chosen["data"]), row=21, batch=5, micro=1, seed=0)

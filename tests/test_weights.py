@@ -7,7 +7,7 @@ import torch
 from conftest import DECODER, VISION, make_batch, make_samples, make_vlm
 from safetensors.torch import load_file, save_file
 
-from nanovlm import Mistake, tokenizer, weights
+from nanovlm import Mistake, saves, tokenizer, weights
 
 POLICY = {"tile": 12, "patch": 3, "shuffle": 2, "fit": "pad", "resample": "bilinear", "mean": [0.1, 0.2, 0.3], "std": [0.3, 0.2, 0.1]}
 
@@ -22,6 +22,14 @@ def make_checkpoint(words, seed=0, policy=POLICY, template="mistral", **decoder)
     model = make_vlm(seed, decoder=decoder, mean=policy["mean"], std=policy["std"])
     shapes = {"vision": VISION, "decoder": DECODER | decoder, "shuffle": 2}
     return weights.Checkpoint(model, words, shapes, policy, template, {"born": f"seed {seed}"})
+
+
+def save_step(checkpoint, out, step):
+    """A step of a run in which only the projector's last bias trained."""
+    bias = checkpoint.model.requires_grad_(False).projector.down.bias.requires_grad_(True)
+    optimizer, bias.grad = torch.optim.AdamW([bias]), torch.ones_like(bias)
+    optimizer.step()
+    saves.Saves(checkpoint, optimizer, out, {}, keep=1).write(step, last=True)
 
 
 def same_tensors(a, b):
@@ -90,8 +98,8 @@ FILES = ["model.safetensors", "nanovlm.json", "tokenizer.json", "training.safete
 @pytest.mark.parametrize("keep", [0, 0.01, 0.5, 0.999])
 @pytest.mark.parametrize("name", FILES)
 def test_a_file_cut_short_is_refused_by_name(words, tmp_path, name, keep):
-    path = tmp_path / "a" / name
-    weights.save(make_checkpoint(words), tmp_path / "a", {"step": 3}, {"x/exp_avg": torch.ones(3000)})
+    path = tmp_path / "step-000003" / name
+    save_step(make_checkpoint(words), tmp_path, 3)
     assert sorted(p.name for p in path.parent.iterdir()) == sorted(FILES)
     path.write_bytes(path.read_bytes()[: int(path.stat().st_size * keep)])
     read = {"training.json": weights.read_json, "training.safetensors": weights.read_tensors}.get(name, lambda p: weights.load(p.parent))
@@ -132,7 +140,7 @@ def test_the_newest_step_counts_and_what_a_killed_writer_left_does_not(words, tm
     (tmp_path / "run" / "step-000400").mkdir()
     assert weights.newest(tmp_path / "run") == tmp_path / "run" / "step-000040"
     assert weights.newest(tmp_path / "run" / "step-000005").name == "step-000005"
-    weights.save_step(checkpoint, tmp_path / "run", 41, {}, {})
+    save_step(checkpoint, tmp_path / "run", 41)
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["step-000041"], "older steps and left-overs go"
 
 
@@ -140,8 +148,9 @@ def test_the_newest_step_counts_and_what_a_killed_writer_left_does_not(words, tm
 def test_a_save_that_fails_leaves_what_was_there(words, tmp_path, monkeypatch, fails):
     """tests/test_train.py does it with a limit of the system's; here at each step of the writing."""
     old, new = make_checkpoint(words, seed=0), make_checkpoint(words, seed=1)
+    save_step(old, tmp_path / "run", 3)
     weights.save(old, tmp_path / "a")
-    weights.save_step(old, tmp_path / "run", 3, {}, {})
+    was = {name: tensor.clone() for name, tensor in old.model.state_dict().items()}
 
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -150,14 +159,15 @@ def test_a_save_that_fails_leaves_what_was_there(words, tmp_path, monkeypatch, f
     with pytest.raises(OSError, match="No space left"):
         weights.save(new, tmp_path / "a")
     with pytest.raises(Mistake, match=r"step-000004 could not be saved \(No space left on device\); .*step-000003 is whole"):
-        weights.save_step(new, tmp_path / "run", 4, {}, {})
+        save_step(new, tmp_path / "run", 4)
     assert sorted(path.name for path in tmp_path.rglob("*") if path.is_dir()) == ["a", "run", "step-000003"]
     for folder in ("a", "run"):
-        same_tensors(weights.load(tmp_path / folder).model.state_dict(), old.model.state_dict())
+        same_tensors(weights.load(tmp_path / folder).model.state_dict(), was)
 
 
 def test_saving_over_a_checkpoint_replaces_it(words, tmp_path):
-    weights.save(make_checkpoint(words, seed=0), tmp_path / "a", {"step": 1}, {})
+    weights.save(make_checkpoint(words, seed=0), tmp_path / "a")
+    (tmp_path / "a" / "training.json").touch()
     new = make_checkpoint(words, seed=1)
     weights.save(new, tmp_path / "a")
     same_tensors(weights.load(tmp_path / "a").model.state_dict(), new.model.state_dict())
@@ -183,9 +193,9 @@ def test_the_optimizer_goes_on_where_it_was(words, tmp_path):
         step(models[0], optimizers[0], seed)
     for seed in (1, 2):
         step(models[1], optimizers[1], seed)
-    save_file(weights.optimizer_tensors(models[1], optimizers[1]), tmp_path / "o")
+    save_file(saves.moments(models[1], optimizers[1]), tmp_path / "o")
     optimizers[1] = torch.optim.AdamW(models[1].projector.parameters(), lr=0.1, fused=True)
-    weights.put_optimizer(models[1], optimizers[1], weights.read_tensors(tmp_path / "o"), "o")
+    saves.put_optimizer(models[1], optimizers[1], weights.read_tensors(tmp_path / "o"), "o")
     step(models[1], optimizers[1], 3)
     same_tensors(models[0].state_dict(), models[1].state_dict())
 
@@ -195,13 +205,13 @@ def test_an_optimizer_of_other_parts_is_refused(words):
     model.requires_grad_(False).projector.requires_grad_(True)
     optimizer = torch.optim.AdamW(model.projector.parameters())
     step(model, optimizer, 1)
-    tensors = weights.optimizer_tensors(model, optimizer)
+    tensors = saves.moments(model, optimizer)
     model.vision.post_norm.requires_grad_(True)
     with pytest.raises(Mistake, match="vision.post_norm.bias is trained, but has no state"):
-        weights.put_optimizer(model, optimizer, tensors, "o")
+        saves.put_optimizer(model, optimizer, tensors, "o")
     model.requires_grad_(False).projector.down.requires_grad_(True)
     with pytest.raises(Mistake, match="projector.up.bias is frozen, but has a state"):
-        weights.put_optimizer(model, optimizer, tensors, "o")
+        saves.put_optimizer(model, optimizer, tensors, "o")
 
 
 def test_stitching_changes_no_number_and_the_brain_says_what_it_said_alone(words):

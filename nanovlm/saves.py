@@ -1,0 +1,141 @@
+"""What a training run leaves to go on from: on any number of ranks, and however the model lies over them.
+
+    out/NAME/step-000200     a checkpoint (weights.py), and in it
+      training.json          the step, what must stay the same to go on, and the validation loss if it was looked at
+      training.safetensors   the optimizer's state by the names of the parameters, "decoder.norm.weight/exp_avg"
+      sharded/               under FSDP instead: weights and that state in parts, of which each rank wrote its own; model.safetensors comes with
+                             the last step alone
+
+A step gets its name once it is whole and flushed, and only then older ones go: whatever happens, there is a good one.
+"""
+import json
+import math
+import shutil
+from pathlib import Path
+
+import torch
+
+from . import Mistake, parallel, weights
+from .disk import read_json, read_tensors, write_tensors
+
+
+def moments(model, optimizer):
+    """The optimizer's state, {"decoder.norm.weight/exp_avg": tensor}, of which each rank may hold a part."""
+    return {f"{name}/{key}": value for name, p in model.named_parameters() for key, value in optimizer.state.get(p, {}).items()}
+
+
+def make_moments(model, optimizer, names, where):
+    """Room for a state of those names; every trained parameter must find its own, and every state its parameter."""
+    found = {}
+    for name in names:
+        parameter, _, kind = name.rpartition("/")
+        found.setdefault(parameter, []).append(kind)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if wrong := sorted(found.keys() ^ trained.keys()):
+        raise Mistake(f"{where}: {wrong[0]} {'is trained, but has no' if wrong[0] in trained else 'is frozen, but has a'} state of the optimizer")
+    for name, p in trained.items():  # AdamW counts its steps in float32 where the parameter is
+        optimizer.state[p] = {kind: torch.zeros((), device=p.device) if kind == "step" else torch.zeros_like(p) for kind in found[name]}
+
+
+@parallel.together()
+def restore(step, model, optimizer):
+    """Fill the optimizer, and weights that weights.load left for later, from a step of any run of this model."""
+    parts, where = step / "sharded", step / "training.safetensors"
+    if not parts.is_dir():
+        return put_optimizer(model, optimizer, read_tensors(where), where)
+    make_moments(model, optimizer, [name.removeprefix("optimizer.") for name in parallel.names_in(parts) if name.startswith("optimizer.")], parts)
+    parallel.read_shards(everything(model, optimizer), parts)
+
+
+def put_optimizer(model, optimizer, tensors, where):
+    make_moments(model, optimizer, tensors, where)
+    for name, tensor in moments(model, optimizer).items():
+        parallel.fill(tensor, tensors[name])
+
+
+def everything(model, optimizer):
+    """Weights and the optimizer's state, as they lie in sharded/."""
+    return {**{f"model.{name}": tensor for name, tensor in weights.parameters(model).items()},
+            **{f"optimizer.{name}": tensor for name, tensor in moments(model, optimizer).items()}}
+
+
+class Saves:
+    """The steps of one run. keep: how many of the newest stay; where that is more than one, the step with the best validation loss does too."""
+
+    def __init__(self, checkpoint, optimizer, out, must_agree, keep):
+        self.checkpoint, self.optimizer, self.out, self.must_agree, self.keep = checkpoint, optimizer, Path(out), must_agree, keep
+        self.compared = False
+
+    @parallel.together()
+    def write(self, step, last, looks={}):
+        """Write out/step-…, on all ranks together; those before it stay, with a Mistake that says so, if it cannot be written. last: weights that
+        lie in parts are gathered, a tensor after another, into the memory of rank 0. The first time, all is read back and compared."""
+        folder = self.out / f"step-{step:06d}"
+        training = {"step": step, **self.must_agree} | {name: looks[name] for name in ("validation",) if name in looks}
+        try:
+            parallel.first(weights.begin, folder)
+            self.fill(Path(f"{folder}.tmp"), training, last)
+            parallel.first(weights.finish, folder)
+        except OSError as error:
+            parallel.first(weights.drop, folder)
+            kept = weights.steps(self.out)
+            raise Mistake(f"{folder} could not be saved ({error.strerror or error}); {kept[-1] if kept else 'no checkpoint'} is whole") from None
+        parallel.first(self.prune, folder)
+
+    def fill(self, tmp, training, last):
+        model, optimizer = self.checkpoint.model, self.optimizer
+        tensors, state = weights.parameters(model), moments(model, optimizer)
+        if sharded := parallel.is_sharded(model):
+            parallel.write_shards(everything(model, optimizer), tmp / "sharded")
+            tensors, state = parallel.on_first(tensors) if last else None, None
+        parallel.first(write, self.checkpoint, tmp, training, tensors, state)
+        if not self.compared:
+            parallel.first(compare, tmp, tensors, state)
+            trouble = [name for names in parallel.gather(differ(tmp / "sharded", everything(model, optimizer)) if sharded else []) for name in names]
+            if trouble:
+                raise OSError(f"{trouble[0]} was read back as other numbers")
+        self.compared = True
+
+    def prune(self, newest):
+        kept = weights.steps(self.out)
+        stay = {newest, *kept[-self.keep :]}
+        if self.keep > 1:
+            stay.add(min(kept, key=lambda step: read_json(step / "training.json").get("validation", math.inf)))
+        for old in self.out.glob("step-*"):
+            if old not in stay:
+                shutil.rmtree(old)
+
+
+def write(checkpoint, tmp, training, tensors, state):
+    weights.write(checkpoint, tmp, tensors)
+    if state is not None:
+        write_tensors({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, tmp / "training.safetensors")
+    (tmp / "training.json").write_text(json.dumps(training, indent=1))
+
+
+def compare(tmp, tensors, state):
+    """Read back what `write` wrote; OSError where it is not what was meant."""
+    for file, meant in (("model.safetensors", tensors), ("training.safetensors", state)):
+        found = read_tensors(tmp / file) if meant is not None else {}
+        for name, tensor in (meant or {}).items():
+            if not same(found[name], tensor.detach().cpu()):
+                raise OSError(f"{name} was read back as other numbers")
+
+
+def same(a, b):
+    """To the bit, NaN or not."""
+    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(*(x.reshape(-1).view(torch.uint8) for x in (a, b)))
+
+
+def differ(parts, state):
+    """The names of what this rank reads back as other numbers than it holds; one at a time, as there may be no room for two of all."""
+    wrong = []
+    for name, tensor in state.items():
+        again = torch.empty_like(tensor)
+        try:
+            parallel.read_shards({name: again}, parts)
+            back = same(parallel.mine(tensor.detach()), parallel.mine(again))
+        except Mistake:  # the other ranks wait to hear of it
+            back = False
+        wrong += [] if back else [name]
+    return wrong
