@@ -158,6 +158,13 @@ def read_header(folder):
         raise Mistake(f"{folder}: written in format {version}, this reads {VERSION}: prepare it again")
     if missing := [key for key in HEADER if key not in header]:
         raise Mistake(f"{path} does not say its {', '.join(missing)}: prepare it again")
+    try:
+        images.check_policy(header["fingerprint"]["policy"])
+        kinds = [{kind: [*map(type, numbers)] for kind, numbers in files.items()} for files in header["shards"]]
+    except (Mistake, KeyError, TypeError, AttributeError) as error:
+        raise Mistake(f"{path} is broken ({type(error).__name__}: {error}): prepare it again") from None
+    if any(kind != dict.fromkeys(KINDS, [int, int]) for kind in kinds):
+        raise Mistake(f"{path} does not give two numbers for each of {', '.join(KINDS)} of each shard: prepare it again")
     if not sum(files["samples"][0] for files in header["shards"]):
         raise Mistake(f"{folder} holds no samples")
     return header

@@ -189,12 +189,28 @@ def test_a_single_altered_bit_is_named_by_its_file(tmp_path, kind):
     ("", "header.json is broken"), ('{"version": 1', "header.json is broken"), ("[]", "header.json is broken"), ("{}", "header.json is broken"),
     ("\xff", "header.json is broken"), (json.dumps({"version": 1}), f"format 1, this reads {data.VERSION}"),
     (json.dumps({"version": data.VERSION, "row": 64}), "does not say its fingerprint, shards"),
-    (json.dumps({"version": data.VERSION, "row": 64, "fingerprint": {}, "shards": []}), "holds no samples"),
+    (json.dumps({"version": data.VERSION, "row": 64, "fingerprint": FINGERPRINT, "shards": []}), "holds no samples"),
 ])
 def test_a_header_that_is_broken_or_of_another_version(tmp_path, text, said):
     (tmp_path / "header.json").write_bytes(text.encode("latin-1"))
     with pytest.raises(Mistake, match=said):
         data.Samples(tmp_path)
+
+
+@pytest.mark.parametrize("letters, other, said", [
+    ('"policy"', '"polici"', "KeyError: 'policy'"), ('"fit"', '"fir"', "picture policy: fit is missing"),
+    ('"samples"', '"simples"', "two numbers for each"),
+    ('"fingerprint": {', '"fingerprint": 7, "lost": {', "is broken"), ('"shards": [', '"shards": [3, ', "is broken"),
+    ('"tiles": [', '"tiles": [1.5, ', "two numbers for each"),
+])
+def test_a_header_of_which_a_letter_was_altered_is_named(tmp_path, letters, other, said):
+    write(tmp_path / "set", make_samples(20))
+    path = tmp_path / "set" / "header.json"
+    text = path.read_text()
+    assert letters in text
+    path.write_text(text.replace(letters, other, 1))
+    with pytest.raises(Mistake, match=f"{path}.*{said}.*: prepare it again"):
+        data.Samples(tmp_path / "set")
 
 
 @pytest.mark.parametrize("folder, said", [(".", "it has no header.json"), ("nowhere", "no such folder")])
