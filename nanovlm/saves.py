@@ -128,14 +128,21 @@ def same(a, b):
 
 
 def differ(parts, state):
-    """The names of what this rank reads back as other numbers than it holds; one at a time, as there may be no room for two of all."""
-    wrong = []
-    for name, tensor in state.items():
-        again = torch.empty_like(tensor)
-        try:
-            parallel.read_shards({name: again}, parts)
-            back = same(parallel.mine(tensor.detach()), parallel.mine(again))
-        except Mistake:  # the other ranks wait to hear of it
-            back = False
-        wrong += [] if back else [name]
+    """The names of what this rank reads back as other numbers than it holds; a GiB at a time, as there may be no room for two of all."""
+    wrong, some, size = [], {}, 0
+    for number, (name, tensor) in enumerate(state.items(), 1):
+        some[name] = tensor.detach()
+        size += parallel.mine(some[name]).nbytes
+        if size > 2**30 or number == len(state):
+            wrong += differ_among(some, parts)
+            some, size = {}, 0
     return wrong
+
+
+def differ_among(state, parts):
+    again = {name: torch.empty_like(tensor) for name, tensor in state.items()}
+    try:
+        parallel.read_shards(again, parts)
+    except Mistake:  # the other ranks wait to hear of it
+        return list(state)
+    return [name for name, tensor in state.items() if not same(parallel.mine(tensor), parallel.mine(again[name]))]

@@ -36,8 +36,11 @@ def one_thread():  # models this small gain nothing from more
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
+    return make_home(tmp_path_factory.mktemp("home"))
+
+
+def make_home(home):
     """A folder with a checkpoint `model`, a set `data`, and `whole`, a run that nothing interrupted."""
-    home = tmp_path_factory.mktemp("home")
     words = tokenizer.learn(["a b"], 256, ["<s>", "[INST]", "[/INST]", "</s>"])
     torch.manual_seed(0)
     shapes = {"vision": VISION, "decoder": DECODER | {"vocabulary": words.vocab_size}, "shuffle": 2}
@@ -48,8 +51,8 @@ def home(tmp_path_factory):
     return home
 
 
-def write_set(out, checkpoint, poison=None, held_out=5, count=60):
-    """`count` samples to train on and a few held out: random letters of which the last three are trained, every third sample with a picture."""
+def write_set(out, checkpoint, poison=None, held_out=5, count=60, every=3):
+    """`count` samples to train on and a few held out: random letters of which the last three are trained, and every third one has a picture."""
     g, samples, left = np.random.default_rng(1), [], {True: held_out, False: count}
     for i in itertools.count():
         name = f"sample-{i}"
@@ -58,7 +61,7 @@ def write_set(out, checkpoint, poison=None, held_out=5, count=60):
         if not left[data.held_out(name)]:
             continue
         left[data.held_out(name)] -= 1
-        pictures = [images.Picture(g.integers(256, size=(1, 3, 12, 12), dtype=np.uint8), np.arange(TOKENS), (5, 7))] * (i % 3 == 0)
+        pictures = [images.Picture(g.integers(256, size=(1, 3, 12, 12), dtype=np.uint8), np.arange(TOKENS), (5, 7))] * (every > 0 and i % every == 0)
         letters = g.integers(97, 123, size=g.integers(5, 17)).tolist()
         if not data.held_out(name) and left[False] == 40 and poison:
             letters[0], name = poison, "the poisoned one"

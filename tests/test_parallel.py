@@ -1,0 +1,437 @@
+"""Ranks: the same losses, gradients and weights however a model lies over them, and a run that goes on however it lay before.
+
+Everything that two ranks do is done in one launch of this file, and what four do in another, since most of a launch is waiting for torch.
+"""
+import contextlib
+import io
+import shutil
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import make_batch, make_samples
+from safetensors.torch import load_file
+from test_train import launch, log_of, make_home, peak_bytes, settings, write_set
+
+import train as door
+from nanovlm import Mistake, data, packing, parallel, saves, watch, weights
+from nanovlm.model import VLM
+
+CPU = torch.device("cpu")
+FREEZINGS = [(), ("vision",), ("decoder",), ("vision", "decoder"), ("vision", "projector")]  # none, and those of sft, eye, pretrain and brain
+SETS = ["data", "every", "none"]  # every third sample has a picture, every one, none
+MANY = [(how, freeze, name) for how in ("ddp", "fsdp") for freeze in FREEZINGS for name in SETS]
+
+
+def learn(home, rank=0, world=1, how="none", freeze=(), name="data", model="model", micro=2, recompute="none", dtype=torch.float32, shard=0):
+    """Two steps of five rows: losses, gradients, their norms, the weights they lead to, and the bytes that all ranks hold together.
+
+    Of five rows one of two ranks has three, the other two: in the second of its micro-batches it has none.
+    """
+    vlm = weights.load(home / model, dtype=None).model.train()
+    rates = {part: 1e-2 for part in door.PARTS if part not in freeze}
+    for part in freeze:
+        getattr(vlm, part).requires_grad_(False)
+    parallel.recompute(parallel.blocks(vlm, recompute))
+    wrapped, mixed = parallel.wrap(vlm, how, CPU, dtype, shard)
+    optimizer = door.make_optimizer(vlm, rates, 0.1, (0.9, 0.95))
+    loader = packing.Loader(data.Samples(home / name), row=22, batch=5, micro=micro, seed=0, rank=rank, world=world)
+    did = {"loss": [], "norm": [], "gradients": {}}
+    for step in (1, 2):
+        _, loss, *_ = door.gradients(wrapped, next(loader), CPU, mixed, SimpleNamespace(asked=0))
+        grads = {parameter: p.grad for parameter, p in vlm.named_parameters() if p.grad is not None}
+        did["gradients"] |= {f"{step} {parameter}": parallel.whole(grad).clone() for parameter, grad in grads.items()}
+        did["norm"].append(parallel.clip([p for p in vlm.parameters() if p.requires_grad], 1.0))
+        did["loss"].append(loss)
+        door.set_rates(optimizer, step, SimpleNamespace(steps=9, warmup=0, floor=0, lr=1))
+        optimizer.step()
+        held = [sum(parallel.mine(x).nbytes for x in some) for some in (vlm.parameters(), grads.values(), saves.moments(vlm, optimizer).values())]
+        optimizer.zero_grad()
+    did["weights"] = {parameter: parallel.whole(x).clone() for parameter, x in weights.parameters(vlm).items()}
+    did["held"] = dict(zip(("weights", "gradients", "moments"), parallel.total(held, CPU), strict=True))
+    return did
+
+
+def before_the_last(home, rank, world, how):
+    """The norm of the gradient that each rank holds after a micro-batch which is not the step's last; None where it holds none yet."""
+    vlm = weights.load(home / "model", dtype=None).model.train()
+    wrapped, _ = parallel.wrap(vlm, how, CPU, torch.float32)
+    batches = next(packing.Loader(data.Samples(home / "every"), row=22, batch=5, micro=2, seed=0, rank=rank, world=world))
+    norms = []
+    for last, (batch, _) in zip((False, True), batches, strict=True):
+        with parallel.no_sync(wrapped, last):
+            wrapped(**batch).backward()
+        grads = [parallel.whole(p.grad) for p in vlm.parameters() if p.grad is not None]
+        norms.append(parallel.gather(torch.nn.utils.get_total_norm(grads).item() if grads else None))
+    return norms
+
+
+# ---- what ranks do ----
+
+def two(home, rank, world):
+    did = {case: learn(home, rank, world, *case) for case in MANY}
+    for how in ("ddp", "fsdp"):
+        did[how, "tied"] = learn(home, rank, world, how, model="tied")
+        did[how, "all again"] = learn(home, rank, world, how, recompute="all")
+        did[how, "micro 1"] = learn(home, rank, world, how, micro=1)
+        did[how, "micro 5"] = learn(home, rank, world, how, micro=5)
+        did[how, "bfloat16"] = learn(home, rank, world, how, dtype=torch.bfloat16)
+    did["before the last"] = {how: before_the_last(home, rank, world, how) for how in ("ddp", "fsdp")}
+    did["choice"] = [parallel.choose(asked, needed, CPU) for asked, needed in [("auto", 10), ("auto", 2**60), ("ddp", 2**60), ("fsdp", 10)]]
+    did["memory"] = {accumulates: foretold_and_taken(accumulates) for accumulates in (False, True)}
+    did["fsdp"] = run(home, "fsdp", parallel="fsdp", keep=9)
+    go_on_from(home, "fsdp", 3, "fsdp to fsdp", parallel="fsdp")
+    go_on_from(home, "fsdp", 3, "fsdp to ddp", parallel="ddp", keep=9)
+    go_on_from(home, "fsdp to ddp", 6, "ddp to fsdp", parallel="fsdp", recompute="decoder")
+    did["full"], did["bent"] = failing(home, full_on_rank_1), failing(home, bent_on_rank_1)
+    return did
+
+
+def four(home, rank, world):
+    did = {"hsdp": learn(home, rank, world, "fsdp", shard=2), "fsdp": learn(home, rank, world, "fsdp", micro=1)}
+    go_on_from(home, "fsdp", 3, "two to four", parallel="fsdp", shard=2)
+    return did
+
+
+def run(home, out, **chosen):
+    """A run of all ranks, which is to end well; what this rank prints."""
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        door.train(**settings(home, out, **chosen))
+    return said.getvalue()
+
+
+def go_on_from(home, out, step, to, **chosen):
+    """A run that goes on, in a folder of its own, from a step that another has left."""
+    parallel.first(copy_step, home / out, step, home / to)
+    return run(home, to, resume=True, **chosen)
+
+
+def copy_step(out, step, to):
+    shutil.copytree(out / f"step-{step:06d}", to / f"step-{step:06d}")
+    shutil.copy(out / "log.jsonl", to)
+
+
+def failing(home, break_it):
+    """How each rank leaves a run whose second save fails on one of them: what it raises, and the steps that are left."""
+    with break_it(), contextlib.redirect_stdout(io.StringIO()):
+        try:
+            door.train(**settings(home, break_it.__name__, parallel="fsdp"))
+            said = None
+        except (Mistake, SystemExit) as end:
+            said = type(end).__name__, str(end)
+    return parallel.gather(said), sorted(path.name for path in (home / break_it.__name__).iterdir())
+
+
+@contextlib.contextmanager
+def full_on_rank_1():
+    """From the second save on, a disk is full."""
+    write, calls = parallel.dcp.FileSystemWriter.write_data, []
+
+    def write_data(self, *arguments):
+        calls.append(1)
+        if len(calls) > 1 and parallel.dist.get_rank() == 1:
+            raise OSError(28, "No space left on device")
+        return write(self, *arguments)
+
+    parallel.dcp.FileSystemWriter.write_data = write_data
+    yield
+    parallel.dcp.FileSystemWriter.write_data = write
+
+
+@contextlib.contextmanager
+def bent_on_rank_1():
+    """What a rank reads back is not what it wrote."""
+    read = parallel.read_shards
+
+    def read_shards(state, folder):
+        read(state, folder)
+        if parallel.dist.get_rank() == 1 and "model.decoder.norm.weight" in state:
+            parallel.mine(state["model.decoder.norm.weight"])[-1] += 1e-6
+
+    parallel.read_shards = read_shards
+    yield
+    parallel.read_shards = read
+
+
+def foretold_and_taken(accumulates):
+    """Bytes of this rank at the height of a step under FSDP, as watch.memory has them and as they are."""
+    torch.manual_seed(0)
+    model = VLM(vision=dict(tile=12, patch=3, width=80, layers=6, heads=5, ffn=200),
+                decoder=dict(vocabulary=800, width=96, layers=12, heads=6, kv_heads=2, ffn=250), shuffle=2).train()
+    model.vision.requires_grad_(False)
+    row = make_batch([make_samples(lengths=(40, 61), pictures=(1, 2))])
+    foretold = watch.memory(model, row, 6, CPU, torch.float32, how="fsdp", shards=2, accumulates=accumulates)
+    parallel.wrap(model, "fsdp", CPU, torch.float32)
+    optimizer = door.make_optimizer(model, {"projector": 1, "decoder": 1}, 0.1, (0.9, 0.95))
+    batches = [({name: torch.cat([x] * 6) for name, x in row.items()}, [])] * (1 + accumulates)
+
+    def step():
+        door.gradients(model, batches, CPU, contextlib.nullcontext(), SimpleNamespace(asked=0))
+        optimizer.step()
+
+    step()
+    optimizer.zero_grad()
+    held = sum(parallel.mine(x).nbytes for x in [*model.parameters(), *saves.moments(model, optimizer).values()])
+    return sum(foretold.values()), held + peak_bytes(step)
+
+
+# ---- and what they are to have done ----
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    home = make_home(tmp_path_factory.mktemp("ranks"))
+    checkpoint = weights.load(home / "model")
+    write_set(home / "every", checkpoint, every=1)
+    write_set(home / "none", checkpoint, every=0)
+    shapes = checkpoint.shapes | {"decoder": checkpoint.shapes["decoder"] | {"tied": True}}
+    torch.manual_seed(1)
+    weights.save(checkpoint._replace(shapes=shapes, model=weights.build(shapes, checkpoint.policy)), home / "tied")
+    return home
+
+
+def ranks(home, count):
+    """What `count` processes did, as rank 0 has it."""
+    torchrun = [sys.executable, "-W", "error", "-m", "torch.distributed.run", f"--nproc_per_node={count}", "--standalone"]
+    done = launch([*torchrun, __file__, str(home)], {})
+    assert done.returncode == 0, done.stderr
+    return torch.load(home / f"{count}.pt", weights_only=False)
+
+
+@pytest.fixture(scope="module")
+def of_two(home):
+    return ranks(home, 2)
+
+
+@pytest.fixture(scope="module")
+def of_four(home, of_two):
+    return ranks(home, 4)
+
+
+def alike(a, b, rtol=1e-4):
+    """Losses, gradients, their norms and the weights that they lead to; but for the bias of a key, which adds the same to all scores of a query,
+    so that its gradient is nothing but rounding, of which Adam makes steps."""
+    assert a["loss"] == pytest.approx(b["loss"], rel=rtol) and a["norm"] == pytest.approx(b["norm"], rel=rtol, abs=1e-12)
+    torch.testing.assert_close(a["gradients"], b["gradients"], rtol=1e-3, atol=1e-5)
+    for did in (a, b):
+        assert all(x.dtype == torch.float32 for kind in ("weights", "gradients") for x in did[kind].values())
+    a, b = ({name: x for name, x in did["weights"].items() if "key.bias" not in name} for did in (a, b))
+    torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_the_cases_are_what_they_are_said_to_be(home):
+    """In `data` a step has a rank without pictures beside one with them, and a rank with fewer micro-batches than the other."""
+    for name, wanted in [("data", [True, False]), ("every", [True, True]), ("none", [False, False])]:
+        loaders = [packing.Loader(data.Samples(home / name), row=22, batch=5, micro=2, seed=0, rank=rank, world=2) for rank in (0, 1)]
+        steps = [[next(loader) for loader in loaders] for _ in range(2)]
+        assert wanted in [sorted([any(len(batch["tiles_NCYX"]) for batch, _ in step) for step in both], reverse=True) for both in steps]
+        assert all([[len(names) > 0 for _, names in batches] for batches in both] == [[True, True], [True, False]] for both in steps)
+
+
+@pytest.mark.parametrize(("how", "freeze", "name"), MANY)
+def test_two_ranks_are_one_process_whatever_trains_and_whoever_has_pictures(home, of_two, how, freeze, name):
+    alone, both = learn(home, freeze=freeze, name=name), of_two[how, freeze, name]
+    alike(both, alone)
+    trained = {f"{step} {parameter}" for step in (1, 2) for parameter in alone["weights"] if parameter.split(".")[0] not in freeze}
+    assert both["gradients"].keys() == trained
+    wholes = 1 if how == "fsdp" else 2
+    assert both["held"]["weights"] == wholes * alone["held"]["weights"]  # all ranks together hold every number once; with DDP each holds it
+    assert both["held"]["gradients"] == alone["held"]["gradients"] * wholes == 4 * wholes * sum(
+        x.numel() for parameter, x in alone["weights"].items() if parameter.split(".")[0] not in freeze), "frozen parts have none"
+    counters = 4 * len(trained) // 2  # AdamW's count of steps, of every parameter and on every rank
+    assert both["held"]["moments"] == 2 * both["held"]["gradients"] + 2 * counters
+
+
+@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+def test_blocks_computed_again_tied_heads_and_other_micro_batches_change_nothing(home, of_two, how):
+    alike(of_two[how, "tied"], learn(home, model="tied"))
+    alone = learn(home)
+    for case in ("all again", "micro 1", "micro 5"):
+        alike(of_two[how, case], alone)
+    for which in ("decoder", "all"):
+        alike(learn(home, recompute=which), alone, rtol=1e-6)
+
+
+@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+def test_bfloat16_is_of_the_products_alone(home, of_two, how):
+    rough, exact = of_two[how, "bfloat16"], learn(home)
+    assert rough["loss"] == pytest.approx(exact["loss"], rel=0.02) and rough["loss"] != exact["loss"]
+    assert rough["held"]["weights"] * (2 if how == "fsdp" else 1) == 2 * exact["held"]["weights"]  # float32 masters
+    assert all(x.dtype == torch.float32 for x in [*rough["weights"].values(), *rough["gradients"].values()])
+    changed = [name for name, x in rough["weights"].items() if not torch.equal(x, x.bfloat16().float())]
+    assert set(changed) == set(rough["weights"])
+
+
+def test_gradients_travel_once_a_step(of_two):
+    (one, other), (both, same) = of_two["before the last"]["ddp"]
+    assert one != other and both == same
+    assert of_two["before the last"]["fsdp"] == [[None, None], [pytest.approx(both, rel=1e-4)] * 2]
+
+
+def test_four_ranks_in_two_copies_of_two_are_one_process(home, of_four):
+    alone = learn(home)
+    for case in ("fsdp", "hsdp"):
+        alike(of_four[case], alone)
+    assert of_four["hsdp"]["held"]["weights"] == 2 * of_four["fsdp"]["held"]["weights"]
+
+
+def test_the_choice_is_by_what_fits(of_two):
+    (small, _), (large, why), *asked = of_two["choice"]
+    assert (small, large) == ("ddp", "fsdp") and "1073741824.00 GiB whole" in why and asked == [("ddp", "as asked"), ("fsdp", "as asked")]
+    assert parallel.choose("auto", 2**60, CPU) == ("none", "one process")
+    with pytest.raises(Mistake, match="--parallel=fsdp is for several processes"):
+        parallel.choose("fsdp", 1, CPU)
+
+
+@pytest.mark.parametrize("accumulates", [False, True])
+def test_the_memory_foretold_of_a_part_is_the_memory_taken(of_two, accumulates):
+    foretold, taken = of_two["memory"][accumulates]
+    print("RATIO", foretold / taken, taken / 2**20)
+    assert foretold == pytest.approx(taken, rel=0.15)
+
+
+# ---- a frozen part is not there ----
+
+def test_a_frozen_part_keeps_nothing_for_the_backward_pass(home):
+    """A frozen eye nothing at all, for nobody asks; a frozen brain what its activations need to hand gradients on, and nothing for its weights."""
+    model, samples = weights.load(home / "model").model.train(), data.Samples(home / "every")
+    batch = packing.collate(samples, [[0]])[0]
+    kept = {}
+    for freeze in ((), ("vision",), ("vision", "decoder")):
+        for part in door.PARTS:
+            getattr(model, part).requires_grad_(part not in freeze)
+        kept[freeze] = watch.kept_for_backward(model, batch, CPU, torch.float32, False), saved_by(model.vision, model.see, batch["tiles_NCYX"])
+    assert kept[()][1] > 0 and kept["vision",][1] == kept["vision", "decoder"][1] == 0
+    assert kept[()][0] > kept["vision",][0] > kept["vision", "decoder"][0]
+    x_D = torch.randn(7, 24, requires_grad=True)
+    linear = model.decoder.layers[0].query
+    inputs = [x for x in saved(lambda: linear(x_D * 1)) if x.shape == x_D.shape]
+    linear.requires_grad_(True)
+    assert not inputs and [x for x in saved(lambda: linear(x_D * 1)) if x.shape == x_D.shape]
+
+
+def saved(run):
+    """The tensors that autograd keeps while `run` runs."""
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        run()
+    return kept
+
+
+def saved_by(part, run, *arguments):
+    """How many tensors are kept while a part of what runs is called."""
+    count, kept = [], []
+    hooks = [part.register_forward_pre_hook(lambda *_: count.append(len(kept))), part.register_forward_hook(lambda *_: count.append(len(kept)))]
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        run(*arguments)
+    for hook in hooks:
+        hook.remove()
+    return count[1] - count[0]
+
+
+# ---- a run goes on, however it lay before ----
+
+def lines_after(out, step):
+    return [line for line in log_of(out) if line["step"] > step]
+
+
+def same_to_rounding(a, b, after=0):
+    for x, y in zip(lines_after(a, after), lines_after(b, after), strict=True):
+        assert x == pytest.approx(y, rel=1e-4)
+    a, b = ({name: x for name, x in load_file(out / "step-000008" / "model.safetensors").items() if "key.bias" not in name} for out in (a, b))
+    torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_a_sharded_run_is_one_process_and_says_the_same_of_itself(home, of_two):
+    same_to_rounding(home / "fsdp", home / "whole")
+    assert "parallel: fsdp, as asked" in of_two["fsdp"] and of_two["fsdp"].count("it says") == 4
+    steps = {step.name: sorted(path.name for path in step.iterdir()) for step in weights.steps(home / "fsdp")}
+    parts = ["nanovlm.json", "sharded", "tokenizer.json", "training.json"]
+    assert steps == {"step-000003": parts, "step-000006": parts, "step-000008": sorted([*parts, "model.safetensors"])}
+
+
+def test_a_sharded_step_is_a_checkpoint_as_any_other(home, of_two):
+    step = home / "fsdp" / "step-000008"
+    gathered = weights.load(step).model.state_dict()
+    shutil.copytree(step, home / "in parts alone")
+    (home / "in parts alone" / "model.safetensors").unlink()
+    torch.testing.assert_close(weights.load(home / "in parts alone").model.state_dict(), gathered, rtol=0, atol=0)
+    (home / "in parts alone" / "sharded" / "__1_0.distcp").write_bytes(b"")
+    with pytest.raises(Mistake, match="sharded is broken or not of this model"):
+        weights.load(home / "in parts alone")
+
+
+def test_resumed_on_as_many_ranks_it_is_the_same_to_the_bit(home, of_two):
+    a, b = home / "fsdp", home / "fsdp to fsdp"
+    assert lines_after(a, 3) == lines_after(b, 3)
+    both = []
+    for out in (a, b):
+        parts = out / "step-000008" / "sharded"
+        state = {name: torch.empty(entry.size) for name, entry in parallel.dcp.FileSystemReader(parts).read_metadata().state_dict_metadata.items()}
+        parallel.read_shards(state, parts)
+        both.append(state)
+    assert any(name.startswith("optimizer.") for name in both[0])
+    torch.testing.assert_close(*both, rtol=0, atol=0)
+
+
+def test_resumed_wrapped_otherwise_and_back_it_is_the_same_to_rounding(home, of_two):
+    for out, after in [("fsdp to ddp", 3), ("ddp to fsdp", 6)]:
+        same_to_rounding(home / out, home / "whole", after)
+    assert (home / "fsdp to ddp" / "step-000006" / "training.safetensors").is_file()
+
+
+def test_resumed_on_four_ranks_and_on_one_it_is_the_same_to_rounding(home, of_two, of_four):
+    same_to_rounding(home / "two to four", home / "whole", after=3)
+    copy_step(home / "fsdp", 3, home / "two to one")
+    door.train(**settings(home, "two to one", resume=True))
+    same_to_rounding(home / "two to one", home / "whole", after=3)
+
+
+def test_a_save_that_fails_on_one_rank_fails_on_all_and_leaves_the_one_before(of_two):
+    ends, left = of_two["full"]
+    assert left == ["log.jsonl", "step-000003"]
+    kind, said = ends[0]
+    assert kind == "Mistake" and "step-000006 could not be saved (No space left on device); " in said and "step-000003 is whole" in said
+    assert ends[1] == ("SystemExit", "1")
+
+
+def test_the_first_save_is_read_back(home, of_two, monkeypatch):
+    ends, left = of_two["bent"]
+    assert left == ["log.jsonl"] and "step-000003 could not be saved (model.decoder.norm.weight was read back as other numbers)" in ends[0][1]
+    monkeypatch.setattr(saves, "write_tensors", bend)
+    with pytest.raises(Mistake, match=r"step-000003 could not be saved \(decoder.norm.weight/exp_avg was read back as other numbers\); no check"):
+        door.train(**settings(home, "bent"))
+
+
+def bend(tensors, path, write=saves.write_tensors):
+    write(tensors | {"decoder.norm.weight/exp_avg": tensors["decoder.norm.weight/exp_avg"] + 1e-9}, path)
+
+
+def test_the_best_step_stays_beside_the_newest(home):
+    checkpoint = weights.load(home / "model")
+    saved = saves.Saves(checkpoint, torch.optim.AdamW(checkpoint.model.parameters()), home / "kept", {}, keep=2)
+    for step, loss in enumerate([3.0, 1.0, 2.0, 4.0, None, 5.0], 1):
+        saved.write(step, False, {} if loss is None else {"validation": loss, "blank": 9.0})
+    assert [step.name for step in weights.steps(home / "kept")] == ["step-000002", "step-000005", "step-000006"]
+
+
+@pytest.mark.parametrize(("wrong", "message"), [
+    (dict(parallel="both"), "--parallel=both is none of auto, ddp, fsdp"),
+    (dict(recompute="some"), "--recompute=some is none of none, decoder, all"),
+    (dict(shard=2), "--shard=2 wants --parallel=fsdp, and to divide the 1 ranks"),
+    (dict(keep=0), "--keep=0 must be at least 1"),
+    (dict(parallel="ddp"), "--parallel=ddp is for several processes: start them with torchrun"),
+])
+def test_nonsense_is_refused(home, wrong, message):
+    with pytest.raises(Mistake, match=message):
+        door.train(**settings(home, "refused", **wrong))
+    assert not (home / "refused").exists()
+
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    rank, world = parallel.start(CPU)
+    found = {2: two, 4: four}[world](folder, rank, world)
+    if rank == 0:
+        torch.save(found, folder / f"{world}.pt")
