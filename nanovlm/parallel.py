@@ -73,7 +73,7 @@ def choose(asked, needed, device):
         return asked, "as asked"
     has = min(gather(memory_of(device)))
     fits, sizes = max(gather(needed)) <= ROOM * has, f"a rank takes about {needed / 2**30:.2f} GiB whole, and has {has / 2**30:.2f} GiB"
-    return ("ddp", f"{sizes}") if fits else ("fsdp", f"{sizes}, of which {ROOM:.0%} may be spoken for")
+    return ("ddp", sizes) if fits else ("fsdp", f"{sizes}, of which {ROOM:.0%} may be spoken for")
 
 
 def memory_of(device):
@@ -194,7 +194,7 @@ def write_shards(state, folder):
     """All ranks together: {name: tensor, of which each rank may hold a part}, flushed. What fails on one rank is an OSError on all."""
     try:
         dcp.save(state, storage_writer=dcp.FileSystemWriter(folder))
-    except dcp.api.CheckpointException as error:
+    except dcp.CheckpointException as error:
         raise OSError(reason(error)) from None
 
 
@@ -204,7 +204,7 @@ def read_shards(state, folder):
         warnings.filterwarnings("ignore", message="torch.distributed is")
         try:
             dcp.load(state, storage_reader=dcp.FileSystemReader(folder), no_dist=True)
-        except dcp.api.CheckpointException as error:
+        except dcp.CheckpointException as error:
             raise Mistake(f"{folder} is broken or not of this model: {reason(error)}") from None
 
 

@@ -79,10 +79,10 @@ def words_of(chosen):
 TWO_RANKS = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", str(ROOT / "train.py")]
 
 
-def launch(command, chosen):
+def launch(command, chosen, timeout=100):
     """train.py in processes of its own, to be waited for."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run([*command, *words_of(chosen)], capture_output=True, text=True, timeout=100, cwd=ROOT, env=environment)
+    return subprocess.run([*command, *words_of(chosen)], capture_output=True, text=True, timeout=timeout, cwd=ROOT, env=environment)
 
 
 def log_of(out):
