@@ -5,6 +5,7 @@
     python prepare.py data --model=M --source=FILE.json --images=DIR --out=data/NAME      pictures and conversations to memory-mapped shards
     python prepare.py show --data=data/NAME --sample=ID                                   a sample as the model will get it
     python prepare.py check --data=data/NAME                                              a whole set: bytes, lengths, how full rows will be
+    python prepare.py plot out/*/log.jsonl                                                the curves of several training runs in one picture
     python prepare.py stitch --vision=DIR --decoder=DIR --out=out/NAME                    an eye, a brain, a fresh projector between them
     python prepare.py export --model=out/NAME --out=DIR                                   a LLaVA folder for transformers, vLLM, llama.cpp
 """
@@ -198,6 +199,17 @@ def check(*,
     print("every byte is as it was written")
 
 
+def plot(*,
+    log: list[str] = [],       # log.jsonl of each run
+    out: str = "curves.png",   # where the picture goes
+):
+    """The curves of several training runs in one picture: loss, validation loss, norm of the gradient, speed."""
+    if not log:
+        raise Mistake("prepare.py plot needs the logs of runs: out/*/log.jsonl")
+    look.draw_curves(look.curves(log), out)
+    say(f"{out}: {len(log)} runs")
+
+
 def stitch(*,
     vision: str = "",             # whose eye: a checkpoint, a CLIP, SigLIP or DINOv2 folder, or owner/name as on Hugging Face
     decoder: str = "",            # whose brain, tokenizer and template: a checkpoint, a Llama or Mistral folder, or owner/name
@@ -253,4 +265,4 @@ def export(*,
 
 
 if __name__ == "__main__":
-    cli.run({"fridge": fridge, "new": new, "data": data, "show": show, "check": check, "stitch": stitch, "export": export})
+    cli.run({"fridge": fridge, "new": new, "data": data, "show": show, "check": check, "plot": plot, "stitch": stitch, "export": export})

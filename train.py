@@ -21,7 +21,7 @@ import torch
 
 import prepare
 import sample
-from nanovlm import UNTRAINED, Mistake, cli, evaluate, saves, watch, weights
+from nanovlm import UNTRAINED, Mistake, cli, cost, evaluate, saves, watch, weights
 from nanovlm import parallel as ranks
 from nanovlm.data import LENGTH, Samples
 from nanovlm.packing import Loader, read_blend
@@ -38,7 +38,7 @@ STAGES = {
 }
 PARTS = ("vision", "projector", "decoder")
 FREE = ("data", "out", "resume", "micro", "save_every", "keep", "validate_every", "log_every", "device", "parallel", "shard",
-        "recompute")  # may change when a run is resumed
+        "recompute", "dry_run", "mfu", "peak")  # may change when a run is resumed
 
 
 def schedule(step, *, steps, warmup, floor):
@@ -80,6 +80,8 @@ def resolve(typed, world):
     if not (trained := [part for part in PARTS if part not in frozen]):
         raise Mistake(f"--freeze={run.freeze} leaves nothing to train")
     check(run, world, idle=[f"{part}_lr" for part in frozen])
+    if given := [name for name in ("mfu", "peak") if typed[name] is not None and not run.dry_run]:
+        raise Mistake(f"--{given[0]}={typed[given[0]]} is for --dry_run=true")
     own = {part: getattr(run, f"{part}_lr") for part in trained}
     run.rates = {part: run.lr if rate is None else rate for part, rate in own.items()}
     run.micro = min(run.micro, -(-run.batch // world))
@@ -91,7 +93,8 @@ def check(run, world, idle):
     rules = [
         ("must be at least 1", lambda x: x >= 1, ("steps", "micro", "row", "save_every", "keep", "validate_every", "log_every")),
         (f"must be at least {world}, a row for each rank", lambda x: x >= world, ("batch",)),
-        ("must be above 0", lambda x: x > 0, ("lr", "vision_lr", "projector_lr", "decoder_lr", "clip")),
+        ("must be above 0", lambda x: x > 0, ("lr", "vision_lr", "projector_lr", "decoder_lr", "clip", "peak")),
+        ("must be above 0 and at most 1", lambda x: 0 < x <= 1, ("mfu",)),
         (f"must be between 0 and --lr={run.lr}", lambda x: 0 <= x <= run.lr, ("floor",)),
         ("must be at least 0", lambda x: x >= 0, ("decay", "seed")),
         ("must be at least 0 and below 1", lambda x: 0 <= x < 1, ("warmup", "beta1", "beta2")),
@@ -173,6 +176,28 @@ def lay_out(run, model, row, device, rank, world):
     return products
 
 
+def foretell(run):
+    """Print what a run would take on 1, 8 and 64 cards, by its model's shapes: no weight is read, and no data."""
+    told = weights.describe(run.model)
+    with torch.device("meta"):
+        model = weights.build(told.shapes, told.policy).train()
+    for part in PARTS:
+        getattr(model, part).requires_grad_(part in run.rates)
+    row, tiles, trained = cost.assumed_row(run.row, told.policy)
+    products = torch.float32 if run.dtype == "float32" else torch.bfloat16
+    print(f"{run.stage}: {run.steps:,} steps of {run.batch} rows of {run.row:,} tokens, {trained} of them trained, and {tiles} tiles (assumed)")
+    watch.print_plan(model, run.rates, watch.memory(model, row, run.micro, torch.device("cpu"), products, recompute=run.recompute))
+    flops = cost.flops(model, run.rates, run.batch, run.row, run.batch * tiles, run.batch * trained, run.recompute != "none")
+    speed = (run.peak or 989) * 1e12 * (run.mfu or 0.4)  # 989: of an H100 in bfloat16, by NVIDIA's data sheet
+    print(f"operations of a step: {sum(flops.values()):.2e} ({', '.join(f'{part} {count:.1e}' for part, count in flops.items())})")
+    for cards in (1, 8, 64):
+        micro = min(run.micro, -(-run.batch // cards))
+        sizes = {how: sum(watch.memory(model, row, micro, torch.device("cpu"), products, how=how, shards=cards if how == "fsdp" else 1,
+                                       recompute=run.recompute, accumulates=micro * cards < run.batch).values()) for how in ("ddp", "fsdp")[: cards]}
+        print(f"{cards:3} cards: {', '.join(f'{size / 2**30:,.0f} GiB a card by {how}' for how, size in sizes.items())}, {micro} rows at once; "
+              f"{sum(flops.values()) * run.steps / speed / cards / 86400:,.1f} days at {speed / 1e12:,.0f} TFLOP/s a card")
+
+
 def train(*,
     stage: str = "",                  # brain, eye, pretrain or sft; empty: the demonstration, all of them in a row
     model: str | None = None,         # the checkpoint to start from; none: what the stage before left
@@ -204,6 +229,9 @@ def train(*,
     parallel: str = "auto",           # of several processes: ddp, each holds the model; fsdp, each holds a part; auto, ddp where that fits
     shard: int = 0,                   # under fsdp, over how many ranks a copy of the model lies (HSDP, within a node); 0: over all
     recompute: str = "none",          # blocks that keep nothing for the backward pass and compute it again: none, decoder or all
+    dry_run: bool = False,            # print what the run would take on 1, 8 and 64 cards, and leave it at that
+    mfu: float | None = None,         # of a dry run: the share of a card's peak that is reached; none: 0.4
+    peak: float | None = None,        # of a dry run: a card's TFLOP/s; none: an H100's 989
 ):
     """Train one stage, or (without --stage) walk the whole road once.
 
@@ -213,6 +241,8 @@ def train(*,
     if not stage:
         refuse_settings(typed)
         return demonstration()
+    if dry_run:
+        return foretell(resolve(typed, 1))
     device = ranks.pick_device(device)
     rank, world = ranks.start(device)
     with ranks.together():

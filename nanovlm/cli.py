@@ -75,11 +75,17 @@ def pairs(argv, known):
 
 
 def parse(function, argv):
-    """The settings typed in argv as keyword arguments; one Mistake names everything that is wrong."""
+    """The settings typed in argv as keyword arguments; one Mistake names everything that is wrong.
+
+    Words that stand alone belong to the first setting, if that is a list: plot out/*/log.jsonl.
+    """
     known = {name: kind for name, kind, _, _ in settings(function)}
+    first = next(iter(known), None)
     chosen, wrong = {}, []
     for name, text in pairs(argv, known):
-        if name is None:
+        if name is None and known.get(first) == list[str] and not text.startswith("-"):
+            chosen.setdefault(first, []).append(text)
+        elif name is None:
             wrong.append(f"{text!r} belongs to no setting{suggestion(text.lstrip('-').split('=')[0], known, '--')}")
         elif name not in known:
             wrong.append(f"--{name} is no setting{suggestion(name, known, '--')}")

@@ -29,6 +29,20 @@ def read_json(path):
         raise Mistake(f"{path} is not JSON: {error}") from None
 
 
+def read_log(path):
+    """The objects of a file of JSON lines, to which a run may be writing: the last may have been torn by what stopped it, and is left out then."""
+    try:
+        lines = Path(path).read_text().splitlines()
+    except FileNotFoundError:
+        raise Mistake(f"no such file: {path}") from None
+    for number, line in enumerate(lines, 1):
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError:
+            if number < len(lines):
+                raise Mistake(f"{path}, line {number}: not JSON") from None
+
+
 # ---- where a public folder lies ----
 def is_name(name):
     """Whether a text may be an owner/name, as Hugging Face has them, and not a path into a folder that is here."""

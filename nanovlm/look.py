@@ -1,10 +1,11 @@
-"""Prepared data, to be looked at before a model is: a sample as the model will get it, a whole set in ten lines."""
+"""Things to be looked at: a prepared sample as the model will get it, a whole set in ten lines, the curves of training runs."""
 import itertools
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from . import IMAGE, UNTRAINED, Mistake, images
+from . import IMAGE, UNTRAINED, Mistake, disk, images
 from .data import LENGTH, PICTURES
 from .packing import draw, pack
 
@@ -65,3 +66,35 @@ def report(samples, weights, row, rate):
     if rate:
         lines.append(f"at {rate:,.0f} tokens a second: {lengths.sum() / rate / 3600:,.1f} hours")
     return "\n".join(lines)
+
+
+CURVES = ("loss", "validation", "norm", "tokens_per_s")
+
+
+def curves(runs):
+    """{run: {curve: ([step], [value])}} from files of JSON lines as train.py writes them, each named by its folder."""
+    found = {}
+    for path in runs:
+        lines = list(disk.read_log(path))
+        if wrong := next((number for number, line in enumerate(lines, 1) if not isinstance(line, dict) or "step" not in line), None):
+            raise Mistake(f"{path}, line {wrong} is no line of a training run: it has no step")
+        found[str(Path(path).parent)] = {name: tuple(zip(*((line["step"], line[name]) for line in lines if name in line), strict=True))
+                                         for name in CURVES if any(name in line for line in lines)}
+    return found
+
+
+def draw_curves(runs, out):
+    """The curves of several runs in one picture, by matplotlib if the user has it."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise Mistake("curves are drawn by matplotlib: pip install matplotlib") from None
+    figure = Figure(figsize=(12, 8), layout="constrained")
+    for axes, name in zip(figure.subplots(2, 2).flat, CURVES, strict=True):
+        for run, lines in runs.items():
+            if name in lines:
+                axes.plot(*lines[name], label=run, marker=".")
+        axes.set(title=name, xlabel="step", yscale="log" if name in ("loss", "validation") else "linear")
+        axes.grid(alpha=0.3)
+    figure.axes[0].legend()
+    figure.savefig(out)

@@ -102,6 +102,25 @@ def test_a_mistake_names_the_setting_and_the_text(line, said):
     assert said in str(caught.value)
 
 
+def plot(*,
+    log: list[str] = [],  # of runs
+    steps: int = 1,       # shown
+):
+    """A function whose first setting is a list."""
+
+
+def test_words_that_stand_alone_belong_to_the_first_setting_if_that_is_a_list():
+    assert cli.parse(plot, ["a", "--steps=3", "b", "--log=c"]) == {"log": ["a", "b", "c"], "steps": 3}
+    with pytest.raises(Mistake, match="'-a' belongs to no setting"):
+        cli.parse(plot, ["-a"])
+
+
+def test_a_share_may_be_typed_in_percent():
+    assert parse("--lr=1%")["lr"] == 0.01
+    with pytest.raises(Mistake, match="--lr=%1 is not a number"):
+        parse("--lr=%1")
+
+
 def test_all_mistakes_are_told_at_once():
     with pytest.raises(Mistake) as caught:
         parse("--lr=x --steps=1.5 word --compile=2 --out=fine --resum")

@@ -1,4 +1,6 @@
 """What `show` and `check` print is what training will read."""
+import json
+
 import numpy as np
 import pytest
 from conftest import write_set
@@ -97,3 +99,31 @@ def test_a_row_too_short_and_a_damaged_byte_are_told(tmp_path, capsys):
     path.write_bytes(bytes(255 - b for b in path.read_bytes()))
     with pytest.raises(Mistake, match=f"{path}: its bytes have the checksum .*: prepare it again"):
         prepare.check(data=str(tmp_path / "set"))
+
+
+def log(path, *lines, torn=""):
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines) + torn)
+    return str(path)
+
+
+def test_the_curves_of_runs_are_drawn_even_of_one_that_is_still_running(tmp_path):
+    pytest.importorskip("matplotlib")
+    step = {"step": 1, "loss": 3.0, "norm": 1.0, "tokens_per_s": 10.0}
+    logs = [log(tmp_path / "a/log.jsonl", step, {**step, "step": 2, "loss": 2.0, "validation": 2.5}, torn='{"step": 3, "lo'),
+            log(tmp_path / "b/log.jsonl", {**step, "loss": 4.0})]
+    found = look.curves(logs)
+    assert found[str(tmp_path / "a")] == {"loss": ((1, 2), (3.0, 2.0)), "validation": ((2,), (2.5,)), "norm": ((1, 2), (1.0, 1.0)),
+                                          "tokens_per_s": ((1, 2), (10.0, 10.0))}
+    prepare.plot(log=logs, out=str(tmp_path / "curves.png"))
+    with Image.open(tmp_path / "curves.png") as drawn:
+        assert drawn.size[0] > 1000
+
+
+@pytest.mark.parametrize("lines, said", [(["{"], "line 1: not JSON"), (["5"], "line 1 is no line of a training run"),
+                                         (['{"loss": 1}'], "line 1 is no line of a training run")])
+def test_a_file_that_is_no_log_is_told(tmp_path, lines, said):
+    path = tmp_path / "log.jsonl"
+    path.write_text("\n".join([*lines, '{"step": 1}']))
+    with pytest.raises(Mistake, match=f"{path}, {said}"):
+        look.curves([path])

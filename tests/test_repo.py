@@ -17,14 +17,14 @@ from nanovlm import Mistake, cli, disk
 
 DOORS = {"train.py": train.train, "sample.py": sample.sample,
          "prepare.py": {"fridge": prepare.fridge, "new": prepare.new, "data": prepare.data, "show": prepare.show, "check": prepare.check,
-                        "stitch": prepare.stitch, "export": prepare.export}}
+                        "plot": prepare.plot, "stitch": prepare.stitch, "export": prepare.export}}
 FUNCTIONS = [f for door in DOORS.values() for f in (door.values() if isinstance(door, dict) else [door])]
 FILES = sorted([*ROOT.glob("*.py"), *ROOT.glob("nanovlm/*.py")])
 README = ROOT / "README.md"
 READERS = {"photos.json", "exam.json", "captions.json", "chats.json", "photo.jpg"}  # what README.md asks the reader to bring
 
 # From the street down to the cellar: a file imports only from lines below its own (../shared/design.md, Rooms).
-ROOMS = ["train", "sample prepare saves", "weights", "llava", "huggingface watch", "parallel gather look", "model packing", "vision decoder",
+ROOMS = ["train", "sample prepare saves", "weights", "llava", "huggingface watch", "parallel gather look cost", "model packing", "vision decoder",
          "attention rmsnorm loss", "sources", "records refs", "data", "chat", "tokenizer", "images", "disk opening evaluate", "fridge", "cli",
          "__init__"]
 # The model knows of no file, tokenizer or second process, a kernel of nothing of ours.
@@ -33,7 +33,7 @@ KNOWS_ONLY = {"model": "vision decoder attention rmsnorm loss __init__", "vision
 
 PACKAGES = {"torch": "torch", "numpy": "numpy", "pillow": "PIL", "tiktoken": "tiktoken", "safetensors": "safetensors", "triton": "triton"}
 GUESTS = {"regex": "tiktoken", "jinja2": "torch"}  # come with a package of ours
-OPTIONAL = {"huggingface_hub", "tensorboard", "pyarrow"}  # used where the user has them, so imported where they are used
+OPTIONAL = {"huggingface_hub", "tensorboard", "pyarrow", "matplotlib"}  # used where the user has them, so imported where they are used
 
 
 def rows(problems):

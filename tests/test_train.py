@@ -377,6 +377,7 @@ REFUSED = [
     (dict(freeze="vision,eyes"), "'eyes' is none of vision, projector, decoder"),
     (dict(freeze="vision,projector,decoder"), "leaves nothing to train"),
     (dict(freeze="vision", vision_lr=0.1), "--vision_lr=0.1 is for a part that --freeze=vision holds still"),
+    (dict(mfu=0.5), "--mfu=0.5 is for --dry_run=true"), (dict(dry_run=True, mfu=1.5), "--mfu=1.5 must be above 0 and at most 1"),
     (dict(stage="stf"), "--stage=stf is not known"),
     (dict(data="no/data"), "no/data is no prepared data"),
     (dict(model="no/model"), "no such model: no/model"),
