@@ -36,9 +36,15 @@ STAGES = {
                      lr=1.5e-4, floor=1e-5, steps=20000, batch=256, row=1024, decay=0.01, clip=1.0),
     "sft": dict(freeze="vision", model="out/pretrain", data="data/chats", lr=1e-6, floor=1e-7, steps=20000, batch=128, row=2048, decay=0.1, clip=0.5),
 }
+# LLaVA-1.5's (scripts/v1_5/pretrain.sh and finetune.sh), one epoch of its 558,128 captions and 665,298 conversations: a row there is one sample.
+RECIPES = {
+    "megatron": STAGES,
+    "llava": {"pretrain": dict(lr=1e-3, floor=0.0, steps=2181, batch=256, row=2048, warmup=0.03, decay=0.0, beta2=0.999),
+              "sft": dict(lr=2e-5, floor=0.0, steps=5198, batch=128, row=2048, warmup=0.03, decay=0.0, clip=1.0, beta2=0.999)},
+}
 PARTS = ("vision", "projector", "decoder")
 FREE = ("data", "out", "resume", "micro", "save_every", "keep", "validate_every", "log_every", "device", "parallel", "shard",
-        "recompute", "dry_run", "mfu", "peak")  # may change when a run is resumed
+        "recompute", "recipe", "dry_run", "mfu", "peak")  # may change when a run is resumed
 
 
 def schedule(step, *, steps, warmup, floor):
@@ -70,10 +76,14 @@ def make_optimizer(model, rates, decay, betas):
 
 def resolve(typed, world):
     """The settings of a run on `world` ranks: what was typed, else what its stage sets, and `rates`, {part that trains: peak rate}."""
-    if typed["stage"] not in STAGES:
-        raise Mistake(f"--stage={typed['stage']} is not known: {', '.join(STAGES)}")
-    preset = {"out": f"out/{typed['stage']}", **STAGES[typed["stage"]]}
-    run = SimpleNamespace(**typed | {name: value for name, value in preset.items() if typed[name] in (None, "")})
+    run = SimpleNamespace(**typed)
+    if run.stage not in STAGES:
+        raise Mistake(f"--stage={run.stage} is not known: {', '.join(STAGES)}")
+    if run.stage not in RECIPES.get(run.recipe, {}):
+        known = "; ".join(f"{name} has {', '.join(stages)}" for name, stages in RECIPES.items())
+        raise Mistake(f"--recipe={run.recipe} has no --stage={run.stage}: {known}")
+    preset = {"out": f"out/{run.stage}", "warmup": 0.01, "beta2": 0.95, **STAGES[run.stage], **RECIPES[run.recipe][run.stage]}
+    vars(run).update({name: value for name, value in preset.items() if typed[name] in (None, "")})
     frozen = [part.strip() for part in run.freeze.split(",")] if run.freeze != "none" else []
     if unknown := [part for part in frozen if part not in PARTS]:
         raise Mistake(f"--freeze={run.freeze}: {unknown[0]!r} is none of {', '.join(PARTS)}")
@@ -200,6 +210,7 @@ def foretell(run):
 
 def train(*,
     stage: str = "",                  # brain, eye, pretrain or sft; empty: the demonstration, all of them in a row
+    recipe: str = "megatron",         # whose settings pretrain and sft have where none are given: megatron or llava (LLaVA-1.5)
     model: str | None = None,         # the checkpoint to start from; none: what the stage before left
     data: str | None = None,          # a set that `prepare.py data` wrote, or several: a,b, or a:0.7,b:0.3 by their shares of the samples
     out: str | None = None,           # the run's folder; none: out/STAGE
@@ -214,11 +225,11 @@ def train(*,
     projector_lr: float | None = None,  # the projector's own
     decoder_lr: float | None = None,  # the brain's own
     floor: float | None = None,       # where the rate ends, as a rate beside --lr
-    warmup: float = 0.01,             # share of the steps over which the rate rises
+    warmup: float | None = None,      # share of the steps over which the rate rises
     decay: float | None = None,       # weight decay, on matrices only
     clip: float | None = None,        # the gradient's norm is cut down to this
     beta1: float = 0.9,               # Adam's memory of gradients
-    beta2: float = 0.95,              # Adam's memory of their squares
+    beta2: float | None = None,       # Adam's memory of their squares
     seed: int = 0,                    # of the order of the samples
     save_every: int = 500,            # steps between checkpoints
     keep: int = 1,                    # how many of them stay; with 2 or more, the one that validates best stays as well

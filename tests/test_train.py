@@ -125,6 +125,21 @@ def test_the_rate_rises_in_a_line_and_falls_in_half_a_cosine():
         theirs.step()
 
 
+def test_a_recipe_sets_what_nobody_typed():
+    """The table of LLaVA-1.5's own scripts beside Megatron's."""
+    empty = {name: default for name, _, default, _ in cli.settings(door.train)}
+    names = ("lr", "floor", "steps", "batch", "row", "warmup", "decay", "clip", "beta1", "beta2", "freeze")
+    for recipe, stage, wanted in [
+        ("megatron", "pretrain", (1.5e-4, 1e-5, 20000, 256, 1024, 0.01, 0.01, 1.0, 0.9, 0.95, "vision,decoder")),
+        ("megatron", "sft", (1e-6, 1e-7, 20000, 128, 2048, 0.01, 0.1, 0.5, 0.9, 0.95, "vision")),
+        ("llava", "pretrain", (1e-3, 0.0, 2181, 256, 2048, 0.03, 0.0, 1.0, 0.9, 0.999, "vision,decoder")),
+        ("llava", "sft", (2e-5, 0.0, 5198, 128, 2048, 0.03, 0.0, 1.0, 0.9, 0.999, "vision")),
+    ]:
+        run = door.resolve(empty | {"stage": stage, "recipe": recipe}, world=1)
+        assert tuple(getattr(run, name) for name in names) == wanted
+        assert door.resolve(empty | {"stage": stage, "recipe": recipe, "lr": 0.5, "beta2": 0.8}, world=1).beta2 == 0.8
+
+
 def test_matrices_decay_vectors_do_not_and_each_part_has_its_rate(vlm):
     optimizer = door.make_optimizer(vlm, {"projector": 0.3, "decoder": 0.2}, 0.1, (0.8, 0.7))
     name_of = {id(p): name for name, p in vlm.named_parameters()}
@@ -378,7 +393,8 @@ REFUSED = [
     (dict(freeze="vision,projector,decoder"), "leaves nothing to train"),
     (dict(freeze="vision", vision_lr=0.1), "--vision_lr=0.1 is for a part that --freeze=vision holds still"),
     (dict(mfu=0.5), "--mfu=0.5 is for --dry_run=true"), (dict(dry_run=True, mfu=1.5), "--mfu=1.5 must be above 0 and at most 1"),
-    (dict(stage="stf"), "--stage=stf is not known"),
+    (dict(stage="stf"), "--stage=stf is not known"), (dict(recipe="lava"), "--recipe=lava has no --stage=sft: megatron has brain, eye"),
+    (dict(recipe="llava", stage="eye"), "--recipe=llava has no --stage=eye: .*; llava has pretrain, sft"),
     (dict(data="no/data"), "no/data is no prepared data"),
     (dict(model="no/model"), "no such model: no/model"),
     (dict(row=12), r"sample sample-\d+ takes 20 tokens, a row holds --row=12"),
