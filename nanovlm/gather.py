@@ -1,7 +1,8 @@
 """From collections of pictures and conversations to a prepared set: on all cores, through dirt, and through interruption.
 
-The records of all sources, in order, are dealt out to shards by number, SHARD to each, and a worker makes a whole shard of them or none. So the set
-is the same byte for byte whatever the number of workers and however often it was stopped: the same command makes the shards that are missing.
+The records of all sources, in order, are dealt out to shards, SHARD to each or what CARRIED allows, and a worker makes a whole shard of them or
+none. So the set is the same byte for byte whatever the number of workers and however often it was stopped: the same command makes the shards that
+are missing.
 
     out.tmp/plan.json    what the shards are made from and how; another command may not go on with them
     out.tmp/00012/       a shard (data.py), and with it receipt.json: how many records it was made from, which of them were skipped, and why
@@ -29,6 +30,7 @@ from . import Mistake, chat, data, images, opening, refs, sources
 from .tokenizer import Tokenizer
 
 SHARD = 1024  # records; at 12 tiles of 448 pixels 8 GB, and what a stop may cost each worker
+CARRIED = 1 << 26  # bytes of pictures that records of parquet bring along, after which a shard ends: a few of them are in memory for each worker
 STEPS = (12, 8, 6, 4, 2, 1)  # tiles; Megatron-LM's examples/multimodal step down so where a row would not hold a sample
 
 
@@ -81,7 +83,7 @@ def how_to_go_on(tmp):
 def plan(paths, recipe):
     """What decides the bytes of a set, as far as it can be told without reading its pictures; in JSON's own types."""
     stamps = sources.stamps(paths, recipe.pictures)
-    return json.loads(json.dumps({"version": data.VERSION, "shard": SHARD, "row": recipe.row, "fingerprint": recipe.fingerprint(),
+    return json.loads(json.dumps({"version": data.VERSION, "shard": [SHARD, CARRIED], "row": recipe.row, "fingerprint": recipe.fingerprint(),
                                   "images": recipe.pictures, "sources": stamps, "order of sources": list(stamps)}))
 
 
@@ -176,7 +178,7 @@ def limits(policy):
 # ---- all of it ----
 
 def shards(raws):
-    """Lists of SHARD records, the last shorter; a record that has been there already is marked as such."""
+    """Lists of SHARD records, fewer if they carry more than CARRIED; a record that has been there already is marked as such."""
     seen = set()
 
     def once(raw):
@@ -185,8 +187,14 @@ def shards(raws):
         seen.add(identity)
         return raw._replace(fault=("duplicate", f"{raw.where}: the same as an earlier one, its id too")) if again and raw.fault is None else raw
 
-    records = map(once, raws)
-    while shard := list(itertools.islice(records, SHARD)):
+    shard, carried = [], 0
+    for raw in map(once, raws):
+        shard.append(raw)
+        carried += sum(len(ref.content) for ref in raw.pictures if isinstance(ref, refs.Bytes))
+        if len(shard) == SHARD or carried > CARRIED:
+            yield shard
+            shard, carried = [], 0
+    if shard:
         yield shard
 
 

@@ -13,7 +13,7 @@ import pytest
 from conftest import ROOT
 from PIL import Image
 
-from nanovlm import Mistake, data, gather, images, tokenizer
+from nanovlm import Mistake, data, gather, images, refs, sources, tokenizer
 
 POLICY = {"tile": 12, "patch": 3, "shuffle": 2, "fit": "tiles", "tiles": 6, "thumbnail": True, "choice": "aspect", "tags": False,
           "resample": "bicubic", "mean": [0.5] * 3, "std": [0.5] * 3}
@@ -258,6 +258,14 @@ def test_a_disk_that_is_full_at_the_very_last_file_spoils_nothing(home, tmp_path
     monkeypatch.setattr(data, "sync", real)
     make(tmp_path / "set", home / "good.json")
     assert content(tmp_path / "set") == content(tmp_path / "whole")
+
+
+def test_a_shard_ends_where_the_pictures_that_its_records_carry_grow_large(monkeypatch):
+    """Parquet's records bring their pictures along, which would else lie in memory a thousand at a time for each worker."""
+    monkeypatch.setattr(gather, "CARRIED", 100)
+    sizes = [60, 60, 10, 0, 0, 0, 0, 101, 99, 1, 1]
+    raws = [sources.Raw(f"row {n}", {"id": n}, [refs.Bytes("x", bytes(size))], None, f"{n}") for n, size in enumerate(sizes)]
+    assert [[len(raw.pictures[0].content) for raw in shard] for shard in gather.shards(raws)] == [[60, 60], [10, 0, 0, 0], [0, 101], [99, 1, 1]]
 
 
 # ---- dirt ----
