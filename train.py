@@ -286,7 +286,6 @@ def train(*,
         log = watch.Log(run.out, start, run.steps, rank)
     ranks.recompute(ranks.blocks(vlm, run.recompute))
     wrapped, mixed = ranks.wrap(vlm, run.parallel, device, products, run.shard)
-    trained = [p for p in vlm.parameters() if p.requires_grad]
     optimizer = make_optimizer(vlm, run.rates, run.decay, (run.beta1, run.beta2))
     if found:
         saves.restore(found, vlm, optimizer)
@@ -301,17 +300,17 @@ def train(*,
             coming = reader.submit(next, loader)
             share = set_rates(optimizer, done, run)
             losses, loss, count, length, stopping = gradients(wrapped, batches, device, mixed, stopper)
-            norm = ranks.clip(trained, run.clip)
+            norms = ranks.clip(vlm, run.rates, run.clip)
             done += 1
-            check_finite(done, loss, norm, losses, batches)
+            check_finite(done, loss, norms["norm"], losses, batches)
             optimizer.step()
             optimizer.zero_grad()
 
             last = done == run.steps
             looks = watch.look(checkpoint, samples, held_out, rank, world, mixed) if last or done % run.validate_every == 0 else {}
-            log.tokens += length
+            log.did(length, cost.of_batches(vlm, run.rates, batches))
             if looks or last or done % run.log_every == 0:
-                log.line(done, looks, loss=loss, rate=run.lr * share, norm=norm, trained=count / length)
+                log.line(done, looks, loss=loss, rate=run.lr * share, trained=count / length, **norms)
             if last or stopping or done % run.save_every == 0:
                 saved.write(done, last, looks)
     if rank == 0:

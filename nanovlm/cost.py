@@ -43,6 +43,12 @@ def flops(model, rates, rows, length, tiles, trained, recompute=False):
     return {"vision": eye, "projector": between, "decoder": brain, "head": products(decoder.head, trained, into=True, own=speaks)}
 
 
+def of_batches(model, rates, batches):
+    """Operations of a training step over micro-batches as packing.Loader gives them; what is computed a second time is no use, and not counted."""
+    return sum(sum(flops(model, rates, *batch["ids_BT"].shape, len(batch["tiles_NCYX"]), int((batch["targets_BT"] != UNTRAINED).sum())).values())
+               for batch, _ in batches)
+
+
 def assumed_row(length, policy):
     """(batch of one, its tiles, its trained tokens) for a row of which nothing is known but its length: half of it is pictures, a quarter is
     trained, which is about what LLaVA's mix comes to."""

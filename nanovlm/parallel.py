@@ -139,10 +139,13 @@ def no_sync(wrapped, last):
     return wrapped.no_sync() if isinstance(wrapped, DistributedDataParallel) and not last else contextlib.nullcontext()
 
 
-def clip(parameters, most):
-    """Cut the gradient down to the norm `most`; returns the norm that it had, over all ranks and parts."""
-    norm = torch.nn.utils.clip_grad_norm_(parameters, most)
-    return whole(norm).item()
+def clip(model, parts, most):
+    """Cut the gradient of the parts that train down to the norm `most`; returns {"norm": its own before that, "norm of vision": …, each part's},
+    over all ranks and what each of them holds."""
+    found = {part: [p.grad for p in getattr(model, part).parameters() if p.grad is not None] for part in parts}
+    each = {f"norm of {part}": whole(torch.nn.utils.get_total_norm(gradients)).item() for part, gradients in found.items()}
+    norm = torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], most)
+    return {"norm": whole(norm).item(), **each}
 
 
 def is_sharded(model):

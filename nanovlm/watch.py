@@ -13,8 +13,9 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode  # what torch.compile plans with
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from . import IMAGE, UNTRAINED, Mistake, parallel
+from . import IMAGE, UNTRAINED, parallel
 from .data import LENGTH
+from .disk import read_log
 from .loss import CHUNK, linear_cross_entropy
 from .packing import collate, join, pack
 
@@ -171,29 +172,24 @@ class Log:
 
     def __init__(self, out, start, steps, rank):
         self.path, self.start, self.steps, self.rank = Path(out) / "log.jsonl", start, steps, rank
-        self.waited, self.tokens, self.began = 0.0, 0, time.time()
+        self.waited, self.tokens, self.operations, self.began = 0.0, 0, 0, time.time()
         self.told = self.began
         if rank == 0:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             tmp = self.path.with_suffix(".tmp")
-            tmp.write_text("".join(json.dumps(line) + "\n" for line in self.read() if line["step"] <= start))
+            before = read_log(self.path) if self.path.exists() else []
+            tmp.write_text("".join(json.dumps(line) + "\n" for line in before if line["step"] <= start))
             os.replace(tmp, self.path)
-
-    def read(self):
-        """The lines of an earlier part of the run; the last may have been torn by what killed it."""
-        lines = self.path.read_text().splitlines() if self.path.exists() else []
-        for number, line in enumerate(lines, 1):
-            try:
-                yield json.loads(line)
-            except json.JSONDecodeError:
-                if number < len(lines):
-                    raise Mistake(f"{self.path}, line {number}: not JSON") from None
 
     def wait(self, future):
         asked = time.time()
         result = future.result()
         self.waited += time.time() - asked
         return result
+
+    def did(self, tokens, operations):
+        """A step's tokens over all ranks, and this rank's operations."""
+        self.tokens, self.operations = self.tokens + tokens, self.operations + operations
 
     def spent(self):
         return datetime.timedelta(seconds=round(time.time() - self.began))
@@ -203,16 +199,17 @@ class Log:
         """One line of numbers; looks: what `validate` returned at this step, {} if it did not look."""
         now = time.time()
         took, left = now - self.told, (now - self.began) / (step - self.start) * (self.steps - step)
-        numbers = {"step": step, **numbers, **looks, "tokens_per_s": self.tokens / took, "waited": self.waited / took, "left": left}
-        self.told, self.waited, self.tokens = now, 0.0, 0
+        speed = {"tokens_per_s": self.tokens / took, "tflops": self.operations / took / 1e12}  # the second of a card, to be held beside its peak
+        numbers = {"step": step, **numbers, **looks, **speed, "waited": self.waited / took, "left": left}
+        self.told, self.waited, self.tokens, self.operations = now, 0.0, 0, 0
         if self.rank:
             return
         with open(self.path, "a") as file:
             file.write(json.dumps(numbers) + "\n")
         seen = "".join(f" | {name} {value:.4f}" for name, value in looks.items())
         print(f"step {step:5d}/{self.steps} | loss {numbers['loss']:.4f}{seen} | rate {numbers['rate']:.1e} | norm {numbers['norm']:.2f} | "
-              f"{numbers['tokens_per_s']:,.0f} tokens/s, {numbers['trained']:.0%} trained, {numbers['waited']:.0%} waiting | "
-              f"{datetime.timedelta(seconds=round(left))} left", flush=True)
+              f"{numbers['tokens_per_s']:,.0f} tokens/s, {numbers['tflops']:,.2f} TFLOP/s, {numbers['trained']:.0%} trained, "
+              f"{numbers['waited']:.0%} waiting | {datetime.timedelta(seconds=round(left))} left", flush=True)
 
 
 class Stopper:

@@ -27,7 +27,8 @@ def test_operations_are_those_that_torch_counts(rates, vision):
     assert length == 13 + TOKENS
     trained = int((batch["targets_BT"] != UNTRAINED).sum())
     told = cost.flops(model, rates, rows, length, len(batch["tiles_NCYX"]), trained)
-    assert sum(told.values()) == counter.get_total_flops()
+    assert sum(told.values()) == counter.get_total_flops() == cost.of_batches(model, rates, [(batch, [])])
+    assert cost.of_batches(model, rates, [(batch, [])] * 3) == 3 * sum(told.values())
 
 
 def test_a_row_is_assumed_half_of_pictures():

@@ -47,7 +47,7 @@ def learn(home, rank=0, world=1, how="none", freeze=(), name="data", model="mode
         _, loss, *_ = door.gradients(wrapped, next(loader), CPU, mixed, SimpleNamespace(asked=0))
         grads = {parameter: p.grad for parameter, p in vlm.named_parameters() if p.grad is not None}
         did["gradients"] |= {f"{step} {parameter}": parallel.whole(grad).clone() for parameter, grad in grads.items()}
-        did["norm"].append(parallel.clip([p for p in vlm.parameters() if p.requires_grad], 1.0))
+        did["norm"] += parallel.clip(vlm, rates, 1.0).values()
         did["loss"].append(loss)
         door.set_rates(optimizer, step, SimpleNamespace(steps=9, warmup=0, floor=0, lr=1))
         optimizer.step()

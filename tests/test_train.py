@@ -88,7 +88,7 @@ def launch(command, chosen, timeout=100):
 def log_of(out):
     """The lines of log.jsonl without what depends on the clock."""
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    return [{name: line[name] for name in ("step", "loss", "rate", "norm", "trained", "validation", "blank") if name in line} for line in lines]
+    return [{name: value for name, value in line.items() if name not in ("tokens_per_s", "tflops", "waited", "left")} for line in lines]
 
 
 def state_of(out):
@@ -167,6 +167,8 @@ def test_a_run_is_the_textbook_loop(home):
         loss.backward()
         norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
         assert (line["loss"], line["norm"], line["rate"]) == pytest.approx((loss.item(), norm.item(), 1e-2 * share), rel=1e-4)
+        parts = [line[f"norm of {part}"] for part in ("projector", "decoder")]
+        assert math.hypot(*parts) == pytest.approx(line["norm"], rel=1e-5) and "norm of vision" not in line
         for p in (p for p in model.parameters() if p.grad is not None):
             p.grad *= min(1, 0.5 / norm)
         optimizer.step()
