@@ -19,7 +19,7 @@ from PIL import Image
 import nanovlm
 import prepare
 import sample
-from nanovlm import IMAGE, data, huggingface, images, packing, tokenizer, watch, weights
+from nanovlm import IMAGE, cost, data, huggingface, images, packing, tokenizer, watch, weights
 
 ALPHABET = "".join(re.findall(r"(?<= )[A-Z](?= )", "".join(line for line in nanovlm.__doc__.splitlines() if line.startswith("    "))))
 CARRIES = re.compile(rf"[a-z]\w*_([{ALPHABET}{ALPHABET.lower()}1]+)$")
@@ -139,6 +139,7 @@ def everything(folder):
                                                          for i, ids in enumerate(written)])
     checkpoint.tokenizer.save(folder / "set")
     prepare.show(data=str(folder / "set"), sample="sample 3", out=str(folder / "tiles.png"))
+    cost.assumed_row(51, POLICY)
     samples = data.Samples(folder / "set")
     (batch, _), *_ = next(packing.Loader(samples, row=51, batch=7, micro=7, seed=1))
     model.train()(**batch).backward()
