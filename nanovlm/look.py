@@ -1,4 +1,5 @@
 """Things to be looked at: a prepared sample as the model will get it, a whole set in ten lines, the curves of training runs."""
+import datetime
 import itertools
 from pathlib import Path
 
@@ -64,7 +65,7 @@ def report(samples, weights, row, rate):
     rows = sum(1 for _ in pack(lengths, row))
     lines.append(f"an epoch: {len(drawn):,} samples, {lengths.sum():,} tokens in {rows:,} rows of {row:,}, {lengths.sum() / rows / row:.1%} full")
     if rate:
-        lines.append(f"at {rate:,.0f} tokens a second: {lengths.sum() / rate / 3600:,.1f} hours")
+        lines.append(f"at {rate:,.0f} tokens a second: {datetime.timedelta(seconds=round(lengths.sum() / rate))}")
     return "\n".join(lines)
 
 
