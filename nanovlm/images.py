@@ -255,14 +255,9 @@ def enlarge(pixels_YXC, edges, resample):
     return padded
 
 
-def open_picture(source, name=None, policy=None):
-    """A picture, a path or its bytes, as RGB (opening.py); name: of bytes, for messages; policy: whose draft may make it smaller."""
-    return opening.read(source, name, needed(policy))[0]
-
-
 def needed(policy):
     """What opening.read may spare: the size to which a picture is resized, as a function of its own; None for all of it."""
-    return functools.partial(target, policy=policy) if policy and policy.get("draft") and policy["fit"] != "anyres" else None
+    return functools.partial(target, policy=policy) if policy.get("draft") and policy["fit"] != "anyres" else None
 
 
 def plan(size, policy, limit=None):
@@ -276,11 +271,6 @@ def load(source, policy, limit=None, name=None):
     """A picture, a path or its bytes, as a Picture, by the model's own policy; limit: at most so many tiles, where fit is tiles."""
     picture, size = opening.read(source, name, needed(policy))
     return plan(size, policy, limit)._replace(tiles=cut(picture, policy, limit, size))
-
-
-def load_tiles(source, policy):
-    """A picture's tiles_NCYX (uint8) alone."""
-    return load(source, policy).tiles
 
 
 def picture_of(tile_CYX):

@@ -71,7 +71,7 @@ def test_what_is_in_a_set_is_what_the_source_says(home, tmp_path):
         said, trained = (WORDS.decode([x for x in array.tolist() if x >= 0]) for array in (ids_T, targets_T))
         assert trained == "Yes.</s>" and f"{i}?" in said
         for picture in pictures:
-            assert np.array_equal(picture.tiles, images.load_tiles(home / f"{i % 4}.png", POLICY))
+            assert np.array_equal(picture.tiles, images.load(home / f"{i % 4}.png", POLICY).tiles)
 
 
 @pytest.mark.parametrize("after", [1, 3])

@@ -28,7 +28,7 @@ def noise(width, height, channels=3, seed=0, dtype=np.uint8):
 
 
 def pixels(path):
-    picture = images.open_picture(path)
+    picture = opening.read(path)[0]
     assert picture.mode == "RGB"
     return np.asarray(picture)
 
@@ -110,7 +110,7 @@ def test_grey_outside_16_bits_and_floats_are_refused(tmp_path):
     long, negative, real = np.array([[0, 65536]], np.int32), np.array([[-1, 5]], np.int32), np.ones((1, 2), np.float32)
     for values, said in [(long, "0 to 65536"), (negative, "-1 to 5"), (real, "float")]:
         with pytest.raises(Mistake, match=said):
-            images.open_picture(saved(tmp_path / "a.tiff", Image.fromarray(values)))
+            opening.read(saved(tmp_path / "a.tiff", Image.fromarray(values)))
 
 
 def test_modes_without_transparency_keep_their_look(tmp_path):
@@ -189,7 +189,7 @@ def test_what_is_no_picture_is_named(tmp_path, name, content, said):
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(Mistake, match=said) as caught:
-        images.open_picture(path)
+        opening.read(path)
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
     assert caught.value.reason == {"missing.png": "picture missing", "nul\0.png": "picture cut short"}.get(name, "no picture")
 
@@ -199,7 +199,7 @@ def test_what_the_system_says_is_not_blamed_on_the_file(tmp_path):
     saved(tmp_path / "a.png", Image.new("RGB", (4, 4)))
     for name, said in [("loop.png", "symbolic links"), ("x" * 300, "too long"), ("a.png/b.png", "Not a directory")]:
         with pytest.raises(Mistake, match=said) as caught:
-            images.open_picture(tmp_path / name)
+            opening.read(tmp_path / name)
         assert "broken" not in str(caught.value)
 
 
@@ -207,12 +207,12 @@ def test_more_transparencies_than_a_palette_can_have_are_named(tmp_path):
     """Pillow finds this only when it converts, after all was decoded."""
     path = png(tmp_path / "a.png", 2, 1, 8, 3, [b"\0\1"], (b"PLTE", bytes(6)), (b"tRNS", bytes(300)))
     with pytest.raises(Mistake, match="broken or cut short: palette"):
-        images.open_picture(path)
+        opening.read(path)
 
 
 def test_a_folder_is_named(tmp_path):
     with pytest.raises(Mistake, match="is a folder"):
-        images.open_picture(str(tmp_path))
+        opening.read(str(tmp_path))
 
 
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may read everything")
@@ -220,14 +220,14 @@ def test_a_locked_file_is_named(tmp_path):
     path = saved(tmp_path / "a.png", Image.new("RGB", (4, 4)))
     path.chmod(0)
     with pytest.raises(Mistake, match="Permission denied"):
-        images.open_picture(path)
+        opening.read(path)
 
 
 @pytest.mark.parametrize("width, height", [(10_001, 10_000), (20_000, 20_000), (60_000, 60_000)])  # Pillow warns of the first, refuses the others
 def test_too_many_pixels_are_refused_by_the_header(tmp_path, width, height):
     path = png(tmp_path / "bomb.png", width, height, 8, 2, None)  # nothing behind the header that could be decoded
     with pytest.raises(Mistake) as caught:
-        images.open_picture(path)
+        opening.read(path)
     assert str(caught.value) == f"{path} has {width * height:,} pixels, more than the 100,000,000 that are allowed"
 
 
@@ -235,14 +235,14 @@ def test_extreme_shapes_are_refused(tmp_path):
     assert pixels(saved(tmp_path / "a.png", Image.new("RGB", (400, 2)))).shape == (2, 400, 3)
     for size in [(401, 2), (2, 401)]:
         with pytest.raises(Mistake, match=f"{size[0]} x {size[1]}.*200 times"):
-            images.open_picture(saved(tmp_path / "a.png", Image.new("RGB", size)))
+            opening.read(saved(tmp_path / "a.png", Image.new("RGB", size)))
 
 
 def test_a_side_that_no_square_should_have_is_refused(tmp_path):
     """20,001 x 101 is few pixels, its square 400 million."""
     for size in [(20_001, 101), (101, 20_001)]:
         with pytest.raises(Mistake, match=f"{size[0]} x {size[1]} pixels, more than the 20,000 that a side may have"):
-            images.open_picture(png(tmp_path / "a.png", *size, 8, 2, None))
+            opening.read(png(tmp_path / "a.png", *size, 8, 2, None))
 
 
 def test_nothing_global_changes_and_no_warning_leaks(tmp_path, monkeypatch):
@@ -296,7 +296,7 @@ def test_corrupted_bytes_give_a_picture_or_a_mistake(tmp_path_factory, name, cha
     path = tmp_path_factory.getbasetemp() / "corrupted"
     path.write_bytes(bytes(content) + tail)
     try:
-        assert images.open_picture(path).mode == "RGB"
+        assert opening.read(path)[0].mode == "RGB"
     except Mistake as mistake:
         assert str(path) in str(mistake)
 
@@ -344,20 +344,20 @@ def test_jpegs_of_every_mode_are_what_pillow_makes_of_them_upright(name):
         upright = stored.convert("RGB").transpose(Image.Transpose[turns[turn]]) if turn > 1 else stored.convert("RGB")
     found = images.load(content, POLICY)
     assert found.size == upright.size == ((70, 96) if turn >= 5 else (96, 70))
-    assert np.array_equal(np.asarray(images.open_picture(content)), np.asarray(upright))
+    assert np.array_equal(np.asarray(opening.read(content)[0]), np.asarray(upright))
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_bytes_are_read_as_their_file_is(tmp_path, name):
     path = tmp_path / "a"
     path.write_bytes(FILES[name])
-    assert np.array_equal(np.asarray(images.open_picture(FILES[name])), pixels(path))
-    assert np.array_equal(images.load(FILES[name], POLICY).tiles, images.load_tiles(path, POLICY))
+    assert np.array_equal(np.asarray(opening.read(FILES[name])[0]), pixels(path))
+    assert np.array_equal(images.load(FILES[name], POLICY).tiles, images.load(path, POLICY).tiles)
 
 
 def test_a_transparent_16_bit_png_is_read_from_bytes_too(tmp_path):
     path = png(tmp_path / "a.png", 3, 1, 16, 2, [struct.pack(">9H", *range(9))], (b"tRNS", struct.pack(">3H", 3, 4, 5)))
-    assert pixels(path).tolist() == np.asarray(images.open_picture(path.read_bytes())).tolist() == [[[0] * 3, [255] * 3, [0] * 3]]
+    assert pixels(path).tolist() == np.asarray(opening.read(path.read_bytes())[0]).tolist() == [[[0] * 3, [255] * 3, [0] * 3]]
 
 
 @pytest.mark.parametrize("content, said, reason", [
@@ -375,7 +375,7 @@ def test_a_mistake_about_bytes_names_whose_they_are(content, said, reason):
 def test_every_refusal_has_a_reason_to_be_counted_by(tmp_path):
     def reason(path):
         with pytest.raises(Mistake) as caught:
-            images.open_picture(path)
+            opening.read(path)
         return caught.value.reason
 
     assert reason(tmp_path / "none.png") == "picture missing" and reason(tmp_path) == "no picture"
@@ -399,7 +399,7 @@ def test_a_draft_is_twice_what_it_is_resized_to_and_looks_the_same(fit, to, orie
     assert whole.size == drafted.size == wide and np.array_equal(whole.places, drafted.places)
     assert near(drafted.tiles, whole.tiles, levels=20 if fit == "pad" else 4) and not np.array_equal(drafted.tiles, whole.tiles)
     assert images.target(wide, policy) == to
-    across, down = images.open_picture(content, policy=policy | {"draft": True}).size
+    across, down = opening.read(content, needed=images.needed(policy | {"draft": True}))[0].size
     assert across < wide[0] and across >= 2 * to[0] and down >= 2 * to[1]
 
 
@@ -540,7 +540,7 @@ def test_squash_is_a_plain_resize(size, resample):
 @pytest.mark.parametrize("fit", [*images.FITS, "tiles"])
 def test_tiles_are_one_uint8_array_that_shows_the_file(tmp_path, fit):
     path, policy = saved(tmp_path / "a.png", Image.fromarray(noise(24, 24))), POLICY | TILES | {"fit": fit}
-    tiles_NCYX = images.load_tiles(path, policy)
+    tiles_NCYX = images.load(path, policy).tiles
     assert tiles_NCYX.shape == (1, 3, 24, 24) and tiles_NCYX.dtype == np.uint8
     assert tiles_NCYX.flags.c_contiguous and tiles_NCYX.flags.writeable  # torch.from_numpy takes it without a copy or a warning
     assert np.array_equal(np.asarray(images.picture_of(tiles_NCYX[0])), noise(24, 24))

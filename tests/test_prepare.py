@@ -81,7 +81,7 @@ def test_what_is_prepared_is_what_the_source_says(world, door, tmp_path, capsys)
     model, read = weights.load(world / "model"), data.Samples(tmp_path / "set")
     read.check_fingerprint(model.fingerprint())
     assert read.names == ["egg", "7", "pair", "egg"]
-    pixels = {name: images.load_tiles(world / "pictures" / name, model.policy) for name in ("egg.png", "deep/milk.jpg")}
+    pixels = {name: images.load(world / "pictures" / name, model.policy).tiles for name in ("egg.png", "deep/milk.jpg")}
     for i, names in enumerate([["egg.png"], [], ["egg.png", "deep/milk.jpg"], ["egg.png"]]):
         ids_T, _, pictures = read.read(i)
         assert (ids_T == IMAGE).sum() == TOKENS * len(names)

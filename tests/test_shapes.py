@@ -19,7 +19,7 @@ from PIL import Image
 import nanovlm
 import prepare
 import sample
-from nanovlm import IMAGE, cost, data, huggingface, images, packing, tokenizer, watch, weights
+from nanovlm import IMAGE, cost, data, huggingface, images, opening, packing, tokenizer, watch, weights
 
 ALPHABET = "".join(re.findall(r"(?<= )[A-Z](?= )", "".join(line for line in nanovlm.__doc__.splitlines() if line.startswith("    "))))
 CARRIES = re.compile(rf"[a-z]\w*_([{ALPHABET}{ALPHABET.lower()}1]+)$")
@@ -124,7 +124,7 @@ def everything(folder):
     Image.fromarray(g.integers(65536, size=(29, 23), dtype=np.uint16)).save(folder / "grey.png")
     Image.fromarray(g.integers(256, size=(23, 29, 3), dtype=np.uint8)).save(folder / "colour.png")
     for fit in images.FITS:
-        images.load_tiles(folder / "colour.png", POLICY | {"fit": fit})
+        images.load(folder / "colour.png", POLICY | {"fit": fit})
     anyres = POLICY | {"fit": "anyres", "pinpoints": [[18, 36], [36, 18]]}
     images.load(folder / "colour.png", anyres)
     images.load(folder / "colour.png", POLICY | {"fit": "tiles", "tiles": 4, "choice": "aspect", "thumbnail": True, "tags": True})
@@ -132,7 +132,7 @@ def everything(folder):
     colour, grey = (images.load(folder / name, POLICY) for name in ("colour.png", "grey.png"))
     images.picture_of(grey.tiles[0])
     (folder / "deep.png").write_bytes(base64.b64decode(DEEP))
-    images.open_picture(folder / "deep.png")
+    opening.read(folder / "deep.png")
 
     written = [[IMAGE] * (i % 3 == 0) + list(range(65, 70 + i % 11)) for i in range(300)]
     write_set(folder / "set", checkpoint.fingerprint(), [(f"sample {i}", ids, [0] * (len(ids) - 3) + [1, 1, 0], [colour] if i % 3 == 0 else [])
