@@ -136,7 +136,7 @@ def data(*,
     source: list[str] = [],      # JSON, JSON lines, tar or parquet (nanovlm/sources.py says what may be in them); may be repeated
     images: str = "",            # the folder or zip that its pictures are named from; empty: the folder of the source
     out: str = "",               # where the prepared set goes
-    row: int = 2048,             # the most tokens of a sample: tiles step down 12, 8, 6, 4, 2, 1 to fit; no --row of training may be shorter
+    row: int = 2048,             # the most tokens of a sample: tiles step down 12, 8, 6, 4, 2, 1 to fit; training needs a --row for the longest
     workers: int = 0,            # processes that cut; 0: one a core
     max_skipped: float = 0.01,   # the share of samples that may be skipped, 0.01 or 1%, before it is a mistake
 ):

@@ -163,7 +163,7 @@ def sample(*,
     top_k: int = 0,               # draw among this many likeliest tokens; 0: among all
     max_tokens: int = 256,        # the longest answer
     seed: int = 0,                # of the draws
-    device: str = "auto",         # auto, cpu, cuda or mps
+    device: str = "auto",         # auto, cpu, cuda, cuda:1 (or another card's number) or mps
     dtype: str = "auto",          # of the model's numbers: float32, bfloat16 or float16; auto: what its files have, so that 7B take 14 GB, not 28
 ):
     """Answer a question about pictures, or about nothing but words."""

@@ -45,6 +45,7 @@ RECIPES = {
 PARTS = ("vision", "projector", "decoder")
 FREE = ("data", "out", "resume", "micro", "save_every", "keep", "validate_every", "log_every", "device", "parallel", "shard",
         "recompute", "recipe", "dry_run", "mfu", "peak")  # may change when a run is resumed
+IDLE_DRY = ("data", "out", "resume", "seed", "save_every", "keep", "validate_every", "log_every", "device", "parallel", "shard")
 
 
 def schedule(step, *, steps, warmup, floor):
@@ -92,6 +93,8 @@ def resolve(typed, world):
     check(run, world, idle=[f"{part}_lr" for part in frozen])
     if given := [name for name in ("mfu", "peak") if typed[name] is not None and not run.dry_run]:
         raise Mistake(f"--{given[0]}={typed[given[0]]} is for --dry_run=true")
+    if run.dry_run and (idle := [name for name in changed(typed) if name in IDLE_DRY]):
+        raise Mistake(f"--{idle[0]}={typed[idle[0]]} changes nothing in a dry run")
     own = {part: getattr(run, f"{part}_lr") for part in trained}
     run.rates = {part: run.lr if rate is None else rate for part, rate in own.items()}
     run.micro = min(run.micro, -(-run.batch // world))
@@ -197,14 +200,15 @@ def foretell(run):
     products = torch.float32 if run.dtype == "float32" else torch.bfloat16
     print(f"{run.stage}: {run.steps:,} steps of {run.batch} rows of {run.row:,} tokens, {trained} of them trained, and {tiles} tiles (assumed)")
     watch.print_plan(model, run.rates, watch.memory(model, row, run.micro, torch.device("cpu"), products, recompute=run.recompute))
-    flops = cost.flops(model, run.rates, run.batch, run.row, run.batch * tiles, run.batch * trained, run.recompute != "none")
+    flops = cost.flops(model, run.rates, run.batch, run.row, run.batch * tiles, run.batch * trained, run.recompute)
     speed = (run.peak or 989) * 1e12 * (run.mfu or 0.4)  # 989: of an H100 in bfloat16, by NVIDIA's data sheet
     print(f"operations of a step: {sum(flops.values()):.2e} ({', '.join(f'{part} {count:.1e}' for part, count in flops.items())})")
     for cards in (1, 8, 64):
         micro = min(run.micro, -(-run.batch // cards))
         sizes = {how: sum(watch.memory(model, row, micro, torch.device("cpu"), products, how=how, shards=cards if how == "fsdp" else 1,
                                        recompute=run.recompute, accumulates=micro * cards < run.batch).values()) for how in ("ddp", "fsdp")[: cards]}
-        print(f"{cards:3} cards: {', '.join(f'{size / 2**30:,.0f} GiB a card by {how}' for how, size in sizes.items())}, {micro} rows at once; "
+        needed = ", ".join(f"{size / 2**30:,.0f} GiB a card by {how}" for how, size in sizes.items())
+        print(f"{cards:3} card{'s' * (cards > 1)}: {needed}, {micro} rows at once; "
               f"{sum(flops.values()) * run.steps / speed / cards / 86400:,.1f} days at {speed / 1e12:,.0f} TFLOP/s a card")
 
 
@@ -235,7 +239,7 @@ def train(*,
     keep: int = 1,                    # how many of them stay; with 2 or more, the one that validates best stays as well
     validate_every: int = 100,        # steps between looks at the held-out samples
     log_every: int = 20,              # steps between progress lines
-    device: str = "auto",             # auto, cpu, cuda or mps
+    device: str = "auto",             # auto, cpu, cuda, cuda:1 (or another card's number) or mps
     dtype: str = "auto",              # auto, float32 or bfloat16: of the products; auto is bfloat16 on CUDA. Parameters stay float32
     parallel: str = "auto",           # of several processes: ddp, each holds the model; fsdp, each holds a part; auto, ddp where that fits
     shard: int = 0,                   # under fsdp, over how many ranks a copy of the model lies (HSDP, within a node); 0: over all

@@ -21,10 +21,10 @@ def attended(layers, heads, head_size, rows, length, backward):
     return layers * rows * 4 * heads * head_size * length**2 * (3 if backward else 1)
 
 
-def flops(model, rates, rows, length, tiles, trained, recompute=False):
+def flops(model, rates, rows, length, tiles, trained, recompute="none"):
     """{part: operations} of a training step over `rows` rows of `length` tokens with `tiles` tiles in all, of which `trained` tokens are trained.
 
-    rates: {part that trains: its rate}; recompute: whether the decoder's blocks run once more in the backward pass.
+    rates: {part that trains: its rate}; recompute: which blocks run once more in the backward pass: none, decoder or all.
     """
     sees, speaks = "vision" in rates, "decoder" in rates
     vision, decoder = model.vision, model.decoder
@@ -37,7 +37,10 @@ def flops(model, rates, rows, length, tiles, trained, recompute=False):
     between = products(model.projector.up, read, into=sees, own=joins) + products(model.projector.down, read, into=sees or joins, own=joins)
     brain = products(decoder.layers, rows * length, into=True, own=speaks)
     brain += attended(len(decoder.layers), block.heads, block.head_size, rows, length, True)
-    if recompute:
+    if recompute == "all" and sees:
+        eye += products(vision.layers, tiles * seen, into=False, own=False)
+        eye += attended(len(vision.layers), look.heads, vision.positions.shape[1] // look.heads, tiles, seen, False)
+    if recompute != "none":
         brain += products(decoder.layers, rows * length, into=False, own=False)
         brain += attended(len(decoder.layers), block.heads, block.head_size, rows, length, False)
     return {"vision": eye, "projector": between, "decoder": brain, "head": products(decoder.head, trained, into=True, own=speaks)}

@@ -259,7 +259,7 @@ def ended(running):
 
 
 class Progress:
-    """A line every five seconds: how many records, how fast, how much, and how long it will take."""
+    """A line, every five seconds at most: how many records, how fast, how much, and how long it will take."""
 
     def __init__(self):
         self.began = self.told = time.time()

@@ -1,4 +1,4 @@
-"""Things to be looked at: a prepared sample as the model will get it, a whole set in ten lines, the curves of training runs."""
+"""Things to be looked at: a prepared sample as the model will get it, a whole set in a few lines, the curves of training runs."""
 import datetime
 import itertools
 from pathlib import Path

@@ -1,6 +1,6 @@
 """Several processes as one: launch, wrapping, and the collectives the training loop needs. The model does not know that this file exists.
 
-One process is the case of one rank: every function here then does nothing, so that train.py has no second path for it.
+One process is the case of one rank: there is nobody to wait for, add up with or share a model with, so train.py needs no second path.
 """
 import atexit
 import contextlib

@@ -54,6 +54,6 @@ def test_seven_billion_parameters_are_planned_for_without_any(tmp_path):
     first, *_, one, eight, sixty_four, kilobytes = done.stdout.splitlines()
     assert first == "sft: 20,000 steps of 128 rows of 2,048 tokens, 512 of them trained, and 1 tiles (assumed)"
     assert "7,248,023,552" in done.stdout and "operations of a step: 1.5" in done.stdout and "e+16" in done.stdout
-    assert one.startswith("  1 cards: 11") and one.endswith("7.3 days at 500 TFLOP/s a card") and "by fsdp" not in one
+    assert one.startswith("  1 card: 11") and one.endswith("7.3 days at 500 TFLOP/s a card") and "by fsdp" not in one
     assert "by ddp" in eight and "by fsdp" in eight and sixty_four.endswith("0.1 days at 500 TFLOP/s a card")
     assert int(kilobytes) < 2_000_000 and time.time() - began < 60  # on a busy machine; it takes a fifth of that alone
