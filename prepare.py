@@ -43,12 +43,18 @@ def fridge(*,
 
 
 def read_texts(paths):
-    """What anybody says in any conversation of some sources; what cannot be read of them is left out here, and told by `data`."""
+    """What anybody says in any conversation of some sources. What cannot be read of them is left out and counted; `data` tells of each."""
+    read, wrong = 0, []
     for raw in sources.read(paths):
         try:
             yield from (text for _, text in sources.conversation(raw)[2])
-        except Mistake:
-            continue
+            read += 1
+        except Mistake as mistake:
+            wrong.append(str(mistake))
+    if not read:
+        raise Mistake(f"there is nothing to learn a tokenizer from: {wrong[0]}")
+    if wrong:
+        say(f"learnt without {len(wrong):,} of {read + len(wrong):,} records, which cannot be read: {wrong[0]}")
 
 
 def refuse_to_overwrite(out):

@@ -52,7 +52,7 @@ def check_length(checkpoint, ids, max_tokens):
     if len(ids) + max_tokens > LONGEST:
         raise Mistake(f"{len(ids):,} tokens of prompt and --max_tokens={max_tokens} make more than {LONGEST:,}")
     path = Path(checkpoint.card["folder"]) / "training.json"
-    row = weights.read_json(path)["row"] if path.is_file() else len(ids)
+    row = disk.read_json(path)["row"] if path.is_file() else len(ids)
     if len(ids) > row:
         say(f"the prompt takes {len(ids):,} tokens, the model was trained on rows of {row:,}: do not expect much")
 

@@ -21,7 +21,7 @@ import torch
 
 import prepare
 import sample
-from nanovlm import UNTRAINED, Mistake, cli, cost, evaluate, saves, watch, weights
+from nanovlm import UNTRAINED, Mistake, cli, cost, disk, evaluate, saves, watch, weights
 from nanovlm import parallel as ranks
 from nanovlm.data import LENGTH, Samples
 from nanovlm.packing import Loader, read_blend
@@ -45,7 +45,8 @@ RECIPES = {
 PARTS = ("vision", "projector", "decoder")
 FREE = ("data", "out", "resume", "micro", "save_every", "keep", "validate_every", "log_every", "device", "parallel", "shard",
         "recompute", "recipe", "dry_run", "mfu", "peak")  # may change when a run is resumed
-IDLE_DRY = ("data", "out", "resume", "seed", "save_every", "keep", "validate_every", "log_every", "device", "parallel", "shard")
+DRY = ("stage", "recipe", "model", "steps", "batch", "micro", "row", "freeze", "lr", "vision_lr", "projector_lr", "decoder_lr", "dtype", "recompute",
+       "dry_run", "mfu", "peak")  # what a dry run heeds; any other setting would change nothing in what it prints
 
 
 def schedule(step, *, steps, warmup, floor):
@@ -93,7 +94,7 @@ def resolve(typed, world):
     check(run, world, idle=[f"{part}_lr" for part in frozen])
     if given := [name for name in ("mfu", "peak") if typed[name] is not None and not run.dry_run]:
         raise Mistake(f"--{given[0]}={typed[given[0]]} is for --dry_run=true")
-    if run.dry_run and (idle := [name for name in changed(typed) if name in IDLE_DRY]):
+    if run.dry_run and (idle := [name for name in changed(typed) if name not in DRY]):
         raise Mistake(f"--{idle[0]}={typed[idle[0]]} changes nothing in a dry run")
     own = {part: getattr(run, f"{part}_lr") for part in trained}
     run.rates = {part: run.lr if rate is None else rate for part, rate in own.items()}
@@ -139,10 +140,14 @@ def to_train(folder, run):
     rank needs which."""
     checkpoint = weights.load(folder, dtype=None, late=True)
     checkpoint.card[run.stage] = f"{run.steps} steps from {run.model} on {run.data}"
-    checkpoint.model.train()
-    for part in PARTS:
-        getattr(checkpoint.model, part).requires_grad_(part in run.rates)
+    hold_still(checkpoint.model.train(), run.rates)
     return checkpoint
+
+
+def hold_still(model, rates):
+    """Only the parts that have a rate get gradients."""
+    for part in PARTS:
+        getattr(model, part).requires_grad_(part in rates)
 
 
 def make_room(run):
@@ -166,7 +171,7 @@ def identity(run, samples):
 
 def step_of(found, must_agree):
     """The step of a run's checkpoint; a setting that would change the run is refused."""
-    was = weights.read_json(found / "training.json")
+    was = disk.read_json(found / "training.json")
     wrong = [f"--{name} was {was.get(name)}, now {value}" for name, value in must_agree.items() if was.get(name) != value]
     if wrong:
         raise Mistake(f"{found} cannot go on as another run: {'; '.join(wrong)}")
@@ -190,26 +195,12 @@ def lay_out(run, model, row, device, rank, world):
 
 
 def foretell(run):
-    """Print what a run would take on 1, 8 and 64 cards, by its model's shapes: no weight is read, and no data."""
+    """Print what a run would take, by its model's shapes: no weight is read, and no data."""
     told = weights.describe(run.model)
     with torch.device("meta"):
         model = weights.build(told.shapes, told.policy).train()
-    for part in PARTS:
-        getattr(model, part).requires_grad_(part in run.rates)
-    row, tiles, trained = cost.assumed_row(run.row, told.policy)
-    products = torch.float32 if run.dtype == "float32" else torch.bfloat16
-    print(f"{run.stage}: {run.steps:,} steps of {run.batch} rows of {run.row:,} tokens, {trained} of them trained, and {tiles} tiles (assumed)")
-    watch.print_plan(model, run.rates, watch.memory(model, row, run.micro, torch.device("cpu"), products, recompute=run.recompute))
-    flops = cost.flops(model, run.rates, run.batch, run.row, run.batch * tiles, run.batch * trained, run.recompute)
-    speed = (run.peak or 989) * 1e12 * (run.mfu or 0.4)  # 989: of an H100 in bfloat16, by NVIDIA's data sheet
-    print(f"operations of a step: {sum(flops.values()):.2e} ({', '.join(f'{part} {count:.1e}' for part, count in flops.items())})")
-    for cards in (1, 8, 64):
-        micro = min(run.micro, -(-run.batch // cards))
-        sizes = {how: sum(watch.memory(model, row, micro, torch.device("cpu"), products, how=how, shards=cards if how == "fsdp" else 1,
-                                       recompute=run.recompute, accumulates=micro * cards < run.batch).values()) for how in ("ddp", "fsdp")[: cards]}
-        needed = ", ".join(f"{size / 2**30:,.0f} GiB a card by {how}" for how, size in sizes.items())
-        print(f"{cards:3} card{'s' * (cards > 1)}: {needed}, {micro} rows at once; "
-              f"{sum(flops.values()) * run.steps / speed / cards / 86400:,.1f} days at {speed / 1e12:,.0f} TFLOP/s a card")
+    hold_still(model, run.rates)
+    watch.foretell(run, model, told.policy, speed=(run.peak or 989) * 1e12 * (run.mfu or 0.4))  # 989: an H100 in bfloat16, by NVIDIA's data sheet
 
 
 def train(*,

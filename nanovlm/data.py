@@ -9,8 +9,8 @@ A set is a folder: header.json, the tokenizer's own files, skipped.jsonl, and fo
     00000/samples    int64    (samples, 6)        COLUMNS below
     00000/names      uint8    (bytes,)            UTF-8, a line a sample: the id in the source, for messages
 
-header.json: version, fingerprint (of tokenizer, template, picture policy), row (the most tokens of a sample), and for each file of each shard
-[rows, crc32 of its bytes]. The tile's shape and how many tokens a picture takes follow from the policy (images.places). Sample 7 by numpy alone:
+header.json: version, fingerprint (of tokenizer, template, picture policy), and for each file of each shard [rows, crc32 of its bytes]. The tile's
+shape and how many tokens a picture takes follow from the policy (images.places). Sample 7 by numpy alone:
 
     shard = "data/NAME/00000"
     first, count, picture, pictures, length, held_out = np.fromfile(f"{shard}/samples", "<i8").reshape(-1, 6)[7]
@@ -37,7 +37,12 @@ VERSION = 2
 COLUMNS = FIRST_ID, IDS, FIRST_PICTURE, PICTURES, LENGTH, HELD_OUT = range(6)  # LENGTH counts tokens with every picture expanded
 KINDS = {"tiles": np.uint8, "pictures": np.int64, "ids": np.int32, "trained": np.uint8, "samples": np.int64, "names": np.uint8}
 SHAPES = {"pictures": (4,), "samples": (len(COLUMNS),)}  # of a row; a tile's is the policy's
-HEADER = ("version", "fingerprint", "row", "shards")
+HEADER = ("version", "fingerprint", "shards")
+
+
+def fingerprint(owner):
+    """What a prepared set must share with the model that reads it; owner: whatever has a tokenizer, a template and a picture policy."""
+    return {"tokenizer": owner.tokenizer.fingerprint, "template": owner.template, "policy": owner.policy}
 
 
 def held_out(name, share=1 / 64):
@@ -125,11 +130,11 @@ def check_sample(name, ids, trained, pictures, policy):
     return [len(places) for _, places, _ in pictures]
 
 
-def write_header(folder, fingerprint, row, shards):
+def write_header(folder, fingerprint, shards):
     """Make a folder of shards a set; shards: the `files` of each one's receipt."""
     path = Path(folder) / "header.json"
     half = path.with_suffix(".tmp")
-    half.write_text(json.dumps({"version": VERSION, "fingerprint": fingerprint, "row": row, "shards": shards}, indent=1))
+    half.write_text(json.dumps({"version": VERSION, "fingerprint": fingerprint, "shards": shards}, indent=1))
     sync(half)
     os.rename(half, path)
 

@@ -43,9 +43,6 @@ class Recipe(NamedTuple):
     row: int       # the most tokens of a sample
     pictures: str  # the folder or zip that records name their pictures from
 
-    def fingerprint(self):
-        return {"tokenizer": self.tokenizer.fingerprint, "template": self.template, "policy": self.policy}
-
 
 def gather(paths, out, recipe, workers, max_skipped):
     """Prepare the set `out` from the sources `paths`. max_skipped: the share of records that may be skipped before it is a Mistake.
@@ -55,10 +52,10 @@ def gather(paths, out, recipe, workers, max_skipped):
     tmp = out.with_name(f"{out.name}.tmp")
     lock = take(tmp)
     try:
-        begin(tmp, plan(paths, recipe))
+        begin(tmp, plan_of(paths, recipe))
         if not (tmp / "header.json").exists():  # a run killed at its very end has left only the tidying
             count = cut_all(raws, tmp, recipe, workers)
-            check_plan(tmp, plan(paths, recipe))  # sources may have changed while they were read
+            check_plan(tmp, plan_of(paths, recipe))  # sources may have changed while they were read
             settle(tmp, count, recipe, max_skipped)
         tidy(tmp)
         os.rename(tmp, out)
@@ -80,10 +77,10 @@ def how_to_go_on(tmp):
     return f"what is done stays in {tmp}, and the same command goes on with the rest"
 
 
-def plan(paths, recipe):
+def plan_of(paths, recipe):
     """What decides the bytes of a set, as far as it can be told without reading its pictures; in JSON's own types."""
     stamps = sources.stamps(paths, recipe.pictures)
-    return json.loads(json.dumps({"version": data.VERSION, "shard": [SHARD, CARRIED], "row": recipe.row, "fingerprint": recipe.fingerprint(),
+    return json.loads(json.dumps({"version": data.VERSION, "shard": [SHARD, CARRIED], "row": recipe.row, "fingerprint": data.fingerprint(recipe),
                                   "images": recipe.pictures, "sources": stamps, "order of sources": list(stamps)}))
 
 
@@ -164,8 +161,8 @@ def prepared(sample, recipe):
         tagged, _, pictures = chat.tag_pictures(ids, trained, planned, recipe.tokenizer, recipe.policy)
         length = int(data.repeats(tagged, [len(picture.places) for picture in pictures]).sum())
         if length <= recipe.row:
-            cut = [plan._replace(tiles=images.cut(picture, recipe.policy, limit, size))
-                   for plan, (picture, size) in zip(planned, opened, strict=True)]
+            cut = [blank._replace(tiles=images.cut(picture, recipe.policy, limit, size))
+                   for blank, (picture, size) in zip(planned, opened, strict=True)]
             return sample.name, *chat.tag_pictures(ids, trained, cut, recipe.tokenizer, recipe.policy)
     raise Mistake(f"{sample.where}: {length:,} tokens, --row={recipe.row}", "longer than a row")
 
@@ -289,7 +286,7 @@ def settle(tmp, count, recipe, max_skipped):
     recipe.tokenizer.save(tmp)
     for path in tmp.iterdir():
         data.sync(path)
-    data.write_header(tmp, recipe.fingerprint(), recipe.row, [receipt["files"] for receipt in receipts])
+    data.write_header(tmp, data.fingerprint(recipe), [receipt["files"] for receipt in receipts])
 
 
 def tidy(tmp):

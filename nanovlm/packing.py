@@ -26,7 +26,7 @@ def read_blend(text):
             folder, weight = part.strip(), None
         folders.append(folder)
         weights.append(weight)
-    if "" in folders or len(set(folders)) < len(folders):
+    if "" in folders or len(set(map(Path, folders))) < len(folders):
         raise Mistake(f"--data={text} names {'nothing between two commas' if '' in folders else 'a set twice'}")
     if set(weights) == {None}:
         return folders, None

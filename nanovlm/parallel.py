@@ -71,9 +71,9 @@ def choose(asked, needed, device):
         return "none", "one process"
     if asked != "auto":
         return asked, "as asked"
-    has = min(gather(memory_of(device)))
-    fits, sizes = max(gather(needed)) <= ROOM * has, f"a rank takes about {needed / 2**30:.2f} GiB whole, and has {has / 2**30:.2f} GiB"
-    return ("ddp", sizes) if fits else ("fsdp", f"{sizes}, of which {ROOM:.0%} may be spoken for")
+    has, most = min(gather(memory_of(device))), max(gather(needed))
+    sizes = f"a rank takes about {most / 2**30:.2f} GiB whole, and has {has / 2**30:.2f} GiB"
+    return ("ddp", sizes) if most <= ROOM * has else ("fsdp", f"{sizes}, of which {ROOM:.0%} may be spoken for")
 
 
 def memory_of(device):
@@ -174,12 +174,12 @@ def mine(tensor):
 
 def on_first(tensors):
     """{name: tensor} whole in the memory of rank 0, gathered one after another; None on the others."""
-    rank, gathered = dist.get_rank(), {}
+    rank, found = dist.get_rank(), {}
     for name, tensor in tensors.items():
         tensor = whole(tensor.detach())
         if rank == 0:
-            gathered[name] = tensor.cpu()
-    return gathered if rank == 0 else None
+            found[name] = tensor.cpu()
+    return found if rank == 0 else None
 
 
 @torch.no_grad()

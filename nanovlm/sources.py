@@ -16,6 +16,7 @@ import itertools
 import json
 import os
 import tarfile
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -93,6 +94,8 @@ def find_files(paths):
         found += new
     if not found:
         raise Mistake("no source is named")
+    if twice := [file for file, times in Counter(found).items() if times > 1]:
+        raise Mistake(f"{twice[0]} is named twice among the sources")
     return found
 
 

@@ -13,7 +13,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode  # what torch.compile plans with
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from . import IMAGE, UNTRAINED, parallel
+from . import IMAGE, UNTRAINED, cost, parallel
 from .data import LENGTH
 from .disk import read_log
 from .loss import CHUNK, linear_cross_entropy
@@ -106,6 +106,28 @@ def print_plan(model, rates, sizes):
         print(f"{part:10} {count:13,} {count if part in rates else 0:13,} {f'{rates[part]:.1e}' if part in rates else 'frozen':>9}", flush=True)
     sizes = sizes | {"in all": sum(sizes.values())}
     print("memory, about: " + ", ".join(f"{what} {size / 2**20:,.0f} MiB" for what, size in sizes.items()), flush=True)
+
+
+def foretell(run, model, policy, speed):
+    """Print what a training step would take on 1, 8 and 64 cards, and how long the run; run: the settings of train.py; model: on the meta device;
+    speed: operations a second of a card."""
+    row, tiles, trained = cost.assumed_row(run.row, policy)
+    products = torch.float32 if run.dtype == "float32" else torch.bfloat16
+
+    def needed(how, cards):
+        micro = min(run.micro, -(-run.batch // cards))
+        return memory(model, row, micro, torch.device("cpu"), products, how=how, shards=cards if how == "fsdp" else 1, recompute=run.recompute,
+                      accumulates=micro * cards < run.batch)
+
+    print(f"{run.stage}: {run.steps:,} steps of {run.batch} rows of {run.row:,} tokens, {trained:,} of them trained, and {tiles} tiles (assumed)")
+    print_plan(model, run.rates, needed("none", 1))
+    flops = cost.flops(model, run.rates, run.batch, run.row, run.batch * tiles, run.batch * trained, run.recompute)
+    print(f"operations of a step: {sum(flops.values()):.2e} ({', '.join(f'{part} {count:.1e}' for part, count in flops.items())})")
+    for cards in (cards for cards in (1, 8, 64) if cards <= run.batch):  # each needs a row
+        ways = {" a card by ddp": "ddp", " by fsdp": "fsdp"} if cards > 1 else {"": "none"}
+        told = ",".join(f" {sum(needed(how, cards).values()) / 2**30:,.0f} GiB{way}" for way, how in ways.items())
+        print(f"{cards:3} card{'s' * (cards > 1)}:{told}; {sum(flops.values()) * run.steps / speed / cards / 86400:,.1f} days at "
+              f"{speed / 1e12:,.0f} TFLOP/s a card")
 
 
 def held_out_rows(samples, row, limit=64):

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 
 from . import Mistake, disk, huggingface, llava, parallel
-from .data import sync
+from .data import fingerprint, sync
 from .disk import read_json, read_tensors, write_tensors
 from .model import VLM
 from .tokenizer import Tokenizer
@@ -37,8 +37,7 @@ class Checkpoint(NamedTuple):
     spare: dict = {}  # tensors of the eye that are not read, by their public names
 
     def fingerprint(self):
-        """What prepared data must share with the model that reads it."""
-        return {"tokenizer": self.tokenizer.fingerprint, "template": self.template, "policy": self.policy}
+        return fingerprint(self)
 
 
 def build(shapes, policy):

@@ -62,11 +62,11 @@ def make_batch(rows):
     return batch | {"tiles_NCYX": torch.cat([tiles for row in rows for _, _, tiles in row])}
 
 
-def write_set(out, fingerprint, *shards, row=2048):
+def write_set(out, fingerprint, *shards):
     """A prepared set of several shards, each a list of samples as data.write_shard takes them."""
     receipts = []
     for number, samples in enumerate(shards):
         data.write_shard(out / f"{number:05d}", fingerprint["policy"], samples)
         receipts.append(json.loads((out / f"{number:05d}" / "receipt.json").read_text()))
-    data.write_header(out, fingerprint, row, [receipt["files"] for receipt in receipts])
+    data.write_header(out, fingerprint, [receipt["files"] for receipt in receipts])
     return out

@@ -3,13 +3,14 @@ import json
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, TOKENS, make_batch, make_samples, make_vlm
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from nanovlm import IMAGE, UNTRAINED, cost, tokenizer
+from nanovlm import IMAGE, UNTRAINED, cost, tokenizer, watch
 
 
 @pytest.mark.parametrize("rates", [{"vision": 1, "projector": 1, "decoder": 1}, {"projector": 1}, {"projector": 1, "decoder": 1}, {"decoder": 1},
@@ -55,5 +56,15 @@ def test_seven_billion_parameters_are_planned_for_without_any(tmp_path):
     assert first == "sft: 20,000 steps of 128 rows of 2,048 tokens, 512 of them trained, and 1 tiles (assumed)"
     assert "7,248,023,552" in done.stdout and "operations of a step: 1.5" in done.stdout and "e+16" in done.stdout
     assert one.startswith("  1 card: 11") and one.endswith("7.3 days at 500 TFLOP/s a card") and "by fsdp" not in one
-    assert "by ddp" in eight and "by fsdp" in eight and sixty_four.endswith("0.1 days at 500 TFLOP/s a card")
+    assert "GiB a card by ddp" in eight and "GiB by fsdp" in eight and sixty_four.endswith("0.1 days at 500 TFLOP/s a card")
     assert int(kilobytes) < 2_000_000 and time.time() - began < 60  # on a busy machine; it takes a fifth of that alone
+
+
+def test_cards_without_a_row_are_not_told_of(tmp_path, capsys):
+    """Of nine rows a step, 64 cards would have none for most."""
+    model, policy = make_vlm().train(), {"tile": 12, "patch": 3, "shuffle": 2}
+    run = SimpleNamespace(stage="sft", steps=7, batch=9, micro=2, row=40, dtype="float32", recompute="none", rates={"projector": 1.0, "decoder": 1.0})
+    model.vision.requires_grad_(False)
+    watch.foretell(run, model, policy, speed=1e9)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0].strip() for line in lines[-2:]] == ["1 card", "8 cards"]

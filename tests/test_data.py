@@ -188,8 +188,8 @@ def test_a_single_altered_bit_is_named_by_its_file(tmp_path, kind):
 @pytest.mark.parametrize("text, said", [
     ("", "header.json is broken"), ('{"version": 1', "header.json is broken"), ("[]", "header.json is broken"), ("{}", "header.json is broken"),
     ("\xff", "header.json is broken"), (json.dumps({"version": 1}), f"format 1, this reads {data.VERSION}"),
-    (json.dumps({"version": data.VERSION, "row": 64}), "does not say its fingerprint, shards"),
-    (json.dumps({"version": data.VERSION, "row": 64, "fingerprint": FINGERPRINT, "shards": []}), "holds no samples"),
+    (json.dumps({"version": data.VERSION}), "does not say its fingerprint, shards"),
+    (json.dumps({"version": data.VERSION, "fingerprint": FINGERPRINT, "shards": []}), "holds no samples"),
 ])
 def test_a_header_that_is_broken_or_of_another_version(tmp_path, text, said):
     (tmp_path / "header.json").write_bytes(text.encode("latin-1"))

@@ -179,20 +179,13 @@ def test_an_eye_that_computes_something_else_is_refused_by_name(make, field, val
         huggingface.eye(tmp_path)
 
 
-@pytest.mark.parametrize("field", huggingface.BRAIN_MUST)
-def test_each_field_that_would_change_what_a_brain_says_is_refused(field, brain_folder):
-    value = {True: False, False: True}.get(huggingface.BRAIN_MUST[field], 7)
-    edit(brain_folder / "config.json", **{field: value})
+@pytest.mark.parametrize("part, field", [(part, field) for part in ("brain", "eye") for field in getattr(huggingface, f"{part.upper()}_MUST")])
+def test_each_field_that_would_change_a_result_is_refused(part, field, request):
+    folder, must = request.getfixturevalue(f"{part}_folder"), getattr(huggingface, f"{part.upper()}_MUST")
+    value = {True: False, False: True}.get(must[field], 7)
+    edit(folder / "config.json", **{field: value})
     with pytest.raises(Mistake, match=f"config.json: {field} {value} is not known here"):
-        huggingface.brain(brain_folder)
-
-
-@pytest.mark.parametrize("field", huggingface.EYE_MUST)
-def test_each_field_that_would_change_what_an_eye_sees_is_refused(field, eye_folder):
-    value = {True: False, False: True}.get(huggingface.EYE_MUST[field], 7)
-    edit(eye_folder / "config.json", **{field: value})
-    with pytest.raises(Mistake, match=f"config.json: {field} {value} is not known here"):
-        huggingface.eye(eye_folder)
+        getattr(huggingface, part)(folder)
 
 
 # What changes no result: how transformers starts, trains, caches and labels; parts that are not read; which ids begin and end a text (the template's)

@@ -226,7 +226,8 @@ def test_a_colon_may_belong_to_a_folders_name(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("text, said", [
     ("a:0.5,b", "either each set has a weight"), ("a:x,b:1", "either each set has a weight"), ("a:0,b:1", "above 0"), ("a:-1", "above 0"),
-    ("a:nan", "above 0"), ("a:inf,b:1", "above 0"), ("a,,b", "nothing between two commas"), ("a,a", "a set twice"), (":1", "nothing between"),
+    ("a:nan", "above 0"), ("a:inf,b:1", "above 0"), ("a,,b", "nothing between two commas"), ("a,a", "a set twice"),
+    ("a,./a/", "a set twice"), (":1", "nothing between"),
 ])
 def test_a_blend_that_means_nothing(text, said):
     with pytest.raises(Mistake, match=said):

@@ -175,13 +175,18 @@ def test_a_newborn_that_cannot_be(door, tmp_path, settings, said):
     assert not os.listdir(tmp_path)
 
 
-def test_a_newborn_learns_from_any_source_what_can_be_read_of_it(door, tmp_path):
+def test_a_newborn_learns_from_any_source_what_can_be_read_of_it(door, tmp_path, capsys):
     whole, lines = tmp_path / "whole.json", tmp_path / "lines.jsonl"
     whole.write_text(json.dumps(RECORDS))
     lines.write_text("".join(json.dumps(record) + "\n" for record in RECORDS) + "{broken\n")
     for path in (whole, lines):
         assert door("new", source=path, out=tmp_path / path.stem) is None
     assert (tmp_path / "whole" / "tokenizer.json").read_bytes() == (tmp_path / "lines" / "tokenizer.json").read_bytes()
+    assert f"learnt without 1 of {len(RECORDS) + 1} records, which cannot be read: {lines}, line 5 is not JSON" in capsys.readouterr().err
+
+
+def test_a_newborn_that_could_learn_from_nothing_says_what_is_wrong(door, tmp_path):
+    refused(door("new", source=source(tmp_path, [changed(conversations=talk("<image>", " "))])), "there is nothing to learn a tokenizer from: ")
 
 
 def test_a_world_without_fridges_is_none(door, tmp_path):

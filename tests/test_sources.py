@@ -544,6 +544,15 @@ def test_in_containers_pictures_count_as_well(folder):
     assert len(seen) == 3
 
 
+def test_a_source_that_is_named_twice_is_refused(folder):
+    """By its name and by a pattern: its samples would weigh double, or half of what was asked for be left out."""
+    path = str(folder / "b.tar")
+    os.replace(as_tar(folder), path)
+    for twice in ([path, path], [path, str(folder / "*.tar")]):
+        with pytest.raises(Mistake, match=f"{path} is named twice among the sources"):
+            sources.read(twice)
+
+
 def test_stamps_tell_when_a_source_has_changed(folder):
     paths, pack = [as_json(folder), str(folder / "*.tar")], zip_of(folder / "a.zip", PICTURES)
     for name in ("b.tar", "a.tar"):

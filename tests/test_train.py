@@ -394,7 +394,7 @@ REFUSED = [
     (dict(freeze="vision,eyes"), "'eyes' is none of vision, projector, decoder"),
     (dict(freeze="vision,projector,decoder"), "leaves nothing to train"),
     (dict(freeze="vision", vision_lr=0.1), "--vision_lr=0.1 is for a part that --freeze=vision holds still"),
-    (dict(mfu=0.5), "--mfu=0.5 is for --dry_run=true"), (dict(dry_run=True), "changes nothing in a dry run"),
+    (dict(mfu=0.5), "--mfu=0.5 is for --dry_run=true"), (dict(dry_run=True), "--data=.* changes nothing in a dry run"),
     (dict(dry_run=True, mfu=1.5), "--mfu=1.5 must be above 0 and at most 1"),
     (dict(stage="stf"), "--stage=stf is not known"), (dict(recipe="lava"), "--recipe=lava has no --stage=sft: megatron has brain, eye"),
     (dict(recipe="llava", stage="eye"), "--recipe=llava has no --stage=eye: .*; llava has pretrain, sft"),

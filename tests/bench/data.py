@@ -102,7 +102,7 @@ def reading(folder, photographs, count, rounds):
     """Batches from a set on warm pages, beside a plain copy of as many bytes and a DataLoader that decodes on two processes."""
     data.write_shard(folder / "set/00000", POLICY, samples_of(photographs, count))
     receipt = json.loads((folder / "set/00000/receipt.json").read_text())
-    data.write_header(folder / "set", {"tokenizer": "none", "template": "none", "policy": POLICY}, 2048, [receipt["files"]])
+    data.write_header(folder / "set", {"tokenizer": "none", "template": "none", "policy": POLICY}, [receipt["files"]])
     samples = data.Samples(folder / "set")
     lots = np.array_split(np.arange(count), count // 16)
     source = samples.shards[0]["tiles"]
