@@ -1,5 +1,6 @@
 """What tests share: a model whose sizes all differ, so that a swapped axis cannot go unnoticed."""
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent
+os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported: kernels run on the CPU, an instruction at a time
 sys.path.insert(0, str(ROOT))
 with torch.device("meta"):  # at its first use torch lists what makes tensors: not amid transformers' from_pretrained, where linspace is another
     torch.empty(0)
