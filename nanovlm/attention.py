@@ -30,10 +30,12 @@ def visible(T, S, *, causal=True, window=None, documents_BS=None, device=None):
 def attention(q_BTHK, k_BSGK, v_BSGK, *, causal=True, window=None, documents_BS=None):
     """softmax(q·k / sqrt(K))·v with the queries as the last T of the S positions; H query heads share G key/value heads.
 
-    documents_BS: int, one number a sample, None if every row is one sample. Returns out_BTHK. Source: Vaswani et al. 2017; grouped
-    queries: Ainslie et al. 2023. A query sees at least itself, so no row of the softmax is empty.
+    documents_BS: int, one number a sample, whose tokens stand side by side; None if every row is one sample. Returns out_BTHK. Source: Vaswani
+    et al. 2017; grouped queries: Ainslie et al. 2023. A query sees at least itself, so no row of the softmax is empty.
     """
     T, S = q_BTHK.shape[1], k_BSGK.shape[1]
+    if documents_BS is not None and T == S and q_BTHK.device.type == "cpu":
+        return by_document(q_BTHK, k_BSGK, v_BSGK, causal, window, documents_BS)
     if T == 1 and documents_BS is None and window is None:
         causal = False  # the newest token sees everything before it: no mask to build
     full = not causal or T == S
@@ -47,3 +49,17 @@ def attention(q_BTHK, k_BSGK, v_BSGK, *, causal=True, window=None, documents_BS=
         enable_gqa=q_BTHK.shape[2] != k_BSGK.shape[2],
     )
     return out_BHTK.transpose(1, 2)
+
+
+@torch.compiler.disable  # how many documents there are is known when they are there
+def by_document(q_BTHK, k_BTGK, v_BTGK, causal, window, documents_BT):
+    """`attention` to one document after another: of pairs in different ones nothing is computed, where a mask would only hide them. A card
+    would wait for the lengths in every layer."""
+    edge_BT = torch.ones_like(documents_BT, dtype=torch.bool)
+    edge_BT[:, 1:] = documents_BT[:, 1:] != documents_BT[:, :-1]
+    starts = edge_BT.flatten().nonzero().flatten().tolist()
+    lengths = [end - start for start, end in zip(starts, [*starts[1:], documents_BT.numel()], strict=True)]
+    parts = zip(*(x.flatten(0, 1)[None].split(lengths, dim=1) for x in (q_BTHK, k_BTGK, v_BTGK)), strict=True)
+    seen = [attention(q_1tHK, k_1tGK, v_1tGK, causal=causal, window=window if window is not None and window < q_1tHK.shape[1] else None)
+            for q_1tHK, k_1tGK, v_1tGK in parts]
+    return torch.cat(seen, dim=1).view(q_BTHK.shape)
