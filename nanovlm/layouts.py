@@ -1,0 +1,252 @@
+"""The files of benchmarks, as their owners publish them, and the records in these: a layout for each benchmark whose files are more than a list."""
+import ast
+import fnmatch
+import glob
+import io
+import itertools
+import os
+import re
+import zipfile
+from collections import defaultdict
+from pathlib import Path
+from typing import NamedTuple
+
+from PIL import ImageDraw, ImageFont
+
+from . import Mistake, opening, sources
+from .chat import LETTER_PROMPT, SHORT_PROMPT
+from .records import LETTERS
+from .refs import Bytes, File, Member, archive, find, load
+
+
+class Sheet(NamedTuple):
+    """A file of questions, by its path in a folder or in a zip."""
+    root: str
+    path: str
+
+    @property
+    def name(self):
+        return os.path.join(self.root, self.path)
+
+    @property
+    def zipped(self):
+        return os.path.isfile(self.root)
+
+    def beside(self, path):
+        """The sheet at a path that is told from this one's folder."""
+        return Sheet(self.root, os.path.normpath(os.path.join(os.path.dirname(self.path), path)))
+
+
+def sheets(path, patterns):
+    """The files that `path` is or holds: a file, a folder, a zip, a part of a zip (all.zip/val.json) or a pattern (MMMU/*/test-*.parquet).
+
+    Of a folder and a zip, all that match the first of `patterns` that matches any.
+    """
+    path = str(Path(path))
+    pack = next((part for part in (path, *map(str, Path(path).parents)) if zipfile.is_zipfile(part)), "")
+    if pack:
+        within = path[len(pack) + 1 :]
+        names = members(pack, within)
+        patterns = ["*"] if names == [within] else patterns
+    elif os.path.isdir(path):
+        names = [file.relative_to(path).as_posix() for file in Path(path).rglob("*") if file.is_file()]
+    else:
+        found = [path] if os.path.isfile(path) else sorted(filter(os.path.isfile, glob.glob(path, recursive=True)))
+        if not found:
+            raise Mistake(f"no such file: {path}")
+        return [Sheet(*os.path.split(file)) for file in found]
+    for pattern in patterns:
+        if found := sorted(name for name in names if fnmatch.fnmatchcase(f"/{name}", f"*/{pattern}")):
+            return [Sheet(pack or path, name) for name in found]
+    raise Mistake(f"{path} holds no {' and no '.join(patterns)}")
+
+
+def members(pack, within):
+    """The files of a zip that lie in a folder of it, or the one of that name."""
+    names = [name for name in archive(pack, os.getpid()).namelist() if not name.endswith("/") and not name.startswith("__MACOSX/")]
+    return [within] if within in names else [name for name in names if not within or name.startswith(f"{within}/")]
+
+
+def document(sheet):
+    """What a file says: the rows of a parquet, a text, or what JSON or the lines of it hold."""
+    if sheet.path.endswith(".parquet"):
+        if sheet.zipped:
+            raise Mistake(f"{sheet.name}: parquet is not read out of a zip: unpack {sheet.root} first")
+        return (row for row, _ in sources.read_parquet(sheet.name))
+    try:
+        text = load(Member(*sheet) if sheet.zipped else File(sheet.name))[0].decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise Mistake(f"{sheet.name} is not text in UTF-8: {error}") from None
+    return text if sheet.path.endswith((".txt", ".csv")) else parse(text, sheet.name)
+
+
+def parse(text, name):
+    """A JSON list or object, or the list that JSON lines are."""
+    try:
+        whole = sources.parse(text)
+    except ValueError as error:
+        if text.lstrip().startswith("["):
+            raise Mistake(f"{name}: not JSON: {error}") from None
+        whole = None
+    if isinstance(whole, dict | list):
+        return whole
+    records = []
+    for number, line in enumerate(text.split("\n"), 1):  # JSON may hold what splitlines takes for the end of a line
+        try:
+            records += [sources.parse(line)] if line.strip() else []
+        except ValueError as error:
+            raise Mistake(f"{name}, line {number}: not JSON: {error}") from None
+    return records
+
+
+def picture(value, forms, sheet, images, where):
+    """A ref to a picture that came along, or that is named: looked for under each form of its path, in `images`, else beside its question or
+    from where the questions were found."""
+    if isinstance(value, Bytes | File | Member):
+        return value
+    if isinstance(value, dict | bytes):
+        content = value.get("bytes") if isinstance(value, dict) else value
+        if isinstance(content, bytes):
+            return Bytes(f"{where}, its picture", content)
+        value = value.get("path")
+    if not isinstance(value, str) or not value.strip():
+        raise Mistake(f"{where}: `image` should be text that says something, not {value!r:.80}")
+    fault = None
+    for folder, form in itertools.product([""] if images else [os.path.dirname(sheet.path), ""], forms):
+        path = os.path.normpath(os.path.join(folder, form.format(value, name=os.path.basename(value))))
+        try:
+            return find(path, None if sheet.zipped else sheet.root, images or (sheet.root if sheet.zipped else ""), where)
+        except Mistake as mistake:
+            fault = fault or mistake
+    raise fault
+
+
+# ---- layouts: what a file says, the sheet, and the annotations if they are apart, as records ----
+
+def listed(said, sheet, notes):
+    return said.get("data", [said]) if isinstance(said, dict) else said
+
+
+def anybodys(said, sheet, notes):
+    """Records as they are, or in LLaVA's format, of which the first turn is the question, the reply to it the answer, and a label the kind."""
+    for number, record in enumerate(listed(said, sheet, notes), 1):
+        match record:
+            case {"conversations": [{"from": "human", "value": asked}, {"from": "gpt", "value": answer}, *_]}:
+                yield {**record, "question": asked, "answers": [answer], "kind": record.get("label")}
+            case {"conversations": _}:
+                raise Mistake(f"{sheet.name}, question {number}: its first two turns are no question and answer")
+            case _:
+                yield record
+
+
+def coco(said, sheet, notes):
+    """Karpathy's split, of which the test images count, its test set as BLIP cut it out (a list), or COCO's own captions, which are also what
+    --annotations may be."""
+    captions, source = defaultdict(list), notes or said
+    for note in source.get("annotations", []) if isinstance(source, dict) else []:
+        captions[note["image_id"]].append(note["caption"])
+    if isinstance(said, list):
+        ids = [int(re.search(r"\d+(?=\.\w+$)", image["image"])[0]) for image in said]
+        records = [{"id": number, "image": image["image"], "answers": image["caption"]} for number, image in zip(ids, said, strict=True)]
+    elif "annotations" in said:
+        records = [{"id": image["id"], "image": image["file_name"]} for image in said["images"]]
+    else:
+        records = [{"id": image["cocoid"], "image": image["filename"], "answers": [sentence["raw"] for sentence in image["sentences"]]}
+                   for image in said["images"] if image["split"] == "test"]
+    for record in records:
+        yield record | {"answers": captions[record["id"]]} if captions else record
+
+
+def vqav2(said, sheet, notes):
+    """The picture's name follows from the set's, but test-dev2015 is a part of test2015."""
+    split = said["data_subtype"].replace("-dev", "")
+    golds = {note["question_id"]: note for note in notes["annotations"]} if notes else {}
+    if notes is None and not split.startswith("test"):
+        raise Mistake(f"{sheet.name}: the answers of {split} are published: give them as --annotations")
+    for record in said["questions"]:
+        gold = golds.get(record["question_id"], {})
+        if notes and not gold:
+            raise Mistake(f"{sheet.name}: the annotations have no answers to question {record['question_id']}")
+        yield {**record, "image": f"COCO_{split}_{record['image_id']:012d}.jpg", "answers": gold.get("answers"), "kind": gold.get("answer_type")}
+
+
+def by_file(said, sheet, notes):
+    """The kind is the last word of the file's name; ids begin anew in each."""
+    kind = re.search(r"[^_]+(?=\.\w+$)", sheet.path)[0]
+    return [{**record, "kind": kind, "id": f"{kind}/{record.get('question_id', number)}"} for number, record in enumerate(listed(said, sheet, notes))]
+
+
+def ai2d(said, sheet, notes):
+    """A file for each diagram; of these the test's if its list of ids is given. Some questions ask of letters in the places of the labels."""
+    if notes is not None and said["imageName"].split(".")[0] not in notes.split():
+        return
+    plain = picture(said["imageName"], ("../images/{}",), sheet, "", sheet.name)
+    letters = None
+    for asked, told in said["questions"].items():
+        if told["abcLabel"] and not letters:
+            letters = lettered(plain, document(sheet.beside(f"../annotations/{said['imageName']}.json")))
+        yield {"id": told["questionId"], "question": asked, "choices": told["answerTexts"], "answers": LETTERS[told["correctAnswer"]],
+               "image": letters if told["abcLabel"] else plain}
+
+
+def lettered(ref, labels):
+    """A picture of AI2D with each label covered by its letter, as a PNG."""
+    content, name = load(ref)
+    drawn = opening.read(content, name)[0].copy()
+    pen = ImageDraw.Draw(drawn)
+    for label in labels["text"].values():
+        (left, top), (right, bottom) = label["rectangle"]
+        pen.rectangle((left, top, right, bottom), "white")
+        pen.text(((left + right) / 2, (top + bottom) / 2), label["replacementText"], "black", ImageFont.load_default(max(10, bottom - top)), "mm")
+    png = io.BytesIO()
+    drawn.save(png, "PNG")
+    return Bytes(f"{name}, lettered", png.getvalue())
+
+
+def mmmu(said, sheet, notes):
+    """Up to seven pictures, each in the place of its <image 2>; a list of choices or of answers is written as Python's; the id tells the subject."""
+    for record in said:
+        choices, answer = ast.literal_eval(record["options"]), record["answer"]
+        marks = re.findall(r"<image (\d)>", "\n".join([record["question"], *choices]))
+        first = [number for number in "1234567" if record.get(f"image_{number}") is not None and number not in marks]
+        asked, *choices = [re.sub(r"<image \d>", "<image>", text) for text in (record["question"], *choices)]
+        yield {**record, "question": "<image>\n" * len(first) + asked, "choices": choices, "prompt": LETTER_PROMPT if choices else SHORT_PROMPT,
+               "image": [record[f"image_{number}"] for number in (*first, *marks)], "kind": re.sub(r"^[a-z]+_|_\d+$", "", record["id"]),
+               "answers": ast.literal_eval(answer) if answer.startswith("[") else answer}
+
+
+def mmstar(said, sheet, notes):
+    """Its choices stand behind the question as "Options: A: one, B: two"."""
+    for record in said:
+        asked, _, options = record["question"].partition("\nOptions:")
+        choices = lettered_choices(options, r"(?:^|,)\s*([A-Z]): ")
+        yield {**record, "question": asked, "choices": choices} if choices else record
+
+
+def realworldqa(said, sheet, notes):
+    """Most questions have choices, a line each; all end with how to answer."""
+    for record in listed(said, sheet, notes):
+        yield {**record, "choices": lettered_choices(record["question"].partition("\n")[2].partition("\n\n")[0], r"(?:^|\n)([A-Z])\. ")}
+
+
+def lettered_choices(text, mark):
+    """What stands behind A, B, C, ... in a text; nothing unless they come in this order."""
+    _, *parts = re.split(mark, text)
+    return [choice.strip() for choice in parts[1::2]] if parts[::2] == list(LETTERS[: len(parts) // 2]) else []
+
+
+def mme(said, sheet, notes):
+    """A text for each picture, a question and its answer on a line; the picture lies beside it, or in the next folder."""
+    folder, stem = os.path.dirname(sheet.name).removesuffix("/questions_answers_YN"), os.path.basename(sheet.path)[:-4]
+    ref = picture(stem, [form.format(f"{{}}.{end}") for form in ("{}", "../images/{}") for end in ("jpg", "png")], sheet, "", sheet.name)
+    category = os.path.basename(folder)
+    for number, line in enumerate(filter(str.strip, said.split("\n")), 1):
+        asked, _, answer = line.partition("\t")
+        yield {"id": f"{category}/{stem}/{number}", "kind": category, "image": ref, "answers": answer.strip(),
+               "question": asked.replace("Please answer yes or no.", "").strip()}  # the prompt says it in other words, as in LLaVA's llava_mme.jsonl
+
+
+def mathvista(said, sheet, notes):
+    """`query` is the question with a hint of how to answer and its choices; the kind is the task."""
+    for record in said.values() if isinstance(said, dict) else said:
+        yield {**record, "kind": record["metadata"]["task"]}
