@@ -1,0 +1,323 @@
+"""How answers are marked: each benchmark by its owners' own rule. Pure functions of text; nothing here knows a model or a file.
+
+A score takes (answer, golds, question) and gives 0 to 1, or None where the answer names none of what was asked for: that counts as 0, is told as a
+share, and is never guessed. question holds what else a rule needs (`choices`, `precision`, ...). Captions are marked all at once: see `cider`.
+"""
+import json
+import re
+from collections import Counter
+
+import numpy as np
+
+from . import Mistake
+from .cider import cider
+
+NUMBER = r"[-+]?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+|(?=\.\d))(?:\.\d*)?(?:[eE][-+]?\d+)?"  # 1,000 is a number, as are .5, -3 and 1e3; 1,00 is none
+DIGITS = {word: str(i) for i, word in enumerate(["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"])}
+DIGITS["none"] = "0"
+FULL = """
+    ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've he's how'd how'll how's
+    isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've needn't not've o'clock oughtn't 'ow's'at shan't she'd've
+    should've shouldn't shouldn't've somebody'd've somebody'll somebody's someone'd someone'd've someone'll someone's something'd something'd've
+    something'll that's there'd there'd've there're there's they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll
+    what're what's what've when's where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't would've wouldn't
+    wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you've"""
+# vqaEval.py's table: each as it is written with one apostrophe left out; the last pair is its own slip
+CONTRACTIONS = {full[:i] + full[i + 1 :]: full for full in FULL.split() for i in range(len(full)) if full[i] == "'"} | {"somebody'd": "somebodyd"}
+
+
+# ---- by comparing texts ----
+
+def exact(answer, golds, question=None):
+    """1.0 if the answer is one of the golds letter for letter, white space at the ends aside."""
+    return float(answer.strip() in [gold.strip() for gold in golds])
+
+
+def contains(answer, golds, question=None):
+    """1.0 if one of the golds stands in the answer as whole words, whatever their case: "a photo of a cat." names a cat, "a catfish" does not."""
+    return float(any(re.search(rf"(?<!\w){re.escape(gold.strip())}(?!\w)", answer, re.IGNORECASE) for gold in golds if gold.strip()))
+
+
+def vqa(answer, golds, question=None):
+    """VQA accuracy (GT-Vision-Lab/VQA, vqaEval.py): for each of the ten people min(1, matches among the other nine / 3), averaged.
+
+    Texts are normalised only where the people do not all say the same: a question about written text is to be answered as it is written.
+    Raises Mistake for fewer than four golds, with which no answer could be fully right.
+    """
+    answer, *golds = (text.replace("\n", " ").replace("\t", " ").strip() for text in (answer, *golds))
+    if len(set(golds)) > 1:
+        answer, *golds = map(plain, (answer, *golds))
+    return consensus(answer, golds)
+
+
+def textvqa(answer, golds, question=None):
+    """VQA accuracy as TextVQA's owners mark it (Pythia, m4c_evaluators.py): always normalised, and `,`, `?` and a possessive 's taken off first."""
+    tidy = (text.lower().replace(",", "").replace("?", "").replace("'s", " 's") for text in (answer, *golds))
+    answer, *golds = (plain(text.replace("\n", " ").replace("\t", " ").strip()) for text in tidy)
+    return consensus(answer, golds)
+
+
+def consensus(answer, golds):
+    if len(golds) < 4:
+        raise Mistake(f"VQA accuracy asks whether three other people said the same, but a question has {len(golds)} answers: mark it with `exact`")
+    n = golds.count(answer)  # of these, each sees n - 1 among the others, and everybody else n
+    return (n * min(1, (n - 1) / 3) + (len(golds) - n) * min(1, n / 3)) / len(golds)
+
+
+def plain(text):
+    """A text after the VQA script's normalisation: punctuation, then case, number words, articles, contractions."""
+    glued, kept = re.search(r"\d,\d", text), text
+    for mark in ';/[]"{}()=+\\_-><@`,?!':
+        kept = kept.replace(mark, "" if glued or f"{mark} " in text or f" {mark}" in text else " ")
+    kept = re.sub(r"\.(?!\d)", "", kept, count=32)  # the script hands re.UNICODE, which is 32, to where the count belongs
+    spoken = (DIGITS.get(word, word) for word in kept.lower().split())
+    return " ".join(CONTRACTIONS.get(word, word) for word in spoken if word not in ("a", "an", "the"))
+
+
+def relaxed(answer, golds, question=None):
+    """ChartQA's relaxed accuracy: a number within 5% of a gold that is one, else the same text whatever its case. 50% is 0.5; a year is a number.
+
+    As in pix2struct's metrics.py, where a gold of 0 is a text. Thousands may have commas there as here.
+    """
+    def right(said, gold):
+        value, wanted = number(said), number(gold)
+        return abs(value - wanted) / abs(wanted) <= 0.05 if value is not None and wanted else said.lower() == gold.lower()
+    return float(any(right(answer.strip(), gold.strip()) for gold in golds))
+
+
+def number(text):
+    found = re.fullmatch(rf"({NUMBER})\s*(%?)", text)
+    return float(found[1].replace(",", "")) / (100 if found[2] else 1) if found else None
+
+
+def anls(answer, golds, question=None):
+    """Average normalised Levenshtein similarity (DocVQA, InfoVQA): 1 - NL if NL < 0.5 else 0, the best over golds; case and ends aside, no more."""
+    answer = answer.strip().lower()
+    return max((similarity(answer, gold.strip().lower()) for gold in golds), default=0.0)
+
+
+def similarity(left, right):
+    longer = max(len(left), len(right))
+    if 2 * abs(len(left) - len(right)) >= longer > 0:  # as many edits at least as the lengths differ by
+        return 0.0
+    row = list(range(len(right) + 1))
+    for i, letter in enumerate(left, 1):
+        above, row = row, [i]
+        for j, other in enumerate(right, 1):
+            row.append(min(above[j] + 1, row[-1] + 1, above[j - 1] + (letter != other)))
+    distance = row[-1] / longer if longer else 0.0
+    return 1 - distance if distance < 0.5 else 0.0
+
+
+def ocrbench(answer, golds, question):
+    """1.0 if the answer contains a gold, whatever their case; of a formula (dataset_name HME100k) with its case and without its spaces."""
+    formula = question["dataset_name"] == "HME100k"
+
+    def tidy(text):
+        text = text.strip().replace("\n", " ")
+        return text.replace(" ", "") if formula else text.lower()
+    return float(any(tidy(gold) in tidy(answer) for gold in golds))
+
+
+# ---- by reading what was chosen ----
+
+def yesno(answer, golds, question=None):
+    """POPE: whether the answer says what the gold says (see `said`)."""
+    return None if (word := said(answer)) is None else float(word in [gold.strip().lower() for gold in golds])
+
+
+def said(answer):
+    """"no" if the first sentence has the word no or not, else "yes" if it has the word yes, else None (which POPE's own script takes for yes)."""
+    spoken = re.findall(r"\w+", answer.partition(".")[0].lower())
+    return "no" if {"no", "not"} & set(spoken) else "yes" if "yes" in spoken else None
+
+
+def mme(answer, golds, question=None):
+    """MME: the answer's first word, yes or no (its script looks at four letters, and finds a no in "not" and in "noti")."""
+    word = re.match(r"\W*(yes|no)(?!\w)", answer.lower())
+    return float(word[1] in [gold.strip().lower() for gold in golds]) if word else None
+
+
+def letters(answer, golds, question):
+    """Multiple choice: 1.0 if the letter that the answer names is a gold. Golds that are no letters are compared as texts, whatever their case."""
+    if not all(re.fullmatch("[A-Z]", gold.strip()) for gold in golds):
+        return float(bare(answer) in map(bare, golds))
+    letter = chosen(answer, question.get("choices") or [])
+    return None if letter is None else float(letter in [gold.strip() for gold in golds])
+
+
+def chosen(answer, choices):
+    """The letter that an answer names, or None. The first of these that finds any decides, and names none if it finds two:
+
+    nothing but a letter (B, b, "B.", (B)); a letter that opens the answer with a mark after it (B. the cat; B: the cat); the letter after "answer",
+    "option" or "choice" (the answer is B); letters in brackets; one choice's own text and nothing else (said as it is or after "the answer is").
+    A letter past the last choice is none; where choices are not known, A to Z are.
+    """
+    known = "".join(chr(65 + i) for i in range(len(choices) or 26))
+    text = answer.strip()
+    alone = re.fullmatch(r"\W*([A-Za-z])\W*", text)
+    opening = re.match(r"\(?([A-Z])\s*[).:,\n]", text)
+    told = re.findall(r"\b(?:[Aa]nswer|[Oo]ption|[Cc]hoice)(?:\s+is|\s*:)*:?\s*[\"'(*]*([A-Z])\b(?!['’])", text)
+    for found in ([alone[1].upper()] if alone else [], [opening[1]] if opening else [], told, re.findall(r"\(([A-Z])\)", text)):
+        if found:
+            return found[0] if len(set(found)) == 1 and found[0] in known else None
+    said_so = bare(re.sub(r"^the (?:correct )?answer is:?\s+", "", text, flags=re.IGNORECASE))
+    own = [letter for letter, choice in zip(known, choices, strict=False) if bare(choice) == said_so]
+    return own[0] if len(own) == 1 else None
+
+
+def bare(text):
+    """Lower case, without quotes, brackets and the end of a sentence around it."""
+    return text.strip().strip("\"'`()[]").rstrip(".!?;:,").strip().lower()
+
+
+def mmmu(answer, golds, question):
+    """MMMU (its eval_utils.py): letters where there are choices; else open, right if a part of the answer holds a gold or a number in it is one."""
+    if question.get("choices"):
+        return letters(answer, golds, question)
+    parts = tails(answer.strip().strip(".").lower())
+    figures = [found.replace(",", "") for part in parts for found in re.findall(rf"(?<![\w.]){NUMBER}(?![\w,])|(?<=\$){NUMBER}", part)]
+    wanted = [form for gold in golds for form in forms(gold)]
+    given = [form for part in parts + figures for form in forms(part)]
+    held = any(gold in part for part in given for gold in wanted if isinstance(part, str) and isinstance(gold, str))
+    return float(held or any(part in wanted for part in given if isinstance(part, float)))
+
+
+def tails(answer):
+    """Of each line the shortest text after a word that announces an answer; the whole answer if there is none."""
+    lines, found = answer.split("\n"), []
+    signs = ["could be ", "so ", "is ", "thus ", "therefore ", "final ", "answer ", "result "]
+    for i, line in enumerate(lines):
+        short = ""
+        for sign in signs + ["="] * (i == len(lines) - 1):
+            tail = line.split(sign)[-1].strip() if sign in line else short
+            short = tail if not short or len(tail) < len(short) else short
+        found += [short] if short.strip(":,.!?;'") else []
+    return found or [answer]
+
+
+def forms(text):
+    """A number to two places; or the text in lower case, and if it is one letter, with the space on either side that keeps it a word."""
+    text = text.strip()
+    try:
+        return [round(float(text.replace(",", "")), 2)]
+    except ValueError:
+        return [f" {text.lower()}", f"{text.lower()} "] if len(text) == 1 else [text.lower()]
+
+
+def mathvista(answer, golds, question):
+    """MathVista, whose owners let a language model extract the answer; here it is read, and None where it cannot be.
+
+    With choices: the choice that `chosen` finds. Else the number (answer_type integer: its whole part; float: to `precision` places) or the list in
+    brackets that is the whole answer, or stands after "answer is", or is the only one in it. Compared with the gold as texts, as the owners do.
+    """
+    gold, text, choices = golds[0].strip(), answer.strip(), question.get("choices") or []
+    if choices:
+        letter = chosen(text, choices)
+        return None if letter is None else float(choices[ord(letter) - 65].strip() == gold)
+    kind = question["answer_type"]
+    if kind == "text":
+        return float(bare(text) == bare(gold))
+    pattern = r"\[[^\[\]]*\]" if kind == "list" else rf"(?<![\w.]){NUMBER}(?!\w)"
+    after = re.findall(rf"answer(?:\s+is|\s*:)+\s*\$?({pattern})", text, re.IGNORECASE)
+    found = set(after or re.findall(pattern, text))
+    return None if len(found) != 1 else float(as_stored(found.pop(), kind, question) == gold)
+
+
+def as_stored(found, kind, question):
+    if kind == "list":
+        try:
+            return str(json.loads(found))
+        except json.JSONDecodeError:
+            return found
+    value = float(found.replace(",", ""))
+    return str(int(value)) if kind == "integer" else str(round(value, int(question["precision"])))
+
+
+SCORES = {"exact": exact, "contains": contains, "vqa": vqa, "textvqa": textvqa, "relaxed": relaxed, "anls": anls, "ocrbench": ocrbench,
+          "yesno": yesno, "mme": mme, "letters": letters, "mmmu": mmmu, "mathvista": mathvista}
+
+
+def mark(score, answers, questions):
+    """The scores of answers to questions: each by SCORES[score]; captions per picture, by `cider` over all."""
+    if score == "captions":
+        return cider(answers, [question["answers"] for question in questions])[1]
+    return [SCORES[score](answer, question["answers"], question) for answer, question in zip(answers, questions, strict=True)]
+
+
+# ---- over all ----
+
+MEANS = {"docvqa": "ANLS", "infovqa": "ANLS", "chartqa": "relaxed accuracy", **dict.fromkeys(("vqa", "vqav2", "textvqa"), "VQA accuracy")}
+DISCIPLINES = {  # MMMU's, of its subjects
+    "Art and Design": ["Art", "Art_Theory", "Design", "Music"],
+    "Business": ["Accounting", "Economics", "Finance", "Manage", "Marketing"],
+    "Science": ["Biology", "Chemistry", "Geography", "Math", "Physics"],
+    "Health and Medicine": ["Basic_Medical_Science", "Clinical_Medicine", "Diagnostics_and_Laboratory_Medicine", "Pharmacy", "Public_Health"],
+    "Humanities and Social Science": ["History", "Literature", "Psychology", "Sociology"],
+    "Tech and Engineering": ["Agriculture", "Architecture_and_Engineering", "Computer_Science", "Electronics", "Energy_and_Power", "Materials",
+                             "Mechanical_Engineering"],
+}
+COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")  # MME's; its other ten kinds are perception
+
+
+def mean(scores):
+    return sum(score or 0 for score in scores) / len(scores)
+
+
+def interval(scores, seed=0, samples=1000):
+    """The middle 95% of the means of `samples` draws of as many questions, with replacement. Of captions the words' weights are held as they are."""
+    marks, rng = np.array([score or 0 for score in scores], float), np.random.default_rng(seed)
+    means = [marks[rng.integers(len(marks), size=len(marks))].mean() for _ in range(samples)]
+    return tuple(float(edge) for edge in np.quantile(means, (0.025, 0.975)))
+
+
+def summary(name, questions, answers, scores):
+    """{figure: value} as a benchmark's owners report it; `unparsed`: the share of answers that no rule could read."""
+    unparsed = {"unparsed": sum(score is None for score in scores) / len(scores)}
+    match name:
+        case "coco" | "captions":
+            return {f"CIDEr (words weighed over these {len(scores)} pictures)": mean(scores)}
+        case "pope":
+            return pope(questions, answers) | unparsed
+        case "mme":
+            return mme_sums(questions, scores) | unparsed
+        case "ocrbench":
+            return {f"score of {len(scores)}": sum(scores), **totals(questions, scores)}
+        case "mmmu":
+            fields = [next((field for field, subjects in DISCIPLINES.items() if q["kind"] in subjects), None) for q in questions]
+            parts = {field: [score for score, own in zip(scores, fields, strict=True) if own == field] for field in DISCIPLINES}
+            return {"accuracy": mean(scores)} | {field: mean(part) for field, part in parts.items() if part} | unparsed
+    return {MEANS.get(name, "accuracy"): mean(scores)} | unparsed
+
+
+def pope(questions, answers):
+    """Of "is there a ...?", yes is the positive. What cannot be read is wrong, and no yes: it lowers accuracy and recall, not precision."""
+    pairs = Counter((said(answer), question["answers"][0].strip().lower()) for answer, question in zip(answers, questions, strict=True))
+    hits, yes = pairs["yes", "yes"], pairs["yes", "yes"] + pairs["yes", "no"]
+    wanted = sum(count for (_, gold), count in pairs.items() if gold == "yes")
+    precision, recall = hits / yes if yes else 0.0, hits / wanted if wanted else 0.0
+    return {"accuracy": (hits + pairs["no", "no"]) / len(answers), "precision": precision, "recall": recall,
+            "F1": 2 * precision * recall / (precision + recall) if hits else 0.0, "yes-rate": yes / len(answers)}
+
+
+def totals(questions, scores):
+    """Right answers by kind."""
+    sums = Counter()
+    for question, score in zip(questions, scores, strict=True):
+        sums[question["kind"]] += score or 0
+    return dict(sums)
+
+
+def mme_sums(questions, scores):
+    """Per category acc + acc+, of 200: the percentages of right answers and of pictures with both answers right; and the owners' two sums."""
+    kinds = {}
+    for question, score in zip(questions, scores, strict=True):
+        kinds.setdefault(question["kind"], {}).setdefault(str(question["image"]), []).append(score or 0)
+    sums = {}
+    for kind, pictures in kinds.items():
+        single = [name for name, marks in pictures.items() if len(marks) != 2]
+        if single:
+            raise Mistake(f"MME asks two questions of a picture, but {len(pictures[single[0]])} of {single[0]} ({kind})")
+        sums[kind] = 100 * mean([mark for marks in pictures.values() for mark in marks]) + 100 * mean([min(marks) for marks in pictures.values()])
+    thought = sum(value for kind, value in sums.items() if kind in COGNITION)
+    return {"perception": sum(sums.values()) - thought, "cognition": thought, "total": sum(sums.values()), **sums}
