@@ -172,7 +172,7 @@ def vqav2(said, sheet, notes):
 
 def by_file(said, sheet, notes):
     """The kind is the last word of the file's name; ids begin anew in each."""
-    kind = re.search(r"[^_]+(?=\.\w+$)", sheet.path)[0]
+    kind = Path(sheet.path).stem.rpartition("_")[2]
     return [{**record, "kind": kind, "id": f"{kind}/{record.get('question_id', number)}"} for number, record in enumerate(listed(said, sheet, notes))]
 
 
@@ -216,23 +216,23 @@ def mmmu(said, sheet, notes):
 
 
 def mmstar(said, sheet, notes):
-    """Its choices stand behind the question as "Options: A: one, B: two"."""
+    """Its choices stand behind the question, as "Options: A: one, B: two" or on a line each, "(A) one", under "Choices:"."""
     for record in said:
-        asked, _, options = record["question"].partition("\nOptions:")
-        choices = lettered_choices(options, r"(?:^|,)\s*([A-Z]): ")
+        asked, *options = re.split("\n(?:Options|Choices):", record["question"], maxsplit=1)
+        choices = in_order(re.findall(r"(?:^|,|\n)\s*\(?([A-Z])[:)]\s+(.*?)(?=(?:,|\n)\s*\(?[A-Z][:)]\s|$)", "".join(options), re.DOTALL))
         yield {**record, "question": asked, "choices": choices} if choices else record
 
 
 def realworldqa(said, sheet, notes):
     """Most questions have choices, a line each; all end with how to answer."""
     for record in listed(said, sheet, notes):
-        yield {**record, "choices": lettered_choices(record["question"].partition("\n")[2].partition("\n\n")[0], r"(?:^|\n)([A-Z])\. ")}
+        yield {**record, "choices": in_order(re.findall(r"^([A-Z])\. (.*)", record["question"], re.MULTILINE))}
 
 
-def lettered_choices(text, mark):
-    """What stands behind A, B, C, ... in a text; nothing unless they come in this order."""
-    _, *parts = re.split(mark, text)
-    return [choice.strip() for choice in parts[1::2]] if parts[::2] == list(LETTERS[: len(parts) // 2]) else []
+def in_order(lettered):
+    """The texts of (letter, text) pairs; none unless the letters are A, B, C, ..."""
+    letters = "".join(letter for letter, _ in lettered)
+    return [text.strip() for _, text in lettered] if LETTERS.startswith(letters) else []
 
 
 def mme(said, sheet, notes):
@@ -246,7 +246,25 @@ def mme(said, sheet, notes):
                "question": asked.replace("Please answer yes or no.", "").strip()}  # the prompt says it in other words, as in LLaVA's llava_mme.jsonl
 
 
+HINTS = {  # MathVista's build_query.py, by the kind of answer and how many places a number has
+    ("text", None): "and provide the correct option letter, e.g., A, B, C, D",
+    ("integer", None): "requiring an integer answer and provide the final value, e.g., 1, 2, 3",
+    ("float", 1): "requiring a floating-point number with one decimal place and provide the final value, e.g., 1.2, 1.3, 1.4",
+    ("float", 2): "requiring a floating-point number with two decimal places and provide the final value, e.g., 1.23, 1.34, 1.45",
+    ("list", None): "requiring a Python list as an answer and provide the final list, e.g., [1, 2, 3], [1.2, 1.3, 1.4]",
+}
+
+
 def mathvista(said, sheet, notes):
-    """`query` is the question with a hint of how to answer and its choices; the kind is the task."""
+    """The kind is the task. In the JSON edition the query is still to be made."""
     for record in said.values() if isinstance(said, dict) else said:
-        yield {**record, "kind": record["metadata"]["task"]}
+        yield {**record, "query": record.get("query") or query(record), "kind": record["metadata"]["task"]}
+
+
+def query(record):
+    """What MathVista asks: a hint of how to answer, the question and its choices."""
+    hint = HINTS[record["answer_type"], record["precision"] if record["answer_type"] == "float" else None]
+    unit = f" (Unit: {record['unit']})" if record["unit"] else ""
+    lines = [f"Hint: Please answer the question {hint}, at the end.", f"Question: {record['question']}{unit}"]
+    choices = [f"({LETTERS[i]}) {choice}" for i, choice in enumerate(record["choices"] or [])]
+    return "\n".join([*lines, "Choices:", *choices] if choices else lines)

@@ -89,7 +89,7 @@ def read(name, questions, annotations="", images="", prompt=""):
     notes = document(sheets(annotations, benchmark.notes)[0]) if annotations else None
     rows, seen, paths = [], {}, 0
     for sheet in sheets(questions, benchmark.files):
-        for number, record in enumerate(records(name, sheet, notes), 1):
+        for number, record in enumerate(records(name, sheet, notes, annotations), 1):
             where = f"{sheet.name}, question {number}"
             row = question(benchmark, record, len(rows), prompt, where)
             if (before := seen.setdefault(str(row["id"]), where)) != where:
@@ -109,12 +109,13 @@ def named(name):
     return BENCHMARKS[name]
 
 
-def records(name, sheet, notes):
+def records(name, sheet, notes, annotations):
     """Of a file, in the benchmark's layout; Mistake if it is in no such."""
     try:
         yield from BENCHMARKS[name].layout(document(sheet), sheet, notes)
     except (AttributeError, IndexError, KeyError, SyntaxError, TypeError, ValueError) as error:
-        raise Mistake(f"{sheet.name} is not laid out as {name}'s owner does it: {type(error).__name__}: {one_line(error)}") from None
+        files = f"{sheet.name} and {annotations} are" if annotations else f"{sheet.name} is"
+        raise Mistake(f"{files} not laid out as {name}'s owner does it: {type(error).__name__}: {one_line(error)}") from None
 
 
 def question(benchmark, record, count, prompt, where):
@@ -122,24 +123,25 @@ def question(benchmark, record, count, prompt, where):
     if not isinstance(record, dict):
         raise Mistake(f"{where} is not an object: {record!r:.80}")
     told = {part: field(record, *getattr(benchmark, part).split()) for part in ("id", "image", "question", "answers", "kind")}
+    whole = prompt if benchmark.mine else ""
     told["id"] = told["id"] if benchmark.id else count
-    told["question"] = (prompt if benchmark.mine else "") or told["question"] or (CAPTION_PROMPT if benchmark.score == "captions" else None)
+    told["question"] = whole or told["question"] or (CAPTION_PROMPT if benchmark.score == "captions" else None)
     needed = ("id", "question") if None in benchmark.secret else ("id", "question", "answers")
     if missing := [part for part in needed if told[part] is None]:
         raise Mistake(f"{where}: no {', '.join(missing)}; it has {', '.join(record)}")
-    image = [] if told["image"] is None else told["image"] if type(told["image"]) is list else [told["image"]]
+    image = [] if told["image"] is None else told["image"] if type(told["image"]) is list else [told["image"]]  # a ref is a tuple
     choices, answers = record.get("choices") or [], golds(benchmark, told["answers"])
     check(where, id=[str(told["id"])], question=[told["question"]])
     check(where, not benchmark.mine, answers=answers or [None] * benchmark.mine)
     check(where, True, choices=choices)
     if benchmark.mine and benchmark.score == "letters" and choices and not set(answers) <= set(LETTERS[: len(choices)]):
         raise Mistake(f"{where}: its answers, {', '.join(answers)}, are not letters of its {len(choices)} choices")
-    text = prompt if benchmark.mine and prompt else wording(benchmark, told["question"], choices, prompt or record.get("prompt", benchmark.prompt))
+    text = whole or wording(benchmark, told["question"], choices, prompt or record.get("prompt", benchmark.prompt))
     if text.count("<image>") not in (0, len(image)):
         raise Mistake(f"{where}: {text.count('<image>')} <image> in its text but {len(image)} pictures")
-    return {"id": told["id"], "kind": str(told["kind"] or "all"), "image": image, "answers": answers, "choices": choices,
-            "question": text if "<image>" in text else "<image>\n" * len(image) + text,
-            **{names.split()[0]: field(record, *names.split()) for names in benchmark.keep}}
+    text = text if "<image>" in text else "<image>\n" * len(image) + text
+    more = {names.split()[0]: field(record, *names.split()) for names in benchmark.keep}
+    return {"id": told["id"], "kind": str(told["kind"] or "all"), "image": image, "question": text, "answers": answers, "choices": choices, **more}
 
 
 def golds(benchmark, told):

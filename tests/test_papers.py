@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from pyarrow import parquet
 
-from nanovlm import Mistake, layouts, opening, papers, refs
+from nanovlm import Mistake, layouts, opening, papers, refs, scores
 from nanovlm.chat import CAPTION_PROMPT, LETTER_PROMPT, SHORT_PROMPT
 
 GOOD = {"id": "a", "question": "What?", "answers": ["milk"], "image": "a.jpg", "kind": "what"}
@@ -203,6 +203,8 @@ def test_vqav2_with_its_annotations_and_its_secret_test(tmp_path):
                        "choices": [], "question": asked("What is the net?", SHORT_PROMPT)}
     with pytest.raises(Mistake, match="the answers of val2014 are published: give them as --annotations"):
         papers.read("vqav2", tmp_path / "q", images=str(tmp_path))
+    with pytest.raises(Mistake, match="questions.json and .*questions.json are not laid out as vqav2's owner does it: KeyError: 'annotations'"):
+        papers.read("vqav2", tmp_path / "q", tmp_path / "q/v2_OpenEnded_mscoco_val2014_questions.json", str(tmp_path))
     del NOTES["annotations"][1]
     lay(tmp_path / "a", {"v2_mscoco_val2014_annotations.json": NOTES})
     with pytest.raises(Mistake, match="the annotations have no answers to question 262148001"):
@@ -322,11 +324,13 @@ def test_mmmu_has_each_picture_where_it_is_named(tmp_path):
 def test_mmstar_has_its_choices_in_the_question(tmp_path):
     record = {"index": 0, "question": "Which is it?\nOptions: A: A book, on B., B: The cat., C: None", "image": jpeg(), "answer": "A",
               "category": "coarse perception", "l2_category": "image scene", "meta_info": {"source": "MMBench", "split": "val", "image_path": "x"}}
-    odd = {**record, "index": 1, "question": "Which?\nChoices:\n(A) 3\n(B) 4"}
-    first, second = papers.read("mmstar", lay(tmp_path, {"mmstar.parquet": [record, odd]}))
+    lined = {**record, "index": 1, "question": "Hint: Choose.\nQuestion: Which?\nChoices:\n(A) 3, 4\n(B) 5"}
+    odd = {**record, "index": 2, "question": "Which?\nOptions: B: 3, A: 4"}
+    first, second, third = papers.read("mmstar", lay(tmp_path, {"mmstar.parquet": [record, lined, odd]}))
     assert first["choices"] == ["A book, on B.", "The cat.", "None"] and (first["id"], first["kind"]) == (0, "coarse perception")
     assert first["question"] == asked("Which is it?", "A. A book, on B.", "B. The cat.", "C. None", LETTER_PROMPT)
-    assert second["choices"] == [] and second["question"] == asked("Which?\nChoices:\n(A) 3\n(B) 4", LETTER_PROMPT), "as it stands"
+    assert second["choices"] == ["3, 4", "5"] and second["question"] == asked("Hint: Choose.\nQuestion: Which?", "A. 3, 4", "B. 5", LETTER_PROMPT)
+    assert third["choices"] == [] and third["question"] == asked("Which?\nOptions: B: 3, A: 4", LETTER_PROMPT), "as it stands"
     assert refs.load(first["image"][0])[0] == jpeg()
 
 
@@ -376,25 +380,29 @@ def test_mme_in_both_of_its_folders_layouts(tmp_path):
 
 
 def test_mathvista_in_both_editions(tmp_path):
-    record = {"pid": "1", "question": "how far?", "image": "images/1.jpg", "choices": None, "unit": None, "precision": 1.0, "answer": "1.2",
-              "question_type": "free_form", "answer_type": "float", "metadata": {"task": "textbook question answering", "split": "testmini"},
-              "query": "Hint: one decimal.\nQuestion: how far?"}
-    choose = record | {"pid": "2", "choices": ["3", "4"], "answer": "4", "question_type": "multi_choice", "answer_type": "text", "precision": None}
+    record = {"pid": "1", "question": "how far?", "image": "images/1.jpg", "choices": None, "unit": "cm", "precision": 1.0, "answer": "1.2",
+              "question_type": "free_form", "answer_type": "float", "metadata": {"task": "textbook question answering", "split": "testmini"}}
+    choose = record | {"pid": "2", "choices": ["3", "4"], "answer": "4", "question_type": "multi_choice", "answer_type": "text", "unit": None,
+                       "precision": None}
     lay(tmp_path / "j", {"annot_testmini.json": {"1": record, "2": choose}, "images/1.jpg": None})
     rows = papers.read("mathvista", tmp_path / "j")
+    query = ("Hint: Please answer the question requiring a floating-point number with one decimal place and provide the final value, "
+             "e.g., 1.2, 1.3, 1.4, at the end.\nQuestion: how far? (Unit: cm)")
     assert rows[0] == {"id": "1", "kind": "textbook question answering", "image": [refs.File(f"{tmp_path}/j/images/1.jpg")], "answers": ["1.2"],
-                       "choices": [], "question": asked(record["query"]), "answer_type": "float", "precision": 1.0}
-    assert rows[1]["choices"] == ["3", "4"] and rows[1]["question"] == asked(record["query"]), "the query says the choices"
-    table = [row | {"decoded_image": shown("1", 5)} for row in (record, choose)]
+                       "choices": [], "question": asked(query), "answer_type": "float", "precision": 1.0}
+    hint = "Hint: Please answer the question and provide the correct option letter, e.g., A, B, C, D, at the end."
+    assert rows[1]["choices"] == ["3", "4"] and rows[1]["question"] == asked(hint, "Question: how far?", "Choices:", "(A) 3", "(B) 4")
+    table = [row | {"decoded_image": shown("1", 5), "query": query} for row in (record, choose)]
     lay(tmp_path / "p", {"data/testmini-00000-of-00001-72.parquet": table, "data/test-00000-of-00002-6b.parquet": [table[0] | {"answer": ""}]})
     again = papers.read("mathvista", tmp_path / "p")
-    assert without_pictures(again) == without_pictures(rows) and isinstance(again[0]["image"][0], refs.Bytes)
+    assert without_pictures(again) == without_pictures([rows[0], rows[1] | {"question": asked(query)}]), "what the owner asks is asked as it stands"
+    assert isinstance(again[0]["image"][0], refs.Bytes)
     assert papers.read("mathvista", f"{tmp_path}/p/data/test-*.parquet")[0]["answers"] == []
 
 
 def test_realworldqa_in_both_editions(tmp_path):
     how = "\n\nPlease answer directly with only the letter of the correct option and nothing else."
-    records = [{"image": "0.webp", "question": f"Where to?\nA. Left\nB. Straight on\nC. Right{how}", "answer": "C"},
+    records = [{"image": "0.webp", "question": f"Where to?\n\nA. Left\nB. Straight on\nC. Right{how}", "answer": "C"},
                {"image": "1.webp", "question": "How many?\n\nPlease answer directly with a single word or number.", "answer": "2"}]
     lay(tmp_path / "z", {"annotations.jsonl": lines(records), "images/0.webp": None, "1.webp": None})
     archive = pack(tmp_path / "z")
@@ -414,10 +422,9 @@ def test_prompts_can_be_replaced_and_submissions_are_known(tmp_path):
         papers.submission("pope", [])
 
 
-def test_choices_are_split_only_where_their_letters_come_in_order():
-    mark = r"(?:^|,)\s*([A-Z]): "
-    assert layouts.lettered_choices("A: x, B: y, C: z", mark) == ["x", "y", "z"]
-    assert [layouts.lettered_choices(text, mark) for text in ("", "B: x, A: y", "A: x, C: y", "none")] == [[]] * 4
+def test_choices_count_only_where_their_letters_come_in_order():
+    assert layouts.in_order([("A", "x "), ("B", "y")]) == ["x", "y"]
+    assert [layouts.in_order(pairs) for pairs in ([], [("B", "x"), ("A", "y")], [("A", "x"), ("C", "y")])] == [[]] * 3
 
 
 def test_every_benchmark_of_the_issue_is_here_and_uses_only_what_is_there():
@@ -425,4 +432,21 @@ def test_every_benchmark_of_the_issue_is_here_and_uses_only_what_is_there():
     assert papers.BENCHMARKS.keys() == set(names.split())
     for name, benchmark in papers.BENCHMARKS.items():
         assert all(re.fullmatch(r"(?:[\w.*-]+/)?[\w.*-]+", pattern) for pattern in benchmark.files + benchmark.notes), name
-        assert benchmark.mine == (benchmark.layout in (layouts.anybodys, layouts.coco)), name
+        assert benchmark.score in {*scores.SCORES, "captions"}, name
+
+
+def test_a_right_answer_to_a_row_is_marked_right_by_its_benchmarks_score(tmp_path):
+    """What a reader gives is what the score takes: MathVista's gold is a choice's text, MMMU's a letter or one of several texts, MME's says Yes."""
+    number = {"pid": "1", "image": "a.jpg", "choices": None, "unit": None, "precision": 1.0, "answer": "1.2", "answer_type": "float", "question": "?",
+              "metadata": {"task": "x"}}
+    lay(tmp_path, {
+        "testmini.json": [number, number | {"pid": "2", "answer": "no", "choices": ["yes", "no"], "answer_type": "text"}],
+        "validation-0.parquet": [mmmu(options="['x', 'y']", image_1=shown(1, 9)),
+                                 mmmu(id="validation_Music_9", answer="['24/7', '3.43']", image_1=shown(1, 9))],
+        "OCRBench.json": [{"dataset_name": "HME100k", "type": "x", "image_path": "a.jpg", "question": "?", "answers": "x ^ 2"}],
+        "annotations.json": [{"image": "a.jpg", "question": "Is it?", "answer": "Yes"}],
+        "a.jpg": None, "color/a.txt": "Is it?\tYes\n", "color/a.jpg": None})
+    for name, answers in (("mathvista", ["It is 1.2.", "(B) no"]), ("mmmu", ["B", "so it is 3.43"]), ("ocrbench", ["It says x^2"]), ("mme", ["Yes."]),
+                          ("realworldqa", ["yes"])):
+        rows = papers.read(name, tmp_path)
+        assert scores.mark(papers.BENCHMARKS[name].score, answers, rows) == [1.0] * len(answers), name
