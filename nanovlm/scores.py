@@ -147,21 +147,22 @@ def letters(answer, golds, question):
 
 
 def chosen(answer, choices):
-    """The letter that an answer names, or None. The first of these that finds any decides, and names none if it finds two:
+    """The letter that an answer names, or None. The first of these that finds any decides, and names none where it finds two:
 
-    nothing but a letter (B, b, "B.", (B)); a letter that opens the answer with a mark after it (B. the cat; B: the cat); the letter after "answer",
-    "option" or "choice" (the answer is B); letters in brackets; one choice's own text and nothing else (said as it is or after "the answer is").
-    A letter past the last choice is none; where choices are not known, A to Z are.
+    nothing but a letter (B, b, "B.", (B)); one after the word answer, option or choice (the answer is B, "Answer: (B)"); one in brackets, or one that
+    opens the answer with a mark behind it ("B. the cat", "B: the cat"); a choice's own text, alone or after "the answer is".
+    Before a word, A is an article and I a person, unless the word is because. A letter past the last choice is none; where choices are not known,
+    A to Z are.
     """
     known = "".join(chr(65 + i) for i in range(len(choices) or 26))
     text = answer.strip()
-    alone = re.fullmatch(r"\W*([A-Za-z])\W*", text)
-    opening = re.match(r"\(?([A-Z])\s*[).:,\n]", text)
-    told = re.findall(r"\b(?:[Aa]nswer|[Oo]ption|[Cc]hoice)(?:\s+is|\s*:)*:?\s*[\"'(*]*([A-Z])\b(?!['’])", text)
-    for found in ([alone[1].upper()] if alone else [], [opening[1]] if opening else [], told, re.findall(r"\(([A-Z])\)", text)):
+    alone = re.findall(r"^\W*([A-Za-z])\W*$", text)
+    told = re.findall(r"\b(?:[Aa]nswer|[Oo]ption|[Cc]hoice)(?:\s+is|\s*:)*\s*[\"'(*]*\b([A-Z])\b(?!['’])(?!(?<=[AI])\s+(?!because\b)[a-z])", text)
+    marked = re.findall(r"\(([A-Z])\)", text) + re.findall(r"^([A-Z])\s*[).:\n]", text)
+    for found in ([letter.upper() for letter in alone], told, marked):
         if found:
             return found[0] if len(set(found)) == 1 and found[0] in known else None
-    said_so = bare(re.sub(r"^the (?:correct )?answer is:?\s+", "", text, flags=re.IGNORECASE))
+    said_so = bare(re.sub(r"^(?:the )?(?:correct )?answer(?: is:?|:)\s+", "", text, flags=re.IGNORECASE))
     own = [letter for letter, choice in zip(known, choices, strict=False) if bare(choice) == said_so]
     return own[0] if len(own) == 1 else None
 
@@ -171,14 +172,16 @@ def bare(text):
     return text.strip().strip("\"'`()[]").rstrip(".!?;:,").strip().lower()
 
 
+FIGURES = (r"-?\b\d{1,3}(?:,\d{3})+\b", r"-?\d+(?:\.\d+)?[eE][+-]?\d+", r"-?(?:\d+\.\d+|\.\d+|\d+\b)(?![eE][+-]?\d+)(?![,\d])")  # MMMU's numbers
+
+
 def mmmu(answer, golds, question):
     """MMMU (its eval_utils.py): letters where there are choices; else open, right if a part of the answer holds a gold or a number in it is one."""
     if question.get("choices"):
         return letters(answer, golds, question)
     parts = tails(answer.strip().strip(".").lower())
-    figures = [found.replace(",", "") for part in parts for found in re.findall(rf"(?<![\w.]){NUMBER}(?![\w,])|(?<=\$){NUMBER}", part)]
-    wanted = [form for gold in golds for form in forms(gold)]
-    given = [form for part in parts + figures for form in forms(part)]
+    figures = [found for part in parts for pattern in FIGURES for found in re.findall(pattern, part)]
+    wanted, given = ([form for text in texts for form in forms(text)] for texts in (golds, parts + figures))
     held = any(gold in part for part in given for gold in wanted if isinstance(part, str) and isinstance(gold, str))
     return float(held or any(part in wanted for part in given if isinstance(part, float)))
 
@@ -192,7 +195,7 @@ def tails(answer):
         for sign in signs + ["="] * (i == len(lines) - 1):
             tail = line.split(sign)[-1].strip() if sign in line else short
             short = tail if not short or len(tail) < len(short) else short
-        found += [short] if short.strip(":,.!?;'") else []
+        found += [short] if short not in ("", *":,.!?;'") else []
     return found or [answer]
 
 
@@ -291,13 +294,20 @@ def summary(name, questions, answers, scores):
 
 
 def pope(questions, answers):
-    """Of "is there a ...?", yes is the positive. What cannot be read is wrong, and no yes: it lowers accuracy and recall, not precision."""
-    pairs = Counter((said(answer), question["answers"][0].strip().lower()) for answer, question in zip(answers, questions, strict=True))
-    hits, yes = pairs["yes", "yes"], pairs["yes", "yes"] + pairs["yes", "no"]
-    wanted = sum(count for (_, gold), count in pairs.items() if gold == "yes")
+    """Of all and of each of its files. Yes is the positive; what cannot be read is wrong and no yes: it lowers accuracy and recall, not precision."""
+    kinds = {"": list(zip(questions, answers, strict=True))}
+    for question, answer in kinds[""]:
+        kinds.setdefault(f"{question['kind']} ", []).append((question, answer))
+    return {f"{kind}{name}": value for kind, pairs in kinds.items() if len(kinds) > 2 or not kind for name, value in rates(pairs).items()}
+
+
+def rates(pairs):
+    counts = Counter((said(answer), question["answers"][0].strip().lower()) for question, answer in pairs)
+    hits, yes = counts["yes", "yes"], counts["yes", "yes"] + counts["yes", "no"]
+    wanted = sum(count for (_, gold), count in counts.items() if gold == "yes")
     precision, recall = hits / yes if yes else 0.0, hits / wanted if wanted else 0.0
-    return {"accuracy": (hits + pairs["no", "no"]) / len(answers), "precision": precision, "recall": recall,
-            "F1": 2 * precision * recall / (precision + recall) if hits else 0.0, "yes-rate": yes / len(answers)}
+    return {"accuracy": (hits + counts["no", "no"]) / len(pairs), "precision": precision, "recall": recall,
+            "F1": 2 * precision * recall / (precision + recall) if hits else 0.0, "yes-rate": yes / len(pairs)}
 
 
 def totals(questions, scores):
@@ -310,14 +320,12 @@ def totals(questions, scores):
 
 def mme_sums(questions, scores):
     """Per category acc + acc+, of 200: the percentages of right answers and of pictures with both answers right; and the owners' two sums."""
-    kinds = {}
+    kinds, sums = {}, {}
     for question, score in zip(questions, scores, strict=True):
         kinds.setdefault(question["kind"], {}).setdefault(str(question["image"]), []).append(score or 0)
-    sums = {}
     for kind, pictures in kinds.items():
-        single = [name for name, marks in pictures.items() if len(marks) != 2]
-        if single:
-            raise Mistake(f"MME asks two questions of a picture, but {len(pictures[single[0]])} of {single[0]} ({kind})")
         sums[kind] = 100 * mean([mark for marks in pictures.values() for mark in marks]) + 100 * mean([min(marks) for marks in pictures.values()])
     thought = sum(value for kind, value in sums.items() if kind in COGNITION)
-    return {"perception": sum(sums.values()) - thought, "cognition": thought, "total": sum(sums.values()), **sums}
+    odd = sum(len(marks) != 2 for pictures in kinds.values() for marks in pictures.values())
+    return {"perception": sum(sums.values()) - thought, "cognition": thought, "total": sum(sums.values()), **sums,
+            **({"pictures without two questions (acc+ is not MME's)": odd} if odd else {})}
