@@ -4,21 +4,24 @@
     python sample.py --model=out/sft --image a.jpg --image b.jpg --prompt "What was taken out?"
     python sample.py --image fridge.jpg --chat=true                           a conversation in the terminal
     echo "Is there any milk?" | python sample.py --image fridge.jpg
-    python sample.py --questions=data/fridge/exam.jsonl --images=data/fridge/images     the whole exam, marked
+    python sample.py --questions=data/fridge/exam.jsonl --images=data/fridge/images --out=answers.jsonl      the whole exam, marked
+    torchrun --nproc_per_node=8 sample.py --benchmark=mmmu --questions=MMMU --out=mmmu.jsonl --report=mmmu.html     a public one
     python sample.py --model=llava-hf/llava-v1.6-mistral-7b-hf --image a.jpg --prompt "What is this?"
 
 Only the answer goes to standard output.
 """
-import json
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
-from nanovlm import Mistake, chat, cli, data, disk, evaluate, images, packing, parallel, weights
+from nanovlm import Mistake, chat, cli, disk, evaluate, images, packing, papers, parallel, weights
+from nanovlm.evaluate import prompt_ids
 
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+BATCH = 16     # questions of an exam at once
 LONGEST = 1 << 20  # tokens of prompt and answer together; the cache takes memory for all of them before the first is read
 
 
@@ -34,13 +37,6 @@ def place_pictures(text, pictures):
     if any("\ud800" <= letter <= "\udfff" for letter in text):  # how Python hands on bytes that are no text
         raise Mistake(f"the question is not text in {sys.stdin.encoding if sys.stdin else 'UTF-8'}: {text[:80]!r}")
     return text if typed else "<image>\n" * pictures + text
-
-
-def prompt_ids(checkpoint, turns, pictures):
-    """The ids of a conversation that waits for its answer, every picture expanded; pictures: images.Picture each."""
-    ids, trained = chat.render(turns, checkpoint.tokenizer, checkpoint.template)
-    ids, _, pictures = chat.tag_pictures(ids, trained, pictures, checkpoint.tokenizer, checkpoint.policy)
-    return data.expand(ids, [len(picture.places) for picture in pictures]).tolist()
 
 
 def load_pictures(paths, policy):
@@ -66,41 +62,6 @@ def stream(checkpoint, turns, pictures, **choices):
         if next_id not in stop:
             yield text.push(next_id)
     yield text.flush()
-
-
-def answer_all(checkpoint, questions, batch=100, blank=False, **choices):
-    """The answers to many (text, pictures) questions, in their order, a batch at a time; blank: with grey pictures instead of theirs."""
-    stop, answers = {chat.end_id(checkpoint.tokenizer, checkpoint.template)}, {}
-    asked = [prompt_ids(checkpoint, [("user", place_pictures(text, len(pictures)))], pictures) for text, pictures in questions]
-    order = sorted(range(len(asked)), key=lambda i: len(asked[i]))  # prompts of one length need no padding
-    for start in range(0, len(order), batch):
-        members = order[start : start + batch]
-        seen = packing.join([picture for i in members for picture in questions[i][1]], checkpoint.policy)
-        if blank:
-            seen["tiles_NCYX"].fill_(128)
-        said = zip(*checkpoint.model.generate([asked[i] for i in members], **seen, stop=stop, **choices), strict=True)
-        for i, ids in zip(members, said, strict=True):
-            answers[i] = checkpoint.tokenizer.decode([x for x in ids if x is not None and x not in stop])
-    return [answers[i] for i in range(len(questions))]
-
-
-def examine(checkpoint, questions, folder, benchmark="exact", **how):
-    """Answer questions (as evaluate.read_questions gives them) about pictures in `folder`, and mark them: the answers, and a score for each."""
-    pictures = {path: images.load(Path(folder) / path, checkpoint.policy) for q in questions for path in q["image"]}
-    answers = answer_all(checkpoint, [(q["question"], [pictures[path] for path in q["image"]]) for q in questions], **how)
-    return answers, [evaluate.MARKS[benchmark](a, q["answers"]) for a, q in zip(answers, questions, strict=True)]
-
-
-def show_marks(checkpoint, questions, folder, benchmark, out, **how):
-    """A table of the marks of an exam, and where `out` names a file, every answer in it as a JSON line."""
-    began = time.time()
-    answers, scores = examine(checkpoint, questions, folder, benchmark, **how)
-    for kind, count, share in evaluate.table(questions, scores):
-        print(f"{kind:10} {count:5} questions   {share:6.1%} right")
-    if out:
-        lines = [{**q, "answer": a, "score": score} for q, a, score in zip(questions, answers, scores, strict=True)]
-        Path(out).write_text("".join(json.dumps(line) + "\n" for line in lines))
-    say(f"{len(answers) / (time.time() - began):.0f} answers/s")
 
 
 def answer(checkpoint, turns, pictures, **choices):
@@ -149,15 +110,58 @@ def converse(checkpoint, pictures, prompt, **choices):
         turns.append(("assistant", answer(checkpoint, turns, pictures, **choices)))
 
 
+def check_exam(typed):
+    """Raise Mistake for settings that do not go together."""
+    given = [name for name in ("benchmark", "annotations", "images", "out", "report", "submission") if getattr(typed, name)]
+    if not (typed.questions or typed.score) and (given or typed.batch != BATCH):
+        raise Mistake(f"--{(given or ['batch'])[0]} is for an exam: give its --questions")
+    if (typed.questions or typed.score) and (typed.image or typed.chat):
+        raise Mistake("--questions brings its own pictures, and is no conversation: --image and --chat do not go with it")
+    if typed.score and (typed.report or typed.images or typed.annotations) and not typed.questions:
+        raise Mistake(f"--{'report' if typed.report else 'images' if typed.images else 'annotations'} wants the --questions, too")
+    for name in ("out", "report", "submission"):
+        if (path := getattr(typed, name)) and not Path(path).parent.is_dir():
+            raise Mistake(f"--{name}={path}: there is no folder {Path(path).parent}")
+    if typed.batch < 1:
+        raise Mistake(f"--batch={typed.batch} must be at least 1")
+    if typed.out and typed.out.endswith(".json"):
+        raise Mistake(f"--out={typed.out}: the table takes that name, give the answers another, such as {typed.out}l")
+
+
+def exam(typed, choices):
+    """Sit an exam, or mark its answers again, and tell how it went."""
+    benchmark = typed.benchmark or (evaluate.benchmark_of(typed.score) if typed.score else "exact")
+    device = parallel.pick_device(typed.device)
+    rank, world = (0, 1) if typed.score else parallel.start(device)
+    with parallel.together():
+        papers.named(benchmark)
+        if typed.submission:
+            papers.submission(benchmark, [])  # refused now, not after the exam, where its owner takes none
+        questions = papers.read(benchmark, typed.questions, typed.annotations, typed.images, typed.prompt) if typed.questions else []
+        checkpoint = None if typed.score else weights.load(typed.model, device, DTYPES[typed.dtype])
+    if typed.score:
+        rows, about = evaluate.mark_again(typed.score, questions, benchmark), evaluate.told(typed.score)
+    else:
+        how = dict(benchmark=benchmark, prompt=typed.prompt, out=typed.out, batch=typed.batch)
+        rows, about = evaluate.sit(checkpoint, questions, rank, world, **how, **choices)
+    if rank == 0:
+        evaluate.conclude(rows, about, questions, benchmark, typed.seed, out=typed.out, page=typed.report, submission=typed.submission)
+
+
 def sample(*,
     model: str = "out/sft",       # a checkpoint, a run's folder (its newest one), or a public LLaVA: its folder or owner/name
     image: list[str] = [],        # a picture; may be repeated
     prompt: str = "",             # the question, <image> in it where a picture belongs; empty: standard input if piped, else what is in the fridge
     chat: bool = False,           # keep talking: the prompt, then a question a line
-    questions: str = "",          # an exam: JSON lines of id, image, question, answers, or LLaVA JSON; --prompt takes the questions' place
-    images: str = "",             # the folder that the exam's pictures are named from; empty: the exam's own
-    benchmark: str = "exact",     # how the exam is marked: exact, or contains, where a right answer may stand among other words
-    out: str = "",                # a file for the exam's answers, JSON lines
+    benchmark: str = "",          # of an exam: how it is read, asked and marked, such as mmmu (README.md names them); empty: exact, or as --score was
+    questions: str = "",          # an exam, as its owner publishes it: a file, a folder or a zip; or JSON lines of id, image, question, answers
+    annotations: str = "",        # its right answers, where they are in a file of their own
+    images: str = "",             # the folder or zip that its pictures are named from; empty: beside the questions
+    out: str = "",                # a file for its answers, JSON lines; if some are there, it goes on. The table goes beside it, as .json
+    score: str = "",              # such a file, to be marked again without a model; by the right answers in --questions, if given
+    report: str = "",             # a page of HTML for its pictures, questions, answers and marks
+    submission: str = "",         # a file for its answers as the owner wants them handed in (vqav2, docvqa)
+    batch: int = BATCH,              # of its questions, answered at once
     temperature: float = 0.0,     # 0 takes the likeliest token every time; 1 draws as the model believes
     top_p: float = 1.0,           # draw among the fewest likeliest tokens that hold this much of the probability
     top_k: int = 0,               # draw among this many likeliest tokens; 0: among all
@@ -167,22 +171,16 @@ def sample(*,
     dtype: str = "auto",          # of the model's numbers: float32, bfloat16 or float16; auto: what its files have, so that 7B take 14 GB, not 28
 ):
     """Answer a question about pictures, or about nothing but words."""
+    typed = SimpleNamespace(**locals())
     choices = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "max_tokens": max_tokens, "seed": seed}
     check(choices)
     if dtype not in DTYPES:
         raise Mistake(f"--dtype={dtype} is none of {', '.join(DTYPES)}")
-    if not (Path(model).exists() or disk.is_name(model)):
+    if not (score or Path(model).exists() or disk.is_name(model)):
         raise Mistake(f"no such model: {model}; `python train.py` makes out/sft, the demonstration's")
-    if questions and (image or chat):
-        raise Mistake("--questions brings its own pictures, and is no conversation: --image and --chat do not go with it")
-    if not questions and (images or out or benchmark != "exact"):
-        raise Mistake("--images, --benchmark and --out are for an exam: give its --questions")
-    if out and not Path(out).parent.is_dir():
-        raise Mistake(f"--out={out}: there is no folder {Path(out).parent}")
-    if questions:
-        papers = evaluate.read_questions(questions, benchmark, prompt)
-        checkpoint = weights.load(model, parallel.pick_device(device), DTYPES[dtype])
-        return show_marks(checkpoint, papers, images or Path(questions).parent, benchmark, out, **choices)
+    check_exam(typed)
+    if questions or score:
+        return exam(typed, choices)
     asked = "" if chat else question(prompt, len(image))
     checkpoint = weights.load(model, parallel.pick_device(device), DTYPES[dtype])
     pictures = load_pictures(image, checkpoint.policy)

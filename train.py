@@ -20,8 +20,7 @@ from types import SimpleNamespace
 import torch
 
 import prepare
-import sample
-from nanovlm import UNTRAINED, Mistake, cli, cost, disk, evaluate, saves, watch, weights
+from nanovlm import UNTRAINED, Mistake, cli, cost, disk, evaluate, papers, saves, watch, weights
 from nanovlm import parallel as ranks
 from nanovlm.data import LENGTH, Samples
 from nanovlm.packing import Loader, read_blend
@@ -372,8 +371,7 @@ def how_to_go_on(typed):
 def exam(model, questions, blank=False):
     """[(kind, questions, share exactly right)] of the fridge world's exam, the last over all."""
     checkpoint = weights.load(model, ranks.pick_device("auto"))
-    _, scores = sample.examine(checkpoint, questions, "data/fridge/images", blank=blank, max_tokens=64)
-    return evaluate.table(questions, scores)
+    return [line[:3] for line in evaluate.ask(checkpoint, questions, benchmark="exact", batch=100, blank=blank, max_tokens=64)]
 
 
 def demonstration():
@@ -399,7 +397,7 @@ def demonstration():
     stage("eye", "An eye learns to see what that brain can read: the brain stands still, only the eye and a projector train.")
     once("out/stitched", "Now the real road. Stitch the two as if we had found them, with a projector that knows nothing.",
          prepare.stitch, vision="out/eye", decoder="out/brain")
-    questions = evaluate.read_questions("data/fridge/exam.jsonl")
+    questions = papers.read("exact", "data/fridge/exam.jsonl", images="data/fridge/images")
     readings = [q for q in questions if q["kind"] == "reading"]
     before = exam("out/stitched", readings)[-1][2]
     stage("pretrain", "Align: only the projector trains, until the brain can read the eye.", steps=250, batch=5, row=320, lr=2e-3, floor=1e-4)

@@ -1,89 +1,305 @@
-"""Exam papers: reading the questions, marking the answers. The model is not known here; a door asks it and hands the answers over."""
+"""The exam: questions are put to a model a batch at a time, shared over any number of ranks; answers are written as they come, and marked.
+
+    answers.jsonl   a line for each question: id, kind, the prompt as rendered, the answer, its tokens and whether it was cut off at the longest that
+                    answers may be, the right answers and what else the score needs, the score (null: none could be given); once all are there, in
+                    the questions' order
+    answers.json    what was asked of which model, how and by what versions, which is enough to repeat it; and the table
+"""
+import contextlib
+import datetime
+import hashlib
+import io
+import itertools
 import json
-import re
+import os
+import platform
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
-from . import Mistake
+import torch
+from PIL import Image
+
+from . import IMAGE, Mistake, chat, data, disk, images, opening, packing, papers, parallel, refs, report, scores
+
+EVERY = 5.0  # seconds between two lines of progress
 
 
-def read_questions(path, benchmark="exact", prompt=""):
-    """[{id, kind, image (a list of paths), question, answers (any is right)}] from JSON lines of these, or from a JSON list in LLaVA's format.
+class Said(NamedTuple):
+    """An answer."""
 
-    Of a LLaVA sample the first turn is the question and the reply to it the answer; its label, if it has one, is the kind. prompt: asked in
-    place of every question. Raises Mistake, naming the question, for what cannot be read or marked, an id that comes again, an unknown benchmark.
+    text: str
+    tokens: int
+    cut: bool    # it is as long as answers may be, and has not ended
+    prompt: str  # what it answers, as the model's template renders it, <image> for each picture
+
+
+# ---- asking ----
+
+def prompt_ids(checkpoint, turns, pictures):
+    """The ids of a conversation that waits for its answer, every picture expanded; pictures: images.Picture each."""
+    ids, trained = chat.render(turns, checkpoint.tokenizer, checkpoint.template)
+    ids, _, pictures = chat.tag_pictures(ids, trained, pictures, checkpoint.tokenizer, checkpoint.policy)
+    return data.expand(ids, [len(picture.places) for picture in pictures]).tolist()
+
+
+def rendered(checkpoint, turns):
+    """The same in letters, <image> for each picture."""
+    ids, _ = chat.render(turns, checkpoint.tokenizer, checkpoint.template)
+    parts = [(is_image, list(part)) for is_image, part in itertools.groupby(ids, lambda i: i == IMAGE)]
+    return "".join("<image>" * len(part) if is_image else checkpoint.tokenizer.decode(part) for is_image, part in parts)
+
+
+def answer(checkpoint, asked, *, blank=False, mixed=None, **choices):
+    """What a model Said to each (text with an <image> for each picture, [images.Picture]), all of them at once.
+
+    blank: every picture is grey instead; mixed: a context to call the model in; choices: of VLM.generate. A model that lies in parts is called by
+    all ranks equally often: until the last of all their answers has ended.
     """
-    if benchmark not in MARKS:
-        raise Mistake(f"--benchmark={benchmark} is not known: {', '.join(MARKS)}")
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise Mistake(f"{path} is not text in UTF-8: {error}") from None
-    questions = [read_question(record, f"{path}, question {number}", prompt) for number, record in enumerate(read_records(text, path), 1)]
-    if not questions:
-        raise Mistake(f"{path} holds no questions")
+    model, end = checkpoint.model, chat.end_id(checkpoint.tokenizer, checkpoint.template)
+    turns = [[("user", text)] for text, _ in asked]
+    prompts = [prompt_ids(checkpoint, turn, pictures) for turn, (_, pictures) in zip(turns, asked, strict=True)]
+    seen = packing.join([picture for _, pictures in asked for picture in pictures], checkpoint.policy)
+    if blank:
+        seen["tiles_NCYX"].fill_(128)
+    together, said = parallel.is_sharded(model), [[] for _ in asked]
+    with mixed or contextlib.nullcontext(), parallel.gathered(model):
+        for step in model.generate(prompts, **seen, stop=set() if together else {end}, **choices):
+            for ids, i in zip(said, step, strict=True):
+                ids += [i] if not ids or ids[-1] != end else []
+            if together and not parallel.total([sum(ids[-1] != end for ids in said)], model.mean_C11.device)[0]:
+                break
+    texts = [checkpoint.tokenizer.decode([i for i in ids if i != end]) for ids in said]
+    return [Said(text, len(ids), ids[-1] != end, rendered(checkpoint, turn)) for text, ids, turn in zip(texts, said, turns, strict=True)]
+
+
+def size(ref):
+    """(width, height) of a picture as its file begins: nearly always what it has once it is opened, and enough to sort by."""
+    content, name = (ref.path, ref.path) if isinstance(ref, refs.File) else refs.load(ref)
+    with opening.blaming(name, None if isinstance(content, str) else len(content)), \
+            Image.open(content if isinstance(content, str) else io.BytesIO(content), formats=opening.FORMATS) as picture:
+        opening.check_size(*picture.size)
+        return picture.size
+
+
+def in_batches(checkpoint, questions, batch):
+    """The numbers of the questions, `batch` at a time, the shortest prompts first: neighbours need hardly any padding."""
+    sizes, policy = {}, checkpoint.policy
+
+    def length(question):
+        for ref in question["image"]:
+            sizes[ref] = sizes.get(ref) or ((1, 1) if policy["fit"] in images.FITS else size(ref))
+        pictures = [images.plan(sizes[ref], policy) for ref in question["image"]]
+        return len(prompt_ids(checkpoint, [("user", question["question"])], pictures))
+
+    lengths = list(map(length, questions))
+    order = sorted(range(len(questions)), key=lengths.__getitem__)
+    return [order[i : i + batch] for i in range(0, len(order), batch)]
+
+
+def answers(checkpoint, questions, rank=0, world=1, *, batch=16, done=(), **how):
+    """The answers, as they come: on every rank, round after round, a list of (number of the question, Said) that all ranks gave together.
+
+    done: numbers of questions that were answered before. Batches are those of the whole exam, without them, so that one which goes on gives the
+    answers that it would have given. The longest go first: what does not fit into memory is known at once. how: as for `answer`.
+    """
+    known = set(done)
+    with parallel.together():
+        batches = [left for members in reversed(in_batches(checkpoint, questions, batch)) if (left := [i for i in members if i not in known])]
+    rounds = [batches[i : i + world] for i in range(0, len(batches), world)]
+
+    def load(members):
+        return [(questions[i]["question"], [opened(ref, checkpoint.policy) for ref in questions[i]["image"]]) for i in members]
+
+    mine = [some[min(rank, len(some) - 1)] for some in rounds]  # the last may have none for this rank: under FSDP it works in vain with the others
+    idle = [rank >= len(some) for some in rounds]
+    with ThreadPoolExecutor(1) as reader:
+        coming = reader.submit(load, mine[0]) if mine else None
+        for number, members in enumerate(mine):
+            with parallel.together():
+                asked = coming.result()
+            coming = reader.submit(load, mine[number + 1]) if number + 1 < len(mine) else None
+            said = answer(checkpoint, asked, **how) if not idle[number] or parallel.is_sharded(checkpoint.model) else []
+            pairs = [] if idle[number] else list(zip(members, said, strict=True))
+            yield [pair for some in parallel.gather(pairs) for pair in some]
+
+
+def opened(ref, policy):
+    content, name = refs.load(ref)
+    return images.load(content, policy, name=name)
+
+
+def ask(checkpoint, questions, rank=0, world=1, *, benchmark="exact", **how):
+    """The table of an exam's marks, on rank 0, None on the others; while a model trains, too (see `answer`). how: as for `answers`."""
+    rows = [pair for pairs in answers(checkpoint, questions, rank, world, **how) for pair in pairs]
+    if rank == 0:
+        return report.table(marked([row_of(questions[i], said) for i, said in sorted(rows)], benchmark))
+
+
+# ---- marking ----
+
+def row_of(question, said):
+    """A line of answers.jsonl, still without its score."""
+    told = {name: value for name, value in question.items() if name not in ("image", "question")}
+    return {**told, "prompt": said.prompt, "answer": said.text, "tokens": said.tokens, "cut": said.cut}
+
+
+def marked(rows, benchmark):
+    """Rows with their scores; None where an answer cannot be parsed, or no right one is known."""
+    known = [row for row in rows if row["answers"]]
+    marks = scores.mark(papers.BENCHMARKS[benchmark].score, [row["answer"] for row in known], known) if known else []
+    given = iter(marks)
+    return [{**row, "score": next(given) if row["answers"] else None} for row in rows]
+
+
+# ---- a whole exam, and its files ----
+
+def beside(out):
+    return Path(out).with_suffix(".json")
+
+
+def write(path, text):
+    """Whole or not at all."""
+    tmp = Path(f"{path}.tmp")
+    tmp.write_text(text, encoding="utf-8")
+    os.replace(tmp, path)
+
+
+def write_rows(path, rows):
+    write(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def identity(checkpoint, questions, benchmark, prompt, choices):
+    """What must stay the same for an exam to go on: the model by its weights' files, the questions by what they say."""
+    folder = Path(checkpoint.card["folder"])
+    files = {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(folder.glob("*.safetensors"))}
+    asked = sha([[question["id"], question["question"]] for question in questions])
+    return {"model": str(folder), "weights": files, "dtype": str(next(checkpoint.model.parameters()).dtype).removeprefix("torch."),
+            "benchmark": benchmark, "questions": f"{len(questions):,} ({asked})", "prompt": prompt, **choices}
+
+
+def sha(thing):
+    return hashlib.sha256(json.dumps(thing).encode()).hexdigest()[:8]
+
+
+def begin(out, questions, asked, about):
+    """{number of a question: Said} of the answers that an exam which was stopped has left in `out`; it is made ready to go on."""
+    if not Path(out).exists():
+        write(beside(out), json.dumps({"asked": asked, **about}, indent=1))
+        return {}
+    if not beside(out).is_file():
+        raise Mistake(f"--out={out} is there, but no {beside(out)} that says what was asked: name another")
+    was = disk.read_json(beside(out)).get("asked", {})
+    wrong = [f"{name} was {was.get(name)}, now {value}" for name, value in json.loads(json.dumps(asked)).items() if was.get(name) != value]
+    if wrong:
+        raise Mistake(f"{out} cannot go on as another exam: {'; '.join(wrong)}; name another --out")
+    numbers, rows = {str(question["id"]): i for i, question in enumerate(questions)}, list(read_rows(out))
+    write_rows(out, rows)  # without the line that may have been torn
+    return {numbers[str(row["id"])]: Said(row["answer"], row["tokens"], row["cut"], row["prompt"]) for row in rows}
+
+
+def read_rows(path):
+    """The lines of an answers.jsonl; Mistake, naming the line, for what is none."""
     seen = set()
-    for number, question in enumerate(questions, 1):
-        if str(question["id"]) in seen:
-            raise Mistake(f"{path}, question {number}: the id {question['id']} comes again")
-        seen.add(str(question["id"]))
-    return questions
+    for number, row in enumerate(disk.read_log(path), 1):
+        missing = [name for name in ("id", "kind", "prompt", "answer", "answers", "tokens", "cut") if not isinstance(row, dict) or name not in row]
+        if missing:
+            raise Mistake(f"{path}, line {number}: no answer to a question, it has no {', '.join(missing)}")
+        if str(row["id"]) in seen:
+            raise Mistake(f"{path}, line {number}: question {row['id']} is answered twice")
+        seen.add(str(row["id"]))
+        yield row
 
 
-def read_records(text, path):
-    """The records of a JSON list, or of a file with one on each line."""
-    if text.lstrip().startswith("["):
-        try:
-            return json.loads(text)
-        except json.JSONDecodeError as error:
-            raise Mistake(f"{path}: not JSON: {error}") from None
-    records = []
-    for number, line in enumerate(text.split("\n"), 1):  # JSON may hold what splitlines takes for the end of a line
-        try:
-            records += [json.loads(line)] if line.strip() else []
-        except json.JSONDecodeError as error:
-            raise Mistake(f"{path}, line {number}: not JSON: {error}") from None
-    return records
+def sit(checkpoint, questions, rank=0, world=1, *, benchmark, prompt="", out="", batch=16, **choices):
+    """Answer all questions, of which `out` may hold some already, and write the answers there as they come: (rows, on rank 0; what answers.json says
+    of them)."""
+    asked = identity(checkpoint, questions, benchmark, prompt, choices)
+    about = {"card": checkpoint.card, "ranks": world, "batch": batch, "device": str(checkpoint.model.mean_C11.device), "versions": versions()}
+    with parallel.together():
+        said = begin(out, questions, asked, about) if out and rank == 0 else {}
+    progress, known = Progress(len(questions), len(said)), parallel.gather(list(said))[0]
+    with open(out, "a", encoding="utf-8") if out and rank == 0 else contextlib.nullcontext() as file:
+        for pairs in answers(checkpoint, questions, rank, world, batch=batch, done=known, **choices):
+            said |= pairs
+            rows = [row_of(questions[i], one) | {"score": None} for i, one in pairs]
+            rows = rows if report.is_of_all(benchmark) else marked(rows, benchmark)
+            with parallel.together():
+                if file:
+                    file.write("".join(json.dumps(row) + "\n" for row in rows))
+                    file.flush()
+            if rank == 0:
+                progress.tell(rows, benchmark)
+    rows = marked([row_of(question, said[i]) for i, question in enumerate(questions)], benchmark) if rank == 0 else None
+    return rows, {"asked": asked, **about, **progress.speeds()}
 
 
-def read_question(record, where, prompt):
-    if not isinstance(record, dict):
-        raise Mistake(f"{where} is not an object: {record!r:.80}")
-    match record:
-        case {"conversations": [{"from": "human", "value": asked}, {"from": "gpt", "value": answer}, *_]}:
-            record = {**record, "question": asked, "answers": [answer], "kind": record.get("label", "all")}
-        case {"conversations": _}:
-            raise Mistake(f"{where}: its first two turns are no question and answer")
-    missing = [key for key in ("id", "question", "answers") if key not in record]
-    if missing:
-        raise Mistake(f"{where}: no {', '.join(missing)}")
-    image, answers = record.get("image", []), record["answers"]
-    image = [image] if isinstance(image, str) else image
-    question = prompt or record["question"]
-    for name, texts in (("id", [str(record["id"])]), ("image", image), ("answers", answers or [None]), ("question", [question])):
-        if not isinstance(texts, list) or not all(isinstance(text, str) and text.replace("<image>", "").strip() for text in texts):
-            raise Mistake(f"{where}: `{name}` should be text that says something, not {texts!r:.80}")
-    if question.count("<image>") not in (0, len(image)):
-        raise Mistake(f"{where}: {question.count('<image>')} <image> in its text but {len(image)} pictures")
-    return {"id": record["id"], "kind": str(record.get("kind", "all")), "image": image, "question": question, "answers": answers}
+def versions():
+    return {"python": platform.python_version(), "torch": torch.__version__}
 
 
-def exact(answer, golds):
-    """1.0 if the answer is one of the golds letter for letter, white space at the ends aside."""
-    return float(answer.strip() in [gold.strip() for gold in golds])
+class Progress:
+    """What a person who waits wants to know, on standard error."""
+
+    def __init__(self, total, before):
+        self.total, self.before, self.done, self.tokens, self.began, self.told, self.marks = total, before, 0, 0, time.time(), time.time(), []
+
+    def speeds(self):
+        took = time.time() - self.began
+        return {"answers_per_s": self.done / took, "tokens_per_s": self.tokens / took}
+
+    def tell(self, rows, benchmark):
+        self.done += len(rows)
+        self.tokens += sum(row["tokens"] for row in rows)
+        self.marks += [row["score"] or 0.0 for row in rows if row["answers"]]
+        if time.time() - self.told < EVERY:
+            return
+        self.told = time.time()
+        left = self.total - self.before - self.done
+        score = f" | {sum(self.marks) / len(self.marks):.1%} so far" if self.marks and not report.is_of_all(benchmark) else ""
+        speed = self.speeds()["answers_per_s"]
+        print(f"{self.before + self.done:,}/{self.total:,} questions | {speed:,.1f} answers/s{score} | "
+              f"{datetime.timedelta(seconds=round(left / speed))} left", file=sys.stderr, flush=True)
 
 
-def contains(answer, golds):
-    """1.0 if one of the golds stands in the answer as whole words, whatever their case: "a photo of a cat." names a cat, "a catfish" does not."""
-    return float(any(re.search(rf"(?<!\w){re.escape(gold.strip())}(?!\w)", answer, re.IGNORECASE) for gold in golds if gold.strip()))
+def told(path):
+    """What the JSON beside an answers.jsonl says, if it is there."""
+    return disk.read_json(beside(path)) if beside(path).is_file() else {}
 
 
-MARKS = {"exact": exact, "contains": contains}
+def benchmark_of(path):
+    """By which benchmark an answers.jsonl was marked."""
+    if "benchmark" not in told(path).get("asked", {}):
+        raise Mistake(f"no {beside(path)} says by which rules {path} is to be marked: give --benchmark")
+    return told(path)["asked"]["benchmark"]
 
 
-def table(questions, scores):
-    """[(kind, questions of it, mean score)], the last row over all."""
-    kinds = {}
-    for question, score in zip(questions, scores, strict=True):
-        kinds.setdefault(question["kind"], []).append(score)
-    kinds["all"] = scores
-    return [(kind, len(marks), sum(marks) / len(marks)) for kind, marks in kinds.items()]
+def mark_again(path, questions, benchmark):
+    """The rows of an answers.jsonl, marked anew, by the right answers that `questions` have, if there are any, else by its own."""
+    rows = list(read_rows(path))
+    if questions:
+        found = {str(row["id"]): row for row in rows}
+        missing = [question["id"] for question in questions if str(question["id"]) not in found]
+        if missing or len(found) > len(questions):
+            raise Mistake(f"{path} has {len(found):,} answers, --questions {len(questions):,} questions"
+                          f"{f'; not answered is {missing[0]}' if missing else ''}")
+        rows = [row_of(q, Said(row["answer"], row["tokens"], row["cut"], row["prompt"])) for q in questions for row in [found[str(q["id"])]]]
+    if not rows:
+        raise Mistake(f"{path} holds no answers")
+    return marked(rows, benchmark)
+
+
+def conclude(rows, about, questions, benchmark, seed=0, *, out="", page="", submission=""):
+    """Print the table and what else the benchmark is known by, and write the files that were asked for."""
+    lines, known = report.table(rows, seed), [row for row in rows if row["answers"]]
+    figures = scores.summary(benchmark, known, [row["answer"] for row in known], [row["score"] for row in known]) if known else {}
+    report.show(lines, figures, benchmark)
+    if out:
+        write_rows(out, rows)
+        write(beside(out), json.dumps({**about, "table": [line._asdict() for line in lines], "figures": figures}, indent=1))
+    if page:
+        write(page, report.page(rows, questions, lines, f"{benchmark}: {about.get('asked', {}).get('model', out)}"))
+    if submission:
+        write(submission, papers.submission(benchmark, rows))

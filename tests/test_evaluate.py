@@ -1,89 +1,362 @@
-"""An exam is read whole or refused by the question that is wrong, and each question counts once."""
+"""An exam asks each question once, on however many ranks and whatever interrupts it, and its answers are those that are given one by one.
+
+Everything that two ranks do is done in one launch of this file, since most of a launch is waiting for torch.
+"""
+import base64
+import io
 import json
+import re
+import subprocess
+import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from conftest import DECODER, ROOT, VISION, make_vlm
+from PIL import Image
 
-from nanovlm import Mistake, evaluate
+import sample
+from nanovlm import Mistake, evaluate, images, papers, parallel, refs, report, tokenizer, weights
 
-GOOD = {"id": "a", "question": "What?", "answers": ["milk"], "image": "a.jpg", "kind": "what"}
-
-
-def turns(*said):
-    return [{"from": who, "value": text} for who, text in zip(["human", "gpt", "human", "gpt"], said, strict=False)]
-
-
-def read(tmp_path, text, **how):
-    (tmp_path / "exam.json").write_text(text, encoding="utf-8")
-    return evaluate.read_questions(tmp_path / "exam.json", **how)
+POLICY = {"tile": 12, "patch": 3, "shuffle": 2, "fit": "squash", "resample": "bicubic", "mean": [0.5] * 3, "std": [0.5] * 3}
+TILES = POLICY | {"fit": "tiles", "tiles": 6, "choice": "aspect", "thumbnail": True, "tags": False}
+CPU = torch.device("cpu")
+ROW = ["id", "kind", "prompt", "answer", "answers", "tokens", "cut"]
 
 
-def test_json_lines_and_a_list_in_llavas_format_are_the_same_exam(tmp_path):
-    lines = [GOOD, {"id": 2, "question": "Ho\u2028w?", "answers": ["a", "b"]}, {**GOOD, "id": "c", "image": ["a.jpg", "b.jpg"]}]
-    want = [{**GOOD, "image": ["a.jpg"]}, {"id": 2, "kind": "all", "image": [], "question": "Ho\u2028w?", "answers": ["a", "b"]},
-            {**GOOD, "id": "c", "image": ["a.jpg", "b.jpg"]}]
-    assert read(tmp_path, "\n\n".join(json.dumps(line, ensure_ascii=False) for line in lines)) == want
-    assert read(tmp_path, json.dumps(lines, indent=1)) == want
-    llava = [{"id": "a", "image": "a.jpg", "label": "what", "conversations": turns("What?\n<image>", "milk", "Sure?", "yes")}]
-    assert read(tmp_path, json.dumps(llava)) == [{**GOOD, "image": ["a.jpg"], "question": "What?\n<image>"}], "the picture stays where it was"
-    assert read(tmp_path, json.dumps(llava), prompt="Say.")[0]["question"] == "Say."
-    bare = [{"id": 1, "image": "a.jpg", "conversations": turns("<image>", "a cat")}]
-    assert read(tmp_path, json.dumps(bare), prompt="Say.")[0]["question"] == "Say."
+def make_home(home):
+    """A checkpoint that speaks in bytes and often ends, pictures of three sizes, and an exam of 23 questions of many lengths."""
+    words = tokenizer.learn(["a b"], 256, ["<s>", "[INST]", "[/INST]", "</s>"])
+    model = make_vlm(decoder={"vocabulary": words.vocab_size})
+    with torch.no_grad():
+        model.decoder.head.weight[259] *= 2.5
+        model.decoder.head.weight[128:256] *= 0.5  # mostly letters
+    shapes = {"vision": VISION, "decoder": DECODER | {"vocabulary": words.vocab_size}, "shuffle": 2}
+    weights.save(weights.Checkpoint(model, words, shapes, POLICY, "mistral", {"born": "here"}), home / "model")
+    g = np.random.default_rng(0)
+    for name, (width, height) in {"a": (12, 12), "b": (50, 13), "c": (11, 70)}.items():
+        Image.fromarray(g.integers(256, size=(height, width, 3), dtype=np.uint8)).save(home / f"{name}.png")
+    kinds, shown, asked = ["one", "two", "<three>"], [["a.png"], [], ["b.png", "c.png"], ["c.png"], ["b.png"]], []
+    for i in range(23):
+        asked.append({"id": i if i % 2 else f"n{i}", "kind": kinds[i % 3], "image": shown[i % 5], "question": "x" * (i * 7 % 12) + f"? & {i}",
+                      "answers": ["nothing", "?"][: 1 + i % 2]})
+    write_exam(home, asked)
+    said = answers(weights.load(home / "model"), papers.read("exact", str(home / "exam.jsonl")), max_tokens=12)
+    for i in (4, 5, 9, 13, 14, 17):  # what is right of these
+        asked[i]["answers"].append(said[i].text.strip() or "?")
+    write_exam(home, asked)
+    return home
 
 
-@pytest.mark.parametrize("text, said", [
-    ("", "exam.json holds no questions"),
-    ("[]", "exam.json holds no questions"),
-    ("[{]", "exam.json: not JSON: "),
-    (json.dumps(GOOD) + "\n{", "exam.json, line 2: not JSON: "),
-    ("3", "exam.json, question 1 is not an object: 3"),
-    ("[[]]", r"exam.json, question 1 is not an object: \[\]"),
-    (json.dumps({"id": 1}), "exam.json, question 1: no question, answers"),
-    (json.dumps(GOOD) + "\n" + json.dumps(GOOD), "exam.json, question 2: the id a comes again"),
-    (json.dumps([{**GOOD, "id": 1}, {**GOOD, "id": "1"}]), "exam.json, question 2: the id 1 comes again"),
-    (json.dumps({**GOOD, "answers": "milk"}), "`answers` should be text that says something, not 'milk'"),
-    (json.dumps({**GOOD, "answers": []}), r"`answers` should be text that says something, not \[None\]"),
-    (json.dumps({**GOOD, "answers": ["milk", " "]}), "`answers` should be text that says something"),
-    (json.dumps({**GOOD, "image": {"path": "a"}}), "`image` should be text"),
-    (json.dumps({**GOOD, "image": [1]}), "`image` should be text"),
-    (json.dumps({**GOOD, "question": None}), "`question` should be text"),
-    (json.dumps({**GOOD, "question": "<image> "}), "`question` should be text that says something"),
-    (json.dumps({**GOOD, "question": "<image> or <image>?"}), "question 1: 2 <image> in its text but 1 pictures"),
-    (json.dumps([{"id": 1, "conversations": turns("What?")}]), "question 1: its first two turns are no question and answer"),
-    (json.dumps([{"id": 1, "conversations": [{"from": "system", "value": "x"}, *turns("What?", "milk")]}]), "its first two turns are no question"),
-    (json.dumps([{"id": 1, "conversations": "What?"}]), "its first two turns are no question and answer"),
-])
-def test_what_is_no_exam_is_named(tmp_path, text, said):
-    with pytest.raises(Mistake, match=said) as mistake:
-        read(tmp_path, text)
-    assert "\n" not in str(mistake.value)
+def write_exam(home, asked):
+    (home / "exam.jsonl").write_text("".join(json.dumps(question) + "\n" for question in asked))
 
 
-def test_bytes_that_are_no_text_and_benchmarks_that_are_not_known_are_named(tmp_path):
-    (tmp_path / "exam.json").write_bytes(b"\xff\xfe")
-    with pytest.raises(Mistake, match="exam.json is not text in UTF-8"):
-        evaluate.read_questions(tmp_path / "exam.json")
-    with pytest.raises(Mistake, match="--benchmark=extact is not known: exact, contains"):
-        evaluate.read_questions(tmp_path / "exam.json", "extact")
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    return make_home(tmp_path_factory.mktemp("exam"))
 
 
-@pytest.mark.parametrize("answer, golds, exact, contains", [
-    ("milk", ["milk"], 1, 1),
-    (" milk\n", ["egg", "milk "], 1, 1),
-    ("Milk", ["milk"], 0, 1),
-    ("a photo of a cat.", ["cat"], 0, 1),
-    ("a catfish", ["cat"], 0, 0),
-    ("the cats", ["cat"], 0, 0),
-    ("cat_food", ["cat"], 0, 0),
-    ("it costs 3.50 (about)", ["3.50 (about)"], 0, 1),
-    ("", ["milk"], 0, 0),
-    ("3450", ["3.50", "345"], 0, 0),
-])
-def test_marks(answer, golds, exact, contains):
-    assert (evaluate.exact(answer, golds), evaluate.contains(answer, golds)) == (exact, contains)
+@pytest.fixture(scope="module")
+def checkpoint(home):
+    return weights.load(home / "model")
+
+
+@pytest.fixture(scope="module")
+def questions(home):
+    return papers.read("contains", str(home / "exam.jsonl"))
+
+
+def tiled(checkpoint):
+    """A model that cuts its pictures into tiles, so that these take as many tokens as their shape asks for."""
+    return checkpoint._replace(policy=TILES)
+
+
+def alone(checkpoint, question, **choices):
+    """The answer as sample.py gives it, and its tokens."""
+    pictures = [images.load(ref.path, checkpoint.policy) for ref in question["image"]]
+    parts = list(sample.stream(checkpoint, [("user", question["question"])], pictures, **choices))
+    return "".join(parts)
+
+
+def answers(checkpoint, questions, **how):
+    """In the order of the questions."""
+    found = sorted(pair for pairs in evaluate.answers(checkpoint, questions, **how) for pair in pairs)
+    assert [i for i, _ in found] == list(range(len(questions)))
+    return [said for _, said in found]
+
+
+# ---- asking ----
+
+@pytest.mark.parametrize("how", [{"max_tokens": 20}, {"max_tokens": 9, "temperature": 1.5, "seed": 3, "top_k": 50}])
+@pytest.mark.parametrize("cut", [lambda checkpoint: checkpoint, tiled])
+def test_many_answers_at_once_are_the_answers_one_by_one(checkpoint, questions, how, cut):
+    checkpoint = cut(checkpoint)
+    want = [alone(checkpoint, question, **how) for question in questions]
+    for batch in (1, 4, 100):
+        said = answers(checkpoint, questions, batch=batch, **how)
+        assert [one.text for one in said] == want
+        assert all(one.cut == (one.tokens == how["max_tokens"]) or not one.cut for one in said) and len({one.cut for one in said}) == 2
+    assert len(set(want)) > 10
+    assert answers(checkpoint, [], max_tokens=3) == []
+
+
+def test_an_answer_is_cut_off_if_it_has_not_ended_and_its_tokens_count_the_end(checkpoint, questions):
+    long = answers(checkpoint, questions, max_tokens=60)
+    short = next(one for one in long if not one.cut and one.tokens > 2)
+    question = [questions[long.index(short)]]
+    for most, cut in ((short.tokens - 1, True), (short.tokens, False), (short.tokens + 1, False)):
+        (said,) = answers(checkpoint, question, max_tokens=most)
+        assert (said.cut, said.tokens, said.text) == (cut, min(most, short.tokens), short.text if not cut else said.text)
+        assert short.text.startswith(said.text.rstrip("\ufffd"))
+
+
+def test_blank_hides_the_pictures_and_nothing_else(checkpoint):
+    def seen(color):
+        return images.Picture(np.full((1, 3, 12, 12), color, np.uint8), np.arange(4), (12, 12))
+    asked = [("<image>x", [seen(3)]), ("<image>x", [seen(250)]), ("y", [])]
+    texts, blind, grey = ([one.text for one in evaluate.answer(checkpoint, what, max_tokens=20, **how)]
+                          for what, how in [(asked, {}), (asked, {"blank": True}), ([("<image>x", [seen(128)])], {})])
+    assert texts[0] != texts[1] and blind[0] == blind[1] == grey[0] and blind[2] == texts[2]
+
+
+@pytest.mark.parametrize("cut", [lambda checkpoint: checkpoint, tiled])
+def test_neighbours_in_length_share_a_batch(checkpoint, questions, cut):
+    """The longest of a batch is no longer than the shortest of the next, by what the model reads; of as long ones, the first comes first."""
+    checkpoint = cut(checkpoint)
+    lengths = []
+    for question in questions:
+        pictures = [images.load(ref.path, checkpoint.policy) for ref in question["image"]]
+        lengths.append(len(evaluate.prompt_ids(checkpoint, [("user", question["question"])], pictures)))
+    batches = evaluate.in_batches(checkpoint, questions, 4)
+    assert [len(members) for members in batches] == [4] * 5 + [3]
+    assert sum(batches, []) == sorted(range(23), key=lambda i: (lengths[i], i)) != list(range(23))
+
+
+def test_sizes_are_read_of_files_zips_and_bytes_alike(home, tmp_path):
+    content = (home / "b.png").read_bytes()
+    assert evaluate.size(refs.File(str(home / "b.png"))) == evaluate.size(refs.Bytes("b", content)) == (50, 13)
+    for ref in (refs.Bytes("b", b"no picture"), refs.File(str(home / "exam.jsonl")), refs.File(str(home / "none.png"))):
+        with pytest.raises(Mistake, match="b is no picture|exam.jsonl is no picture|none.png: No such file"):
+            evaluate.size(ref)
+
+
+# ---- marking ----
+
+def row(score, kind="all", answers=("x",), cut=False):
+    return {"id": 1, "kind": kind, "answers": list(answers), "score": score, "cut": cut}
 
 
 def test_the_table_counts_each_question_once_in_its_kind_and_once_in_all():
-    questions = [{"kind": kind} for kind in ("b", "a", "b", "b", "all")]
-    assert evaluate.table(questions, [1, 0, 0, 1, 1]) == [("b", 3, 2 / 3), ("a", 1, 0.0), ("all", 5, 3 / 5)]
-    with pytest.raises(ValueError):
-        evaluate.table(questions, [1])
+    rows = [row(1, "b"), row(0, "a", cut=True), row(None, "b"), row(0, "b"), row(1)]
+    b, a, every = report.table(rows)
+    assert b[:3] == ("b", 3, 1 / 3) and a[:3] == ("a", 1, 0.0) and every[:3] == ("all", 5, 2 / 5)
+    assert (b.unparsed, a.unparsed, every.unparsed) == (1 / 3, 0, 1 / 5), "what cannot be parsed counts as 0"
+    assert (b.cut, a.cut, every.cut) == (0, 1, 1 / 5)
+    assert (a.low, a.high) == (0, 0) and 0 <= b.low <= b.score <= b.high <= 1
+
+
+def test_the_interval_is_as_wide_as_theory_says():
+    """Of n answers, a share p right: the mean's deviation is √(p (1 - p) / n), the interval 1.96 of these on both sides."""
+    rows = [row(float(i % 4 == 0)) for i in range(1000)]
+    line = report.table(rows, seed=1)[-1]
+    half = 1.96 * (0.25 * 0.75 / 1000) ** 0.5
+    assert (line.low, line.high) == pytest.approx((0.25 - half, 0.25 + half), abs=0.004)
+    assert line == report.table(rows, seed=1)[-1]
+
+
+def test_what_has_no_right_answer_is_not_marked():
+    rows = evaluate.marked([{**row(None), "answer": "x"}, {**row(None, answers=()), "answer": "x"}], "exact")
+    assert [one["score"] for one in rows] == [1.0, None]
+    line = report.table(rows)[-1]
+    assert (line.questions, line.score, line.unparsed) == (2, 1.0, 0.0)
+    assert report.table(rows[1:])[-1][2:6] == (None, None, None, None)
+
+
+def test_captions_are_marked_all_at_once(capsys):
+    """CIDEr's idf needs the whole corpus: a caption that all pictures have says nothing."""
+    rows = [{**row(None), "answer": said, "answers": golds} for said, golds in
+            [("a cat on a mat", ["a cat on a mat", "the cat sits"]), ("a dog", ["a bird flies", "a dog"]), ("nothing", ["a house", "some house"])]]
+    marks = [one["score"] for one in evaluate.marked(rows, "captions")]
+    assert marks[0] > marks[1] > marks[2] == 0
+    assert report.is_of_all("captions") and not report.is_of_all("vqa")
+    report.show(report.table(evaluate.marked(rows, "captions")), {}, "captions")
+    assert f"{100 * sum(marks) / 3:6.1f} CIDEr-D" in capsys.readouterr().out
+
+
+# ---- an exam from beginning to end ----
+
+def sit(checkpoint, questions, out, **how):
+    rows, about = evaluate.sit(checkpoint, questions, benchmark="contains", out=str(out), **{"max_tokens": 12, "batch": 4, **how})
+    evaluate.conclude(rows, about, questions, "contains", out=str(out))
+    return rows
+
+
+def test_an_exam_that_is_stopped_goes_on_to_the_same_bytes_and_asks_nothing_twice(checkpoint, questions, tmp_path, monkeypatch, capsys):
+    sit(checkpoint, questions, tmp_path / "whole.jsonl")
+    table = capsys.readouterr().out
+    answer, asked = evaluate.answer, []
+
+    def until(most):
+        def counted(checkpoint, some, **how):
+            if len(asked) >= most:
+                raise KeyboardInterrupt
+            asked.extend(text for text, _ in some)
+            return answer(checkpoint, some, **how)
+        return counted
+
+    out = tmp_path / "stopped.jsonl"
+    for most in (8, 15):
+        monkeypatch.setattr(evaluate, "answer", until(most))
+        with pytest.raises(KeyboardInterrupt):
+            sit(checkpoint, questions, out)
+        assert len(out.read_text().splitlines()) == len(asked) and json.loads(out.with_suffix(".json").read_text())["asked"]
+        with open(out, "a") as file:
+            file.write('{"id": "n0", "answer": "to')  # a line that was torn
+    monkeypatch.setattr(evaluate, "answer", until(100))
+    capsys.readouterr()
+    sit(checkpoint, questions, out)
+    assert sorted(asked) == sorted(question["question"] for question in questions)
+    assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes() and capsys.readouterr().out == table
+    sit(checkpoint, questions, out)
+    assert len(asked) == 23, "an exam that is over is not asked again"
+    one, other = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("whole", "stopped"))
+    assert {name: one[name] for name in ("asked", "card", "versions", "table", "figures")} == {
+        name: other[name] for name in ("asked", "card", "versions", "table", "figures")}
+
+
+def test_a_line_is_written_as_soon_as_it_is_answered(checkpoint, questions, tmp_path, monkeypatch):
+    out, seen, answer = tmp_path / "answers.jsonl", [], evaluate.answer
+    def watched(*arguments, **how):
+        seen.append(len(out.read_text().splitlines()))
+        return answer(*arguments, **how)
+    monkeypatch.setattr(evaluate, "answer", watched)
+    sit(checkpoint, questions, out)
+    assert seen == [0, 3, 7, 11, 15, 19], "the longest first: the batch of three"
+
+
+def test_the_json_beside_says_what_was_asked_and_how_it_went(checkpoint, questions, tmp_path):
+    rows = sit(checkpoint, questions, tmp_path / "answers.jsonl", seed=5, temperature=0.5)
+    told = json.loads((tmp_path / "answers.json").read_text())
+    asked = told["asked"]
+    assert {name: asked[name] for name in ("benchmark", "seed", "temperature", "max_tokens")} == {
+        "benchmark": "contains", "seed": 5, "temperature": 0.5, "max_tokens": 12}
+    assert asked["model"].endswith("model") and "model.safetensors" in asked["weights"] and asked["questions"].startswith("23 (")
+    assert told["card"]["born"] == "here" and told["versions"]["torch"] == torch.__version__ and told["batch"] == 4
+    assert told["table"][-1] == report.table(rows)[-1]._asdict() and told["answers_per_s"] > 0
+    assert told["tokens_per_s"] / told["answers_per_s"] == pytest.approx(sum(row["tokens"] for row in rows) / 23)
+
+
+def test_progress_tells_speed_score_and_the_time_left(monkeypatch, capsys):
+    clock = [100.0]
+    monkeypatch.setattr(evaluate.time, "time", lambda: clock[0])
+    progress = evaluate.Progress(20, 4)
+    clock[0] = 102.0
+    rows = [{"tokens": 10, "score": score, "answers": ["x"]} for score in (1, 1, 0, None)]
+    progress.tell(rows, "exact")
+    assert capsys.readouterr().err == ""
+    clock[0] = 106.0
+    progress.tell(rows[:2], "exact")  # 6 in 6 s: one a second; 4 of 6 right; 10 left
+    assert capsys.readouterr().err == "10/20 questions | 1.0 answers/s | 66.7% so far | 0:00:10 left\n"
+
+
+@pytest.mark.parametrize("text, said", [
+    ('{"id": 1}\n', "line 1: no answer to a question, it has no kind, prompt, answer, answers, tokens, cut"),
+    ("[]\n", "line 1: no answer to a question"),
+    ('{"id": 1\n{"id": 2}\n', "line 1: not JSON"),
+    (2 * (json.dumps(dict.fromkeys(ROW, "x")) + "\n"), "line 2: question x is answered twice"),
+    ("", "holds no answers"),
+])
+def test_what_is_no_file_of_answers_is_named(tmp_path, text, said):
+    (tmp_path / "answers.jsonl").write_text(text)
+    with pytest.raises(Mistake, match=said):
+        evaluate.mark_again(tmp_path / "answers.jsonl", [], "exact")
+
+
+def test_answers_are_marked_again_by_the_right_answers_that_questions_have_now(checkpoint, questions, tmp_path):
+    rows = sit(checkpoint, questions, tmp_path / "answers.jsonl")
+    assert evaluate.mark_again(tmp_path / "answers.jsonl", [], "contains") == rows
+    taught = [question | {"answers": [row["answer"]]} for question, row in zip(questions, rows, strict=True)]
+    assert [row["score"] for row in evaluate.mark_again(tmp_path / "answers.jsonl", taught, "exact")] == [1.0] * 23
+    with pytest.raises(Mistake, match="has 23 answers, --questions 22 questions$"):
+        evaluate.mark_again(tmp_path / "answers.jsonl", questions[1:], "exact")
+    with pytest.raises(Mistake, match="has 23 answers, --questions 23 questions; not answered is new"):
+        evaluate.mark_again(tmp_path / "answers.jsonl", [*questions[1:], questions[0] | {"id": "new"}], "exact")
+
+
+# ---- the page ----
+
+def test_the_page_shows_the_worst_first_and_needs_nothing_but_itself(home, questions, monkeypatch):
+    rows = [evaluate.row_of(question, evaluate.Said(f"<b>{i}", 3, i == 1, question["question"])) | {"score": [None, 0.5, 0.0, 1.0, 0.25][i % 5]}
+            for i, question in enumerate(questions)]
+    rows[7]["answers"] = []
+    text = report.page(rows, questions, report.table(rows), "exam & <model>")
+    assert "exam &amp; &lt;model&gt;" in text and "&lt;three&gt;" in text and "<b>7" not in text and "&lt;b&gt;7" in text
+    assert not re.search(r"https?://|<script|<link|url\(", text)
+    marks = re.findall(r'class="mark">([\w.]+)<', text)
+    assert marks == ["unparsed"] * 5 + ["0.00"] * 4 + ["0.25"] * 4 + ["0.50"] * 5 + ["1.00"] * 4 + ["unmarked"]
+    assert text.count("(cut off)") == 1
+    found = [Image.open(io.BytesIO(base64.b64decode(data))) for data in re.findall(r'src="data:image/jpeg;base64,([^"]+)"', text)]
+    assert len(found) == sum(len(question["image"]) for question in questions) and {p.size for p in found} == {(12, 12), (50, 13), (11, 70)}
+    monkeypatch.setattr(report, "MOST", 9)
+    short = report.page(rows, questions, report.table(rows), "x")
+    assert short.count("<section>") == 9 and "the 9 worst of 23 questions" in short
+
+
+# ---- ranks ----
+
+def two(home, rank, world):
+    """What two ranks do; the table that each of them gets is None but for the first."""
+    checkpoint = weights.load(home / "model")
+    questions, did, how = papers.read("contains", str(home / "exam.jsonl")), {}, dict(benchmark="contains", max_tokens=12)
+    for count, out in ((23, home / "two.jsonl"), (3, home / "few.jsonl")):
+        rows, about = evaluate.sit(checkpoint, questions[:count], rank, world, out=str(out), batch=4, **how)
+        if rank == 0:
+            evaluate.conclude(rows, about, questions[:count], "contains", out=str(out))
+        did[out.stem, "rows"] = parallel.gather(rows and len(rows))
+    did["ask"] = parallel.gather(evaluate.ask(checkpoint, questions, rank, world, batch=4, **how))
+    sharded = weights.load(home / "model", dtype=None)
+    model, mixed = parallel.wrap(sharded.model.train(), "fsdp", CPU, torch.float32)
+    for batch in (4, 100):  # with a batch for one of two in the last round; with one in all
+        did["fsdp", batch] = parallel.gather(evaluate.ask(sharded, questions, rank, world, mixed=mixed, batch=batch, **how))
+    broken = [questions[0], questions[5] | {"image": [refs.Bytes("torn.png", b"\x89PNG")]}]
+    try:
+        evaluate.ask(checkpoint, broken, rank, world, batch=1, **how)
+    except (Mistake, SystemExit) as end:
+        did["broken"] = parallel.gather((type(end).__name__, str(end)))
+    return did
+
+
+@pytest.fixture(scope="module")
+def ranks(home):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", __file__, str(home)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    return torch.load(home / "two.pt", weights_only=False)
+
+
+def test_ranks_share_the_questions_and_leave_the_same_bytes_as_one(ranks, home, checkpoint, questions, tmp_path):
+    sit(checkpoint, questions, tmp_path / "one.jsonl")
+    assert (home / "two.jsonl").read_bytes() == (tmp_path / "one.jsonl").read_bytes()
+    assert ranks["two", "rows"] == [23, None] and ranks["few", "rows"] == [3, None], "with less to do than there are ranks, too"
+    assert len((home / "few.jsonl").read_text().splitlines()) == 3
+
+
+@pytest.mark.parametrize("how", ["ask", ("fsdp", 4), ("fsdp", 100)])
+def test_a_model_in_training_that_lies_in_parts_gets_the_same_table(ranks, checkpoint, questions, how):
+    table, other = ranks[how]
+    assert table == evaluate.ask(checkpoint, questions, benchmark="contains", max_tokens=12) and other is None
+    assert 0 < table[-1].score < 1
+
+
+def test_a_picture_that_one_rank_cannot_read_ends_all_of_them(ranks):
+    assert sorted(name for name, _ in ranks["broken"]) == ["Mistake", "SystemExit"]
+    assert any("torn.png is" in text for _, text in ranks["broken"])
+
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    did = two(folder, *parallel.start(CPU))
+    if parallel.dist.get_rank() == 0:
+        torch.save(did, folder / "two.pt")

@@ -17,7 +17,7 @@ from tokenizers import AddedToken, pre_tokenizers, processors
 
 import prepare
 import sample
-from nanovlm import IMAGE, Mistake, chat, data, huggingface, images, llava, packing, tokenizer, weights
+from nanovlm import IMAGE, Mistake, chat, data, evaluate, huggingface, images, llava, packing, tokenizer, weights
 
 PINPOINTS = [[28, 56], [56, 28], [56, 56], [84, 28], [28, 84]]  # LLaVA-NeXT's own, for tiles of 28 pixels
 LLAVA_15 = ("{% for message in messages %}{% if message['role'] != 'system' %}{{ message['role'].upper() + ': '}}{% endif %}"
@@ -483,9 +483,9 @@ def test_many_pictures_of_many_sizes_at_once_are_answered_as_one_by_one(folders,
         picture(size).save(tmp_path / f"{name}.png")
     shown = {name: images.load(tmp_path / f"{name}.png", ours.policy) for name in SIZES}
     questions = [("a cat?", [shown["wide"]]), ("or", [shown["tall"], shown["square"]]), ("no", []), ("b", [shown["a pixel off"]])]
-    together = sample.answer_all(ours, questions, max_tokens=8)
-    for said, (text, seen) in zip(together, questions, strict=True):
-        assert said == "".join(sample.stream(ours, [("user", sample.place_pictures(text, len(seen)))], seen, max_tokens=8))
+    questions = [(sample.place_pictures(text, len(seen)), seen) for text, seen in questions]
+    for said, (text, seen) in zip(evaluate.answer(ours, questions, max_tokens=8), questions, strict=True):
+        assert said.text == "".join(sample.stream(ours, [("user", text)], seen, max_tokens=8))
 
 
 @pytest.mark.parametrize("kind", KINDS)

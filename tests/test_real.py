@@ -139,7 +139,7 @@ def test_stitched_then_aligned_it_names_photographs_that_nobody_trained_on(parts
     done = subprocess.run([sys.executable, ROOT / "tests/bench/align.py", f"--out={tmp_path}/align"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     print(done.stdout)
-    right = [float(share) for share in re.findall(r"^all +300 questions +([\d.]+)% right$", done.stdout, re.MULTILINE)]
+    right = [float(share) for share in re.findall(r"^all +300 questions +([\d.]+)% right", done.stdout, re.MULTILINE)]
     seconds = int(re.search(r"^([\d]+) s in all$", done.stdout, re.MULTILINE)[1])
     before, after, other = right
     assert before < 25 and after >= 85 and other < 20 and seconds <= 15 * 60, done.stdout

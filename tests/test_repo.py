@@ -24,9 +24,9 @@ README = ROOT / "README.md"
 READERS = {"photos.json", "exam.json", "captions.json", "chats.json", "photo.jpg"}  # what README.md asks the reader to bring
 
 # From the street down to the cellar: a file imports only from lines below its own (../shared/design.md, Rooms).
-ROOMS = ["train", "sample prepare saves", "weights", "llava", "huggingface watch", "parallel gather look cost papers", "model packing layouts",
-         "vision decoder", "attention rmsnorm loss", "kernels", "sources", "records refs", "data", "chat", "tokenizer", "images",
-         "disk opening evaluate", "fridge scores", "cli cider", "__init__"]
+ROOMS = ["train", "sample prepare saves", "weights", "llava evaluate", "huggingface watch report", "parallel gather look cost papers",
+         "model packing layouts", "vision decoder", "attention rmsnorm loss", "kernels", "sources", "records refs", "data", "chat", "tokenizer",
+         "images", "disk opening", "fridge scores", "cli cider", "__init__"]
 # The model knows of no file, tokenizer or second process, a kernel of nothing of ours.
 KNOWS_ONLY = {"model": "vision decoder attention rmsnorm loss __init__", "vision": "attention", "decoder": "attention rmsnorm",
               "attention": "kernels", "rmsnorm": "kernels", "loss": "kernels", "kernels": "", "fridge": "__init__"}

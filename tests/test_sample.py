@@ -13,7 +13,7 @@ from conftest import DECODER, ROOT, TOKENS, VISION, make_vlm
 from PIL import Image
 
 import sample as door
-from nanovlm import IMAGE, cli, images, packing, tokenizer, weights
+from nanovlm import IMAGE, cli, evaluate, images, packing, tokenizer, weights
 
 POLICY = {"tile": 12, "patch": 3, "shuffle": 2, "fit": "squash", "resample": "bicubic", "mean": [0.5] * 3, "std": [0.5] * 3}
 START, OPEN, CLOSE, END = range(256, 260)
@@ -64,11 +64,6 @@ def ask(home, capsys, monkeypatch):
 
 def tiles_of(home, *names):
     return [np.asarray(Image.open(home / name)).transpose(2, 0, 1)[None] for name in names]
-
-
-def picture(tiles_NCYX):
-    """As images.load gives it, by a policy of which each token of the one tile is read."""
-    return images.Picture(tiles_NCYX, np.arange(TOKENS), (tiles_NCYX.shape[3], tiles_NCYX.shape[2]))
 
 
 def expected(checkpoint, ids, tiles, max_tokens=256, **how):
@@ -130,8 +125,8 @@ def test_every_tile_of_a_tagged_picture_stands_behind_its_tag(checkpoint):
     x_BTD = tagged.model.embed(torch.tensor([ids]), **packing.join(shown, policy))
     tiles_NCYX = torch.from_numpy(np.concatenate([picture.tiles for picture in shown]))
     torch.testing.assert_close(x_BTD[torch.tensor([ids]) == IMAGE], tagged.model.see(tiles_NCYX))
-    together = door.answer_all(tagged, [("a<image>b<image>", shown), ("hm", [])], max_tokens=5)
-    assert together[0] == "".join(door.stream(tagged, [("user", "a<image>b<image>")], shown, max_tokens=5))
+    together = evaluate.answer(tagged, [("a<image>b<image>", shown), ("hm", [])], max_tokens=5)
+    assert together[0].text == "".join(door.stream(tagged, [("user", "a<image>b<image>")], shown, max_tokens=5))
 
 
 def test_the_question_is_typed_else_piped_else_the_demonstrations(home, checkpoint, ask):
@@ -152,27 +147,6 @@ def test_greedy_unless_asked_and_a_seed_draws_the_same_again(ask):
     assert say("--temperature=1", "--top_p=0.001") == say() == say("--temperature=0.001", "--seed=2")
     assert say("--temperature=2", "--seed=7") == say("--temperature=2", "--seed=7")
     assert len({say(f"--seed={seed}", "--temperature=2") for seed in range(5)}) == 5
-
-
-def test_many_answers_at_once_are_the_answers_one_by_one(home, checkpoint):
-    a, b = tiles_of(home, "a.png", "b.png")
-    questions = [("longer than the others", [a]), ("x", []), ("two", [a, b]), ("x", [b]), ("is <image> that <image>", [b, a]), ("no picture", [])]
-    for how in ({"max_tokens": 20}, {"max_tokens": 9, "temperature": 1.5, "seed": 3, "top_k": 50}):
-        prompts = [[START, *turn(text if "<image>" in text else "<image>\n" * len(tiles) + text)] for text, tiles in questions]
-        alone = [expected(checkpoint, ids, tiles, **how)[0] for ids, (_, tiles) in zip(prompts, questions, strict=True)]
-        asked = [(text, [picture(t) for t in tiles]) for text, tiles in questions]
-        for batch in (1, 4, 100):
-            assert door.answer_all(checkpoint, asked, batch=batch, **how) == alone
-    assert len(set(alone)) == len(alone)
-    assert door.answer_all(checkpoint, [], max_tokens=3) == []
-
-
-def test_blank_hides_the_pictures_and_nothing_else(home, checkpoint):
-    a, b = (picture(tiles_NCYX) for tiles_NCYX in tiles_of(home, "a.png", "b.png"))
-    seen = door.answer_all(checkpoint, [("x", [a]), ("x", [b]), ("y", [])], max_tokens=20)
-    blind = door.answer_all(checkpoint, [("x", [a]), ("x", [b]), ("y", [])], blank=True, max_tokens=20)
-    grey = door.answer_all(checkpoint, [("x", [picture(np.full_like(a.tiles, 128))])], max_tokens=20)
-    assert seen[0] != seen[1] and blind[0] == blind[1] == grey[0] and blind[2] == seen[2]
 
 
 def test_a_letter_in_several_tokens_is_shown_once_it_is_whole():
@@ -229,11 +203,18 @@ def test_a_conversation_goes_on_after_a_line_that_cannot_be_asked(ask):
     (["--prompt=a \udce9"], r"the question is not text in utf-8: 'a \udce9'"),
     (["--questions=exam.jsonl", "--image=a.png"], "--questions brings its own pictures, and is no conversation"),
     (["--questions=exam.jsonl", "--chat=true"], "--questions brings its own pictures, and is no conversation"),
-    (["--prompt=a", "--out=answers.jsonl"], "--images, --benchmark and --out are for an exam: give its --questions"),
-    (["--prompt=a", "--benchmark=contains"], "--images, --benchmark and --out are for an exam: give its --questions"),
-    (["--questions=exam.jsonl"], "exam.jsonl: No such file or directory"),
+    (["--prompt=a", "--out=answers.jsonl"], "--out is for an exam: give its --questions"),
+    (["--prompt=a", "--benchmark=contains"], "--benchmark is for an exam: give its --questions"),
+    (["--prompt=a", "--batch=3"], "--batch is for an exam: give its --questions"),
+    (["--questions=exam.jsonl", "--batch=0"], "--batch=0 must be at least 1"),
+    (["--questions=exam.jsonl"], "no such file: exam.jsonl"),
+    (["--questions=exam.jsonl", "--out=answers.json"], "--out=answers.json: the table takes that name, give the answers another"),
+    (["--score=answers.jsonl", "--report=page.html"], "--report wants the --questions, too"),
+    (["--score=answers.jsonl"], "no answers.json says by which rules answers.jsonl is to be marked: give --benchmark"),
+    (["--score=answers.jsonl", "--benchmark=exact"], "no such file: answers.jsonl"),
+    (["--questions=exam.jsonl", "--submission=answers.txt"], "--submission: exact has no form of its own; "),
     (["--questions=exam.jsonl", "--out=none/answers.jsonl"], "--out=none/answers.jsonl: there is no folder none"),
-    (["--questions=exam.jsonl", "--benchmark=extact"], "--benchmark=extact is not known: exact, contains"),
+    (["--questions=exam.jsonl", "--benchmark=extact"], "--benchmark=extact is not known: exact, contains, "),
     (["--device=abacus", "--prompt=a"], "--device=abacus is none of auto, cpu, cuda"),
 ])
 def test_what_cannot_be_done_is_one_line_and_exit_code_1(ask, words, said):
@@ -253,21 +234,57 @@ def test_a_prompt_longer_than_anything_it_was_trained_on_is_answered_with_a_warn
     assert err.startswith("the prompt takes 21 tokens, the model was trained on rows of 20: do not expect much\n")
 
 
-def test_an_exam_asks_what_a_user_would_and_marks_it(home, ask):
-    """Of three questions one is marked right, for its answer was taken from the model beforehand."""
-    right = ask("--image=a.png", "--prompt=hm", "--max_tokens=9")[1][:-1]
-    papers = [{"id": 1, "kind": "seen", "image": "a.png", "question": "hm", "answers": ["milk", right]},
-              {"id": 2, "kind": "seen", "image": ["b.png"], "question": "hm", "answers": [right + "!"]},
-              {"id": 3, "kind": "told", "question": "hm", "answers": [right + "!"]}]
+EXAM = [{"id": 1, "kind": "seen", "image": "a.png", "question": "hm"}, {"id": "b", "kind": "seen", "image": ["b.png"], "question": "hm"},
+        {"id": 3, "kind": "told", "question": "hm"}, {"id": 4, "kind": "seen", "image": ["b.png", "a.png"], "question": "<image> or <image>?"}]
+
+
+@pytest.fixture(scope="module")
+def exam(home, checkpoint):
+    """An exam in home/sub, of whose four questions two are marked right: their answers were taken from the model beforehand."""
+    asked = ["<image>\nhm", "<image>\nhm", "hm", "<image> or <image>?"]
+    said = [expected(checkpoint, [START, *turn(text)], tiles_of(home, *names), max_tokens=9)[0].strip()
+            for text, names in zip(asked, (["a.png"], ["b.png"], [], ["b.png", "a.png"]), strict=True)]
+    right = [["milk", said[0]], [said[1] + "!"], [said[2] + "!"], [said[3]]]
     (home / "sub").mkdir()
-    (home / "sub" / "exam.jsonl").write_text("".join(json.dumps(paper) + "\n" for paper in papers))
-    code, out, err = ask("--questions=sub/exam.jsonl", "--images=.", "--max_tokens=9", "--out=sub/answers.jsonl")
-    assert (code, [line.split() for line in out.splitlines()]) == (0, [
-        ["seen", "2", "questions", "50.0%", "right"], ["told", "1", "questions", "0.0%", "right"], ["all", "3", "questions", "33.3%", "right"]])
+    (home / "sub" / "exam.jsonl").write_text("".join(json.dumps({**q, "answers": golds}) + "\n" for q, golds in zip(EXAM, right, strict=True)))
+    return ["--questions=sub/exam.jsonl", "--images=.", "--max_tokens=9"]
+
+
+def test_an_exam_asks_what_a_user_would_and_marks_it(home, ask, exam):
+    code, out, err = ask(*exam, "--out=sub/answers.jsonl")
+    told = [line.split() for line in out.splitlines()]
+    assert code == 0 and [line[:5] for line in told] == [["seen", "3", "questions", "66.7%", "right"], ["told", "1", "questions", "0.0%", "right"],
+                                                         ["all", "4", "questions", "50.0%", "right"]]
     said = [json.loads(line) for line in (home / "sub" / "answers.jsonl").read_text().splitlines()]
-    assert [(line["id"], line["score"]) for line in said] == [(1, 1.0), (2, 0.0), (3, 0.0)] and said[0]["answer"] == right
-    assert said[2]["answer"] == ask("--prompt=hm", "--max_tokens=9")[1][:-1]
-    assert "a.png: No such file" in ask("--questions=sub/exam.jsonl", "--max_tokens=9")[2], "pictures are named from the exam's own folder"
+    assert [(row["id"], row["kind"], row["score"]) for row in said] == [(1, "seen", 1.0), ("b", "seen", 0.0), (3, "told", 0.0), (4, "seen", 1.0)]
+    for row, words in zip(said, (["--image=a.png", "--prompt=hm"], ["--image=b.png", "--prompt=hm"], ["--prompt=hm"],
+                                 ["--image=b.png", "--image=a.png", "--prompt=<image> or <image>?"]), strict=True):
+        _, alone, err_alone = ask(*words, "--max_tokens=9")
+        assert row["answer"] == alone[:-1] and row["cut"] == ("cut off" in err_alone)
+    assert said[0]["prompt"] == "<s>[INST]<image>\nhm[/INST]" and said[3]["prompt"] == "<s>[INST]<image> or <image>?[/INST]"
+    assert "a.png" in ask("--questions=sub/exam.jsonl", "--max_tokens=9")[2], "pictures are named from the exam's own folder"
+
+
+def test_an_exam_is_marked_again_without_a_model(home, ask, exam):
+    (home / "again").mkdir(exist_ok=True)
+    _, table, _ = ask(*exam, "--out=again/answers.jsonl", "--report=again/page.html")
+    answers, page = (home / "again/answers.jsonl").read_bytes(), (home / "again/page.html").read_text()
+    assert ask("--score=again/answers.jsonl", "--model=none") == (0, table, ""), "by what the table's file says"
+    code, out, _ = ask("--score=again/answers.jsonl", "--out=again/b.jsonl", *exam[:2], "--report=again/b.html")
+    assert (code, out, (home / "again/b.jsonl").read_bytes()) == (0, table, answers)
+    assert (home / "again/b.html").read_text() == page and page.count("<img ") == 4 and page.count("<section>") == 4
+    assert ask("--score=again/answers.jsonl", "--benchmark=contains", "--out=again/c.jsonl")[0] == 0
+    assert json.loads((home / "again/c.json").read_text())["table"][-1]["score"] >= 0.5
+
+
+def test_an_exam_that_was_asked_otherwise_is_not_gone_on_with(home, ask, exam):
+    assert ask(*exam, "--out=sub/first.jsonl")[0] == 0
+    for change, said in ([("--max_tokens=8", "max_tokens was 9, now 8"), ("--seed=3", "seed was 0, now 3"), ("--model=endless", "model was "),
+                          ("--prompt=Say.", "questions was "), ("--benchmark=contains", "benchmark was exact, now contains")]):
+        code, out, err = ask(*(word for word in exam if word.split("=")[0] != change.split("=")[0]), change, "--out=sub/first.jsonl")
+        assert (code, out, err.count("\n")) == (1, "", 1) and "cannot go on as another exam" in err and said in err
+    (home / "sub" / "first.json").unlink()
+    assert "name another" in ask(*exam, "--out=sub/first.jsonl")[2]
 
 
 # ---- through a process of its own ----

@@ -19,7 +19,7 @@ from PIL import Image
 import nanovlm
 import prepare
 import sample
-from nanovlm import IMAGE, cost, data, huggingface, images, opening, packing, tokenizer, watch, weights
+from nanovlm import IMAGE, cost, data, evaluate, huggingface, images, opening, packing, tokenizer, watch, weights
 
 ALPHABET = "".join(re.findall(r"(?<= )[A-Z](?= )", "".join(line for line in nanovlm.__doc__.splitlines() if line.startswith("    "))))
 CARRIES = re.compile(rf"[a-z]\w*_([{ALPHABET}{ALPHABET.lower()}1]+)$")
@@ -149,10 +149,10 @@ def everything(folder):
     for scaling in ({"rope_type": "llama3", "factor": 2.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 20},):
         make_vlm(vision=EYE, decoder=BRAIN | {"scaling": scaling})(**none)
 
-    questions = [("a longer question", [colour]), ("x", []), ("two", [colour, grey])]
+    questions = [("<image>a longer question", [colour]), ("x", []), ("<image><image>two", [colour, grey])]
     for how in ({"temperature": 1.0, "top_k": 50}, {}):
-        sample.answer_all(checkpoint, questions, max_tokens=5, **how)
-    sample.answer_all(checkpoint, questions, blank=True, max_tokens=2)
+        evaluate.answer(checkpoint, questions, max_tokens=5, **how)
+    evaluate.answer(checkpoint, questions, blank=True, max_tokens=2)
     list(sample.stream(checkpoint, [("user", "<image>x")], [colour], max_tokens=3))
     watch.look(checkpoint, samples, watch.held_out_rows(samples, 51), 0, 1, contextlib.nullcontext())
 
