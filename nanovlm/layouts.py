@@ -49,7 +49,7 @@ def sheets(path, patterns):
         names = members(pack, within)
         patterns = ["*"] if names == [within] else patterns
     elif os.path.isdir(path):
-        names = [file.relative_to(path).as_posix() for file in Path(path).rglob("*") if file.is_file()]
+        names = [os.path.relpath(os.path.join(folder, file), path) for folder, _, files in os.walk(path) for file in files]
     else:
         found = [path] if os.path.isfile(path) else sorted(filter(os.path.isfile, glob.glob(path, recursive=True)))
         if not found:
