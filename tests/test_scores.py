@@ -40,6 +40,7 @@ def test_vqa_normalises_only_where_people_differ():
     assert vqa("the red one", same) == 1
     assert vqa("Red 1!", mixed) == 1          # "the red one" and "Red 1!" are both "red 1"
     assert textvqa("The red one.", same) == 1  # TextVQA's owners always normalise
+    assert textvqa("man 's", people(**{"Man's": 10})) == 1 and vqa("man 's", people(**{"Man's": 9, "x": 1})) == 0   # and part a possessive
 
 
 @pytest.mark.parametrize("said, kept", [
@@ -53,6 +54,8 @@ def test_vqa_normalises_only_where_people_differ():
     ("yes/no", "yes no"),            # else a mark is a space
     ("yes / no", "yes no"),          # or nothing where a space is beside it
     ("yes, no/maybe", "yes no maybe"),
+    ("x-ray -ray", "xray ray"),      # everywhere, if a space is beside it anywhere
+    ("x,1/2", "x 1 2"),              # this comma is not between digits
     ("3.5 m.", "3.5 m"),             # a period stays before a digit
     ("a.m.", "am"),
     ("it's; fine", "it's fine"),     # apostrophes and colons stay
