@@ -1,8 +1,8 @@
 """The exam: questions are put to a model a batch at a time, shared over any number of ranks; answers are written as they come, and marked.
 
-    answers.jsonl   a line for each question: id, kind, the prompt as rendered, the answer, its tokens and whether it was cut off at the longest that
-                    answers may be, the right answers and what else the score needs, the score (null: none could be given); once all are there, in
-                    the questions' order
+    answers.jsonl   a line for each question: id, kind, pictures, the right answers and what else the score needs, the prompt as rendered, the answer,
+                    its tokens and whether it was cut off (as long as answers may be, and not ended), the score (null: none could be given);
+                    in the questions' order once all are there
     answers.json    what was asked of which model, how and by what versions, which is enough to repeat it; and the table
 """
 import contextlib
@@ -142,8 +142,9 @@ def ask(checkpoint, questions, rank=0, world=1, *, benchmark="exact", **how):
 
 def row_of(question, said):
     """A line of answers.jsonl, still without its score."""
-    told = {name: value for name, value in question.items() if name not in ("image", "question")}
-    return {**told, "prompt": said.prompt, "answer": said.text, "tokens": said.tokens, "cut": said.cut}
+    told = {name: value for name, value in question.items() if name != "question"}
+    shown = [ref.name if isinstance(ref, refs.Bytes) else os.path.join(*ref[:2]) for ref in question["image"]]
+    return {**told, "image": shown, "prompt": said.prompt, "answer": said.text, "tokens": said.tokens, "cut": said.cut}
 
 
 def marked(rows, benchmark):

@@ -187,6 +187,47 @@ def test_captions_are_marked_all_at_once(capsys):
 
 # ---- an exam from beginning to end ----
 
+def answering(monkeypatch, say):
+    """A model that gives the answer say(text of the question) and sees nothing."""
+    monkeypatch.setattr(evaluate, "answer", lambda checkpoint, asked, **how: [evaluate.Said(say(text), 2, False, text) for text, _ in asked])
+
+
+def test_a_benchmark_is_told_by_its_owners_figures(home, checkpoint, tmp_path, monkeypatch, capsys):
+    """Always "yes", of questions of which half are to be answered by no: POPE 50% accuracy, all yes, F1 2 · 0.5 · 1 / 1.5; MME 50 of 100 for acc, and
+    none for acc+, which wants both questions of a picture."""
+    records = [{"question_id": i, "image": "a.png", "text": f"Is it {i}?", "label": label} for i, label in enumerate(("yes", "no"))]
+    asked = "".join(json.dumps(record) + "\n" for record in records)
+    files = {f"pope/coco_pope_{kind}.json": asked for kind in ("random", "popular")} | {"pope/a.png": None}
+    for kind in ("color", "code_reasoning", "count"):
+        files |= {f"mme/{kind}/a.txt": "Is it red?\tYes\nIs it blue?\tNo\n", f"mme/{kind}/a.png": None}
+    for path, text in files.items():
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_bytes((text and text.encode()) or (home / "a.png").read_bytes())
+    told = {}
+    for name in ("pope", "mme"):
+        questions = papers.read(name, str(tmp_path / name))
+        answering(monkeypatch, lambda text: "Yes.")
+        rows, about = evaluate.sit(checkpoint, questions, benchmark=name, max_tokens=9)
+        evaluate.conclude(rows, about, questions, name)
+        told[name] = capsys.readouterr().out.splitlines()
+    assert [line.split()[:5] for line in told["pope"][:3]] == [[kind, count, "questions", "50.0%", "right"] for kind, count in
+                                                               (("popular", "2"), ("random", "2"), ("all", "4"))]
+    assert {"F1: 0.66667", "yes-rate: 1", "precision: 0.5", "recall: 1"} <= set(told["pope"])
+    assert {"perception: 100", "cognition: 50", "total: 150", "color: 50"} <= set(told["mme"])
+
+
+def test_a_secret_test_is_handed_in_unmarked(home, checkpoint, tmp_path, monkeypatch, capsys):
+    asked = [{"questionId": i, "question": text, "image": "documents/a.png"} for i, text in ((7, "What?"), (8, "When?"))]
+    (tmp_path / "test_v1.0.json").write_text(json.dumps({"data": asked}))
+    questions = papers.read("docvqa", str(tmp_path / "test_v1.0.json"), images=str(home))
+    answering(monkeypatch, lambda text: " 1993" if "When" in text else "milk\n")
+    rows, about = evaluate.sit(checkpoint, questions, benchmark="docvqa", max_tokens=9)
+    evaluate.conclude(rows, about, questions, "docvqa", submission=str(tmp_path / "hand-in.json"), page=str(tmp_path / "page.html"))
+    assert capsys.readouterr().out == "all            2 questions   no right answers are known   0.0% cut off\n"
+    assert json.loads((tmp_path / "hand-in.json").read_text()) == [{"questionId": 7, "answer": "milk"}, {"questionId": 8, "answer": "1993"}]
+    assert (tmp_path / "page.html").read_text().count("unmarked") == 2
+
+
 def sit(checkpoint, questions, out, **how):
     rows, about = evaluate.sit(checkpoint, questions, benchmark="contains", out=str(out), **{"max_tokens": 12, "batch": 4, **how})
     evaluate.conclude(rows, about, questions, "contains", out=str(out))
