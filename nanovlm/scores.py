@@ -212,7 +212,7 @@ def mathvista(answer, golds, question):
     """MathVista, whose owners let a language model extract the answer; here it is read, and None where it cannot be.
 
     With choices: the choice that `chosen` finds. Else the number (answer_type integer: its whole part; float: to `precision` places) or the list in
-    brackets that is the whole answer, or stands after "answer is", or is the only one in it. Compared with the gold as texts, as the owners do.
+    brackets that stands after "answer is", else at the end after "=", else is the only one there. Compared with the gold as texts, as the owners do.
     """
     gold, text, choices = golds[0].strip(), answer.strip(), question.get("choices") or []
     if choices:
@@ -222,8 +222,8 @@ def mathvista(answer, golds, question):
     if kind == "text":
         return float(bare(text) == bare(gold))
     pattern = r"\[[^\[\]]*\]" if kind == "list" else rf"(?<![\w.]){NUMBER}(?!\w)"
-    after = re.findall(rf"answer(?:\s+is|\s*:)+\s*\$?({pattern})", text, re.IGNORECASE)
-    found = set(after or re.findall(pattern, text))
+    ways = (rf"answer(?:\s+is|\s*:)+\s*\$?({pattern})", rf"=\s*\$?({pattern})\W*$", pattern)
+    found = next((found for way in ways if (found := set(re.findall(way, text, re.IGNORECASE)))), ())
     return None if len(found) != 1 else float(as_stored(found.pop(), kind, question) == gold)
 
 
@@ -260,6 +260,7 @@ DISCIPLINES = {  # MMMU's, of its subjects
     "Tech and Engineering": ["Agriculture", "Architecture_and_Engineering", "Computer_Science", "Electronics", "Energy_and_Power", "Materials",
                              "Mechanical_Engineering"],
 }
+RECOGNITION = ("Regular Text", "Irregular Text", "Artistic Text", "Handwriting", "Digit String", "Non-Semantic Text")  # OCRBench's, of 300
 COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")  # MME's; its other ten kinds are perception
 
 
@@ -279,17 +280,15 @@ def summary(name, questions, answers, scores):
     unparsed = {"unparsed": sum(score is None for score in scores) / len(scores)}
     match name:
         case "coco" | "captions":
-            return {f"CIDEr (words weighed over these {len(scores)} pictures)": mean(scores)}
+            return {f"CIDEr-D as pycocoevalcap gives it (words weighed over these {len(scores):,} pictures)": mean(scores)}
         case "pope":
             return pope(questions, answers) | unparsed
         case "mme":
             return mme_sums(questions, scores) | unparsed
         case "ocrbench":
-            return {f"score of {len(scores)}": sum(scores), **totals(questions, scores)}
+            return ocr_sums(questions, scores)
         case "mmmu":
-            fields = [next((field for field, subjects in DISCIPLINES.items() if q["kind"] in subjects), None) for q in questions]
-            parts = {field: [score for score, own in zip(scores, fields, strict=True) if own == field] for field in DISCIPLINES}
-            return {"accuracy": mean(scores)} | {field: mean(part) for field, part in parts.items() if part} | unparsed
+            return {"accuracy": mean(scores)} | by_discipline(questions, scores) | unparsed
     return {MEANS.get(name, "accuracy"): mean(scores)} | unparsed
 
 
@@ -310,12 +309,19 @@ def rates(pairs):
             "F1": 2 * precision * recall / (precision + recall) if hits else 0.0, "yes-rate": yes / len(pairs)}
 
 
-def totals(questions, scores):
-    """Right answers by kind."""
-    sums = Counter()
+def ocr_sums(questions, scores):
+    """Right answers: all, of text recognition, of each kind."""
+    kinds = Counter()
     for question, score in zip(questions, scores, strict=True):
-        sums[question["kind"]] += score or 0
-    return dict(sums)
+        kinds[question["kind"]] += score
+    text = sum(right for kind, right in kinds.items() if kind.removesuffix(" Recognition") in RECOGNITION)
+    return {f"score of {len(scores)}": sum(scores), "Text Recognition": text, **kinds}
+
+
+def by_discipline(questions, scores):
+    parts = {field: [score for question, score in zip(questions, scores, strict=True) if question["kind"] in subjects]
+             for field, subjects in DISCIPLINES.items()}
+    return {field: mean(part) for field, part in parts.items() if part}
 
 
 def mme_sums(questions, scores):

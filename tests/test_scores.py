@@ -316,6 +316,8 @@ def test_mme_takes_the_first_word():
     ("7", "7", 1, {"answer_type": "integer"}),
     ("The answer is 7.", "7", 1, {"answer_type": "integer"}),
     ("3 + 4 = 7, so the answer is 7", "7", 1, {"answer_type": "integer"}),
+    ("3 + 4 = 7.", "7", 1, {"answer_type": "integer"}),                    # the hint that it is asked with wants it at the end
+    ("3 + 4 = 7, not 8", "7", None, {"answer_type": "integer"}),
     ("7.9", "7", 1, {"answer_type": "integer"}),                           # int(float(x))
     ("-1,200 dollars", "-1200", 1, {"answer_type": "integer"}),
     ("3 or 4", "3", None, {"answer_type": "integer"}),
@@ -461,13 +463,15 @@ def test_mme_by_hand():
 
 
 def test_the_other_summaries():
-    kinds = [{"kind": kind} for kind in ("Regular Text Recognition", "Regular Text Recognition", "Doc-oriented VQA")]
-    assert summary("ocrbench", kinds, ["", "", ""], [1.0, 1.0, 0.0]) == {"score of 3": 2, "Regular Text Recognition": 2, "Doc-oriented VQA": 0}
+    formula = "Handwritten Mathematical Expression Recognition"   # no text, so not of the owners' sum
+    kinds = [{"kind": kind} for kind in ("Regular Text Recognition", "Handwriting Recognition", formula)]
+    assert summary("ocrbench", kinds, ["", "", ""], [1.0, 0.0, 1.0]) == {
+        "score of 3": 2, "Text Recognition": 1, "Regular Text Recognition": 1, "Handwriting Recognition": 0, formula: 1}
     subjects = [{"kind": kind} for kind in ("Art", "Music", "Math")]
     got = summary("mmmu", subjects, ["A", "B", "?"], [1.0, 0.0, None])
     assert got == pytest.approx({"accuracy": 1 / 3, "Art and Design": 0.5, "Science": 0, "unparsed": 1 / 3})
     assert summary("docvqa", kinds, ["", "", ""], [1.0, 0.5, 0.0]) == {"ANLS": 0.5, "unparsed": 0}
-    assert summary("coco", kinds, ["", "", ""], [1.0, 0.5, 0.0]) == {"CIDEr (words weighed over these 3 pictures)": 0.5}
+    assert summary("coco", kinds, ["", "", ""], [1.0, 0.5, 0.0]) == {"CIDEr-D as pycocoevalcap gives it (words weighed over these 3 pictures)": 0.5}
 
 
 def test_the_interval_is_the_binomials():
