@@ -62,7 +62,7 @@ BENCHMARKS = {
     "mmmu": Benchmark("mmmu", files=("validation-*.parquet", "test-*.parquet"), layout=mmmu, secret=("?",)),
     "mmstar": Benchmark("letters", LETTER_PROMPT, ("mmstar.parquet",), mmstar, id="index", kind="category"),
     "ocrbench": Benchmark(
-        "ocrbench", files=("OCRBench.json", "*.parquet"), id="", image="image_path image", forms=("OCRBench_Images/{}", "{}"),
+        "ocrbench", files=("OCRBench.json", "test-*.parquet"), id="", image="image_path image", forms=("OCRBench_Images/{}", "{}"),
         kind="type question_type", keep=("dataset_name dataset",)),
     "pope": Benchmark("yesno", SHORT_PROMPT, ("coco_pope_*.json",), by_file, forms=("val2014/{}", "{}"), question="text", answers="label"),
     "mme": Benchmark("mme", SHORT_PROMPT, ("MME_Benchmark/*.txt", "*.txt"), mme),

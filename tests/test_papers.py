@@ -81,9 +81,10 @@ def test_json_lines_a_list_and_llavas_format_are_the_same_exam(tmp_path):
     assert read(tmp_path, json.dumps(records[0])) == want[:1], "a single line"
     llava = [{"id": "a", "image": "a.jpg", "label": "what", "conversations": turns("What?\n<image>", "milk", "Sure?", "yes")}]
     assert read(tmp_path, json.dumps(llava)) == [{**want[0], "question": "What?\n<image>"}], "the picture stays where it was"
-    assert read(tmp_path, json.dumps(llava), prompt="Say.")[0]["question"] == "<image>\nSay."
     bare = [{"id": 1, "image": "a.jpg", "conversations": turns("<image>", "a cat")}]
-    assert read(tmp_path, json.dumps(bare), prompt="Say.")[0]["question"] == "<image>\nSay."
+    for name in ("exact", "contains", "vqa", "letters", "captions"):
+        for said in (llava, bare):
+            assert read(tmp_path, json.dumps(said), name, prompt="Say.")[0]["question"] == "<image>\nSay."
 
 
 def test_how_to_answer_stands_behind_the_question_once(tmp_path):
@@ -396,6 +397,8 @@ def test_mathvista_in_both_editions(tmp_path):
     assert without_pictures(again) == without_pictures([rows[0], rows[1] | {"question": asked(query)}]), "what the owner asks is asked as it stands"
     assert isinstance(again[0]["image"][0], refs.Bytes)
     assert papers.read("mathvista", f"{tmp_path}/p/data/test-*.parquet")[0]["answers"] == []
+    del record["answer"]
+    assert papers.read("mathvista", lay(tmp_path / "j", {"test.json": {"1": record}}) / "test.json")[0]["answers"] == []
 
 
 def test_realworldqa_in_both_editions(tmp_path):
@@ -418,6 +421,41 @@ def test_prompts_can_be_replaced_and_submissions_are_known(tmp_path):
     assert papers.submission("coco", [{"id": 42, "answer": "A cat."}]) == '[{"image_id": 42, "caption": "A cat."}]'
     with pytest.raises(Mistake, match="--submission: pope has no form of its own; coco, vqav2, docvqa, infovqa have"):
         papers.submission("pope", [])
+
+
+@pytest.mark.parametrize("name, files", [
+    ("coco", ["dataset_coco.json", "coco_karpathy_test.json", "captions_val2014.json"]),
+    ("vqav2", ["v2_OpenEnded_mscoco_val2014_questions.json", "v2_OpenEnded_mscoco_test2015_questions.json"]),
+    ("docvqa", ["val_v1.0_withQT.json", "val_v1.0.json", "test_v1.0.json"]),
+    ("infovqa", ["infographicsVQA_val_v1.0_withQT.json", "infographicsVQA_test_v1.0.json"]),
+    ("mmmu", ["validation-00000-of-00001.parquet", "test-00000-of-00001.parquet"]),
+    ("ocrbench", ["OCRBench.json", "test-00000-of-00001.parquet"]),
+    ("mathvista", ["testmini-00000-of-00001.parquet", "annot_testmini.json"]),
+    ("realworldqa", ["annotations.json", "test-00000-of-00002.parquet"]),
+])
+def test_of_several_files_in_a_folder_the_one_with_published_answers_is_asked(tmp_path, name, files):
+    for file in (*files, "train.json", "dev-00000-of-00001.parquet", "v2_OpenEnded_mscoco_train2014_questions.json"):
+        (tmp_path / file).touch()
+    for file in files:
+        assert layouts.sheets(tmp_path, papers.BENCHMARKS[name].files) == [layouts.Sheet(str(tmp_path), file)]
+        (tmp_path / file).unlink()
+
+
+@pytest.mark.parametrize("name, value, places", [
+    ("coco", "COCO_val2014_000000000042.jpg", ["val2014/COCO_val2014_000000000042.jpg", "COCO_val2014_000000000042.jpg"]),
+    ("vqav2", "COCO_test2015_1.jpg", ["test2015/COCO_test2015_1.jpg", "COCO_test2015_1.jpg"]),
+    ("textvqa", "003a8ae2", ["train_images/003a8ae2.jpg", "test_images/003a8ae2.jpg", "003a8ae2.jpg"]),
+    ("docvqa", "documents/x_1.png", ["spdocvqa_images/x_1.png", "documents/x_1.png", "x_1.png"]),
+    ("infovqa", "7.jpeg", ["infographicsvqa_images/7.jpeg", "7.jpeg"]),
+    ("ocrbench", "IIIT5K/1.png", ["OCRBench_Images/IIIT5K/1.png", "IIIT5K/1.png"]),
+    ("mathvista", "images/1.jpg", ["images/1.jpg", "1.jpg"]),
+    ("realworldqa", "0.webp", ["images/0.webp", "0.webp"]),
+])
+def test_images_may_be_the_folder_of_the_pictures_or_one_above_it(tmp_path, name, value, places):
+    for place in places:
+        found = layouts.picture(value, papers.BENCHMARKS[name].forms, layouts.Sheet("elsewhere", "q.json"), str(lay(tmp_path, {place: None})), "here")
+        assert found == refs.File(f"{tmp_path}/{place}")
+        (tmp_path / place).unlink()
 
 
 def test_choices_count_only_where_their_letters_come_in_order():
