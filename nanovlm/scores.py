@@ -42,7 +42,6 @@ def vqa(answer, golds, question=None):
     """VQA accuracy (GT-Vision-Lab/VQA, vqaEval.py): for each of the ten people min(1, matches among the other nine / 3), averaged.
 
     Texts are normalised only where the people do not all say the same: a question about written text is to be answered as it is written.
-    Raises Mistake for fewer than four golds, with which no answer could be fully right.
     """
     answer, *golds = (text.replace("\n", " ").replace("\t", " ").strip() for text in (answer, *golds))
     if len(set(golds)) > 1:
@@ -58,8 +57,6 @@ def textvqa(answer, golds, question=None):
 
 
 def consensus(answer, golds):
-    if len(golds) < 4:
-        raise Mistake(f"VQA accuracy asks whether three other people said the same, but a question has {len(golds)} answers: mark it with `exact`")
     n = golds.count(answer)  # of these, each sees n - 1 among the others, and everybody else n
     return (n * min(1, (n - 1) / 3) + (len(golds) - n) * min(1, n / 3)) / len(golds)
 
@@ -242,9 +239,15 @@ SCORES = {"exact": exact, "contains": contains, "vqa": vqa, "textvqa": textvqa, 
 
 
 def mark(score, answers, questions):
-    """The scores of answers to questions: each by SCORES[score]; captions per picture, by `cider` over all."""
+    """The scores of answers to questions: each by SCORES[score]; captions per picture, by `cider` over all. Mistake for what cannot be marked so."""
     if score == "captions":
         return cider(answers, [question["answers"] for question in questions])[1]
+    for question in questions:
+        count, needed = len(question["answers"]), {"ocrbench": "dataset_name", "mathvista": "answer_type"}.get(score)
+        if score in ("vqa", "textvqa") and count < 4:
+            raise Mistake(f"question {question['id']} has {count} right answers, but VQA accuracy asks if three other people agree: mark by `exact`")
+        if needed and question.get(needed) is None:
+            raise Mistake(f"question {question['id']} has no {needed}, without which {score} cannot mark it")
     return [SCORES[score](answer, question["answers"], question) for answer, question in zip(answers, questions, strict=True)]
 
 

@@ -127,9 +127,15 @@ def test_vqa_equals_a_literal_transcription_on_random_answers():
         assert textvqa(answer, golds) == pytest.approx(literal.textvqa(answer, golds), abs=1e-12), (answer, golds)
 
 
-def test_vqa_wants_people_enough():
-    with pytest.raises(Mistake, match="has 1 answers: mark it with `exact`"):
-        vqa("red", ["red"])
+@pytest.mark.parametrize("score, question, said", [
+    ("vqa", {"answers": ["red"] * 3}, "question 7 has 3 right answers, but VQA accuracy asks if three other people"),
+    ("textvqa", {"answers": ["red"]}, "question 7 has 1 right answers"),
+    ("ocrbench", {"answers": ["red"], "dataset_name": None}, "question 7 has no dataset_name, without which ocrbench cannot mark it"),
+    ("mathvista", {"answers": ["7"], "choices": []}, "question 7 has no answer_type"),
+])
+def test_what_cannot_be_marked_so_is_named(score, question, said):
+    with pytest.raises(Mistake, match=said):
+        mark(score, ["red"], [{"id": 7, **question}])
 
 
 # ---- comparing ----
