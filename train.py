@@ -14,15 +14,17 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 
 import prepare
-from nanovlm import UNTRAINED, Mistake, cli, cost, disk, evaluate, papers, saves, watch, weights
+from nanovlm import UNTRAINED, Mistake, cli, cost, data, disk, evaluate, kernels, papers, saves, watch, weights
 from nanovlm import parallel as ranks
 from nanovlm.data import LENGTH, Samples
+from nanovlm.log import Clock, Log, Stopper
 from nanovlm.packing import Loader, read_blend
 
 # What a stage sets where no setting overrides it. brain and eye are the demonstration's; pretrain and sft are the recipe of
@@ -42,10 +44,10 @@ RECIPES = {
               "sft": dict(lr=2e-5, floor=0.0, steps=5198, batch=128, row=2048, warmup=0.03, decay=0.0, clip=1.0, beta2=0.999)},
 }
 PARTS = ("vision", "projector", "decoder")
-FREE = ("data", "out", "resume", "micro", "save_every", "keep", "validate_every", "log_every", "device", "parallel", "shard",
-        "recompute", "recipe", "dry_run", "mfu", "peak")  # may change when a run is resumed
+FREE = ("data", "out", "resume", "micro", "save_every", "keep", "validate_every", "log_every", "device", "parallel", "shard", "recompute", "offload",
+        "compile", "kernels", "profile", "tensorboard", "recipe", "dry_run", "mfu", "peak")  # may change when a run is resumed
 DRY = ("stage", "recipe", "model", "steps", "batch", "micro", "row", "freeze", "lr", "vision_lr", "projector_lr", "decoder_lr", "dtype", "recompute",
-       "dry_run", "mfu", "peak")  # what a dry run heeds; any other setting would change nothing in what it prints
+       "offload", "dry_run", "mfu", "peak")  # what a dry run heeds; any other setting would change nothing in what it prints
 
 
 def schedule(step, *, steps, warmup, floor):
@@ -116,6 +118,9 @@ def check(run, world, idle):
         ("is none of none, decoder, all", lambda x: x in ("none", "decoder", "all"), ("recompute",)),
         (f"wants --parallel=fsdp, and to divide the {world} ranks",
          lambda x: x == 0 or (run.parallel == "fsdp" and x > 0 and world % x == 0), ("shard",)),
+        ("wants --parallel=fsdp", lambda x: not x or run.parallel == "fsdp" or run.dry_run, ("offload",)),
+        ("needs tensorboard: pip install tensorboard", lambda x: not x or find_spec("tensorboard"), ("tensorboard",)),
+        ("is none of auto, torch", lambda x: x in ("auto", "torch"), ("kernels",)),
         (f"is for a part that --freeze={run.freeze} holds still", lambda x: False, idle),
     ]
     values = {name: value for name, value in vars(run).items() if value is not None}
@@ -140,6 +145,7 @@ def to_train(folder, run):
     checkpoint = weights.load(folder, dtype=None, late=True)
     checkpoint.card[run.stage] = f"{run.steps} steps from {run.model} on {run.data}"
     hold_still(checkpoint.model.train(), run.rates)
+    kernels.choice = run.kernels
     return checkpoint
 
 
@@ -168,6 +174,15 @@ def identity(run, samples):
     return {name: value for name, value in vars(run).items() if name not in (*FREE, "rates", "weights")} | {"data": content + blend}
 
 
+def to_train_on(run, checkpoint, found):
+    """The samples, prepared for this very model; what must stay the same for a run to go on; the step to begin with."""
+    folders, run.weights = read_blend(run.data)
+    samples = Samples(*folders)
+    samples.check_fingerprint(checkpoint.fingerprint())
+    must_agree = identity(run, samples)
+    return samples, must_agree, step_of(found, must_agree) if found else 0
+
+
 def step_of(found, must_agree):
     """The step of a run's checkpoint; a setting that would change the run is refused."""
     was = disk.read_json(found / "training.json")
@@ -186,11 +201,21 @@ def lay_out(run, model, row, device, rank, world):
     sizes = watch.memory(model, row, run.micro, device, products, **how)
     run.parallel, why = ranks.choose(run.parallel, sum(sizes.values()), device)
     if run.parallel == "fsdp":
-        sizes = watch.memory(model, row, run.micro, device, products, how="fsdp", shards=run.shard or world, **how)
+        sizes = watch.memory(model, row, run.micro, device, products, how="fsdp", shards=run.shard or world, offload=run.offload, **how)
+    if run.compile:
+        with ranks.together():
+            ranks.check_compiler(device)
     if rank == 0:
         print(f"parallel: {run.parallel}, {why}")
         watch.print_plan(model, run.rates, sizes)
     return products
+
+
+def spread(run, model, device, products):
+    """The model over the ranks as it was settled: what is to be called in its place, and the context to call it in."""
+    ranks.recompute(ranks.blocks(model, run.recompute))
+    ranks.compile_blocks(ranks.blocks(model) if run.compile else ())
+    return ranks.wrap(model, run.parallel, device, products, run.shard, run.offload)
 
 
 def foretell(run):
@@ -233,7 +258,12 @@ def train(*,
     dtype: str = "auto",              # auto, float32 or bfloat16: of the products; auto is bfloat16 on CUDA. Parameters stay float32
     parallel: str = "auto",           # of several processes: ddp, each holds the model; fsdp, each holds a part; auto, ddp where that fits
     shard: int = 0,                   # under fsdp, over how many ranks a copy of the model lies (HSDP, within a node); 0: over all
+    offload: bool = False,            # under fsdp, what the optimizer works on stays in the host's memory: slower, and a card holds what it gathers
     recompute: str = "none",          # blocks that keep nothing for the backward pass and compute it again: none, decoder or all
+    compile: bool = False,            # join what a block computes into fewer passes by torch.compile: a minute at the start, faster steps
+    kernels: str = "auto",            # auto: our Triton kernels on CUDA cards that can run them; torch: the formulas in PyTorch
+    profile: bool = False,            # tell the seconds of each phase of a step, and leave a trace of three steps in the run's folder
+    tensorboard: bool = False,        # write the curves for tensorboard as well, if it is installed
     dry_run: bool = False,            # print what the run would take on 1, 8 and 64 cards, and leave it at that
     mfu: float | None = None,         # of a dry run: the share of a card's peak that is reached; none: 0.4
     peak: float | None = None,        # of a dry run: a card's TFLOP/s; none: an H100's 989
@@ -258,11 +288,7 @@ def train(*,
         vlm = checkpoint.model
 
         # ---- what to train on, and from which step ----
-        folders, run.weights = read_blend(run.data)
-        samples = Samples(*folders)
-        samples.check_fingerprint(checkpoint.fingerprint())
-        must_agree = identity(run, samples)
-        start = step_of(found, must_agree) if found else 0
+        samples, must_agree, start = to_train_on(run, checkpoint, found)
         if start == run.steps:
             return print(f"{stage}: {run.out} has all of its {start} steps already") if rank == 0 else None
         how = dict(row=run.row, seed=run.seed, weights=run.weights)
@@ -277,9 +303,8 @@ def train(*,
     with ranks.together():
         if rank == 0:
             make_room(run)
-        log = watch.Log(run.out, start, run.steps, rank)
-    ranks.recompute(ranks.blocks(vlm, run.recompute))
-    wrapped, mixed = ranks.wrap(vlm, run.parallel, device, products, run.shard)
+        log = Log(run.out, start, run.steps, rank, run.tensorboard)
+    wrapped, mixed = spread(run, vlm, device, products)
     optimizer = make_optimizer(vlm, run.rates, run.decay, (run.beta1, run.beta2))
     if found:
         saves.restore(found, vlm, optimizer)
@@ -287,64 +312,73 @@ def train(*,
 
     # ---- the loop ----
     done, stopping = start, False
-    with ThreadPoolExecutor(1) as reader, watch.Stopper(rank) as stopper:
+    with ThreadPoolExecutor(1) as reader, Stopper(rank) as stopper, Clock(run.profile, vlm, device, run.out, rank) as clock:
         coming = reader.submit(next, loader)  # the next step's batches are read while this one's are computed
         while done < run.steps and not stopping:
             batches = log.wait(coming)
             coming = reader.submit(next, loader)
             share = set_rates(optimizer, done, run)
-            losses, loss, count, length, stopping = gradients(wrapped, batches, device, mixed, stopper)
+            step = gradients(wrapped, batches, device, mixed, stopper, clock)
             norms = ranks.clip(vlm, run.rates, run.clip)
             done += 1
-            check_finite(done, loss, norms["norm"], losses, batches)
+            check_finite(done, step, norms["norm"], batches, samples, run.out)
             optimizer.step()
             optimizer.zero_grad()
+            clock.step("optimizer")
 
-            last = done == run.steps
+            last, stopping = done == run.steps, step.stopping
+            saving = last or stopping or done % run.save_every == 0
             looks = watch.look(checkpoint, samples, held_out, rank, world, mixed) if last or done % run.validate_every == 0 else {}
-            log.did(length, cost.of_batches(vlm, run.rates, batches))
-            if looks or last or done % run.log_every == 0:
-                log.line(done, looks, loss=loss, rate=run.lr * share, trained=count / length, **norms)
-            if last or stopping or done % run.save_every == 0:
+            log.did(step, cost.of_batches(vlm, run.rates, batches))
+            if looks or saving or done % run.log_every == 0:
+                log.line(done, looks, loss=step.loss, rate=run.lr * share, trained=step.trained / step.tokens, **norms, **clock.read())
+            if saving:
                 saved.write(done, last, looks)
-    if rank == 0:
-        print(f"{stage}: step {done} of {run.steps} after {log.spent()}, in {run.out}", flush=True)
+            clock.mark("between steps")
+    log.end(done, stage)
     if done < run.steps:
         stopper.leave(how_to_go_on(typed))
 
 
-def gradients(wrapped, batches, device, mixed, stopper):
+def gradients(wrapped, batches, device, mixed, stopper, clock):
     """One step's gradients: the loss summed over trained tokens, divided by their number over all ranks and micro-batches, never a mean of means.
 
-    Returns the summed loss of each of this rank's micro-batches, the step's loss, its trained tokens, all its tokens, and whether any rank was
-    asked to stop before the end.
+    Returns loss, the step's a trained token; of all ranks its `trained` tokens, all its `tokens` and `samples`, and `stopping`, whether any was
+    asked to stop before the end; and `sums`, the summed loss of each of this rank's micro-batches.
     """
-    trained = sum(int((batch["targets_BT"] != UNTRAINED).sum()) for batch, _ in batches)
-    length = sum(int((batch["documents_BT"] >= 0).sum()) for batch, _ in batches)
-    count, length, world = ranks.total([trained, length, 1], device)
-    losses = []
+    counts = [sum(int(tally) for tally in tallies) for tallies in zip(*(
+        ((batch["targets_BT"] != UNTRAINED).sum(), (batch["documents_BT"] >= 0).sum(), len(members)) for batch, members in batches), strict=True)]
+    trained, tokens, samples, world = ranks.total([*counts, 1], device)
+    sums = []
     for number, (batch, _) in enumerate(batches, 1):
         with ranks.no_sync(wrapped, last=number == len(batches)):
             with mixed:
                 loss = wrapped(**{name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()})
-            (loss * (world / count if count else math.nan)).backward()  # the wrapper takes the mean over ranks
-        losses.append(loss.detach())
-    losses = torch.stack(losses).tolist()
-    loss, asked = ranks.total([sum(losses), stopper.asked > 0], device)
-    return losses, loss / count if count else math.nan, count, length, asked > 0
+            clock.mark("decoder")
+            (loss * (world / trained if trained else math.nan)).backward()  # the wrapper takes the mean over ranks
+            clock.mark("eye")
+        sums.append(loss.detach())
+    sums = torch.stack(sums).tolist()
+    loss, asked = ranks.total([sum(sums), stopper.asked > 0], device)
+    return SimpleNamespace(loss=loss / trained if trained else math.nan, sums=sums, trained=trained, tokens=tokens, samples=samples,
+                           stopping=asked > 0)
 
 
-def check_finite(step, loss, norm, losses, batches):
-    """Raise Mistake, before the weights change, unless loss and gradient are numbers; it names the samples of the micro-batches to blame."""
-    if math.isfinite(loss) and math.isfinite(norm):
+def check_finite(done, step, norm, batches, samples, out):
+    """Raise Mistake, before the weights change, unless loss and gradient are numbers; it names the samples of the micro-batches to blame, and
+    leaves them in a set of their own."""
+    if math.isfinite(step.loss) and math.isfinite(norm):
         return
-    mine = [name for _, members in batches for name in members]
-    blamed = [name for x, (_, members) in zip(losses, batches, strict=True) if not math.isfinite(x) for name in members]
+    mine = [i for _, members in batches for i in members]
+    blamed = [i for x, (_, members) in zip(step.sums, batches, strict=True) if not math.isfinite(x) for i in members]
     everyone = ranks.gather((blamed, mine))
-    names = [name for some, _ in everyone for name in some] or [name for _, some in everyone for name in some]
+    members = [i for some, _ in everyone for i in some] or [i for _, some in everyone for i in some]
+    kept = Path(out) / f"not-finite-{done:06d}"
     with ranks.together():
-        raise Mistake(f"step {step}: loss {loss}, gradient norm {norm}; what is saved is untouched. "
-                      f"Samples: {', '.join(names[:50])}{f' and {len(names) - 50} more' if len(names) > 50 else ''}")
+        ranks.first(data.write_some, samples, members, kept)
+        raise Mistake(f"step {done}: loss {step.loss}, gradient norm {norm}; what is saved is untouched. Samples: "
+                      f"{', '.join(samples.names[i] for i in members[:50])}{f' and {len(members) - 50} more' if len(members) > 50 else ''}. "
+                      f"Look at one: python prepare.py show --data={kept} --sample={shlex.quote(samples.names[members[0]])}")
 
 
 def changed(typed):

@@ -229,14 +229,19 @@ class Samples:
         if wrong := differences(self.fingerprint, fingerprint, "its"):
             raise Mistake(f"{self} was prepared for another model: {'; '.join(wrong)}")
 
-    def read(self, i):
-        """Sample i: its expanded ids (T,), targets (T,), and its pictures, images.Picture each, the tiles still in their file."""
+    def stored(self, i):
+        """Sample i as it was written: ids with IMAGE once a picture, marks of what is trained, pictures."""
         shard, row = self.shards[self.shard_of[i]], self.table[i]
         span = slice(row[FIRST_ID], row[FIRST_ID] + row[IDS])
         rows = shard["pictures"][row[FIRST_PICTURE] : row[FIRST_PICTURE] + row[PICTURES]].tolist()
         pictures = [images.Picture(shard["tiles"][first : first + n], images.places(size, self.policy, n), tuple(size)) for first, n, *size in rows]
-        times = repeats(shard["ids"][span], [len(picture.places) for picture in pictures])
-        ids_T, trained_T = np.repeat(shard["ids"][span].astype(np.int64), times), np.repeat(shard["trained"][span], times)
+        return shard["ids"][span], shard["trained"][span], pictures
+
+    def read(self, i):
+        """Sample i: its expanded ids (T,), targets (T,), and its pictures, images.Picture each, the tiles still in their file."""
+        ids, trained, pictures = self.stored(i)
+        times = repeats(ids, [len(picture.places) for picture in pictures])
+        ids_T, trained_T = np.repeat(ids.astype(np.int64), times), np.repeat(trained, times)
         targets_T = np.full_like(ids_T, UNTRAINED)
         targets_T[:-1] = np.where(trained_T[1:], ids_T[1:], UNTRAINED)
         return ids_T, targets_T, pictures
@@ -244,6 +249,17 @@ class Samples:
     def split(self, validation):
         """The numbers of the samples for validation, or of the others."""
         return np.flatnonzero(self.table[:, HELD_OUT] == int(validation))
+
+
+def write_some(samples, members, folder):
+    """Some of the samples, by their numbers, as a set of their own with the tokenizer's files of the set that they come from."""
+    folder = Path(folder)
+    shutil.rmtree(folder, ignore_errors=True)  # of an earlier attempt at the same step
+    write_shard(folder / "00000", samples.policy, ((samples.names[i], *samples.stored(i)) for i in members))
+    for path in samples.folders[0].iterdir():
+        if path.is_file() and path.name not in ("header.json", "skipped.jsonl"):
+            shutil.copy(path, folder)
+    write_header(folder, samples.fingerprint, [json.loads((folder / "00000" / "receipt.json").read_text())["files"]])
 
 
 def damaged(folder):

@@ -95,7 +95,7 @@ def join(pictures, policy, pin=False):
 
 
 def collate(samples, rows, pin=False):
-    """Rows of sample numbers -> the arguments of VLM.forward as a dict of tensors, with `names` beside them.
+    """Rows of sample numbers -> the arguments of VLM.forward as a dict of tensors, with the numbers beside them.
 
     Each sample is a document: positions restart at 0 and documents_BT counts up. Padding is document -1, trains nothing, and is no longer than
     the longest row needs: one token, where a row has no members, as a rank is given that has to wait for others' rows.
@@ -114,7 +114,7 @@ def collate(samples, rows, pin=False):
     arrays = {"ids_BT": ids_BT, "targets_BT": targets_BT, "positions_BT": positions_BT, "documents_BT": documents_BT}
     batch = {name: torch.from_numpy(a).pin_memory() if pin else torch.from_numpy(a) for name, a in arrays.items()}
     pictures = join([picture for row in read for _, _, pictures in row for picture in pictures], samples.policy, pin)
-    return batch | pictures, [samples.names[i] for members in rows for i in members]
+    return batch | pictures, [int(i) for members in rows for i in members]
 
 
 class Loader:

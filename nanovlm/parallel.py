@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
@@ -43,13 +43,12 @@ def pick_device(name):
 
 
 def start(device):
-    """(rank, world): under torchrun its processes meet here (NCCL on cards, gloo on CPUs); without it, (0, 1)."""
+    """(rank, world): under torchrun its processes meet here; without it, (0, 1). What lies on a CPU travels by gloo, also where cards are: so ranks
+    can agree that settings are wrong before a card's memory is touched, and NCCL takes its share only when a first tensor on a card travels."""
     if "RANK" not in os.environ:
         return 0, 1
     if not dist.is_initialized():
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", device_id=device if device.type == "cuda" else None)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
         atexit.register(leave)
     return dist.get_rank(), dist.get_world_size()
 
@@ -95,18 +94,41 @@ def recompute(some):
         block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
 
 
+def compile_blocks(some):
+    """Have torch.compile join what blocks compute into fewer passes over memory. Sizes are symbols from the start (dynamic): another number of
+    tiles, rows or tokens is no reason to compile again."""
+    for block in some:
+        block.compile(dynamic=True)
+
+
+def graphs():
+    """How many pieces torch.compile has compiled in this process."""
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def check_compiler(device):
+    """Raise Mistake unless torch.compile works here: it wants a C++ compiler for a CPU, triton for a card."""
+    try:
+        torch.compile(lambda x: x + 1, dynamic=True)(torch.zeros(2, device=device))
+    except torch._dynamo.exc.TorchDynamoException as error:
+        raise Mistake(f"--compile=true: torch.compile does not work here: {str(error).splitlines()[0]}") from None
+
+
 def units(model):
     """What FSDP gathers at once: a block, and from the start of a pass to its end what is left (embeddings, head, norms, projector)."""
     return [*blocks(model), model]
 
 
-def wrap(model, how, device, dtype, shard=0):
+def wrap(model, how, device, dtype, shard=0, offload=False):
     """(wrapped, mixed): a module whose gradients are averaged over ranks, calling it being calling the model, and the context to call it in.
 
     how: none, ddp or fsdp. Parameters come from their file (mmap) or from nowhere (meta), and become float32 on `device`, where the optimizer
     works; products are of `dtype`. fsdp: a unit after another is cut over the ranks, so that no rank ever holds more than one whole; shard: over
-    so many ranks, and held in as many copies as there are such groups (HSDP: within a node is fast), 0: over all.
+    so many ranks, and held in as many copies as there are such groups (HSDP: within a node is fast), 0: over all; offload: parameters, gradients
+    and the optimizer's work are the host's, and a card holds what it gathers.
     """
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     if how != "fsdp":
         for p in model.parameters():
             settle(p, device)
@@ -117,10 +139,11 @@ def wrap(model, how, device, dtype, shard=0):
     shape, names = ((world // shard, shard), ("replicate", "shard")) if shard else ((world,), ("shard",))
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
     policy = MixedPrecisionPolicy(param_dtype=narrow, reduce_dtype=torch.float32, cast_forward_inputs=False)  # RoPE's angles stay float32
+    rest = {"offload_policy": CPUOffloadPolicy(pin_memory=device.type == "cuda")} if offload else {}
     for unit in units(model):
         for p in [p for p in unit.parameters() if not isinstance(p, DTensor)]:
             settle(p, device)
-        fully_shard(unit, mesh=mesh, mp_policy=policy)
+        fully_shard(unit, mesh=mesh, mp_policy=policy, **rest)
     return model, contextlib.nullcontext()
 
 

@@ -1,12 +1,5 @@
-"""What a run shows of itself: the plan before it starts, looks at held-out samples on the way, progress lines, and how it is asked to stop."""
-import datetime
+"""What a run shows of itself: the plan before it starts, and looks at held-out samples on the way."""
 import itertools
-import json
-import os
-import signal
-import sys
-import time
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,7 +8,6 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from . import IMAGE, UNTRAINED, cost, parallel
 from .data import LENGTH
-from .disk import read_log
 from .loss import CHUNK, linear_cross_entropy
 from .packing import collate, join, pack
 
@@ -62,12 +54,13 @@ def kept_for_backward(model, batch, device, dtype, narrow):
     return total
 
 
-def memory(model, row, micro, device, dtype, *, how="none", shards=1, recompute="none", accumulates=False):
+def memory(model, row, micro, device, dtype, *, how="none", shards=1, recompute="none", accumulates=False, offload=False):
     """{what: bytes} of a rank at the height of a training step, `micro` rows like `row`, a batch of one, at once; how: as parallel.wrap has it.
 
     One row and the same row twice are looked at, for a part of what is kept (bfloat16 copies of the weights) does not grow with the rows.
     recompute: blocks keep what enters them; the backward pass holds one of them whole at a time, and no logits any more. fsdp: a rank holds its
-    share, and gathers what it works on; accumulates: gradients of several micro-batches add up whole, and are cut at the end of the step.
+    share, and gathers what it works on; accumulates: gradients of several micro-batches add up whole, and are cut at the end of the step;
+    offload: that share lies in the host's memory, and is not counted.
     """
     def activations(blocks):
         parallel.recompute(blocks)
@@ -84,6 +77,8 @@ def memory(model, row, micro, device, dtype, *, how="none", shards=1, recompute=
     logits = 2 * words * model.decoder.head.weight.shape[0] * 4  # they and their gradient, float32
     sizes = {"weights": (size[True] + size[False]) // shards, "gradients": size[True] // shards, "optimizer": 2 * size[True] // shards,
              "activations": kept + max(0, block - logits), "logits": logits}
+    if offload:
+        sizes = {name: size for name, size in sizes.items() if name in ("activations", "logits")}
     if how == "fsdp":
         sizes["gathered"] = gathered(model, dtype) + accumulates * size[True]
     return sizes
@@ -117,14 +112,14 @@ def foretell(run, model, policy, speed):
     def needed(how, cards):
         micro = min(run.micro, -(-run.batch // cards))
         return memory(model, row, micro, torch.device("cpu"), products, how=how, shards=cards if how == "fsdp" else 1, recompute=run.recompute,
-                      accumulates=micro * cards < run.batch)
+                      accumulates=micro * cards < run.batch, offload=run.offload and how == "fsdp")
 
     print(f"{run.stage}: {run.steps:,} steps of {run.batch} rows of {run.row:,} tokens, {trained:,} of them trained, and {tiles} tiles (assumed)")
     print_plan(model, run.rates, needed("none", 1))
     flops = cost.flops(model, run.rates, run.batch, run.row, run.batch * tiles, run.batch * trained, run.recompute)
     print(f"operations of a step: {sum(flops.values()):.2e} ({', '.join(f'{part} {count:.1e}' for part, count in flops.items())})")
     for cards in (cards for cards in (1, 8, 64) if cards <= run.batch):  # each needs a row
-        ways = {" a card by ddp": "ddp", " by fsdp": "fsdp"} if cards > 1 else {"": "none"}
+        ways = {" a card by ddp": "ddp", " by fsdp": "fsdp"} if cards > 1 else {"": "fsdp" if run.offload else "none"}
         told = ",".join(f" {sum(needed(how, cards).values()) / 2**30:,.0f} GiB{way}" for way, how in ways.items())
         print(f"{cards:3} card{'s' * (cards > 1)}:{told}; {sum(flops.values()) * run.steps / speed / cards / 86400:,.1f} days at "
               f"{speed / 1e12:,.0f} TFLOP/s a card")
@@ -187,76 +182,3 @@ def show_answer(checkpoint, samples, i, mixed, aloud):
     decode = checkpoint.tokenizer.decode
     if aloud:
         print(f"  {samples.names[i]}: it says {decode(said)!r}, right is {decode(ids_T[first:last].tolist())!r}", flush=True)
-
-
-class Log:
-    """Progress lines on the terminal and out/log.jsonl, which goes on where a resumed run does; rank 0 alone writes."""
-
-    def __init__(self, out, start, steps, rank):
-        self.path, self.start, self.steps, self.rank = Path(out) / "log.jsonl", start, steps, rank
-        self.waited, self.tokens, self.operations, self.began = 0.0, 0, 0, time.time()
-        self.told = self.began
-        if rank == 0:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            tmp = self.path.with_suffix(".tmp")
-            before = read_log(self.path) if self.path.exists() else []
-            tmp.write_text("".join(json.dumps(line) + "\n" for line in before if line["step"] <= start))
-            os.replace(tmp, self.path)
-
-    def wait(self, future):
-        asked = time.time()
-        result = future.result()
-        self.waited += time.time() - asked
-        return result
-
-    def did(self, tokens, operations):
-        """A step's tokens over all ranks, and this rank's operations."""
-        self.tokens, self.operations = self.tokens + tokens, self.operations + operations
-
-    def spent(self):
-        return datetime.timedelta(seconds=round(time.time() - self.began))
-
-    @parallel.together()  # rank 0 alone writes; where it cannot (a full disk), the others must hear of it
-    def line(self, step, looks, **numbers):
-        """One line of numbers; looks: what `validate` returned at this step, {} if it did not look."""
-        now = time.time()
-        took, left = now - self.told, (now - self.began) / (step - self.start) * (self.steps - step)
-        speed = {"tokens_per_s": self.tokens / took, "tflops": self.operations / took / 1e12}  # the second of a card, to be held beside its peak
-        numbers = {"step": step, **numbers, **looks, **speed, "waited": self.waited / took, "left": left}
-        self.told, self.waited, self.tokens, self.operations = now, 0.0, 0, 0
-        if self.rank:
-            return
-        with open(self.path, "a") as file:
-            file.write(json.dumps(numbers) + "\n")
-        seen = "".join(f" | {name} {value:.4f}" for name, value in looks.items())
-        print(f"step {step:5d}/{self.steps} | loss {numbers['loss']:.4f}{seen} | rate {numbers['rate']:.1e} | norm {numbers['norm']:.2f} | "
-              f"{numbers['tokens_per_s']:,.0f} tokens/s, {numbers['tflops']:,.2f} TFLOP/s, {numbers['trained']:.0%} trained, "
-              f"{numbers['waited']:.0%} waiting | {datetime.timedelta(seconds=round(left))} left", flush=True)
-
-
-class Stopper:
-    """Ctrl-C and SIGTERM set `asked` to their number; the loop finishes its step and saves. A second Ctrl-C stops at once."""
-
-    def __init__(self, rank):
-        self.asked, self.rank = 0, rank
-
-    def __enter__(self):
-        self.before = {number: signal.signal(number, self.ask) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def ask(self, number, frame):
-        if self.asked and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.asked = number
-        if self.rank == 0:
-            print("\nfinishing this step, then saving", file=sys.stderr, flush=True)
-
-    def leave(self, command):
-        """End the program as a signal would, once everything is saved: 130 for Ctrl-C, 143 for SIGTERM (another rank's, if not ours)."""
-        if self.rank == 0:
-            print(f"stopped and saved; to go on:\n{command}", file=sys.stderr, flush=True)
-        sys.exit(128 + (self.asked or signal.SIGTERM))
-
-    def __exit__(self, *_):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)

@@ -54,8 +54,8 @@ def test_packing_fills_rows():
 def test_positions_restart_documents_count_up_and_targets_stay_at_home(written):
     """Every sample of a packed row is, position by position, the sample as it is read alone."""
     rows = [[3, 8, 5], [11], [2, 7]]
-    batch, names = packing.collate(written, rows)
-    assert names == [written.names[i] for i in (3, 8, 5, 11, 2, 7)]
+    batch, members = packing.collate(written, rows)
+    assert members == [3, 8, 5, 11, 2, 7]
     T = max(sum(written.table[members, data.LENGTH]) for members in rows)
     assert {name: x.shape for name, x in batch.items() if name.endswith("BT")} == dict.fromkeys(
         ("ids_BT", "targets_BT", "positions_BT", "documents_BT"), (3, T))
@@ -97,14 +97,14 @@ def steps_of(samples, count, **how):
     return [next(loading) for _ in range(count)]
 
 
-def names_of(step):
-    """A step's names, a tuple a row (rows hold different names, so that a row is known by them)."""
-    return [name for _, names in step for name in names]
+def members_of(step):
+    """The numbers of the samples of a step."""
+    return [i for _, members in step for i in members]
 
 
 def rows_of(step):
     """A step's rows, each as the ids in it: micro-batches pad to their own longest row, so padding is cut; one that is all blank is no row."""
-    return [row[documents >= 0].tolist() for batch, names in step if names
+    return [row[documents >= 0].tolist() for batch, members in step if members
             for row, documents in zip(batch["ids_BT"], batch["documents_BT"], strict=True)]
 
 
@@ -120,15 +120,15 @@ def test_a_step_is_the_same_rows_over_any_number_of_ranks_and_micro_batches(writ
         assert {len(rows) for rows in shared} <= {7 // world, -(-7 // world)}  # nobody has none, nobody two more than another
         assert all(len(batch["ids_BT"]) <= micro for part in parts for batch, _ in part)
         assert len({len(part) for part in parts}) == 1  # under FSDP ranks wait for one another in every call of the model
-        for batch in (batch for part in parts for batch, names in part if not names):
+        for batch in (batch for part in parts for batch, members in part if not members):
             assert batch["ids_BT"].shape == (1, 1) and batch["targets_BT"] == batch["documents_BT"] == -1 and not len(batch["tiles_NCYX"])
 
 
 def test_starting_at_a_step_is_having_run_up_to_it(written):
     ran = steps_of(written, 20)
     for start in (0, 1, 13, 19):
-        batch, names = next(loader(written, start=start))[0]
-        assert names == ran[start][0][1]
+        batch, members = next(loader(written, start=start))[0]
+        assert members == ran[start][0][1]
         assert all(x.equal(ran[start][0][0][name]) for name, x in batch.items())
 
 
@@ -143,13 +143,13 @@ def test_every_sample_is_read_once_an_epoch_and_each_epoch_in_another_order(writ
         assert sorted(seen) == list(range(len(training)))
         epochs.append(seen)
     assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
-    steps = Counter(name for step in steps_of(written, 200) for name in names_of(step))
+    steps = Counter(i for step in steps_of(written, 200) for i in members_of(step))
     assert max(steps.values()) - min(steps.values()) <= 1  # over many epochs nobody is read two more times than another
 
 
 def test_seeds_differ(written):
-    first = [names_of(next(loader(written, seed=seed))) for seed in range(5)]
-    assert len({tuple(names) for names in first}) == 5
+    first = [members_of(next(loader(written, seed=seed))) for seed in range(5)]
+    assert len({tuple(members) for members in first}) == 5
 
 
 def test_the_order_is_pinned():
@@ -163,7 +163,7 @@ def test_the_order_is_pinned():
 
 
 def test_nobody_who_is_held_out_is_trained_on(written):
-    seen = {name for step in steps_of(written, 60) for name in names_of(step)}
+    seen = {written.names[i] for step in steps_of(written, 60) for i in members_of(step)}
     assert seen == {name for name in written.names if not data.held_out(name)}
 
 
@@ -199,15 +199,15 @@ def test_a_blend_gives_each_set_its_share_at_every_length_of_run(blended):
 def test_a_blend_is_the_same_over_ranks_and_from_any_step(blended):
     weights = [0.2, 0.5, 0.3]
     ran = steps_of(blended, 30, weights=weights)
-    assert names_of(next(loader(blended, weights=weights, start=23))) == names_of(ran[23])
+    assert members_of(next(loader(blended, weights=weights, start=23))) == members_of(ran[23])
     ranks = [steps_of(blended, 30, weights=weights, rank=rank, world=3, micro=1) for rank in range(3)]
     for whole, parts in zip(ran, zip(*ranks, strict=True), strict=True):
         assert sorted(rows_of(whole)) == sorted(row for part in parts for row in rows_of(part))
-    assert [names_of(step) for step in steps_of(blended, 30, weights=[0.3, 0.5, 0.2])] != [names_of(step) for step in ran]
+    assert [members_of(step) for step in steps_of(blended, 30, weights=[0.3, 0.5, 0.2])] != [members_of(step) for step in ran]
 
 
 def test_without_weights_each_sample_of_all_sets_is_read_once(blended):
-    seen = Counter(name for step in steps_of(blended, 40) for name in names_of(step))
+    seen = Counter(blended.names[i] for step in steps_of(blended, 40) for i in members_of(step))
     assert max(seen.values()) - min(seen.values()) <= 1 and {name[0] for name in seen} == {"a", "b", "c"}
 
 

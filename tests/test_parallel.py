@@ -15,7 +15,7 @@ import pytest
 import torch
 from conftest import make_batch, make_samples
 from safetensors.torch import load_file
-from test_train import launch, log_of, make_home, peak_bytes, settings, write_set
+from test_train import NO_CLOCK, launch, log_of, make_home, peak_bytes, settings, write_set
 
 import train as door
 from nanovlm import Mistake, data, packing, parallel, saves, watch, weights
@@ -29,7 +29,8 @@ SETS = ["data", "every", "none"]  # every third sample has a picture, every one,
 MANY = [(how, freeze, name) for how in ("ddp", "fsdp") for freeze in FREEZINGS for name in SETS]
 
 
-def learn(home, rank=0, world=1, how="none", freeze=(), name="data", model="model", micro=2, recompute="none", dtype=torch.float32, shard=0):
+def learn(home, rank=0, world=1, how="none", freeze=(), name="data", model="model", micro=2, recompute="none", dtype=torch.float32, shard=0,
+          **beside):
     """Two steps of five rows: losses, gradients, their norms, the weights they lead to, and the bytes that all ranks hold together.
 
     Of five rows one of two ranks has three, the other two: in the second of its micro-batches it has none.
@@ -39,12 +40,13 @@ def learn(home, rank=0, world=1, how="none", freeze=(), name="data", model="mode
     for part in freeze:
         getattr(vlm, part).requires_grad_(False)
     parallel.recompute(parallel.blocks(vlm, recompute))
-    wrapped, mixed = parallel.wrap(vlm, how, CPU, dtype, shard)
+    parallel.compile_blocks(parallel.blocks(vlm) if beside.get("compile") else ())
+    wrapped, mixed = parallel.wrap(vlm, how, CPU, dtype, shard, beside.get("offload", False))
     optimizer = door.make_optimizer(vlm, rates, 0.1, (0.9, 0.95))
     loader = packing.Loader(data.Samples(home / name), row=22, batch=5, micro=micro, seed=0, rank=rank, world=world)
     did = {"loss": [], "norm": [], "gradients": {}}
     for step in (1, 2):
-        _, loss, *_ = door.gradients(wrapped, next(loader), CPU, mixed, SimpleNamespace(asked=0))
+        loss = door.gradients(wrapped, next(loader), CPU, mixed, SimpleNamespace(asked=0), NO_CLOCK).loss
         grads = {parameter: p.grad for parameter, p in vlm.named_parameters() if p.grad is not None}
         did["gradients"] |= {f"{step} {parameter}": parallel.whole(grad).clone() for parameter, grad in grads.items()}
         did["norm"] += parallel.clip(vlm, rates, 1.0).values()
@@ -82,6 +84,8 @@ def two(home, rank, world):
         did[how, "micro 1"] = learn(home, rank, world, how, micro=1)
         did[how, "micro 5"] = learn(home, rank, world, how, micro=5)
         did[how, "bfloat16"] = learn(home, rank, world, how, dtype=torch.bfloat16)
+    did["offload"] = learn(home, rank, world, "fsdp", offload=True)
+    did["compiled"] = [(learn(home, rank, world, "fsdp", (), name, micro=5, recompute="decoder", compile=True), parallel.graphs()) for name in SETS]
     did["before the last"] = {how: before_the_last(home, rank, world, how) for how in ("ddp", "fsdp")}
     did["choice"] = [parallel.choose(asked, needed, CPU) for asked, needed in [("auto", 10), ("auto", 2**60), ("ddp", 2**60), ("fsdp", 10)]]
     did["memory"] = {accumulates: foretold_and_taken(accumulates) for accumulates in (False, True)}
@@ -189,7 +193,7 @@ def foretold_and_taken(accumulates):
     batches = [({name: torch.cat([x] * 6) for name, x in row.items()}, [])] * (1 + accumulates)
 
     def step():
-        door.gradients(model, batches, CPU, contextlib.nullcontext(), SimpleNamespace(asked=0))
+        door.gradients(model, batches, CPU, contextlib.nullcontext(), SimpleNamespace(asked=0), NO_CLOCK)
         optimizer.step()
 
     step()
@@ -216,7 +220,7 @@ def home(tmp_path_factory):
 def ranks(home, count, do):
     """What that many processes do in this file's function of that name."""
     torchrun = [sys.executable, "-W", "error", "-m", "torch.distributed.run", f"--nproc_per_node={count}", "--standalone"]
-    return launch([*torchrun, __file__, str(home), do], {}, timeout=200)
+    return launch([*torchrun, __file__, str(home), do], {}, timeout=500)
 
 
 def found(home, count, do):
@@ -278,6 +282,17 @@ def test_blocks_computed_again_tied_heads_and_other_micro_batches_change_nothing
         alike(of_two[how, case], alone)
     for which in ("decoder", "all"):
         alike(learn(home, recompute=which), alone, rtol=1e-6)
+
+
+def test_what_lies_with_the_host_is_what_lies_on_the_card(home, of_two):
+    alike(of_two["offload"], of_two["fsdp", (), "data"], rtol=1e-6)
+
+
+def test_compiled_is_eager_and_other_sizes_are_no_reason_to_compile_again(home, of_two):
+    for name, (compiled, _) in zip(SETS, of_two["compiled"], strict=True):
+        alike(compiled, of_two["fsdp", (), name])
+    _, some, same = (graphs for _, graphs in of_two["compiled"])
+    assert 0 < some == same
 
 
 @pytest.mark.parametrize("how", ["ddp", "fsdp"])

@@ -1,8 +1,10 @@
 """Training: the same numbers however the work is cut up, and nothing lost however it ends."""
+import gzip
 import itertools
 import json
 import math
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -18,12 +20,13 @@ from conftest import DECODER, ROOT, TOKENS, VISION, make_batch, make_samples
 from safetensors.torch import load_file
 
 import train as door
-from nanovlm import IMAGE, UNTRAINED, Mistake, cli, data, images, packing, parallel, tokenizer, watch, weights
+from nanovlm import IMAGE, UNTRAINED, Mistake, cli, data, images, log, packing, parallel, tokenizer, watch, weights
 from nanovlm.model import VLM
 
 POLICY = {"tile": 12, "patch": 3, "shuffle": 2, "fit": "squash", "resample": "bicubic", "mean": [0.5] * 3, "std": [0.5] * 3}
 SETTINGS = dict(stage="sft", freeze="none", steps=8, batch=5, micro=2, row=22, lr=1e-2, floor=1e-3, warmup=0.3, save_every=3, validate_every=4,
                 log_every=1, device="cpu")
+NO_CLOCK = log.Clock(False, None, torch.device("cpu"), "", 0)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -88,7 +91,7 @@ def launch(command, chosen, timeout=100):
 def log_of(out):
     """The lines of log.jsonl without what depends on the clock."""
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name not in ("tokens_per_s", "tflops", "waited", "left")} for line in lines]
+    return [{name: value for name, value in line.items() if name not in ("tokens_per_s", "tflops", "waited", "left", "hours")} for line in lines]
 
 
 def state_of(out):
@@ -201,7 +204,7 @@ def test_the_memory_foretold_is_the_memory_taken(rates, dtype, recompute):
     parallel.recompute(parallel.blocks(model, recompute))
 
     def step():
-        door.gradients(model, [(batch, [])], torch.device("cpu"), mixed, SimpleNamespace(asked=0))
+        door.gradients(model, [(batch, [])], torch.device("cpu"), mixed, SimpleNamespace(asked=0), NO_CLOCK)
         optimizer.step()
 
     step()
@@ -283,16 +286,62 @@ def test_looking_and_logging_change_nothing(home):
 
 # ---- however it ends ----
 
+def test_profiling_changes_nothing_and_tells_where_the_seconds_went(home, capsys):
+    door.train(**settings(home, "profiled", profile=True))
+    lines = log_of(home / "profiled")
+    phases = {f"seconds of {phase}" for phase in ("data", "eye", "decoder", "optimizer", "between steps")}
+    assert set(lines[-1]) - set(log_of(home / "whole")[-1]) == phases
+    assert lines == [line | {name: pytest.approx(lines[i][name]) for name in phases & set(lines[i])} for i, line in enumerate(log_of(home / "whole"))]
+    torch.testing.assert_close(state_of(home / "profiled"), state_of(home / "whole"), rtol=0, atol=0)
+    with gzip.open(home / "profiled/trace.json.gz") as file:
+        names = [event.get("name") for event in json.load(file)["traceEvents"]]
+    assert names.count("Optimizer.step#AdamW.step") == log.Clock.TRACED
+    assert "seconds a step: data " in (said := capsys.readouterr().out) and "communication was under way 0.000 s" in said
+
+
+def test_a_run_says_what_it_came_to_over_all_its_stops(home, capsys):
+    door.train(**settings(home, "in one go"))
+    whole = capsys.readouterr().out.splitlines()[-1]
+    samples, tokens, hours, best = re.fullmatch(r"(\d+) samples, (\d+) tokens, (\S+) hours, best validation (\S+ at step \d)", whole).groups()
+    loader = packing.Loader(data.Samples(home / "data"), row=22, batch=5, micro=5, seed=0)
+    batches = [next(loader)[0] for _ in range(8)]
+    assert int(samples) == sum(len(members) for _, members in batches)
+    assert int(tokens) == sum(int((batch["documents_BT"] >= 0).sum()) for batch, _ in batches)
+    seen = [(line["validation"], line["step"]) for line in log_of(home / "in one go") if "validation" in line]
+    assert best == "{:.4f} at step {}".format(*min(seen))
+
+
+def test_curves_for_tensorboard_are_those_of_the_log(home, monkeypatch):
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    door.train(**settings(home, "board", tensorboard=True))
+    curves = event_accumulator.EventAccumulator(str(home / "board")).Reload()
+    lines = [json.loads(line) for line in (home / "board/log.jsonl").read_text().splitlines()]
+    for name in ("loss", "validation", "norm of projector"):
+        assert [(event.step, event.value) for event in curves.Scalars(name)] == [
+            (line["step"], pytest.approx(line[name])) for line in lines if name in line]
+    monkeypatch.setattr(door, "find_spec", {}.get)
+    with pytest.raises(Mistake, match="^--tensorboard=True needs tensorboard: pip install tensorboard$"):
+        door.train(**settings(home, "no board", tensorboard=True))
+    assert not (home / "no board").exists()
+
+
+def test_no_compiler_is_told_before_anything_is_written(home, monkeypatch):
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, "no-compiler"))
+    with pytest.raises(Mistake, match="^--compile=true: torch.compile does not work here: InvalidCxxCompiler: No working C"):
+        door.train(**settings(home, "not compiled", compile=True))
+    assert not (home / "not compiled").exists()
+
+
 def test_a_run_stopped_by_a_signal_goes_on_bit_for_bit(home, monkeypatch, capsys):
     """SIGTERM arrives during step 5, between two saves; what it prints is the command to go on with."""
-    line = watch.Log.line
+    line = log.Log.line
 
     def line_with_signal(log, step, looks, **numbers):
         line(log, step, looks, **numbers)
         if step == 4:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(watch.Log, "line", line_with_signal)
+    monkeypatch.setattr(log.Log, "line", line_with_signal)
     chosen = settings(home, "a stopped run")
     monkeypatch.setattr(sys, "argv", ["train.py", *words_of(chosen)])
     with pytest.raises(SystemExit) as end:
@@ -307,7 +356,7 @@ def test_a_run_stopped_by_a_signal_goes_on_bit_for_bit(home, monkeypatch, capsys
 
 
 def test_a_second_ctrl_c_does_not_wait(capsys):
-    with watch.Stopper(0) as stopper:
+    with log.Stopper(0) as stopper:
         os.kill(os.getpid(), signal.SIGINT)
         assert stopper.asked == signal.SIGINT and "finishing this step" in capsys.readouterr().err
         with pytest.raises(KeyboardInterrupt):
@@ -340,7 +389,7 @@ def test_a_run_killed_while_it_saves_goes_on_from_the_checkpoint_before(home):
 
 def test_a_full_disk_leaves_the_last_checkpoint_and_one_message_from_all_ranks(home, monkeypatch):
     """No file may grow over 128 blocks (of 512 or 1024 bytes): rank 0 cannot save, and rank 1 does not wait for it."""
-    monkeypatch.setattr(watch.Log, "line", lambda log, step, *_, **__: os.kill(os.getpid(), signal.SIGINT) if step == 3 else None)
+    monkeypatch.setattr(log.Log, "line", lambda log, step, *_, **__: os.kill(os.getpid(), signal.SIGINT) if step == 3 else None)
     with pytest.raises(SystemExit) as end:
         door.train(**settings(home, "full"))
     assert end.value.code == 130
@@ -364,12 +413,17 @@ def test_a_loss_that_is_no_number_names_its_step_and_sample_and_changes_nothing(
     write_set(home / "poisoned-data", checkpoint, poison)
     chosen = settings(home, "nan", data=str(home / "poisoned-data"), steps=40, micro=1, save_every=1, row=21)
     loader = packing.Loader(data.Samples(chosen["data"]), row=21, batch=5, micro=1, seed=0)
-    step, row = next((step, names) for step, batches in enumerate(iter(lambda: next(loader), None), 1)
-                     for _, names in batches if "the poisoned one" in names)
+    names = loader.samples.names
+    step, row = next((step, members) for step, batches in enumerate(iter(lambda: next(loader), None), 1)
+                     for _, members in batches if "the poisoned one" in [names[i] for i in members])
     assert step > 1
-    with pytest.raises(Mistake, match=f"^step {step}: loss nan.* Samples: {', '.join(row)}$"):
+    with pytest.raises(Mistake, match=f"^step {step}: loss nan.* Samples: {', '.join(names[i] for i in row)}. Look at one: python prepare.py show"):
         door.train(**chosen)
     assert [path.name for path in weights.steps(home / "nan")] == [f"step-{step - 1:06d}"]
+    kept = data.Samples(home / "nan" / f"not-finite-{step:06d}")
+    for k, i in enumerate(row):
+        assert kept.names[k] == names[i]
+        assert all(np.array_equal(a, b) for a, b in zip(kept.read(k)[:2], loader.samples.read(i)[:2], strict=True))
 
 
 def test_a_finished_run_says_so(home, capsys):
@@ -394,6 +448,7 @@ REFUSED = [
     (dict(freeze="vision,eyes"), "'eyes' is none of vision, projector, decoder"),
     (dict(freeze="vision,projector,decoder"), "leaves nothing to train"),
     (dict(freeze="vision", vision_lr=0.1), "--vision_lr=0.1 is for a part that --freeze=vision holds still"),
+    (dict(offload=True), "--offload=True wants --parallel=fsdp"), (dict(kernels="mine"), "--kernels=mine is none of auto, torch"),
     (dict(mfu=0.5), "--mfu=0.5 is for --dry_run=true"), (dict(dry_run=True), "--data=.* changes nothing in a dry run"),
     (dict(dry_run=True, mfu=1.5), "--mfu=1.5 must be above 0 and at most 1"),
     (dict(stage="stf"), "--stage=stf is not known"), (dict(recipe="lava"), "--recipe=lava has no --stage=sft: megatron has brain, eye"),
