@@ -11,7 +11,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from .attention import attention
-from .rmsnorm import rmsnorm
+from .rmsnorm import add_rmsnorm, rmsnorm
 
 
 class RMSNorm(nn.Module):
@@ -19,8 +19,9 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
 
-    def forward(self, x_BTD):
-        return rmsnorm(x_BTD, self.weight, self.eps)
+    def forward(self, x_BTD, y_BTD=None):
+        """The norm of x; with y, (x + y, the norm of that)."""
+        return rmsnorm(x_BTD, self.weight, self.eps) if y_BTD is None else add_rmsnorm(x_BTD, y_BTD, self.weight, self.eps)
 
 
 def rope_angles(positions_BT, K, theta, scaling=None):
@@ -104,8 +105,7 @@ class Block(nn.Module):
         v_BTGK = self.value(normed_BTD).unflatten(-1, (self.kv_heads, -1))
         k_BSGK, v_BSGK = (k_BTGK, v_BTGK) if cache is None else cache.extend(layer, k_BTGK, v_BTGK)
         seen_BTHK = attention(q_BTHK, k_BSGK, v_BSGK, window=self.window, documents_BS=documents_BS)
-        x_BTD = x_BTD + self.out(seen_BTHK.flatten(-2))
-        normed_BTD = self.mlp_norm(x_BTD)
+        x_BTD, normed_BTD = self.mlp_norm(x_BTD, self.out(seen_BTHK.flatten(-2)))
         return x_BTD + self.down(F.silu(self.gate(normed_BTD)) * self.up(normed_BTD))
 
 

@@ -58,3 +58,13 @@ def run(tensor, refused=""):
     if tensor.dtype not in DTYPES:
         return tell(f"{tensor.dtype} is none of {', '.join(map(str, DTYPES))}")
     return tell(refused) if refused else True
+
+
+def pick(table, device):
+    """A kernel's numbers for this device, from {oldest compute capability that they are for: numbers}."""
+    return table[max(oldest for oldest in table if oldest <= max(capability(device), min(table)))]
+
+
+def multiprocessors(device):
+    """How many programs a card runs at once, each on a multiprocessor of its own; the interpreter runs one, but two show what must be summed."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2

@@ -9,17 +9,19 @@ import contextlib
 import re
 import sys
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+import triton.language as tl
 from conftest import DECODER, ROOT, VISION, make_vlm, write_set
 from PIL import Image
 
 import nanovlm
 import prepare
 import sample
-from nanovlm import IMAGE, cost, data, evaluate, huggingface, images, opening, packing, tokenizer, watch, weights
+from nanovlm import IMAGE, cost, data, evaluate, huggingface, images, kernels, opening, packing, tokenizer, watch, weights
 
 ALPHABET = "".join(re.findall(r"(?<= )[A-Z](?= )", "".join(line for line in nanovlm.__doc__.splitlines() if line.startswith("    "))))
 CARRIES = re.compile(rf"[a-z]\w*_([{ALPHABET}{ALPHABET.lower()}1]+)$")
@@ -34,7 +36,7 @@ C = {"C": 3}
 KNOWN = {  # file: the sizes that a letter may have in it, several where the eye and the brain share it
     "decoder.py": {"D": 24, "H": 6, "G": 2, "K": 8, "V": 260},
     "vision.py": C | {"D": 20, "H": 5, "K": 4, "P": (36, 37)},  # 37: with the class token
-    "attention.py": {"H": (6, 5), "G": (2, 5), "K": (8, 4)},
+    "attention.py": {"H": (6, 5), "G": (2, 5), "K": (8, 4, 16)},  # 16: as wide as a kernel's block
     "loss.py": {"D": 24, "V": 260},
     "model.py": C | {"D": (24, 20), "V": 260, "P": (36, 9)},
     "images.py": C,
@@ -48,6 +50,8 @@ def shape_of(value):
     """The shape of what a name can stand for: a tensor, an array, or a list of numbers; None if it is something else."""
     if isinstance(value, (torch.Tensor, np.ndarray)):
         return tuple(value.shape)
+    if isinstance(value, tl.tensor) and value.shape:  # a block in a kernel, in Triton's interpreter; a number there has no shape
+        return tuple(map(int, value.shape))
     return (len(value),) if isinstance(value, list) and all(isinstance(x, int) for x in value) else None
 
 
@@ -146,6 +150,9 @@ def everything(folder):
     watch.memory(model, batch, 1, torch.device("cpu"), torch.float32)
     none = packing.collate(samples, [[i] for i in range(300) if i % 3][:7])[0]
     model(**none).backward()
+    with mock.patch.object(kernels, "choice", "triton"):  # three short rows: an interpreter that is looked at, line by line, is slow
+        one = make_vlm(vision=EYE, decoder=BRAIN | {"layers": 1, "window": 14}).decoder
+        one(torch.randn(3, 19, 24), torch.arange(19).expand(3, -1), torch.arange(57).view(3, 19) // 11).sum().backward()
     for scaling in ({"rope_type": "llama3", "factor": 2.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 20},):
         make_vlm(vision=EYE, decoder=BRAIN | {"scaling": scaling})(**none)
 

@@ -1,0 +1,284 @@
+"""Kernels are their formulas: each runs here in Triton's interpreter, in float32 and float16, beside the formula in float64.
+
+Buffers stand between margins of NaN, and what a kernel is to fill is NaN before: what is read past an edge shows in the result, what is written past
+it in the margin, what is left out stays NaN.
+"""
+import contextlib
+import itertools
+import math
+import random
+import re
+import subprocess
+import sys
+import warnings
+from types import SimpleNamespace
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import ROOT
+from torch.distributed.fsdp import fully_shard
+
+from nanovlm import kernels, parallel
+from nanovlm.decoder import Block, rope_angles
+from nanovlm.rmsnorm import add_rmsnorm, rmsnorm
+
+MARGIN = 4096  # numbers: more than any block of a kernel at these sizes
+DTYPES = (torch.float32, torch.float16)
+
+
+def chosen(choice):
+    return mock.patch.object(kernels, "choice", choice)
+
+
+class Fences:
+    """Buffers between margins of NaN; `whole` says whether all margins still are."""
+
+    def __init__(self):
+        self.stores = []
+
+    def empty(self, shape, dtype, strides=None):
+        """NaN all over; strides: between numbers, of a tensor that lies scattered in its buffer."""
+        strides = strides or torch.empty(shape, device="meta").stride()
+        span = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True)) if math.prod(shape) else 0
+        store = torch.full((span + 2 * MARGIN,), math.nan if dtype.is_floating_point else -1, dtype=dtype)
+        self.stores.append(store)
+        return store.as_strided(shape, strides, MARGIN)
+
+    def put(self, x, order=None, gap=0):
+        """A copy of x; order: its leading dimensions as they lie in memory, outermost first; gap: numbers of NaN after each vector."""
+        strides, step = [1] * x.dim(), x.shape[-1] + gap
+        for i in reversed(order or range(x.dim() - 1)):
+            strides[i], step = step, step * x.shape[i]
+        return self.empty(x.shape, x.dtype, strides).copy_(x)
+
+    @contextlib.contextmanager
+    def around_outputs(self):
+        plain = torch.Tensor.new_empty
+
+        def new_empty(like, shape, dtype=None, device=None):
+            if device is not None:  # the interpreter makes itself a view
+                return plain(like, shape, device=device)
+            return self.empty((shape,) if isinstance(shape, int) else tuple(shape), dtype or like.dtype)
+
+        with mock.patch.object(torch.Tensor, "new_empty", new_empty), \
+                mock.patch.object(torch, "empty_like", lambda like, dtype=None: self.empty(tuple(like.shape), dtype or like.dtype)):
+            yield
+
+    def whole(self):
+        return all(side.isnan().all() if side.is_floating_point() else (side == -1).all()
+                   for store in self.stores for side in (store[:MARGIN], store[-MARGIN:]))
+
+
+def test_a_fence_sees_what_is_written_past_an_edge():
+    fences = Fences()
+    x = fences.put(torch.ones(2, 3), gap=2)
+    assert fences.whole() and x.tolist() == [[1.0] * 3] * 2 and x.stride() == (5, 1)
+    x.as_strided((9,), (1,), MARGIN)[8] = 0
+    assert not fences.whole()
+
+
+def close(ours, truth, dtype):
+    """Whether the error as a whole is a few roundings of this dtype, relative to the truth or to numbers around one, of which small ones remain."""
+    error = (ours.double() - truth).norm() / truth.norm().clamp(min=truth.numel() ** 0.5)
+    return truth.numel() == 0 or error.item() < 4 * torch.finfo(dtype).eps  # NaN is not less
+
+
+# ---- RMSNorm ----
+
+def norms(count, seed=0):
+    """Seeded cases: shapes of vectors, widths that are prime, odd, powers of two or of models; y or none; frozen weights; strides."""
+    draw = random.Random(seed)
+    shapes = [(1,), (5,), (3, 7), (2, 1, 5), (2, 3, 4), (0, 3)]
+    for case in range(count):
+        shape = draw.choice(shapes)
+        yield SimpleNamespace(
+            shape=(*shape, draw.choice([1, 2, 7, 37, 64, 129, 577, 1031])), x=draw.choice(DTYPES), y=draw.choice([None, *DTYPES]),
+            weight=draw.choice(DTYPES), trains=draw.random() < 0.7, sum_is_used=draw.random() < 0.7, norm_is_used=draw.random() < 0.9,
+            order=draw.sample(range(len(shape)), len(shape)), gap=draw.choice([0, 0, 3]), seed=case)
+
+
+def run_norm(case, x, y, weight, grads):
+    """(sum or None, norm, gradients) of rmsnorm or add_rmsnorm, pulled by what of `grads` is used."""
+    inputs = [t for t in (x, y, weight) if t is not None and t.requires_grad]
+    outputs = (None, rmsnorm(x, weight, 1e-5)) if y is None else add_rmsnorm(x, y, weight, 1e-5)
+    pulled = [(out, grad) for out, grad, used in zip(outputs, grads, (case.sum_is_used, case.norm_is_used), strict=True) if used and out is not None]
+    if not pulled:
+        return *outputs, [None] * len(inputs)
+    return *outputs, torch.autograd.grad([out for out, _ in pulled], inputs, [grad.to(out.dtype) for out, grad in pulled], allow_unused=True)
+
+
+@pytest.mark.parametrize("case", list(norms(60)), ids=lambda case: "-".join(map(str, case.shape)) + f"-{case.seed}")
+def test_rmsnorm_is_its_formula(case):
+    g = torch.Generator().manual_seed(case.seed)
+    new = lambda shape, dtype: torch.randn(shape, generator=g).to(dtype)  # noqa: E731
+    plain = [new(case.shape, case.x), None if case.y is None else new(case.shape, case.y), new(case.shape[-1:], case.weight)]
+    grads = [new(case.shape, torch.float32) for _ in range(2)]
+    wide = [None if t is None else t.double().requires_grad_(i < 2 or case.trains) for i, t in enumerate(plain)]
+    truth = run_norm(case, *wide, [grad.double() for grad in grads])
+
+    fences = Fences()
+    fenced = [None if t is None else fences.put(t, case.order if t.dim() > 1 else None, case.gap).requires_grad_(i < 2 or case.trains)
+              for i, t in enumerate(plain)]
+    with fences.around_outputs(), chosen("triton"):
+        ours = run_norm(case, *fenced, [fences.put(grad, case.order[::-1], 5) for grad in grads])
+    coarsest = max((t.dtype for t in fenced if t is not None), key=lambda dtype: torch.finfo(dtype).eps)
+    for mine, true in zip([*ours[:2], *ours[2]], [*truth[:2], *truth[2]], strict=True):
+        assert (mine is None) == (true is None)
+        assert mine is None or (mine.shape == true.shape and close(mine, true, coarsest))
+    for mine, given in zip(ours[2], [t for t in fenced if t is not None and t.requires_grad], strict=True):
+        assert mine is None or mine.dtype == given.dtype
+    assert fences.whole()
+
+
+@pytest.mark.parametrize("shape", [(3, 7, 37), (1, 1, 64)])
+def test_an_operator_tells_pytorch_the_truth_about_itself(shape):
+    x, y, weight = torch.randn(shape, requires_grad=True), torch.randn(shape).half(), torch.randn(shape[-1], requires_grad=True)
+    for more in (None, y):
+        torch.library.opcheck(torch.ops.nanovlm.rmsnorm, (x, more, weight, 1e-5, torch.float32))
+    scale = torch.rand(shape[:-1])
+    for rest, trains in itertools.product((None, y), (True, False)):
+        torch.library.opcheck(torch.ops.nanovlm.rmsnorm_backward, (x.detach(), rest, x.detach(), weight.detach(), scale, trains))
+
+
+def test_the_formula_passes_gradcheck_in_float64():
+    x, y, weight = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((2, 3, 7), (2, 3, 7), (7,)))
+    assert torch.autograd.gradcheck(lambda *a: add_rmsnorm(*a, 1e-5), (x, y, weight))
+
+
+def test_the_gradient_of_a_weight_repeats_itself_to_the_bit_and_counts_every_vector_once():
+    """More vectors than the programs hold at once: each program sums several, and the parts are summed in order."""
+    x, weight, grad = torch.randn(101, 64), torch.ones(64, requires_grad=True), torch.randn(101, 64)
+    with chosen("triton"):
+        one, two = (torch.autograd.grad(rmsnorm(x, weight, 1e-5), weight, grad)[0] for _ in range(2))
+    wide = x.double()
+    assert torch.equal(one, two)
+    assert close(one, (grad.double() * wide / (wide.square().mean(-1, keepdim=True) + 1e-5).sqrt()).sum(0), torch.float32)
+
+
+# ---- kernels within a model ----
+
+def make_block(seed=0):
+    torch.manual_seed(seed)
+    return Block(width=24, heads=6, kv_heads=2, head_size=8, ffn=36, eps=1e-5, window=None)
+
+
+def block_gradients(block, x_BTD, **autocast):
+    """Of all parameters and of the input, the block's output summed with random weights."""
+    x_BTD = x_BTD.clone().requires_grad_()
+    angles = rope_angles(torch.arange(x_BTD.shape[1]).expand(x_BTD.shape[0], -1), 8, 10000.0)
+    with torch.autocast("cpu", enabled=bool(autocast), **autocast):
+        out_BTD = block(x_BTD, angles, None, None, 0)
+    pull = torch.randn(out_BTD.shape, generator=torch.Generator().manual_seed(7))
+    return [out_BTD.detach(), *torch.autograd.grad((out_BTD * pull).sum(), [x_BTD, *block.parameters()])]
+
+
+def test_a_block_with_kernels_is_the_block():
+    block, x_BTD = make_block(), torch.randn(2, 7, 24)
+    plain = block_gradients(block, x_BTD)
+    with chosen("triton"):
+        assert all(close(a, b.double(), torch.float32) for a, b in zip(block_gradients(block, x_BTD), plain, strict=True))
+
+
+def test_under_autocast_the_norm_comes_in_the_dtype_that_products_take():
+    block, x_BTD = make_block(), torch.randn(2, 7, 24)
+    plain = block_gradients(block, x_BTD, dtype=torch.float16)
+    seen = []
+    block.gate.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].dtype))
+    with chosen("triton"):
+        ours = block_gradients(block, x_BTD, dtype=torch.float16)
+    assert seen == [torch.float16] and all(a.dtype == b.dtype for a, b in zip(ours, plain, strict=True))
+    assert all(close(a, b.double(), torch.float16) for a, b in zip(ours, plain, strict=True))
+
+
+def test_a_block_that_is_computed_again_gives_the_same_gradients():
+    block, x_BTD = make_block(), torch.randn(2, 7, 24)
+    with chosen("triton"):
+        plain = block_gradients(block, x_BTD)
+        parallel.recompute([block])
+        assert all(map(torch.equal, block_gradients(block, x_BTD), plain))
+
+
+def test_compiled_it_is_one_graph_whatever_the_lengths():
+    weight = torch.randn(24, requires_grad=True)
+
+    def both(x_BTD, y_BTD):
+        sum_BTD, normed_BTD = add_rmsnorm(x_BTD, y_BTD, weight, 1e-5)
+        return sum_BTD + rmsnorm(normed_BTD * 2, weight, 1e-5)
+
+    compiled = torch.compile(both, fullgraph=True, backend="aot_eager", dynamic=True)
+    with chosen("triton"):
+        for T in (5, 9):
+            x_BTD, y_BTD = torch.randn(2, T, 24, requires_grad=True), torch.randn(2, T, 24, requires_grad=True)
+            pairs = [(out, *torch.autograd.grad(out.square().sum(), (x_BTD, y_BTD, weight))) for out in (both(x_BTD, y_BTD), compiled(x_BTD, y_BTD))]
+            assert all(map(torch.equal, *pairs))
+
+
+def test_fsdp_shards_what_kernels_read(tmp_path):
+    plain, x_BTD = make_block(), torch.randn(2, 7, 24)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        with chosen("triton"):
+            wanted = block_gradients(plain, x_BTD)
+            sharded = fully_shard(make_block())
+            angles = rope_angles(torch.arange(7).expand(2, -1), 8, 10000.0)
+            out_BTD = sharded(x_BTD, angles, None, None, 0)
+            (out_BTD * torch.randn(out_BTD.shape, generator=torch.Generator().manual_seed(7))).sum().backward()
+    finally:
+        dist.destroy_process_group()
+    found = [out_BTD.detach(), *(p.grad.full_tensor() for p in sharded.parameters())]
+    assert all(map(torch.equal, found, [wanted[0], *wanted[2:]]))
+
+
+# ---- which form runs ----
+
+def card(capability, dtype=torch.bfloat16):
+    return SimpleNamespace(device=torch.device("cuda", 0), is_cuda=True, dtype=dtype), \
+        mock.patch.object(torch.cuda, "get_device_capability", lambda device: capability)
+
+
+def test_kernels_run_on_cards_and_nowhere_else_unless_told():
+    tensor, has = card((8, 0))
+    with has:
+        assert kernels.run(tensor) and not kernels.run(torch.randn(3))
+        with chosen("torch"):
+            assert not kernels.run(tensor)
+    with chosen("triton"):
+        assert kernels.run(torch.randn(3))
+
+
+@pytest.mark.parametrize("capability, dtype, refused, said", [
+    ((7, 5), torch.float16, "", "this card is of compute capability 7.5, older than 8.0; the formula in PyTorch runs instead"),
+    ((9, 0), torch.float64, "", "torch.float64 is none of torch.float32"),
+    ((9, 0), torch.bfloat16, "a head of 300", "a head of 300; the formula"),
+])
+def test_a_card_that_runs_a_formula_says_why_once(capability, dtype, refused, said):
+    tensor, has = card(capability, dtype)
+    with has, mock.patch.object(kernels, "told", set()):
+        with pytest.warns(UserWarning, match=re.escape(said)):
+            assert not kernels.run(tensor, refused)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert not kernels.run(tensor, refused)
+
+
+def test_a_norm_that_is_too_wide_runs_its_formula():
+    x, weight = torch.randn(2, 16385), torch.ones(16385)
+    with chosen("triton"), mock.patch.object(kernels, "told", set()), pytest.warns(UserWarning, match="an RMSNorm wider than 16384"):
+        ours = rmsnorm(x, weight, 1e-5)
+    assert torch.equal(ours, rmsnorm(x, weight, 1e-5))
+
+
+def test_tables_go_by_the_oldest_capability_that_they_are_for():
+    table = {(8, 0): "a", (9, 0): "b"}
+    for capability, wanted in [((0, 0), "a"), ((8, 0), "a"), ((8, 9), "a"), ((9, 0), "b"), ((12, 1), "b")]:
+        with mock.patch.object(kernels, "capability", lambda device, capability=capability: capability):
+            assert kernels.pick(table, torch.device("cuda")) == wanted
+
+
+def test_where_there_is_no_triton_the_formula_runs():
+    code = "import sys; sys.modules['triton'] = None\nimport torch\nfrom nanovlm import kernels, model\nfrom nanovlm.rmsnorm import rmsnorm\n" \
+           "print(rmsnorm(torch.ones(2, 3), torch.ones(3), 0.0).sum().item())\nkernels.choice = 'triton'\nrmsnorm(torch.ones(3), torch.ones(3), 0.0)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout == "6.0\n" and "kernels: triton is not installed; the formula in PyTorch runs" in done.stderr
