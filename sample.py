@@ -130,17 +130,21 @@ def check_exam(typed):
 
 def exam(typed, choices):
     """Sit an exam, or mark its answers again, and tell how it went."""
-    benchmark = typed.benchmark or (evaluate.benchmark_of(typed.score) if typed.score else "exact")
+    about = evaluate.told(typed.score) if typed.score else {"asked": {"benchmark": "exact"}}
+    if not (benchmark := typed.benchmark or (about and about["asked"]["benchmark"])):
+        raise Mistake(f"no {evaluate.beside(typed.score)} says by which rules {typed.score} is to be marked: give --benchmark")
     device = parallel.pick_device(typed.device)
     rank, world = (0, 1) if typed.score else parallel.start(device)
     with parallel.together():
         papers.named(benchmark)
+        if typed.out:
+            evaluate.check_out(typed.out)
         if typed.submission:
             papers.submission(benchmark, [])  # refused now, not after the exam, where its owner takes none
         questions = papers.read(benchmark, typed.questions, typed.annotations, typed.images, typed.prompt) if typed.questions else []
         checkpoint = None if typed.score else weights.load(typed.model, device, DTYPES[typed.dtype])
     if typed.score:
-        rows, about = evaluate.mark_again(typed.score, questions, benchmark), evaluate.told(typed.score)
+        rows = evaluate.mark_again(typed.score, questions, benchmark)
     else:
         how = dict(benchmark=benchmark, prompt=typed.prompt, out=typed.out, batch=typed.batch)
         rows, about = evaluate.sit(checkpoint, questions, rank, world, **how, **choices)

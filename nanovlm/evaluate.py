@@ -3,7 +3,7 @@
     answers.jsonl   a line for each question: id, kind, pictures, the right answers and what else the score needs, the prompt as rendered, the answer,
                     its tokens and whether it was cut off (as long as answers may be, and not ended), the score (null: none could be given);
                     in the questions' order once all are there
-    answers.json    what was asked of which model, how and by what versions, which is enough to repeat it; and the table
+    answers.json    what was asked of which model, by what command and versions, which is enough to repeat it; and the table
 """
 import contextlib
 import datetime
@@ -13,6 +13,7 @@ import itertools
 import json
 import os
 import platform
+import shlex
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -77,9 +78,8 @@ def answer(checkpoint, asked, *, blank=False, mixed=None, **choices):
 
 def size(ref):
     """(width, height) of a picture as its file begins: nearly always what it has once it is opened, and enough to sort by."""
-    content, name = (ref.path, ref.path) if isinstance(ref, refs.File) else refs.load(ref)
-    with opening.blaming(name, None if isinstance(content, str) else len(content)), \
-            Image.open(content if isinstance(content, str) else io.BytesIO(content), formats=opening.FORMATS) as picture:
+    content, name = (None, ref.path) if isinstance(ref, refs.File) else refs.load(ref)
+    with opening.blaming(name, content and len(content)), Image.open(io.BytesIO(content) if content else name, formats=opening.FORMATS) as picture:
         opening.check_size(*picture.size)
         return picture.size
 
@@ -142,9 +142,9 @@ def ask(checkpoint, questions, rank=0, world=1, *, benchmark="exact", **how):
 
 def row_of(question, said):
     """A line of answers.jsonl, still without its score."""
-    told = {name: value for name, value in question.items() if name != "question"}
+    kept = {name: value for name, value in question.items() if name != "question"}
     shown = [ref.name if isinstance(ref, refs.Bytes) else os.path.join(*ref[:2]) for ref in question["image"]]
-    return {**told, "image": shown, "prompt": said.prompt, "answer": said.text, "tokens": said.tokens, "cut": said.cut}
+    return {**kept, "image": shown, "prompt": said.prompt, "answer": said.text, "tokens": said.tokens, "cut": said.cut}
 
 
 def marked(rows, benchmark):
@@ -185,14 +185,26 @@ def sha(thing):
     return hashlib.sha256(json.dumps(thing).encode()).hexdigest()[:8]
 
 
+def told(path):
+    """What the JSON beside an answers.jsonl says; nothing if there is none. Mistake if it is something else."""
+    kept = disk.read_json(beside(path)) if beside(path).exists() else {"asked": None}
+    if not isinstance(kept, dict) or "asked" not in kept:
+        raise Mistake(f"{beside(path)}, where the table of {path} belongs, is something else: name other answers")
+    return kept if kept["asked"] else {}
+
+
+def check_out(path):
+    """Raise Mistake for a file that is there, and that no exam has left."""
+    if not told(path) and Path(path).exists():
+        raise Mistake(f"--out={path} is there, but no {beside(path)} that says what was asked: name another")
+
+
 def begin(out, questions, asked, about):
     """{number of a question: Said} of the answers that an exam which was stopped has left in `out`; it is made ready to go on."""
+    was = told(out).get("asked", {})
     if not Path(out).exists():
         write(beside(out), json.dumps({"asked": asked, **about}, indent=1))
         return {}
-    if not beside(out).is_file():
-        raise Mistake(f"--out={out} is there, but no {beside(out)} that says what was asked: name another")
-    was = disk.read_json(beside(out)).get("asked", {})
     wrong = [f"{name} was {was.get(name)}, now {value}" for name, value in json.loads(json.dumps(asked)).items() if was.get(name) != value]
     if wrong:
         raise Mistake(f"{out} cannot go on as another exam: {'; '.join(wrong)}; name another --out")
@@ -216,9 +228,10 @@ def read_rows(path):
 
 def sit(checkpoint, questions, rank=0, world=1, *, benchmark, prompt="", out="", batch=16, **choices):
     """Answer all questions, of which `out` may hold some already, and write the answers there as they come: (rows, on rank 0; what answers.json says
-    of them)."""
+    of them). Other ranks get None for both."""
     asked = identity(checkpoint, questions, benchmark, prompt, choices)
-    about = {"card": checkpoint.card, "ranks": world, "batch": batch, "device": str(checkpoint.model.mean_C11.device), "versions": versions()}
+    about = {"command": shlex.join(sys.argv), "card": checkpoint.card, "ranks": world, "batch": batch,
+             "device": str(checkpoint.model.mean_C11.device), "versions": {"python": platform.python_version(), "torch": torch.__version__}}
     with parallel.together():
         said = begin(out, questions, asked, about) if out and rank == 0 else {}
     progress, known = Progress(len(questions), len(said)), parallel.gather(list(said))[0]
@@ -233,12 +246,10 @@ def sit(checkpoint, questions, rank=0, world=1, *, benchmark, prompt="", out="",
                     file.flush()
             if rank == 0:
                 progress.tell(rows, benchmark)
-    rows = marked([row_of(question, said[i]) for i, question in enumerate(questions)], benchmark) if rank == 0 else None
-    return rows, {"asked": asked, **about, **progress.speeds()}
-
-
-def versions():
-    return {"python": platform.python_version(), "torch": torch.__version__}
+    if rank > 0:
+        return None, None
+    rows = marked([row_of(question, said[i]) for i, question in enumerate(questions)], benchmark)
+    return rows, {"asked": asked, **about, **progress.end()}
 
 
 class Progress:
@@ -250,6 +261,11 @@ class Progress:
     def speeds(self):
         took = time.time() - self.began
         return {"answers_per_s": self.done / took, "tokens_per_s": self.tokens / took}
+
+    def end(self):
+        speeds = self.speeds()
+        print(f"{speeds['answers_per_s']:,.1f} answers/s, {speeds['tokens_per_s']:,.0f} tokens/s", file=sys.stderr, flush=True)
+        return speeds
 
     def tell(self, rows, benchmark):
         self.done += len(rows)
@@ -263,18 +279,6 @@ class Progress:
         speed = self.speeds()["answers_per_s"]
         print(f"{self.before + self.done:,}/{self.total:,} questions | {speed:,.1f} answers/s{score} | "
               f"{datetime.timedelta(seconds=round(left / speed))} left", file=sys.stderr, flush=True)
-
-
-def told(path):
-    """What the JSON beside an answers.jsonl says, if it is there."""
-    return disk.read_json(beside(path)) if beside(path).is_file() else {}
-
-
-def benchmark_of(path):
-    """By which benchmark an answers.jsonl was marked."""
-    if "benchmark" not in told(path).get("asked", {}):
-        raise Mistake(f"no {beside(path)} says by which rules {path} is to be marked: give --benchmark")
-    return told(path)["asked"]["benchmark"]
 
 
 def mark_again(path, questions, benchmark):
@@ -297,10 +301,11 @@ def conclude(rows, about, questions, benchmark, seed=0, *, out="", page="", subm
     lines, known = report.table(rows, seed), [row for row in rows if row["answers"]]
     figures = scores.summary(benchmark, known, [row["answer"] for row in known], [row["score"] for row in known]) if known else {}
     report.show(lines, figures, benchmark)
+    about = {"asked": {"benchmark": benchmark}} | about
     if out:
         write_rows(out, rows)
         write(beside(out), json.dumps({**about, "table": [line._asdict() for line in lines], "figures": figures}, indent=1))
     if page:
-        write(page, report.page(rows, questions, lines, f"{benchmark}: {about.get('asked', {}).get('model', out)}"))
+        write(page, report.page(rows, questions, lines, f"{benchmark}: {about['asked'].get('model', out)}"))
     if submission:
         write(submission, papers.submission(benchmark, rows))

@@ -299,7 +299,9 @@ def test_progress_tells_speed_score_and_the_time_left(monkeypatch, capsys):
     assert capsys.readouterr().err == ""
     clock[0] = 106.0
     progress.tell(rows[:2], "exact")  # 6 in 6 s: one a second; 4 of 6 right; 10 left
-    assert capsys.readouterr().err == "10/20 questions | 1.0 answers/s | 66.7% so far | 0:00:10 left\n"
+    said = capsys.readouterr().err
+    assert said == "10/20 questions | 1.0 answers/s | 66.7% so far | 0:00:10 left\n"
+    assert progress.end() == {"answers_per_s": 1.0, "tokens_per_s": 10.0} and capsys.readouterr().err == "1.0 answers/s, 10 tokens/s\n"
 
 
 @pytest.mark.parametrize("text, said", [

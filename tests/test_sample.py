@@ -284,7 +284,20 @@ def test_an_exam_that_was_asked_otherwise_is_not_gone_on_with(home, ask, exam):
         code, out, err = ask(*(word for word in exam if word.split("=")[0] != change.split("=")[0]), change, "--out=sub/first.jsonl")
         assert (code, out, err.count("\n")) == (1, "", 1) and "cannot go on as another exam" in err and said in err
     (home / "sub" / "first.json").unlink()
-    assert "name another" in ask(*exam, "--out=sub/first.jsonl")[2]
+    assert "no sub/first.json that says what was asked: name another" in ask(*exam, "--out=sub/first.jsonl")[2]
+
+
+def test_nothing_that_is_not_an_exams_is_written_over(home, ask, exam):
+    (home / "mine.json").write_text('[{"id": 1}]')
+    (home / "other.jsonl").write_text("{}")
+    assert ask(*exam, "--out=right.jsonl")[0] == 0
+    for words in (exam, ["--score=right.jsonl"]):
+        assert "mine.json, where the table of mine.jsonl belongs, is something else" in ask(*words, "--out=mine.jsonl")[2]
+        assert "--out=other.jsonl is there, but no other.json" in ask(*words, "--out=other.jsonl")[2]
+    assert (home / "mine.json").read_text() == '[{"id": 1}]' and (home / "other.jsonl").read_text() == "{}"
+    (home / "right.json").unlink()
+    assert "give --benchmark" in ask("--score=right.jsonl")[2] and ask("--score=right.jsonl", "--benchmark=exact", "--out=fresh.jsonl")[0] == 0
+    assert ask("--score=fresh.jsonl")[0] == 0, "whose table says by which rules"
 
 
 # ---- through a process of its own ----
