@@ -170,7 +170,7 @@ def sample(*,
     top_p: float = 1.0,           # draw among the fewest likeliest tokens that hold this much of the probability
     top_k: int = 0,               # draw among this many likeliest tokens; 0: among all
     max_tokens: int = 256,        # the longest answer
-    seed: int = 0,                # of the draws
+    seed: int = 0,                # of the draws, and of the resampling that an exam's intervals come from
     device: str = "auto",         # auto, cpu, cuda, cuda:1 (or another card's number) or mps
     dtype: str = "auto",          # of the model's numbers: float32, bfloat16 or float16; auto: what its files have, so that 7B take 14 GB, not 28
 ):

@@ -121,6 +121,16 @@ def test_blank_hides_the_pictures_and_nothing_else(checkpoint):
     assert texts[0] != texts[1] and blind[0] == blind[1] == grey[0] and blind[2] == texts[2]
 
 
+def test_the_model_is_called_in_the_context_that_is_given(checkpoint, questions):
+    narrow = torch.autocast("cpu", torch.bfloat16)
+    scores = []
+    for how in ({}, {"mixed": narrow}):
+        head = checkpoint.model.decoder.head.register_forward_hook(lambda module, x, logits: scores.append(logits.float()))
+        answers(checkpoint, questions[:1], max_tokens=1, **how)
+        head.remove()
+    assert not torch.equal(*scores) and torch.allclose(*scores, atol=0.2)
+
+
 @pytest.mark.parametrize("cut", [lambda checkpoint: checkpoint, tiled])
 def test_neighbours_in_length_share_a_batch(checkpoint, questions, cut):
     """The longest of a batch is no longer than the shortest of the next, by what the model reads; of as long ones, the first comes first."""

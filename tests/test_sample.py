@@ -283,6 +283,9 @@ def test_an_exam_that_was_asked_otherwise_is_not_gone_on_with(home, ask, exam):
                           ("--prompt=Say.", "questions was "), ("--benchmark=contains", "benchmark was exact, now contains")]):
         code, out, err = ask(*(word for word in exam if word.split("=")[0] != change.split("=")[0]), change, "--out=sub/first.jsonl")
         assert (code, out, err.count("\n")) == (1, "", 1) and "cannot go on as another exam" in err and said in err
+    weights_file = home / "model" / "model.safetensors"
+    os.utime(weights_file, ns=(0, weights_file.stat().st_mtime_ns + 1))
+    assert "weights was {'model.safetensors': [" in ask(*exam, "--out=sub/first.jsonl")[2], "another model in the same folder"
     (home / "sub" / "first.json").unlink()
     assert "no sub/first.json that says what was asked: name another" in ask(*exam, "--out=sub/first.jsonl")[2]
 
