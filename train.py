@@ -44,7 +44,8 @@ RECIPES = {
               "sft": dict(lr=2e-5, floor=0.0, steps=5198, batch=128, row=2048, warmup=0.03, decay=0.0, clip=1.0, beta2=0.999)},
 }
 PARTS = ("vision", "projector", "decoder")
-FREE = ("data", "out", "resume", "micro", "save_every", "keep", "validate_every", "log_every", "device", "parallel", "shard", "recompute", "offload",
+FREE = ("data", "out", "resume", "micro", "save_every", "keep", "validate_every", "log_every", "exam", "exam_images", "exam_every",
+        "benchmark", "device", "parallel", "shard", "recompute", "offload",
         "compile", "kernels", "profile", "tensorboard", "recipe", "dry_run", "mfu", "peak")  # may change when a run is resumed
 DRY = ("stage", "recipe", "model", "steps", "batch", "micro", "row", "freeze", "lr", "vision_lr", "projector_lr", "decoder_lr", "dtype", "recompute",
        "offload", "dry_run", "mfu", "peak")  # what a dry run heeds; any other setting would change nothing in what it prints
@@ -106,7 +107,7 @@ def resolve(typed, world):
 def check(run, world, idle):
     """One Mistake that names every setting out of its range; idle: the rates of parts that stand still, which nobody may set."""
     rules = [
-        ("must be at least 1", lambda x: x >= 1, ("steps", "micro", "row", "save_every", "keep", "validate_every", "log_every")),
+        ("must be at least 1", lambda x: x >= 1, ("steps", "micro", "row", "save_every", "keep", "validate_every", "log_every", "exam_every")),
         (f"must be at least {world}, a row for each rank", lambda x: x >= world, ("batch",)),
         ("must be above 0", lambda x: x > 0, ("lr", "vision_lr", "projector_lr", "decoder_lr", "clip", "peak")),
         ("must be above 0 and at most 1", lambda x: 0 < x <= 1, ("mfu",)),
@@ -211,6 +212,28 @@ def lay_out(run, model, row, device, rank, world):
     return products
 
 
+def read_exam(run):
+    """The questions that are asked on the way; [] if there are none."""
+    if not run.exam:
+        if run.exam_images:
+            raise Mistake(f"--exam_images={run.exam_images} without --exam=FILE")
+        return []
+    questions = papers.read(run.benchmark, run.exam, images=run.exam_images)
+    if secret := next((q["id"] for q in questions if not q["answers"]), None):
+        raise Mistake(f"--exam={run.exam}: question {secret} has no answer to be marked by")
+    return questions
+
+
+def look(run, done, checkpoint, samples, held_out, questions, mixed, rank, world):
+    """What is seen of the model at a step, the same on all ranks: {"validation", "blank", "exam": the mean score}, {} where nobody looks."""
+    last = done == run.steps
+    seen = watch.look(checkpoint, samples, held_out, rank, world, mixed) if last or done % run.validate_every == 0 else {}
+    if questions and (last or done % run.exam_every == 0):
+        marks = evaluate.ask(checkpoint, questions, rank, world, benchmark=run.benchmark, mixed=mixed)
+        (seen["exam"],) = ranks.total([0.0 if marks is None else marks[-1].score], checkpoint.model.mean_C11.device)
+    return seen
+
+
 def spread(run, model, device, products):
     """The model over the ranks as it was settled: what is to be called in its place, and the context to call it in."""
     ranks.recompute(ranks.blocks(model, run.recompute))
@@ -254,6 +277,10 @@ def train(*,
     keep: int = 1,                    # how many of them stay; with 2 or more, the one that validates best stays as well
     validate_every: int = 100,        # steps between looks at the held-out samples
     log_every: int = 20,              # steps between progress lines
+    exam: str = "",                   # a small file of questions to be asked on the way, as `sample.py --questions` has them
+    exam_images: str = "",            # the folder or zip that their pictures are named from; empty: the file's own
+    exam_every: int = 500,            # steps between exams; the last step ends with one, too
+    benchmark: str = "exact",         # how the exam is read and marked, as `sample.py --benchmark` has it
     device: str = "auto",             # auto, cpu, cuda, cuda:1 (or another card's number) or mps
     dtype: str = "auto",              # auto, float32 or bfloat16: of the products; auto is bfloat16 on CUDA. Parameters stay float32
     parallel: str = "auto",           # of several processes: ddp, each holds the model; fsdp, each holds a part; auto, ddp where that fits
@@ -293,7 +320,7 @@ def train(*,
             return print(f"{stage}: {run.out} has all of its {start} steps already") if rank == 0 else None
         how = dict(row=run.row, seed=run.seed, weights=run.weights)
         loader = Loader(samples, batch=run.batch, micro=run.micro, rank=rank, world=world, start=start, pin=device.type == "cuda", **how)
-        held_out = watch.held_out_rows(samples, run.row)
+        held_out, questions = watch.held_out_rows(samples, run.row), read_exam(run)
         ((one_row, _),) = next(Loader(samples, batch=1, micro=1, **how))
         if rank == 0:
             print(f"{stage}: {run.steps} steps of {run.batch} rows on {world} × {device}, from {found or run.model} on {run.data}")
@@ -328,7 +355,7 @@ def train(*,
 
             last, stopping = done == run.steps, step.stopping
             saving = last or stopping or done % run.save_every == 0
-            looks = watch.look(checkpoint, samples, held_out, rank, world, mixed) if last or done % run.validate_every == 0 else {}
+            looks = look(run, done, checkpoint, samples, held_out, questions, mixed, rank, world)
             log.did(step, cost.of_batches(vlm, run.rates, batches))
             if looks or saving or done % run.log_every == 0:
                 log.line(done, looks, loss=step.loss, rate=run.lr * share, trained=step.trained / step.tokens, **norms, **clock.read())

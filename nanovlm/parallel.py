@@ -177,12 +177,14 @@ def is_sharded(model):
 
 @contextlib.contextmanager
 def gathered(model):
-    """Hold what a sharded model gathers at the start of a pass, to use it by other ways than a call: all ranks must do the same within."""
-    if is_sharded(model):
-        model.unshard()
-    yield
-    if is_sharded(model):
-        model.reshard()
+    """Hold what a sharded model gathers at the start of a pass, to use it by other ways than a call: all ranks must do the same within. Blocks
+    that are compiled for training run as they are written: of a cache that grows, each length would be compiled anew."""
+    with torch.compiler.set_stance("force_eager"):
+        if is_sharded(model):
+            model.unshard()
+        yield
+        if is_sharded(model):
+            model.reshard()
 
 
 def whole(tensor):

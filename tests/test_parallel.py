@@ -15,7 +15,7 @@ import pytest
 import torch
 from conftest import make_batch, make_samples
 from safetensors.torch import load_file
-from test_train import NO_CLOCK, launch, log_of, make_home, peak_bytes, settings, write_set
+from test_train import NO_CLOCK, launch, log_of, make_home, peak_bytes, settings, write_exam, write_set
 
 import train as door
 from nanovlm import Mistake, data, packing, parallel, saves, watch, weights
@@ -93,6 +93,8 @@ def two(home, rank, world):
     go_on_from(home, "fsdp", 3, "fsdp to fsdp", parallel="fsdp")
     go_on_from(home, "fsdp", 3, "fsdp to ddp", parallel="ddp", keep=9)
     go_on_from(home, "fsdp to ddp", 6, "ddp to fsdp", parallel="fsdp", recompute="decoder")
+    for how in ("ddp", "fsdp"):
+        run(home, f"{how} with an exam", parallel=how, exam=str(home / "exam.jsonl"), exam_every=5)
     did["full"], did["bent"] = failing(home, full_on_rank_1), failing(home, bent_on_rank_1)
     return did
 
@@ -207,6 +209,7 @@ def foretold_and_taken(accumulates):
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     home = make_home(tmp_path_factory.mktemp("ranks"))
+    write_exam(home, "whole")
     checkpoint = weights.load(home / "model")
     write_set(home / "every", checkpoint, every=1)
     write_set(home / "none", checkpoint, every=0)
@@ -397,6 +400,12 @@ def test_a_sharded_run_is_one_process_and_says_the_same_of_itself(home, of_two):
     steps = {step.name: sorted(path.name for path in step.iterdir()) for step in weights.steps(home / "fsdp")}
     parts = ["nanovlm.json", "sharded", "tokenizer.json", "training.json"]
     assert steps == {"step-000003": parts, "step-000006": parts, "step-000008": sorted([*parts, "model.safetensors"])}
+
+
+@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+def test_an_exam_is_shared_by_all_ranks_each_question_once(home, of_two, how):
+    told = {line["step"]: line["exam"] for line in log_of(home / f"{how} with an exam") if "exam" in line}
+    assert told.keys() == {5, 8} and told[8] == pytest.approx(2 / 3)
 
 
 def test_a_sharded_step_is_a_checkpoint_as_any_other(home, of_two):

@@ -20,7 +20,7 @@ from conftest import DECODER, ROOT, TOKENS, VISION, make_batch, make_samples
 from safetensors.torch import load_file
 
 import train as door
-from nanovlm import IMAGE, UNTRAINED, Mistake, cli, data, images, log, packing, parallel, tokenizer, watch, weights
+from nanovlm import IMAGE, UNTRAINED, Mistake, cli, data, evaluate, images, log, packing, papers, parallel, tokenizer, watch, weights
 from nanovlm.model import VLM
 
 POLICY = {"tile": 12, "patch": 3, "shuffle": 2, "fit": "squash", "resample": "bicubic", "mean": [0.5] * 3, "std": [0.5] * 3}
@@ -282,6 +282,31 @@ def test_looking_and_logging_change_nothing(home):
     torch.testing.assert_close(state_of(home / "watched"), state_of(home / "whole"), rtol=0, atol=0)
     assert [line["validation"] for line in log_of(home / "watched") if line["step"] in (4, 8)] == \
         [line["validation"] for line in log_of(home / "whole") if "validation" in line]
+
+
+def write_exam(home, out, right=(0, 2)):
+    """Three questions, the second without a picture, of which a run's final model answers those that are `right`."""
+    images.picture_of(np.random.default_rng(2).integers(256, size=(3, 12, 12), dtype=np.uint8)).save(home / "seen.png")
+    lines = [{"id": i, "image": ["seen.png"] * (i != 1), "question": text, "answers": ["?"]} for i, text in enumerate(("a b", "b a a", "b"))]
+    path = home / "exam.jsonl"
+    for known in (False, True):
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        if not known:
+            said = evaluate.answers(weights.load(weights.steps(home / out)[-1]), papers.read("exact", path), max_tokens=256)
+            for i, answer in (pair for pairs in said for pair in pairs):
+                lines[i]["answers"] = [answer.text + "!" * (i not in right)]
+    return path
+
+
+def test_an_exam_on_the_way_changes_nothing_and_gives_the_marks_of_one_afterwards(home):
+    exam = write_exam(home, "whole")
+    door.train(**settings(home, "examined", exam=str(exam), exam_every=5))
+    lines = log_of(home / "examined")
+    assert [line["step"] for line in lines if "exam" in line] == [5, 8] and lines[-1]["exam"] == pytest.approx(2 / 3)
+    torch.testing.assert_close(state_of(home / "examined"), state_of(home / "whole"), rtol=0, atol=0)
+    for wrong, message in ((dict(exam="no.jsonl"), "no.jsonl"), (dict(exam_images="x"), "--exam_images=x without --exam")):
+        with pytest.raises((Mistake, OSError), match=message):
+            door.train(**settings(home, "refused", **wrong))
 
 
 # ---- however it ends ----
