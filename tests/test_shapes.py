@@ -22,6 +22,7 @@ import nanovlm
 import prepare
 import sample
 from nanovlm import IMAGE, cost, data, evaluate, huggingface, images, kernels, opening, packing, tokenizer, watch, weights
+from nanovlm.attention import attention
 
 ALPHABET = "".join(re.findall(r"(?<= )[A-Z](?= )", "".join(line for line in nanovlm.__doc__.splitlines() if line.startswith("    "))))
 CARRIES = re.compile(rf"[a-z]\w*_([{ALPHABET}{ALPHABET.lower()}1]+)$")
@@ -153,6 +154,8 @@ def everything(folder):
     with mock.patch.object(kernels, "choice", "triton"):  # three short rows: an interpreter that is looked at, line by line, is slow
         one = make_vlm(vision=EYE, decoder=BRAIN | {"layers": 1, "window": 14}).decoder
         one(torch.randn(3, 19, 24), torch.arange(19).expand(3, -1), torch.arange(57).view(3, 19) // 11).sum().backward()
+        with torch.no_grad():  # and the newest token alone
+            attention(torch.randn(3, 1, 6, 8), *torch.randn(2, 3, 19, 2, 8), documents_BS=torch.arange(57).view(3, 19) // 11)
     for scaling in ({"rope_type": "llama3", "factor": 2.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 20},):
         make_vlm(vision=EYE, decoder=BRAIN | {"scaling": scaling})(**none)
 
