@@ -192,7 +192,7 @@ def ai2d(said, sheet, notes):
 def lettered(ref, labels):
     """A picture of AI2D with each label covered by its letter, as a PNG."""
     content, name = load(ref)
-    drawn = opening.read(content, name)[0].copy()
+    drawn, _ = opening.read(content, name)
     pen = ImageDraw.Draw(drawn)
     for label in labels["text"].values():
         (left, top), (right, bottom) = label["rectangle"]

@@ -44,7 +44,7 @@ def pack(folder):
     with zipfile.ZipFile(f"{folder}.zip", "w") as archive:
         for file in sorted(file for file in folder.rglob("*") if file.is_file()):
             archive.write(file, file.relative_to(folder))
-        archive.writestr("__MACOSX/._junk.json", "{")
+        archive.writestr("__MACOSX/one-more/._exam.jsonl", "{")
     return f"{folder}.zip"
 
 
@@ -130,6 +130,16 @@ def test_what_is_no_exam_is_named(tmp_path, text, said):
     with pytest.raises(Mistake, match=said) as mistake:
         read(tmp_path, text)
     assert "\n" not in str(mistake.value)
+
+
+def test_an_exam_may_be_a_zip_or_a_part_of_one(tmp_path):
+    lay(tmp_path / "z", {"one/exam.json": [GOOD], "one/a.jpg": None, "one-more/exam.jsonl": lines([GOOD | {"id": "b"}]), "one-more/a.jpg": None})
+    archive = pack(tmp_path / "z")
+    for part, wanted in (("one", "one"), ("one/exam.json", "one"), ("one-more", "one-more"), ("", "one-more")):
+        row, = papers.read("exact", f"{archive}/{part}")
+        assert row["image"] == [refs.Member(archive, f"{wanted}/a.jpg")], "lines are asked before a list, and what a Mac adds never"
+    with pytest.raises(Mistake, match=re.escape(f"{archive}/two holds no *.jsonl and no *.json")):
+        papers.read("exact", f"{archive}/two")
 
 
 def test_what_does_not_go_together_is_named(tmp_path):
