@@ -17,7 +17,7 @@ from types import SimpleNamespace
 
 import torch
 
-from nanovlm import Mistake, chat, cli, disk, evaluate, images, packing, papers, parallel, weights
+from nanovlm import Mistake, chat, cli, disk, evaluate, generate, images, packing, papers, parallel, weights
 from nanovlm.evaluate import prompt_ids
 
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -146,6 +146,7 @@ def exam(typed, choices):
     if typed.score:
         rows = evaluate.mark_again(typed.score, questions, benchmark)
     else:
+        generate.ready(checkpoint.model)
         how = dict(benchmark=benchmark, prompt=typed.prompt, out=typed.out, batch=typed.batch)
         rows, about = evaluate.sit(checkpoint, questions, rank, world, **how, **choices)
     if rank == 0:
@@ -187,6 +188,7 @@ def sample(*,
         return exam(typed, choices)
     asked = "" if chat else question(prompt, len(image))
     checkpoint = weights.load(model, parallel.pick_device(device), DTYPES[dtype])
+    generate.ready(checkpoint.model)
     pictures = load_pictures(image, checkpoint.policy)
     if chat:
         converse(checkpoint, pictures, prompt, **choices)

@@ -25,15 +25,17 @@ class RMSNorm(nn.Module):
 
 
 def rope_angles(positions_BT, K, theta, scaling=None):
-    """cos and sin of (B, T, 1, K): pair i of the K numbers turns by position · theta^(-2i/K) radians. float32, as bfloat16 takes 257 for 256."""
+    """cos and sin of (B, T, 1, K): pair i of the K numbers turns by position · theta^(-2i/K) radians. float32, as bfloat16 takes 257 for 256.
+    Pair i is (i, i + K/2), Hugging Face's order; the first of a pair takes its sin with a minus (see `rotate`)."""
     frequency_k = theta ** -(torch.arange(0, K, 2, device=positions_BT.device, dtype=torch.float32) / K)
     if scaling is not None:
         frequency_k = stretch(frequency_k, theta, scaling)
     angle_BTk = positions_BT[..., None].float() * frequency_k
-    angle_BT1K = torch.cat([angle_BTk, angle_BTk], dim=-1)[:, :, None]  # Hugging Face's order: pair i is (i, i + K/2)
-    if scaling is None or scaling["rope_type"] != "yarn":
-        return angle_BT1K.cos(), angle_BT1K.sin()
-    return angle_BT1K.cos() * scaling["attention_factor"], angle_BT1K.sin() * scaling["attention_factor"]
+    cos_BTk, sin_BTk = angle_BTk.cos(), angle_BTk.sin()
+    if scaling is not None and scaling["rope_type"] == "yarn":
+        cos_BTk, sin_BTk = cos_BTk * scaling["attention_factor"], sin_BTk * scaling["attention_factor"]
+    cos_BTK, sin_BTK = torch.cat([cos_BTk, cos_BTk], dim=-1), torch.cat([-sin_BTk, sin_BTk], dim=-1)
+    return cos_BTK[:, :, None], sin_BTK[:, :, None]
 
 
 def stretch(frequency_k, theta, scaling):
@@ -62,10 +64,9 @@ def stretch(frequency_k, theta, scaling):
 
 
 def rotate(x, angles):
-    """Queries or keys, (B, T, heads, K), each turned by the angle of its position."""
+    """Queries or keys, (B, T, heads, K), each pair turned by the angle of its position: (a, b) -> (a · cos - b · sin, b · cos + a · sin)."""
     cos_BT1K, sin_BT1K = angles
-    first, second = x.chunk(2, dim=-1)
-    return (x * cos_BT1K + torch.cat([-second, first], dim=-1) * sin_BT1K).to(x.dtype)
+    return (x * cos_BT1K + x.roll(x.shape[-1] // 2, dims=-1) * sin_BT1K).to(x.dtype)
 
 
 class Cache:
@@ -75,7 +76,7 @@ class Cache:
         block, weight = decoder.layers[0], decoder.embed.weight
         shape = (rows, capacity, block.kv_heads, block.head_size)
         self.pairs = [(weight.new_empty(shape), weight.new_empty(shape)) for _ in decoder.layers]
-        self.length = 0
+        self.length, self.filled = 0, None
 
     def extend(self, layer, k_BTGK, v_BTGK):
         """Store a layer's new keys and values after the old; return all of them, (B, S, G, K) each."""
@@ -83,6 +84,28 @@ class Cache:
         for stored, new in zip(self.pairs[layer], (k_BTGK, v_BTGK), strict=True):
             stored[:, self.length : end] = new
         return tuple(stored[:, :end] for stored in self.pairs[layer])
+
+
+class FixedCache:
+    """A Cache with all its places in sight, for one token at a time: the shapes of a step stay the same while it fills up, and where the token goes
+    is a number on the device, so that the step can be recorded once and played again. It shares the memory of the Cache that it goes on from."""
+
+    def __init__(self, cache):
+        device = cache.pairs[0][0].device
+        self.pairs, self.length = cache.pairs, cache.length
+        self.place_1 = torch.tensor([cache.length], device=device)
+        self.filled = torch.tensor([cache.length + 1], device=device, dtype=torch.int32)  # the token's own place among them (see `attention`)
+        for stored in (tensor[:, cache.length :] for pair in self.pairs for tensor in pair):
+            stored.zero_()  # what is hidden counts 0 times, which a number left behind in memory may survive as NaN
+
+    def extend(self, layer, k_B1GK, v_B1GK):
+        for stored, new in zip(self.pairs[layer], (k_B1GK, v_B1GK), strict=True):
+            stored.index_copy_(1, self.place_1, new)
+        return self.pairs[layer]
+
+    def advance(self):
+        self.place_1 += 1
+        self.filled += 1
 
 
 class Block(nn.Module):
@@ -99,14 +122,20 @@ class Block(nn.Module):
         self.down = nn.Linear(ffn, width, bias=False)
 
     def forward(self, x_BTD, angles, documents_BS, cache, layer):
-        normed_BTD = self.attention_norm(x_BTD)
-        q_BTHK = rotate(self.query(normed_BTD).unflatten(-1, (self.heads, -1)), angles)
-        k_BTGK = rotate(self.key(normed_BTD).unflatten(-1, (self.kv_heads, -1)), angles)
-        v_BTGK = self.value(normed_BTD).unflatten(-1, (self.kv_heads, -1))
+        q_BTHK, k_BTGK, v_BTGK = self.query_key_value(self.attention_norm(x_BTD), angles)
         k_BSGK, v_BSGK = (k_BTGK, v_BTGK) if cache is None else cache.extend(layer, k_BTGK, v_BTGK)
-        seen_BTHK = attention(q_BTHK, k_BSGK, v_BSGK, window=self.window, documents_BS=documents_BS)
+        filled = None if cache is None else cache.filled
+        seen_BTHK = attention(q_BTHK, k_BSGK, v_BSGK, window=self.window, documents_BS=documents_BS, filled=filled)
         x_BTD, normed_BTD = self.mlp_norm(x_BTD, self.out(seen_BTHK.flatten(-2)))
-        return x_BTD + self.down(F.silu(self.gate(normed_BTD)) * self.up(normed_BTD))
+        gate_BTF, up_BTF = self.gate_up(normed_BTD)
+        return x_BTD + self.down(F.silu(gate_BTF) * up_BTF)
+
+    def query_key_value(self, normed_BTD, angles):
+        q_BTHK, k_BTGK, v_BTGK = (part(normed_BTD).unflatten(-1, (-1, self.head_size)) for part in (self.query, self.key, self.value))
+        return rotate(q_BTHK, angles), rotate(k_BTGK, angles), v_BTGK
+
+    def gate_up(self, normed_BTD):
+        return self.gate(normed_BTD), self.up(normed_BTD)
 
 
 class Decoder(nn.Module):

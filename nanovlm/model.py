@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 from . import IMAGE, UNTRAINED, Mistake
 from .decoder import Cache, Decoder
+from .generate import Steps, choose
 from .loss import linear_cross_entropy
 from .vision import Vision
 
@@ -85,11 +86,13 @@ class VLM(nn.Module):
         return linear_cross_entropy(hidden_BTD[trained_BT], self.decoder.head.weight, targets_BT[trained_BT])
 
     @torch.no_grad()
-    def generate(self, prompts, tiles_NCYX, *, stop, places=None, max_tokens=256, temperature=0.0, top_k=0, top_p=1.0, seed=0):
+    def generate(self, prompts, tiles_NCYX, *, stop, places=None, max_tokens=256, temperature=0.0, top_k=0, top_p=1.0, seed=0,
+                 record=("cuda",)):
         """Continue every prompt (a list of ids, IMAGE once for each picture token); yields a list a step: a row's next id, None once it ended.
 
         A row ends after an id of `stop`, which is yielded, or max_tokens. Rows of unequal length are padded on the left, where documents_BS
         hides the padding; each row draws from a generator of its own, so that it says what it would say alone.
+        record: the kinds of devices on which the step of a long answer is recorded and played again (see `Steps`).
         """
         device = self.decoder.embed.weight.device
         B, T = len(prompts), max(map(len, prompts))
@@ -100,28 +103,13 @@ class VLM(nn.Module):
         documents_BS = None if not pad_B.any() else (slot_BS >= pad_B[:, None]).int()
         generators = [torch.Generator().manual_seed(seed) for _ in prompts]
         cache, ended = Cache(self.decoder, B, T + max_tokens), [False] * B
+        step = Steps(self.decoder, cache, positions_BS, documents_BS, record=device.type in record)
 
-        x_BtD, start = self.embed(ids_BT, tiles_NCYX.to(device), places), 0  # t: all of the prompt, then one token a step
-        for end in range(T, T + max_tokens):
-            seen_Bs = None if documents_BS is None else documents_BS[:, :end]
-            hidden_BtD = self.decoder(x_BtD, positions_BS[:, start:end], seen_Bs, cache)
-            logits_BV = self.decoder.head(hidden_BtD[:, -1]).float()
-            next_B = choose(logits_BV, temperature, top_k, top_p, generators)
+        logits_BV = step(self.embed(ids_BT, tiles_NCYX.to(device), places))
+        for said in range(1, max_tokens + 1):
+            next_B = choose(logits_BV.float(), temperature, top_k, top_p, generators)
             yield [None if over else i for i, over in zip(next_B, ended, strict=True)]
             ended = [over or i in stop for i, over in zip(next_B, ended, strict=True)]
-            if all(ended):
+            if all(ended) or said == max_tokens:
                 return
-            x_BtD, start = self.decoder.embed(torch.tensor(next_B, device=device)[:, None]), end
-
-
-def choose(logits_BV, temperature, top_k, top_p, generators):
-    """The next id of each row: the likeliest (temperature 0), or a draw from softmax(logits / temperature) cut to the top_k likeliest ids (0: all)
-    and to the fewest likeliest ids that hold top_p of the probability (nucleus sampling, Holtzman et al. 2019)."""
-    if temperature == 0:
-        return logits_BV.argmax(-1).tolist()
-    sorted_BV, order_BV = (logits_BV / temperature).softmax(-1).sort(dim=-1, descending=True)
-    before_BV = sorted_BV.cumsum(-1) - sorted_BV
-    keep_BV = (before_BV < top_p) & (torch.arange(sorted_BV.shape[1], device=logits_BV.device) < (top_k or sorted_BV.shape[1]))
-    kept_BV = (sorted_BV * keep_BV).cpu()
-    draws = [int(torch.multinomial(kept_V, 1, generator=g)) for kept_V, g in zip(kept_BV, generators, strict=True)]
-    return [int(order_V[i]) for order_V, i in zip(order_BV, draws, strict=True)]
+            logits_BV = step.one(torch.tensor(next_B, device=device))

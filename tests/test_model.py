@@ -8,8 +8,9 @@ from conftest import DECODER, TOKENS, VISION, make_batch, make_samples, make_vlm
 from nanovlm import IMAGE, Mistake
 from nanovlm.attention import attention
 from nanovlm.decoder import Cache, Decoder
+from nanovlm.generate import choose
 from nanovlm.loss import CHUNK, linear_cross_entropy
-from nanovlm.model import VLM, Projector, choose, pixel_shuffle
+from nanovlm.model import VLM, Projector, pixel_shuffle
 from nanovlm.vision import Vision
 
 

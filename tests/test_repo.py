@@ -25,11 +25,12 @@ READERS = {"photos.json", "exam.json", "captions.json", "chats.json", "photo.jpg
 
 # From the street down to the cellar: a file imports only from lines below its own (../shared/design.md, Rooms).
 ROOMS = ["train", "sample prepare saves", "weights", "llava evaluate", "huggingface watch log report", "parallel gather look cost papers",
-         "model packing layouts", "vision decoder", "attention rmsnorm loss", "decode", "kernels", "sources",
+         "model packing layouts", "generate", "vision decoder", "attention rmsnorm loss", "decode", "kernels", "sources",
          "records refs", "data", "chat", "tokenizer", "images", "disk opening", "fridge scores", "cli cider", "__init__"]
 # The model knows of no file, tokenizer or second process, a kernel of nothing of ours.
-KNOWS_ONLY = {"model": "vision decoder attention rmsnorm loss __init__", "vision": "attention", "decoder": "attention rmsnorm",
-              "attention": "decode kernels", "decode": "kernels", "rmsnorm": "kernels", "loss": "kernels", "kernels": "", "fridge": "__init__"}
+KNOWS_ONLY = {"model": "vision decoder attention rmsnorm loss generate __init__", "generate": "decoder", "vision": "attention",
+              "decoder": "attention rmsnorm", "attention": "decode kernels", "decode": "kernels", "rmsnorm": "kernels",
+              "loss": "kernels", "kernels": "", "fridge": "__init__"}
 
 PACKAGES = {"torch": "torch", "numpy": "numpy", "pillow": "PIL", "tiktoken": "tiktoken", "safetensors": "safetensors", "triton": "triton"}
 GUESTS = {"regex": "tiktoken", "jinja2": "torch"}  # come with a package of ours

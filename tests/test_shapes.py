@@ -21,7 +21,7 @@ from PIL import Image
 import nanovlm
 import prepare
 import sample
-from nanovlm import IMAGE, cost, data, evaluate, huggingface, images, kernels, opening, packing, tokenizer, watch, weights
+from nanovlm import IMAGE, cost, data, evaluate, generate, huggingface, images, kernels, opening, packing, tokenizer, watch, weights
 from nanovlm.attention import attention
 
 ALPHABET = "".join(re.findall(r"(?<= )[A-Z](?= )", "".join(line for line in nanovlm.__doc__.splitlines() if line.startswith("    "))))
@@ -164,6 +164,8 @@ def everything(folder):
         evaluate.answer(checkpoint, questions, max_tokens=5, **how)
     evaluate.answer(checkpoint, questions, blank=True, max_tokens=2)
     list(sample.stream(checkpoint, [("user", "<image>x")], [colour], max_tokens=3))
+    spoken = generate.ready(weights.load(folder / "model").model)
+    list(spoken.generate([[3, 4, 5], [6, 7]], torch.zeros(0), stop=set(), max_tokens=generate.PATIENCE + 4, record=("cpu",)))
     watch.look(checkpoint, samples, watch.held_out_rows(samples, 51), 0, 1, contextlib.nullcontext())
 
 

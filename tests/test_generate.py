@@ -1,0 +1,120 @@
+"""However fast a model speaks, it says what it would say if it read everything again for each token."""
+import pytest
+import torch
+from conftest import make_samples, make_vlm
+
+from nanovlm import generate
+from nanovlm.attention import attention
+from nanovlm.decoder import Cache, FixedCache
+
+PROMPTS = [[3, 1, 4, 1, 5, 9, 2], [6, 5, 3], [5, 8, 9, 7, 9]]
+SHAPES = {"plain": {}, "window": {"window": 6}, "windows": {"window": [None, 5, 3]}, "every head its keys": {"kv_heads": 6}, "tied": {"tied": True}}
+
+
+def reading_again(vlm, prompt, count):
+    """The likeliest next id, count times, without a cache."""
+    said = []
+    for _ in range(count):
+        ids_BT = torch.tensor([prompt + said])
+        with torch.no_grad():
+            hidden_BTD = vlm.decoder(vlm.decoder.embed(ids_BT), torch.arange(ids_BT.shape[1])[None])
+            said.append(int(vlm.decoder.head(hidden_BTD[0, -1]).argmax()))
+    return said
+
+
+def said(vlm, prompts, count, **how):
+    rows = zip(*vlm.generate(prompts, torch.zeros(0), stop=set(), max_tokens=count, **how), strict=True)
+    return [list(row) for row in rows]
+
+
+@pytest.mark.parametrize("form", ["as it is", "joined", "packed", "recorded", "packed and recorded"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_form_says_token_for_token_what_reading_again_gives(form, shape, monkeypatch):
+    vlm = make_vlm(decoder=SHAPES[shape])
+    expected = [reading_again(vlm, prompt, 12) for prompt in PROMPTS]
+    assert len({i for row in expected for i in row}) > 5
+    monkeypatch.setattr(generate, "LARGE", 0 if "packed" in form else 1 << 40)
+    monkeypatch.setattr(generate, "PATIENCE", 4)
+    if form not in ("as it is", "recorded"):
+        generate.ready(vlm)
+        assert all(m.packed == ("packed" in form) for m in vlm.modules() if isinstance(m, generate.Product))
+    how = {"record": ("cpu",)} if "recorded" in form else {}
+    assert said(vlm, PROMPTS, 12, **how) == expected
+    assert [said(vlm, [prompt], 12, **how)[0] for prompt in PROMPTS] == expected
+
+
+def test_a_model_that_is_ready_sees_what_it_saw_before(vlm, monkeypatch):
+    _, _, tiles_NCYX = make_samples()[2]
+    before = vlm.see(tiles_NCYX)
+    monkeypatch.setattr(generate, "LARGE", 0)
+    with torch.no_grad():
+        torch.testing.assert_close(generate.ready(vlm).see(tiles_NCYX), before, rtol=1e-4, atol=1e-5)
+    assert not [m for m in vlm.modules() if isinstance(m, torch.nn.Linear)]
+
+
+def test_ready_holds_every_weight_once_and_a_tied_one_twice(vlm):
+    def numbers(model):
+        tensors = [*model.parameters(), *(t for m in model.modules() if isinstance(m, generate.Product) for t in (m.weight, m.bias) if t is not None)]
+        return sum(t.numel() for t in {id(t): t for t in tensors}.values())
+
+    assert numbers(generate.ready(vlm)) == sum(p.numel() for p in make_vlm().parameters())
+    tied = make_vlm(decoder={"tied": True})
+    once = sum(p.numel() for p in tied.parameters())
+    assert numbers(generate.ready(tied)) == once + tied.decoder.embed.weight.numel()
+
+
+@pytest.mark.parametrize("dtype, error", [(torch.float32, 1e-6), (torch.bfloat16, 4e-3)])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("rows", [1, 19])
+@pytest.mark.parametrize("large", [0, 1 << 40])
+def test_a_product_is_its_layers_side_by_side(dtype, error, bias, rows, large, monkeypatch):
+    monkeypatch.setattr(generate, "LARGE", large)
+    layers = [torch.nn.Linear(37, out, bias=bias).to(dtype) for out in (23, 11, 5)]
+    x = torch.randn(rows, 37).to(dtype)
+    with torch.no_grad():
+        product = generate.Product(*layers)
+        assert product.packed == (large == 0)
+        expected = torch.cat([layer.double()(x.double()) for layer in layers], dim=-1)
+        found = product(x)
+    assert found.dtype == dtype and (found.double() - expected).norm() / expected.norm() < error
+
+
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_step_in_a_fixed_cache_gives_the_logits_of_one_in_a_growing_one(window, padded):
+    vlm = make_vlm(decoder={"window": window})
+    ids_BT, positions_BS = torch.randint(41, (2, 7)), torch.arange(16).expand(2, -1)
+    documents_BS = torch.tensor([[0] * 3 + [1] * 13, [1] * 16]) if padded else None
+    caches = [Cache(vlm.decoder, 2, 16) for _ in range(2)]
+    for k_BSGK, v_BSGK in caches[1].pairs:
+        k_BSGK.fill_(float("nan")), v_BSGK.fill_(float("nan"))  # what memory may hold
+    growing, start = (generate.Steps(vlm.decoder, cache, positions_BS, documents_BS, record=False) for cache in caches)
+    with torch.no_grad():
+        x_BTD = vlm.decoder.embed(ids_BT)
+        torch.testing.assert_close(growing(x_BTD), start(x_BTD), rtol=0, atol=0)
+        fixed = generate.Recorded(vlm.decoder, caches[1], positions_BS, documents_BS)
+        for _ in range(9):  # to the last place
+            ids_B = torch.randint(41, (2,))
+            torch.testing.assert_close(fixed(ids_B), growing.one(ids_B), rtol=1e-4, atol=1e-5)
+    assert fixed.cache.filled.item() == 17 and fixed.graph is None
+
+
+@pytest.mark.parametrize("window", [None, 3, 5])
+@pytest.mark.parametrize("documents_S", [None, [0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 1]])
+@pytest.mark.parametrize("end", [1, 6, 11])
+def test_attention_to_the_filled_places_is_attention_to_a_cache_that_ends_there(window, documents_S, end):
+    q, k, v = torch.randn(2, 1, 6, 8), torch.randn(2, 11, 3, 8), torch.randn(2, 11, 3, 8)
+    documents_BS = None if documents_S is None else torch.tensor([documents_S, [1] * 11])
+    seen = None if documents_BS is None else documents_BS[:, :end]
+    found = attention(q, k, v, window=window, documents_BS=documents_BS, filled=torch.tensor([end], dtype=torch.int32))
+    torch.testing.assert_close(found, attention(q, k[:, :end], v[:, :end], window=window, documents_BS=seen))
+
+
+def test_a_short_answer_is_not_recorded(vlm, monkeypatch):
+    made = []
+    monkeypatch.setattr(generate, "FixedCache", lambda cache: made.append(cache.length) or FixedCache(cache))
+    said(vlm, PROMPTS[:1], generate.PATIENCE, record=("cpu",))
+    said(vlm, PROMPTS[:1], 2 * generate.PATIENCE)  # nor is one on a device whose steps are not recorded
+    assert made == []
+    said(vlm, PROMPTS[:1], generate.PATIENCE + 2, record=("cpu",))
+    assert made == [len(PROMPTS[0]) + generate.PATIENCE]
