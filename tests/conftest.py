@@ -21,6 +21,12 @@ VISION = dict(tile=12, patch=3, width=20, layers=2, heads=5, ffn=28)  # 16 patch
 DECODER = dict(vocabulary=41, width=24, layers=3, heads=6, kv_heads=2, ffn=36, head_size=8)
 TOKENS = 4  # a picture, after pixel shuffle by 2
 
+# The shapes of Megatron-LM/examples/multimodal: CLIP ViT-L/14@336, read at the last layer but one, and Mistral-7B-Instruct-v0.3.
+SEVEN_BILLION = {"vision": dict(tile=336, patch=14, width=1024, layers=24, heads=16, ffn=4096, class_token=True, pre_norm=True, patch_bias=False,
+                                read=-2),
+                 "decoder": dict(vocabulary=32768, width=4096, layers=32, heads=32, kv_heads=8, ffn=14336), "shuffle": 1}
+SEVEN_BILLION_POLICY = {"tile": 336, "patch": 14, "shuffle": 1, "fit": "squash", "resample": "bicubic", "mean": [0.5] * 3, "std": [0.5] * 3}
+
 
 def make_vlm(seed=0, vision={}, decoder={}, **other):
     torch.manual_seed(seed)

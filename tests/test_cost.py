@@ -6,7 +6,7 @@ import time
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT, TOKENS, make_batch, make_samples, make_vlm
+from conftest import ROOT, SEVEN_BILLION, SEVEN_BILLION_POLICY, TOKENS, make_batch, make_samples, make_vlm
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -41,10 +41,7 @@ def test_a_row_is_assumed_half_of_pictures():
 def test_seven_billion_parameters_are_planned_for_without_any(tmp_path):
     """Mistral 7B and CLIP-L/14@336 by Megatron's recipe: no weight lies in the folder. 7.25 billion weights of 4 bytes, as much for gradients and
     twice for moments, are 108 GiB; 6 · parameters · tokens is 1.14e16 operations a step, recomputing a third more, attention the rest."""
-    eye = dict(tile=336, patch=14, width=1024, layers=24, heads=16, ffn=4096, class_token=True, pre_norm=True, patch_bias=False, read=-2)
-    brain = dict(vocabulary=32768, width=4096, layers=32, heads=32, kv_heads=8, ffn=14336)
-    policy = {"tile": 336, "patch": 14, "shuffle": 1, "fit": "squash", "resample": "bicubic", "mean": [0.5] * 3, "std": [0.5] * 3}
-    meta = {"version": 1, "shapes": {"vision": eye, "decoder": brain, "shuffle": 1}, "policy": policy, "template": "mistral", "card": {}}
+    meta = {"version": 1, "shapes": SEVEN_BILLION, "policy": SEVEN_BILLION_POLICY, "template": "mistral", "card": {}}
     (tmp_path / "nanovlm.json").write_text(json.dumps(meta))
     tokenizer.learn(["a"], 256, ["<s>", "</s>", "[INST]", "[/INST]"]).save(tmp_path)
     began, peak = time.time(), "import resource; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
@@ -63,7 +60,8 @@ def test_seven_billion_parameters_are_planned_for_without_any(tmp_path):
 def test_cards_without_a_row_are_not_told_of(tmp_path, capsys):
     """Of nine rows a step, 64 cards would have none for most."""
     model, policy = make_vlm().train(), {"tile": 12, "patch": 3, "shuffle": 2}
-    run = SimpleNamespace(stage="sft", steps=7, batch=9, micro=2, row=40, dtype="float32", recompute="none", rates={"projector": 1.0, "decoder": 1.0})
+    run = SimpleNamespace(stage="sft", steps=7, batch=9, micro=2, row=40, dtype="float32", recompute="none", offload=False,
+                          rates={"projector": 1.0, "decoder": 1.0})
     model.vision.requires_grad_(False)
     watch.foretell(run, model, policy, speed=1e9)
     lines = capsys.readouterr().out.splitlines()
