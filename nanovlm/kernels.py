@@ -60,6 +60,12 @@ def run(tensor, refused=""):
     return tell(refused) if refused else True
 
 
+def autocast_dtype(tensor):
+    """What autocast would cast it to for a product; None where there is no autocast. Asked outside of operators: a compiled one no longer sees it."""
+    device = tensor.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
 def pick(table, device):
     """A kernel's numbers for this device, from {oldest compute capability that they are for: numbers}."""
     return table[max(oldest for oldest in table if oldest <= max(capability(device), min(table)))]

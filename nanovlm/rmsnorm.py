@@ -49,9 +49,7 @@ def refusal(x, y=None):
 
 def out_dtype(x, weight):
     """What x · weight is of; under autocast what the products that read it would cast it to, each for itself."""
-    if torch.is_autocast_enabled(x.device.type):
-        return torch.get_autocast_dtype(x.device.type)
-    return torch.promote_types(x.dtype, weight.dtype)
+    return kernels.autocast_dtype(x) or torch.promote_types(x.dtype, weight.dtype)
 
 
 # The same in Triton. A kernel is written for one program, a block of threads that works on N vectors at once. D is their width rounded up to a

@@ -20,8 +20,9 @@ import torch.distributed as dist
 from conftest import ROOT
 from torch.distributed.fsdp import fully_shard
 
-from nanovlm import kernels, parallel
+from nanovlm import kernels, loss, parallel
 from nanovlm.decoder import Block, rope_angles
+from nanovlm.loss import TABLE, fused_scores, linear_cross_entropy, scores
 from nanovlm.rmsnorm import add_rmsnorm, rmsnorm
 
 MARGIN = 4096  # numbers: more than any block of a kernel at these sizes
@@ -155,6 +156,68 @@ def test_the_gradient_of_a_weight_repeats_itself_to_the_bit_and_counts_every_vec
     wide = x.double()
     assert torch.equal(one, two)
     assert close(one, (grad.double() * wide / (wide.square().mean(-1, keepdim=True) + 1e-5).sqrt()).sum(0), torch.float32)
+
+
+# ---- loss ----
+
+@pytest.mark.parametrize("n, vocabulary, dtype, wanted", [
+    (1, 1, torch.float32, True), (5, 37, torch.float16, True), (7, 64, torch.float32, False), (3, 129, torch.float16, False),
+    (6, 1009, torch.float32, True), (2, 4099, torch.float16, True), (4, 512, torch.float32, True)])
+def test_scores_of_a_chunk_are_the_loss_and_its_gradient_in_place(n, vocabulary, dtype, wanted):
+    g = torch.Generator().manual_seed(n)
+    plain, targets_n = (torch.randn(n, vocabulary, generator=g) * 5).to(dtype), torch.randint(vocabulary, (n,), generator=g)
+    targets_n[0] = vocabulary - 1
+    loss, grad_nV = scores(plain.double(), targets_n, wanted)
+    fences = Fences()
+    given, targets_n = fences.put(plain), fences.put(targets_n)
+    with fences.around_outputs(), chosen("triton"), mock.patch.dict(TABLE, {(8, 0): (128 * dtype.itemsize, 4, 2)}):  # 128 logits a block
+        ours, theirs = fused_scores(given, targets_n, wanted)
+    assert ours.item() == pytest.approx(loss.item(), rel=1e-5, abs=1e-5) and fences.whole()
+    assert (theirs is given and close(given, grad_nV, dtype)) if wanted else torch.equal(given, plain)
+
+
+@pytest.mark.parametrize("trains_hidden, trains_head", [(True, True), (True, False), (False, True), (False, False)])
+def test_the_loss_with_kernels_is_cross_entropy_in_float64_over_all_chunks(trains_hidden, trains_head):
+    hidden_ND = torch.randn(53, 8).requires_grad_(trains_hidden)
+    head_VD = torch.randn(313, 8).requires_grad_(trains_head)
+    targets_N = torch.randint(313, (53,))
+    wide = [x.detach().double().requires_grad_(x.requires_grad) for x in (hidden_ND, head_VD)]
+    truth = torch.nn.functional.cross_entropy(wide[0] @ wide[1].T, targets_N, reduction="sum")
+    with chosen("triton"), mock.patch.object(loss, "CHUNK", 5):
+        ours = linear_cross_entropy(hidden_ND, head_VD, targets_N)
+    assert ours.item() == pytest.approx(truth.item(), rel=1e-6)
+    if trained := [(x, y) for x, y in zip((hidden_ND, head_VD), wide, strict=True) if x.requires_grad]:
+        mine, theirs = torch.autograd.grad(ours * 0.3, [x for x, _ in trained]), torch.autograd.grad(truth * 0.3, [y for _, y in trained])
+        assert all(close(a, b, torch.float32) for a, b in zip(mine, theirs, strict=True))
+
+
+def test_nothing_trained_costs_nothing():
+    hidden_ND, head_VD = torch.randn(0, 8, requires_grad=True), torch.randn(313, 8, requires_grad=True)
+    with chosen("triton"):
+        ours = linear_cross_entropy(hidden_ND, head_VD, torch.empty(0, dtype=torch.int64))
+    ours.backward()
+    assert ours.item() == 0 and head_VD.grad.abs().sum() == 0
+
+
+@pytest.mark.parametrize("choice", ["auto", "triton"])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_compiled_loss_is_the_loss_whatever_the_number_of_tokens(choice, autocast):
+    compiled = torch.compile(linear_cross_entropy, fullgraph=True, backend="aot_eager", dynamic=True)
+    with chosen(choice), torch.autocast("cpu", torch.float16, enabled=autocast):
+        for N in (7, 12):
+            hidden_ND, head_VD, targets_N = torch.randn(N, 8, requires_grad=True), torch.randn(37, 8, requires_grad=True), torch.randint(37, (N,))
+            one, two = ([out, *torch.autograd.grad(out, (hidden_ND, head_VD))]
+                        for out in (f(hidden_ND, head_VD, targets_N) for f in (linear_cross_entropy, compiled)))
+            assert all(map(torch.equal, one, two))
+
+
+@pytest.mark.parametrize("choice", ["auto", "triton"])
+def test_the_operator_of_the_loss_tells_pytorch_the_truth_about_itself(choice):
+    hidden_ND, head_VD = torch.randn(7, 8, requires_grad=True), torch.randn(37, 8, requires_grad=True)
+    with chosen(choice):
+        for wants in ((True, True), (False, True)):
+            given = hidden_ND.detach().requires_grad_(wants[0]), head_VD, torch.randint(37, (7,)), None, *wants
+            torch.library.opcheck(torch.ops.nanovlm.linear_cross_entropy, given)
 
 
 # ---- kernels within a model ----
