@@ -98,10 +98,11 @@ class Clock:
     Communication runs beside the others' work: the trace tells how many seconds of a step it was under way, and they are none of these.
     """
 
-    WAIT, TRACED = 2, 3  # steps: the first ones allocate, and tell nothing
+    PHASES = ("data", "eye", "decoder", "optimizer", "between steps")
+    WAIT, TRACED = 2, 3  # steps
 
     def __init__(self, on, model, device, out, rank):
-        self.on, self.device, self.seconds, self.steps, self.last = on, device, {}, 0, time.perf_counter()
+        self.on, self.device, self.seconds, self.steps, self.first, self.last = on, device, {}, 0, True, time.perf_counter()
         if not on:
             return
         self.out, self.rank = Path(out), rank
@@ -127,15 +128,18 @@ class Clock:
         self.seconds[phase], self.last = self.seconds.get(phase, 0.0) + now - self.last, now
 
     def step(self, phase):
-        """A step ends with this phase."""
+        """A step ends with this phase. The first one allocates and connects, and is not told of; nor is what tracing takes between two steps."""
         self.mark(phase)
         self.steps += 1
+        if self.first:
+            self.seconds, self.steps, self.first = {}, 0, False
         if self.on:
             self.profiler.step()
+            self.last = time.perf_counter()
 
     def read(self):
         """{"seconds of eye": …}, a step's, on this rank since it was last asked."""
-        found = {f"seconds of {phase}": seconds / max(1, self.steps) for phase, seconds in self.seconds.items()}
+        found = {f"seconds of {phase}": self.seconds[phase] / max(1, self.steps) for phase in self.PHASES if phase in self.seconds}
         self.seconds, self.steps = {}, 0
         return found
 

@@ -321,7 +321,7 @@ def test_profiling_changes_nothing_and_tells_where_the_seconds_went(home, capsys
     with gzip.open(home / "profiled/trace.json.gz") as file:
         names = [event.get("name") for event in json.load(file)["traceEvents"]]
     assert names.count("Optimizer.step#AdamW.step") == log.Clock.TRACED
-    assert "seconds a step: data " in (said := capsys.readouterr().out) and "communication was under way 0.000 s" in said
+    assert "    seconds a step: data " in (said := capsys.readouterr().out) and "communication was under way 0.000 s" in said
 
 
 def test_a_run_says_what_it_came_to_over_all_its_stops(home, capsys):
