@@ -18,10 +18,10 @@ from . import kernels
 from .kernels import tl, triton
 
 WIDEST = 16384  # a vector lies whole in the registers of one program; over 8,192 only bfloat16 and float16 fit without spilling
-TABLE = {  # compute capability: numbers that a thread holds, forward and backward; backward, threads of a multiprocessor and stages of loads
-    (8, 0): (16, 16, 768, 1),
-    (9, 0): (16, 16, 768, 1),
-    (10, 0): (16, 16, 768, 1),
+TABLE = {  # compute capability: bytes of a vector that a thread holds, forward and backward; backward, threads of a multiprocessor, stages of loads
+    (8, 0): (32, 32, 768, 1),
+    (9, 0): (32, 32, 768, 1),
+    (10, 0): (32, 32, 768, 1),
 }
 
 
@@ -125,9 +125,9 @@ def sides(x):
     return x_BTD, *x_BTD.stride()[:2]
 
 
-def tile(width, numbers):
-    """The blocks of a program whose threads, 32 to a warp, hold so many numbers each; narrow vectors come several at once."""
-    D = triton.next_power_of_2(width)
+def tile(x, size):
+    """The blocks of a program whose threads, 32 to a warp, hold so many bytes each; narrow vectors come several at once."""
+    D, numbers = triton.next_power_of_2(x.shape[-1]), size // x.element_size()
     N = max(1, 4 * 32 * numbers // D)
     return {"N": N, "D": D, "num_warps": min(32, max(1, N * D // (32 * numbers)))}
 
@@ -137,7 +137,7 @@ def forward(x: Tensor, y: Tensor | None, weight: Tensor, eps: float, dtype: torc
     """(x + y, or nothing without y; the norm, of `dtype`; what each vector was scaled by, for the backward pass)"""
     total, normed, scale = forward_shapes(x, y, weight, eps, dtype)
     (x_BTD, *x_strides), (y_BTD, *y_strides) = sides(x), sides(x if y is None else y)
-    blocks = tile(x.shape[-1], kernels.pick(TABLE, x.device)[0])
+    blocks = tile(x, kernels.pick(TABLE, x.device)[0])
     if rows := scale.numel():
         with torch.cuda.device_of(x):
             forward_kernel[(triton.cdiv(rows, blocks["N"]),)](
@@ -156,8 +156,8 @@ def forward_shapes(x, y, weight, eps, dtype):
 def backward(grad: Tensor, rest: Tensor | None, x: Tensor, weight: Tensor, scale: Tensor, trains: bool) -> tuple[Tensor, Tensor]:
     """(gradient of x, gradient of the weight, or nothing if it does not train)"""
     grad_input, grad_weight = backward_shapes(grad, rest, x, weight, scale, trains)
-    _, numbers, threads, stages = kernels.pick(TABLE, x.device)
-    blocks, rows = tile(x.shape[-1], numbers), scale.numel()
+    _, size, threads, stages = kernels.pick(TABLE, x.device)
+    blocks, rows = tile(x, size), scale.numel()
     programs = min(triton.cdiv(rows, blocks["N"]), kernels.multiprocessors(x.device) * max(1, threads // (32 * blocks["num_warps"])))
     partial = x.new_empty((programs, x.shape[-1]) if trains else 0, dtype=torch.float32)
     (grad_BTD, *grad_strides), (rest_BTD, *rest_strides), (x_BTD, *x_strides) = sides(grad), sides(x if rest is None else rest), sides(x)

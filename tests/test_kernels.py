@@ -294,6 +294,15 @@ def test_fsdp_shards_what_kernels_read(tmp_path):
     assert all(map(torch.equal, found, [wanted[0], *wanted[2:]]))
 
 
+# ---- compiled for cards ----
+
+def test_every_kernel_compiles_for_every_card_without_spilling_and_the_table_is_true(tmp_path):
+    """The blocks, warps and stages are what the operators launch; the script's exit code says whether each kernel fits."""
+    done = subprocess.run([sys.executable, "tests/bench/aot.py", f"--out={tmp_path / 'aot.md'}"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "aot.md").read_text() == (ROOT / "tests/bench/results/aot.md").read_text(), "run python tests/bench/aot.py"
+
+
 # ---- which form runs ----
 
 def card(capability, dtype=torch.bfloat16):

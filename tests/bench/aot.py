@@ -1,0 +1,149 @@
+"""Compile every kernel for cards that are not here, at the block sizes that it will really use there, and tell what it takes of them.
+
+    python tests/bench/aot.py                              a table, kept in tests/bench/results/aot.md
+    python tests/bench/aot.py --of=4,096 --out=/tmp/a.md   only cases of this width
+
+A kernel that spills registers, or wants more shared memory than the card has, is told, and the exit code is 1.
+
+Operators are called on small tensors of the true widths as if a card of that capability held them, and what they launch is compiled instead of run:
+so nothing is said here about blocks, warps and stages that the operator does not do. Triton brings ptxas and cuobjdump along.
+"""
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+os.environ.pop("TRITON_INTERPRET", None)  # the interpreter compiles nothing
+
+import torch  # noqa: E402
+import triton  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+from triton.runtime.jit import JITFunction  # noqa: E402
+
+from nanovlm import Mistake, cli, kernels, loss, rmsnorm  # noqa: E402
+
+SHARED = {(8, 0): 163 * 1024, (9, 0): 227 * 1024, (10, 0): 227 * 1024}  # bytes that a program can have (CUDA C++ Programming Guide, table 30)
+TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64", torch.bool: "*i1"}
+PRODUCTS = re.compile(r"wgmma\.mma_async|tcgen05\.mma|mma\.sync")  # what multiplies matrices on 9.0, on 10.0, and on all of them
+RESULTS = Path(__file__).parent / "results" / "aot.md"
+
+
+def launches(call, capability):
+    """[(kernel, {parameter: argument}, options)] of what `call` would launch on a card of this capability; nothing is computed."""
+    found = []
+
+    def catch(kernel, *args, grid, warmup, **named):
+        options = {name: named.pop(name) for name in list(named) if name not in kernel.arg_names}
+        found.append((kernel, dict(zip(kernel.arg_names, args, strict=False)) | named, options))
+
+    with mock.patch.object(JITFunction, "run", catch), mock.patch.object(kernels, "capability", lambda device: capability), \
+            mock.patch.object(kernels, "choice", "triton"), mock.patch.object(kernels, "multiprocessors", lambda device: 132):
+        call()
+    return found
+
+
+def specialised(parameter, x):
+    """(type, constant or None, attributes) by Triton's own rules: an integer that is 1 is a constant; what 16 divides is known to be so."""
+    if parameter.is_constexpr or x is None or (isinstance(x, int) and not isinstance(x, bool) and x == 1):
+        return "constexpr", (x,), []
+    if isinstance(x, torch.Tensor):
+        return TYPES[x.dtype], None, [["tt.divisibility", 16]] * (x.data_ptr() % 16 == 0)
+    if isinstance(x, (bool, float)):
+        return ("i1" if isinstance(x, bool) else "fp32"), None, []
+    return ("i32" if -(2**31) <= x < 2**31 else "i64"), None, [["tt.divisibility", 16]] * (x % 16 == 0)
+
+
+def compiled(kernel, arguments, options, capability):
+    """What a launch takes of a card: registers of a thread, bytes of local memory (spilled registers) and of shared memory."""
+    signature, constants, attributes = {}, {}, {}
+    for i, parameter in enumerate(kernel.params):
+        kind, constant, known = specialised(parameter, arguments[parameter.name])
+        signature[parameter.name] = kind
+        constants |= {(i,): constant[0]} if constant else {}
+        attributes |= {(i,): known} if known else {}
+    target = GPUTarget("cuda", capability[0] * 10 + capability[1], 32)
+    done = triton.compile(ASTSource(kernel, signature, constants, attributes), target=target, options=options)
+    cuobjdump = triton.knobs.nvidia.cuobjdump.path
+    told = subprocess.run([cuobjdump, "--dump-resource-usage", next(Path(p) for p in done.metadata_group.values() if str(p).endswith(".cubin"))],
+                          capture_output=True, text=True, check=True).stdout
+    usage = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", told)}
+    return SimpleNamespace(kernel=f"{Path(kernel.fn.__code__.co_filename).stem}.{kernel.__name__}", warps=done.metadata.num_warps,
+                           registers=usage["REG"], spilled=usage["STACK"] + usage["LOCAL"], shared=done.metadata.shared,
+                           products=", ".join(sorted(set(PRODUCTS.findall(done.asm["ptx"])))))
+
+
+# ---- what is compiled: {what: a call as the model makes it} ----
+
+def norm(width, x=torch.bfloat16, y=torch.bfloat16, add=True):
+    """A norm, of a sum if `add`, and its gradients, of vectors x and y of these dtypes."""
+    def call():
+        given, more, weight = torch.ones(48, width, dtype=x), torch.ones(48, width, dtype=y), torch.ones(width, dtype=x)
+        rmsnorm.forward(given, more if add else None, weight, 1e-5, y)
+        rmsnorm.backward(more, given if add else None, given, weight, torch.ones(48), True)
+    return call
+
+
+def scores(vocabulary, dtype=torch.bfloat16):
+    return lambda: loss.fused_scores(torch.ones(16, vocabulary, dtype=dtype), torch.ones(16, dtype=torch.int64), True)
+
+
+CASES = {
+    "width 576": norm(576),  # SmolLM2-135M
+    "width 4,096": norm(4096),  # Mistral 7B
+    "width 4,096, no sum": norm(4096, add=False),
+    "width 4,096, float16": norm(4096, torch.float16, torch.float16),
+    "width 4,096, autocast": norm(4096, torch.float32),
+    "width 4,096, float32": norm(4096, torch.float32, torch.float32),
+    "width 5,120": norm(5120),  # Mistral Nemo
+    "width 8,191": norm(8191),
+    "width 16,384": norm(16384),  # Llama 3.1 405B
+    "vocabulary 32,768": scores(32768),  # Mistral 7B v0.3
+    "vocabulary 131,072": scores(131072),  # Mistral Nemo
+    "vocabulary 32,003": scores(32003),
+    "vocabulary 32,768, float32": scores(32768, torch.float32),
+}
+
+
+def table(of):
+    """{(kernel, what): {capability: compiled}} of every launch of every case on every card."""
+    found = {}
+    for what, call in CASES.items():
+        for capability in SHARED if of in what else ():
+            for launch in launches(call, capability):
+                done = compiled(*launch, capability)
+                found.setdefault((done.kernel, what), {})[capability] = done
+    return found
+
+
+def faults(found):
+    for (kernel, what), cards in found.items():
+        for capability, done in cards.items():
+            if done.spilled or done.shared > SHARED[capability]:
+                yield f"{kernel}, {what}, on {capability}: {done.spilled} bytes spilled, {done.shared:,} of {SHARED[capability]:,} shared"
+
+
+def aot(*,
+    of: str = "",             # only the cases of which the name holds this
+    out: str = str(RESULTS),  # the table goes here
+):
+    """Compile, print and keep the table, and say which kernels do not fit their card."""
+    found = table(of)
+    cell = lambda done: f"{done.warps} · {done.registers} · {done.spilled} · {done.shared:,} {done.products}".rstrip()  # noqa: E731
+    lines = [f"Compiled by triton {triton.__version__} for compute capabilities of which no card was there: `python tests/bench/aot.py`. In a cell:\n"
+             "warps of a program · registers of a thread · bytes of them spilled · bytes of shared memory, and what multiplies matrices.\n",
+             f"| kernel | of | {' | '.join('.'.join(map(str, capability)) for capability in SHARED)} |", "|---|---|" + "---|" * len(SHARED)]
+    lines += [f"| `{kernel}` | {what} | {' | '.join(map(cell, cards.values()))} |" for (kernel, what), cards in found.items()]
+    Path(out).parent.mkdir(exist_ok=True)
+    Path(out).write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+    if wrong := list(faults(found)):
+        raise Mistake("; ".join(wrong))
+
+
+if __name__ == "__main__":
+    cli.run(aot)
