@@ -333,12 +333,12 @@ def test_mmmu_has_each_picture_where_it_is_named(tmp_path):
 def test_mmstar_has_its_choices_in_the_question(tmp_path):
     record = {"index": 0, "question": "Which is it?\nOptions: A: A book, on B., B: The cat., C: None", "image": jpeg(), "answer": "A",
               "category": "coarse perception", "l2_category": "image scene", "meta_info": {"source": "MMBench", "split": "val", "image_path": "x"}}
-    lined = {**record, "index": 1, "question": "Hint: Choose.\nQuestion: Which?\nChoices:\n(A) 3, 4\n(B) 5"}
+    lined = {**record, "index": 1, "question": "Hint: Choose.\nQuestion: Which?\nChoices:\n(A) 3,\n4\n(B) 5"}
     odd = {**record, "index": 2, "question": "Which?\nOptions: B: 3, A: 4"}
     first, second, third = papers.read("mmstar", lay(tmp_path, {"mmstar.parquet": [record, lined, odd]}))
     assert first["choices"] == ["A book, on B.", "The cat.", "None"] and (first["id"], first["kind"]) == (0, "coarse perception")
     assert first["question"] == asked("Which is it?", "A. A book, on B.", "B. The cat.", "C. None", LETTER_PROMPT)
-    assert second["choices"] == ["3, 4", "5"] and second["question"] == asked("Hint: Choose.\nQuestion: Which?", "A. 3, 4", "B. 5", LETTER_PROMPT)
+    assert second["choices"] == ["3,\n4", "5"] and second["question"] == asked("Hint: Choose.\nQuestion: Which?", "A. 3,\n4", "B. 5", LETTER_PROMPT)
     assert third["choices"] == [] and third["question"] == asked("Which?\nOptions: B: 3, A: 4", LETTER_PROMPT), "as it stands"
     assert refs.load(first["image"][0])[0] == jpeg()
 
