@@ -173,15 +173,15 @@ def test_the_interval_is_as_wide_as_theory_says():
     line = report.table(rows, seed=1)[-1]
     half = 1.96 * (0.25 * 0.75 / 1000) ** 0.5
     assert (line.low, line.high) == pytest.approx((0.25 - half, 0.25 + half), abs=0.004)
-    assert line == report.table(rows, seed=1)[-1]
+    assert line == report.table(rows, seed=1)[-1] != report.table(rows, seed=2)[-1]
 
 
 def test_what_has_no_right_answer_is_not_marked():
-    rows = evaluate.marked([{**row(None), "answer": "x"}, {**row(None, answers=()), "answer": "x"}], "exact")
-    assert [one["score"] for one in rows] == [1.0, None]
+    rows = evaluate.marked([{**row(None, answers=()), "answer": "x"}, {**row(None), "answer": "x"}, {**row(None), "answer": "y"}], "exact")
+    assert [one["score"] for one in rows] == [None, 1.0, 0.0]
     line = report.table(rows)[-1]
-    assert (line.questions, line.score, line.unparsed) == (2, 1.0, 0.0)
-    assert report.table(rows[1:])[-1][2:6] == (None, None, None, None)
+    assert (line.questions, line.score, line.unparsed) == (3, 0.5, 0.0)
+    assert report.table(rows[:1])[-1][2:6] == (None, None, None, None)
 
 
 def test_captions_are_marked_all_at_once(capsys):
@@ -340,6 +340,10 @@ def test_answers_are_marked_again_by_the_right_answers_that_questions_have_now(c
 
 # ---- the page ----
 
+def pictures_in(page):
+    return [Image.open(io.BytesIO(base64.b64decode(data))) for data in re.findall(r'src="data:image/jpeg;base64,([^"]+)"', page)]
+
+
 def test_the_page_shows_the_worst_first_and_needs_nothing_but_itself(home, questions, monkeypatch):
     rows = [evaluate.row_of(question, evaluate.Said(f"<b>{i}", 3, i == 1, question["question"])) | {"score": [None, 0.5, 0.0, 1.0, 0.25][i % 5]}
             for i, question in enumerate(questions)]
@@ -350,10 +354,12 @@ def test_the_page_shows_the_worst_first_and_needs_nothing_but_itself(home, quest
     marks = re.findall(r'class="mark">([\w.]+)<', text)
     assert marks == ["unparsed"] * 5 + ["0.00"] * 4 + ["0.25"] * 4 + ["0.50"] * 5 + ["1.00"] * 4 + ["unmarked"]
     assert text.count("(cut off)") == 1
-    found = [Image.open(io.BytesIO(base64.b64decode(data))) for data in re.findall(r'src="data:image/jpeg;base64,([^"]+)"', text)]
+    found = pictures_in(text)
     assert len(found) == sum(len(question["image"]) for question in questions) and {p.size for p in found} == {(12, 12), (50, 13), (11, 70)}
     monkeypatch.setattr(report, "MOST", 9)
+    monkeypatch.setattr(report, "EDGE", 25)
     short = report.page(rows, questions, report.table(rows), "x")
+    assert {p.size for p in pictures_in(short)} == {(12, 12), (25, 7), (4, 25)}
     assert short.count("<section>") == 9 and "the 9 worst of 23 questions" in short
 
 
