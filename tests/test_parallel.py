@@ -7,15 +7,17 @@ import io
 import os
 import shutil
 import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import make_batch, make_samples
+from conftest import ROOT, make_batch, make_samples
 from safetensors.torch import load_file
-from test_train import NO_CLOCK, launch, log_of, make_home, peak_bytes, settings, write_exam, write_set
+from test_train import NO_CLOCK, TWO_RANKS, launch, log_of, make_home, peak_bytes, settings, words_of, write_exam, write_set
 
 import train as door
 from nanovlm import Mistake, data, packing, parallel, saves, watch, weights
@@ -461,6 +463,22 @@ def test_a_rank_killed_while_it_saves_takes_the_others_along_and_the_run_goes_on
     door.train(**settings(home, "killed", resume=True))
     same_to_rounding(home / "killed", home / "whole")
     assert [path.name for path in (home / "killed").glob("step*")] == ["step-000008"]
+
+
+def test_a_schedulers_sigterm_saves_on_all_ranks_within_the_step(home):
+    """torchrun hands it on to its ranks, and each of them finishes the step that it is in."""
+    chosen = settings(home, "evicted", steps=100_000, save_every=100_000, parallel="fsdp")
+    with subprocess.Popen([*TWO_RANKS, *words_of(chosen)], cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"}) as running:
+        log = home / "evicted" / "log.jsonl"
+        while running.poll() is None and not (log.exists() and log.read_text()):
+            time.sleep(0.1)
+        running.terminate()
+        said = running.communicate(timeout=60)[1]
+    assert "stopped and saved; to go on:" in said, said
+    (step,) = weights.steps(home / "evicted")
+    last = log_of(home / "evicted")[-1]["step"]
+    assert step.name == f"step-{last:06d}" and saves.parallel.names_in(step / "sharded")
 
 
 def test_the_first_save_is_read_back(home, of_two, monkeypatch):
