@@ -62,6 +62,8 @@ def show(lines, figures, benchmark):
             print(f"{told}{100 * line.score:6.1f} CIDEr-D   {100 * line.low:.1f} to {100 * line.high:.1f}   {line.cut:.1%} cut off")
         else:
             print(f"{told}{line.score:6.1%} {name}   {line.low:.1%} to {line.high:.1%}   {line.unparsed:.1%} unparsed   {line.cut:.1%} cut off")
+    if is_of_all(benchmark):
+        print("CIDEr-D weighs words by these pictures' captions: compare it with no score over others, be they a part of these")
     for figure, value in figures.items():
         if figure not in (name, "accuracy", "unparsed"):
             print(f"{figure}: {value:,.5g}")

@@ -192,7 +192,8 @@ def test_captions_are_marked_all_at_once(capsys):
     assert marks[0] > marks[1] > marks[2] == 0
     assert report.is_of_all("captions") and not report.is_of_all("vqa")
     report.show(report.table(evaluate.marked(rows, "captions")), {}, "captions")
-    assert f"{100 * sum(marks) / 3:6.1f} CIDEr-D" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"{100 * sum(marks) / 3:6.1f} CIDEr-D" in said and "compare it with no score over others" in said
 
 
 # ---- an exam from beginning to end ----
