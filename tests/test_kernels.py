@@ -4,6 +4,7 @@ Buffers stand between margins of NaN, and what a kernel is to fill is NaN before
 it in the margin, what is left out stays NaN.
 """
 import contextlib
+import importlib
 import itertools
 import math
 import random
@@ -20,7 +21,7 @@ import torch.distributed as dist
 from conftest import ROOT
 from torch.distributed.fsdp import fully_shard
 
-from nanovlm import kernels, loss, parallel
+from nanovlm import Mistake, kernels, loss, parallel
 from nanovlm.decoder import Block, rope_angles
 from nanovlm.loss import TABLE, fused_scores, linear_cross_entropy, scores
 from nanovlm.rmsnorm import add_rmsnorm, rmsnorm
@@ -301,6 +302,51 @@ def test_every_kernel_compiles_for_every_card_without_spilling_and_the_table_is_
     done = subprocess.run([sys.executable, "tests/bench/aot.py", f"--out={tmp_path / 'aot.md'}"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "aot.md").read_text() == (ROOT / "tests/bench/results/aot.md").read_text(), "run python tests/bench/aot.py"
+
+
+# ---- the bench that waits for a card ----
+
+@pytest.fixture
+def bench(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "tests" / "bench"))
+    return importlib.import_module("gpu")
+
+
+def test_the_bench_checks_every_kernel_without_a_card_and_sees_a_wrong_one(bench, capsys):
+    bench.gpu(dry=True)
+    assert capsys.readouterr().out.count("as in float64") >= 6
+    with pytest.raises(Mistake, match="doubled: result 0 is off by"):
+        bench.hold("doubled", lambda x: x * (2 if kernels.choice == "triton" else 1), (torch.randn(3),))
+    with pytest.raises(Mistake, match="unwritten: result 0 is off by nan"):
+        bench.hold("unwritten", lambda x: x + x.new_empty(3) if kernels.choice == "triton" else x, (torch.randn(3),))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what it says without a card")
+def test_the_bench_wants_a_card(bench):
+    with pytest.raises(Mistake, match="wants a CUDA card, and none is here"):
+        bench.gpu()
+
+
+def test_what_the_bench_tells(bench, capsys):
+    rows = [bench.row("norm", {"ours": 0.002, "A": 0.003, "B": "no package b"}, 0.001, "0.95"),
+            bench.row("loss", {"ours": "out of memory", "A": 0.5}, 0.1, "", bytes={"ours": None, "A": 2**31})]
+    bench.print_table({"card": "a card", "rates": {"matmul": 7.9e14, "copy": 4.3e12, "read": 4e12}, "rows": rows})
+    told = capsys.readouterr().out
+    assert "products 790 TFLOP/s, copy 4.30 TB/s, read 4.00 TB/s" in told
+    assert "| norm | 2.000 ms | 0.50 | A: 1.50, B: no package b |  | 0.95 |" in told
+    assert "| loss | out of memory |  | A: 0.50 s | ours ?, A 2.0 GiB |  |" in told
+
+
+def test_tuning_rewrites_the_line_of_this_card_and_no_other(bench, tmp_path):
+    file = tmp_path / "kernel.py"
+    file.write_text("TABLE = {  # capability\n    (8, 0): (1, 2),  # why\n    (9, 0): (1, 2),  # (this)\n}\n")
+    module = SimpleNamespace(__name__="kernel", __file__=str(file), TABLE={(8, 0): (1, 2), (9, 0): (1, 2)})
+    timed = lambda contestants, rounds: {"it": {(1, 2): 3.0, (4, 2): 1.0, (8, 2): 2.0}[module.TABLE[9, 0]]}  # noqa: E731
+    with mock.patch.object(kernels, "capability", lambda device: (9, 0)), mock.patch.object(bench, "measure", timed):
+        bench.fit(module, None, [(1, 2), (4, 2), (8, 2)], SimpleNamespace(device=None))
+    assert file.read_text() == "TABLE = {  # capability\n    (8, 0): (1, 2),  # why\n    (9, 0): (4, 2),  # (this)\n}\n"
+    with mock.patch.object(kernels, "capability", lambda device: (8, 9)), pytest.raises(Mistake, match="has no line for"):
+        bench.fit(module, None, [(1, 2)], SimpleNamespace(device=None))
 
 
 # ---- which form runs ----

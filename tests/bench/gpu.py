@@ -1,0 +1,370 @@
+"""Kernels on a card: first each is held to float64 in bfloat16, then timed beside what it is to beat, all in one process.
+
+    python tests/bench/gpu.py                 under 8 minutes; a table, and tests/bench/results/gpu.json
+    python tests/bench/gpu.py --only=loss     one part of it
+    python tests/bench/gpu.py --dry=true      no card: the checks alone, small, in Triton's interpreter
+    python tests/bench/gpu.py --tune=true     tries blocks, warps and stages, and rewrites the tables in the kernels' files for this card
+
+Inputs are fresh and random, results NaN before a kernel fills them. All are timed in turn, round after round, over inputs that rotate, so that none
+is in the cache; a time is a median. The bounds are this card's own rates, of the same run. Baselines of which the package is missing are told.
+"""
+import contextlib
+import itertools
+import json
+import math
+import os
+import re
+import statistics
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+
+if "--dry=true" in sys.argv:
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+import triton  # noqa: E402
+
+from nanovlm import Mistake, cli, generate, kernels, loss, rmsnorm  # noqa: E402
+from nanovlm.decoder import Decoder  # noqa: E402
+from nanovlm.model import VLM  # noqa: E402
+
+WARM = 3  # rounds before those that count
+MISTRAL = dict(vocabulary=32768, width=4096, layers=32, heads=32, kv_heads=8, ffn=14336, head_size=128, theta=1e6)  # 7B Instruct v0.3
+SMOLLM2 = dict(vocabulary=49152, width=576, layers=30, heads=9, kv_heads=3, ffn=1536, tied=True)  # 135M
+BLIND = dict(tile=2, patch=1, width=4, layers=1, heads=1, ffn=1)  # nothing is looked at
+
+
+# ---- correct first ----
+
+def form(choice):
+    return mock.patch.object(kernels, "choice", choice)
+
+
+@contextlib.contextmanager
+def poisoned():
+    """What operators allocate is NaN until they fill it."""
+    empty, like = torch.Tensor.new_empty, torch.empty_like
+    fill = lambda x: x.fill_(math.nan) if x.is_floating_point() else x  # noqa: E731
+    with mock.patch.object(torch.Tensor, "new_empty", lambda *a, **k: fill(empty(*a, **k))), \
+            mock.patch.object(torch, "empty_like", lambda *a, **k: fill(like(*a, **k))):
+        yield
+
+
+def hold(what, function, inputs, most=1e-2):
+    """Raise unless function(*inputs) by kernels, and its gradients, are the formula's in float64, to the relative error of bfloat16."""
+    found = []
+    for choice, dtype in (("triton", None), ("torch", torch.float64)):
+        given = [x.detach().to(dtype or x.dtype).requires_grad_() if x.is_floating_point() else x for x in inputs]
+        with form(choice), poisoned() if dtype is None else contextlib.nullcontext():
+            outputs = function(*given)
+            outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+            pull = [torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(out) for out in outputs]
+            grads = torch.autograd.grad(outputs, [x for x in given if x.requires_grad], pull)
+        found.append([x.detach().double() for x in (*outputs, *grads)])
+    for i, (ours, truth) in enumerate(zip(*found, strict=True)):
+        error = ((ours - truth).norm() / truth.norm()).item()
+        if not error < most:
+            raise Mistake(f"{what}: result {i} is off by {error:.1e}, more than {most:.0e}")
+    print(f"{what}: as in float64", flush=True)
+
+
+def check_norms(run):
+    for shape in [(2, 3, 37), (1, 5, 577)] if run.dry else [(3, 577, 4096), (2, 33, 1031), (7, 129, 576), (1, 65, 16384)]:
+        x, y = run.random(*shape), run.random(shape[1], shape[0], shape[2]).transpose(0, 1)
+        weight = run.random(shape[2])
+        hold(f"RMSNorm {shape}", lambda x, w: rmsnorm.rmsnorm(x, w, 1e-5), (x, weight))
+        hold(f"RMSNorm of a sum {shape}", lambda x, y, w: rmsnorm.add_rmsnorm(x, y, w, 1e-5), (x, y, weight))
+
+
+def check_loss(run):
+    for N, D, V in [(9, 8, 37)] if run.dry else [(5000, 256, 32003), (300, 512, 131072)]:
+        targets_N = torch.randint(V, (N,), device=run.device)
+        hold(f"loss of {N} tokens, {V} words", loss.linear_cross_entropy, (run.random(N, D), run.random(V, D) / D**0.5, targets_N))
+
+
+def check_model(run):
+    """A whole decoder: what a kernel alone cannot get wrong, where it stands in the model can be."""
+    T, shapes = (9, dict(vocabulary=41, width=24, layers=2, heads=6, kv_heads=2, ffn=36, head_size=8)) if run.dry else (577, SMOLLM2)
+    narrow, wide = (Decoder(**shapes).to(run.device, dtype) for dtype in (run.dtype, torch.float64))
+    wide.load_state_dict(narrow.state_dict())
+    x_BTD, positions_BT = run.random(2, T, shapes["width"]), torch.arange(T, device=run.device).expand(2, -1)
+    documents_BT = (positions_BT > T // 3).int()
+    hold("decoder", lambda x: (narrow if x.dtype == run.dtype else wide)(x, positions_BT, documents_BT), (x_BTD,), most=5e-2)
+
+
+# ---- then time ----
+
+def measure(contestants, rounds):
+    """{name: median seconds, or why there is none}; a contestant is called with the number of the round."""
+    events, failed = {name: [] for name in contestants}, {}
+    for i in range(WARM + rounds):
+        for name in [name for name in contestants if name not in failed]:
+            began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            try:
+                began.record()
+                contestants[name](i)
+                ended.record()
+            except ImportError as e:
+                failed[name] = f"no package {e.name}"
+            except torch.OutOfMemoryError:
+                failed[name] = "out of memory"
+            events[name].append((began, ended))
+    torch.cuda.synchronize()
+    return {name: failed.get(name) or statistics.median(a.elapsed_time(b) / 1000 for a, b in pairs[WARM:]) for name, pairs in events.items()}
+
+
+def rates(run):
+    """What this card does: operations a second in products of bfloat16, bytes a second copied (read and written) and read."""
+    a, b = run.random(8192, 8192), run.random(8192, 8192)
+    source = [torch.randn(2**29, device=run.device) for _ in range(2)]  # 2 GiB each
+    target = torch.empty_like(source[0])
+    took = measure({"matmul": lambda i: a @ b, "copy": lambda i: target.copy_(source[i % 2]), "read": lambda i: source[i % 2].sum()}, run.rounds)
+    return {"matmul": 2 * 8192**3 / took["matmul"], "copy": 2**32 / took["copy"], "read": 2**31 / took["read"]}
+
+
+def row(what, took, bound, aim, **more):
+    """ours, what of the card's rate that is, and how many times as fast as each of the others."""
+    ours = took.pop("ours")
+    beside = {name: other if isinstance(other, str) else other / ours for name, other in took.items()} if isinstance(ours, float) else took
+    return dict(what=what, seconds=ours, of_bound=bound / ours if isinstance(ours, float) else None, beside=beside, aim=aim, **more)
+
+
+def time_norms(run):
+    rows, width = 32768, 4096
+    size = rows * width * 2
+    x, y, grad = ([run.random(rows, width) for _ in range(3)] for _ in range(3))
+    weight, scale = run.random(width).requires_grad_(), torch.rand(rows, device=run.device)
+    norms = torch.ops.nanovlm
+
+    def liger(i):
+        from liger_kernel.ops.fused_add_rms_norm import LigerFusedAddRMSNormFunction as Liger
+        return Liger.apply(x[i % 3], y[i % 3], weight.detach(), 1e-5)
+
+    yield row("RMSNorm + residual, forward, 32k × 4096", measure({
+        "ours": lambda i: norms.rmsnorm(x[i % 3], y[i % 3], weight.detach(), 1e-5, run.dtype),
+        "F.rms_norm": lambda i: F.rms_norm(x[i % 3] + y[i % 3], (width,), weight.detach(), 1e-5), "Liger": liger}, run.rounds),
+        4 * size / run.rates["copy"], "0.95 of the copy rate")
+
+    leaves = [t.clone().requires_grad_() for t in x]
+    theirs = [F.rms_norm(t, (width,), weight, 1e-5) for t in leaves]
+    pull = lambda out, i: torch.autograd.grad(out, (leaves[i % 3], weight), grad[i % 3], retain_graph=True)  # noqa: E731
+    graphs = {}
+
+    def liger_backward(i):
+        from liger_kernel.ops.rms_norm import LigerRMSNormFunction as Liger
+        graphs.setdefault(i % 3, Liger.apply(leaves[i % 3], weight, 1e-5, 0.0, "llama", False))
+        return pull(graphs[i % 3], i)
+
+    yield row("RMSNorm, backward, 32k × 4096", measure({
+        "ours": lambda i: norms.rmsnorm_backward(grad[i % 3], None, x[i % 3], weight.detach(), scale, True),
+        "F.rms_norm": lambda i: pull(theirs[i % 3], i), "Liger": liger_backward}, run.rounds),
+        3 * size / run.rates["copy"], "0.75 of the copy rate, 2 × F.rms_norm, 1.5 × Liger")
+    yield row("RMSNorm + residual, backward, 32k × 4096", measure({
+        "ours": lambda i: norms.rmsnorm_backward(grad[i % 3], y[i % 3], x[i % 3], weight.detach(), scale, True)}, run.rounds),
+        4 * size / run.rates["copy"], "0.75 of the copy rate")
+
+
+def peak(call):
+    """Bytes that a call takes beside what is there before it; None if they are not to be had."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    try:
+        call(0)
+    except (ImportError, torch.OutOfMemoryError):
+        return None
+    return torch.cuda.max_memory_allocated() - before
+
+
+def full_logits(hidden_ND, head_VD, targets_N):
+    return F.cross_entropy((hidden_ND @ head_VD.T).float(), targets_N, reduction="sum")
+
+
+def liger_loss(hidden_ND, head_VD, targets_N):
+    from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction as Liger
+    return Liger.apply(hidden_ND, head_VD, targets_N, None, None, -100, 0.0, 0.0, "sum")[0]
+
+
+def trainer(function, inputs, choice="auto"):
+    def call(i):
+        hidden_ND, head_VD, targets_N = inputs[i % len(inputs)]
+        with form(choice):
+            return torch.autograd.grad(function(hidden_ND, head_VD, targets_N), (hidden_ND, head_VD))
+    return call
+
+
+def time_loss(run):
+    N, D = 32768, 4096
+    for V in (32768, 131072):
+        inputs = [(run.random(N, D).requires_grad_(), (run.random(V, D) / D**0.5).requires_grad_(), torch.randint(V, (N,), device=run.device))
+                  for _ in range(2)]
+        contestants = {"ours": trainer(loss.linear_cross_entropy, inputs), "chunked PyTorch": trainer(loss.linear_cross_entropy, inputs, "torch"),
+                       "full logits": trainer(full_logits, inputs), "Liger": trainer(liger_loss, inputs)}
+        yield row(f"loss, 32k × {V:,}", measure(contestants, run.rounds), 6 * N * V * D / run.rates["matmul"],
+                  "a tenth of the memory at equal speed", bytes={name: peak(call) for name, call in contestants.items()})
+
+
+def blind(shapes, device, dtype):
+    """A VLM with this decoder and next to no eye, of random numbers."""
+    model = VLM(vision=BLIND, decoder=shapes | {"layers": 0, "vocabulary": 1})
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            model.decoder = Decoder(**shapes)
+    finally:
+        torch.set_default_dtype(before)
+    return model.to(device)
+
+
+def transformers_speaker(run):
+    import transformers as hf
+    config = hf.MistralConfig(vocab_size=32768, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+                              num_key_value_heads=8, head_dim=128, sliding_window=None)
+    with torch.device(run.device):
+        model = hf.AutoModelForCausalLM.from_config(config, dtype=run.dtype).eval()
+
+    def speak(ids, count):
+        arrived = []
+        streamer = SimpleNamespace(put=lambda ids: arrived.append(time.perf_counter()), end=lambda: None)
+        model.generate(torch.tensor([ids], device=run.device), max_new_tokens=count, min_new_tokens=count, do_sample=False, streamer=streamer)
+        return arrived
+
+    return speak
+
+
+def time_decode(run):
+    """Mistral 7B says 128 words after a prompt of 1,024; a token's time is the median of the gaps after the first half, when all is recorded."""
+    model = blind(MISTRAL, run.device, run.dtype).eval()
+    read = sum(p.numel() * p.element_size() for name, p in model.decoder.named_parameters() if name != "embed.weight")
+    cached = 2 * MISTRAL["layers"] * (1024 + 96) * MISTRAL["kv_heads"] * MISTRAL["head_size"] * 2
+    generate.ready(model)
+
+    def ours(ids, count):
+        return [time.perf_counter() for _ in model.generate([ids], torch.zeros(0), stop=set(), max_tokens=count)]
+
+    speakers, gaps = {"ours": ours}, {}
+    try:
+        speakers["transformers"] = transformers_speaker(run)
+    except ImportError as e:
+        gaps["transformers"] = f"no package {e.name}"
+    for _ in range(3):
+        for name, speak in speakers.items():
+            arrived = speak(torch.randint(32768, (1024,)).tolist(), 128)
+            gaps.setdefault(name, []).extend(b - a for a, b in itertools.pairwise(arrived[64:]))
+    took = {name: found if isinstance(found, str) else statistics.median(found) for name, found in gaps.items()}
+    yield row("7B decode, one row", took, (read + cached) / run.rates["read"], "0.80 of the bound, 3 × transformers")
+
+
+def time_step(run):
+    """Forward and backward of SmolLM2-135M's decoder over 8 rows of 2,048 tokens under autocast, by kernels and by formulas."""
+    model, (B, T) = blind(SMOLLM2, run.device, torch.float32).train(), (8, 2048)
+    ids_BT = torch.randint(49152, (B, T), device=run.device)
+    batch = dict(ids_BT=ids_BT, targets_BT=ids_BT.roll(-1, 1), positions_BT=torch.arange(T, device=run.device).expand(B, -1),
+                 documents_BT=torch.zeros_like(ids_BT), tiles_NCYX=torch.zeros(0, 3, 2, 2, dtype=torch.uint8, device=run.device))
+
+    def by(choice):
+        def call(i):
+            with form(choice), torch.autocast("cuda", torch.bfloat16):
+                total = model(**batch)
+            total.backward()
+            model.zero_grad()
+        return call
+
+    numbers = sum(p.numel() for p in model.decoder.parameters())
+    yield row("training pass, SmolLM2-135M, 8 × 2,048", measure({"ours": by("auto"), "formulas": by("torch")}, run.rounds),
+              6 * numbers * B * T / run.rates["matmul"], "")
+
+
+PARTS = {  # name: (what checks it, what times it: rows of the table, in this order)
+    "rmsnorm": (check_norms, time_norms),
+    "loss": (check_loss, time_loss),
+    "decode": (check_model, time_decode),
+    "step": (None, time_step),
+}
+
+
+# ---- tables of blocks ----
+
+def tune_all(run):
+    """The fastest line for this card of each kernel's table, tried on the sizes of the table above and written into the kernel's file."""
+    rows, weight, scale = [run.random(32768, 4096) for _ in range(3)], run.random(4096), torch.rand(32768, device=run.device)
+    logits_nV, targets_n = run.random(4096, 131072), torch.randint(131072, (4096,), device=run.device)
+
+    def norm(i):
+        torch.ops.nanovlm.rmsnorm(rows[i % 3], rows[(i + 1) % 3], weight, 1e-5, run.dtype)
+        torch.ops.nanovlm.rmsnorm_backward(rows[i % 3], rows[(i + 1) % 3], rows[(i + 2) % 3], weight, scale, True)
+
+    fit(rmsnorm, norm, itertools.product((16, 32, 64), (16, 32, 64), (512, 768, 1024, 1536), (1, 2, 3)), run)
+    fit(loss, lambda i: loss.fused_scores(logits_nV, targets_n, True), itertools.product((8192, 16384, 32768, 65536), (8, 16, 32), (1, 2, 3)), run)
+
+
+def fit(module, call, candidates, run):
+    capability = kernels.capability(run.device)
+    if capability not in module.TABLE:
+        raise Mistake(f"{module.__name__}.TABLE has no line for {capability}, only for {', '.join(map(str, module.TABLE))}")
+    times = {}
+    for line in candidates:
+        with mock.patch.dict(module.TABLE, {capability: line}), contextlib.suppress(triton.runtime.errors.OutOfResources):
+            times[line] = measure({"it": call}, 5)["it"]
+    best, now = min(times, key=times.get), times[module.TABLE[capability]]
+    print(f"{module.__name__}: {capability}: {best}, {now / times[best]:.3f} times as fast as {module.TABLE[capability]}", flush=True)
+    path = Path(module.__file__)
+    path.write_text(re.sub(rf"^( +{re.escape(str(capability))}: )\(.*?\)", rf"\g<1>{best}", path.read_text(), flags=re.MULTILINE))
+
+
+# ---- what is told ----
+
+def print_table(found):
+    print(f"\n{found['card']}, torch {torch.__version__}, triton {triton.__version__}: "
+          f"products {found['rates']['matmul'] / 1e12:.0f} TFLOP/s, copy {found['rates']['copy'] / 1e12:.2f} TB/s, "
+          f"read {found['rates']['read'] / 1e12:.2f} TB/s\n")
+    print("| | time | of this card's rate | times as fast as | memory | aim |\n|---|---|---|---|---|---|")
+    for r in found["rows"]:
+        unit = "" if r["of_bound"] else " s"  # where ours has no time, the others' own stand
+        beside = ", ".join(f"{name}: {ratio if isinstance(ratio, str) else f'{ratio:.2f}{unit}'}" for name, ratio in r["beside"].items())
+        memory = ", ".join(f"{name} {'?' if size is None else f'{size / 2**30:.1f} GiB'}" for name, size in r.get("bytes", {}).items())
+        ours = r["seconds"] if isinstance(r["seconds"], str) else f"{r['seconds'] * 1e3:.3f} ms | {r['of_bound']:.2f}"
+        print(f"| {r['what']} | {ours if '|' in ours else ours + ' | '} | {beside} | {memory} | {r['aim']} |")
+
+
+def gpu(*,
+    rounds: int = 20,         # timings of each contestant
+    only: str = "",           # parts, all if empty: rmsnorm, loss, decode, step
+    dry: bool = False,        # no times: small checks in Triton's interpreter
+    tune: bool = False,       # find the tables of blocks instead
+    out: str = str(Path(__file__).parent / "results" / "gpu.json"),  # all figures go here
+):
+    """Check, time and tell."""
+    parts = only.split(",") if only else list(PARTS)
+    if strange := [part for part in parts if part not in PARTS]:
+        raise Mistake(f"--only={','.join(strange)} is none of {', '.join(PARTS)}")
+    if dry and tune:
+        raise Mistake("--tune=true times, --dry=true does not")
+    if not (dry or torch.cuda.is_available()):
+        raise Mistake("gpu.py wants a CUDA card, and none is here; --dry=true checks the kernels in Triton's interpreter")
+    device, dtype = torch.device("cpu" if dry else "cuda"), torch.float32 if dry else torch.bfloat16
+    run = SimpleNamespace(rounds=rounds, dry=dry, device=device, dtype=dtype, random=lambda *shape: torch.randn(shape, device=device, dtype=dtype))
+    if tune:
+        return tune_all(run)
+    for part in parts:
+        if PARTS[part][0]:
+            PARTS[part][0](run)
+    if dry:
+        return
+    run.rates = rates(run)
+    found = {"card": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__, "rates": run.rates, "rows": []}
+    for part in parts:
+        found["rows"] += PARTS[part][1](run)
+        torch.cuda.empty_cache()
+        Path(out).write_text(json.dumps(found, indent=1) + "\n")
+    print_table(found)
+
+
+if __name__ == "__main__":
+    cli.run(gpu)
