@@ -177,8 +177,10 @@ def by_file(said, sheet, notes):
 
 
 def ai2d(said, sheet, notes):
-    """A file for each diagram; of these the test's if its list of ids is given. Some questions ask of letters in the places of the labels."""
-    if notes is not None and said["imageName"].split(".")[0] not in notes.split():
+    """A file for each diagram, of which the annotations list the test's. Some questions ask of letters in the places of the labels."""
+    if notes is None:
+        raise Mistake(f"{sheet.root}: AI2D is asked of the test's diagrams alone: give their list, ai2d_test_ids.csv, as --annotations")
+    if said["imageName"].split(".")[0] not in notes.split():
         return
     plain = picture(said["imageName"], ("../images/{}",), sheet, "", sheet.name)
     letters = None
@@ -212,27 +214,40 @@ def mmmu(said, sheet, notes):
         asked, *choices = [re.sub(r"<image \d>", "<image>", text) for text in (record["question"], *choices)]
         yield {**record, "question": "<image>\n" * len(first) + asked, "choices": choices, "prompt": LETTER_PROMPT if choices else SHORT_PROMPT,
                "image": [record[f"image_{number}"] for number in (*first, *marks)], "kind": re.sub(r"^[a-z]+_|_\d+$", "", record["id"]),
-               "answers": ast.literal_eval(answer) if answer.startswith("[") else answer}
+               "answers": several(answer)}
+
+
+def several(answer):
+    """The texts that a Python list of texts holds; an answer that is something else, such as "[0, 5)", as it stands."""
+    try:
+        texts = ast.literal_eval(answer) if answer.startswith("[") else answer
+    except (SyntaxError, ValueError):
+        return answer
+    return texts if all(isinstance(text, str) for text in texts) else answer
 
 
 def mmstar(said, sheet, notes):
-    """Its choices stand behind the question, as "Options: A: one, B: two" or on a line each, "(A) one", under "Choices:"."""
+    """Its choices stand behind the question, as "Options: A: one, B: two" or on a line each, "(A) one", under "Choices:".
+
+    The record is kept as it stands if they are not the last that it says, for which the line tells where the last ends.
+    """
     for record in said:
         asked, *options = re.split("\n(?:Options|Choices):", record["question"], maxsplit=1)
-        choices = in_order(re.findall(r"(?:^|,|\n)\s*\(?([A-Z])[:)]\s+(.*?)(?=(?:,|\n)\s*\(?[A-Z][:)]\s|$)", "".join(options), re.DOTALL))
+        pairs = re.findall(r"(?:^|,|\n)\s*\(?([A-Z])[:)](.*?)(?=(?:,|\n)\s*\(?[A-Z][:)]|$)", "".join(options).strip(), re.DOTALL)
+        choices = [] if pairs and "\n" in pairs[-1][1] else in_order(pairs, record["answer"])
         yield {**record, "question": asked, "choices": choices} if choices else record
 
 
 def realworldqa(said, sheet, notes):
     """Most questions have choices, a line each; all end with how to answer."""
     for record in listed(said, sheet, notes):
-        yield {**record, "choices": in_order(re.findall(r"^([A-Z])\. (.*)", record["question"], re.MULTILINE))}
+        yield {**record, "choices": in_order(re.findall(r"^([A-Z])\. (.*)", record["question"], re.MULTILINE), record["answer"])}
 
 
-def in_order(lettered):
-    """The texts of (letter, text) pairs; none unless the letters are A, B, C, ..."""
+def in_order(lettered, answer):
+    """The texts of (letter, text) pairs; none unless the letters are A, B, C, ... and the answer is one of them."""
     letters = "".join(letter for letter, _ in lettered)
-    return [text.strip() for _, text in lettered] if LETTERS.startswith(letters) else []
+    return [text.strip() for _, text in lettered] if LETTERS.startswith(letters) and answer in [*letters] else []
 
 
 def mme(said, sheet, notes):

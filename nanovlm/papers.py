@@ -6,13 +6,14 @@ import json
 from collections.abc import Callable
 from typing import NamedTuple
 
-from . import Mistake
+from . import Mistake, scores
 from .chat import CAPTION_PROMPT, LETTER_PROMPT, SHORT_PROMPT
 from .layouts import ai2d, anybodys, by_file, coco, document, listed, mathvista, mme, mmmu, mmstar, picture, realworldqa, sheets, vqav2
 from .records import LETTERS, field
 from .refs import one_line
 
 WORD_PROMPT = "Answer the question using a single word, phrase, or number."  # TextVQA, DocVQA, InfoVQA
+COMPARED = ("vqa", "textvqa", "anls", "relaxed")  # scores of whole texts, where an owner's blank answer does no harm: to others it is in every answer
 
 
 class Benchmark(NamedTuple):
@@ -132,23 +133,25 @@ def question(benchmark, record, count, prompt, where):
     image = [] if told["image"] is None else told["image"] if type(told["image"]) is list else [told["image"]]  # a ref is a tuple
     choices, answers = record.get("choices") or [], golds(benchmark, told["answers"])
     check(where, id=[str(told["id"])], question=[told["question"]])
-    check(where, not benchmark.mine, answers=answers or [None] * benchmark.mine)
+    check(where, not benchmark.mine and benchmark.score in COMPARED, answers=answers or [None] * benchmark.mine)
     check(where, True, choices=choices)
-    if benchmark.mine and benchmark.score == "letters" and choices and not set(answers) <= set(LETTERS[: len(choices)]):
-        raise Mistake(f"{where}: its answers, {', '.join(answers)}, are not letters of its {len(choices)} choices")
     text = whole or wording(benchmark, told["question"], choices, prompt or record.get("prompt", benchmark.prompt))
     if text.count("<image>") not in (0, len(image)):
         raise Mistake(f"{where}: {text.count('<image>')} <image> in its text but {len(image)} pictures")
     text = text if "<image>" in text else "<image>\n" * len(image) + text
     more = {names.split()[0]: field(record, *names.split()) for names in benchmark.keep}
-    return {"id": told["id"], "kind": str(told["kind"] or "all"), "image": image, "question": text, "answers": answers, "choices": choices, **more}
+    row = {"id": told["id"], "kind": str(told["kind"] or "all"), "image": image, "question": text, "answers": answers, "choices": choices, **more}
+    if answers:
+        scores.check(benchmark.score, row, where)
+    return row
 
 
 def golds(benchmark, told):
     """The answers as a list of texts, of which VQAv2 has each in an object; none where the test's are secret."""
     if benchmark.mine:
         return told
-    texts = [text.get("answer") if isinstance(text, dict) else text for text in (told if isinstance(told, list) else [told])]
+    told = told if isinstance(told, list) and told else [told]  # an empty list is no secret: it is kept, and refused
+    texts = [text.get("answer") if isinstance(text, dict) else text for text in told]
     return [str(text) if isinstance(text, int | float) else text for text in texts if text not in benchmark.secret]
 
 

@@ -5,6 +5,7 @@ share, and is never guessed. question holds what else a rule needs (`choices`, `
 """
 import json
 import re
+import string
 from collections import Counter
 
 import numpy as np
@@ -243,12 +244,23 @@ def mark(score, answers, questions):
     if score == "captions":
         return cider(answers, [question["answers"] for question in questions])[1]
     for question in questions:
-        count, needed = len(question["answers"]), {"ocrbench": "dataset_name", "mathvista": "answer_type"}.get(score)
-        if score in ("vqa", "textvqa") and count < 4:
-            raise Mistake(f"question {question['id']} has {count} right answers, but VQA accuracy asks if three other people agree: mark by `exact`")
-        if needed and question.get(needed) is None:
-            raise Mistake(f"question {question['id']} has no {needed}, without which {score} cannot mark it")
+        check(score, question, f"question {question.get('id')}")
     return [SCORES[score](answer, question["answers"], question) for answer, question in zip(answers, questions, strict=True)]
+
+
+def check(score, question, where):
+    """Raise Mistake for a question that a score cannot mark, or of which a right answer would never be marked as one."""
+    golds, letters = [gold.strip() for gold in question["answers"]], string.ascii_uppercase[: len(question.get("choices") or [])]
+    places = ["precision"] if question.get("answer_type") == "float" else []
+    for needed in {"ocrbench": ["dataset_name"], "mathvista": ["answer_type", *places]}.get(score, []):
+        if question.get(needed) is None:
+            raise Mistake(f"{where} has no {needed}, without which {score} cannot mark it")
+    if score in ("vqa", "textvqa") and len(golds) < 4:
+        raise Mistake(f"{where} has {len(golds)} right answers, but VQA accuracy asks if three other people agree: mark by `exact`")
+    if score in ("yesno", "mme") and not {gold.lower() for gold in golds} <= {"yes", "no"}:
+        raise Mistake(f"{where}: its answers, {', '.join(golds)}, are not yes or no")
+    if score in ("letters", "mmmu") and letters and not {*golds} <= {*letters}:
+        raise Mistake(f"{where}: its answers, {', '.join(golds)}, are not letters of its {len(letters)} choices")
 
 
 # ---- over all ----

@@ -82,7 +82,7 @@ def test_json_lines_a_list_and_llavas_format_are_the_same_exam(tmp_path):
     llava = [{"id": "a", "image": "a.jpg", "label": "what", "conversations": turns("What?\n<image>", "milk", "Sure?", "yes")}]
     assert read(tmp_path, json.dumps(llava)) == [{**want[0], "question": "What?\n<image>"}], "the picture stays where it was"
     bare = [{"id": 1, "image": "a.jpg", "conversations": turns("<image>", "a cat")}]
-    for name in ("exact", "contains", "vqa", "letters", "captions"):
+    for name in ("exact", "contains", "letters", "captions"):
         for said in (llava, bare):
             assert read(tmp_path, json.dumps(said), name, prompt="Say.")[0]["question"] == "<image>\nSay."
 
@@ -91,8 +91,8 @@ def test_how_to_answer_stands_behind_the_question_once(tmp_path):
     choose = {**GOOD, "answers": ["B"], "choices": ["an egg", "milk"]}
     assert read(tmp_path, json.dumps(GOOD), "contains")[0]["question"] == asked("What?")
     assert read(tmp_path, json.dumps(choose))[0]["question"] == asked("What?"), "letters alone are chosen from"
-    assert read(tmp_path, json.dumps(GOOD), "vqa")[0]["question"] == asked("What?", SHORT_PROMPT)
-    assert read(tmp_path, json.dumps({**GOOD, "question": f"What?\n{SHORT_PROMPT}"}), "vqa")[0]["question"] == asked("What?", SHORT_PROMPT)
+    for question in ("What?", f"What?\n{SHORT_PROMPT}"):
+        assert read(tmp_path, json.dumps({**GOOD, "answers": TEN, "question": question}), "vqa")[0]["question"] == asked("What?", SHORT_PROMPT)
     row, = read(tmp_path, json.dumps(choose), "letters")
     assert (row["question"], row["choices"]) == (asked("What?", "A. an egg", "B. milk", LETTER_PROMPT), ["an egg", "milk"])
     assert read(tmp_path, json.dumps(choose), "letters", prompt="Well?")[0]["question"] == asked("Well?")
@@ -294,9 +294,18 @@ def test_ai2d_letters_stand_in_the_places_of_the_labels(tmp_path):
     (tmp_path / "ai2d_test_ids.csv").write_text("3\n")
     with pytest.raises(Mistake, match="holds no questions"):
         papers.read("ai2d", tmp_path, tmp_path / "ai2d_test_ids.csv")
+    with pytest.raises(Mistake, match="AI2D is asked of the test's diagrams alone: give their list, ai2d_test_ids.csv, as --annotations"):
+        papers.read("ai2d", tmp_path)
+    (tmp_path / "ai2d_test_ids.csv").write_text("0\n")
+    for wrong in (4, -1):
+        asks = {"Which?": {"abcLabel": False, "questionId": "q", **told, "correctAnswer": wrong}}
+        lay(tmp_path, {"ai2d/questions/0.png.json": {**sheet, "questions": asks}})
+        with pytest.raises(Mistake, match="0.png.json, question 1: its answers, [EZ], are not letters of its 4 choices"):
+            papers.read("ai2d", tmp_path, tmp_path / "ai2d_test_ids.csv")
+    lay(tmp_path, {"ai2d/questions/0.png.json": sheet})
     (tmp_path / "ai2d/annotations/0.png.json").unlink()
     with pytest.raises(Mistake, match="annotations/0.png.json: No such file"):
-        papers.read("ai2d", tmp_path)
+        papers.read("ai2d", tmp_path, tmp_path / "ai2d_test_ids.csv")
 
 
 def shown(name, width):
@@ -323,6 +332,12 @@ def test_mmmu_has_each_picture_where_it_is_named(tmp_path):
     assert (music["kind"], music["question"]) == ("Music", asked("Where?", "A. x", "B. y", LETTER_PROMPT))
     test, = papers.read("mmmu", f"{tmp_path}/*/test-*.parquet")
     assert (test["id"], test["answers"]) == ("test_Music_1", [])
+    for answer, want in (("[0, 5)", ["[0, 5)"]), ("[1, 2]", ["[1, 2]"]), ("['(1, 2]', '1']", ["(1, 2]", "1"])):
+        row, = papers.read("mmmu", lay(tmp_path, {"open/validation-0.parquet": [mmmu(answer=answer, image_1=shown(1, 20))]}) / "open")
+        assert row["answers"] == want, "only a list of texts is several answers"
+    lay(tmp_path, {"open/validation-0.parquet": [mmmu(options="['x', 'y']", answer="D", image_1=shown(1, 20))]})
+    with pytest.raises(Mistake, match="question 1: its answers, D, are not letters of its 2 choices"):
+        papers.read("mmmu", tmp_path / "open")
     lay(tmp_path, {"bad/validation-0.parquet": [mmmu(question="<image 4>?", image_1=shown(1, 20))]})
     with pytest.raises(Mistake, match="validation-0.parquet, question 1: `image` should be text"):
         papers.read("mmmu", tmp_path / "bad")
@@ -340,6 +355,14 @@ def test_mmstar_has_its_choices_in_the_question(tmp_path):
     assert first["question"] == asked("Which is it?", "A. A book, on B.", "B. The cat.", "C. None", LETTER_PROMPT)
     assert second["choices"] == ["3,\n4", "5"] and second["question"] == asked("Hint: Choose.\nQuestion: Which?", "A. 3,\n4", "B. 5", LETTER_PROMPT)
     assert third["choices"] == [] and third["question"] == asked("Which?\nOptions: B: 3, A: 4", LETTER_PROMPT), "as it stands"
+    for number, (said, answer, choices) in enumerate([
+        ("A: x, B: y, C:z, D:w", "C", ["x", "y", "z", "w"]), ("A: ratio A:B, B: 1:2\n", "B", ["ratio A:B", "1:2"]),
+        ("A: x, B: y; C: z", "C", []), ("A: x, B: w\nHint: Look.", "A", []),  # a letter past those found; where the last ends is not told
+    ]):
+        text = f"Which?\nOptions: {said}"
+        row, = papers.read("mmstar", lay(tmp_path, {f"{number}.parquet": [{**record, "question": text, "answer": answer}]}) / f"{number}.parquet")
+        lines = [f"{letter}. {choice}" for letter, choice in zip("ABCD", choices, strict=False)]
+        assert (row["choices"], row["question"]) == (choices, asked("Which?" if choices else text.strip(), *lines, LETTER_PROMPT)), said
     assert refs.load(first["image"][0])[0] == jpeg()
 
 
@@ -468,9 +491,35 @@ def test_images_may_be_the_folder_of_the_pictures_or_one_above_it(tmp_path, name
         (tmp_path / place).unlink()
 
 
-def test_choices_count_only_where_their_letters_come_in_order():
-    assert layouts.in_order([("A", "x "), ("B", "y")]) == ["x", "y"]
-    assert [layouts.in_order(pairs) for pairs in ([], [("B", "x"), ("A", "y")], [("A", "x"), ("C", "y")])] == [[]] * 3
+def test_choices_count_only_where_their_letters_come_in_order_and_the_answer_is_one():
+    assert layouts.in_order([("A", "x "), ("B", "y")], "B") == ["x", "y"]
+    assert [layouts.in_order(pairs, "A") for pairs in ([], [("B", "x"), ("A", "y")], [("A", "x"), ("C", "y")])] == [[]] * 3
+    assert [layouts.in_order([("A", "x"), ("B", "y")], answer) for answer in ("C", "x", "", "AB")] == [[]] * 4
+
+
+@pytest.mark.parametrize("name, told, said", [
+    ("pope", {"label": "maybe"}, "its answers, maybe, are not yes or no"),
+    ("pope", {"label": []}, r"`answers` should be text that says something, not \[\[\]\]"),
+    ("ocrbench", {"answers": ""}, "`answers` should be text that says something"),
+    ("ocrbench", {"answers": ["x", " "]}, "`answers` should be text that says something"),
+    ("ocrbench", {"answers": []}, "`answers` should be text that says something"),
+    ("ocrbench", {"answers": "x", "dataset_name": None}, "has no dataset_name, without which ocrbench cannot mark it"),
+    ("mathvista", {"pid": "1", "answer": "1.2", "answer_type": "float", "metadata": {"task": "x"}}, "has no precision, without which mathvista"),
+    ("textvqa", {"question_id": 1, "answers": []}, "`answers` should be text"),
+    ("textvqa", {"question_id": 1, "answers": ["red"] * 3}, "has 3 right answers, but VQA accuracy asks if three other people agree"),
+    ("docvqa", {"questionId": 1, "answers": []}, "`answers` should be text"),
+    ("vqa", {"answers": ["red"]}, "has 1 right answers, but VQA accuracy asks"),
+])
+def test_an_answer_that_no_score_could_take_is_refused_before_anything_is_asked(tmp_path, name, told, said):
+    record = {"id": 1, "image": "a.jpg", "image_path": "a.jpg", "image_id": "a", "question": "Is it?", "text": "Is it?", "query": "Is it?",
+              "dataset_name": "IIIT5K", **told}
+    with pytest.raises(Mistake, match=f"exam.json, question 1:? {said}"):
+        read(tmp_path, json.dumps([record]), name)
+
+
+def test_a_person_who_said_nothing_is_one_of_the_ten(tmp_path):
+    record = {"question_id": 1, "image_id": "a", "question": "What?", "answers": ["red"] * 9 + [""]}
+    assert read(tmp_path, json.dumps([record]), "textvqa")[0]["answers"] == ["red"] * 9 + [""]
 
 
 def test_every_benchmark_of_the_issue_is_here_and_uses_only_what_is_there():
