@@ -71,6 +71,8 @@ def ready(model):
         for name, child in parent.named_children():
             if isinstance(child, nn.Linear):
                 setattr(parent, name, Product(child))
+    for rest in model.parameters():
+        rest.data = rest.data.clone()  # a file of weights stays mapped, all of it, as long as one tensor lies there
     return model
 
 

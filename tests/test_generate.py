@@ -57,7 +57,9 @@ def test_ready_holds_every_weight_once_and_a_tied_one_twice(vlm):
         tensors = [*model.parameters(), *(t for m in model.modules() if isinstance(m, generate.Product) for t in (m.weight, m.bias) if t is not None)]
         return sum(t.numel() for t in {id(t): t for t in tensors}.values())
 
+    old = [p.data for p in vlm.parameters()]
     assert numbers(generate.ready(vlm)) == sum(p.numel() for p in make_vlm().parameters())
+    assert not {t.data_ptr() for t in old} & {p.data_ptr() for p in vlm.parameters()}, "a tensor that was read from a file keeps all of it in memory"
     tied = make_vlm(decoder={"tied": True})
     once = sum(p.numel() for p in tied.parameters())
     assert numbers(generate.ready(tied)) == once + tied.decoder.embed.weight.numel()

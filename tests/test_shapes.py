@@ -165,7 +165,7 @@ def everything(folder):
     evaluate.answer(checkpoint, questions, blank=True, max_tokens=2)
     list(sample.stream(checkpoint, [("user", "<image>x")], [colour], max_tokens=3))
     spoken = generate.ready(weights.load(folder / "model").model)
-    list(spoken.generate([[3, 4, 5], [6, 7]], torch.zeros(0), stop=set(), max_tokens=generate.PATIENCE + 4, record=("cpu",)))
+    list(spoken.generate([[3, 4, 5], [6, 7]], torch.zeros(0, 3, 18, 18), stop=set(), max_tokens=generate.PATIENCE + 4, record=("cpu",)))
     watch.look(checkpoint, samples, watch.held_out_rows(samples, 51), 0, 1, contextlib.nullcontext())
 
 

@@ -1,14 +1,20 @@
-"""How fast a model answers an exam, 16 questions at once beside one by one. The demonstration's is at hand once `python train.py` has run:
+"""How fast a model speaks beside transformers and llama.cpp (speech.py), and answers an exam, 16 questions at once beside one by one:
 
     python tests/bench/sample.py
+
+The demonstration's model is at hand once `python train.py` has run, SmolLM2-135M-Instruct with its true weights after `python -m pytest -m real`.
 """
 import statistics
 import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
-from nanovlm import cli, evaluate, papers, weights  # noqa: E402
+import torch
+
+sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
+from bench.speech import speech  # noqa: E402
+
+from nanovlm import Mistake, cli, evaluate, papers, weights  # noqa: E402
 
 
 def answers_per_s(checkpoint, questions, batch, max_tokens):
@@ -18,16 +24,8 @@ def answers_per_s(checkpoint, questions, batch, max_tokens):
     return len(questions) / (time.time() - began), [one.text for _, one in said]
 
 
-def sample(*,
-    model: str = "out/sft",                        # the model that answers
-    questions: str = "data/fridge/exam.jsonl",     # its exam
-    images: str = "data/fridge/images",            # with these pictures
-    count: int = 192,                              # so many of the questions, from all parts of the exam
-    batch: int = 16,                               # at once
-    max_tokens: int = 64,                          # the longest answer
-    rounds: int = 5,                               # one by one and at once, in turns
-):
-    """Print answers a second of both, each the median over the rounds, and the median of the rounds' ratios."""
+def exam(model, questions, images, count, batch, max_tokens, rounds):
+    """Print answers a second one by one and at once, each the median over the rounds, and the median of the rounds' ratios."""
     asked = papers.read("exact", questions, images=images)
     asked = asked[:: max(1, len(asked) // count)][:count]
     checkpoint, speeds, same = weights.load(model), [], 0
@@ -39,6 +37,32 @@ def sample(*,
     alone, together = map(statistics.median, zip(*speeds, strict=True))
     print(f"{len(asked)} questions: {alone:,.1f} answers/s one by one, {together:,.1f} in batches of {batch}, {ratio:.1f} times as many; "
           f"{same} of {len(asked)} the same answers")
+
+
+def sample(*,
+    speaker: str = "data/real/smollm2",            # the model that speaks, as Hugging Face has it
+    dtype: str = "bfloat16",                       # of its numbers: bfloat16, float16 or float32
+    threads: int = torch.get_num_threads(),        # of each who speaks
+    tokens: int = 64,                              # said in a round
+    model: str = "out/sft",                        # the model that answers
+    questions: str = "data/fridge/exam.jsonl",     # its exam
+    images: str = "data/fridge/images",            # with these pictures
+    count: int = 192,                              # so many of the questions, from all parts of the exam
+    batch: int = 16,                               # at once
+    max_tokens: int = 64,                          # the longest answer
+    rounds: int = 5,                               # all in turns
+):
+    """Measure both; what is not there is said and left out."""
+    if dtype not in ("bfloat16", "float16", "float32"):
+        raise Mistake(f"--dtype={dtype} is none of bfloat16, float16, float32")
+    if Path(speaker).is_dir():
+        speech(speaker, getattr(torch, dtype), threads, tokens, rounds)
+    else:
+        print(f"nobody speaks: there is no {speaker}")
+    if Path(model).is_dir():
+        exam(model, questions, images, count, batch, max_tokens, rounds)
+    else:
+        print(f"nobody answers: there is no {model}")
 
 
 if __name__ == "__main__":
