@@ -18,7 +18,7 @@ from . import kernels
 from .decode import decode
 from .kernels import tl, triton
 
-LARGEST = 256  # numbers of a head that the kernels take
+LARGEST = {2: 256, 4: 128}  # numbers of a head that the kernels take, by a number's bytes: more do not fit the registers
 
 
 def visible(T, S, *, causal=True, window=None, documents_BS=None, device=None, filled=None):
@@ -83,8 +83,10 @@ def by_document(q_BTHK, k_BTGK, v_BTGK, causal, window, documents_BT):
 
 def refusal(q_BTHK, k_BSGK, v_BSGK):
     """Why the kernels do not take these, empty if they do."""
-    if q_BTHK.shape[-1] > LARGEST:
-        return f"attention with heads of more than {LARGEST} numbers"
+    dtype = torch.get_autocast_dtype(q_BTHK.device.type) if torch.is_autocast_enabled(q_BTHK.device.type) else q_BTHK.dtype
+    largest = LARGEST.get(dtype.itemsize, 0)
+    if q_BTHK.shape[-1] > largest:
+        return f"attention with heads of more than {largest} numbers in {dtype}"
     if not q_BTHK.dtype == k_BSGK.dtype == v_BSGK.dtype and not torch.is_autocast_enabled(q_BTHK.device.type):
         return "attention with queries, keys and values of several dtypes"
     return ""
@@ -94,7 +96,7 @@ def by_kernels(q_BTHK, k_BSGK, v_BSGK, causal, window, documents_BS, filled):
     """`attention` by the kernels below; under autocast in its dtype, as PyTorch's own."""
     if torch.is_autocast_enabled(q_BTHK.device.type):
         q_BTHK, k_BSGK, v_BSGK = (x.to(torch.get_autocast_dtype(x.device.type)) for x in (q_BTHK, k_BSGK, v_BSGK))
-    if causal and q_BTHK.shape[1] == 1 and not torch.is_grad_enabled():
+    if filled is not None or (causal and q_BTHK.shape[1] == 1 and not torch.is_grad_enabled()):
         return decode(q_BTHK, k_BSGK, v_BSGK, documents_BS, filled, window)
     first_BS, last_BS = (None, None) if documents_BS is None else bounds(documents_BS)
     return torch.ops.nanovlm.attention(q_BTHK, k_BSGK, v_BSGK, first_BS, last_BS, causal, window)[0]
@@ -194,10 +196,12 @@ def look(out_TK, total_T, peak_T, q_TK, k, v, k_token, v_token, low_T, high_T, c
 @triton.jit
 def forward_kernel(q, k, v, out, lse, first, last, queries, keys, heads, group, window, scale,
                    q_row, q_token, q_head, k_row, k_token, k_head, v_row, v_token, v_head,
-                   size: tl.constexpr, CAUSAL: tl.constexpr, T: tl.constexpr, S: tl.constexpr, K: tl.constexpr):
+                   size: tl.constexpr, CAUSAL: tl.constexpr, UNIT: tl.constexpr, T: tl.constexpr, S: tl.constexpr, K: tl.constexpr):
     start = (tl.num_programs(1) - 1 - tl.program_id(1)) * T  # causal queries see the more the later they are: the longest work first
     row, head = (tl.program_id(0) // heads).to(tl.int64), tl.program_id(0) % heads
-    q, k, v = q + row * q_row + head * q_head, k + row * k_row + head // group * k_head, v + row * v_row + head // group * v_head
+    q, q_token = q + (row * q_row + head * q_head) * UNIT, q_token * UNIT
+    k, k_token = k + (row * k_row + head // group * k_head) * UNIT, k_token * UNIT
+    v, v_token = v + (row * v_row + head // group * v_head) * UNIT, v_token * UNIT
     if first is not None:
         first, last = first + row * keys, last + row * keys
     low_T, high_T, cuts = runs_of(start, queries, keys - queries, first, last, 0, keys, window, T, S, CAUSAL, False)
@@ -242,7 +246,7 @@ def gather_q(grad_q_TK, q_TK, grad_TK, lse_T, delta_T, k, v, k_token, v_token, l
 @triton.jit
 def backward_q_kernel(grad, q, k, v, out, lse, delta, grad_q, first, last, queries, keys, heads, group, window, scale, pace,
                       grad_row, grad_token, grad_head, q_row, q_token, q_head, k_row, k_token, k_head, v_row, v_token, v_head,
-                      size: tl.constexpr, CAUSAL: tl.constexpr, T: tl.constexpr, S: tl.constexpr, K: tl.constexpr):
+                      size: tl.constexpr, CAUSAL: tl.constexpr, UNIT: tl.constexpr, T: tl.constexpr, S: tl.constexpr, K: tl.constexpr):
     """The gradient of T queries; and delta, out · grad_out, for the other kernel."""
     start = (tl.num_programs(1) - 1 - tl.program_id(1)) * T
     row, head = (tl.program_id(0) // heads).to(tl.int64), tl.program_id(0) % heads
@@ -250,15 +254,16 @@ def backward_q_kernel(grad, q, k, v, out, lse, delta, grad_q, first, last, queri
     if first is not None:
         first, last = first + row * keys, last + row * keys
     low_T, high_T, cuts = runs_of(start, queries, keys - queries, first, last, 0, keys, window, T, S, CAUSAL, False)
-    k, v = k + row * k_row + head // group * k_head, v + row * v_row + head // group * v_head
+    k, k_token = k + (row * k_row + head // group * k_head) * UNIT, k_token * UNIT
+    v, v_token = v + (row * v_row + head // group * v_head) * UNIT, v_token * UNIT
 
-    grad_TK = load(grad + row * grad_row + head * grad_head, start, queries, grad_token, size, T, K, True)
+    grad_TK = load(grad + (row * grad_row + head * grad_head) * UNIT, start, queries, grad_token * UNIT, size, T, K, True)
     out_TK = load(out + own, start, queries, heads * size, size, T, K, True)
     t_T, line = start + tl.arange(0, T), (row * heads + head) * queries
     delta_T = tl.sum(out_TK.to(tl.float32) * grad_TK.to(tl.float32), axis=1)
     tl.store(delta + line + t_T, delta_T, mask=t_T < queries)
     lse_T = tl.load(lse + line + t_T, mask=t_T < queries, other=float("inf"))
-    q_TK = load(q + row * q_row + head * q_head, start, queries, q_token, size, T, K, True)
+    q_TK = load(q + (row * q_row + head * q_head) * UNIT, start, queries, q_token * UNIT, size, T, K, True)
     grad_q_TK = tl.zeros((T, K), tl.float32)
     for masked in tl.static_range(2):
         grad_q_TK = gather_q(grad_q_TK, q_TK, grad_TK, lse_T, delta_T, k, v, k_token, v_token, low_T, high_T, cuts, keys, scale,
@@ -291,17 +296,18 @@ def gather_kv(grad_k_SK, grad_v_SK, k_SK, v_SK, q, grad, lse, delta, q_token, q_
 @triton.jit
 def backward_kv_kernel(grad, q, k, v, lse, delta, grad_k, grad_v, first, last, queries, keys, heads, group, window, scale, pace,
                        grad_row, grad_token, grad_head, q_row, q_token, q_head, k_row, k_token, k_head, v_row, v_token, v_head,
-                       size: tl.constexpr, CAUSAL: tl.constexpr, T: tl.constexpr, S: tl.constexpr, K: tl.constexpr):
+                       size: tl.constexpr, CAUSAL: tl.constexpr, UNIT: tl.constexpr, T: tl.constexpr, S: tl.constexpr, K: tl.constexpr):
     """The gradients of S keys and values, from the queries of all heads that share them."""
     start, past, shared = tl.program_id(1) * S, keys - queries, heads // group
     row, head = (tl.program_id(0) // shared).to(tl.int64), tl.program_id(0) % shared
     if first is not None:
         first, last = first + row * keys, last + row * keys
     low_S, high_S, cuts = runs_of(start, keys, 0, first, last, past, keys, window, S, T, CAUSAL, True)
-    k_SK = load(k + row * k_row + head * k_head, start, keys, k_token, size, S, K, True)
-    v_SK = load(v + row * v_row + head * v_head, start, keys, v_token, size, S, K, True)
+    k_SK = load(k + (row * k_row + head * k_head) * UNIT, start, keys, k_token * UNIT, size, S, K, True)
+    v_SK = load(v + (row * v_row + head * v_head) * UNIT, start, keys, v_token * UNIT, size, S, K, True)
     grad_k_SK, grad_v_SK = tl.zeros((S, K), tl.float32), tl.zeros((S, K), tl.float32)
-    q, grad = q + row * q_row + head * group * q_head, grad + row * grad_row + head * group * grad_head
+    q, q_token, q_head = q + (row * q_row + head * group * q_head) * UNIT, q_token * UNIT, q_head * UNIT
+    grad, grad_token, grad_head = grad + (row * grad_row + head * group * grad_head) * UNIT, grad_token * UNIT, grad_head * UNIT
     lse, delta = lse + (row * heads + head * group) * queries, delta + (row * heads + head * group) * queries
     for masked in tl.static_range(2):
         grad_k_SK, grad_v_SK = gather_kv(grad_k_SK, grad_v_SK, k_SK, v_SK, q, grad, lse, delta, q_token, q_head, grad_token, grad_head, low_S, high_S,
@@ -314,10 +320,18 @@ def backward_kv_kernel(grad, q, k, v, lse, delta, grad_k, grad_v, first, last, q
 # ---- What PyTorch knows of them: an operator, its shapes, its derivative.
 
 LOG2E = math.log2(math.e)
-TABLE = {  # compute capability: {bytes of a head: (T, S, warps, stages) forward, of the gradients of k and v, and of the gradient of q}
-    (0, 0): {1024: ((32, 16, 4, 1), (32, 16, 4, 1), (16, 32, 4, 1))},  # the interpreter: small, so that short rows have several blocks
-    (8, 0): {128: ((128, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3)), 256: ((128, 64, 8, 3), (64, 64, 8, 2), (64, 64, 4, 2)),
-             512: ((64, 32, 4, 2), (64, 32, 8, 1), (64, 32, 4, 1)), 1024: ((32, 16, 4, 1), (32, 16, 4, 1), (32, 16, 4, 1))},
+FLOAT32 = {(64, 4): ((32, 32, 4, 2), (32, 32, 8, 1), (32, 32, 8, 1)), (128, 4): ((16, 32, 4, 1), (32, 16, 8, 1), (16, 32, 8, 1))}
+TABLE = {  # compute capability: {(K, bytes of a number): (T, S, warps, stages of loads) forward, of the gradients of k and v, of the gradient of q}
+    (0, 0): {(256, 4): ((32, 16, 4, 1), (32, 16, 4, 1), (16, 32, 4, 1))},  # the interpreter: small, so that short rows have several blocks
+    (8, 0): {(64, 2): ((128, 64, 8, 3), (32, 128, 8, 2), (128, 64, 8, 2)),
+             (128, 2): ((128, 32, 8, 3), (64, 64, 8, 3), (64, 64, 8, 2)),
+             (256, 2): ((64, 32, 8, 2), (32, 32, 8, 2), (64, 32, 8, 2)), **FLOAT32},
+    (9, 0): {(64, 2): ((128, 128, 8, 2), (64, 128, 8, 3), (128, 64, 8, 3)),
+             (128, 2): ((128, 64, 8, 3), (32, 128, 8, 3), (128, 64, 8, 2)),
+             (256, 2): ((64, 64, 8, 2), (32, 32, 8, 2), (64, 32, 8, 2)), **FLOAT32},  # 64 keys would spill 8 bytes
+    (10, 0): {(64, 2): ((128, 64, 8, 3), (64, 128, 8, 3), (128, 64, 8, 2)),
+              (128, 2): ((128, 64, 8, 3), (64, 64, 8, 3), (128, 64, 8, 2)),
+              (256, 2): ((64, 64, 8, 2), (32, 64, 8, 2), (64, 32, 8, 2)), **FLOAT32},
 }
 
 
@@ -334,16 +348,18 @@ def bounds(documents_BS):
 
 
 def blocks(x_BTHK):
-    """Of the operators on such tensors: the forward pass's block, that of the gradients of k and v, that of q's; and K as a power of two."""
-    wide = max(16, triton.next_power_of_2(x_BTHK.shape[-1]))
-    rows = kernels.pick(TABLE, x_BTHK.device)
-    return *rows[min(size for size in rows if size >= wide * x_BTHK.element_size())], wide
+    """Of the operators on such tensors: the forward pass's block, that of the gradients of k and v, that of q's; and K, a power of two."""
+    wide, rows = max(16, triton.next_power_of_2(x_BTHK.shape[-1])), kernels.pick(TABLE, x_BTHK.device)
+    return *rows[min(row for row in rows if row[0] >= wide and row[1] >= x_BTHK.element_size())], wide
 
 
 def with_strides(*tensors):
-    """The tensors, each vector's numbers side by side, and the strides of their other dimensions in one list."""
+    """The tensors, each vector's numbers side by side; the strides of their other dimensions in one list, in units; and the unit: where all are
+    multiples of 16 bytes it is these, so that the compiler knows that it may fetch as many at once (72 is no multiple of 16, which it would see)."""
     tensors = [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
-    return tensors, [stride for x in tensors for stride in x.stride()[:3]]
+    strides, wide = [stride for x in tensors for stride in x.stride()[:3]], 16 // tensors[0].element_size()
+    unit = 1 if any(stride % wide for stride in strides) else wide
+    return tensors, [stride // unit for stride in strides], unit
 
 
 @torch.library.custom_op("nanovlm::attention", mutates_args=())
@@ -353,12 +369,12 @@ def forward(q_BTHK: torch.Tensor, k_BSGK: torch.Tensor, v_BSGK: torch.Tensor, fi
     out_BTHK, lse_BHT = forward_shapes(q_BTHK, k_BSGK, v_BSGK, first_BS, last_BS, causal, window)
     B, T, H, size = q_BTHK.shape
     S, G = k_BSGK.shape[1:3]
-    tensors, strides = with_strides(q_BTHK, k_BSGK, v_BSGK)
+    tensors, strides, unit = with_strides(q_BTHK, k_BSGK, v_BSGK)
     (t, s, warps, stages), _, _, wide = blocks(q_BTHK)
     if out_BTHK.numel():
         forward_kernel[(B * H, triton.cdiv(T, t))](
             *tensors, out_BTHK, lse_BHT, first_BS, last_BS, T, S, H, H // G, window, LOG2E / size**0.5, *strides, size=size,
-            CAUSAL=causal, T=t, S=s, K=wide, num_warps=warps, num_stages=stages)
+            CAUSAL=causal, UNIT=unit, T=t, S=s, K=wide, num_warps=warps, num_stages=stages)
     return out_BTHK, lse_BHT
 
 
@@ -376,19 +392,19 @@ def backward(grad_BTHK: torch.Tensor, q_BTHK: torch.Tensor, k_BSGK: torch.Tensor
     grads = backward_shapes(grad_BTHK, q_BTHK, k_BSGK, v_BSGK, out_BTHK, lse_BHT, first_BS, last_BS, causal, window)
     B, T, H, size = q_BTHK.shape
     S, G = k_BSGK.shape[1:3]
-    (grad_BTHK, q_BTHK, k_BSGK, v_BSGK), strides = with_strides(grad_BTHK, q_BTHK, k_BSGK, v_BSGK)
+    (grad_BTHK, q_BTHK, k_BSGK, v_BSGK), strides, unit = with_strides(grad_BTHK, q_BTHK, k_BSGK, v_BSGK)
     delta_BHT = torch.empty_like(lse_BHT)
     numbers = first_BS, last_BS, T, S, H, H // G, window, LOG2E / size**0.5, 1 / size**0.5, *strides
     _, kv, (t, s, warps, stages), wide = blocks(q_BTHK)
     if q_BTHK.numel():
         backward_q_kernel[(B * H, triton.cdiv(T, t))](
-            grad_BTHK, q_BTHK, k_BSGK, v_BSGK, out_BTHK, lse_BHT, delta_BHT, grads[0], *numbers, size=size, CAUSAL=causal, T=t, S=s, K=wide,
-            num_warps=warps, num_stages=stages)
+            grad_BTHK, q_BTHK, k_BSGK, v_BSGK, out_BTHK, lse_BHT, delta_BHT, grads[0], *numbers, size=size, CAUSAL=causal, UNIT=unit, T=t, S=s,
+            K=wide, num_warps=warps, num_stages=stages)
     t, s, warps, stages = kv
     if k_BSGK.numel():
         backward_kv_kernel[(B * G, triton.cdiv(S, s))](
-            grad_BTHK, q_BTHK, k_BSGK, v_BSGK, lse_BHT, delta_BHT, grads[1], grads[2], *numbers, size=size, CAUSAL=causal, T=t, S=s, K=wide,
-            num_warps=warps, num_stages=stages)
+            grad_BTHK, q_BTHK, k_BSGK, v_BSGK, lse_BHT, delta_BHT, grads[1], grads[2], *numbers, size=size, CAUSAL=causal, UNIT=unit, T=t, S=s,
+            K=wide, num_warps=warps, num_stages=stages)
     return grads
 
 

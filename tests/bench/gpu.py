@@ -25,6 +25,7 @@ if "--dry=true" in sys.argv:
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+import gpu_attention  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 import triton  # noqa: E402
@@ -282,6 +283,7 @@ def time_step(run):
 
 
 PARTS = {  # name: (what checks it, what times it: rows of the table, in this order)
+    "attention": (gpu_attention.check, gpu_attention.time_attention),
     "rmsnorm": (check_norms, time_norms),
     "loss": (check_loss, time_loss),
     "decode": (check_model, time_decode),
@@ -301,6 +303,7 @@ def tune_all(run):
         torch.ops.nanovlm.rmsnorm_backward(rows[i % 3], rows[(i + 1) % 3], rows[(i + 2) % 3], weight, scale, True)
 
     fit(rmsnorm, norm, itertools.product((16, 32, 64), (16, 32, 64), (512, 768, 1024, 1536), (1, 2, 3)), run)
+    gpu_attention.tune(run)
     fit(loss, lambda i: loss.fused_scores(logits_nV, targets_n, True), itertools.product((8192, 16384, 32768, 65536), (8, 16, 32), (1, 2, 3)), run)
 
 
@@ -335,7 +338,7 @@ def print_table(found):
 
 def gpu(*,
     rounds: int = 20,         # timings of each contestant
-    only: str = "",           # parts, all if empty: rmsnorm, loss, decode, step
+    only: str = "",           # parts, all if empty: attention, rmsnorm, loss, decode, step
     dry: bool = False,        # no times: small checks in Triton's interpreter
     tune: bool = False,       # find the tables of blocks instead
     out: str = str(Path(__file__).parent / "results" / "gpu.json"),  # all figures go here
@@ -349,7 +352,8 @@ def gpu(*,
     if not (dry or torch.cuda.is_available()):
         raise Mistake("gpu.py wants a CUDA card, and none is here; --dry=true checks the kernels in Triton's interpreter")
     device, dtype = torch.device("cpu" if dry else "cuda"), torch.float32 if dry else torch.bfloat16
-    run = SimpleNamespace(rounds=rounds, dry=dry, device=device, dtype=dtype, random=lambda *shape: torch.randn(shape, device=device, dtype=dtype))
+    run = SimpleNamespace(rounds=rounds, dry=dry, device=device, dtype=dtype, random=lambda *shape: torch.randn(shape, device=device, dtype=dtype),
+                          hold=hold, measure=measure, row=row)
     if tune:
         return tune_all(run)
     for part in parts:
