@@ -9,6 +9,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from . import kernels
 from .decoder import Block, FixedCache, rotate
 
 LARGE = 1 << 17  # numbers of a weight from which oneDNN's call, 8 µs longer than F.linear's, is made up for by its product (576 × 576, not 256 × 256)
@@ -80,12 +81,12 @@ class Steps:
     """What a decoder expects next in every row, (B, V) logits, of tokens that come one after another into its cache.
 
     record: let an answer of more than PATIENCE tokens be spoken by a Recorded step. Recording takes as long as a few steps, which one word would
-    not make up for.
+    not make up for. --kernels=torch asks for what PyTorch does by itself, so nothing is recorded.
     """
 
     def __init__(self, decoder, cache, positions_BS, documents_BS, record):
-        self.decoder, self.cache, self.positions_BS, self.documents_BS, self.record = decoder, cache, positions_BS, documents_BS, record
-        self.spoken, self.recorded = 0, None
+        self.decoder, self.cache, self.positions_BS, self.documents_BS = decoder, cache, positions_BS, documents_BS
+        self.spoken, self.recorded, self.record = 0, None, record and kernels.choice != "torch"
 
     def __call__(self, x_BtD):
         """Embeddings of the next tokens of every row, all of a prompt or one."""

@@ -3,7 +3,7 @@ import pytest
 import torch
 from conftest import make_samples, make_vlm
 
-from nanovlm import generate
+from nanovlm import generate, kernels
 from nanovlm.attention import attention
 from nanovlm.decoder import Cache, FixedCache
 
@@ -81,9 +81,11 @@ def test_a_product_is_its_layers_side_by_side(dtype, error, bias, rows, large, m
     assert found.dtype == dtype and (found.double() - expected).norm() / expected.norm() < error
 
 
+@pytest.mark.parametrize("choice", ["torch", "triton"])
 @pytest.mark.parametrize("window", [None, 4])
 @pytest.mark.parametrize("padded", [False, True])
-def test_a_step_in_a_fixed_cache_gives_the_logits_of_one_in_a_growing_one(window, padded):
+def test_a_step_in_a_fixed_cache_gives_the_logits_of_one_in_a_growing_one(choice, window, padded, monkeypatch):
+    """By the formulas, and by the kernels that a card would record."""
     vlm = make_vlm(decoder={"window": window})
     ids_BT, positions_BS = torch.randint(41, (2, 7)), torch.arange(16).expand(2, -1)
     documents_BS = torch.tensor([[0] * 3 + [1] * 13, [1] * 16]) if padded else None
@@ -95,9 +97,13 @@ def test_a_step_in_a_fixed_cache_gives_the_logits_of_one_in_a_growing_one(window
         x_BTD = vlm.decoder.embed(ids_BT)
         torch.testing.assert_close(growing(x_BTD), start(x_BTD), rtol=0, atol=0)
         fixed = generate.Recorded(vlm.decoder, caches[1], positions_BS, documents_BS)
+        monkeypatch.setattr(kernels, "choice", choice)
         for _ in range(9):  # to the last place
             ids_B = torch.randint(41, (2,))
-            torch.testing.assert_close(fixed(ids_B), growing.one(ids_B), rtol=1e-4, atol=1e-5)
+            found = fixed(ids_B)
+            with monkeypatch.context() as switch:
+                switch.setattr(kernels, "choice", "torch")
+                torch.testing.assert_close(found, growing.one(ids_B), rtol=1e-4, atol=1e-5)
     assert fixed.cache.filled.item() == 17 and fixed.graph is None
 
 
@@ -117,6 +123,17 @@ def test_a_short_answer_is_not_recorded(vlm, monkeypatch):
     monkeypatch.setattr(generate, "FixedCache", lambda cache: made.append(cache.length) or FixedCache(cache))
     said(vlm, PROMPTS[:1], generate.PATIENCE, record=("cpu",))
     said(vlm, PROMPTS[:1], 2 * generate.PATIENCE)  # nor is one on a device whose steps are not recorded
+    with monkeypatch.context() as switch:
+        switch.setattr(kernels, "choice", "torch")
+        said(vlm, PROMPTS[:1], 2 * generate.PATIENCE, record=("cpu",))
     assert made == []
     said(vlm, PROMPTS[:1], generate.PATIENCE + 2, record=("cpu",))
     assert made == [len(PROMPTS[0]) + generate.PATIENCE]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="wants a CUDA card: nothing else records")
+@pytest.mark.parametrize("window", [None, 6])
+def test_on_a_card_a_recorded_step_says_what_a_fresh_one_says(window):
+    vlm = generate.ready(make_vlm(decoder={"window": window}).cuda())
+    count = 2 * generate.PATIENCE
+    assert said(vlm, PROMPTS, count, record=("cuda",)) == said(vlm, PROMPTS, count, record=())
