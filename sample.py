@@ -18,10 +18,11 @@ from types import SimpleNamespace
 import torch
 
 from nanovlm import Mistake, chat, cli, disk, evaluate, generate, images, packing, papers, parallel, weights
+from nanovlm import kernels as forms
 from nanovlm.evaluate import prompt_ids
 
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-BATCH = 16     # questions of an exam at once
+BATCH = 16  # questions of an exam at once
 LONGEST = 1 << 20  # tokens of prompt and answer together; the cache takes memory for all of them before the first is read
 
 
@@ -166,7 +167,7 @@ def sample(*,
     score: str = "",              # such a file, to be marked again without a model; by the right answers in --questions, if given
     report: str = "",             # a page of HTML for its pictures, questions, answers and marks
     submission: str = "",         # a file for its answers as the owner wants them handed in (vqav2, docvqa)
-    batch: int = BATCH,              # of its questions, answered at once
+    batch: int = BATCH,           # of its questions, answered at once
     temperature: float = 0.0,     # 0 takes the likeliest token every time; 1 draws as the model believes
     top_p: float = 1.0,           # draw among the fewest likeliest tokens that hold this much of the probability
     top_k: int = 0,               # draw among this many likeliest tokens; 0: among all
@@ -174,6 +175,7 @@ def sample(*,
     seed: int = 0,                # of the draws, and of the resampling that an exam's intervals come from
     device: str = "auto",         # auto, cpu, cuda, cuda:1 (or another card's number) or mps
     dtype: str = "auto",          # of the model's numbers: float32, bfloat16 or float16; auto: what its files have, so that 7B take 14 GB, not 28
+    kernels: str = "auto",        # auto: our Triton kernels on CUDA cards that can run them; torch: the formulas in PyTorch
 ):
     """Answer a question about pictures, or about nothing but words."""
     typed = SimpleNamespace(**locals())
@@ -181,6 +183,9 @@ def sample(*,
     check(choices)
     if dtype not in DTYPES:
         raise Mistake(f"--dtype={dtype} is none of {', '.join(DTYPES)}")
+    if kernels not in ("auto", "torch"):
+        raise Mistake(f"--kernels={kernels} is none of auto, torch")
+    forms.choice = kernels
     if not (score or Path(model).exists() or disk.is_name(model)):
         raise Mistake(f"no such model: {model}; `python train.py` makes out/sft, the demonstration's")
     check_exam(typed)

@@ -216,6 +216,7 @@ def test_a_conversation_goes_on_after_a_line_that_cannot_be_asked(ask):
     (["--questions=exam.jsonl", "--out=none/answers.jsonl"], "--out=none/answers.jsonl: there is no folder none"),
     (["--questions=exam.jsonl", "--benchmark=extact"], "--benchmark=extact is not known: exact, contains, "),
     (["--device=abacus", "--prompt=a"], "--device=abacus is none of auto, cpu, cuda"),
+    (["--kernels=mine", "--prompt=a"], "--kernels=mine is none of auto, torch"),
 ])
 def test_what_cannot_be_done_is_one_line_and_exit_code_1(ask, words, said):
     code, out, err = ask(*words)
