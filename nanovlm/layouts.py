@@ -14,7 +14,6 @@ from typing import NamedTuple
 from PIL import ImageDraw, ImageFont
 
 from . import Mistake, opening, sources
-from .chat import LETTER_PROMPT, SHORT_PROMPT
 from .records import LETTERS
 from .refs import Bytes, File, Member, archive, find, load
 
@@ -43,7 +42,8 @@ def sheets(path, patterns):
     Of a folder and a zip, all that match the first of `patterns` that matches any.
     """
     path = str(Path(path))
-    pack = next((part for part in (path, *map(str, Path(path).parents)) if zipfile.is_zipfile(part)), "")
+    parts = (path, *map(str, Path(path).parents))
+    pack = next((part for part in parts if zipfile.is_zipfile(part) or (part.endswith(".zip") and os.path.isfile(part))), "")
     if pack:
         within = path[len(pack) + 1 :]
         names = members(pack, within)
@@ -63,7 +63,11 @@ def sheets(path, patterns):
 
 def members(pack, within):
     """The files of a zip that lie in a folder of it, or the one of that name."""
-    names = [name for name in archive(pack, os.getpid()).namelist() if not name.endswith("/") and not name.startswith("__MACOSX/")]
+    try:
+        names = archive(pack, os.getpid()).namelist()
+    except Mistake as mistake:
+        raise Mistake(str(mistake).removeprefix("--images=")) from None
+    names = [name for name in names if not name.endswith("/") and not name.startswith("__MACOSX/")]
     return [within] if within in names else [name for name in names if not within or name.startswith(f"{within}/")]
 
 
@@ -127,14 +131,22 @@ def listed(said, sheet, notes):
     return said.get("data", [said]) if isinstance(said, dict) else said
 
 
+FIELDS = ("id", "image", "question", "answers", "answer", "kind", "choices")  # of anybody's questions
+
+
 def anybodys(said, sheet, notes):
-    """Records as they are, or in LLaVA's format, of which the first turn is the question, the reply to it the answer, and a label the kind."""
+    """Records as they are, or in LLaVA's format, of which the first turn is the question, the reply to it the answer, and a label the kind.
+
+    The former have no other FIELDS: a question whose picture is called `img` would be asked without it.
+    """
     for number, record in enumerate(listed(said, sheet, notes), 1):
         match record:
             case {"conversations": [{"from": "human", "value": asked}, {"from": "gpt", "value": answer}, *_]}:
                 yield {**record, "question": asked, "answers": [answer], "kind": record.get("label")}
             case {"conversations": _}:
                 raise Mistake(f"{sheet.name}, question {number}: its first two turns are no question and answer")
+            case dict() if unknown := [name for name in record if name not in FIELDS]:
+                raise Mistake(f"{sheet.name}, question {number}: nobody reads its {', '.join(unknown)}; known are {', '.join(FIELDS)}")
             case _:
                 yield record
 
@@ -142,8 +154,8 @@ def anybodys(said, sheet, notes):
 def coco(said, sheet, notes):
     """Karpathy's split, of which the test images count, its test set as BLIP cut it out (a list), or COCO's own captions, which are also what
     --annotations may be."""
-    captions, source = defaultdict(list), notes or said
-    for note in source.get("annotations", []) if isinstance(source, dict) else []:
+    captions = defaultdict(list)
+    for note in notes["annotations"] if notes is not None else said.get("annotations", []) if isinstance(said, dict) else []:
         captions[note["image_id"]].append(note["caption"])
     if isinstance(said, list):
         ids = [int(re.search(r"\d+(?=\.\w+$)", image["image"])[0]) for image in said]
@@ -154,18 +166,18 @@ def coco(said, sheet, notes):
         records = [{"id": image["cocoid"], "image": image["filename"], "answers": [sentence["raw"] for sentence in image["sentences"]]}
                    for image in said["images"] if image["split"] == "test"]
     for record in records:
-        yield record | {"answers": captions[record["id"]]} if captions else record
+        yield record | {"answers": captions[record["id"]]} if captions or notes is not None else record
 
 
 def vqav2(said, sheet, notes):
     """The picture's name follows from the set's, but test-dev2015 is a part of test2015."""
     split = said["data_subtype"].replace("-dev", "")
-    golds = {note["question_id"]: note for note in notes["annotations"]} if notes else {}
+    golds = {note["question_id"]: note for note in notes["annotations"]} if notes is not None else {}
     if notes is None and not split.startswith("test"):
         raise Mistake(f"{sheet.name}: the answers of {split} are published: give them as --annotations")
     for record in said["questions"]:
         gold = golds.get(record["question_id"], {})
-        if notes and not gold:
+        if notes is not None and not gold:
             raise Mistake(f"{sheet.name}: the annotations have no answers to question {record['question_id']}")
         yield {**record, "image": f"COCO_{split}_{record['image_id']:012d}.jpg", "answers": gold.get("answers"), "kind": gold.get("answer_type")}
 
@@ -179,7 +191,7 @@ def by_file(said, sheet, notes):
 def ai2d(said, sheet, notes):
     """A file for each diagram, of which the annotations list the test's. Some questions ask of letters in the places of the labels."""
     if notes is None:
-        raise Mistake(f"{sheet.root}: AI2D is asked of the test's diagrams alone: give their list, ai2d_test_ids.csv, as --annotations")
+        raise Mistake(f"{sheet.name}: AI2D is asked of the test's diagrams alone: give their list, ai2d_test_ids.csv, as --annotations")
     if said["imageName"].split(".")[0] not in notes.split():
         return
     plain = picture(said["imageName"], ("../images/{}",), sheet, "", sheet.name)
@@ -212,7 +224,7 @@ def mmmu(said, sheet, notes):
         marks = re.findall(r"<image (\d)>", "\n".join([record["question"], *choices]))
         first = [number for number in "1234567" if record.get(f"image_{number}") is not None and number not in marks]
         asked, *choices = [re.sub(r"<image \d>", "<image>", text) for text in (record["question"], *choices)]
-        yield {**record, "question": "<image>\n" * len(first) + asked, "choices": choices, "prompt": LETTER_PROMPT if choices else SHORT_PROMPT,
+        yield {**record, "question": "<image>\n" * len(first) + asked, "choices": choices,
                "image": [record[f"image_{number}"] for number in (*first, *marks)], "kind": re.sub(r"^[a-z]+_|_\d+$", "", record["id"]),
                "answers": several(answer)}
 
@@ -252,7 +264,7 @@ def in_order(lettered, answer):
 
 def mme(said, sheet, notes):
     """A text for each picture, a question and its answer on a line; the picture lies beside it, or in the next folder."""
-    folder, stem = os.path.dirname(sheet.name).removesuffix("/questions_answers_YN"), os.path.basename(sheet.path)[:-4]
+    folder, stem = os.path.dirname(sheet.name).removesuffix("/questions_answers_YN"), Path(sheet.path).stem
     ref = picture(stem, [form.format(f"{{}}.{end}") for form in ("{}", "../images/{}") for end in ("jpg", "png")], sheet, "", sheet.name)
     category = os.path.basename(folder)
     for number, line in enumerate(filter(str.strip, said.split("\n")), 1):

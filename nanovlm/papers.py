@@ -3,6 +3,7 @@
 What a benchmark is stands in BENCHMARKS, a few lines each. Neither the model is known here nor how an answer is marked: that is scores.py.
 """
 import json
+import re
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -32,6 +33,7 @@ class Benchmark(NamedTuple):
     keep: tuple = ()                       # what else the score needs
     mine: bool = False                     # anybody's questions: --prompt takes their place, and each has a list of answers
     spoken: bool = False                   # the question says its choices already
+    openly: str = ""                       # in place of the prompt where there are no choices
     secret: tuple = ()                     # what stands for an answer where the test's are not published
     submission: tuple = ()                 # the names of id and answer in what is handed in
 
@@ -60,7 +62,7 @@ BENCHMARKS = {
         "anls", WORD_PROMPT, ("infographic*_val_v1.0*.json", "infographic*_test_v1.0.json"), id="questionId", image="image_local_name",
         forms=("infographicsvqa_images/{}", "{}"), secret=(None,), submission=("questionId", "answer")),
     "ai2d": Benchmark("letters", LETTER_PROMPT, ("questions/*.json",), ai2d, ("ai2d_test_ids.csv",)),
-    "mmmu": Benchmark("mmmu", files=("validation-*.parquet", "test-*.parquet"), layout=mmmu, secret=("?",)),
+    "mmmu": Benchmark("mmmu", LETTER_PROMPT, ("validation-*.parquet", "test-*.parquet"), mmmu, secret=("?",), openly=SHORT_PROMPT),
     "mmstar": Benchmark("letters", LETTER_PROMPT, ("mmstar.parquet",), mmstar, id="index", kind="category"),
     "ocrbench": Benchmark(
         "ocrbench", files=("OCRBench.json", "test-*.parquet"), id="", image="image_path image", forms=("OCRBench_Images/{}", "{}"),
@@ -87,7 +89,9 @@ def read(name, questions, annotations="", images="", prompt=""):
     benchmark = named(name)
     if annotations and not benchmark.notes:
         raise Mistake(f"--annotations={annotations}: of {name}, the answers are with the questions")
-    notes = document(sheets(annotations, benchmark.notes)[0]) if annotations else None
+    notes, *more = map(document, sheets(annotations, benchmark.notes)) if annotations else [None]
+    if more:
+        raise Mistake(f"--annotations={annotations} are {1 + len(more)} files: name the one that goes with the questions")
     rows, seen, paths = [], {}, 0
     for sheet in sheets(questions, benchmark.files):
         for number, record in enumerate(records(name, sheet, notes, annotations), 1):
@@ -127,20 +131,23 @@ def question(benchmark, record, count, prompt, where):
     whole = prompt if benchmark.mine else ""
     told["id"] = told["id"] if benchmark.id else count
     told["question"] = whole or told["question"] or (CAPTION_PROMPT if benchmark.score == "captions" else None)
-    needed = ("id", "question") if None in benchmark.secret else ("id", "question", "answers")
-    if missing := [part for part in needed if told[part] is None]:
-        raise Mistake(f"{where}: no {', '.join(missing)}; it has {', '.join(record)}")
     image = [] if told["image"] is None else told["image"] if type(told["image"]) is list else [told["image"]]  # a ref is a tuple
-    choices, answers = record.get("choices") or [], golds(benchmark, told["answers"])
-    check(where, id=[str(told["id"])], question=[told["question"]])
+    blind = benchmark.mine and benchmark.score != "captions"  # may be asked without a picture
+    needed = ["id", "question", *["answers"] * (None not in benchmark.secret), *["image"] * (not blind)]
+    if missing := [part for part in needed if (told | {"image": image or None})[part] is None]:
+        raise Mistake(f"{where}: no {', '.join(missing)}; it has {', '.join(record)}")
+    choices, answers = [] if record.get("choices") is None else record["choices"], golds(benchmark, told["answers"])
+    kind = "all" if told["kind"] in (None, "") else told["kind"]
+    check_names(where, id=told["id"], kind=kind)
+    check(where, question=told["question"])
     check(where, not benchmark.mine and benchmark.score in COMPARED, answers=answers or [None] * benchmark.mine)
     check(where, True, choices=choices)
-    text = whole or wording(benchmark, told["question"], choices, prompt or record.get("prompt", benchmark.prompt))
+    text = whole or wording(benchmark, told["question"], choices, prompt or (benchmark.prompt if choices else benchmark.openly or benchmark.prompt))
     if text.count("<image>") not in (0, len(image)):
         raise Mistake(f"{where}: {text.count('<image>')} <image> in its text but {len(image)} pictures")
     text = text if "<image>" in text else "<image>\n" * len(image) + text
     more = {names.split()[0]: field(record, *names.split()) for names in benchmark.keep}
-    row = {"id": told["id"], "kind": str(told["kind"] or "all"), "image": image, "question": text, "answers": answers, "choices": choices, **more}
+    row = {"id": told["id"], "kind": str(kind), "image": image, "question": text, "answers": answers, "choices": choices, **more}
     if answers:
         scores.check(benchmark.score, row, where)
     return row
@@ -156,9 +163,22 @@ def golds(benchmark, told):
 
 
 def check(where, may_be_blank=False, **parts):
-    for name, texts in parts.items():
-        if not isinstance(texts, list) or not all(isinstance(text, str) and (may_be_blank or text.replace("<image>", "").strip()) for text in texts):
-            raise Mistake(f"{where}: `{name}` should be text that says something, not {texts!r:.80}")
+    """Raise Mistake for a question that is no text, and for answers and choices that are no list of texts."""
+    for name, value in parts.items():
+        wanted, texts = ("text that says", [value]) if name == "question" else ("a list of texts that say", value)
+        if not isinstance(texts, list) or not all(is_text(text) and (may_be_blank or text.replace("<image>", "").strip()) for text in texts):
+            raise Mistake(f"{where}: `{name}` should be {wanted} something, not {value!r:.80}")
+
+
+def is_text(value):
+    """Half a character of UTF-16, which JSON can spell, cannot be written or read by a tokenizer."""
+    return isinstance(value, str) and not re.search(r"[\ud800-\udfff]", value)
+
+
+def check_names(where, **names):
+    for part, name in names.items():
+        if isinstance(name, bool) or not isinstance(name, str | int | float) or not (str(name).isprintable() and str(name).strip()):
+            raise Mistake(f"{where}: `{part}` should be a number or a line of text, not {name!r:.80}")
 
 
 def wording(benchmark, asked, choices, prompt):

@@ -251,10 +251,11 @@ def mark(score, answers, questions):
 def check(score, question, where):
     """Raise Mistake for a question that a score cannot mark, or of which a right answer would never be marked as one."""
     golds, letters = [gold.strip() for gold in question["answers"]], string.ascii_uppercase[: len(question.get("choices") or [])]
-    places = ["precision"] if question.get("answer_type") == "float" else []
-    for needed in {"ocrbench": ["dataset_name"], "mathvista": ["answer_type", *places]}.get(score, []):
-        if question.get(needed) is None:
-            raise Mistake(f"{where} has no {needed}, without which {score} cannot mark it")
+    needed, kind, places = {"ocrbench": "dataset_name", "mathvista": "answer_type"}.get(score), question.get("answer_type"), question.get("precision")
+    if needed and question.get(needed) is None:
+        raise Mistake(f"{where} has no {needed}, without which {score} cannot mark it")
+    if score == "mathvista" and not letters and kind not in ("integer", "list") and (kind != "float" or places not in range(10)):
+        raise Mistake(f"{where} has no choices, and its answer_type, {kind}, and precision, {places}, tell no kind of number")
     if score in ("vqa", "textvqa") and len(golds) < 4:
         raise Mistake(f"{where} has {len(golds)} right answers, but VQA accuracy asks if three other people agree: mark by `exact`")
     if score in ("yesno", "mme") and not {gold.lower() for gold in golds} <= {"yes", "no"}:

@@ -3,6 +3,7 @@ import io
 import json
 import re
 import zipfile
+from pathlib import Path
 
 import pyarrow
 import pytest
@@ -110,10 +111,10 @@ def test_how_to_answer_stands_behind_the_question_once(tmp_path):
     (json.dumps({"id": 1}), "exam.json, question 1: no question, answers; it has id"),
     (json.dumps(GOOD) + "\n" + json.dumps(GOOD), "exam.json, question 2: the id a comes again, after .*exam.json, question 1"),
     (json.dumps([{**GOOD, "id": 1}, {**GOOD, "id": "1"}]), "exam.json, question 2: the id 1 comes again"),
-    (json.dumps({**GOOD, "answers": "milk"}), "`answers` should be text that says something, not 'milk'"),
-    (json.dumps({**GOOD, "answers": []}), r"`answers` should be text that says something, not \[None\]"),
-    (json.dumps({**GOOD, "answers": ["milk", " "]}), "`answers` should be text that says something"),
-    (json.dumps({**GOOD, "choices": "milk"}), "`choices` should be text"),
+    (json.dumps({**GOOD, "answers": "milk"}), "`answers` should be a list of texts that say something, not 'milk'"),
+    (json.dumps({**GOOD, "answers": []}), r"`answers` should be a list of texts that say something, not \[None\]"),
+    (json.dumps({**GOOD, "answers": ["milk", " "]}), "`answers` should be a list of texts that say something"),
+    (json.dumps({**GOOD, "choices": "milk"}), "`choices` should be a list of texts"),
     (json.dumps({**GOOD, "image": {"road": "a"}}), "`image` should be text that says something, not None"),
     (json.dumps({**GOOD, "image": [1]}), "`image` should be text"),
     (json.dumps({**GOOD, "image": "c.jpg"}), "exam.json, question 1: no such picture: .*c.jpg"),
@@ -122,6 +123,14 @@ def test_how_to_answer_stands_behind_the_question_once(tmp_path):
     (json.dumps({**GOOD, "question": 3}), "`question` should be text"),
     (json.dumps({**GOOD, "question": "<image> "}), "`question` should be text that says something"),
     (json.dumps({**GOOD, "question": "<image> or <image>?"}), "question 1: 2 <image> in its text but 1 pictures"),
+    (json.dumps({**GOOD, "question": "\ud800?"}), r"`question` should be text that says something, not '\\ud800"),
+    (json.dumps({**GOOD, "answers": ["\udfff"]}), r"`answers` should be a list of texts that say something, not \['\\udfff"),
+    (json.dumps({**GOOD, "choices": ["x", "\ud800"]}), "`choices` should be a list of texts"),
+    (json.dumps({**GOOD, "choices": 0}), "`choices` should be a list of texts that say something, not 0"),
+    *((json.dumps({**GOOD, part: name}), re.escape(f"`{part}` should be a number or a line of text, not {name!r}"))
+      for part in ("id", "kind") for name in (True, [], {"a": 1}, " ", "a\nb", "\ud800")),
+    (json.dumps({**GOOD, "id": ""}), "`id` should be a number or a line of text, not ''"),
+    (json.dumps({**GOOD, "images": ["a.jpg"], "prompt": 3}), "question 1: nobody reads its images, prompt; known are id, image, question, answers,"),
     (json.dumps([{"id": 1, "conversations": turns("What?")}]), "question 1: its first two turns are no question and answer"),
     (json.dumps([{"id": 1, "conversations": [{"from": "system", "value": "x"}, *turns("What?", "milk")]}]), "its first two turns are no question"),
     (json.dumps([{"id": 1, "conversations": "What?"}]), "its first two turns are no question and answer"),
@@ -130,6 +139,71 @@ def test_what_is_no_exam_is_named(tmp_path, text, said):
     with pytest.raises(Mistake, match=said) as mistake:
         read(tmp_path, text)
     assert "\n" not in str(mistake.value)
+
+
+def test_a_kind_may_be_a_number_and_is_all_where_it_is_blank(tmp_path):
+    for kind, want in ((0, "0"), (1.5, "1.5"), ("", "all"), (None, "all"), ("Übung", "Übung")):
+        assert read(tmp_path, json.dumps(GOOD | {"kind": kind}))[0]["kind"] == want
+
+
+def test_what_llavas_format_says_besides_changes_nothing(tmp_path):
+    llava = {"id": "a", "image": "a.jpg", "conversations": turns("What?", "milk")}
+    assert read(tmp_path, json.dumps([llava | {"prompt": 3, "model": "x", "width": 5}])) == read(tmp_path, json.dumps([llava]))
+
+
+def test_a_zip_that_is_none_is_called_so(tmp_path):
+    lay(tmp_path / "z", {"exam.jsonl": lines([GOOD]), "a.jpg": None})
+    whole = Path(pack(tmp_path / "z")).read_bytes()
+    for number, content in enumerate((b"", b"PK\3\4", whole[:-30], whole.replace(b"PK\1\2", b"PK\1\3"))):
+        (tmp_path / f"{number}.zip").write_bytes(content)
+        for part in ("", "/exam.jsonl"):
+            with pytest.raises(Mistake, match=f"^{tmp_path}/{number}.zip is neither a folder nor a zip: (File is not|Bad magic)"):
+                papers.read("exact", f"{tmp_path}/{number}.zip{part}")
+    lay(tmp_path, {"folder.zip/exam.jsonl": lines([GOOD]), "folder.zip/a.jpg": None})
+    assert papers.read("exact", tmp_path / "folder.zip")[0]["image"] == [refs.File(f"{tmp_path}/folder.zip/a.jpg")]
+    with pytest.raises(Mistake, match="^.*empty holds no [*].jsonl and no [*].json$"):
+        (tmp_path / "empty").mkdir()
+        papers.read("exact", tmp_path / "empty")
+
+
+def test_names_may_be_in_any_script(tmp_path):
+    folder = lay(tmp_path / "prüf [1] 试卷", {"exäm*.jsonl": lines([GOOD | {"image": "圖 {0}.jpg", "id": "ä/1", "kind": "何"}]), "圖 {0}.jpg": None})
+    for questions in (folder, folder / "exäm*.jsonl"):
+        assert papers.read("exact", questions)[0]["image"] == [refs.File(f"{folder}/圖 {{0}}.jpg")]
+    archive = pack(folder)
+    for questions in (archive, f"{archive}/exäm*.jsonl"):
+        row, = papers.read("exact", questions)
+        assert row["image"] == [refs.Member(archive, "圖 {0}.jpg")] and (row["id"], row["kind"]) == ("ä/1", "何")
+
+
+def test_a_question_that_lost_its_picture_is_not_asked_without_it(tmp_path):
+    """Anybody's questions may have none, but a caption is of one; of the owners' each has one, and of another benchmark's file a field is missing."""
+    record = {"questionId": 1, "question": "What?", "answers": ["milk"]}
+    for name, told in (("infovqa", {"image": "documents/a.jpg"}), ("docvqa", {"image_local_name": "a.jpg"}), ("docvqa", {"image": []})):
+        with pytest.raises(Mistake, match=f"question 1: no image; it has questionId, question, answers, {[*told][0]}"):
+            read(tmp_path, json.dumps([record | told]), name)
+    blind = {name: value for name, value in GOOD.items() if name != "image"}
+    assert read(tmp_path, json.dumps(blind))[0]["question"] == "What?"
+    for empty in ({}, {"image": []}, {"image": None}):
+        with pytest.raises(Mistake, match="question 1: no image; it has id, question, answers, kind"):
+            read(tmp_path, json.dumps(blind | empty), "captions")
+    with pytest.raises(Mistake, match="question 1: no image; it has id, question"):
+        papers.read("mmmu", lay(tmp_path, {"validation-0.parquet": [mmmu(options="['x', 'y']")]}))
+
+
+def test_annotations_that_say_nothing_of_the_questions_are_refused(tmp_path):
+    lay(tmp_path, {"q.json": KARPATHY, "vqa.json": vqav2("val2014"), "a/captions_val2014.json": CAPTIONS, "a/b/captions_val2014.json": CAPTIONS,
+                   "notes.csv": "10", **{f"COCO_val2014_{i:012d}.jpg": None for i in (391895, 522418, 262148)}})
+    for name, questions in (("coco", "q.json"), ("vqav2", "vqa.json")):
+        for number, wrong in enumerate(([], {}, 3, "x", None, KARPATHY)):
+            with pytest.raises(Mistake, match=f"{questions} and .*{number}.json are not laid out as {name}'s owner does it: (Key|Type)Error"):
+                papers.read(name, tmp_path / questions, lay(tmp_path, {f"{number}.json": json.dumps(wrong)}) / f"{number}.json")
+        with pytest.raises(Mistake, match="notes.csv are not laid out as"):
+            papers.read(name, tmp_path / questions, tmp_path / "notes.csv")
+    with pytest.raises(Mistake, match=r"question 1: `answers` should be a list of texts that say something, not \[None\]"):
+        papers.read("coco", tmp_path / "q.json", lay(tmp_path, {"none.json": {"annotations": []}}) / "none.json")
+    with pytest.raises(Mistake, match="--annotations=.*a are 2 files: name the one that goes with the questions"):
+        papers.read("coco", tmp_path / "q.json", tmp_path / "a")
 
 
 def test_an_exam_may_be_a_zip_or_a_part_of_one(tmp_path):
@@ -190,7 +264,7 @@ def test_coco_in_karpathys_split_in_blips_and_in_its_own(tmp_path):
     with pytest.raises(Mistake, match="other.json is not laid out as coco's owner does it: KeyError"):
         papers.read("coco", tmp_path / "other.json")
     lay(tmp_path, {"captions_val2014.json": CAPTIONS | {"annotations": CAPTIONS["annotations"][::2]}})  # those of the first picture
-    with pytest.raises(Mistake, match="question 2: `answers` should be text"):
+    with pytest.raises(Mistake, match="question 2: `answers` should be a list of texts"):
         papers.read("coco", tmp_path / "dataset_coco.json", tmp_path / "captions_val2014.json")
 
 
@@ -499,20 +573,23 @@ def test_choices_count_only_where_their_letters_come_in_order_and_the_answer_is_
 
 @pytest.mark.parametrize("name, told, said", [
     ("pope", {"label": "maybe"}, "its answers, maybe, are not yes or no"),
-    ("pope", {"label": []}, r"`answers` should be text that says something, not \[\[\]\]"),
-    ("ocrbench", {"answers": ""}, "`answers` should be text that says something"),
-    ("ocrbench", {"answers": ["x", " "]}, "`answers` should be text that says something"),
-    ("ocrbench", {"answers": []}, "`answers` should be text that says something"),
+    ("pope", {"label": []}, r"`answers` should be a list of texts that say something, not \[\[\]\]"),
+    ("ocrbench", {"answers": ""}, "`answers` should be a list of texts that say something"),
+    ("ocrbench", {"answers": ["x", " "]}, "`answers` should be a list of texts that say something"),
+    ("ocrbench", {"answers": []}, "`answers` should be a list of texts that say something"),
     ("ocrbench", {"answers": "x", "dataset_name": None}, "has no dataset_name, without which ocrbench cannot mark it"),
-    ("mathvista", {"pid": "1", "answer": "1.2", "answer_type": "float", "metadata": {"task": "x"}}, "has no precision, without which mathvista"),
-    ("textvqa", {"question_id": 1, "answers": []}, "`answers` should be text"),
+    ("mathvista", {"pid": "1", "answer": "1.2", "metadata": {"task": "x"}}, "has no answer_type, without which mathvista cannot mark it"),
+    *(("mathvista", {"pid": "1", "answer": "1.2", "answer_type": kind, "precision": places, "metadata": {"task": "x"}},
+       f"has no choices, and its answer_type, {kind}, and precision, {places}, tell no kind of number")
+      for kind, places in (("float", None), ("float", "x"), ("float", float("nan")), ("float", 1.5), ("text", 1))),
+    ("textvqa", {"question_id": 1, "answers": []}, "`answers` should be a list of texts"),
     ("textvqa", {"question_id": 1, "answers": ["red"] * 3}, "has 3 right answers, but VQA accuracy asks if three other people agree"),
-    ("docvqa", {"questionId": 1, "answers": []}, "`answers` should be text"),
+    ("docvqa", {"questionId": 1, "answers": []}, "`answers` should be a list of texts"),
     ("vqa", {"answers": ["red"]}, "has 1 right answers, but VQA accuracy asks"),
 ])
 def test_an_answer_that_no_score_could_take_is_refused_before_anything_is_asked(tmp_path, name, told, said):
     record = {"id": 1, "image": "a.jpg", "image_path": "a.jpg", "image_id": "a", "question": "Is it?", "text": "Is it?", "query": "Is it?",
-              "dataset_name": "IIIT5K", **told}
+              "dataset_name": "IIIT5K", **told} if name != "vqa" else GOOD | told
     with pytest.raises(Mistake, match=f"exam.json, question 1:? {said}"):
         read(tmp_path, json.dumps([record]), name)
 
