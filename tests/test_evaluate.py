@@ -391,7 +391,7 @@ def two(home, rank, world):
 @pytest.fixture(scope="module")
 def ranks(home):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", __file__, str(home)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100, cwd=ROOT)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     return torch.load(home / "two.pt", weights_only=False)
 
