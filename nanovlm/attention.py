@@ -50,7 +50,7 @@ def attention(q_BTHK, k_BSGK, v_BSGK, *, causal=True, window=None, documents_BS=
         return by_document(q_BTHK, k_BSGK, v_BSGK, causal, window, documents_BS)
     if T == 1 and documents_BS is None and window is None and filled is None:
         causal = False  # the newest token sees everything before it: no mask to build
-    full = not causal or (T == S and filled is None)
+    full = not causal or T == S
     mask = None
     if window is not None or documents_BS is not None or not full:
         mask = visible(T, S, causal=causal, window=window, documents_BS=documents_BS, device=q_BTHK.device, filled=filled)[:, None]  # for all heads

@@ -50,6 +50,15 @@ def test_a_model_that_is_ready_sees_what_it_saw_before(vlm, monkeypatch):
     with torch.no_grad():
         torch.testing.assert_close(generate.ready(vlm).see(tiles_NCYX), before, rtol=1e-4, atol=1e-5)
     assert not [m for m in vlm.modules() if isinstance(m, torch.nn.Linear)]
+    products = [sum(isinstance(m, generate.Product) for m in layer.modules()) for layer in vlm.decoder.layers]
+    assert products == [4, 4, 4], "query, key and value are one, out, gate and up are one, down"
+
+
+def test_a_prompt_is_read_once_and_every_token_but_the_last(vlm):
+    lengths = []
+    vlm.decoder.register_forward_pre_hook(lambda _, inputs: lengths.append(inputs[0].shape[1]))
+    said(vlm, PROMPTS[:1], 5)
+    assert lengths == [len(PROMPTS[0]), 1, 1, 1, 1]
 
 
 def test_ready_holds_every_weight_once_and_a_tied_one_twice(vlm):
