@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from . import kernels
-from .decode import decode
+from .decode import decode, with_strides
 from .kernels import tl, triton
 
 LARGEST = {2: 256, 4: 128}  # numbers of a head that the kernels take, by a number's bytes: more do not fit the registers
@@ -351,15 +351,6 @@ def blocks(x_BTHK):
     """Of the operators on such tensors: the forward pass's block, that of the gradients of k and v, that of q's; and K, a power of two."""
     wide, rows = max(16, triton.next_power_of_2(x_BTHK.shape[-1])), kernels.pick(TABLE, x_BTHK.device)
     return *rows[min(row for row in rows if row[0] >= wide and row[1] >= x_BTHK.element_size())], wide
-
-
-def with_strides(*tensors):
-    """The tensors, each vector's numbers side by side; the strides of their other dimensions in one list, in units; and the unit: where all are
-    multiples of 16 bytes it is these, so that the compiler knows that it may fetch as many at once (72 is no multiple of 16, which it would see)."""
-    tensors = [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
-    strides, wide = [stride for x in tensors for stride in x.stride()[:3]], 16 // tensors[0].element_size()
-    unit = 1 if any(stride % wide for stride in strides) else wide
-    return tensors, [stride // unit for stride in strides], unit
 
 
 @torch.library.custom_op("nanovlm::attention", mutates_args=())

@@ -28,7 +28,7 @@ SHORTEST = 256  # keys that are worth a part of their own
 @triton.jit
 def part_kernel(q, k, v, out, lse, documents, filled, keys, heads, group, window, scale,
                 q_row, q_head, k_row, k_token, k_head, v_row, v_token, v_head, documents_row,
-                size: tl.constexpr, H: tl.constexpr, S: tl.constexpr, K: tl.constexpr):
+                size: tl.constexpr, UNIT: tl.constexpr, H: tl.constexpr, N: tl.constexpr, S: tl.constexpr, K: tl.constexpr):
     """The H heads that share a head of keys look at one part of the cache."""
     shared, parts = heads // group, tl.num_programs(1)
     row, head, part = (tl.program_id(0) // shared).to(tl.int64), tl.program_id(0) % shared, tl.program_id(1)
@@ -38,20 +38,22 @@ def part_kernel(q, k, v, out, lse, documents, filled, keys, heads, group, window
     if window is not None:
         first = tl.maximum(end - window, 0)
     length = tl.cdiv(tl.cdiv(end - first, parts), S) * S
-    begin = first + part * length
+    begin, stop = first + part * length, tl.minimum(first + (part + 1) * length, end)
     h_H1, k_1K, s_S = tl.arange(0, H)[:, None], tl.arange(0, K)[None, :], tl.arange(0, S)
-    q_HK = tl.load(q + row * q_row + (head * group + h_H1) * q_head + k_1K, mask=(h_H1 < group) & (k_1K < size), other=0.0)
-    k, v = k + row * k_row + head * k_head, v + row * v_row + head * v_head
-    if documents is not None:
-        documents += row * documents_row
+    q_HK = tl.load(q + (row * q_row + (head * group + h_H1) * q_head) * UNIT + k_1K, mask=(h_H1 < group) & (k_1K < size), other=0.0)
+    k, k_token = k + (row * k_row + head * k_head) * UNIT, k_token * UNIT
+    v, v_token = v + (row * v_row + head * v_head) * UNIT, v_token * UNIT
+    if documents is not None:  # what stands before the token's own document is not fetched; of the part, its last `seen` keys are
+        documents, seen, n_N = documents + row * documents_row, 0, tl.arange(0, N)
         own = tl.load(documents + end - 1)
+        for n in range(begin, stop, N):
+            seen += tl.sum(((n + n_N < stop) & (tl.load(documents + n + n_N, mask=n + n_N < stop, other=0) == own)).to(tl.int32), axis=0)
+        begin = stop - seen
 
     out_HK, total_H, peak_H = tl.zeros((H, K), tl.float32), tl.zeros((H,), tl.float32), tl.full((H,), -1e30, tl.float32)
-    for s in range(begin, tl.minimum(begin + length, end), S):
-        seen_S = s + s_S < end
-        if documents is not None:
-            seen_S &= tl.load(documents + s + s_S, mask=seen_S, other=0) == own
-        inside_SK = seen_S[:, None] & (k_1K < size)  # what nobody sees is not fetched
+    for s in range(begin, stop, S):
+        seen_S = s + s_S < stop
+        inside_SK = seen_S[:, None] & (k_1K < size)
         k_SK = tl.load(k + tl.cast(s, tl.int64) * k_token + s_S[:, None] * k_token + k_1K, mask=inside_SK, other=0.0)
         v_SK = tl.load(v + tl.cast(s, tl.int64) * v_token + s_S[:, None] * v_token + k_1K, mask=inside_SK, other=0.0)
         score_HS = tl.where(seen_S[None, :], tl.dot(q_HK, tl.trans(k_SK), input_precision="tf32x3") * scale, float("-inf"))
@@ -76,6 +78,15 @@ def merge_kernel(part, lse, out, parts, size: tl.constexpr, N: tl.constexpr, K: 
     tl.store(out + own * size + k_1K, out_1K.to(out.dtype.element_ty), mask=k_1K < size)
 
 
+def with_strides(*tensors):
+    """The tensors, each vector's numbers side by side; the strides of their other dimensions in one list, in units; and the unit: where all are
+    multiples of 16 bytes it is these, so that the compiler knows that it may fetch as many at once (72 is no multiple of 16, which it would see)."""
+    tensors = [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
+    strides, wide = [stride for x in tensors for stride in x.stride()[:3]], 16 // tensors[0].element_size()
+    unit = 1 if any(stride % wide for stride in strides) else wide
+    return tensors, [stride // unit for stride in strides], unit
+
+
 def cut(B, S, G, device):
     """Into how many parts a cache is cut: enough to keep all of the card fetching."""
     programs = kernels.multiprocessors(device) * kernels.pick(TABLE, device)[1]
@@ -92,15 +103,15 @@ def decode(q_B1HK: torch.Tensor, k_BSGK: torch.Tensor, v_BSGK: torch.Tensor, doc
     """
     out_B1HK = decode_shapes(q_B1HK, k_BSGK, v_BSGK, documents_BS, filled, window)
     (B, _, H, size), (S, G) = q_B1HK.shape, k_BSGK.shape[1:3]
-    q_B1HK, k_BSGK, v_BSGK = (x if x.stride(-1) == 1 else x.contiguous() for x in (q_B1HK, k_BSGK, v_BSGK))
+    (q_B1HK, k_BSGK, v_BSGK), (q_row, _, *strides), unit = with_strides(q_B1HK, k_BSGK, v_BSGK)
     documents_BS = documents_BS if documents_BS is None or documents_BS.stride(-1) == 1 else documents_BS.contiguous()
     block, _, warps, stages = kernels.pick(TABLE, q_B1HK.device)
     parts, wide = cut(B, S, G, q_B1HK.device), max(16, triton.next_power_of_2(size))
     part, lse = q_B1HK.new_empty((B, H, parts, size), dtype=torch.float32), q_B1HK.new_empty((B, H, parts), dtype=torch.float32)
     part_kernel[(B * G, parts)](
-        q_B1HK, k_BSGK, v_BSGK, part, lse, documents_BS, filled, S, H, H // G, window, math.log2(math.e) / size**0.5, q_B1HK.stride(0),
-        q_B1HK.stride(2), *k_BSGK.stride()[:3], *v_BSGK.stride()[:3], None if documents_BS is None else documents_BS.stride(0),
-        size=size, H=max(16, triton.next_power_of_2(H // G)), S=block, K=wide, num_warps=warps, num_stages=stages)
+        q_B1HK, k_BSGK, v_BSGK, part, lse, documents_BS, filled, S, H, H // G, window, math.log2(math.e) / size**0.5, q_row, *strides,
+        None if documents_BS is None else documents_BS.stride(0), size=size, UNIT=unit, H=max(16, triton.next_power_of_2(H // G)), N=1024, S=block,
+        K=wide, num_warps=warps, num_stages=stages)
     merge_kernel[(B * H,)](part, lse, out_B1HK, parts, size=size, N=triton.next_power_of_2(parts), K=wide, num_warps=warps)
     return out_B1HK
 

@@ -54,14 +54,14 @@ def cases(count, seed=0):
     """Seeded: every head size and kind of documents in turn, the rest drawn; lengths one, even, prime, of several blocks and a bit."""
     draw = random.Random(seed)
     for number in range(count):
-        S = draw.choice([1, 2, 17, 31, 32, 37, 67, 101])
-        T, (H, G) = draw.choice([S, S, draw.randint(1, S)]), draw.choice([(1, 1), (2, 2), (4, 2), (3, 1), (6, 2)])
-        B, K = draw.choice([1, 2]), SIZES[number % len(SIZES)]
+        S = draw.choice([1, 2, 17, 31, 32, 37, 67])
+        T, (H, G) = draw.choice([S, S, draw.randint(1, S)]), draw.choice([(1, 1), (2, 2), (4, 2), (3, 1)])
+        B, K = draw.choice([1, 1, 2]), SIZES[number % len(SIZES)]
         dtype = torch.float16 if K == 256 else DTYPES[number % 2]
         yield SimpleNamespace(
             B=B, T=T, S=S, H=H, G=G, K=K, dtype=dtype, seed=number, orders=[draw.sample(range(3), 3) for _ in range(4)],
             gaps=[draw.choice([0, 0, 3]) for _ in range(4)],
-            rules=dict(causal=draw.random() < 0.7, window=draw.choice([None, None, 1, 2, 19, 40, 1000]),
+            rules=dict(causal=draw.random() < 0.75, window=draw.choice([None, None, None, 1, 2, 19, 40, 1000]),
                        documents_BS=documents(["none", "packed", "single", "left"][number % 4], B, S, draw)))
 
 
@@ -93,14 +93,14 @@ def check(case):
     assert fences.whole()
 
 
-@pytest.mark.parametrize("case", list(cases(56)), ids=name_of)
+@pytest.mark.parametrize("case", list(cases(42)), ids=name_of)
 def test_attention_is_the_formula(case):
     check(case)
 
 
 @pytest.mark.parametrize("capability, dtype, K", [((8, 0), torch.float16, 128), ((9, 0), torch.float16, 72), ((8, 0), torch.float32, 64)])
 def test_with_a_cards_own_blocks_and_a_picture_of_577(capability, dtype, K):
-    case = SimpleNamespace(B=1, T=577, S=577, H=2, G=1, K=K, dtype=dtype, seed=5, orders=[None] * 4, gaps=[0] * 4, rules=dict(causal=K == 128))
+    case = SimpleNamespace(B=1, T=577, S=577, H=1, G=1, K=K, dtype=dtype, seed=5, orders=[None] * 4, gaps=[0] * 4, rules=dict(causal=K == 128))
     with mock.patch.object(kernels, "capability", lambda device: capability):
         check(case)
 
@@ -123,8 +123,8 @@ def test_scores_as_large_as_float32_holds_stay_numbers():
 
 
 def test_gradients_repeat_themselves_to_the_bit_and_sum_all_heads_that_share_a_key():
-    q, k, v = (torch.randn(1, 67, heads, 64, requires_grad=True) for heads in (6, 2, 2))
-    grad = torch.randn(1, 67, 6, 64)
+    q, k, v = (torch.randn(1, 37, heads, 64, requires_grad=True) for heads in (6, 2, 2))
+    grad = torch.randn(1, 37, 6, 64)
     with chosen("triton"):
         one, two = (torch.autograd.grad(attention(q, k, v), (q, k, v), grad) for _ in range(2))
         single = torch.autograd.grad(attention(q[:, :, 3:4], k[:, :, 1:], v[:, :, 1:]), (k, v), grad[:, :, 3:4])
@@ -191,8 +191,8 @@ def test_compiled_it_is_one_graph_whatever_the_lengths():
     compiled = torch.compile(look, fullgraph=True, backend="aot_eager", dynamic=True)
     with chosen("triton"):
         for S in (19, 37):
-            tensors = inputs(T=S, S=S)
-            one, two = ((out, *torch.autograd.grad(out.square().sum(), tensors)) for out in (f(*tensors, packed(2, S)) for f in (look, compiled)))
+            tensors = inputs(B=1, T=S, S=S)
+            one, two = ((out, *torch.autograd.grad(out.square().sum(), tensors)) for out in (f(*tensors, packed(1, S)) for f in (look, compiled)))
             assert all(map(torch.equal, one, two))
 
 
@@ -223,7 +223,8 @@ def test_a_gradient_that_is_one_number_everywhere_or_none_is_taken():
 
 
 @pytest.mark.parametrize("shape, dtype, said", [
-    ((1, 3, 2, 264), torch.float32, "heads of more than 128 numbers in torch.float32"), ((1, 3, 2, 8), torch.float16, "queries, keys and values of several dtypes")])
+    ((1, 3, 2, 264), torch.float32, "heads of more than 128 numbers in torch.float32"),
+    ((1, 3, 2, 8), torch.float16, "queries, keys and values of several dtypes")])
 def test_what_the_kernels_do_not_take_is_the_formula_after_one_warning(shape, dtype, said):
     q, k = torch.randn(shape), torch.randn(shape)
     with chosen("triton"), mock.patch.object(kernels, "told", set()), pytest.warns(UserWarning, match=said):
