@@ -221,6 +221,7 @@ def read_exam(run):
     questions = papers.read(run.benchmark, run.exam, images=run.exam_images)
     if secret := next((q["id"] for q in questions if not q["answers"]), None):
         raise Mistake(f"--exam={run.exam}: question {secret} has no answer to be marked by")
+    evaluate.check_marks(questions, run.benchmark)
     return questions
 
 

@@ -26,6 +26,7 @@ from PIL import Image
 from . import IMAGE, Mistake, chat, data, disk, images, opening, packing, papers, parallel, refs, report, scores
 
 EVERY = 5.0  # seconds between two lines of progress
+FIELDS = {"id": str | int, "kind": str, "prompt": str, "answer": str, "answers": list, "tokens": int, "cut": bool}  # of a line that is read again
 
 
 class Said(NamedTuple):
@@ -133,6 +134,7 @@ def opened(ref, policy):
 
 def ask(checkpoint, questions, rank=0, world=1, *, benchmark="exact", **how):
     """The table of an exam's marks, on rank 0, None on the others; while a model trains, too (see `answer`). how: as for `answers`."""
+    check_marks(questions, benchmark)
     rows = [pair for pairs in answers(checkpoint, questions, rank, world, **how) for pair in pairs]
     if rank == 0:
         return report.table(marked([row_of(questions[i], said) for i, said in sorted(rows)], benchmark))
@@ -153,6 +155,11 @@ def marked(rows, benchmark):
     marks = scores.mark(papers.BENCHMARKS[benchmark].score, [row["answer"] for row in known], known) if known else []
     given = iter(marks)
     return [{**row, "score": next(given) if row["answers"] else None} for row in rows]
+
+
+def check_marks(questions, benchmark):
+    """Raise Mistake, before anything is asked, for a question that its benchmark's rule could not mark."""
+    marked([row_of(question, Said("", 0, False, "")) for question in questions], benchmark)
 
 
 # ---- a whole exam, and its files ----
@@ -217,9 +224,9 @@ def read_rows(path):
     """The lines of an answers.jsonl; Mistake, naming the line, for what is none."""
     seen = set()
     for number, row in enumerate(disk.read_log(path), 1):
-        missing = [name for name in ("id", "kind", "prompt", "answer", "answers", "tokens", "cut") if not isinstance(row, dict) or name not in row]
-        if missing:
-            raise Mistake(f"{path}, line {number}: no answer to a question, it has no {', '.join(missing)}")
+        wrong = [name for name, kind in FIELDS.items() if not isinstance(row, dict) or not isinstance(row.get(name), kind)]
+        if wrong or not all(isinstance(text, str) for text in row["answers"]):
+            raise Mistake(f"{path}, line {number}: no answer to a question, its {', '.join(wrong or ['answers'])} missing or misshapen: {row!r:.80}")
         if str(row["id"]) in seen:
             raise Mistake(f"{path}, line {number}: question {row['id']} is answered twice")
         seen.add(str(row["id"]))
@@ -233,6 +240,7 @@ def sit(checkpoint, questions, rank=0, world=1, *, benchmark, prompt="", out="",
     about = {"command": shlex.join(sys.argv), "card": checkpoint.card, "ranks": world, "batch": batch,
              "device": str(checkpoint.model.mean_C11.device), "versions": {"python": platform.python_version(), "torch": torch.__version__}}
     with parallel.together():
+        check_marks(questions, benchmark)
         said = begin(out, questions, asked, about) if out and rank == 0 else {}
     progress, known = Progress(len(questions), len(said)), parallel.gather(list(said))[0]
     with open(out, "a", encoding="utf-8") if out and rank == 0 else contextlib.nullcontext() as file:

@@ -22,7 +22,7 @@ from nanovlm import Mistake, evaluate, images, papers, parallel, refs, report, t
 POLICY = {"tile": 12, "patch": 3, "shuffle": 2, "fit": "squash", "resample": "bicubic", "mean": [0.5] * 3, "std": [0.5] * 3}
 TILES = POLICY | {"fit": "tiles", "tiles": 6, "choice": "aspect", "thumbnail": True, "tags": False}
 CPU = torch.device("cpu")
-ROW = ["id", "kind", "prompt", "answer", "answers", "tokens", "cut"]
+ROW = {"id": "x", "kind": "all", "prompt": "?", "answer": "egg", "answers": ["egg"], "tokens": 2, "cut": False}
 
 
 def make_home(home):
@@ -184,6 +184,13 @@ def test_what_has_no_right_answer_is_not_marked():
     assert report.table(rows[:1])[-1][2:6] == (None, None, None, None)
 
 
+def test_what_no_rule_could_mark_is_refused_before_it_is_asked(checkpoint, questions, monkeypatch):
+    monkeypatch.setattr(evaluate, "answer", None)
+    for begin in (evaluate.sit, evaluate.ask):
+        with pytest.raises(Mistake, match="question n0 has 1 right answers"):
+            begin(checkpoint, questions, benchmark="vqa", max_tokens=3)
+
+
 def test_captions_are_marked_all_at_once(capsys):
     """CIDEr's idf needs the whole corpus: a caption that all pictures have says nothing."""
     rows = [{**row(None), "answer": said, "answers": golds} for said, golds in
@@ -316,10 +323,12 @@ def test_progress_tells_speed_score_and_the_time_left(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("text, said", [
-    ('{"id": 1}\n', "line 1: no answer to a question, it has no kind, prompt, answer, answers, tokens, cut"),
+    ('{"id": 1}\n', "line 1: no answer to a question, its kind, prompt, answer, answers, tokens, cut missing or misshapen: {'id': 1}"),
     ("[]\n", "line 1: no answer to a question"),
     ('{"id": 1\n{"id": 2}\n', "line 1: not JSON"),
-    (2 * (json.dumps(dict.fromkeys(ROW, "x")) + "\n"), "line 2: question x is answered twice"),
+    (2 * (json.dumps(ROW) + "\n"), "line 2: question x is answered twice"),
+    (json.dumps(ROW | {"answer": 3, "cut": 0}) + "\n", "line 1: no answer to a question, its answer, cut missing or misshapen"),
+    (json.dumps(ROW | {"answers": [3]}) + "\n", "line 1: no answer to a question, its answers missing or misshapen"),
     ("", "holds no answers"),
 ])
 def test_what_is_no_file_of_answers_is_named(tmp_path, text, said):
