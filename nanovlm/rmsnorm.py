@@ -5,8 +5,8 @@
 LayerNorm without the mean and the bias (Zhang & Sennrich 2019): a decoder needs its vectors at one length, not centred.
 
 On a card a norm is nothing but traffic: ten operations a number, where the card could do hundreds in the time that the number takes to come from
-memory. PyTorch's formula reads and writes the vectors once for each of its steps, and in float32. The kernels below fetch a vector once, do
-everything in registers, the addition before the norm as well, and write each result once. Forward that is x, y -> x + y, normed; backward
+memory. The formula reads and writes all vectors once for each of its steps, most of them in float32. The kernels below fetch a vector once, do
+everything in registers, the addition before the norm as well, and write each result once: forward x and y in, x + y and its norm out; backward
 three vectors in and one out.
 """
 import math
@@ -90,7 +90,7 @@ def backward_kernel(grad_ptr, rest_ptr, x_ptr, weight_ptr, scale_ptr, grad_x_ptr
         grad_x = scale · (pull - normed · mean(pull · normed)) + rest        rest: the gradient of the sum, which comes past the norm
         grad_weight = sum over all vectors of grad · normed
 
-    There are as many programs as the card runs at once. Each walks over every so-manieth vector and adds up its own part of grad_weight in
+    There are as many programs as the card runs at once. Each takes its turn among the vectors and adds up a part of grad_weight of its own, in
     registers; the parts are summed afterwards in a fixed order, so that a run repeats itself to the bit (atomic additions come in any order).
     """
     column_1D, sum_ND = tl.arange(0, D)[None, :], tl.zeros((N, D), tl.float32)
