@@ -16,7 +16,7 @@ import torch
 from . import kernels
 from .kernels import tl, triton
 
-TABLE = {  # compute capability: (keys in a block, programs a multiprocessor, warps, stages of loads)
+TABLE = {  # compute capability: (keys of 2 bytes a number in a block, programs a multiprocessor, warps, stages of loads)
     (0, 0): (16, 3, 4, 1),
     (8, 0): (64, 2, 4, 3),
     (9, 0): (64, 2, 4, 3),
@@ -110,8 +110,8 @@ def decode(q_B1HK: torch.Tensor, k_BSGK: torch.Tensor, v_BSGK: torch.Tensor, doc
     part, lse = q_B1HK.new_empty((B, H, parts, size), dtype=torch.float32), q_B1HK.new_empty((B, H, parts), dtype=torch.float32)
     part_kernel[(B * G, parts)](
         q_B1HK, k_BSGK, v_BSGK, part, lse, documents_BS, filled, S, H, H // G, window, math.log2(math.e) / size**0.5, q_row, *strides,
-        None if documents_BS is None else documents_BS.stride(0), size=size, UNIT=unit, H=max(16, triton.next_power_of_2(H // G)), N=1024, S=block,
-        K=wide, num_warps=warps, num_stages=stages)
+        None if documents_BS is None else documents_BS.stride(0), size=size, UNIT=unit, H=max(16, triton.next_power_of_2(H // G)), N=1024,
+        S=max(16, block * 2 // q_B1HK.element_size()), K=wide, num_warps=warps, num_stages=stages)
     merge_kernel[(B * H,)](part, lse, out_B1HK, parts, size=size, N=triton.next_power_of_2(parts), K=wide, num_warps=warps)
     return out_B1HK
 

@@ -2,13 +2,17 @@
 
 As in test_kernels.py, buffers stand between margins of NaN and the gaps within them are NaN, so that what is read or written outside shows.
 """
+import os
 import random
+import subprocess
+import sys
 from types import SimpleNamespace
 from unittest import mock
 
 import pytest
 import test_kernels
 import torch
+from conftest import ROOT
 from test_kernels import DTYPES, Fences, chosen, close, make_block
 from torch.utils.checkpoint import checkpoint
 
@@ -249,3 +253,25 @@ def test_rows_of_a_packed_batch_see_what_they_see_alone():
         together = block(x_BTD, angles, (torch.arange(31)[None] >= 12).int(), None, 0)
         alone = block(x_BTD[:, 12:], tuple(x[:, 12:] for x in angles), None, None, 0)
     assert torch.allclose(together[:, 12:], alone, atol=1e-5)
+
+
+# ---- for cards that are not here ----
+
+def script(*command):
+    bare = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return subprocess.run([sys.executable, *command], cwd=ROOT, env=bare, capture_output=True, text=True)
+
+
+def test_it_compiles_for_every_card_without_spilling_and_the_table_is_true(tmp_path):
+    """The largest case stands for the others, which take minutes: `python tests/bench/aot.py` compiles them all."""
+    done = script("tests/bench/aot.py", "--of=^heads of 128, documents, window$", f"--out={tmp_path / 'aot.md'}")
+    assert done.returncode == 0, done.stderr
+    made, kept = ([line for line in path.read_text().splitlines() if line.startswith("| `")]
+                  for path in (tmp_path / "aot.md", ROOT / "tests/bench/results/aot.md"))
+    assert len(made) == 5 and set(made) <= set(kept), "run python tests/bench/aot.py"
+    assert all("wgmma" in line for line in made[:3])
+
+
+def test_the_bench_checks_what_it_will_time():
+    done = script("tests/bench/gpu.py", "--dry=true", "--only=attention")
+    assert done.returncode == 0 and done.stdout.count("as in float64") == 6, done.stderr

@@ -25,7 +25,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
-from nanovlm import Mistake, cli, kernels, loss, rmsnorm  # noqa: E402
+from nanovlm import Mistake, attention, cli, decode, kernels, loss, rmsnorm  # noqa: E402
 
 SHARED = {(8, 0): 163 * 1024, (9, 0): 227 * 1024, (10, 0): 227 * 1024}  # bytes that a program can have (CUDA C++ Programming Guide, table 30)
 TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64", torch.bool: "*i1"}
@@ -92,7 +92,34 @@ def scores(vocabulary, dtype=torch.bfloat16):
     return lambda: loss.fused_scores(torch.ones(16, vocabulary, dtype=dtype), torch.ones(16, dtype=torch.int64), True)
 
 
+def heads(K, dtype=torch.bfloat16, documents=False, **rules):
+    """Attention forward and backward, 4 query heads to a head of keys, and one new token's."""
+    def call():
+        q, k = torch.ones(1, 48, 8, K, dtype=dtype), torch.ones(1, 48, 2, K, dtype=dtype)
+        documents_BS = torch.ones(1, 48, dtype=torch.int32) if documents else None
+        ends, window = attention.bounds(documents_BS) if documents else (None, None), rules.get("window")
+        rest = *ends, rules.get("causal", True), window
+        out, lse = attention.forward(q, k, k, *rest)
+        attention.backward(out, q, k, k, out, lse, *rest)
+        if rules.get("causal", True):
+            decode.decode(q[:, :1], k, k, documents_BS, None, window)
+    return call
+
+
 CASES = {
+    "heads of 64": heads(64),  # SmolLM2
+    "heads of 64, all keys": heads(64, causal=False),  # CLIP
+    "heads of 72, all keys": heads(72, causal=False),  # SigLIP
+    "heads of 80": heads(80),
+    "heads of 96": heads(96),
+    "heads of 128": heads(128),  # Mistral
+    "heads of 128, documents": heads(128, documents=True),
+    "heads of 128, documents, window": heads(128, documents=True, window=4096),
+    "heads of 128, float16": heads(128, torch.float16),
+    "heads of 256": heads(256),
+    "heads of 256, documents, window": heads(256, documents=True, window=4096),
+    "heads of 64, float32": heads(64, torch.float32),
+    "heads of 128, float32": heads(128, torch.float32),
     "width 576": norm(576),  # SmolLM2-135M
     "width 4,096": norm(4096),  # Mistral 7B
     "width 4,096, no sum": norm(4096, add=False),
@@ -109,11 +136,14 @@ CASES = {
 }
 
 
+WGMMA = [what for what in CASES if re.match("heads of (64|72|80|96|128)", what) and "float32" not in what]  # their blocks are large enough for it
+
+
 def table(of):
     """{(kernel, what): {capability: compiled}} of every launch of every case on every card."""
     found = {}
     for what, call in CASES.items():
-        for capability in SHARED if of in what else ():
+        for capability in SHARED if re.search(of, what) else ():
             for launch in launches(call, capability):
                 done = compiled(*launch, capability)
                 found.setdefault((done.kernel, what), {})[capability] = done
@@ -125,10 +155,12 @@ def faults(found):
         for capability, done in cards.items():
             if done.spilled or done.shared > SHARED[capability]:
                 yield f"{kernel}, {what}, on {capability}: {done.spilled} bytes spilled, {done.shared:,} of {SHARED[capability]:,} shared"
+            if capability == (9, 0) and kernel.startswith("attention") and what in WGMMA and "wgmma" not in done.products:
+                yield f"{kernel}, {what}, on {capability}: no wgmma, Hopper's own product"
 
 
 def aot(*,
-    of: str = "",             # only the cases of which the name holds this
+    of: str = "",             # only the cases of which the name holds this, a regular expression
     out: str = str(RESULTS),  # the table goes here
 ):
     """Compile, print and keep the table, and say which kernels do not fit their card."""

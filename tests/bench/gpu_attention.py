@@ -33,14 +33,14 @@ def packed(B, S, count, device):
 # ---- correct first ----
 
 def check(run):
-    sizes = (72, 128) if run.dry else (64, 72, 80, 96, 128, 256)
-    for K, (B, T, S) in itertools.product(sizes, [(2, 37, 37), (1, 17, 53)] if run.dry else [(2, 577, 577), (1, 333, 1031), (3, 130, 130)]):
-        given = tensors(run, B, T, S, H=6, G=2, K=K)
+    sizes = (72,) if run.dry else (64, 72, 80, 96, 128, 256)
+    for K, (B, T, S) in itertools.product(sizes, [(1, 17, 37)] if run.dry else [(2, 577, 577), (1, 333, 1031), (3, 130, 130)]):
+        given = tensors(run, B, T, S, H=4, G=2, K=K)
         documents_BS = packed(B, S, 5, run.device)
         for rules in ({}, {"causal": False}, {"window": 29}, {"documents_BS": documents_BS}, {"documents_BS": documents_BS, "window": 99}):
             names = ", ".join(name if torch.is_tensor(rule) else f"{name} {rule}" for name, rule in rules.items()) or "causal"
             run.hold(f"attention {B} × {T} of {S}, heads of {K}, {names}", lambda *x, rules=rules: attention.attention(*x, **rules), given)
-    for K, S in itertools.product(sizes, (301,) if run.dry else (1, 301, 8193)):
+    for K, S in itertools.product(sizes, (37,) if run.dry else (1, 301, 8193)):
         check_decode(run, tensors(run, 3, 1, S, H=8, G=2, K=K), (torch.arange(S, device=run.device) >= S // 3).int().expand(3, -1))
 
 
