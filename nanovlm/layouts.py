@@ -177,7 +177,7 @@ def vqav2(said, sheet, notes):
         raise Mistake(f"{sheet.name}: the answers of {split} are published: give them as --annotations")
     for record in said["questions"]:
         gold = golds.get(record["question_id"], {})
-        if notes is not None and not gold:
+        if notes is not None and not gold.get("answers"):
             raise Mistake(f"{sheet.name}: the annotations have no answers to question {record['question_id']}")
         yield {**record, "image": f"COCO_{split}_{record['image_id']:012d}.jpg", "answers": gold.get("answers"), "kind": gold.get("answer_type")}
 
@@ -220,22 +220,24 @@ def lettered(ref, labels):
 def mmmu(said, sheet, notes):
     """Up to seven pictures, each in the place of its <image 2>; a list of choices or of answers is written as Python's; the id tells the subject."""
     for record in said:
-        choices, answer = ast.literal_eval(record["options"]), record["answer"]
+        choices, answer = spelled(record["options"]), record["answer"]
+        if choices is None:
+            raise ValueError(f"options are no list of texts: {record['options']!r:.80}")
         marks = re.findall(r"<image (\d)>", "\n".join([record["question"], *choices]))
         first = [number for number in "1234567" if record.get(f"image_{number}") is not None and number not in marks]
         asked, *choices = [re.sub(r"<image \d>", "<image>", text) for text in (record["question"], *choices)]
         yield {**record, "question": "<image>\n" * len(first) + asked, "choices": choices,
                "image": [record[f"image_{number}"] for number in (*first, *marks)], "kind": re.sub(r"^[a-z]+_|_\d+$", "", record["id"]),
-               "answers": several(answer)}
+               "answers": spelled(answer) or answer}
 
 
-def several(answer):
-    """The texts that a Python list of texts holds; an answer that is something else, such as "[0, 5)", as it stands."""
+def spelled(text):
+    """The list of texts that is written in Python; None for something else, such as "[0, 5)"."""
     try:
-        texts = ast.literal_eval(answer) if answer.startswith("[") else answer
-    except (SyntaxError, ValueError):
-        return answer
-    return texts if all(isinstance(text, str) for text in texts) else answer
+        texts = ast.literal_eval(text)
+    except (MemoryError, RecursionError, SyntaxError, TypeError, ValueError):  # the first two: nested too deep
+        return None
+    return texts if isinstance(texts, list) and all(isinstance(text, str) for text in texts) else None
 
 
 def mmstar(said, sheet, notes):

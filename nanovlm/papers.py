@@ -103,6 +103,9 @@ def read(name, questions, annotations="", images="", prompt=""):
             rows.append(row | {"image": [picture(value, benchmark.forms, sheet, images, where) for value in row["image"]]})
     if not rows:
         raise Mistake(f"{questions} holds no questions")
+    secret = [row["id"] for row in rows if not row["answers"]]
+    if 0 < len(secret) < len(rows):
+        raise Mistake(f"{questions}: {len(secret):,} of {len(rows):,} questions have no answers, the first is {secret[0]}")
     if images and not paths:
         raise Mistake(f"--images={images}: no question of {questions} names a picture, each brings its own or has none")
     return rows
@@ -120,7 +123,7 @@ def records(name, sheet, notes, annotations):
         yield from BENCHMARKS[name].layout(document(sheet), sheet, notes)
     except (AttributeError, IndexError, KeyError, SyntaxError, TypeError, ValueError) as error:
         files = f"{sheet.name} and {annotations} are" if annotations else f"{sheet.name} is"
-        raise Mistake(f"{files} not laid out as {name}'s owner does it: {type(error).__name__}: {one_line(error)}") from None
+        raise Mistake(f"{files} not laid out as {name}'s owner does it: {type(error).__name__}: {one_line(error):.200}") from None
 
 
 def question(benchmark, record, count, prompt, where):
@@ -157,9 +160,11 @@ def golds(benchmark, told):
     """The answers as a list of texts, of which VQAv2 has each in an object; none where the test's are secret."""
     if benchmark.mine:
         return told
+    if told in benchmark.secret:
+        return []
     told = told if isinstance(told, list) and told else [told]  # an empty list is no secret: it is kept, and refused
     texts = [text.get("answer") if isinstance(text, dict) else text for text in told]
-    return [str(text) if isinstance(text, int | float) else text for text in texts if text not in benchmark.secret]
+    return [str(text) if isinstance(text, int | float) else text for text in texts]
 
 
 def check(where, may_be_blank=False, **parts):

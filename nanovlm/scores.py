@@ -255,13 +255,13 @@ def check(score, question, where):
     if needed and question.get(needed) is None:
         raise Mistake(f"{where} has no {needed}, without which {score} cannot mark it")
     if score == "mathvista" and not letters and kind not in ("integer", "list") and (kind != "float" or places not in range(10)):
-        raise Mistake(f"{where} has no choices, and its answer_type, {kind}, and precision, {places}, tell no kind of number")
+        raise Mistake(f"{where} has no choices, and its answer_type, {kind!r:.40}, and precision, {places!r:.40}, tell no kind of number")
     if score in ("vqa", "textvqa") and len(golds) < 4:
         raise Mistake(f"{where} has {len(golds)} right answers, but VQA accuracy asks if three other people agree: mark by `exact`")
     if score in ("yesno", "mme") and not {gold.lower() for gold in golds} <= {"yes", "no"}:
-        raise Mistake(f"{where}: its answers, {', '.join(golds)}, are not yes or no")
+        raise Mistake(f"{where}: its answers, {golds!r:.80}, are not yes or no")
     if score in ("letters", "mmmu") and letters and not {*golds} <= {*letters}:
-        raise Mistake(f"{where}: its answers, {', '.join(golds)}, are not letters of its {len(letters)} choices")
+        raise Mistake(f"{where}: its answers, {golds!r:.80}, are not letters of its {len(letters)} choices")
 
 
 # ---- over all ----

@@ -223,7 +223,7 @@ def test_what_does_not_go_together_is_named(tmp_path):
         papers.read("extact", tmp_path)
     with pytest.raises(Mistake, match=f"{tmp_path} holds no coco_pope_"):
         papers.read("pope", tmp_path)
-    with pytest.raises(Mistake, match="question 1: its answers, C, are not letters of its 2 choices"):
+    with pytest.raises(Mistake, match=r"question 1: its answers, \['C'\], are not letters of its 2 choices"):
         read(tmp_path, json.dumps({**GOOD, "answers": ["C"], "choices": ["x", "y"]}), "letters")
     with pytest.raises(Mistake, match="a question has 27 choices, the letters are 26: 'What"):
         read(tmp_path, json.dumps({**GOOD, "answers": ["A"], "choices": ["x"] * 27}), "letters")
@@ -374,7 +374,7 @@ def test_ai2d_letters_stand_in_the_places_of_the_labels(tmp_path):
     for wrong in (4, -1):
         asks = {"Which?": {"abcLabel": False, "questionId": "q", **told, "correctAnswer": wrong}}
         lay(tmp_path, {"ai2d/questions/0.png.json": {**sheet, "questions": asks}})
-        with pytest.raises(Mistake, match="0.png.json, question 1: its answers, [EZ], are not letters of its 4 choices"):
+        with pytest.raises(Mistake, match=r"0.png.json, question 1: its answers, \['[EZ]'\], are not letters of its 4 choices"):
             papers.read("ai2d", tmp_path, tmp_path / "ai2d_test_ids.csv")
     lay(tmp_path, {"ai2d/questions/0.png.json": sheet})
     (tmp_path / "ai2d/annotations/0.png.json").unlink()
@@ -410,8 +410,13 @@ def test_mmmu_has_each_picture_where_it_is_named(tmp_path):
         row, = papers.read("mmmu", lay(tmp_path, {"open/validation-0.parquet": [mmmu(answer=answer, image_1=shown(1, 20))]}) / "open")
         assert row["answers"] == want, "only a list of texts is several answers"
     lay(tmp_path, {"open/validation-0.parquet": [mmmu(options="['x', 'y']", answer="D", image_1=shown(1, 20))]})
-    with pytest.raises(Mistake, match="question 1: its answers, D, are not letters of its 2 choices"):
+    with pytest.raises(Mistake, match=r"question 1: its answers, \['D'\], are not letters of its 2 choices"):
         papers.read("mmmu", tmp_path / "open")
+    for options in ("{'x': 1}", "['x', 2]", "['x'", "-" * 50_000 + "1"):
+        lay(tmp_path, {"open/validation-0.parquet": [mmmu(options=options, image_1=shown(1, 20))]})
+        with pytest.raises(Mistake, match="as mmmu's owner does it: ValueError: options are no list of texts: ") as mistake:
+            papers.read("mmmu", tmp_path / "open")
+        assert len(str(mistake.value)) < 500
     lay(tmp_path, {"bad/validation-0.parquet": [mmmu(question="<image 4>?", image_1=shown(1, 20))]})
     with pytest.raises(Mistake, match="validation-0.parquet, question 1: `image` should be text"):
         papers.read("mmmu", tmp_path / "bad")
@@ -572,7 +577,7 @@ def test_choices_count_only_where_their_letters_come_in_order_and_the_answer_is_
 
 
 @pytest.mark.parametrize("name, told, said", [
-    ("pope", {"label": "maybe"}, "its answers, maybe, are not yes or no"),
+    ("pope", {"label": "maybe"}, r"its answers, \['maybe'\], are not yes or no"),
     ("pope", {"label": []}, r"`answers` should be a list of texts that say something, not \[\[\]\]"),
     ("ocrbench", {"answers": ""}, "`answers` should be a list of texts that say something"),
     ("ocrbench", {"answers": ["x", " "]}, "`answers` should be a list of texts that say something"),
@@ -580,7 +585,7 @@ def test_choices_count_only_where_their_letters_come_in_order_and_the_answer_is_
     ("ocrbench", {"answers": "x", "dataset_name": None}, "has no dataset_name, without which ocrbench cannot mark it"),
     ("mathvista", {"pid": "1", "answer": "1.2", "metadata": {"task": "x"}}, "has no answer_type, without which mathvista cannot mark it"),
     *(("mathvista", {"pid": "1", "answer": "1.2", "answer_type": kind, "precision": places, "metadata": {"task": "x"}},
-       f"has no choices, and its answer_type, {kind}, and precision, {places}, tell no kind of number")
+       f"has no choices, and its answer_type, {kind!r}, and precision, {places!r}, tell no kind of number")
       for kind, places in (("float", None), ("float", "x"), ("float", float("nan")), ("float", 1.5), ("text", 1))),
     ("textvqa", {"question_id": 1, "answers": []}, "`answers` should be a list of texts"),
     ("textvqa", {"question_id": 1, "answers": ["red"] * 3}, "has 3 right answers, but VQA accuracy asks if three other people agree"),
@@ -592,6 +597,28 @@ def test_an_answer_that_no_score_could_take_is_refused_before_anything_is_asked(
               "dataset_name": "IIIT5K", **told} if name != "vqa" else GOOD | told
     with pytest.raises(Mistake, match=f"exam.json, question 1:? {said}"):
         read(tmp_path, json.dumps([record]), name)
+
+
+@pytest.mark.parametrize("name, gold", [("pope", "x\ny"), ("letters", "x\ny" * 99)])
+def test_an_answer_that_cannot_be_is_told_in_one_short_line(tmp_path, name, gold):
+    record = GOOD | {"answers": [gold], "choices": ["x", "y"]} if name == "letters" else {"image": "a.jpg", "text": "Is it?", "label": gold}
+    with pytest.raises(Mistake, match="question 1: its answers, ") as mistake:
+        read(tmp_path, json.dumps([record]), name)
+    assert "\n" not in str(mistake.value) and len(str(mistake.value)) < 300
+
+
+def test_answers_are_secret_of_all_questions_or_of_none(tmp_path):
+    record = {"questionId": 1, "question": "What?", "image": "a.jpg"}
+    assert read(tmp_path, json.dumps([record]), "docvqa")[0]["answers"] == []
+    with pytest.raises(Mistake, match="exam.json: 1 of 2 questions have no answers, the first is 1"):
+        read(tmp_path, json.dumps([record, record | {"questionId": 2, "answers": ["milk"]}]), "docvqa")
+    with pytest.raises(Mistake, match=r"`answers` should be a list of texts that say something, not \['milk', None\]"):
+        read(tmp_path, json.dumps([record | {"answers": ["milk", None]}]), "docvqa")
+    lay(tmp_path, {"q.json": vqav2("val2014"), "COCO_val2014_000000262148.jpg": None})
+    for answers in (None, []):
+        lay(tmp_path, {"n.json": {"annotations": [{**note, "answers": answers} for note in NOTES["annotations"]]}})
+        with pytest.raises(Mistake, match="q.json: the annotations have no answers to question 262148000"):
+            papers.read("vqav2", tmp_path / "q.json", tmp_path / "n.json")
 
 
 def test_a_person_who_said_nothing_is_one_of_the_ten(tmp_path):
