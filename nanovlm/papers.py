@@ -121,7 +121,7 @@ def records(name, sheet, notes, annotations):
     """Of a file, in the benchmark's layout; Mistake if it is in no such."""
     try:
         yield from BENCHMARKS[name].layout(document(sheet), sheet, notes)
-    except (AttributeError, IndexError, KeyError, SyntaxError, TypeError, ValueError) as error:
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         files = f"{sheet.name} and {annotations} are" if annotations else f"{sheet.name} is"
         raise Mistake(f"{files} not laid out as {name}'s owner does it: {type(error).__name__}: {one_line(error):.200}") from None
 
