@@ -65,8 +65,8 @@ def their_run(home, samples, trained, lr, floor, decay, clip, warmup):
             floor + (lr - floor) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (STEPS - warmup)))
         for group in optimizer.param_groups:
             group["lr"] = rate
-        ((_, names),) = next(loader)
-        loss = model(**padded(samples, [samples.names.index(name) for name in names], policy)).loss
+        ((_, members),) = next(loader)
+        loss = model(**padded(samples, members, policy)).loss
         loss.backward()
         norms.append(torch.nn.utils.clip_grad_norm_(mine, clip).item())
         optimizer.step()

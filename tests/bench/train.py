@@ -1,7 +1,8 @@
 """A training step beside transformers': the same weights, samples, precision and optimizer, in one run, interleaved, medians.
 
-    python tests/bench/train.py               SmolLM2-135M's shapes with a small CLIP, on the CPU: minutes
-    python tests/bench/train.py --rounds=3    a rough look
+    python tests/bench/train.py                                  SmolLM2-135M's shapes with a small CLIP, on the CPU: minutes
+    python tests/bench/train.py --rounds=3                       a rough look
+    python tests/bench/train.py --dtype=bfloat16 --compile=true  the fastest that we can
 
 Trained are projector and decoder, as in sft. transformers gets its samples as its collators make batches, a row each, padded to the longest; we pack
 the same samples into rows. Once all samples have one length, so that nothing is padded; once lengths are ragged as in LLaVA's mix.
@@ -21,7 +22,7 @@ import transformers as hf
 sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
 from conftest import make_batch  # noqa: E402
 
-from nanovlm import IMAGE, UNTRAINED, cli, weights  # noqa: E402
+from nanovlm import IMAGE, UNTRAINED, cli, parallel, weights  # noqa: E402
 from nanovlm.packing import pack  # noqa: E402
 from nanovlm.tokenizer import learn  # noqa: E402
 
@@ -93,8 +94,9 @@ def peak_bytes(run):
     return int(np.cumsum([size for _, size in events]).max())
 
 
-def compare(name, lengths, rounds, mixed):
+def compare(name, lengths, rounds, mixed, joined):
     theirs, ours = two_models()
+    parallel.compile_blocks(parallel.blocks(ours) if joined else ())
     samples, (adam, our_adam) = samples_of(lengths), [
         torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-6, fused=True) for model in (theirs, ours)]
 
@@ -126,14 +128,15 @@ def bench(*,
     rounds: int = 7,          # of each measurement
     samples: int = 8,         # in a step
     dtype: str = "float32",   # or bfloat16: of the products
+    compile: bool = False,    # our blocks, by torch.compile, as train.py --compile=true does
 ):
     """Print how a training step of ours compares."""
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     g = np.random.default_rng(0)
     ragged = (PATCHES + g.lognormal(4.3, 0.9, samples).clip(12, ROW - PATCHES)).astype(int).tolist()
     mixed = torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16")
-    compare("even", [ROW // 2] * samples, rounds, mixed)
-    compare("ragged", ragged, rounds, mixed)
+    compare("even", [ROW // 2] * samples, rounds, mixed, compile)
+    compare("ragged", ragged, rounds, mixed, compile)
 
 
 if __name__ == "__main__":
