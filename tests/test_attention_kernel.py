@@ -102,6 +102,13 @@ def test_attention_is_the_formula(case):
     check(case)
 
 
+@pytest.mark.parametrize("causal, T, S", [
+    (False, 5, 31), (False, 5, 32), (False, 5, 33), (True, 7, 21), (True, 7, 22), (True, 7, 23), (True, 63, 63)])
+def test_the_loop_without_a_mask_ends_where_it_should(causal, T, S):
+    """A key short of whole blocks, whole, and a key past them."""
+    check(SimpleNamespace(B=1, T=T, S=S, H=2, G=1, K=16, dtype=torch.float32, seed=S, orders=[None] * 4, gaps=[0] * 4, rules=dict(causal=causal)))
+
+
 @pytest.mark.parametrize("capability, dtype, K", [((8, 0), torch.float16, 128), ((9, 0), torch.float16, 72), ((8, 0), torch.float32, 64)])
 def test_with_a_cards_own_blocks_and_a_picture_of_577(capability, dtype, K):
     case = SimpleNamespace(B=1, T=577, S=577, H=1, G=1, K=K, dtype=dtype, seed=5, orders=[None] * 4, gaps=[0] * 4, rules=dict(causal=K == 128))
