@@ -13,6 +13,7 @@ from . import kernels
 from .decoder import Block, FixedCache, rotate
 
 LARGE = 1 << 17  # numbers of a weight from which oneDNN's call, 8 µs longer than F.linear's, is made up for by its product (576 × 576, not 256 × 256)
+MANY = 32  # vectors from which it is for any weight
 PATIENCE = 16  # tokens said before a step is recorded
 SUPPORTED = {  # dtypes that oneDNN multiplies, where this CPU has the instructions
     torch.float32: lambda: True,
@@ -24,23 +25,25 @@ SUPPORTED = {  # dtypes that oneDNN multiplies, where this CPU has the instructi
 class Product(nn.Module):
     """x · [A; B; …]ᵀ + bias: linear layers that read the same vectors as one, its weight fetched in one go.
 
-    Large weights on a CPU are laid out once as oneDNN reads them for one vector at a time (the two operators that torch.compile would put here, if
-    its weights were frozen): 2.5 times as fast as F.linear in bfloat16, and the faster too for many vectors at once.
+    On a CPU the weight is laid out once as oneDNN reads it (the two operators that torch.compile would put here, if its weights were frozen): 2 times
+    as fast as F.linear for one vector in bfloat16, and for many in float32. A small one stays there as it was, too, for a few vectors at a time.
     """
 
     def __init__(self, *linears):
         super().__init__()
-        weight = torch.cat([linear.weight.detach() for linear in linears])
+        self.weight = torch.cat([linear.weight.detach() for linear in linears])
         biases = [linear.bias for linear in linears]
         self.bias = None if biases[0] is None else torch.cat([bias.detach() for bias in biases])
-        self.packed = (weight.device.type == "cpu" and weight.numel() >= LARGE and torch.backends.mkldnn.is_available()
-                       and weight.dtype in SUPPORTED and SUPPORTED[weight.dtype]())
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, 1) if self.packed else weight
+        self.packed, self.enough = None, 0  # enough: so many vectors are worth oneDNN's call
+        if self.weight.device.type == "cpu" and torch.backends.mkldnn.is_available() and SUPPORTED.get(self.weight.dtype, bool)():
+            self.packed, self.enough = torch.ops.mkldnn._reorder_linear_weight(self.weight, 1), 1 if self.weight.numel() >= LARGE else MANY
+        if self.enough == 1:
+            self.weight = self.packed
 
     def forward(self, x):
-        if self.packed:
-            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
-        return F.linear(x, self.weight, self.bias)
+        if self.packed is None or x.numel() < self.enough * x.shape[-1]:
+            return F.linear(x, self.weight, self.bias)
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
 
 
 class Speaker(Block):
@@ -64,11 +67,12 @@ class Speaker(Block):
 
 
 def ready(model):
-    """The model, its layers exchanged for ones that speak fast, each old one let go as the new one is there. It can neither train nor be saved
-    then. A weight that is both embedding and head is there twice: one fetches rows of it, the other all."""
+    """The model, its layers exchanged for ones that see and speak fast, each old one let go as the new one is there. It can neither train nor be
+    saved then. A weight that is both embedding and head is there twice: one fetches rows of it, the other all."""
     for i, block in enumerate(model.decoder.layers):
         model.decoder.layers[i] = Speaker(block)
-    for parent in [m for m in model.modules() if not isinstance(m, Product)]:
+    model.decoder.head = Product(model.decoder.head)
+    for parent in [*model.vision.modules(), *model.projector.modules()]:
         for name, child in parent.named_children():
             if isinstance(child, nn.Linear):
                 setattr(parent, name, Product(child))

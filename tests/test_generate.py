@@ -37,7 +37,7 @@ def test_every_form_says_token_for_token_what_reading_again_gives(form, shape, m
     monkeypatch.setattr(generate, "PATIENCE", 4)
     if form not in ("as it is", "recorded"):
         generate.ready(vlm)
-        assert all(m.packed == ("packed" in form) for m in vlm.modules() if isinstance(m, generate.Product))
+        assert all((m.enough == 1) == ("packed" in form) for m in vlm.decoder.modules() if isinstance(m, generate.Product))
     how = {"record": ("cpu",)} if "recorded" in form else {}
     assert said(vlm, PROMPTS, 12, **how) == expected
     assert [said(vlm, [prompt], 12, **how)[0] for prompt in PROMPTS] == expected
@@ -61,9 +61,12 @@ def test_a_prompt_is_read_once_and_every_token_but_the_last(vlm):
     assert lengths == [len(PROMPTS[0]), 1, 1, 1, 1]
 
 
-def test_ready_holds_every_weight_once_and_a_tied_one_twice(vlm):
+def test_ready_holds_every_large_weight_once_and_a_tied_one_twice(vlm, monkeypatch):
+    monkeypatch.setattr(generate, "LARGE", 0)
+
     def numbers(model):
-        tensors = [*model.parameters(), *(t for m in model.modules() if isinstance(m, generate.Product) for t in (m.weight, m.bias) if t is not None)]
+        products = [m for m in model.modules() if isinstance(m, generate.Product)]
+        tensors = [*model.parameters(), *(t for m in products for t in (m.weight, m.packed, m.bias) if t is not None)]
         return sum(t.numel() for t in {id(t): t for t in tensors}.values())
 
     old = [p.data for p in vlm.parameters()]
@@ -76,7 +79,7 @@ def test_ready_holds_every_weight_once_and_a_tied_one_twice(vlm):
 
 @pytest.mark.parametrize("dtype, error", [(torch.float32, 1e-6), (torch.bfloat16, 4e-3)])
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("rows", [1, 19])
+@pytest.mark.parametrize("rows", [1, generate.MANY + 3])
 @pytest.mark.parametrize("large", [0, 1 << 40])
 def test_a_product_is_its_layers_side_by_side(dtype, error, bias, rows, large, monkeypatch):
     monkeypatch.setattr(generate, "LARGE", large)
@@ -84,7 +87,7 @@ def test_a_product_is_its_layers_side_by_side(dtype, error, bias, rows, large, m
     x = torch.randn(rows, 37).to(dtype)
     with torch.no_grad():
         product = generate.Product(*layers)
-        assert product.packed == (large == 0)
+        assert (product.weight is product.packed) == (large == 0) and product.enough == (1 if large == 0 else generate.MANY)
         expected = torch.cat([layer.double()(x.double()) for layer in layers], dim=-1)
         found = product(x)
     assert found.dtype == dtype and (found.double() - expected).norm() / expected.norm() < error

@@ -14,7 +14,7 @@ import torch
 sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
 from bench.speech import speech  # noqa: E402
 
-from nanovlm import Mistake, cli, evaluate, papers, weights  # noqa: E402
+from nanovlm import Mistake, cli, evaluate, generate, papers, weights  # noqa: E402
 
 
 def answers_per_s(checkpoint, questions, batch, max_tokens):
@@ -29,6 +29,7 @@ def exam(model, questions, images, count, batch, max_tokens, rounds):
     asked = papers.read("exact", questions, images=images)
     asked = asked[:: max(1, len(asked) // count)][:count]
     checkpoint, speeds, same = weights.load(model), [], 0
+    generate.ready(checkpoint.model)
     for _ in range(rounds):
         (alone, ones), (together, many) = (answers_per_s(checkpoint, asked, size, max_tokens) for size in (1, batch))
         speeds.append((alone, together))
@@ -42,7 +43,7 @@ def exam(model, questions, images, count, batch, max_tokens, rounds):
 def sample(*,
     speaker: str = "data/real/smollm2",            # the model that speaks, as Hugging Face has it
     dtype: str = "bfloat16",                       # of its numbers: bfloat16, float16 or float32
-    threads: int = torch.get_num_threads(),        # of each who speaks
+    threads: int = torch.get_num_threads(),        # of each who speaks or answers
     tokens: int = 64,                              # said in a round
     model: str = "out/sft",                        # the model that answers
     questions: str = "data/fridge/exam.jsonl",     # its exam
@@ -55,6 +56,7 @@ def sample(*,
     """Measure both; what is not there is said and left out."""
     if dtype not in ("bfloat16", "float16", "float32"):
         raise Mistake(f"--dtype={dtype} is none of bfloat16, float16, float32")
+    torch.set_num_threads(threads)
     if Path(speaker).is_dir():
         speech(speaker, getattr(torch, dtype), threads, tokens, rounds)
     else:
