@@ -13,7 +13,7 @@ from conftest import ROOT
 import prepare
 import sample
 import train
-from nanovlm import Mistake, cli, disk
+from nanovlm import Mistake, cli, disk, recipe
 
 DOORS = {"train.py": train.train, "sample.py": sample.sample,
          "prepare.py": {"fridge": prepare.fridge, "new": prepare.new, "data": prepare.data, "show": prepare.show, "check": prepare.check,
@@ -26,7 +26,7 @@ READERS = {"photos.json", "exam.json", "captions.json", "chats.json", "photo.jpg
 # From the street down to the cellar: a file imports only from lines below its own (../shared/design.md, Rooms).
 ROOMS = ["train", "sample prepare saves", "weights", "llava evaluate", "huggingface watch log report", "parallel gather look cost papers",
          "model packing layouts", "generate", "vision decoder", "attention rmsnorm loss", "decode", "kernels", "sources",
-         "records refs", "data", "chat", "tokenizer", "images", "disk opening", "fridge scores", "cli cider", "__init__"]
+         "records refs", "data", "chat", "tokenizer", "images", "disk opening", "fridge scores", "cli cider recipe", "__init__"]
 # The model knows of no file, tokenizer or second process, a kernel of nothing of ours.
 KNOWS_ONLY = {"model": "vision decoder attention rmsnorm loss generate __init__", "generate": "decoder kernels", "vision": "attention",
               "decoder": "attention rmsnorm", "attention": "decode kernels", "decode": "kernels", "rmsnorm": "kernels",
@@ -311,7 +311,7 @@ def test_every_setting_has_a_remark_and_is_read(function):
     kinds = (bool, int, float, str, list[str], int | None, float | None, str | None)
     assert not (strange := [name for name, kind, _, _ in settings if kind not in kinds]), f"{function.__name__}: what is {strange}?"
     if "locals()" in source:
-        source += "\n\n" + inspect.getsource(sys.modules[function.__module__])
+        source += "\n\n" + inspect.getsource(sys.modules[function.__module__]) + inspect.getsource(recipe)
     assert not (idle := unread(source, [name for name, *_ in settings])), f"{function.__name__} never reads {idle}"
     assert inspect.getdoc(function)
 

@@ -20,7 +20,7 @@ from conftest import DECODER, ROOT, TOKENS, VISION, make_batch, make_samples
 from safetensors.torch import load_file
 
 import train as door
-from nanovlm import IMAGE, UNTRAINED, Mistake, cli, data, evaluate, images, log, packing, papers, parallel, tokenizer, watch, weights
+from nanovlm import IMAGE, UNTRAINED, Mistake, cli, data, evaluate, images, log, packing, papers, parallel, recipe, tokenizer, watch, weights
 from nanovlm.model import VLM
 
 POLICY = {"tile": 12, "patch": 3, "shuffle": 2, "fit": "squash", "resample": "bicubic", "mean": [0.5] * 3, "std": [0.5] * 3}
@@ -132,15 +132,15 @@ def test_a_recipe_sets_what_nobody_typed():
     """The table of LLaVA-1.5's own scripts beside Megatron's."""
     empty = {name: default for name, _, default, _ in cli.settings(door.train)}
     names = ("lr", "floor", "steps", "batch", "row", "warmup", "decay", "clip", "beta1", "beta2", "freeze")
-    for recipe, stage, wanted in [
+    for owner, stage, wanted in [
         ("megatron", "pretrain", (1.5e-4, 1e-5, 20000, 256, 1024, 0.01, 0.01, 1.0, 0.9, 0.95, "vision,decoder")),
         ("megatron", "sft", (1e-6, 1e-7, 20000, 128, 2048, 0.01, 0.1, 0.5, 0.9, 0.95, "vision")),
         ("llava", "pretrain", (1e-3, 0.0, 2181, 256, 2048, 0.03, 0.0, 1.0, 0.9, 0.999, "vision,decoder")),
         ("llava", "sft", (2e-5, 0.0, 5198, 128, 2048, 0.03, 0.0, 1.0, 0.9, 0.999, "vision")),
     ]:
-        run = door.resolve(empty | {"stage": stage, "recipe": recipe}, world=1)
+        run = door.resolve(empty | {"stage": stage, "recipe": owner}, world=1)
         assert tuple(getattr(run, name) for name in names) == wanted
-        assert door.resolve(empty | {"stage": stage, "recipe": recipe, "lr": 0.5, "beta2": 0.8}, world=1).beta2 == 0.8
+        assert door.resolve(empty | {"stage": stage, "recipe": owner, "lr": 0.5, "beta2": 0.8}, world=1).beta2 == 0.8
 
 
 def test_matrices_decay_vectors_do_not_and_each_part_has_its_rate(vlm):
@@ -344,7 +344,7 @@ def test_curves_for_tensorboard_are_those_of_the_log(home, monkeypatch):
     for name in ("loss", "validation", "norm of projector"):
         assert [(event.step, event.value) for event in curves.Scalars(name)] == [
             (line["step"], pytest.approx(line[name])) for line in lines if name in line]
-    monkeypatch.setattr(door, "find_spec", {}.get)
+    monkeypatch.setattr(recipe, "find_spec", {}.get)
     with pytest.raises(Mistake, match="^--tensorboard=True needs tensorboard: pip install tensorboard$"):
         door.train(**settings(home, "no board", tensorboard=True))
     assert not (home / "no board").exists()
