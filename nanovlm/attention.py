@@ -363,9 +363,10 @@ def forward(q_BTHK: torch.Tensor, k_BSGK: torch.Tensor, v_BSGK: torch.Tensor, fi
     tensors, strides, unit = with_strides(q_BTHK, k_BSGK, v_BSGK)
     (t, s, warps, stages), _, _, wide = blocks(q_BTHK)
     if out_BTHK.numel():
-        forward_kernel[(B * H, triton.cdiv(T, t))](
-            *tensors, out_BTHK, lse_BHT, first_BS, last_BS, T, S, H, H // G, window, LOG2E / size**0.5, *strides, size=size,
-            CAUSAL=causal, UNIT=unit, T=t, S=s, K=wide, num_warps=warps, num_stages=stages)
+        with torch.cuda.device_of(q_BTHK):
+            forward_kernel[(B * H, triton.cdiv(T, t))](
+                *tensors, out_BTHK, lse_BHT, first_BS, last_BS, T, S, H, H // G, window, LOG2E / size**0.5, *strides, size=size,
+                CAUSAL=causal, UNIT=unit, T=t, S=s, K=wide, num_warps=warps, num_stages=stages)
     return out_BTHK, lse_BHT
 
 
@@ -387,15 +388,16 @@ def backward(grad_BTHK: torch.Tensor, q_BTHK: torch.Tensor, k_BSGK: torch.Tensor
     delta_BHT = torch.empty_like(lse_BHT)
     numbers = first_BS, last_BS, T, S, H, H // G, window, LOG2E / size**0.5, 1 / size**0.5, *strides
     _, kv, (t, s, warps, stages), wide = blocks(q_BTHK)
-    if q_BTHK.numel():
-        backward_q_kernel[(B * H, triton.cdiv(T, t))](
-            grad_BTHK, q_BTHK, k_BSGK, v_BSGK, out_BTHK, lse_BHT, delta_BHT, grads[0], *numbers, size=size, CAUSAL=causal, UNIT=unit, T=t, S=s,
-            K=wide, num_warps=warps, num_stages=stages)
-    t, s, warps, stages = kv
-    if k_BSGK.numel():
-        backward_kv_kernel[(B * G, triton.cdiv(S, s))](
-            grad_BTHK, q_BTHK, k_BSGK, v_BSGK, lse_BHT, delta_BHT, grads[1], grads[2], *numbers, size=size, CAUSAL=causal, UNIT=unit, T=t, S=s,
-            K=wide, num_warps=warps, num_stages=stages)
+    with torch.cuda.device_of(q_BTHK):
+        if q_BTHK.numel():
+            backward_q_kernel[(B * H, triton.cdiv(T, t))](
+                grad_BTHK, q_BTHK, k_BSGK, v_BSGK, out_BTHK, lse_BHT, delta_BHT, grads[0], *numbers, size=size, CAUSAL=causal, UNIT=unit, T=t, S=s,
+                K=wide, num_warps=warps, num_stages=stages)
+        t, s, warps, stages = kv
+        if k_BSGK.numel():
+            backward_kv_kernel[(B * G, triton.cdiv(S, s))](
+                grad_BTHK, q_BTHK, k_BSGK, v_BSGK, lse_BHT, delta_BHT, grads[1], grads[2], *numbers, size=size, CAUSAL=causal, UNIT=unit, T=t, S=s,
+                K=wide, num_warps=warps, num_stages=stages)
     return grads
 
 

@@ -108,11 +108,12 @@ def decode(q_B1HK: torch.Tensor, k_BSGK: torch.Tensor, v_BSGK: torch.Tensor, doc
     block, _, warps, stages = kernels.pick(TABLE, q_B1HK.device)
     parts, wide = cut(B, S, G, q_B1HK.device), max(16, triton.next_power_of_2(size))
     part, lse = q_B1HK.new_empty((B, H, parts, size), dtype=torch.float32), q_B1HK.new_empty((B, H, parts), dtype=torch.float32)
-    part_kernel[(B * G, parts)](
-        q_B1HK, k_BSGK, v_BSGK, part, lse, documents_BS, filled, S, H, H // G, window, math.log2(math.e) / size**0.5, q_row, *strides,
-        None if documents_BS is None else documents_BS.stride(0), size=size, UNIT=unit, H=max(16, triton.next_power_of_2(H // G)), N=1024,
-        S=max(16, block * 2 // q_B1HK.element_size()), K=wide, num_warps=warps, num_stages=stages)
-    merge_kernel[(B * H,)](part, lse, out_B1HK, parts, size=size, N=triton.next_power_of_2(parts), K=wide, num_warps=warps)
+    with torch.cuda.device_of(q_B1HK):
+        part_kernel[(B * G, parts)](
+            q_B1HK, k_BSGK, v_BSGK, part, lse, documents_BS, filled, S, H, H // G, window, math.log2(math.e) / size**0.5, q_row, *strides,
+            None if documents_BS is None else documents_BS.stride(0), size=size, UNIT=unit, H=max(16, triton.next_power_of_2(H // G)), N=1024,
+            S=max(16, block * 2 // q_B1HK.element_size()), K=wide, num_warps=warps, num_stages=stages)
+        merge_kernel[(B * H,)](part, lse, out_B1HK, parts, size=size, N=triton.next_power_of_2(parts), K=wide, num_warps=warps)
     return out_B1HK
 
 
