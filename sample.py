@@ -19,11 +19,10 @@ import torch
 
 from nanovlm import Mistake, chat, cli, disk, evaluate, generate, images, packing, papers, parallel, weights
 from nanovlm import kernels as forms
-from nanovlm.evaluate import prompt_ids
+from nanovlm.evaluate import LONGEST, check_lengths, prompt_ids
 
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 BATCH = 16  # questions of an exam at once
-LONGEST = 1 << 20  # tokens of prompt and answer together; the cache takes memory for all of them before the first is read
 
 
 def say(*words):
@@ -44,20 +43,10 @@ def load_pictures(paths, policy):
     return [images.load(path, policy) for path in paths]
 
 
-def check_length(checkpoint, ids, max_tokens):
-    """Refuse what no memory holds; warn of a prompt longer than all that the model was trained on."""
-    if len(ids) + max_tokens > LONGEST:
-        raise Mistake(f"{len(ids):,} tokens of prompt and --max_tokens={max_tokens} make more than {LONGEST:,}")
-    path = Path(checkpoint.card["folder"]) / "training.json"
-    row = disk.read_json(path)["row"] if path.is_file() else len(ids)
-    if len(ids) > row:
-        say(f"the prompt takes {len(ids):,} tokens, the model was trained on rows of {row:,}: do not expect much")
-
-
 def stream(checkpoint, turns, pictures, **choices):
     """The answer to a conversation, a piece of text for each token and a last one for what was held back; ends at the end token."""
     text, ids = checkpoint.tokenizer.stream(), prompt_ids(checkpoint, turns, pictures)
-    check_length(checkpoint, ids, choices["max_tokens"])
+    check_lengths(checkpoint, [len(ids)], choices["max_tokens"])
     stop = {chat.end_id(checkpoint.tokenizer, checkpoint.template)}
     for (next_id,) in checkpoint.model.generate([ids], **packing.join(pictures, checkpoint.policy), stop=stop, **choices):
         if next_id not in stop:
@@ -131,12 +120,12 @@ def check_exam(typed):
 
 def exam(typed, choices):
     """Sit an exam, or mark its answers again, and tell how it went."""
-    about = evaluate.told(typed.score) if typed.score else {"asked": {"benchmark": "exact"}}
-    if not (benchmark := typed.benchmark or (about and about["asked"]["benchmark"])):
-        raise Mistake(f"no {evaluate.beside(typed.score)} says by which rules {typed.score} is to be marked: give --benchmark")
     device = parallel.pick_device(typed.device)
-    rank, world = (0, 1) if typed.score else parallel.start(device)
+    rank, world = parallel.start(device)
     with parallel.together():
+        about = evaluate.told(typed.score) if typed.score else {"asked": {"benchmark": "exact"}}
+        if not (benchmark := typed.benchmark or (about and about["asked"]["benchmark"])):
+            raise Mistake(f"no {evaluate.beside(typed.score)} says by which rules {typed.score} is to be marked: give --benchmark")
         papers.named(benchmark)
         if typed.out:
             evaluate.check_out(typed.out)
@@ -144,9 +133,8 @@ def exam(typed, choices):
             papers.submission(benchmark, [])  # refused now, not after the exam, where its owner takes none
         questions = papers.read(benchmark, typed.questions, typed.annotations, typed.images, typed.prompt) if typed.questions else []
         checkpoint = None if typed.score else weights.load(typed.model, device, DTYPES[typed.dtype])
-    if typed.score:
-        rows = evaluate.mark_again(typed.score, questions, benchmark)
-    else:
+        rows = evaluate.mark_again(typed.score, questions, benchmark) if typed.score and rank == 0 else []
+    if not typed.score:
         generate.ready(checkpoint.model)
         how = dict(benchmark=benchmark, prompt=typed.prompt, out=typed.out, batch=typed.batch)
         rows, about = evaluate.sit(checkpoint, questions, rank, world, **how, **choices)

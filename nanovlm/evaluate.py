@@ -6,8 +6,8 @@
     answers.json    what was asked of which model, by what command and versions, which is enough to repeat it; and the table
 """
 import contextlib
-import datetime
 import hashlib
+import importlib.metadata
 import io
 import itertools
 import json
@@ -15,7 +15,6 @@ import os
 import platform
 import shlex
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -25,7 +24,8 @@ from PIL import Image
 
 from . import IMAGE, Mistake, chat, data, disk, images, opening, packing, papers, parallel, refs, report, scores
 
-EVERY = 5.0  # seconds between two lines of progress
+LONGEST = 1 << 20  # tokens of prompt and answer together; the cache takes memory for all of them before the first is read
+SAMPLED = 4096  # places of a file of weights at which so many bytes are read to know it again: of 5 GB, one every MB
 FIELDS = {"id": str | int, "kind": str, "prompt": str, "answer": str, "answers": list, "tokens": int, "cut": bool}  # of a line that is read again
 
 
@@ -85,8 +85,8 @@ def size(ref):
         return picture.size
 
 
-def in_batches(checkpoint, questions, batch):
-    """The numbers of the questions, `batch` at a time, the shortest prompts first: neighbours need hardly any padding."""
+def lengths_of(checkpoint, questions):
+    """How many tokens each question's prompt takes."""
     sizes, policy = {}, checkpoint.policy
 
     def length(question):
@@ -95,20 +95,38 @@ def in_batches(checkpoint, questions, batch):
         pictures = [images.plan(sizes[ref], policy) for ref in question["image"]]
         return len(prompt_ids(checkpoint, [("user", question["question"])], pictures))
 
-    lengths = list(map(length, questions))
-    order = sorted(range(len(questions)), key=lengths.__getitem__)
+    return list(map(length, questions))
+
+
+def check_lengths(checkpoint, lengths, max_tokens):
+    """Refuse what no memory holds; warn of prompts longer than all that the model was trained on."""
+    longest, path = max(lengths, default=0), Path(checkpoint.card["folder"]) / "training.json"
+    if longest + max_tokens > LONGEST:
+        raise Mistake(f"{longest:,} tokens of prompt and --max_tokens={max_tokens} make more than {LONGEST:,}")
+    row = disk.read_json(path)["row"] if path.is_file() else longest
+    if longest > row:
+        long = sum(length > row for length in lengths)
+        told = "the prompt takes" if len(lengths) == 1 else f"{long:,} of {len(lengths):,} prompts take up to"
+        print(f"{told} {longest:,} tokens, the model was trained on rows of {row:,}: do not expect much", file=sys.stderr, flush=True)
+
+
+def in_batches(lengths, batch):
+    """The numbers of the questions, `batch` at a time, the shortest prompts first: neighbours need hardly any padding."""
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
     return [order[i : i + batch] for i in range(0, len(order), batch)]
 
 
-def answers(checkpoint, questions, rank=0, world=1, *, batch=16, done=(), **how):
+def answers(checkpoint, questions, rank=0, world=1, *, batch=16, done=(), lengths=None, **how):
     """The answers, as they come: on every rank, round after round, a list of (number of the question, Said) that all ranks gave together.
 
     done: numbers of questions that were answered before. Batches are those of the whole exam, without them, so that one which goes on gives the
-    answers that it would have given. The longest go first: what does not fit into memory is known at once. how: as for `answer`.
+    answers that it would have given. The longest go first: what does not fit into memory is known at once. lengths: of the prompts, where they are
+    known. how: as for `answer`.
     """
     known = set(done)
     with parallel.together():
-        batches = [left for members in reversed(in_batches(checkpoint, questions, batch)) if (left := [i for i in members if i not in known])]
+        lengths = lengths or lengths_of(checkpoint, questions)
+        batches = [left for members in reversed(in_batches(lengths, batch)) if (left := [i for i in members if i not in known])]
     rounds = [batches[i : i + world] for i in range(0, len(batches), world)]
 
     def load(members):
@@ -180,16 +198,35 @@ def write_rows(path, rows):
 
 
 def identity(checkpoint, questions, benchmark, prompt, choices):
-    """What must stay the same for an exam to go on: the model by its weights' files, the questions by what they say."""
-    folder = Path(checkpoint.card["folder"])
-    files = {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(folder.glob("*.safetensors"))}
+    """What must stay the same for an exam to go on: the model by what its files hold, wherever they lie, the questions by what they say."""
     asked = sha([[question["id"], question["question"]] for question in questions])
-    return {"model": str(folder), "weights": files, "dtype": str(next(checkpoint.model.parameters()).dtype).removeprefix("torch."),
-            "benchmark": benchmark, "questions": f"{len(questions):,} ({asked})", "prompt": prompt, **choices}
+    model, dtype = sha([weights_in(checkpoint.card["folder"]), checkpoint.fingerprint()]), next(checkpoint.model.parameters()).dtype
+    return {"model": model, "dtype": str(dtype).removeprefix("torch."), "benchmark": benchmark, "questions": f"{len(questions):,} ({asked})",
+            "prompt": prompt, **choices}
 
 
 def sha(thing):
     return hashlib.sha256(json.dumps(thing).encode()).hexdigest()[:8]
+
+
+def weights_in(model):
+    """[name, size, hash of a sample of the bytes] of each file of weights in a model's folder: training changes bytes everywhere, a copy none."""
+    folder, found = Path(disk.cached(model) or model), []
+    for path in sorted(path for kind in ("*.safetensors", "*.bin", "sharded/*") for path in folder.glob(kind)):
+        digest, size = hashlib.sha256(), path.stat().st_size
+        with open(path, "rb") as file:
+            for place in range(0, size, max(SAMPLED, size // SAMPLED)):
+                file.seek(place)
+                digest.update(file.read(SAMPLED))
+        found.append([path.name, size, digest.hexdigest()])
+    return found
+
+
+def versions():
+    """Of what answers depend on; ours: a hash of the package's files."""
+    ours = sha([[path.name, path.read_text(encoding="utf-8")] for path in sorted(Path(__file__).parent.glob("*.py"))])
+    others = {name: importlib.metadata.version(name) for name in ("numpy", "pillow", "tiktoken", "safetensors")}
+    return {"nanovlm": ours, "python": platform.python_version(), "torch": torch.__version__, **others}
 
 
 def told(path):
@@ -208,13 +245,15 @@ def check_out(path):
 
 def begin(out, questions, asked, about):
     """{number of a question: Said} of the answers that an exam which was stopped has left in `out`; it is made ready to go on."""
-    was = told(out).get("asked", {})
+    kept = told(out)
     if not Path(out).exists():
         write(beside(out), json.dumps({"asked": asked, **about}, indent=1))
         return {}
+    was = kept.get("asked", {})
     wrong = [f"{name} was {was.get(name)}, now {value}" for name, value in json.loads(json.dumps(asked)).items() if was.get(name) != value]
     if wrong:
-        raise Mistake(f"{out} cannot go on as another exam: {'; '.join(wrong)}; name another --out")
+        of = kept.get("card", {}).get("folder", "a model")
+        raise Mistake(f"{out}, asked of {of}, cannot go on as another exam: {'; '.join(wrong)}; name another --out")
     numbers, rows = {str(question["id"]): i for i, question in enumerate(questions)}, list(read_rows(out))
     write_rows(out, rows)  # without the line that may have been torn
     return {numbers[str(row["id"])]: Said(row["answer"], row["tokens"], row["cut"], row["prompt"]) for row in rows}
@@ -238,13 +277,16 @@ def sit(checkpoint, questions, rank=0, world=1, *, benchmark, prompt="", out="",
     of them). Other ranks get None for both."""
     asked = identity(checkpoint, questions, benchmark, prompt, choices)
     about = {"command": shlex.join(sys.argv), "card": checkpoint.card, "ranks": world, "batch": batch,
-             "device": str(checkpoint.model.mean_C11.device), "versions": {"python": platform.python_version(), "torch": torch.__version__}}
+             "device": str(checkpoint.model.mean_C11.device), "versions": versions()}
     with parallel.together():
         check_marks(questions, benchmark)
         said = begin(out, questions, asked, about) if out and rank == 0 else {}
-    progress, known = Progress(len(questions), len(said)), parallel.gather(list(said))[0]
+        lengths = lengths_of(checkpoint, questions)
+        if rank == 0:
+            check_lengths(checkpoint, lengths, choices["max_tokens"])
+    progress, known = report.Progress(len(questions), len(said)), parallel.gather(list(said))[0]
     with open(out, "a", encoding="utf-8") if out and rank == 0 else contextlib.nullcontext() as file:
-        for pairs in answers(checkpoint, questions, rank, world, batch=batch, done=known, **choices):
+        for pairs in answers(checkpoint, questions, rank, world, batch=batch, done=known, lengths=lengths, **choices):
             said |= pairs
             rows = [row_of(questions[i], one) | {"score": None} for i, one in pairs]
             rows = rows if report.is_of_all(benchmark) else marked(rows, benchmark)
@@ -257,36 +299,9 @@ def sit(checkpoint, questions, rank=0, world=1, *, benchmark, prompt="", out="",
     if rank > 0:
         return None, None
     rows = marked([row_of(question, said[i]) for i, question in enumerate(questions)], benchmark)
-    return rows, {"asked": asked, **about, **progress.end()}
-
-
-class Progress:
-    """What a person who waits wants to know, on standard error."""
-
-    def __init__(self, total, before):
-        self.total, self.before, self.done, self.tokens, self.began, self.told, self.marks = total, before, 0, 0, time.time(), time.time(), []
-
-    def speeds(self):
-        took = time.time() - self.began
-        return {"answers_per_s": self.done / took, "tokens_per_s": self.tokens / took}
-
-    def end(self):
-        speeds = self.speeds()
-        print(f"{speeds['answers_per_s']:,.1f} answers/s, {speeds['tokens_per_s']:,.0f} tokens/s", file=sys.stderr, flush=True)
-        return speeds
-
-    def tell(self, rows, benchmark):
-        self.done += len(rows)
-        self.tokens += sum(row["tokens"] for row in rows)
-        self.marks += [row["score"] or 0.0 for row in rows if row["answers"]]
-        if time.time() - self.told < EVERY:
-            return
-        self.told = time.time()
-        left = self.total - self.before - self.done
-        score = f" | {sum(self.marks) / len(self.marks):.1%} so far" if self.marks and not report.is_of_all(benchmark) else ""
-        speed = self.speeds()["answers_per_s"]
-        print(f"{self.before + self.done:,}/{self.total:,} questions | {speed:,.1f} answers/s{score} | "
-              f"{datetime.timedelta(seconds=round(left / speed))} left", file=sys.stderr, flush=True)
+    if out and not progress.done:  # all was answered before: how, is known already
+        return rows, told(out)
+    return rows, {"asked": asked, **about, **progress.speeds()}
 
 
 def mark_again(path, questions, benchmark):
@@ -308,12 +323,12 @@ def conclude(rows, about, questions, benchmark, seed=0, *, out="", page="", subm
     """Print the table and what else the benchmark is known by, and write the files that were asked for."""
     lines, known = report.table(rows, seed), [row for row in rows if row["answers"]]
     figures = scores.summary(benchmark, known, [row["answer"] for row in known], [row["score"] for row in known]) if known else {}
-    report.show(lines, figures, benchmark)
-    about = {"asked": {"benchmark": benchmark}} | about
+    report.show(lines, figures, benchmark, about.get("tokens_per_s"))
+    about = {**about, "asked": {**about.get("asked", {}), "benchmark": benchmark}}
     if out:
         write_rows(out, rows)
         write(beside(out), json.dumps({**about, "table": [line._asdict() for line in lines], "figures": figures}, indent=1))
     if page:
-        write(page, report.page(rows, questions, lines, f"{benchmark}: {about['asked'].get('model', out)}"))
+        write(page, report.page(rows, questions, lines, benchmark, about.get("card", {}).get("folder", out)))
     if submission:
         write(submission, papers.submission(benchmark, rows))

@@ -1,11 +1,16 @@
-"""How an exam went: a table, and one page of HTML to leaf through with pictures, questions, answers and marks, which needs nothing but itself."""
+"""How an exam goes, a line now and then, and how it went: a table, and one page of HTML to leaf through with pictures, questions, answers and marks,
+which needs nothing but itself."""
 import base64
+import datetime
 import html
 import io
+import sys
+import time
 from typing import NamedTuple
 
 from . import opening, papers, refs, scores
 
+EVERY = 5.0  # seconds between two lines of progress
 MOST = 1000  # questions on a page: of 15 kB each, a browser turns the leaves of these at once
 EDGE = 320   # pixels that the longer side of a picture may have
 
@@ -27,6 +32,33 @@ class Line(NamedTuple):
     high: float | None
     unparsed: float | None  # the share of answers that cannot be parsed
     cut: float | None       # and that of those that were cut off
+
+
+# ---- on the way ----
+
+class Progress:
+    """What a person who waits wants to know, on standard error."""
+
+    def __init__(self, total, before):
+        self.total, self.before, self.done, self.tokens, self.marks = total, before, 0, 0, []
+        self.began = self.told = time.perf_counter()
+
+    def speeds(self):
+        took = time.perf_counter() - self.began
+        return {"answers_per_s": self.done / took, "tokens_per_s": self.tokens / took} if self.done else {}
+
+    def tell(self, rows, benchmark):
+        self.done += len(rows)
+        self.tokens += sum(row["tokens"] for row in rows)
+        self.marks += [row["score"] or 0.0 for row in rows if row["answers"]]
+        if time.perf_counter() - self.told < EVERY:
+            return
+        self.told = time.perf_counter()
+        left = self.total - self.before - self.done
+        score = f" | {sum(self.marks) / len(self.marks):.1%} so far" if self.marks and not is_of_all(benchmark) else ""
+        speed = self.speeds()["answers_per_s"]
+        print(f"{self.before + self.done:,}/{self.total:,} questions | {speed:,.1f} answers/s{score} | "
+              f"{datetime.timedelta(seconds=round(left / speed))} left", file=sys.stderr, flush=True)
 
 
 # ---- the table ----
@@ -51,17 +83,25 @@ def line(kind, rows, seed):
     return Line(kind, len(rows), *told, cut)
 
 
-def show(lines, figures, benchmark):
-    """Print a table, and what else the benchmark's owners report (`figures`, as scores.summary gives them)."""
-    wide, name = max(10, *(len(line.kind) for line in lines)), scores.MEANS.get(benchmark, "right")
+def points(score, benchmark):
+    """A score as its owners write it: CIDEr-D is no share of anything."""
+    return f"{100 * score:.1f}" if is_of_all(benchmark) else f"{score:.1%}"
+
+
+def show(lines, figures, benchmark, tokens_per_s=None):
+    """Print a table, how fast it was come by if that is known, and what else the benchmark's owners report (`figures`, of scores.summary)."""
+    wide, name = max(10, *(len(line.kind) for line in lines)), "CIDEr-D" if is_of_all(benchmark) else scores.MEANS.get(benchmark, "right")
     for line in lines:
-        told = f"{line.kind:{wide}} {line.questions:5} questions   "
+        told = [f"{line.kind:{wide}} {line.questions:5} questions"]
         if line.score is None:
-            print(f"{told}no right answers are known   {line.cut:.1%} cut off")
-        elif is_of_all(benchmark):
-            print(f"{told}{100 * line.score:6.1f} CIDEr-D   {100 * line.low:.1f} to {100 * line.high:.1f}   {line.cut:.1%} cut off")
+            told += ["no right answers are known"]
         else:
-            print(f"{told}{line.score:6.1%} {name}   {line.low:.1%} to {line.high:.1%}   {line.unparsed:.1%} unparsed   {line.cut:.1%} cut off")
+            score, low, high = (points(share, benchmark) for share in line[2:5])
+            told += [f"{score:>6} {name}", f"{low} to {high}"] + ([] if is_of_all(benchmark) else [f"{line.unparsed:.1%} unparsed"])
+        told += [f"{line.cut:.1%} cut off"]
+        if line is lines[-1] and tokens_per_s is not None:
+            told += [f"{tokens_per_s:,.0f} tokens/s"]
+        print("   ".join(told))
     if is_of_all(benchmark):
         print("CIDEr-D weighs words by these pictures' captions: compare it with no score over others, be they a part of these")
     for figure, value in figures.items():
@@ -102,11 +142,15 @@ def section(row, question):
     return f'<section><span class="mark">{mark(row)}</span>{pictures}<p>{name}</p>{words}</section>'
 
 
-def page(rows, questions, lines, title):
+def cells(line, benchmark):
+    shares = [*(x if x is None else points(x, benchmark) for x in line[2:5]), *(x if x is None else f"{x:.1%}" for x in line[5:])]
+    return f"<tr><td>{html.escape(line.kind)}<td>{line.questions}" + "".join(f"<td>{share or ''}" for share in shares)
+
+
+def page(rows, questions, lines, benchmark, model):
     """The page; questions: those of the rows, for their pictures; lines: the table."""
-    pairs = sorted(zip(rows, questions, strict=True), key=lambda pair: worth(pair[0]))
-    share = lambda x: "" if x is None else f"{x:.1%}"  # noqa: E731
-    table = "".join(f"<tr><td>{html.escape(line.kind)}<td>{line.questions}" + "".join(f"<td>{share(x)}" for x in line[2:]) for line in lines)
+    pairs, title = sorted(zip(rows, questions, strict=True), key=lambda pair: worth(pair[0])), f"{benchmark}: {model}"
+    table = "".join(cells(line, benchmark) for line in lines)
     first = f"the {MOST:,} worst of " if len(pairs) > MOST else ""
     head = "".join(f"<th>{name}" for name in ("", "questions", "score", "from", "to", "unparsed", "cut off"))
     return (f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title><style>{STYLE}</style>\n'

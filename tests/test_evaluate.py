@@ -3,9 +3,11 @@
 Everything that two ranks do is done in one launch of this file, since most of a launch is waiting for torch.
 """
 import base64
+import contextlib
 import io
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -139,7 +141,8 @@ def test_neighbours_in_length_share_a_batch(checkpoint, questions, cut):
     for question in questions:
         pictures = [images.load(ref.path, checkpoint.policy) for ref in question["image"]]
         lengths.append(len(evaluate.prompt_ids(checkpoint, [("user", question["question"])], pictures)))
-    batches = evaluate.in_batches(checkpoint, questions, 4)
+    assert evaluate.lengths_of(checkpoint, questions) == lengths
+    batches = evaluate.in_batches(lengths, 4)
     assert [len(members) for members in batches] == [4] * 5 + [3]
     assert sum(batches, []) == sorted(range(23), key=lambda i: (lengths[i], i)) != list(range(23))
 
@@ -193,14 +196,18 @@ def test_what_no_rule_could_mark_is_refused_before_it_is_asked(checkpoint, quest
 
 def test_captions_are_marked_all_at_once(capsys):
     """CIDEr's idf needs the whole corpus: a caption that all pictures have says nothing."""
-    rows = [{**row(None), "answer": said, "answers": golds} for said, golds in
+    rows = [{**row(None), "answer": said, "answers": golds, "prompt": "?"} for said, golds in
             [("a cat on a mat", ["a cat on a mat", "the cat sits"]), ("a dog", ["a bird flies", "a dog"]), ("nothing", ["a house", "some house"])]]
-    marks = [one["score"] for one in evaluate.marked(rows, "captions")]
+    rows = evaluate.marked(rows, "captions")
+    marks = [one["score"] for one in rows]
     assert marks[0] > marks[1] > marks[2] == 0
     assert report.is_of_all("captions") and not report.is_of_all("vqa")
-    report.show(report.table(evaluate.marked(rows, "captions")), {}, "captions")
+    report.show(report.table(rows), {}, "captions")
     said = capsys.readouterr().out
-    assert f"{100 * sum(marks) / 3:6.1f} CIDEr-D" in said and "compare it with no score over others" in said
+    mean = f"{100 * sum(marks) / 3:.1f}"
+    assert f"{mean:>6} CIDEr-D" in said and "compare it with no score over others" in said
+    page = report.page(rows, 3 * [{"image": []}], report.table(rows), "captions", "m")
+    assert f"<td>3<td>{mean}<td>" in page and page.count("%") == 2, "on the page, too, only what was unparsed and cut off is a share"
 
 
 # ---- an exam from beginning to end ----
@@ -241,9 +248,14 @@ def test_a_secret_test_is_handed_in_unmarked(home, checkpoint, tmp_path, monkeyp
     answering(monkeypatch, lambda text: " 1993" if "When" in text else "milk\n")
     rows, about = evaluate.sit(checkpoint, questions, benchmark="docvqa", max_tokens=9)
     evaluate.conclude(rows, about, questions, "docvqa", submission=str(tmp_path / "hand-in.json"), page=str(tmp_path / "page.html"))
-    assert capsys.readouterr().out == "all            2 questions   no right answers are known   0.0% cut off\n"
+    assert re.fullmatch(r"all            2 questions   no right answers are known   0.0% cut off   [\d,]+ tokens/s\n", capsys.readouterr().out)
     assert json.loads((tmp_path / "hand-in.json").read_text()) == [{"questionId": 7, "answer": "milk"}, {"questionId": 8, "answer": "1993"}]
     assert (tmp_path / "page.html").read_text().count("unmarked") == 2
+
+
+def without_speed(table):
+    assert len(found := re.findall(r" {3}[\d,]+ tokens/s$", table, re.MULTILINE)) == 1
+    return table.replace(found[0], "")
 
 
 def sit(checkpoint, questions, out, **how):
@@ -254,7 +266,7 @@ def sit(checkpoint, questions, out, **how):
 
 def test_an_exam_that_is_stopped_goes_on_to_the_same_bytes_and_asks_nothing_twice(checkpoint, questions, tmp_path, monkeypatch, capsys):
     sit(checkpoint, questions, tmp_path / "whole.jsonl")
-    table = capsys.readouterr().out
+    table = without_speed(capsys.readouterr().out)
     answer, asked = evaluate.answer, []
 
     def until(most):
@@ -277,9 +289,11 @@ def test_an_exam_that_is_stopped_goes_on_to_the_same_bytes_and_asks_nothing_twic
     capsys.readouterr()
     sit(checkpoint, questions, out)
     assert sorted(asked) == sorted(question["question"] for question in questions)
-    assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes() and capsys.readouterr().out == table
-    sit(checkpoint, questions, out)
+    assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes() and without_speed(last := capsys.readouterr().out) == table
+    told = out.with_suffix(".json").read_text()
+    sit(checkpoint, questions, out, batch=5)
     assert len(asked) == 23, "an exam that is over is not asked again"
+    assert out.with_suffix(".json").read_text() == told and capsys.readouterr().out == last, "nor is it told otherwise how it was asked, and how fast"
     one, other = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("whole", "stopped"))
     assert {name: one[name] for name in ("asked", "card", "versions", "table", "figures")} == {
         name: other[name] for name in ("asked", "card", "versions", "table", "figures")}
@@ -301,16 +315,17 @@ def test_the_json_beside_says_what_was_asked_and_how_it_went(checkpoint, questio
     asked = told["asked"]
     assert {name: asked[name] for name in ("benchmark", "seed", "temperature", "max_tokens")} == {
         "benchmark": "contains", "seed": 5, "temperature": 0.5, "max_tokens": 12}
-    assert asked["model"].endswith("model") and "model.safetensors" in asked["weights"] and asked["questions"].startswith("23 (")
-    assert told["card"]["born"] == "here" and told["versions"]["torch"] == torch.__version__ and told["batch"] == 4
+    assert told["card"]["folder"].endswith("model") and re.fullmatch("[0-9a-f]{8}", asked["model"]) and asked["questions"].startswith("23 (")
+    assert told["card"]["born"] == "here" and told["batch"] == 4
     assert told["table"][-1] == report.table(rows)[-1]._asdict() and told["answers_per_s"] > 0
     assert told["tokens_per_s"] / told["answers_per_s"] == pytest.approx(sum(row["tokens"] for row in rows) / 23)
 
 
 def test_progress_tells_speed_score_and_the_time_left(monkeypatch, capsys):
     clock = [100.0]
-    monkeypatch.setattr(evaluate.time, "time", lambda: clock[0])
-    progress = evaluate.Progress(20, 4)
+    monkeypatch.setattr(report.time, "perf_counter", lambda: clock[0])
+    progress = report.Progress(20, 4)
+    assert progress.speeds() == {}, "of nothing in no time"
     clock[0] = 102.0
     rows = [{"tokens": 10, "score": score, "answers": ["x"]} for score in (1, 1, 0, None)]
     progress.tell(rows, "exact")
@@ -319,7 +334,72 @@ def test_progress_tells_speed_score_and_the_time_left(monkeypatch, capsys):
     progress.tell(rows[:2], "exact")  # 6 in 6 s: one a second; 4 of 6 right; 10 left
     said = capsys.readouterr().err
     assert said == "10/20 questions | 1.0 answers/s | 66.7% so far | 0:00:10 left\n"
-    assert progress.end() == {"answers_per_s": 1.0, "tokens_per_s": 10.0} and capsys.readouterr().err == "1.0 answers/s, 10 tokens/s\n"
+    assert progress.speeds() == {"answers_per_s": 1.0, "tokens_per_s": 10.0}
+
+
+def test_the_table_ends_with_the_speed_where_it_is_known(capsys):
+    for speed, said in ((1234.5, "0.0% cut off   1,234 tokens/s"), (None, "0.0% cut off")):
+        report.show(report.table([row(1, "b"), row(0, "a")]), {}, "exact", speed)
+        b, a, every = capsys.readouterr().out.splitlines()
+        assert every.endswith(said) and a.endswith("cut off") and b.endswith("cut off")
+
+
+def test_versions_know_our_own_files_and_what_a_picture_passes_through(tmp_path, monkeypatch):
+    told = evaluate.versions()
+    assert told["torch"] == torch.__version__ and told["numpy"] == np.__version__ and "pillow" in told
+    shutil.copytree(Path(evaluate.__file__).parent, tmp_path / "nanovlm")
+    monkeypatch.setattr(evaluate, "__file__", str(tmp_path / "nanovlm" / "evaluate.py"))
+    assert evaluate.versions() == told
+    with open(tmp_path / "nanovlm" / "chat.py", "a") as file:
+        file.write("\n")
+    assert [name for name, version in evaluate.versions().items() if version != told[name]] == ["nanovlm"]
+
+
+def test_a_model_is_known_by_what_its_files_hold_and_not_by_where_they_lie_and_since_when(home, checkpoint, tmp_path):
+    def known(folder, **change):
+        there = checkpoint._replace(card={"folder": str(folder)}, **change)
+        return evaluate.identity(there, [], "exact", "", {})["model"]
+    copied = tmp_path / "copy"
+    shutil.copytree(home / "model", copied, copy_function=shutil.copyfile)
+    assert known(copied) == known(home / "model") != known(copied, template="plain")
+    model = weights.load(copied)
+    with torch.no_grad():
+        for number in model.model.projector.parameters():  # as alignment trains it: as many bytes, in the same places
+            number += 1e-3
+    weights.save(model, copied)
+    assert (copied / "model.safetensors").stat().st_size == (home / "model" / "model.safetensors").stat().st_size
+    assert known(copied) != known(home / "model")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "sharded/__0_0.distcp"])
+def test_of_a_large_file_of_weights_a_sample_is_read_that_no_layer_slips_through(tmp_path, monkeypatch, name):
+    """Of 1,000 bytes the first 8 of every 125 are read here."""
+    monkeypatch.setattr(evaluate, "SAMPLED", 8)
+    (tmp_path / "sharded").mkdir()
+    content, known = bytearray(range(250)) * 4, []
+    for place in (None, 0, 7, 8, 124, 125, 999):
+        changed = content.copy()
+        if place is not None:
+            changed[place] ^= 1
+        (tmp_path / name).write_bytes(changed)
+        known.append(evaluate.weights_in(str(tmp_path)))
+    assert [one != known[0] for one in known[1:]] == [True, True, False, False, True, False]
+    (tmp_path / name).write_bytes(content[:-1])
+    assert evaluate.weights_in(str(tmp_path)) != known[0]
+
+
+def test_prompts_longer_than_anything_the_model_was_trained_on_are_warned_of_before_they_are_asked(checkpoint, questions, tmp_path, capsys):
+    lengths, checkpoint = evaluate.lengths_of(checkpoint, questions), checkpoint._replace(card={"folder": str(tmp_path)})
+    longest, row = max(lengths), sorted(lengths)[-4]
+    long = sum(length > row for length in lengths)
+    assert 0 < long < 4
+    for trained, said in ((longest, ""), (row, f"{long} of 23 prompts take up to {longest} tokens, the model was trained on rows of {row}: "
+                                               "do not expect much\n")):
+        (tmp_path / "training.json").write_text(json.dumps({"row": trained}))
+        evaluate.sit(checkpoint, questions, benchmark="contains", max_tokens=1)
+        assert capsys.readouterr().err == said
+    with pytest.raises(Mistake, match=f"^{longest} tokens of prompt and --max_tokens=1048576 make more than 1,048,576$"):
+        evaluate.sit(checkpoint, questions, benchmark="contains", max_tokens=1 << 20)
 
 
 @pytest.mark.parametrize("text, said", [
@@ -358,8 +438,8 @@ def test_the_page_shows_the_worst_first_and_needs_nothing_but_itself(home, quest
     rows = [evaluate.row_of(question, evaluate.Said(f"<b>{i}", 3, i == 1, question["question"])) | {"score": [None, 0.5, 0.0, 1.0, 0.25][i % 5]}
             for i, question in enumerate(questions)]
     rows[7]["answers"] = []
-    text = report.page(rows, questions, report.table(rows), "exam & <model>")
-    assert "exam &amp; &lt;model&gt;" in text and "&lt;three&gt;" in text and "<b>7" not in text and "&lt;b&gt;7" in text
+    text = report.page(rows, questions, report.table(rows), "exact", "exam & <model>")
+    assert "<h1>exact: exam &amp; &lt;model&gt;" in text and "&lt;three&gt;" in text and "<b>7" not in text and "&lt;b&gt;7" in text
     assert not re.search(r"https?://|<script|<link|url\(", text)
     marks = re.findall(r'class="mark">([\w.]+)<', text)
     assert marks == ["unparsed"] * 5 + ["0.00"] * 4 + ["0.25"] * 4 + ["0.50"] * 5 + ["1.00"] * 4 + ["unmarked"]
@@ -368,7 +448,7 @@ def test_the_page_shows_the_worst_first_and_needs_nothing_but_itself(home, quest
     assert len(found) == sum(len(question["image"]) for question in questions) and {p.size for p in found} == {(12, 12), (50, 13), (11, 70)}
     monkeypatch.setattr(report, "MOST", 9)
     monkeypatch.setattr(report, "EDGE", 25)
-    short = report.page(rows, questions, report.table(rows), "x")
+    short = report.page(rows, questions, report.table(rows), "exact", "x")
     assert {p.size for p in pictures_in(short)} == {(12, 12), (25, 7), (4, 25)}
     assert short.count("<section>") == 9 and "the 9 worst of 23 questions" in short
 
@@ -394,7 +474,19 @@ def two(home, rank, world):
         evaluate.ask(checkpoint, broken, rank, world, batch=1, **how)
     except (Mistake, SystemExit) as end:
         did["broken"] = parallel.gather((type(end).__name__, str(end)))
+    did["score"] = parallel.gather(marking_again(home, "few"))
+    did["no answers"] = parallel.gather(marking_again(home, "none"))
     return did
+
+
+def marking_again(home, name):
+    """What `sample.py --score` prints on a rank, or what it ends with."""
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        try:
+            sample.sample(score=str(home / f"{name}.jsonl"), device="cpu")
+        except (Mistake, SystemExit) as end:
+            return type(end).__name__
+    return said.getvalue()
 
 
 @pytest.fixture(scope="module")
@@ -422,6 +514,12 @@ def test_a_model_in_training_that_lies_in_parts_gets_the_same_table(ranks, check
 def test_a_picture_that_one_rank_cannot_read_ends_all_of_them(ranks):
     assert sorted(name for name, _ in ranks["broken"]) == ["Mistake", "SystemExit"]
     assert any("torn.png is" in text for _, text in ranks["broken"])
+
+
+def test_answers_are_marked_again_once_however_many_ranks_there_are(ranks):
+    first, other = ranks["score"]
+    assert len(first.splitlines()) > 1 and first.splitlines()[-1].startswith("all            3 questions") and other == ""
+    assert ranks["no answers"] == ["Mistake", "SystemExit"]
 
 
 if __name__ == "__main__":

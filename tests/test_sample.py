@@ -276,6 +276,7 @@ def test_an_exam_is_marked_again_without_a_model(home, ask, exam):
     assert (home / "again/b.html").read_text() == page and page.count("<img ") == 4 and page.count("<section>") == 4
     assert ask("--score=again/answers.jsonl", "--benchmark=contains", "--out=again/c.jsonl")[0] == 0
     assert json.loads((home / "again/c.json").read_text())["table"][-1]["score"] >= 0.5
+    assert json.loads((home / "again/c.json").read_text())["asked"]["benchmark"] == "contains", "the rules by which it was marked last"
 
 
 def test_an_exam_that_was_asked_otherwise_is_not_gone_on_with(home, ask, exam):
@@ -284,9 +285,12 @@ def test_an_exam_that_was_asked_otherwise_is_not_gone_on_with(home, ask, exam):
                           ("--prompt=Say.", "questions was "), ("--benchmark=contains", "benchmark was exact, now contains")]):
         code, out, err = ask(*(word for word in exam if word.split("=")[0] != change.split("=")[0]), change, "--out=sub/first.jsonl")
         assert (code, out, err.count("\n")) == (1, "", 1) and "cannot go on as another exam" in err and said in err
-    weights_file = home / "model" / "model.safetensors"
-    os.utime(weights_file, ns=(0, weights_file.stat().st_mtime_ns + 1))
-    assert "weights was {'model.safetensors': [" in ask(*exam, "--out=sub/first.jsonl")[2], "another model in the same folder"
+    before = (home / "model" / "model.safetensors").read_bytes()
+    for last, said in ((before[-1], ""), (before[-1] ^ 1, "error: sub/first.jsonl, asked of model, cannot go on as another exam: model was ")):
+        (home / "model" / "model.safetensors").write_bytes(before[:-1] + bytes([last]))  # anew, so that it is younger
+        err = ask(*exam, "--out=sub/first.jsonl")[2]
+        assert err.startswith(said) if said else err == "", "another model in the same folder"
+    (home / "model" / "model.safetensors").write_bytes(before)
     (home / "sub" / "first.json").unlink()
     assert "no sub/first.json that says what was asked: name another" in ask(*exam, "--out=sub/first.jsonl")[2]
 
