@@ -144,8 +144,8 @@ def read_exam(run):
             raise Mistake(f"--exam_images={run.exam_images} without --exam=FILE")
         return []
     questions = papers.read(run.benchmark, run.exam, images=run.exam_images)
-    if secret := next((q["id"] for q in questions if not q["answers"]), None):
-        raise Mistake(f"--exam={run.exam}: question {secret} has no answer to be marked by")
+    if secret := [q["id"] for q in questions if not q["answers"]]:
+        raise Mistake(f"--exam={run.exam}: question {secret[0]} has no answer to be marked by")
     evaluate.check_marks(questions, run.benchmark)
     return questions
 

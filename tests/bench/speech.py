@@ -164,7 +164,8 @@ def speech(folder, dtype, threads, tokens, rounds):
         pipe.send(None)
     for process in stands:
         process.join()
-    print(f"{folder} in {str(dtype).removeprefix('torch.')}, {threads} threads, {len(ids)} tokens of prompt, {tokens} said:")
+    cores = f"{threads} thread{'s' * (threads > 1)}"
+    print(f"{Path(folder).name} in {str(dtype).removeprefix('torch.')}, {cores}, {len(ids)} tokens of prompt, {tokens} said:")
     for speaker in speakers:
         rows = list(zip(found[speaker], found[ours], strict=True))[1:]  # the first round warms up
         said, first, each = (statistics.median(theirs[i] for theirs, _ in rows) if i else rows[0][0][0] for i in range(3))
