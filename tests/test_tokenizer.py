@@ -5,13 +5,15 @@ import time
 from functools import cache, partial
 
 import pytest
-from bench.tokenizer import MISTRAL, SMOLLM2, converted, converted_tekken, ids_of
+from bench.tokenizer import MISTRAL, converted, converted_tekken, ids_of
 from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mistral_common.tokens.tokenizers.base import SpecialTokenPolicy
 from mistral_common.tokens.tokenizers.tekken import Tekkenizer
+from real import smollm2
 from sentencepiece import SentencePieceProcessor
+from test_real import real as weights_of
 from tokenizers import AddedToken, pre_tokenizers
 from tokenizers import Tokenizer as Reference
 
@@ -126,10 +128,8 @@ def real(kind):
             reference.normalizer, reference.pre_tokenizer = None, pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
         reference.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in ("<unk>", "<s>", "</s>")])
         source = reference.to_str()
-    elif not SMOLLM2.exists():
-        pytest.skip("data/real/smollm2 is not there: tests/test_real.py makes it where its package can be had")
     else:
-        source = SMOLLM2.read_text()
+        source = (weights_of(smollm2, "gguf") / "tokenizer.json").read_text()
     spec = json.loads(source)
     reference = Reference.from_str(json.dumps(spec | {"added_tokens": []}))  # what a user types is text
     return Tokenizer({"tokenizer.json": source.encode()}), partial(ids_of, reference), partial(reference.decode, skip_special_tokens=False)
