@@ -154,7 +154,7 @@ def sample(*,
     out: str = "",                # a file for its answers, JSON lines; if some are there, it goes on. The table goes beside it, as .json
     score: str = "",              # such a file, to be marked again without a model; by the right answers in --questions, if given
     report: str = "",             # a page of HTML for its pictures, questions, answers and marks
-    submission: str = "",         # a file for its answers as the owner wants them handed in (vqav2, docvqa)
+    submission: str = "",         # a file for its answers as the owner wants them handed in (coco, vqav2, docvqa, infovqa)
     batch: int = BATCH,           # of its questions, answered at once
     temperature: float = 0.0,     # 0 takes the likeliest token every time; 1 draws as the model believes
     top_p: float = 1.0,           # draw among the fewest likeliest tokens that hold this much of the probability

@@ -146,7 +146,6 @@ def read_exam(run):
     questions = papers.read(run.benchmark, run.exam, images=run.exam_images)
     if secret := [q["id"] for q in questions if not q["answers"]]:
         raise Mistake(f"--exam={run.exam}: question {secret[0]} has no answer to be marked by")
-    evaluate.check_marks(questions, run.benchmark)
     return questions
 
 

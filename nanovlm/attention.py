@@ -67,13 +67,18 @@ def attention(q_BTHK, k_BSGK, v_BSGK, *, causal=True, window=None, documents_BS=
     return out_BHTK.transpose(1, 2)
 
 
+def begins(documents_BS):
+    """Where a document's first token stands: bool of (B, S)."""
+    begins_BS = torch.ones_like(documents_BS, dtype=torch.bool)
+    begins_BS[:, 1:] = documents_BS[:, 1:] != documents_BS[:, :-1]
+    return begins_BS
+
+
 @torch.compiler.disable  # how many documents there are is known when they are there
 def by_document(q_BTHK, k_BTGK, v_BTGK, causal, window, documents_BT):
     """`attention` to one document after another: of pairs in different ones nothing is computed, where a mask would only hide them. A card
     would wait for the lengths in every layer."""
-    edge_BT = torch.ones_like(documents_BT, dtype=torch.bool)
-    edge_BT[:, 1:] = documents_BT[:, 1:] != documents_BT[:, :-1]
-    starts = edge_BT.flatten().nonzero().flatten().tolist()
+    starts = begins(documents_BT).flatten().nonzero().flatten().tolist()
     lengths = [end - start for start, end in zip(starts, [*starts[1:], documents_BT.numel()], strict=True)]
     parts = zip(*(x.flatten(0, 1)[None].split(lengths, dim=1) for x in (q_BTHK, k_BTGK, v_BTGK)), strict=True)
     seen = [attention(q_1tHK, k_1tGK, v_1tGK, causal=causal, window=window if window is not None and window < q_1tHK.shape[1] else None)
@@ -83,19 +88,20 @@ def by_document(q_BTHK, k_BTGK, v_BTGK, causal, window, documents_BT):
 
 def refusal(q_BTHK, k_BSGK, v_BSGK):
     """Why the kernels do not take these, empty if they do."""
-    dtype = torch.get_autocast_dtype(q_BTHK.device.type) if torch.is_autocast_enabled(q_BTHK.device.type) else q_BTHK.dtype
+    mixed = kernels.autocast_dtype(q_BTHK)
+    dtype = mixed or q_BTHK.dtype
     largest = LARGEST.get(dtype.itemsize, 0)
     if q_BTHK.shape[-1] > largest:
         return f"attention with heads of more than {largest} numbers in {dtype}"
-    if not q_BTHK.dtype == k_BSGK.dtype == v_BSGK.dtype and not torch.is_autocast_enabled(q_BTHK.device.type):
+    if not (mixed or q_BTHK.dtype == k_BSGK.dtype == v_BSGK.dtype):
         return "attention with queries, keys and values of several dtypes"
     return ""
 
 
 def by_kernels(q_BTHK, k_BSGK, v_BSGK, causal, window, documents_BS, filled):
     """`attention` by the kernels below; under autocast in its dtype, as PyTorch's own."""
-    if torch.is_autocast_enabled(q_BTHK.device.type):
-        q_BTHK, k_BSGK, v_BSGK = (x.to(torch.get_autocast_dtype(x.device.type)) for x in (q_BTHK, k_BSGK, v_BSGK))
+    if dtype := kernels.autocast_dtype(q_BTHK):
+        q_BTHK, k_BSGK, v_BSGK = (x.to(dtype) for x in (q_BTHK, k_BSGK, v_BSGK))
     if filled is not None or (causal and q_BTHK.shape[1] == 1 and not torch.is_grad_enabled()):
         return decode(q_BTHK, k_BSGK, v_BSGK, documents_BS, filled, window)
     first_BS, last_BS = (None, None) if documents_BS is None else bounds(documents_BS)
@@ -339,8 +345,7 @@ def bounds(documents_BS):
     """The first and the last position of the document that each position is part of."""
     S = documents_BS.shape[1]
     s_S = torch.arange(S, device=documents_BS.device, dtype=torch.int32)
-    begins_BS, ends_BS = torch.ones_like(documents_BS, dtype=torch.bool), torch.ones_like(documents_BS, dtype=torch.bool)
-    begins_BS[:, 1:] = documents_BS[:, 1:] != documents_BS[:, :-1]
+    begins_BS, ends_BS = begins(documents_BS), torch.ones_like(documents_BS, dtype=torch.bool)
     ends_BS[:, :-1] = begins_BS[:, 1:]
     first_BS = torch.where(begins_BS, s_S, 0).cummax(1).values
     last_BS = torch.where(ends_BS, s_S, S - 1).flip(1).cummin(1).values.flip(1)

@@ -29,6 +29,13 @@ def read_json(path):
         raise Mistake(f"{path} is not JSON: {error}") from None
 
 
+def write_text(path, text):
+    """Whole or not at all."""
+    tmp = Path(f"{path}.tmp")
+    tmp.write_text(text, encoding="utf-8")
+    os.replace(tmp, path)
+
+
 def read_log(path):
     """The objects of a file of JSON lines, to which a run may be writing: the last may have been torn by what stopped it, and is left out then."""
     try:

@@ -177,7 +177,9 @@ def marked(rows, benchmark):
 
 def check_marks(questions, benchmark):
     """Raise Mistake, before anything is asked, for a question that its benchmark's rule could not mark."""
-    marked([row_of(question, Said("", 0, False, "")) for question in questions], benchmark)
+    for question in questions:
+        if question["answers"]:
+            scores.check(papers.BENCHMARKS[benchmark].score, question, f"question {question['id']}")
 
 
 # ---- a whole exam, and its files ----
@@ -186,15 +188,8 @@ def beside(out):
     return Path(out).with_suffix(".json")
 
 
-def write(path, text):
-    """Whole or not at all."""
-    tmp = Path(f"{path}.tmp")
-    tmp.write_text(text, encoding="utf-8")
-    os.replace(tmp, path)
-
-
 def write_rows(path, rows):
-    write(path, "".join(json.dumps(row) + "\n" for row in rows))
+    disk.write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def identity(checkpoint, questions, benchmark, prompt, choices):
@@ -247,7 +242,7 @@ def begin(out, questions, asked, about):
     """{number of a question: Said} of the answers that an exam which was stopped has left in `out`; it is made ready to go on."""
     kept = told(out)
     if not Path(out).exists():
-        write(beside(out), json.dumps({"asked": asked, **about}, indent=1))
+        disk.write_text(beside(out), json.dumps({"asked": asked, **about}, indent=1))
         return {}
     was = kept.get("asked", {})
     wrong = [f"{name} was {was.get(name)}, now {value}" for name, value in json.loads(json.dumps(asked)).items() if was.get(name) != value]
@@ -327,8 +322,8 @@ def conclude(rows, about, questions, benchmark, seed=0, *, out="", page="", subm
     about = {**about, "asked": {**about.get("asked", {}), "benchmark": benchmark}}
     if out:
         write_rows(out, rows)
-        write(beside(out), json.dumps({**about, "table": [line._asdict() for line in lines], "figures": figures}, indent=1))
+        disk.write_text(beside(out), json.dumps({**about, "table": [line._asdict() for line in lines], "figures": figures}, indent=1))
     if page:
-        write(page, report.page(rows, questions, lines, benchmark, about.get("card", {}).get("folder", out)))
+        disk.write_text(page, report.page(rows, questions, lines, benchmark, about.get("card", {}).get("folder", out)))
     if submission:
-        write(submission, papers.submission(benchmark, rows))
+        disk.write_text(submission, papers.submission(benchmark, rows))

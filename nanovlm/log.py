@@ -1,7 +1,6 @@
 """What a run tells while it goes: lines on the terminal and in log.jsonl, where its seconds went, what it came to; and how it is asked to stop."""
 import datetime
 import json
-import os
 import signal
 import sys
 import time
@@ -10,7 +9,7 @@ from pathlib import Path
 import torch
 
 from . import parallel
-from .disk import read_log
+from .disk import read_log, write_text
 
 
 class Log:
@@ -26,10 +25,8 @@ class Log:
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # a second of imports, and a package that not everybody has
             self.board = SummaryWriter(out, purge_step=start + 1)
-        tmp = self.path.with_suffix(".tmp")
         before = [line for line in (read_log(self.path) if self.path.exists() else []) if line["step"] <= start]
-        tmp.write_text("".join(json.dumps(line) + "\n" for line in before))
-        os.replace(tmp, self.path)
+        write_text(self.path, "".join(json.dumps(line) + "\n" for line in before))
         for line in before:
             self.totals |= {name: line[name] for name in self.totals if name in line}
             self.note_best(line)

@@ -42,6 +42,12 @@ def pick_device(name):
     return torch.device("cuda", number)
 
 
+def make_current(device):
+    """Streams, recordings and NCCL work on the current card, whichever holds the tensors. From here on a card's memory is touched."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+
+
 def start(device):
     """(rank, world): under torchrun its processes meet here; without it, (0, 1). What lies on a CPU travels by gloo, also where cards are: so ranks
     can agree that settings are wrong before a card's memory is touched, and NCCL takes its share only when a first tensor on a card travels."""
@@ -127,8 +133,7 @@ def wrap(model, how, device, dtype, shard=0, offload=False):
     so many ranks, and held in as many copies as there are such groups (HSDP: within a node is fast), 0: over all; offload: parameters, gradients
     and the optimizer's work are the host's, and a card holds what it gathers.
     """
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
+    make_current(device)
     if how != "fsdp":
         for p in model.parameters():
             settle(p, device)

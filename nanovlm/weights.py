@@ -94,6 +94,7 @@ def load(folder, device="cpu", dtype=torch.float32, template=None, late=False):
     """The newest Checkpoint in a folder, or a published LLaVA (llava.py), its model in eval mode on `device`; dtype: of all its parameters, None
     for as they were saved; template: for a published LLaVA whose own is not known; late: leave weights that lie in parts where they are, the model
     on the meta device, until it is known which of them a rank needs (saves.restore)."""
+    parallel.make_current(torch.device(device))
     if is_public(folder):
         found = llava.read(folder, dtype, template)
         return Checkpoint(**found)._replace(model=found["model"].to(device), card=found["card"] | {"folder": str(folder)})

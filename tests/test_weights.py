@@ -130,6 +130,19 @@ def test_another_format_or_half_a_description_is_refused(words, tmp_path):
         weights.load(tmp_path / "a")
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there are cards here, and nothing fails")
+def test_a_models_card_is_the_current_one_before_anything_lies_on_it(words, tmp_path, monkeypatch):
+    """A step would be recorded on another card than it runs on."""
+    weights.save(make_checkpoint(words), tmp_path / "model")
+    current = []
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    weights.load(tmp_path / "model", "cpu")
+    assert not current
+    with pytest.raises((AssertionError, RuntimeError)):  # PyTorch's own, of a card that is not there
+        weights.load(tmp_path / "model", torch.device("cuda", 1))
+    assert current == [torch.device("cuda", 1)]
+
+
 def test_the_newest_step_counts_and_what_a_killed_writer_left_does_not(words, tmp_path):
     checkpoint = make_checkpoint(words)
     with pytest.raises(Mistake, match="no such model"):
