@@ -92,7 +92,8 @@ class VLM(nn.Module):
 
         A row ends after an id of `stop`, which is yielded, or max_tokens. Rows of unequal length are padded on the left, where documents_BS
         hides the padding; each row draws from a generator of its own, so that it says what it would say alone.
-        record: the kinds of devices on which the step of a long answer is recorded and played again (see `Steps`).
+        record: the kinds of devices on which the step of a long answer is recorded and played again (see `Steps`); not amid training, where a
+        thread that pins the next batch's memory would spoil a recording.
         """
         device = self.decoder.embed.weight.device
         B, T = len(prompts), max(map(len, prompts))
@@ -103,7 +104,7 @@ class VLM(nn.Module):
         documents_BS = None if not pad_B.any() else (slot_BS >= pad_B[:, None]).int()
         generators = [torch.Generator().manual_seed(seed) for _ in prompts]
         cache, ended = Cache(self.decoder, B, T + max_tokens), [False] * B
-        step = Steps(self.decoder, cache, positions_BS, documents_BS, record=device.type in record)
+        step = Steps(self.decoder, cache, positions_BS, documents_BS, record=device.type in record and not self.training)
 
         logits_BV = step(self.embed(ids_BT, tiles_NCYX.to(device), places))
         for said in range(1, max_tokens + 1):

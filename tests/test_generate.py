@@ -135,6 +135,8 @@ def test_a_short_answer_is_not_recorded(vlm, monkeypatch):
     monkeypatch.setattr(generate, "FixedCache", lambda cache: made.append(cache.length) or FixedCache(cache))
     said(vlm, PROMPTS[:1], generate.PATIENCE, record=("cpu",))
     said(vlm, PROMPTS[:1], 2 * generate.PATIENCE)  # nor is one on a device whose steps are not recorded
+    said(vlm.train(), PROMPTS[:1], 2 * generate.PATIENCE, record=("cpu",))  # nor one of a model that trains
+    vlm.eval()
     with monkeypatch.context() as switch:
         switch.setattr(kernels, "choice", "torch")
         said(vlm, PROMPTS[:1], 2 * generate.PATIENCE, record=("cpu",))

@@ -1,6 +1,6 @@
 """Kernels on a card: first each is held to float64 in bfloat16, then timed beside what it is to beat, all in one process.
 
-    python tests/bench/gpu.py                 under 8 minutes; a table, and tests/bench/results/gpu.json
+    python tests/bench/gpu.py                 a table, and tests/bench/results/gpu.json
     python tests/bench/gpu.py --only=loss     one part of it
     python tests/bench/gpu.py --dry=true      no card: the checks alone, small, in Triton's interpreter
     python tests/bench/gpu.py --tune=true     tries blocks, warps and stages, and rewrites the tables in the kernels' files for this card
@@ -30,7 +30,7 @@ import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 import triton  # noqa: E402
 
-from nanovlm import Mistake, cli, generate, kernels, loss, rmsnorm  # noqa: E402
+from nanovlm import Mistake, cli, evaluate, generate, kernels, loss, rmsnorm  # noqa: E402
 from nanovlm.decoder import Decoder  # noqa: E402
 from nanovlm.model import VLM  # noqa: E402
 
@@ -362,7 +362,8 @@ def gpu(*,
     if dry:
         return
     run.rates = rates(run)
-    found = {"card": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__, "rates": run.rates, "rows": []}
+    found = {"card": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__,
+             "nanovlm": evaluate.versions()["nanovlm"], "rates": run.rates, "rows": []}
     for part in parts:
         found["rows"] += PARTS[part][1](run)
         torch.cuda.empty_cache()
