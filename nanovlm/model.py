@@ -85,7 +85,6 @@ class VLM(nn.Module):
         trained_BT = targets_BT != UNTRAINED
         return linear_cross_entropy(hidden_BTD[trained_BT], self.decoder.head.weight, targets_BT[trained_BT])
 
-    @torch.no_grad()
     def generate(self, prompts, tiles_NCYX, *, stop, places=None, max_tokens=256, temperature=0.0, top_k=0, top_p=1.0, seed=0,
                  record=("cuda",)):
         """Continue every prompt (a list of ids, IMAGE once for each picture token); yields a list a step: a row's next id, None once it ended.
@@ -105,12 +104,15 @@ class VLM(nn.Module):
         generators = [torch.Generator().manual_seed(seed) for _ in prompts]
         cache, ended = Cache(self.decoder, B, T + max_tokens), [False] * B
         step = Steps(self.decoder, cache, positions_BS, documents_BS, record=device.type in record and not self.training)
+        ungraded = torch.no_grad if self.training else torch.inference_mode  # notes nothing down, not even what FSDP2 counts on
 
-        logits_BV = step(self.embed(ids_BT, tiles_NCYX.to(device), places))
+        with ungraded():
+            logits_BV = step(self.embed(ids_BT, tiles_NCYX.to(device), places))
         for said in range(1, max_tokens + 1):
             next_B = choose(logits_BV.float(), temperature, top_k, top_p, generators)
             yield [None if over else i for i, over in zip(next_B, ended, strict=True)]
             ended = [over or i in stop for i, over in zip(next_B, ended, strict=True)]
             if all(ended) or said == max_tokens:
                 return
-            logits_BV = step.one(torch.tensor(next_B, device=device))
+            with ungraded():
+                logits_BV = step.one(torch.tensor(next_B, device=device))
