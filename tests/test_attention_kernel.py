@@ -21,6 +21,7 @@ from nanovlm import decode, kernels
 from nanovlm.attention import attention, bounds, visible
 from nanovlm.decoder import rope_angles
 
+pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning")  # in triton 3.6's interpreter
 SIZES = (64, 72, 80, 96, 128, 256, 8)
 
 
@@ -281,4 +282,4 @@ def test_it_compiles_for_every_card_without_spilling_and_the_table_is_true(tmp_p
 
 def test_the_bench_checks_what_it_will_time():
     done = script("tests/bench/gpu.py", "--dry=true", "--only=attention")
-    assert done.returncode == 0 and done.stdout.count("as in float64") == 6, done.stderr
+    assert done.returncode == 0 and done.stdout.count("as in float64") == 8, done.stderr

@@ -3,10 +3,11 @@
     python tests/bench/gpu.py                 a table, and tests/bench/results/gpu.json
     python tests/bench/gpu.py --only=loss     one part of it
     python tests/bench/gpu.py --dry=true      no card: the checks alone, small, in Triton's interpreter
-    python tests/bench/gpu.py --tune=true     tries blocks, warps and stages, and rewrites the tables in the kernels' files for this card
+    python tests/bench/gpu.py --tune=true     tries blocks, warps and stages, and rewrites the tables in the kernels' files for this card, one by one
 
 Inputs are fresh and random, results NaN before a kernel fills them. All are timed in turn, round after round, over inputs that rotate, so that none
-is in the cache; a time is a median. The bounds are this card's own rates, of the same run. Baselines of which the package is missing are told.
+is in the cache; a time is a median. Kernels are compiled before, on all cores at once. The bounds are this card's own rates, of the same run.
+Baselines of which the package is missing are told.
 """
 import contextlib
 import itertools
@@ -17,6 +18,7 @@ import re
 import statistics
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -29,12 +31,17 @@ import gpu_attention  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 import triton  # noqa: E402
+from triton.errors import TritonError  # noqa: E402
+from triton.runtime._async_compile import active_mode  # noqa: E402
+from triton.runtime.jit import JITFunction  # noqa: E402
 
 from nanovlm import Mistake, cli, evaluate, generate, kernels, loss, rmsnorm  # noqa: E402
 from nanovlm.decoder import Decoder  # noqa: E402
 from nanovlm.model import VLM  # noqa: E402
 
 WARM = 3  # rounds before those that count
+HEAD_START = 2_000_000  # a card's cycles, 1 ms, in which Python makes its calls before the card gets to them
+MOST = 1e-2  # relative error of bfloat16
 MISTRAL = dict(vocabulary=32768, width=4096, layers=32, heads=32, kv_heads=8, ffn=14336, head_size=128, theta=1e6)  # 7B Instruct v0.3
 SMOLLM2 = dict(vocabulary=49152, width=576, layers=30, heads=9, kv_heads=3, ffn=1536, tied=True)  # 135M
 BLIND = dict(tile=2, patch=1, width=4, layers=1, heads=1, ffn=1)  # nothing is looked at
@@ -56,36 +63,65 @@ def poisoned():
         yield
 
 
-def hold(what, function, inputs, most=1e-2):
-    """Raise unless function(*inputs) by kernels, and its gradients, are the formula's in float64, to the relative error of bfloat16."""
-    found = []
-    for choice, dtype in (("triton", None), ("torch", torch.float64)):
-        given = [x.detach().to(dtype or x.dtype).requires_grad_() if x.is_floating_point() else x for x in inputs]
-        with form(choice), poisoned() if dtype is None else contextlib.nullcontext():
-            outputs = function(*given)
-            outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-            pull = [torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(out) for out in outputs]
-            grads = torch.autograd.grad(outputs, [x for x in given if x.requires_grad], pull)
-        found.append([x.detach().double() for x in (*outputs, *grads)])
-    for i, (ours, truth) in enumerate(zip(*found, strict=True)):
-        error = ((ours - truth).norm() / truth.norm()).item()
+def results(function, inputs, choice, dtype=None):
+    """What function(*inputs) is by this form, in this dtype if one is given, and the gradients that a fixed random pull gives the inputs."""
+    given = [x.detach().to(dtype or x.dtype).requires_grad_() if x.is_floating_point() else x for x in inputs]
+    with form(choice), poisoned() if dtype is None else contextlib.nullcontext():
+        outputs = function(*given)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        if not outputs[0].requires_grad:
+            return outputs
+        pull = [torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(out) for out in outputs]
+        return [*outputs, *torch.autograd.grad(outputs, [x for x in given if x.requires_grad], pull)]
+
+
+def errors(function, inputs):
+    """Of each result by kernels, relative to the formula's in float64."""
+    ours, truth = results(function, inputs, "triton"), results(function, inputs, "torch", torch.float64)
+    return [((mine.double() - true).norm() / true.norm()).item() for mine, true in zip(ours, truth, strict=True)]
+
+
+def hold(what, function, inputs, most=MOST):
+    """Raise unless function(*inputs) by kernels, and its gradients, are the formula's in float64."""
+    for i, error in enumerate(errors(function, inputs)):
         if not error < most:
             raise Mistake(f"{what}: result {i} is off by {error:.1e}, more than {most:.0e}")
     print(f"{what}: as in float64", flush=True)
+
+
+def launch(what, function, inputs, most=MOST):
+    """As `hold`, within `ahead`, where there are no results to judge."""
+    results(function, inputs, "triton")
+
+
+@contextlib.contextmanager
+def ahead():
+    """Kernels that are launched within are compiled, on all cores at once, and not run: one after another they keep a card waiting for minutes."""
+    run = JITFunction.run
+    with ThreadPoolExecutor(os.cpu_count()) as pool, triton.AsyncCompileMode(pool, ignore_errors=True) as mode:
+        def compile_only(kernel, *args, grid, warmup, **named):
+            token = active_mode.set(mode)  # autograd launches from a thread of its own
+            try:
+                return run(kernel, *args, grid=grid, warmup=True, **named)
+            finally:
+                active_mode.reset(token)
+
+        with mock.patch.object(JITFunction, "run", compile_only):
+            yield
 
 
 def check_norms(run):
     for shape in [(2, 3, 37), (1, 5, 577)] if run.dry else [(3, 577, 4096), (2, 33, 1031), (7, 129, 576), (1, 65, 16384)]:
         x, y = run.random(*shape), run.random(shape[1], shape[0], shape[2]).transpose(0, 1)
         weight = run.random(shape[2])
-        hold(f"RMSNorm {shape}", lambda x, w: rmsnorm.rmsnorm(x, w, 1e-5), (x, weight))
-        hold(f"RMSNorm of a sum {shape}", lambda x, y, w: rmsnorm.add_rmsnorm(x, y, w, 1e-5), (x, y, weight))
+        run.hold(f"RMSNorm {shape}", lambda x, w: rmsnorm.rmsnorm(x, w, 1e-5), (x, weight))
+        run.hold(f"RMSNorm of a sum {shape}", lambda x, y, w: rmsnorm.add_rmsnorm(x, y, w, 1e-5), (x, y, weight))
 
 
 def check_loss(run):
     for N, D, V in [(9, 8, 37)] if run.dry else [(5000, 256, 32003), (300, 512, 131072)]:
         targets_N = torch.randint(V, (N,), device=run.device)
-        hold(f"loss of {N} tokens, {V} words", loss.linear_cross_entropy, (run.random(N, D), run.random(V, D) / D**0.5, targets_N))
+        run.hold(f"loss of {N} tokens, {V} words", loss.linear_cross_entropy, (run.random(N, D), run.random(V, D) / D**0.5, targets_N))
 
 
 def check_model(run):
@@ -95,7 +131,7 @@ def check_model(run):
     wide.load_state_dict(narrow.state_dict())
     x_BTD, positions_BT = run.random(2, T, shapes["width"]), torch.arange(T, device=run.device).expand(2, -1)
     documents_BT = (positions_BT > T // 3).int()
-    hold("decoder", lambda x: (narrow if x.dtype == run.dtype else wide)(x, positions_BT, documents_BT), (x_BTD,), most=5e-2)
+    run.hold("decoder", lambda x: (narrow if x.dtype == run.dtype else wide)(x, positions_BT, documents_BT), (x_BTD,), most=5e-2)
 
 
 # ---- then time ----
@@ -106,6 +142,7 @@ def measure(contestants, rounds):
     for i in range(WARM + rounds):
         for name in [name for name in contestants if name not in failed]:
             began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.cuda._sleep(HEAD_START)
             try:
                 began.record()
                 contestants[name](i)
@@ -114,6 +151,11 @@ def measure(contestants, rounds):
                 failed[name] = f"no package {e.name}"
             except torch.OutOfMemoryError:
                 failed[name] = "out of memory"
+            except Exception as e:  # a baseline may refuse a shape, or be of another version than here; ours may not
+                if name in ("ours", "it"):
+                    raise
+                print(f"{name} does not run: {str(e)[:300]}", flush=True)
+                failed[name] = f"does not run: {type(e).__name__}"
             events[name].append((began, ended))
     torch.cuda.synchronize()
     return {name: failed.get(name) or statistics.median(a.elapsed_time(b) / 1000 for a, b in pairs[WARM:]) for name, pairs in events.items()}
@@ -177,7 +219,7 @@ def peak(call):
     before = torch.cuda.memory_allocated()
     try:
         call(0)
-    except (ImportError, torch.OutOfMemoryError):
+    except Exception:  # why is told where it is timed
         return None
     return torch.cuda.max_memory_allocated() - before
 
@@ -252,8 +294,10 @@ def time_decode(run):
     speakers, gaps = {"ours": ours}, {}
     try:
         speakers["transformers"] = transformers_speaker(run)
-    except ImportError as e:
-        gaps["transformers"] = f"no package {e.name}"
+        speakers["transformers"]([1, 2, 3], 4)
+    except Exception as e:  # of a package that is not ours, on a machine that is not here
+        speakers.pop("transformers", None)
+        gaps["transformers"] = f"does not run: {type(e).__name__}"
     for _ in range(3):
         for name, speak in speakers.items():
             arrived = speak(torch.randint(32768, (1024,)).tolist(), 128)
@@ -282,43 +326,98 @@ def time_step(run):
               6 * numbers * B * T / run.rates["matmul"], "")
 
 
-PARTS = {  # name: (what checks it, what times it: rows of the table, in this order)
-    "attention": (gpu_attention.check, gpu_attention.time_attention),
-    "rmsnorm": (check_norms, time_norms),
-    "loss": (check_loss, time_loss),
-    "decode": (check_model, time_decode),
-    "step": (None, time_step),
-}
-
-
 # ---- tables of blocks ----
 
-def tune_all(run):
-    """The fastest line for this card of each kernel's table, tried on the sizes of the table above and written into the kernel's file."""
+def tune_norms(run):
     rows, weight, scale = [run.random(32768, 4096) for _ in range(3)], run.random(4096), torch.rand(32768, device=run.device)
-    logits_nV, targets_n = run.random(4096, 131072), torch.randint(131072, (4096,), device=run.device)
 
-    def norm(i):
+    def call(i):
         torch.ops.nanovlm.rmsnorm(rows[i % 3], rows[(i + 1) % 3], weight, 1e-5, run.dtype)
         torch.ops.nanovlm.rmsnorm_backward(rows[i % 3], rows[(i + 1) % 3], rows[(i + 2) % 3], weight, scale, True)
 
-    fit(rmsnorm, norm, itertools.product((16, 32, 64), (16, 32, 64), (512, 768, 1024, 1536), (1, 2, 3)), run)
-    gpu_attention.tune(run)
-    fit(loss, lambda i: loss.fused_scores(logits_nV, targets_n, True), itertools.product((8192, 16384, 32768, 65536), (8, 16, 32), (1, 2, 3)), run)
+    fit(rmsnorm, call, itertools.product((16, 32, 64), (16, 32, 64), (512, 768, 1024, 1536), (1, 2, 3)), run,
+        (lambda x, y, w: rmsnorm.add_rmsnorm(x, y, w, 1e-5), (rows[0][:512], rows[1][:512], weight)))
 
 
-def fit(module, call, candidates, run):
+def tune_loss(run):
+    V, N, D = 131072, 256, 64
+    logits_nV, targets_n = run.random(4096, V), torch.randint(V, (4096,), device=run.device)
+    fit(loss, lambda i: loss.fused_scores(logits_nV, targets_n, True), itertools.product((8192, 16384, 32768, 65536), (8, 16, 32), (1, 2, 3)), run,
+        (loss.linear_cross_entropy, (run.random(N, D), run.random(V, D) / D**0.5, targets_n[:N])))
+
+
+def fits(call):
+    """Whether the kernels of a call fit the card and spill no registers."""
+    launched, run = [], JITFunction.run
+    with mock.patch.object(JITFunction, "run", lambda *args, **named: launched.append(run(*args, **named))):
+        try:
+            call(0)
+        except (TritonError, RuntimeError):  # too much of the card's memory; what this compiler does not manage
+            return False
+    return not any(kernel.n_spills for kernel in launched)
+
+
+def fastest(what, table, key, candidates, call, check):
+    """The line with which `call` is fastest, of those that fit the card and with which check, (function, inputs), is as in float64."""
+    lines, times = list(dict.fromkeys([table[key], *candidates])), {}
+    with ahead():
+        for line in lines:
+            with mock.patch.dict(table, {key: line}):
+                call(0)
+                results(*check, "triton")
+    for line in lines:
+        with mock.patch.dict(table, {key: line}):
+            if fits(call) and all(error < MOST for error in errors(*check)):
+                times[line] = measure({"it": call}, 5)["it"]
+    order = sorted(times, key=times.get)
+    print(f"{what}: {len(times)} of {len(lines)} lines hold; {table[key]} took {times.get(table[key], math.nan) * 1e3:.3f} ms, the fastest:",
+          *(f"{line} {times[line] * 1e3:.3f}" for line in order[:4]), flush=True)
+    return order[0] if order else table[key]
+
+
+def fit(module, call, candidates, run, check):
     capability = kernels.capability(run.device)
     if capability not in module.TABLE:
         raise Mistake(f"{module.__name__}.TABLE has no line for {capability}, only for {', '.join(map(str, module.TABLE))}")
-    times = {}
-    for line in candidates:
-        with mock.patch.dict(module.TABLE, {capability: line}), contextlib.suppress(triton.runtime.errors.OutOfResources):
-            times[line] = measure({"it": call}, 5)["it"]
-    best, now = min(times, key=times.get), times[module.TABLE[capability]]
-    print(f"{module.__name__}: {capability}: {best}, {now / times[best]:.3f} times as fast as {module.TABLE[capability]}", flush=True)
+    best = fastest(module.__name__, module.TABLE, capability, candidates, call, check)
     path = Path(module.__file__)
     path.write_text(re.sub(rf"^( +{re.escape(str(capability))}: )\(.*?\)", rf"\g<1>{best}", path.read_text(), flags=re.MULTILINE))
+
+
+PARTS = {  # name: (what checks it, what times it: rows of the table, in this order; what tunes it)
+    "attention": (gpu_attention.check, gpu_attention.time_attention, gpu_attention.tune),
+    "rmsnorm": (check_norms, time_norms, tune_norms),
+    "loss": (check_loss, time_loss, tune_loss),
+    "decode": (check_model, time_decode, gpu_attention.tune_decode),
+    "step": (lambda run: None, time_step, lambda run: None),
+}
+
+
+def bench(run, parts, out):
+    """Checks, times, tells, and keeps what it has after every part; what is wrong is raised last, as a card's minutes are few."""
+    began, wrong = time.perf_counter(), []
+    told = lambda what: print(f"{what} after {time.perf_counter() - began:.0f} s", flush=True)  # noqa: E731
+    with ahead():
+        for part in parts:
+            PARTS[part][0](SimpleNamespace(**vars(run) | {"hold": launch}))
+    told("compiled")
+    for part in parts:
+        try:
+            PARTS[part][0](run)
+        except Mistake as e:
+            wrong.append(f"{part}: {e}")
+    told("checked")
+    run.rates = rates(run)
+    found = {"card": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__,
+             "nanovlm": evaluate.versions()["nanovlm"], "wrong": wrong, "rates": run.rates, "rows": []}
+    for part in parts:
+        found["rows"] += PARTS[part][1](run)
+        torch.cuda.empty_cache()
+        out.write_text(json.dumps(found, indent=1) + "\n")
+        told(f"{part} timed")
+    print_table(found)
+    if wrong:
+        raise Mistake("; ".join(wrong))
 
 
 # ---- what is told ----
@@ -353,22 +452,11 @@ def gpu(*,
         raise Mistake("gpu.py wants a CUDA card, and none is here; --dry=true checks the kernels in Triton's interpreter")
     device, dtype = torch.device("cpu" if dry else "cuda"), torch.float32 if dry else torch.bfloat16
     run = SimpleNamespace(rounds=rounds, dry=dry, device=device, dtype=dtype, random=lambda *shape: torch.randn(shape, device=device, dtype=dtype),
-                          hold=hold, measure=measure, row=row)
-    if tune:
-        return tune_all(run)
+                          hold=hold, measure=measure, row=row, fastest=fastest, fit=fit)
+    if not (dry or tune):
+        return bench(run, parts, Path(out))
     for part in parts:
-        if PARTS[part][0]:
-            PARTS[part][0](run)
-    if dry:
-        return
-    run.rates = rates(run)
-    found = {"card": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__,
-             "nanovlm": evaluate.versions()["nanovlm"], "rates": run.rates, "rows": []}
-    for part in parts:
-        found["rows"] += PARTS[part][1](run)
-        torch.cuda.empty_cache()
-        Path(out).write_text(json.dumps(found, indent=1) + "\n")
-    print_table(found)
+        PARTS[part][2 if tune else 0](run)
 
 
 if __name__ == "__main__":

@@ -1,18 +1,17 @@
 """Attention's part of gpu.py: what holds its kernels to float64, what times them, what finds their blocks.
 
-`run` carries the card, what dtype to draw random inputs in, and gpu.py's own hold, measure and row.
+`run` carries the card, what dtype to draw random inputs in, and gpu.py's own hold, measure, row, fastest and fit.
 """
+import inspect
 import itertools
 import re
 from pathlib import Path
-from unittest import mock
 
 import torch
 import torch.nn.functional as F
-import triton
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from nanovlm import Mistake, attention, decode, kernels
+from nanovlm import attention, decode, kernels
 
 HEADS = dict(H=32, G=8, K=128)  # Mistral 7B
 TOKENS = 16384  # in all rows together
@@ -46,32 +45,12 @@ def check(run):
 
 @torch.no_grad()
 def check_decode(run, given, documents_BS):
-    for rules in ({}, {"documents_BS": documents_BS}, {"window": 100}):
-        found = []
-        for choice, dtype in (("triton", run.dtype), ("torch", torch.float64)):
-            with mock.patch.object(kernels, "choice", choice):
-                found.append(attention.attention(*(x.to(dtype) for x in given), **rules).double())
-        error = ((found[0] - found[1]).norm() / found[1].norm()).item()
-        if not error < 1e-2:
-            raise Mistake(f"decode over {documents_BS.shape[1]} keys, {list(rules)}: off by {error:.1e}, more than 1e-02")
-    print(f"decode over {documents_BS.shape[1]}, heads of {given[0].shape[3]}: as in float64", flush=True)
+    S, K = documents_BS.shape[1], given[0].shape[3]
+    for what, rules in (("", {}), (", documents", {"documents_BS": documents_BS}), (", window", {"window": 100})):
+        run.hold(f"decode over {S}, heads of {K}{what}", lambda *x, rules=rules: attention.attention(*x, **rules), given)
 
 
 # ---- then time ----
-
-def able(contestants):
-    """({name: call} of those that run, {name: why not} of the others); a baseline may refuse a shape, ours may not."""
-    runs, not_run = {}, {}
-    for name, call in contestants.items():
-        try:
-            call(0)
-            runs[name] = call
-        except (ImportError, RuntimeError, ValueError, TypeError) as e:
-            if name == "ours":
-                raise
-            not_run[name] = f"does not run: {type(e).__name__}"
-    return runs, not_run
-
 
 def heads_first(tensors):
     return [x.transpose(1, 2) for x in tensors]
@@ -85,7 +64,8 @@ def cudnn(q_BTHK, k_BSGK, v_BSGK):
 def flex(rule, B, T, device):
     """FlexAttention, compiled, of a rule (row, head, query, key) -> bool, whose mask of blocks is made beforehand."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-    compiled = torch.compile(flex_attention)
+    torch._dynamo.reset()  # which compiles a function for so many shapes, no more
+    compiled = torch.compile(flex_attention, dynamic=False)
     mask = create_block_mask(rule, B, None, T, T, device=device)
     return lambda *x: compiled(*heads_first(x), block_mask=mask, enable_gqa=True).transpose(1, 2)
 
@@ -96,11 +76,8 @@ def varlen(documents_BT):
     lengths = flat.unique_consecutive(return_counts=True)[1]
     ends, most = F.pad(lengths.cumsum(0), (1, 0)).int(), int(lengths.max())
 
-    def call(q_BTHK, k_BSGK, v_BSGK):  # it shares no heads
-        q, k, v = (x.flatten(0, 1) for x in (q_BTHK, *(x.repeat_interleave(HEADS["H"] // HEADS["G"], 2) for x in (k_BSGK, v_BSGK))))
-        return varlen_attn(q, k, v, ends, ends, most, most, is_causal=True)
-
-    return call
+    shared = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}  # torch 2.11 shares heads unasked
+    return lambda *x: varlen_attn(*(t.flatten(0, 1) for t in x), ends, ends, most, most, window_size=(-1, 0), **shared)
 
 
 def pairs_seen(T, device, **rules):
@@ -110,27 +87,27 @@ def pairs_seen(T, device, **rules):
 
 def both_ways(run, what, functions, given, seconds, aims):
     """Two rows of the table: forward, and backward through what forward left; seconds: how long forward takes at the card's or a given rate."""
-    runs, missing = able({name: lambda i, f=f: f(*given[i % len(given)]) for name, f in functions.items()})
     with torch.no_grad():
-        took = run.measure(runs, run.rounds)
+        took = run.measure({name: lambda i, f=f: f(*given[i % len(given)]) for name, f in functions.items()}, run.rounds)
     more = {name: bound for name, bound in seconds.items() if name != "card"}
-    yield run.row(f"attention forward, {what}", took | missing | more, seconds["card"], aims[0])
+    missing = {name: why for name, why in took.items() if isinstance(why, str)}
+    yield run.row(f"attention forward, {what}", took | more, seconds["card"], aims[0])
 
     leaves = [[x.clone().requires_grad_() for x in tensors] for tensors in given]
-    graphs = {name: [functions[name](*tensors) for tensors in leaves] for name in runs}
+    graphs = {name: {} for name in functions if name not in missing}
     grads = [torch.randn_like(tensors[0]) for tensors in given]
 
     def pull(name):
         def call(i):
             i %= len(given)
+            if i not in graphs[name]:  # in the rounds that do not count
+                graphs[name][i] = functions[name](*leaves[i])
             out = graphs[name][i]
             return torch.autograd.grad(out, leaves[i], grads[i].view(out.shape), retain_graph=True)
         return call
 
-    runs, failed = able({name: pull(name) for name in graphs})
-    took = run.measure(runs, run.rounds)  # 5 products for forward's 2
-    yield run.row(f"attention backward, {what}", took | missing | failed | {name: 2.5 * bound for name, bound in more.items()},
-                  2.5 * seconds["card"], aims[1])
+    took = run.measure({name: pull(name) for name in graphs}, run.rounds)  # 5 products for forward's 2
+    yield run.row(f"attention backward, {what}", took | missing | {name: 2.5 * bound for name, bound in more.items()}, 2.5 * seconds["card"], aims[1])
 
 
 def time_attention(run):
@@ -167,58 +144,41 @@ def time_decode_attention(run):
         given = [tensors(run, B, 1, S, **HEADS) for _ in range(3)]
         size = 2 * B * S * HEADS["G"] * HEADS["K"] * 2
         plain = lambda q, k, v: F.scaled_dot_product_attention(*heads_first((q, k, v)), enable_gqa=True)  # noqa: E731
-        runs, missing = able({name: lambda i, f=f, given=given: f(*given[i % 3]) for name, f in (("ours", attention.attention), ("SDPA", plain))})
-        yield run.row(f"decode attention, {B} × {S:,}, {size >> 20} MiB", run.measure(runs, run.rounds) | missing, size / run.rates["read"],
+        runs = {name: lambda i, f=f, given=given: f(*given[i % 3]) for name, f in (("ours", attention.attention), ("SDPA", plain))}
+        yield run.row(f"decode attention, {B} × {S:,}, {size >> 20} MiB", run.measure(runs, run.rounds), size / run.rates["read"],
                       "0.80 of the read rate")
 
 
 # ---- the tables of blocks ----
 
-def blocks_to_try():
-    every = itertools.product((16, 32, 64, 128), (16, 32, 64, 128), (4, 8), (1, 2, 3, 4))
-    return [(t, s, warps, stages) for t, s, warps, stages in every if t * s >= 1024]
+def blocks_to_try(K, place):
+    """(T, S, warps, stages): a program keeps `own` queries, or, for the gradients of k and v, keys, and walks over the others."""
+    for own, other, warps, stages in itertools.product((64, 128), (32, 64, 128), (4, 8), (2, 3, 4)):
+        if max(own, other) * K <= 2**14:
+            yield (other, own, warps, stages) if place == 1 else (own, other, warps, stages)
 
 
 def tune(run):
-    """The fastest of each kernel's blocks for this card, on rows of 4,096, written into the tables."""
+    """The fastest of each kernel's blocks for this card, on rows of 4,096, written into the table."""
     capability = kernels.capability(run.device)
     table = attention.TABLE[capability]
-    for K in (64, 128, 256):
-        row = table[K, 2]
-        given = [x.requires_grad_() for x in tensors(run, 4, 4096, 4096, H=32, G=8, K=K)]
-        out_BTHK, lse_BHT = attention.forward(*given, None, None, True, None)
+    for K in (128, 64, 256):
+        given, few = (tensors(run, B, T, T, H=32, G=8, K=K) for B, T in ((4, 4096), (1, 1040)))
+        rest = None, None, True, None
+        out_BTHK, lse_BHT = attention.forward(*given, *rest)
         grad_BTHK = torch.randn_like(out_BTHK)
-        calls = [lambda i, given=given: attention.forward(*given, None, None, True, None)]
-        calls += [lambda i, rest=(grad_BTHK, *given, out_BTHK, lse_BHT): attention.backward(*rest, None, None, True, None)] * 2
-        best = list(row)
-        for place, call in enumerate(calls):
-            best[place] = fastest(run, table, (K, 2), best, place, call)
-        print(f"attention, heads of {K}: {row} -> {tuple(best)}", flush=True)
-        rewrite(attention, rf"({re.escape(str(capability))}: {{.*?{re.escape(str((K, 2)))}: )\(\(.*?\)\)", str(tuple(best)))
-    q, k, v = tensors(run, 8, 1, 16384, **HEADS)
-    with torch.no_grad():
-        line = fastest_line(run, decode.TABLE, capability, lambda i: attention.attention(q, k, v),
-                            itertools.product((32, 64, 128), (1, 2, 3, 4), (2, 4, 8), (2, 3, 4)))
-    print(f"decode: {decode.TABLE[capability]} -> {line}", flush=True)
-    rewrite(decode, rf"({re.escape(str(capability))}: )\(.*?\)", str(line))
+        backward = lambda i, x=(grad_BTHK, *given, out_BTHK, lse_BHT, *rest): attention.backward(*x)  # noqa: E731
+        for place, call in enumerate((lambda i, x=(*given, *rest): attention.forward(*x), backward, backward)):
+            row = table[K, 2]
+            rows = [(*row[:place], block, *row[place + 1 :]) for block in blocks_to_try(K, place)]
+            table[K, 2] = run.fastest(f"attention, heads of {K}, place {place}", table, (K, 2), rows, call, (attention.attention, few))
+        path = Path(attention.__file__)
+        pattern = rf"({re.escape(str(capability))}: {{.*?{re.escape(str((K, 2)))}: )\(\(.*?\)\)"
+        path.write_text(re.sub(pattern, rf"\g<1>{table[K, 2]}", path.read_text(), count=1, flags=re.DOTALL))
 
 
-def fastest_line(run, table, key, call, candidates):
-    times = {}
-    for line in candidates:
-        with mock.patch.dict(table, {key: line}):
-            try:
-                times[line] = run.measure({"it": call}, 5)["it"]
-            except triton.runtime.errors.OutOfResources:
-                continue
-    return min(times, key=times.get)
-
-
-def fastest(run, table, key, row, place, call):
-    rows = [tuple(line if i == place else block for i, block in enumerate(row)) for line in blocks_to_try()]
-    return fastest_line(run, table, key, call, rows)[place]
-
-
-def rewrite(module, pattern, line):
-    path = Path(module.__file__)
-    path.write_text(re.sub(pattern, lambda match: match[1] + line, path.read_text(), count=1, flags=re.DOTALL))
+@torch.no_grad()
+def tune_decode(run):
+    given = tensors(run, 8, 1, 16384, **HEADS)
+    run.fit(decode, lambda i: attention.attention(*given), itertools.product((32, 64, 128), (1, 2, 3, 4), (2, 4, 8), (2, 3, 4)), run,
+            (attention.attention, given))
