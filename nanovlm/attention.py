@@ -161,12 +161,6 @@ def step_at(i, cuts, STEP: tl.constexpr, MASKED: tl.constexpr):
 
 
 @triton.jit
-def described(x, rows, stride, size: tl.constexpr, ROWS: tl.constexpr, K: tl.constexpr):
-    """x as Hopper's copy engine wants to be told of it: `rows` vectors, fetched ROWS at a time, 0 in place of what lies outside."""
-    return tl.make_tensor_descriptor(x, shape=[rows, size], strides=[tl.cast(stride, tl.int64), 1], block_shape=[ROWS, K])
-
-
-@triton.jit
 def load(x, start, end, stride, size: tl.constexpr, ROWS: tl.constexpr, K: tl.constexpr, MASKED: tl.constexpr):
     """ROWS vectors from number `start` on; 0 in place of what lies past the size of a head or, if MASKED, past number `end`."""
     row, column = tl.arange(0, ROWS)[:, None], tl.arange(0, K)[None, :]
@@ -180,14 +174,6 @@ def load(x, start, end, stride, size: tl.constexpr, ROWS: tl.constexpr, K: tl.co
 
 
 @triton.jit
-def fetch(x, start, end, stride, size: tl.constexpr, ROWS: tl.constexpr, K: tl.constexpr, MASKED: tl.constexpr):
-    if isinstance(x, tl.tensor_descriptor):
-        return x.load([start, 0])
-    else:
-        return load(x, start, end, stride, size, ROWS, K, MASKED)
-
-
-@triton.jit
 def store(x, start, end, stride, value, size: tl.constexpr, ROWS: tl.constexpr, K: tl.constexpr):
     row, column = tl.arange(0, ROWS)[:, None], tl.arange(0, K)[None, :]
     place = x + tl.cast(start, tl.int64) * stride + row * stride + column
@@ -196,18 +182,18 @@ def store(x, start, end, stride, value, size: tl.constexpr, ROWS: tl.constexpr, 
 
 @triton.jit
 def look(out_TK, total_T, peak_T, q_TK, k, v, k_token, v_token, low_T, high_T, cuts, keys, scale,
-         size: tl.constexpr, S: tl.constexpr, K: tl.constexpr, MASKED: tl.constexpr, APART: tl.constexpr):
+         size: tl.constexpr, S: tl.constexpr, K: tl.constexpr, MASKED: tl.constexpr):
     """The queries look at the keys from begin to end: out = Σ 2^(score - peak) · value, total = Σ 2^(score - peak)."""
-    for i in tl.range(0, steps_in(cuts, S, MASKED), warp_specialize=APART):
+    for i in range(steps_in(cuts, S, MASKED)):
         s = step_at(i, cuts, S, MASKED)
-        k_SK = fetch(k, s, keys, k_token, size, S, K, MASKED)
+        k_SK = load(k, s, keys, k_token, size, S, K, MASKED)
         score_TS = tl.dot(q_TK, tl.trans(k_SK), input_precision="tf32x3")
         if MASKED:
             s_1S = s + tl.arange(0, S)[None, :]
             score_TS = tl.where((s_1S >= low_T[:, None]) & (s_1S <= high_T[:, None]), score_TS, float("-inf"))
         higher_T = tl.maximum(peak_T, tl.max(score_TS, axis=1) * scale)
         weight_TS, shrink_T = tl.exp2(score_TS * scale - higher_T[:, None]), tl.exp2(peak_T - higher_T)
-        v_SK = fetch(v, s, keys, v_token, size, S, K, MASKED)
+        v_SK = load(v, s, keys, v_token, size, S, K, MASKED)
         out_TK = tl.dot(weight_TS.to(v_SK.dtype), v_SK, out_TK * shrink_T[:, None], input_precision="tf32x3")
         total_T, peak_T = total_T * shrink_T + tl.sum(weight_TS, axis=1), higher_T
     return out_TK, total_T, peak_T
@@ -216,8 +202,7 @@ def look(out_TK, total_T, peak_T, q_TK, k, v, k_token, v_token, low_T, high_T, c
 @triton.jit
 def forward_kernel(q, k, v, out, lse, first, last, queries, keys, heads, group, window, scale,
                    q_row, q_token, q_head, k_row, k_token, k_head, v_row, v_token, v_head,
-                   size: tl.constexpr, CAUSAL: tl.constexpr, UNIT: tl.constexpr, APART: tl.constexpr, T: tl.constexpr, S: tl.constexpr,
-                   K: tl.constexpr):
+                   size: tl.constexpr, CAUSAL: tl.constexpr, UNIT: tl.constexpr, T: tl.constexpr, S: tl.constexpr, K: tl.constexpr):
     start = (tl.num_programs(1) - 1 - tl.program_id(1)) * T  # causal queries see the more the later they are: the longest work first
     row, head = (tl.program_id(0) // heads).to(tl.int64), tl.program_id(0) % heads
     q, q_token = q + (row * q_row + head * q_head) * UNIT, q_token * UNIT
@@ -227,14 +212,11 @@ def forward_kernel(q, k, v, out, lse, first, last, queries, keys, heads, group, 
         first, last = first + row * keys, last + row * keys
     low_T, high_T, cuts = runs_of(start, queries, keys - queries, first, last, 0, keys, window, T, S, CAUSAL, False)
 
-    if APART:  # some warps only fetch, the others compute; Triton can part them in a single loop, if nothing is fetched by pointers
-        q, k, v = described(q, queries, q_token, size, T, K), described(k, keys, k_token, size, S, K), described(v, keys, v_token, size, S, K)
-        cuts = (cuts[0], cuts[0], cuts[0], cuts[3])
-    q_TK = fetch(q, start, queries, q_token, size, T, K, True)
+    q_TK = load(q, start, queries, q_token, size, T, K, True)
     out_TK, total_T, peak_T = tl.zeros((T, K), tl.float32), tl.zeros((T,), tl.float32), tl.full((T,), -1e30, tl.float32)  # -inf - -inf is no number
-    for masked in tl.static_range(1 if APART else 0, 2):
+    for masked in tl.static_range(2):
         out_TK, total_T, peak_T = look(out_TK, total_T, peak_T, q_TK, k, v, k_token, v_token, low_T, high_T, cuts, keys, scale,
-                                       size, S, K, masked, APART)
+                                       size, S, K, masked)
     store(out + (row * queries * heads + head) * size, start, queries, heads * size, out_TK / total_T[:, None], size, T, K)
     t_T = start + tl.arange(0, T)
     tl.store(lse + (row * heads + head) * queries + t_T, peak_T + tl.log2(total_T), mask=t_T < queries)
@@ -346,7 +328,6 @@ def backward_kv_kernel(grad, q, k, v, lse, delta, grad_k, grad_v, first, last, q
 LOG2E = math.log2(math.e)
 FLOAT32 = {(64, 4): ((32, 32, 4, 2), (32, 32, 8, 1), (32, 32, 8, 1)), (128, 4): ((16, 32, 4, 1), (32, 16, 8, 1), (16, 32, 8, 1))}
 TABLE = {  # compute capability: {(K, bytes of a number): (T, S, warps, stages of loads) forward, of the gradients of k and v, of the gradient of q}
-    # forward may have a 1 as fifth, with 4 warps on 9.0: where there are no documents, warps apart from these fetch. It is not measured yet
     (0, 0): {(256, 4): ((32, 16, 4, 1), (32, 16, 4, 1), (16, 32, 4, 1))},  # the interpreter: small, so that short rows have several blocks
     (8, 0): {(64, 2): ((128, 64, 8, 3), (32, 128, 8, 2), (128, 64, 8, 2)),
              (128, 2): ((128, 32, 8, 3), (64, 64, 8, 3), (64, 64, 8, 2)),
@@ -385,15 +366,12 @@ def forward(q_BTHK: torch.Tensor, k_BSGK: torch.Tensor, v_BSGK: torch.Tensor, fi
     B, T, H, size = q_BTHK.shape
     S, G = k_BSGK.shape[1:3]
     tensors, strides, unit = with_strides(q_BTHK, k_BSGK, v_BSGK)
-    (t, s, warps, stages, *apart), _, _, wide = blocks(q_BTHK)
-    apart = bool(apart) and first_BS is None and unit > 1 and not any(x.data_ptr() % 16 for x in tensors)  # the copy engine steps by 16 bytes
-    if apart:
-        triton.set_allocator(lambda size, alignment, stream: q_BTHK.new_empty(size, dtype=torch.int8))  # of descriptors
+    (t, s, warps, stages), _, _, wide = blocks(q_BTHK)
     if out_BTHK.numel():
         with torch.cuda.device_of(q_BTHK):
             forward_kernel[(B * H, triton.cdiv(T, t))](
                 *tensors, out_BTHK, lse_BHT, first_BS, last_BS, T, S, H, H // G, window, LOG2E / size**0.5, *strides, size=size,
-                CAUSAL=causal, UNIT=unit, APART=apart, T=t, S=s, K=wide, num_warps=warps, num_stages=stages)
+                CAUSAL=causal, UNIT=unit, T=t, S=s, K=wide, num_warps=warps, num_stages=stages)
     return out_BTHK, lse_BHT
 
 

@@ -117,19 +117,6 @@ def test_with_a_cards_own_blocks_and_a_picture_of_577(capability, dtype, K):
         check(case)
 
 
-@pytest.mark.parametrize("T, S, K, dtype, rules", [
-    (37, 37, 64, torch.float16, {}), (37, 37, 72, torch.float32, {"causal": False}), (17, 67, 128, torch.float16, {"window": 19}),
-    (67, 67, 8, torch.float32, {}), (1, 31, 64, torch.float32, {}), (33, 64, 256, torch.float16, {})])
-def test_with_warps_that_only_fetch_it_is_the_formula(T, S, K, dtype, rules):
-    (table,), apart = file.TABLE[0, 0].values(), mock.Mock()
-    case = SimpleNamespace(B=2, T=T, S=S, H=4, G=2, K=K, dtype=dtype, seed=S, orders=[None, [1, 0, 2], None, None], gaps=[0, 8, 0, 0], rules=rules)
-    with mock.patch.dict(file.TABLE[0, 0], {(256, 4): ((*table[0], 1), *table[1:])}), mock.patch.object(file.triton, "set_allocator", apart):
-        check(case)
-        assert apart.called
-        check(SimpleNamespace(**vars(case) | dict(rules=rules | dict(documents_BS=packed(2, S)), gaps=[0, 3, 0, 0])))  # here they cannot
-        assert apart.call_count == 1
-
-
 def test_what_nobody_may_see_is_not_even_fetched():
     """Whole blocks are skipped: NaN in the keys of other documents, and before the window, would show in every weight that they are given."""
     documents_BS = (torch.arange(160)[None] // 80).int()

@@ -151,13 +151,11 @@ def time_decode_attention(run):
 
 # ---- the tables of blocks ----
 
-def blocks_to_try(K, place, capability):
+def blocks_to_try(K, place):
     """(T, S, warps, stages): a program keeps `own` queries, or, for the gradients of k and v, keys, and walks over the others."""
     for own, other, warps, stages in itertools.product((64, 128), (32, 64, 128), (4, 8), (2, 3, 4)):
         if max(own, other) * K <= 2**14:
             yield (other, own, warps, stages) if place == 1 else (own, other, warps, stages)
-            if place == 0 and warps == 4 and capability[0] == 9:
-                yield own, other, warps, stages, 1
 
 
 def tune(run):
@@ -172,7 +170,7 @@ def tune(run):
         backward = lambda i, x=(grad_BTHK, *given, out_BTHK, lse_BHT, *rest): attention.backward(*x)  # noqa: E731
         for place, call in enumerate((lambda i, x=(*given, *rest): attention.forward(*x), backward, backward)):
             row = table[K, 2]
-            rows = [(*row[:place], block, *row[place + 1 :]) for block in blocks_to_try(K, place, capability)]
+            rows = [(*row[:place], block, *row[place + 1 :]) for block in blocks_to_try(K, place)]
             table[K, 2] = run.fastest(f"attention, heads of {K}, place {place}", table, (K, 2), rows, call, (attention.attention, few))
         path = Path(attention.__file__)
         pattern = rf"({re.escape(str(capability))}: {{.*?{re.escape(str((K, 2)))}: )\(\(.*?\)\)"
