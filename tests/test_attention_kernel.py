@@ -274,9 +274,11 @@ def test_it_compiles_for_every_card_without_spilling_and_the_table_is_true(tmp_p
     """The largest case stands for the others, which take minutes: `python tests/bench/aot.py` compiles them all."""
     done = script("tests/bench/aot.py", "--of=^heads of 128, documents, window$", f"--out={tmp_path / 'aot.md'}")
     assert done.returncode == 0, done.stderr
-    made, kept = ([line for line in path.read_text().splitlines() if line.startswith("| `")]
-                  for path in (tmp_path / "aot.md", ROOT / "tests/bench/results/aot.md"))
-    assert len(made) == 5 and set(made) <= set(kept), "run python tests/bench/aot.py"
+    kept = (ROOT / "tests/bench/results/aot.md").read_text().splitlines()
+    made = [line for line in (tmp_path / "aot.md").read_text().splitlines() if line.startswith("| `")]
+    assert len(made) == 5
+    if f"triton {kernels.triton.__version__} " in kept[0]:  # another counts other registers
+        assert set(made) <= set(kept), "run python tests/bench/aot.py"
     assert all("wgmma" in line for line in made[:3])
 
 

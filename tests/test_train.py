@@ -182,7 +182,7 @@ def test_a_run_is_the_textbook_loop(home):
 
 def peak_bytes(run):
     """The most memory that was in use at once while `run` ran, above what was in use before."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profile:
         run()
     events = [(e.start_ns(), e.nbytes()) for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
     return max(itertools.accumulate(size for _, size in sorted(events)))
