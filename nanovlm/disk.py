@@ -3,6 +3,8 @@
 Tensors stay in their files (mmap) and in their dtype until they are used, so that a model is in memory once. All names and shapes are held
 against what is wanted before the first number is read.
 """
+import contextlib
+import fcntl
 import hashlib
 import json
 import math
@@ -20,13 +22,34 @@ from . import Mistake
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def read_json(path):
+def read_json(path, *names):
+    """The object in a JSON file, which must have these names."""
     try:
-        return json.loads(Path(path).read_text())
+        found = json.loads(Path(path).read_text())
     except FileNotFoundError:
         raise Mistake(f"no such file: {path}") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise Mistake(f"{path} is not JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise Mistake(f"{path} holds no object: {found!r:.80}")
+    if missing := [name for name in names if name not in found]:
+        raise Mistake(f"{path} holds no {missing[0]}")
+    return found
+
+
+@contextlib.contextmanager
+def claim(path):
+    """Keep other processes out of a file or folder as long as it is written to: Mistake if one of them does. A claim ends with its process."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise Mistake(f"{path} is being written by another process") from None
+    try:
+        yield
+    finally:
+        os.close(handle)
 
 
 def write_text(path, text):
@@ -126,8 +149,7 @@ def weight_files(folder):
 
 
 def indexed(index):
-    listed, files = read_json(index), {}
-    listed = listed.get("weight_map") if isinstance(listed, dict) else None
+    listed, files = read_json(index).get("weight_map"), {}
     if not listed or not isinstance(listed, dict) or not all(isinstance(file, str) for file in listed.values()):
         raise Mistake(f"{index} holds no weight_map")
     for tensor, name in sorted(listed.items(), key=lambda item: item[1]):

@@ -8,7 +8,6 @@ are missing.
     out.tmp/00012/       a shard (data.py), and with it receipt.json: how many records it was made from, which of them were skipped, and why
 """
 import contextlib
-import fcntl
 import itertools
 import json
 import multiprocessing
@@ -26,7 +25,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import Mistake, chat, data, images, opening, refs, sources
+from . import Mistake, chat, data, disk, images, opening, refs, sources
 from .tokenizer import Tokenizer
 
 SHARD = 1024  # records; at 12 tiles of 448 pixels 8 GB, and what a stop may cost each worker
@@ -50,16 +49,17 @@ def gather(paths, out, recipe, workers, max_skipped):
     raws = sources.read(paths, recipe.pictures)  # what is no source is told before anything is written
     out = Path(out)
     tmp = out.with_name(f"{out.name}.tmp")
-    lock = take(tmp)
+    tmp.mkdir(parents=True, exist_ok=True)
     try:
-        begin(tmp, plan_of(paths, recipe))
-        if not (tmp / "header.json").exists():  # a run killed at its very end has left only the tidying
-            count = cut_all(raws, tmp, recipe, workers)
-            check_plan(tmp, plan_of(paths, recipe))  # sources may have changed while they were read
-            settle(tmp, count, recipe, max_skipped)
-        tidy(tmp)
-        os.rename(tmp, out)
-        data.sync(out.parent)
+        with disk.claim(tmp):
+            begin(tmp, plan_of(paths, recipe))
+            if not (tmp / "header.json").exists():  # a run killed at its very end has left only the tidying
+                count = cut_all(raws, tmp, recipe, workers)
+                check_plan(tmp, plan_of(paths, recipe))  # sources may have changed while they were read
+                settle(tmp, count, recipe, max_skipped)
+            tidy(tmp)
+            os.rename(tmp, out)
+            data.sync(out.parent)
         return [json.loads(line) for line in (out / "skipped.jsonl").read_text().splitlines()]
     except BrokenProcessPool:
         raise Mistake(f"a worker was killed, for want of memory perhaps (fewer --workers need less): {how_to_go_on(tmp)}") from None
@@ -69,8 +69,6 @@ def gather(paths, out, recipe, workers, max_skipped):
     except KeyboardInterrupt:
         print(f"\n{how_to_go_on(tmp)}", file=sys.stderr)
         raise
-    finally:
-        os.close(lock)
 
 
 def how_to_go_on(tmp):
@@ -88,18 +86,6 @@ def check_plan(tmp, plan):
     """Raise Mistake unless the set in `tmp` was begun by the same plan."""
     if wrong := data.differences(json.loads((tmp / "plan.json").read_text()), plan, "its", "now"):
         raise Mistake(f"{tmp} was begun otherwise: {'; '.join(wrong)}; remove it to begin anew")
-
-
-def take(tmp):
-    """The folder of a set to be, as a handle that keeps others out of it until it is closed."""
-    tmp.mkdir(parents=True, exist_ok=True)
-    lock = os.open(tmp, os.O_RDONLY)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(lock)
-        raise Mistake(f"{tmp} is being written by another process") from None
-    return lock
 
 
 def begin(tmp, plan):
