@@ -89,7 +89,8 @@ def make_room(run):
     if not (out / "log.jsonl").is_file():
         raise Mistake(f"--out={out} is there already, and is no run that could be moved aside: name another")
     number = next(n for n in itertools.count(1) if not Path(f"{out}.{n}").exists())
-    os.rename(out, f"{out}.{number}")
+    with disk.claim(out):
+        os.rename(out, f"{out}.{number}")
     print(f"{out} holds an earlier run: moved to {out}.{number}")
 
 
@@ -111,7 +112,7 @@ def to_train_on(run, checkpoint, found):
 
 def step_of(found, must_agree):
     """The step of a run's checkpoint; a setting that would change the run is refused."""
-    was = disk.read_json(found / "training.json")
+    was = disk.read_json(found / "training.json", "step")
     wrong = [f"--{name} was {was.get(name)}, now {value}" for name, value in must_agree.items() if was.get(name) != value]
     if wrong:
         raise Mistake(f"{found} cannot go on as another run: {'; '.join(wrong)}")
@@ -140,8 +141,8 @@ def lay_out(run, model, row, device, rank, world):
 def read_exam(run):
     """The questions that are asked on the way; [] if there are none."""
     if not run.exam:
-        if run.exam_images:
-            raise Mistake(f"--exam_images={run.exam_images} without --exam=FILE")
+        if idle := [name for name in ("exam_images", "exam_every", "benchmark") if name in changed(vars(run))]:
+            raise Mistake(f"--{idle[0]}={getattr(run, idle[0])} without --exam=FILE")
         return []
     questions = papers.read(run.benchmark, run.exam, images=run.exam_images)
     if secret := [q["id"] for q in questions if not q["answers"]]:
@@ -257,7 +258,6 @@ def train(*,
     with ranks.together():
         if rank == 0:
             make_room(run)
-        log = Log(run.out, start, run.steps, rank, run.tensorboard)
     wrapped, mixed = spread(run, vlm, device, products)
     optimizer = make_optimizer(vlm, run.rates, run.decay, (run.beta1, run.beta2))
     if found:
@@ -265,8 +265,8 @@ def train(*,
     saved = saves.Saves(checkpoint, optimizer, run.out, must_agree, run.keep)
 
     # ---- the loop ----
-    done, stopping = start, False
-    with ThreadPoolExecutor(1) as reader, Stopper(rank) as stopper, Clock(run.profile, vlm, device, run.out, rank) as clock:
+    done, stopping, log = start, False, Log(run.out, start, run.steps, rank, run.tensorboard)
+    with log, ThreadPoolExecutor(1) as reader, Stopper(rank) as stopper, Clock(run.profile, vlm, device, run.out, rank) as clock:
         coming = reader.submit(next, loader)  # the next step's batches are read while this one's are computed
         while done < run.steps and not stopping:
             batches = log.wait(coming)

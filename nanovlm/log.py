@@ -1,6 +1,8 @@
 """What a run tells while it goes: lines on the terminal and in log.jsonl, where its seconds went, what it came to; and how it is asked to stop."""
+import contextlib
 import datetime
 import json
+import os
 import signal
 import sys
 import time
@@ -9,23 +11,35 @@ from pathlib import Path
 import torch
 
 from . import parallel
-from .disk import read_log, write_text
+from .disk import claim, read_log, write_text
 
 
 class Log:
-    """Progress lines on the terminal, in out/log.jsonl and, if asked, for tensorboard. They go on where a resumed run does; rank 0 alone writes."""
+    """Progress lines on the terminal, in out/log.jsonl and, if asked, for tensorboard. They go on where a resumed run does; rank 0 alone writes.
+    As long as a log is open, no other process runs in its folder."""
 
     def __init__(self, out, start, steps, rank, tensorboard=False):
-        self.path, self.start, self.steps, self.rank = Path(out) / "log.jsonl", start, steps, rank
+        self.path, self.start, self.steps, self.rank, self.tensorboard = Path(out) / "log.jsonl", start, steps, rank, tensorboard
         self.waited, self.tokens, self.operations, self.began = 0.0, 0, 0, time.time()
         self.told, self.totals, self.best, self.board = self.began, {"samples": 0, "tokens": 0, "hours": 0.0}, None, None
-        if rank:
-            return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        if tensorboard:
+        self.claim = contextlib.ExitStack()
+
+    @parallel.together()
+    def __enter__(self):
+        if self.rank == 0:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.claim.enter_context(claim(self.path.parent))
+            self.go_on()
+        return self
+
+    def __exit__(self, *_):
+        self.claim.close()
+
+    def go_on(self):
+        if self.tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # a second of imports, and a package that not everybody has
-            self.board = SummaryWriter(out, purge_step=start + 1)
-        before = [line for line in (read_log(self.path) if self.path.exists() else []) if line["step"] <= start]
+            self.board = SummaryWriter(self.path.parent, purge_step=self.start + 1)
+        before = [line for line in (read_log(self.path) if self.path.exists() else []) if line["step"] <= self.start]
         write_text(self.path, "".join(json.dumps(line) + "\n" for line in before))
         for line in before:
             self.totals |= {name: line[name] for name in self.totals if name in line}
@@ -172,7 +186,8 @@ class Stopper:
             raise KeyboardInterrupt
         self.asked = number
         if self.rank == 0:
-            print("\nfinishing this step, then saving", file=sys.stderr, flush=True)
+            hurry = ", if torchrun waits for it: its --shutdown-timeout, or 30 s" if "TORCHELASTIC_RUN_ID" in os.environ else ""
+            print(f"\nfinishing this step, then saving{hurry}", file=sys.stderr, flush=True)
 
     def leave(self, command):
         """End the program as a signal would, once everything is saved: 130 for Ctrl-C, 143 for SIGTERM (another rank's, if not ours)."""

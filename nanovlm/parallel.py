@@ -251,7 +251,10 @@ def names_in(folder):
     """The names that write_shards wrote."""
     if not (Path(folder) / ".metadata").is_file():
         raise Mistake(f"{folder} is broken: it holds no .metadata")
-    return list(dcp.FileSystemReader(folder).read_metadata().state_dict_metadata)
+    try:
+        return list(dcp.FileSystemReader(folder).read_metadata().state_dict_metadata)
+    except Exception as error:  # of whatever kind: what the bytes of a broken pickle happen to say
+        raise Mistake(f"{folder} is broken: its .metadata cannot be read: {type(error).__name__} {error}") from None
 
 
 # ---- collectives ----

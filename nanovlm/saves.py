@@ -68,9 +68,12 @@ class Saves:
 
     @parallel.together()
     def write(self, step, last, looks={}):
-        """Write out/step-…, on all ranks together; those before it stay, with a Mistake that says so, if it cannot be written. last: weights that
-        lie in parts are gathered, a tensor after another, into the memory of rank 0. The first time, all is read back and compared."""
+        """Write out/step-…, on all ranks together; those before it stay, with a Mistake that says so, if it cannot be written or holds what is no
+        number. last: weights that lie in parts are gathered, a tensor after another, into the memory of rank 0. The first time, all is read back
+        and compared."""
         folder = self.out / f"step-{step:06d}"
+        if wrong := [name for name, p in self.checkpoint.model.named_parameters() if p.requires_grad and not parallel.mine(p).isfinite().all()]:
+            raise Mistake(f"step {step}: {wrong[0]} holds what is no number, so it is not saved; {self.newest()} is whole")
         training = {"step": step, **self.must_agree} | {name: looks[name] for name in ("validation",) if name in looks}
         try:
             parallel.first(weights.begin, folder)
@@ -78,9 +81,12 @@ class Saves:
             parallel.first(weights.finish, folder)
         except OSError as error:
             parallel.first(weights.drop, folder)
-            kept = weights.steps(self.out)
-            raise Mistake(f"{folder} could not be saved ({error.strerror or error}); {kept[-1] if kept else 'no checkpoint'} is whole") from None
+            raise Mistake(f"{folder} could not be saved ({error.strerror or error}); {self.newest()} is whole") from None
         parallel.first(self.prune, folder)
+
+    def newest(self):
+        kept = weights.steps(self.out)
+        return kept[-1] if kept else "no checkpoint"
 
     def fill(self, tmp, training, last):
         model, optimizer = self.checkpoint.model, self.optimizer

@@ -417,6 +417,10 @@ def test_a_sharded_step_is_a_checkpoint_as_any_other(home, of_two):
     (home / "in parts alone" / "model.safetensors").unlink()
     torch.testing.assert_close(weights.load(home / "in parts alone").model.state_dict(), gathered, rtol=0, atol=0)
     (home / "in parts alone" / "sharded" / "__1_0.distcp").write_bytes(b"")
+    (home / "in parts alone" / "cut").mkdir()
+    (home / "in parts alone" / "cut" / ".metadata").write_bytes(b"")
+    with pytest.raises(Mistake, match="cut is broken: its .metadata cannot be read: EOFError"):
+        saves.parallel.names_in(home / "in parts alone" / "cut")
     with pytest.raises(Mistake, match="sharded is broken or not of this model"):
         weights.load(home / "in parts alone")
 

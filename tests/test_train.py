@@ -20,7 +20,7 @@ from conftest import DECODER, ROOT, TOKENS, VISION, make_batch, make_samples
 from safetensors.torch import load_file
 
 import train as door
-from nanovlm import IMAGE, UNTRAINED, Mistake, cli, data, evaluate, images, log, packing, papers, parallel, recipe, tokenizer, watch, weights
+from nanovlm import IMAGE, UNTRAINED, Mistake, cli, data, disk, evaluate, images, log, packing, papers, parallel, recipe, tokenizer, watch, weights
 from nanovlm.model import VLM
 
 POLICY = {"tile": 12, "patch": 3, "shuffle": 2, "fit": "squash", "resample": "bicubic", "mean": [0.5] * 3, "std": [0.5] * 3}
@@ -304,7 +304,8 @@ def test_an_exam_on_the_way_changes_nothing_and_gives_the_marks_of_one_afterward
     lines = log_of(home / "examined")
     assert [line["step"] for line in lines if "exam" in line] == [5, 8] and lines[-1]["exam"] == pytest.approx(2 / 3)
     torch.testing.assert_close(state_of(home / "examined"), state_of(home / "whole"), rtol=0, atol=0)
-    for wrong, message in ((dict(exam="no.jsonl"), "no.jsonl"), (dict(exam_images="x"), "--exam_images=x without --exam")):
+    for wrong, message in ((dict(exam="no.jsonl"), "no.jsonl"), (dict(exam_images="x"), "--exam_images=x without --exam"),
+                           (dict(benchmark="vqa", exam_every=500), "--benchmark=vqa without --exam"), (dict(exam_every=7), "--exam_every=7 without")):
         with pytest.raises((Mistake, OSError), match=message):
             door.train(**settings(home, "refused", **wrong))
 
@@ -436,7 +437,7 @@ def test_a_loss_that_is_no_number_names_its_step_and_sample_and_changes_nothing(
         checkpoint.model.decoder.embed.weight[poison] = math.nan
     monkeypatch.setattr(weights, "load", lambda *_, **__: checkpoint)  # what is in a file is never NaN
     write_set(home / "poisoned-data", checkpoint, poison)
-    chosen = settings(home, "nan", data=str(home / "poisoned-data"), steps=40, micro=1, save_every=1, row=21)
+    chosen = settings(home, "nan", data=str(home / "poisoned-data"), steps=40, micro=1, save_every=1, row=21, freeze="decoder")
     loader = packing.Loader(data.Samples(chosen["data"]), row=21, batch=5, micro=1, seed=0)
     names = loader.samples.names
     step, row = next((step, members) for step, batches in enumerate(iter(lambda: next(loader), None), 1)
@@ -530,6 +531,31 @@ def test_an_earlier_run_is_moved_aside_and_other_folders_are_left_alone(home, ca
         door.train(**settings(home, "data"))
     with pytest.raises(Mistake, match="lies in --out"):
         door.train(**settings(home, "again", model=str(home / "again")))
+
+
+def test_a_folder_is_one_runs(home):
+    """Neither is a run moved aside while it is alive, nor does another go on from it."""
+    door.train(**settings(home, "alive", steps=1))
+    before, refused = (home / "alive/log.jsonl").read_bytes(), pytest.raises(Mistake, match="alive is being written by another process$")
+    with disk.claim(home / "alive"):
+        with refused:
+            door.train(**settings(home, "alive", steps=2))
+        with refused:
+            log.Log(home / "alive", 0, 1, rank=0).__enter__()
+    assert (home / "alive/log.jsonl").read_bytes() == before and not (home / "alive.1").exists()
+
+
+def test_weights_that_are_no_numbers_are_not_saved(home):
+    with pytest.raises(Mistake, match=r"^step 1: \S+ holds what is no number, so it is not saved; no checkpoint is whole$"):
+        door.train(**settings(home, "absurd", lr=1e39, floor=0.0, save_every=1))
+    assert not weights.steps(home / "absurd")
+
+
+@pytest.mark.parametrize(("content", "message"), [("", "is not JSON"), ("[]", r"holds no object: \[\]"), ("{}", "holds no step")])
+def test_a_step_whose_json_is_odd_is_named(tmp_path, content, message):
+    (tmp_path / "training.json").write_text(content)
+    with pytest.raises(Mistake, match=f"training.json {message}"):
+        door.step_of(tmp_path, {})
 
 
 def test_stages_chain_by_default(home, tmp_path, monkeypatch):
