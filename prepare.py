@@ -38,6 +38,7 @@ def fridge(*,
     """Draw fridges, describe them, ask about them: ordinary JPEGs and ordinary LLaVA-format JSON."""
     if wrong := [f"--{name}={count} must be at least 1" for name, count in (("scenes", scenes), ("text", text), ("exam", exam)) if count < 1]:
         raise Mistake("; ".join(wrong))
+    refuse_to_overwrite(out)
     world.write(out=out, scenes=scenes, text=text, exam=exam, seed=seed)
     say(f"{out}: {scenes} fridges to learn from, {text} conversations without one, {exam} held out for the exam")
 

@@ -9,7 +9,9 @@ exam never shows a fridge with the contents of one that was trained on.
 """
 import hashlib
 import json
+import os
 import random
+import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -361,9 +363,16 @@ def save(picture, path):
 
 
 def write(*, out, scenes=8000, text=12000, exam=500, seed=0, workers=2):
-    """Draw and describe the world into a folder; the same seed gives the same bytes, whatever the number of workers."""
+    """Draw and describe the world into a new folder; the same seed gives the same bytes, whatever the number of workers."""
     out = Path(out)
-    (out / "images").mkdir(parents=True, exist_ok=True)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f"{out.name}.", dir=out.parent) as tmp:  # a world that is not whole never has the name
+        draw_all(Path(tmp) / "world", scenes, text, exam, seed, workers)
+        os.rename(Path(tmp) / "world", out)
+
+
+def draw_all(out, scenes, text, exam, seed, workers):
+    (out / "images").mkdir(parents=True)
     with ProcessPoolExecutor(workers) as pool:
         trained = list(pool.map(train_sample, range(scenes), [seed] * scenes, [out / "images"] * scenes, chunksize=100))
         asked = list(pool.map(exam_sample, range(exam), [seed] * exam, [out / "images"] * exam, chunksize=50))

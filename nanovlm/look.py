@@ -91,6 +91,8 @@ def draw_curves(runs, out):
     except ImportError:
         raise Mistake("curves are drawn by matplotlib: pip install matplotlib") from None
     figure = Figure(figsize=(12, 8), layout="constrained")
+    if Path(out).suffix[1:].lower() not in (known := figure.canvas.get_supported_filetypes()):
+        raise Mistake(f"--out={out} ends in none of .{', .'.join(sorted(known))}")
     for axes, name in zip(figure.subplots(2, 2).flat, CURVES, strict=True):
         for run, lines in runs.items():
             if name in lines:

@@ -27,6 +27,15 @@ def test_a_seed_draws_one_world_whatever_the_number_of_workers(world, tmp_path):
     assert write(tmp_path / "other", seed=6)["chats.json"] != files["chats.json"]
 
 
+def test_a_world_that_is_not_whole_leaves_nothing_behind(tmp_path, monkeypatch):
+    def stopped(scene, rng):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(fridge, "draw", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path / "deep" / "fridge", scenes=0, exam=0)
+    assert not any((tmp_path / "deep").iterdir())
+
+
 def test_the_same_number_gives_the_same_fridge_in_a_larger_world(world, tmp_path):
     _, files = world
     larger = write(tmp_path / "larger", scenes=30, exam=9)

@@ -118,6 +118,9 @@ def test_the_curves_of_runs_are_drawn_even_of_one_that_is_still_running(tmp_path
     prepare.plot(log=logs, out=str(tmp_path / "curves.png"))
     with Image.open(tmp_path / "curves.png") as drawn:
         assert drawn.size[0] > 1000
+    for out in ("curves.foo", "curves"):
+        with pytest.raises(Mistake, match=rf"^--out={out} ends in none of \..*, \.pdf, .*, \.svg, "):
+            prepare.plot(log=logs, out=out)
 
 
 @pytest.mark.parametrize("lines, said", [(["{"], "line 1: not JSON"), (["5"], "line 1 is no line of a training run"),

@@ -132,7 +132,7 @@ def test_settings_that_lead_nowhere(door, tmp_path, settings, said):
     assert not os.listdir(tmp_path)
 
 
-@pytest.mark.parametrize("what", ["data", "new", "stitch"])
+@pytest.mark.parametrize("what", ["data", "new", "stitch", "fridge"])
 def test_what_is_there_is_never_written_over(world, door, tmp_path, what):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "precious").write_text("years of work")
