@@ -10,6 +10,8 @@
 
 Only the answer goes to standard output.
 """
+import itertools
+import os
 import sys
 import time
 from pathlib import Path
@@ -23,6 +25,7 @@ from nanovlm.evaluate import LONGEST, check_lengths, prompt_ids
 
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 BATCH = 16  # questions of an exam at once
+MARKING = ("benchmark", "questions", "annotations", "images", "out", "score", "report", "submission", "seed", "device")  # what marking again heeds
 
 
 def say(*words):
@@ -100,6 +103,26 @@ def converse(checkpoint, pictures, prompt, **choices):
         turns.append(("assistant", answer(checkpoint, turns, pictures, **choices)))
 
 
+def check_over(name, path, start):
+    """Raise Mistake for a file that is there, and does not begin as what the setting `name` would write over it does."""
+    there = Path(path)
+    if os.path.lexists(path) and not (there.is_file() and there.read_bytes().startswith(start)):
+        raise Mistake(f"--{name}={path} is there, and is something else: name another")
+
+
+def check_files(typed):
+    """Raise Mistake for a file that would be written over one that another setting names, or over one that is no such file."""
+    named = [(f"--{name}", path) for name in ("questions", "annotations", "images", "score", "out", "report", "submission")
+             if (path := getattr(typed, name))]
+    named += [(f"the table beside --{name}", evaluate.beside(path)) for name in ("score", "out") if (path := getattr(typed, name))]
+    read = {"--questions", "--annotations", "--images", "--score"}
+    for (one, path), (other, same) in itertools.combinations(named, 2):
+        if Path(path).resolve() == Path(same).resolve() and not {one, other} <= read:
+            raise Mistake(f"{other} and {one} are one file, {path}: name another")
+    if typed.report:
+        check_over("report", typed.report, b"<!doctype html>")
+
+
 def check_exam(typed):
     """Raise Mistake for settings that do not go together."""
     given = [name for name in ("benchmark", "annotations", "images", "out", "report", "submission") if getattr(typed, name)]
@@ -116,6 +139,16 @@ def check_exam(typed):
         raise Mistake(f"--batch={typed.batch} must be at least 1")
     if typed.out and typed.out.endswith(".json"):
         raise Mistake(f"--out={typed.out}: the table takes that name, give the answers another, such as {typed.out}l")
+    check_files(typed)
+
+
+def check_idle(typed):
+    """Raise Mistake for a setting that would change nothing."""
+    if typed.score:
+        cli.refuse_idle(sample, vars(typed), MARKING, "where answers are marked again")
+    elif typed.temperature == 0:
+        idle = {"top_p", "top_k"} if typed.questions else {"top_p", "top_k", "seed"}  # an exam's intervals are drawn, too
+        cli.refuse_idle(sample, vars(typed), vars(typed).keys() - idle, "at --temperature=0")
 
 
 def exam(typed, choices):
@@ -131,15 +164,17 @@ def exam(typed, choices):
             evaluate.check_out(typed.out)
         if typed.submission:
             papers.submission(benchmark, [])  # refused now, not after the exam, where its owner takes none
+            check_over("submission", typed.submission, f'[{{"{papers.named(benchmark).submission[0]}": '.encode())
         questions = papers.read(benchmark, typed.questions, typed.annotations, typed.images, typed.prompt) if typed.questions else []
         checkpoint = None if typed.score else weights.load(typed.model, device, DTYPES[typed.dtype])
         rows = evaluate.mark_again(typed.score, questions, benchmark) if typed.score and rank == 0 else []
-    if not typed.score:
-        generate.ready(checkpoint.model)
-        how = dict(benchmark=benchmark, prompt=typed.prompt, out=typed.out, batch=typed.batch)
-        rows, about = evaluate.sit(checkpoint, questions, rank, world, **how, **choices)
-    if rank == 0:
-        evaluate.conclude(rows, about, questions, benchmark, typed.seed, out=typed.out, page=typed.report, submission=typed.submission)
+    with evaluate.held(typed.out, rank):
+        if not typed.score:
+            generate.ready(checkpoint.model)
+            how = dict(benchmark=benchmark, prompt=typed.prompt, out=typed.out, batch=typed.batch)
+            rows, about = evaluate.sit(checkpoint, questions, rank, world, **how, **choices)
+        if rank == 0:
+            evaluate.conclude(rows, about, questions, benchmark, typed.seed, out=typed.out, page=typed.report, submission=typed.submission)
 
 
 def sample(*,
@@ -177,6 +212,9 @@ def sample(*,
     if not (score or Path(model).exists() or disk.is_name(model)):
         raise Mistake(f"no such model: {model}; `python train.py` makes out/sft, the demonstration's")
     check_exam(typed)
+    check_idle(typed)
+    if "" in image:
+        raise Mistake("--image= names no picture")
     if questions or score:
         return exam(typed, choices)
     asked = "" if chat else question(prompt, len(image))

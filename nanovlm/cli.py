@@ -114,6 +114,18 @@ def show(value):
     return ",".join(value) if isinstance(value, list) else str(value).lower() if value is None or isinstance(value, bool) else str(value)
 
 
+def changed(function, typed):
+    """{setting: value} of those that are not at their defaults."""
+    return {name: typed[name] for name, _, default, _ in settings(function) if typed[name] != default}
+
+
+def refuse_idle(function, typed, heeded, where):
+    """Raise Mistake for a setting that was changed but is not heeded; where: that is so."""
+    for name, value in changed(function, typed).items():
+        if name not in heeded:
+            raise Mistake(f"--{name}={show(value)} changes nothing {where}")
+
+
 def show_help(function):
     rows = [(f"--{name}", show(default), remark) for name, _, default, remark in settings(function)]
     widths = [max(len(row[column]) for row in rows) for column in (0, 1)]

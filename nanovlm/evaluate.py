@@ -103,7 +103,7 @@ def check_lengths(checkpoint, lengths, max_tokens):
     longest, path = max(lengths, default=0), Path(checkpoint.card["folder"]) / "training.json"
     if longest + max_tokens > LONGEST:
         raise Mistake(f"{longest:,} tokens of prompt and --max_tokens={max_tokens} make more than {LONGEST:,}")
-    row = disk.read_json(path)["row"] if path.is_file() else longest
+    row = disk.read_json(path, "row")["row"] if path.is_file() else longest
     if longest > row:
         long = sum(length > row for length in lengths)
         told = "the prompt takes" if len(lengths) == 1 else f"{long:,} of {len(lengths):,} prompts take up to"
@@ -226,22 +226,46 @@ def versions():
 
 def told(path):
     """What the JSON beside an answers.jsonl says; nothing if there is none. Mistake if it is something else."""
-    kept = disk.read_json(beside(path)) if beside(path).exists() else {"asked": None}
-    if not isinstance(kept, dict) or "asked" not in kept:
+    if not beside(path).exists():
+        return {}
+    kept = disk.read_json(beside(path))
+    asked, card = kept.get("asked"), kept.get("card", {})
+    if not (isinstance(asked, dict) and isinstance(asked.get("benchmark"), str) and isinstance(card, dict)):
         raise Mistake(f"{beside(path)}, where the table of {path} belongs, is something else: name other answers")
-    return kept if kept["asked"] else {}
+    return kept
 
 
 def check_out(path):
     """Raise Mistake for a file that is there, and that no exam has left."""
-    if not told(path) and Path(path).exists():
+    if not told(path) and is_begun(path):
         raise Mistake(f"--out={path} is there, but no {beside(path)} that says what was asked: name another")
+
+
+def is_begun(path):
+    """Whether there are answers; an empty file has nothing to lose."""
+    return os.path.lexists(path) and not (Path(path).is_file() and os.path.getsize(path) == 0)
+
+
+@contextlib.contextmanager
+def held(out, rank):
+    """Keep other processes out of a file of answers as long as this one writes there, and tell of it who stops that; rank 0 does, for all."""
+    with contextlib.ExitStack() as claims:
+        with parallel.together():
+            if out and rank == 0:
+                open(out, "a").close()  # only what is there can be claimed
+                claims.enter_context(disk.claim(out))
+        try:
+            yield
+        except KeyboardInterrupt:
+            if out and rank == 0:
+                print(f"\nwhat is answered stays in {out}, and the same command goes on with the rest", file=sys.stderr, flush=True)
+            raise
 
 
 def begin(out, questions, asked, about):
     """{number of a question: Said} of the answers that an exam which was stopped has left in `out`; it is made ready to go on."""
     kept = told(out)
-    if not Path(out).exists():
+    if not is_begun(out):
         disk.write_text(beside(out), json.dumps({"asked": asked, **about}, indent=1))
         return {}
     was = kept.get("asked", {})
@@ -249,8 +273,10 @@ def begin(out, questions, asked, about):
     if wrong:
         of = kept.get("card", {}).get("folder", "a model")
         raise Mistake(f"{out}, asked of {of}, cannot go on as another exam: {'; '.join(wrong)}; name another --out")
+    os.truncate(out, Path(out).read_bytes().rfind(b"\n") + 1)  # the last line may have been torn
     numbers, rows = {str(question["id"]): i for i, question in enumerate(questions)}, list(read_rows(out))
-    write_rows(out, rows)  # without the line that may have been torn
+    if strange := [row["id"] for row in rows if str(row["id"]) not in numbers]:
+        raise Mistake(f"{out} answers question {strange[0]}, which is none of these: name another --out")
     return {numbers[str(row["id"])]: Said(row["answer"], row["tokens"], row["cut"], row["prompt"]) for row in rows}
 
 
@@ -321,8 +347,8 @@ def conclude(rows, about, questions, benchmark, seed=0, *, out="", page="", subm
     report.show(lines, figures, benchmark, about.get("tokens_per_s"))
     about = {**about, "asked": {**about.get("asked", {}), "benchmark": benchmark}}
     if out:
-        write_rows(out, rows)
         disk.write_text(beside(out), json.dumps({**about, "table": [line._asdict() for line in lines], "figures": figures}, indent=1))
+        write_rows(out, rows)  # last, since the file that is held goes with it
     if page:
         disk.write_text(page, report.page(rows, questions, lines, benchmark, about.get("card", {}).get("folder", out)))
     if submission:

@@ -19,7 +19,7 @@ from conftest import DECODER, ROOT, VISION, make_vlm
 from PIL import Image
 
 import sample
-from nanovlm import Mistake, evaluate, images, papers, parallel, refs, report, tokenizer, weights
+from nanovlm import Mistake, disk, evaluate, images, papers, parallel, refs, report, tokenizer, weights
 
 POLICY = {"tile": 12, "patch": 3, "shuffle": 2, "fit": "squash", "resample": "bicubic", "mean": [0.5] * 3, "std": [0.5] * 3}
 TILES = POLICY | {"fit": "tiles", "tiles": 6, "choice": "aspect", "thumbnail": True, "tags": False}
@@ -299,6 +299,28 @@ def test_an_exam_that_is_stopped_goes_on_to_the_same_bytes_and_asks_nothing_twic
         name: other[name] for name in ("asked", "card", "versions", "table", "figures")}
 
 
+@pytest.mark.parametrize("torn", ["", '{"id": "n0", "answer": "to', json.dumps(ROW), "\0" * 9])
+def test_an_exam_goes_on_behind_the_last_line_that_is_whole_in_the_same_file(tmp_path, torn):
+    out, asked, question = tmp_path / "answers.jsonl", {"benchmark": "exact"}, {"id": "x", "question": "?"}
+    (tmp_path / "answers.json").write_text(json.dumps({"asked": asked}))
+    whole = json.dumps(ROW | {"id": "y"}) + "\n"
+    out.write_text(whole + torn)
+    with open(out, "a") as writer:
+        assert list(evaluate.begin(out, [question, question | {"id": "y"}], asked, {})) == [1]
+        writer.write("more")
+    assert out.read_text() == whole + "more"
+    with pytest.raises(Mistake, match=f"{out} answers question y, which is none of these"):
+        evaluate.begin(out, [question], asked, {})
+
+
+@pytest.mark.parametrize("kept", ["[]", "{}", '{"asked": 5}', '{"asked": {}}', '{"asked": {"benchmark": 5}}',
+                                  '{"asked": {"benchmark": "exact"}, "card": 5}'])
+def test_what_is_no_table_of_an_exam_is_named(tmp_path, kept):
+    (tmp_path / "answers.json").write_text(kept)
+    with pytest.raises(Mistake, match=f"^{tmp_path}/answers.json(, where the table of .* belongs, is something else| holds no object)"):
+        evaluate.told(tmp_path / "answers.jsonl")
+
+
 def test_a_line_is_written_as_soon_as_it_is_answered(checkpoint, questions, tmp_path, monkeypatch):
     out, seen, answer = tmp_path / "answers.jsonl", [], evaluate.answer
     def watched(*arguments, **how):
@@ -398,6 +420,9 @@ def test_prompts_longer_than_anything_the_model_was_trained_on_are_warned_of_bef
         (tmp_path / "training.json").write_text(json.dumps({"row": trained}))
         evaluate.sit(checkpoint, questions, benchmark="contains", max_tokens=1)
         assert capsys.readouterr().err == said
+    (tmp_path / "training.json").write_text("{}")
+    with pytest.raises(Mistake, match="training.json holds no row"):
+        evaluate.check_lengths(checkpoint, lengths, 1)
     with pytest.raises(Mistake, match=f"^{longest} tokens of prompt and --max_tokens=1048576 make more than 1,048,576$"):
         evaluate.sit(checkpoint, questions, benchmark="contains", max_tokens=1 << 20)
 
@@ -474,9 +499,20 @@ def two(home, rank, world):
         evaluate.ask(checkpoint, broken, rank, world, batch=1, **how)
     except (Mistake, SystemExit) as end:
         did["broken"] = parallel.gather((type(end).__name__, str(end)))
+    with disk.claim(home / "two.jsonl") if rank == 0 else contextlib.nullcontext():
+        did["held"] = parallel.gather(sitting(home / "two.jsonl", rank))
     did["score"] = parallel.gather(marking_again(home, "few"))
     did["no answers"] = parallel.gather(marking_again(home, "none"))
     return did
+
+
+def sitting(out, rank):
+    """What a rank ends with that would write answers to `out`."""
+    try:
+        with evaluate.held(out, rank):
+            return "it writes"
+    except (Mistake, SystemExit) as end:
+        return type(end).__name__
 
 
 def marking_again(home, name):
@@ -514,6 +550,10 @@ def test_a_model_in_training_that_lies_in_parts_gets_the_same_table(ranks, check
 def test_a_picture_that_one_rank_cannot_read_ends_all_of_them(ranks):
     assert sorted(name for name, _ in ranks["broken"]) == ["Mistake", "SystemExit"]
     assert any("torn.png is" in text for _, text in ranks["broken"])
+
+
+def test_a_file_that_another_process_holds_ends_all_ranks(ranks):
+    assert ranks["held"] == ["Mistake", "SystemExit"]
 
 
 def test_answers_are_marked_again_once_however_many_ranks_there_are(ranks):

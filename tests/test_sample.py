@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -47,7 +48,7 @@ def ask(home, capsys, monkeypatch):
     def run(*words, piped=b""):
         monkeypatch.chdir(home)
         given = {word.split("=")[0] for word in words}
-        usual = [word for word in ("--model=model", "--device=cpu") if word.split("=")[0] not in given]
+        usual = [word for word in ("--model=model", "--device=cpu") if not {word.split("=")[0], "--score"} & given]
         monkeypatch.setattr(sys, "argv", ["sample.py", *usual, *words])
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(piped), encoding="utf-8"))
         code = 0
@@ -143,7 +144,7 @@ def test_greedy_unless_asked_and_a_seed_draws_the_same_again(ask):
         code, out, _ = ask("--image=a.png", "--prompt=x", "--max_tokens=30", *how)
         assert code == 0
         return out
-    assert say() == say("--temperature=0", "--seed=5", "--top_p=0.5") == say("--temperature=1", "--top_k=1", "--seed=3")
+    assert say() == say("--temperature=0") == say("--temperature=1", "--top_k=1", "--seed=3")
     assert say("--temperature=1", "--top_p=0.001") == say() == say("--temperature=0.001", "--seed=2")
     assert say("--temperature=2", "--seed=7") == say("--temperature=2", "--seed=7")
     assert len({say(f"--seed={seed}", "--temperature=2") for seed in range(5)}) == 5
@@ -215,6 +216,23 @@ def test_a_conversation_goes_on_after_a_line_that_cannot_be_asked(ask):
     (["--questions=exam.jsonl", "--submission=answers.txt"], "--submission: exact has no form of its own; "),
     (["--questions=exam.jsonl", "--out=none/answers.jsonl"], "--out=none/answers.jsonl: there is no folder none"),
     (["--questions=exam.jsonl", "--benchmark=extact"], "--benchmark=extact is not known: exact, contains, "),
+    (["--prompt=a", "--image="], "--image= names no picture"),
+    (["--prompt=a", "--top_p=0.5"], "--top_p=0.5 changes nothing at --temperature=0"),
+    (["--prompt=a", "--seed=5"], "--seed=5 changes nothing at --temperature=0"),
+    (["--questions=exam.jsonl", "--top_k=5", "--seed=5"], "--top_k=5 changes nothing at --temperature=0"),  # an exam's intervals are drawn
+    *((["--score=answers.jsonl", f"--{word}"], f"--{word} changes nothing where answers are marked again") for word in (
+        "model=model", "prompt=a", "batch=3", "temperature=1.0", "max_tokens=9", "dtype=float32", "kernels=torch")),
+    (["--questions=exam.jsonl", "--report=exam.jsonl"], "--report and --questions are one file, exam.jsonl: name another"),
+    (["--questions=exam.jsonl", "--report=./model/../exam.jsonl"], "--report and --questions are one file, exam.jsonl: name another"),
+    (["--questions=a.json", "--out=a.jsonl"], "the table beside --out and --questions are one file, a.json: name another"),
+    (["--questions=exam.jsonl", "--out=a.jsonl", "--report=a.jsonl"], "--report and --out are one file, a.jsonl: name another"),
+    (["--questions=exam.jsonl", "--out=a.jsonl", "--report=a.json"], "the table beside --out and --report are one file, a.json: name another"),
+    (["--score=a.jsonl", "--out=a.jsonl"], "--out and --score are one file, a.jsonl: name another"),
+    (["--questions=exam.jsonl", "--annotations=b", "--submission=b"], "--submission and --annotations are one file, b: name another"),
+    (["--questions=exam.jsonl", "--report=a", "--submission=a"], "--submission and --report are one file, a: name another"),
+    (["--questions=exam.jsonl", "--report=a.png"], "--report=a.png is there, and is something else: name another"),
+    (["--questions=exam.jsonl", "--report=model"], "--report=model is there, and is something else: name another"),
+    (["--questions=exam.jsonl", "--benchmark=docvqa", "--submission=a.png"], "--submission=a.png is there, and is something else: name another"),
     (["--device=abacus", "--prompt=a"], "--device=abacus is none of auto, cpu, cuda"),
     (["--kernels=mine", "--prompt=a"], "--kernels=mine is none of auto, torch"),
 ])
@@ -270,7 +288,7 @@ def test_an_exam_is_marked_again_without_a_model(home, ask, exam):
     (home / "again").mkdir(exist_ok=True)
     _, table, _ = ask(*exam, "--out=again/answers.jsonl", "--report=again/page.html")
     answers, page = (home / "again/answers.jsonl").read_bytes(), (home / "again/page.html").read_text()
-    assert ask("--score=again/answers.jsonl", "--model=none") == (0, table, ""), "by what the table's file says"
+    assert ask("--score=again/answers.jsonl") == (0, table, ""), "by what the table's file says"
     code, out, _ = ask("--score=again/answers.jsonl", "--out=again/b.jsonl", *exam[:2], "--report=again/b.html")
     assert (code, out, (home / "again/b.jsonl").read_bytes()) == (0, table, answers)
     assert (home / "again/b.html").read_text() == page and page.count("<img ") == 4 and page.count("<section>") == 4
@@ -296,13 +314,13 @@ def test_an_exam_that_was_asked_otherwise_is_not_gone_on_with(home, ask, exam):
 
 
 def test_nothing_that_is_not_an_exams_is_written_over(home, ask, exam):
-    (home / "mine.json").write_text('[{"id": 1}]')
+    (home / "mine.json").write_text('{"asked": 5}')
     (home / "other.jsonl").write_text("{}")
     assert ask(*exam, "--out=right.jsonl")[0] == 0
     for words in (exam, ["--score=right.jsonl"]):
         assert "mine.json, where the table of mine.jsonl belongs, is something else" in ask(*words, "--out=mine.jsonl")[2]
         assert "--out=other.jsonl is there, but no other.json" in ask(*words, "--out=other.jsonl")[2]
-    assert (home / "mine.json").read_text() == '[{"id": 1}]' and (home / "other.jsonl").read_text() == "{}"
+    assert (home / "mine.json").read_text() == '{"asked": 5}' and (home / "other.jsonl").read_text() == "{}"
     (home / "right.json").unlink()
     assert "give --benchmark" in ask("--score=right.jsonl")[2] and ask("--score=right.jsonl", "--benchmark=exact", "--out=fresh.jsonl")[0] == 0
     assert ask("--score=fresh.jsonl")[0] == 0, "whose table says by which rules"
@@ -322,6 +340,27 @@ def test_a_shell_gets_the_answer_as_bytes_and_letters_it_does_not_have_as_escape
     answer = ask("--image=a.png", "--max_tokens=40", "--temperature=2", "--prompt=what is it?")[1]
     assert not answer.isascii()
     assert (process.returncode, out) == (0, answer.encode("ascii", "backslashreplace")) and b" tokens in " in err
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals as POSIX has them")
+def test_an_exam_that_is_being_sat_is_closed_to_others_and_ctrl_c_says_how_it_goes_on(home, ask):
+    words = ["--model=endless", "--device=cpu", "--questions=hard.jsonl", "--out=sat.jsonl", "--batch=1", "--max_tokens=1000"]
+    (home / "hard.jsonl").write_text("".join(json.dumps({"id": i, "question": "hm", "answers": ["x"]}) + "\n" for i in range(500)))
+    row = {"id": 1, "kind": "all", "prompt": "", "answer": "", "answers": ["x"], "tokens": 1, "cut": True}
+    (home / "done.jsonl").write_text(json.dumps(row) + "\n")
+    process = launch(home, *words)
+    while not (home / "sat.jsonl").exists() or (home / "sat.jsonl").read_text().count("\n") < 2:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    table = (home / "sat.json").read_bytes()
+    for other in (words, ["--score=done.jsonl", "--benchmark=exact", "--out=sat.jsonl"]):
+        assert ask(*other)[::2] == (1, "error: sat.jsonl is being written by another process\n"), "neither to sit it nor to leave other marks there"
+    assert (home / "sat.json").read_bytes() == table
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    said = b"\nwhat is answered stays in sat.jsonl, and the same command goes on with the rest\n"
+    assert process.returncode == 130 and err.endswith(said) and b"Traceback" not in err
+    assert 2 <= len(list(evaluate.read_rows(home / "sat.jsonl"))) < 500
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals as POSIX has them")
