@@ -141,8 +141,7 @@ def lay_out(run, model, row, device, rank, world):
 def read_exam(run):
     """The questions that are asked on the way; [] if there are none."""
     if not run.exam:
-        if idle := [name for name in ("exam_images", "exam_every", "benchmark") if name in changed(vars(run))]:
-            raise Mistake(f"--{idle[0]}={getattr(run, idle[0])} without --exam=FILE")
+        cli.refuse_idle(train, vars(run), vars(run).keys() - {"exam_images", "exam_every", "benchmark"}, "without --exam=FILE")
         return []
     questions = papers.read(run.benchmark, run.exam, images=run.exam_images)
     if secret := [q["id"] for q in questions if not q["answers"]]:
@@ -169,8 +168,7 @@ def spread(run, model, device, products):
 
 def foretell(run, typed):
     """Print what a run would take, by its model's shapes: no weight is read, and no data."""
-    if idle := [name for name in changed(typed) if name not in DRY]:
-        raise Mistake(f"--{idle[0]}={typed[idle[0]]} changes nothing in a dry run")
+    cli.refuse_idle(train, typed, DRY, "in a dry run")
     told = weights.describe(run.model)
     with torch.device("meta"):
         model = weights.build(told.shapes, told.policy).train()
@@ -335,14 +333,9 @@ def check_finite(done, step, norm, batches, samples, out):
                       f"Look at one: python prepare.py show --data={kept} --sample={shlex.quote(samples.names[members[0]])}")
 
 
-def changed(typed):
-    """{setting: value} of those that are not at their defaults."""
-    return {name: typed[name] for name, _, default, _ in cli.settings(train) if typed[name] != default}
-
-
 def refuse_settings(typed):
     """The demonstration sets everything itself, and is one process."""
-    if given := ", ".join(f"--{name}={cli.show(value)}" for name, value in changed(typed).items()):
+    if given := ", ".join(f"--{name}={cli.show(value)}" for name, value in cli.changed(train, typed).items()):
         raise Mistake(f"{given}: without a --stage ({', '.join(STAGES)}) the demonstration sets everything itself")
     if "RANK" in os.environ:
         raise Mistake(f"torchrun wants a --stage ({', '.join(STAGES)}): the demonstration is one process")
@@ -353,7 +346,8 @@ def how_to_go_on(typed):
     if len(sys.argv) == 1:
         return "python train.py"
     launch = f"torchrun --nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}" if "LOCAL_WORLD_SIZE" in os.environ else "python"
-    return shlex.join([*launch.split(), sys.argv[0], *(f"--{name}={cli.show(value)}" for name, value in (changed(typed) | {"resume": True}).items())])
+    again = cli.changed(train, typed) | {"resume": True}
+    return shlex.join([*launch.split(), sys.argv[0], *(f"--{name}={cli.show(value)}" for name, value in again.items())])
 
 
 def exam(model, questions, blank=False):

@@ -30,6 +30,8 @@ def convert(text, kind):
         if text.lower() == "none":
             return None
         kind = next(k for k in kind.__args__ if k is not type(None))
+        if not text:  # a shell's unset variable, not a wish
+            raise ValueError("something")
     if kind is bool:
         if text.lower() not in WORDS:
             raise ValueError("true or false")

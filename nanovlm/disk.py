@@ -31,7 +31,7 @@ def read_json(path, *names):
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise Mistake(f"{path} is not JSON: {error}") from None
     if not isinstance(found, dict):
-        raise Mistake(f"{path} holds no object: {found!r:.80}")
+        raise Mistake(f"{path} is no object: {found!r:.80}")
     if missing := [name for name in names if name not in found]:
         raise Mistake(f"{path} holds no {missing[0]}")
     return found

@@ -105,8 +105,6 @@ def insist(config, must, where):
 
 def section(config, inner, kinds, where):
     """The part of a config that describes an eye or a brain, with what transformers would assume filled in."""
-    if not isinstance(config, dict):
-        raise Mistake(f"{where} is no object")
     insist(config, dict(auto_map=None, quantization_config=None), where)
     if config.get("model_type") not in kinds and isinstance(config.get(inner), dict):
         outer = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}.get(config.get("model_type"))

@@ -49,7 +49,7 @@ def test_settings_are_the_parameters_with_their_remarks():
     ("--steps 1e3", {"steps": 1000}),
     ("--steps=99999999999999999999", {"steps": 99999999999999999999}),  # more digits than a float holds
     ("--out=a=b", {"out": "a=b"}),
-    ("--out=", {"out": ""}),
+    ("--stage=", {"stage": ""}),
     ("--out none", {"out": None}),
     ("--stage none", {"stage": "none"}),  # a setting that may not be None takes the word as it is
     ("--vision_lr=None", {"vision_lr": None}),
@@ -80,6 +80,7 @@ def test_a_default_list_is_never_grown():
     ("--lr=none", "--lr=none is not a number"),
     ("--lr=", "--lr= is not a number"),
     ("--vision_lr=x", "--vision_lr=x is not a number or none"),
+    ("--out=", "--out= is not a text or none"),
     ("--steps=1.5", "--steps=1.5 is not a whole number"),
     ("--steps=1e-3", "--steps=1e-3 is not a whole number"),
     ("--steps=inf", "--steps=inf is not a whole number"),
