@@ -44,7 +44,7 @@ def attention(q_BTHK, k_BSGK, v_BSGK, *, causal=True, window=None, documents_BS=
     filled: where T is 1, an int32 tensor of one number: so many of the S positions are filled, and the query is the last of these; None: all.
     """
     T, S = q_BTHK.shape[1], k_BSGK.shape[1]
-    if kernels.run(q_BTHK, refusal(q_BTHK, k_BSGK, v_BSGK)):
+    if kernels.run(q_BTHK, refusal, q_BTHK, k_BSGK, v_BSGK):
         return by_kernels(q_BTHK, k_BSGK, v_BSGK, causal, window, documents_BS, filled)
     if documents_BS is not None and T == S and q_BTHK.device.type == "cpu":
         return by_document(q_BTHK, k_BSGK, v_BSGK, causal, window, documents_BS)

@@ -25,8 +25,9 @@ SUPPORTED = {  # dtypes that oneDNN multiplies, where this CPU has the instructi
 class Product(nn.Module):
     """x · [A; B; …]ᵀ + bias: linear layers that read the same vectors as one, its weight fetched in one go.
 
-    On a CPU the weight is laid out once as oneDNN reads it (the two operators that torch.compile would put here, if its weights were frozen): 2 times
-    as fast as F.linear for one vector in bfloat16, and for many in float32. A small one stays there as it was, too, for a few vectors at a time.
+    On a CPU the weight is laid out once as oneDNN reads it (the two operators that torch.compile would put here, if its weights were frozen): 1.4
+    to 2 times as fast as F.linear, by the CPU, for one vector in bfloat16, and for many in float32 up to 2 times. A small one stays there as it was,
+    too, for a few vectors at a time.
     """
 
     def __init__(self, *linears):

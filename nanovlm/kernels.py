@@ -43,11 +43,11 @@ def tell(reason):
     return False
 
 
-def run(tensor, refused=""):
+def run(tensor, refusal=None, *given):
     """Whether the kernels take this call on `tensor`.
 
-    refused: why a kernel does not take this shape, in words that name it; empty if it does. Where a card could run kernels and does not, it
-    is said once for every reason.
+    refusal(*given): why a kernel does not take this shape, in words that name it; empty if it does. Asked only where kernels could run. Where a
+    card could run them and does not, it is said once for every reason.
     """
     if choice == "torch" or (choice == "auto" and tensor.device.type != "cuda"):
         return False
@@ -57,7 +57,7 @@ def run(tensor, refused=""):
         return tell(f"this card is of compute capability {'.'.join(map(str, capability(tensor.device)))}, older than {'.'.join(map(str, OLDEST))}")
     if tensor.dtype not in DTYPES:
         return tell(f"{tensor.dtype} is none of {', '.join(map(str, DTYPES))}")
-    return tell(refused) if refused else True
+    return tell(refused) if refusal and (refused := refusal(*given)) else True
 
 
 def autocast_dtype(tensor):

@@ -27,7 +27,7 @@ TABLE = {  # compute capability: bytes of a vector that a thread holds, forward 
 
 def rmsnorm(x, weight, eps):
     """x: (..., D), weight: (D,). The statistics are float32 (float64 for float64) whatever the dtype of x, as in Llama's reference."""
-    if kernels.run(x, refusal(x)):
+    if kernels.run(x, refusal, x):
         return torch.ops.nanovlm.rmsnorm(x, None, weight, eps, out_dtype(x, weight))[1]
     wide = x if x.dtype == torch.float64 else x.float()
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
@@ -35,7 +35,7 @@ def rmsnorm(x, weight, eps):
 
 def add_rmsnorm(x, y, weight, eps):
     """(x + y, rmsnorm(x + y)): what a block found out joins the stream of vectors, of which the next layer reads the norm."""
-    if kernels.run(x, refusal(x, y)):
+    if kernels.run(x, refusal, x, y):
         return torch.ops.nanovlm.rmsnorm(x, y, weight, eps, out_dtype(x, weight))[:2]
     x = x + y
     return x, rmsnorm(x, weight, eps)
