@@ -317,7 +317,7 @@ def test_an_exam_goes_on_behind_the_last_line_that_is_whole_in_the_same_file(tmp
                                   '{"asked": {"benchmark": "exact"}, "card": 5}'])
 def test_what_is_no_table_of_an_exam_is_named(tmp_path, kept):
     (tmp_path / "answers.json").write_text(kept)
-    with pytest.raises(Mistake, match=f"^{tmp_path}/answers.json(, where the table of .* belongs, is something else| holds no object)"):
+    with pytest.raises(Mistake, match=f"^{tmp_path}/answers.json(, where the table of .* belongs, is something else| is no object)"):
         evaluate.told(tmp_path / "answers.jsonl")
 
 
