@@ -11,7 +11,6 @@
 Only the answer goes to standard output.
 """
 import itertools
-import os
 import sys
 import time
 from pathlib import Path
@@ -105,8 +104,7 @@ def converse(checkpoint, pictures, prompt, **choices):
 
 def check_over(name, path, start):
     """Raise Mistake for a file that is there, and does not begin as what the setting `name` would write over it does."""
-    there = Path(path)
-    if os.path.lexists(path) and not (there.is_file() and there.read_bytes().startswith(start)):
+    if evaluate.is_begun(path) and not (Path(path).is_file() and Path(path).read_bytes().startswith(start)):
         raise Mistake(f"--{name}={path} is there, and is something else: name another")
 
 
@@ -145,7 +143,7 @@ def check_exam(typed):
 def check_idle(typed):
     """Raise Mistake for a setting that would change nothing."""
     if typed.score:
-        cli.refuse_idle(sample, vars(typed), MARKING, "where answers are marked again")
+        cli.refuse_idle(sample, vars(typed), MARKING + ("prompt",) * bool(typed.questions), "where answers are marked again")
     elif typed.temperature == 0:
         idle = {"top_p", "top_k"} if typed.questions else {"top_p", "top_k", "seed"}  # an exam's intervals are drawn, too
         cli.refuse_idle(sample, vars(typed), vars(typed).keys() - idle, "at --temperature=0")
@@ -161,7 +159,7 @@ def exam(typed, choices):
             raise Mistake(f"no {evaluate.beside(typed.score)} says by which rules {typed.score} is to be marked: give --benchmark")
         papers.named(benchmark)
         if typed.out:
-            evaluate.check_out(typed.out)
+            evaluate.check_out(typed.out, about.get("asked", {}) if typed.score else None)
         if typed.submission:
             papers.submission(benchmark, [])  # refused now, not after the exam, where its owner takes none
             check_over("submission", typed.submission, f'[{{"{papers.named(benchmark).submission[0]}": '.encode())

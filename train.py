@@ -84,7 +84,7 @@ def hold_still(model, rates):
 def make_room(run):
     """Move an earlier run that a fresh one would write over aside; it is not lost."""
     out = Path(run.out)
-    if run.resume or not out.exists() or (out.is_dir() and not any(out.iterdir())):
+    if run.resume or not os.path.lexists(out) or (out.is_dir() and not any(out.iterdir())):
         return
     if not (out / "log.jsonl").is_file():
         raise Mistake(f"--out={out} is there already, and is no run that could be moved aside: name another")

@@ -54,6 +54,7 @@ def claim(path):
 
 def write_text(path, text):
     """Whole or not at all."""
+    path = os.path.realpath(path)  # where a link leads, or the link would be replaced
     tmp = Path(f"{path}.tmp")
     tmp.write_text(text, encoding="utf-8")
     os.replace(tmp, path)

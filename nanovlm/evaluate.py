@@ -235,10 +235,13 @@ def told(path):
     return kept
 
 
-def check_out(path):
-    """Raise Mistake for a file that is there, and that no exam has left."""
-    if not told(path) and is_begun(path):
+def check_out(path, asked=None):
+    """Raise Mistake for a file that is there, and that no exam has left; asked: none but this one, by whichever rule it was marked."""
+    was = told(path).get("asked")
+    if not was and is_begun(path):
         raise Mistake(f"--out={path} is there, but no {beside(path)} that says what was asked: name another")
+    if was and asked is not None and was | {"benchmark": ""} != asked | {"benchmark": ""}:
+        raise Mistake(f"--out={path} holds answers of another exam: name another")
 
 
 def is_begun(path):

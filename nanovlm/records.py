@@ -94,7 +94,7 @@ def chance(what, name):
 # ---- kinds: what user and assistant say in turn ----
 
 def conversation(record, name):
-    said = field(record, "conversations", "messages")
+    said = record.get("conversations") or record.get("messages") or []
     return [one_text(turn) for turn in said] if isinstance(said, list) else said
 
 

@@ -72,7 +72,8 @@ class Saves:
         number. last: weights that lie in parts are gathered, a tensor after another, into the memory of rank 0. The first time, all is read back
         and compared."""
         folder = self.out / f"step-{step:06d}"
-        if wrong := [name for name, p in self.checkpoint.model.named_parameters() if p.requires_grad and not parallel.mine(p).isfinite().all()]:
+        odd = [name for name, p in self.checkpoint.model.named_parameters() if p.requires_grad and not parallel.mine(p).isfinite().all()]
+        if wrong := [name for names in parallel.gather(odd) for name in names]:  # of whichever rank
             raise Mistake(f"step {step}: {wrong[0]} holds what is no number, so it is not saved; {self.newest()} is whole")
         training = {"step": step, **self.must_agree} | {name: looks[name] for name in ("validation",) if name in looks}
         try:

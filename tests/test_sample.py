@@ -293,6 +293,9 @@ def test_an_exam_is_marked_again_without_a_model(home, ask, exam):
     assert (code, out, (home / "again/b.jsonl").read_bytes()) == (0, table, answers)
     assert (home / "again/b.html").read_text() == page and page.count("<img ") == 4 and page.count("<section>") == 4
     assert ask("--score=again/answers.jsonl", "--benchmark=contains", "--out=again/c.jsonl")[0] == 0
+    assert ask("--score=again/answers.jsonl", *exam[:2], "--prompt=hm", "--out=again/b.jsonl")[0] == 0, "its own, again"
+    assert ask(*exam[:2], "--max_tokens=3", "--out=again/d.jsonl")[0] == 0
+    assert "--out=again/d.jsonl holds answers of another exam" in ask("--score=again/answers.jsonl", "--out=again/d.jsonl")[2]
     assert json.loads((home / "again/c.json").read_text())["table"][-1]["score"] >= 0.5
     assert json.loads((home / "again/c.json").read_text())["asked"]["benchmark"] == "contains", "the rules by which it was marked last"
 
@@ -353,8 +356,9 @@ def test_an_exam_that_is_being_sat_is_closed_to_others_and_ctrl_c_says_how_it_go
         assert process.poll() is None, process.communicate()
         time.sleep(0.05)
     table = (home / "sat.json").read_bytes()
-    for other in (words, ["--score=done.jsonl", "--benchmark=exact", "--out=sat.jsonl"]):
-        assert ask(*other)[::2] == (1, "error: sat.jsonl is being written by another process\n"), "neither to sit it nor to leave other marks there"
+    marking = ["--score=done.jsonl", "--benchmark=exact", "--out=sat.jsonl"]
+    for other, said in ((words, "sat.jsonl is being written by another process"), (marking, "--out=sat.jsonl holds answers of another exam")):
+        assert ask(*other)[0] == 1 and ask(*other)[2].startswith(f"error: {said}"), "neither to sit it nor to leave other marks there"
     assert (home / "sat.json").read_bytes() == table
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)

@@ -186,6 +186,7 @@ def test_openai_parts_become_text_with_the_pictures_in_place():
     parts = [{"type": "text", "text": "Compare"}, {"type": "image"}, {"type": "text", "text": "with"},
              {"type": "image_url", "image_url": {"url": "b"}}]
     said = [{"role": "system", "content": parts[:1]}, {"role": "user", "content": parts}, {"role": "assistant", "content": "Done."}]
+    assert turns_of({"conversations": [], "messages": said}, 2) == turns_of({"messages": said}, 2)
     assert turns_of({"messages": said}, 2) == [("system", "Compare"), ("user", "Compare\n<image>\nwith\n<image>"), ("assistant", "Done.")]
     for part in ({"type": "video"}, {"type": "text"}, {"type": "text", "text": 5}, "words", None):
         with pytest.raises(Mistake, match="is a text, not"):
