@@ -59,8 +59,6 @@ def read_texts(paths):
 
 
 def refuse_to_overwrite(out):
-    if not out:
-        raise Mistake("--out= names nothing")
     if os.path.lexists(out.rstrip("/")):  # a link that leads nowhere too: nothing could take its name
         raise Mistake(f"--out={out} is there already: remove it, or name another")
 

@@ -211,8 +211,6 @@ def sample(*,
         raise Mistake(f"no such model: {model}; `python train.py` makes out/sft, the demonstration's")
     check_exam(typed)
     check_idle(typed)
-    if "" in image:
-        raise Mistake("--image= names no picture")
     if questions or score:
         return exam(typed, choices)
     asked = "" if chat else question(prompt, len(image))

@@ -30,8 +30,6 @@ def convert(text, kind):
         if text.lower() == "none":
             return None
         kind = next(k for k in kind.__args__ if k is not type(None))
-        if not text:  # a shell's unset variable, not a wish
-            raise ValueError("something")
     if kind is bool:
         if text.lower() not in WORDS:
             raise ValueError("true or false")
@@ -81,7 +79,9 @@ def parse(function, argv):
 
     Words that stand alone belong to the first setting, if that is a list: plot out/*/log.jsonl.
     """
-    known = {name: kind for name, kind, _, _ in settings(function)}
+    rows = settings(function)
+    known = {name: kind for name, kind, _, _ in rows}
+    empty = {name for name, _, default, _ in rows if default == ""}  # elsewhere nothing is a shell's unset variable, not a wish
     first = next(iter(known), None)
     chosen, wrong = {}, []
     for name, text in pairs(argv, known):
@@ -91,7 +91,7 @@ def parse(function, argv):
             wrong.append(f"{text!r} belongs to no setting{suggestion(text.lstrip('-').split('=')[0], known, '--')}")
         elif name not in known:
             wrong.append(f"--{name} is no setting{suggestion(name, known, '--')}")
-        elif text is None:
+        elif text is None or (not text and name not in empty):
             wrong.append(f"--{name} needs a value, {wanted(known[name])}")
         elif known[name] == list[str]:
             chosen.setdefault(name, []).append(text)

@@ -236,7 +236,7 @@ def told(path):
 
 
 def check_out(path, asked=None):
-    """Raise Mistake for a file that is there, and that no exam has left; asked: none but this one, by whichever rule it was marked."""
+    """Raise Mistake for a file that is there, and that no exam has left; asked: of answers that are marked again, which may go over their own."""
     was = told(path).get("asked")
     if not was and is_begun(path):
         raise Mistake(f"--out={path} is there, but no {beside(path)} that says what was asked: name another")

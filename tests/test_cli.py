@@ -22,6 +22,7 @@ def example(*,
     compile: bool = True,             # make it fast
     resume: bool = False,             # go on
     out: str | None = None,           # where to
+    freeze: str = "",                 # what stays
 ):
     """Do something.
 
@@ -49,7 +50,7 @@ def test_settings_are_the_parameters_with_their_remarks():
     ("--steps 1e3", {"steps": 1000}),
     ("--steps=99999999999999999999", {"steps": 99999999999999999999}),  # more digits than a float holds
     ("--out=a=b", {"out": "a=b"}),
-    ("--stage=", {"stage": ""}),
+    ("--freeze=", {"freeze": ""}),
     ("--out none", {"out": None}),
     ("--stage none", {"stage": "none"}),  # a setting that may not be None takes the word as it is
     ("--vision_lr=None", {"vision_lr": None}),
@@ -78,9 +79,11 @@ def test_a_default_list_is_never_grown():
     ("--lr=inf", "--lr=inf is not a number"),
     ("--lr=1e999", "--lr=1e999 is not a number"),
     ("--lr=none", "--lr=none is not a number"),
-    ("--lr=", "--lr= is not a number"),
+    ("--lr=", "--lr needs a value, a number"),
     ("--vision_lr=x", "--vision_lr=x is not a number or none"),
-    ("--out=", "--out= is not a text or none"),
+    ("--out=", "--out needs a value, a text or none"),
+    ("--stage=", "--stage needs a value, a text"),
+    ("--image=", "--image needs a value, a text"),
     ("--steps=1.5", "--steps=1.5 is not a whole number"),
     ("--steps=1e-3", "--steps=1e-3 is not a whole number"),
     ("--steps=inf", "--steps=inf is not a whole number"),

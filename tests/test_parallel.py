@@ -97,7 +97,7 @@ def two(home, rank, world):
     go_on_from(home, "fsdp to ddp", 6, "ddp to fsdp", parallel="fsdp", recompute="decoder")
     for how in ("ddp", "fsdp"):
         run(home, f"{how} with an exam", parallel=how, exam=str(home / "exam.jsonl"), exam_every=5)
-    did["full"], did["bent"] = failing(home, full_on_rank_1), failing(home, bent_on_rank_1)
+    did["full"], did["bent"], did["odd"] = (failing(home, broken) for broken in (full_on_rank_1, bent_on_rank_1, odd_on_rank_1))
     return did
 
 
@@ -183,6 +183,21 @@ def bent_on_rank_1():
     parallel.read_shards = read_shards
     yield
     parallel.read_shards = read
+
+
+@contextlib.contextmanager
+def odd_on_rank_1():
+    """A number of a rank's part is none any more when it is to be saved."""
+    write = saves.Saves.write
+
+    def write_odd(self, *arguments):
+        if parallel.dist.get_rank() == 1:
+            parallel.mine(self.checkpoint.model.decoder.norm.weight.detach())[-1] = torch.inf
+        write(self, *arguments)
+
+    saves.Saves.write = write_odd
+    yield
+    saves.Saves.write = write
 
 
 def foretold_and_taken(accumulates):
@@ -458,6 +473,11 @@ def test_a_save_that_fails_on_one_rank_fails_on_all_and_leaves_the_one_before(of
     kind, said = ends[0]
     assert kind == "Mistake" and "step-000006 could not be saved (No space left on device); " in said and "step-000003 is whole" in said
     assert ends[1] == ("SystemExit", "1")
+
+
+def test_what_is_no_number_on_one_rank_is_saved_by_none(of_two):
+    said = "step 3: decoder.norm.weight holds what is no number, so it is not saved; no checkpoint is whole"
+    assert of_two["odd"] == ([("Mistake", said), ("SystemExit", "1")], ["log.jsonl"])
 
 
 def test_a_rank_killed_while_it_saves_takes_the_others_along_and_the_run_goes_on(home, of_two):

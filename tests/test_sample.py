@@ -216,7 +216,7 @@ def test_a_conversation_goes_on_after_a_line_that_cannot_be_asked(ask):
     (["--questions=exam.jsonl", "--submission=answers.txt"], "--submission: exact has no form of its own; "),
     (["--questions=exam.jsonl", "--out=none/answers.jsonl"], "--out=none/answers.jsonl: there is no folder none"),
     (["--questions=exam.jsonl", "--benchmark=extact"], "--benchmark=extact is not known: exact, contains, "),
-    (["--prompt=a", "--image="], "--image= names no picture"),
+    (["--prompt=a", "--image="], "--image needs a value, a text"),
     (["--prompt=a", "--top_p=0.5"], "--top_p=0.5 changes nothing at --temperature=0"),
     (["--prompt=a", "--seed=5"], "--seed=5 changes nothing at --temperature=0"),
     (["--questions=exam.jsonl", "--top_k=5", "--seed=5"], "--top_k=5 changes nothing at --temperature=0"),  # an exam's intervals are drawn
