@@ -257,6 +257,7 @@ def train(*,
         if rank == 0:
             make_room(run)
     wrapped, mixed = spread(run, vlm, device, products)
+    weights.finish_loading(checkpoint)
     optimizer = make_optimizer(vlm, run.rates, run.decay, (run.beta1, run.beta2))
     if found:
         saves.restore(found, vlm, optimizer)

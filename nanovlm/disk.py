@@ -179,9 +179,10 @@ def read_tensors(path):
         raise Mistake(f"{path} is broken, cut short ({os.path.getsize(path):,} bytes) or holds more than tensors: {reason}") from None
 
 
-def write_tensors(tensors, path):
+def write_tensors(tensors, path, header={}):
+    """header: {str: str}, what else the file's header says."""
     try:
-        save_file(tensors, path, metadata={"format": "pt"})
+        save_file(tensors, path, metadata={"format": "pt", **header})
     except SafetensorError as error:  # how safetensors reports a full disk
         raise OSError(f"could not write {path}: {error}") from None
 

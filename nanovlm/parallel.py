@@ -8,15 +8,12 @@ import functools
 import os
 import sys
 import time
-import warnings
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
@@ -57,6 +54,10 @@ def start(device):
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
         atexit.register(leave)
     return dist.get_rank(), dist.get_world_size()
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
 
 
 def leave():
@@ -153,8 +154,9 @@ def wrap(model, how, device, dtype, shard=0, offload=False):
 
 
 def settle(p, device):
-    """Give a parameter float32 memory of its own on a device, so that nobody writes into its file; from nowhere, it holds no numbers yet."""
-    fresh = torch.empty(p.shape, dtype=torch.float32, device=device)
+    """Give a parameter float32 memory of its own on a device, so that nobody writes into its file. From the meta device it comes as NaN: what is
+    never loaded then cannot be taken for a weight (weights.finish_loading)."""
+    fresh = torch.full(p.shape, torch.nan, dtype=torch.float32, device=device)
     if not p.is_meta:
         fresh.copy_(p.detach())
     torch.utils.swap_tensors(p, torch.nn.Parameter(fresh, p.requires_grad))
@@ -202,14 +204,26 @@ def mine(tensor):
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def local_rows(tensor):
+    """(the rows of a tensor that this rank holds, the number of the first of them, whether this rank is the first that holds them)."""
+    if not isinstance(tensor, DTensor):
+        return tensor, 0, rank() == 0
+    mesh, (*copies, shard) = tensor.device_mesh, tensor.placements
+    if shard != Shard(0) or not all(placement.is_replicate() for placement in copies):
+        raise ValueError(f"only rows are sharded here, not {tensor.placements}")
+    *group, place = mesh.get_coordinate()
+    first = min(place * -(-len(tensor) // mesh.size(mesh.ndim - 1)), len(tensor))
+    return tensor.to_local(), first, not any(group)
+
+
 def on_first(tensors):
     """{name: tensor} whole in the memory of rank 0, gathered one after another; None on the others."""
-    rank, found = dist.get_rank(), {}
+    found = {}
     for name, tensor in tensors.items():
         tensor = whole(tensor.detach())
-        if rank == 0:
+        if rank() == 0:
             found[name] = tensor.cpu()
-    return found if rank == 0 else None
+    return found if rank() == 0 else None
 
 
 @torch.no_grad()
@@ -219,42 +233,6 @@ def fill(tensor, source):
         cut = distribute_tensor(source.to(tensor.device), tensor.device_mesh, tensor.placements, src_data_rank=None)
         tensor, source = mine(tensor), mine(cut)
     tensor.copy_(source)
-
-
-# ---- a state in a folder to which each rank writes its part ----
-
-def write_shards(state, folder):
-    """All ranks together: {name: tensor, of which each rank may hold a part}, flushed. What fails on one rank is an OSError on all."""
-    try:
-        dcp.save(state, storage_writer=dcp.FileSystemWriter(folder))
-    except dcp.CheckpointException as error:
-        raise OSError(reason(error)) from None
-
-
-def read_shards(state, folder):
-    """Fill {name: tensor, of which this rank may hold a part} from what any number of ranks wrote; each rank reads what it needs, alone."""
-    with warnings.catch_warnings():  # that one process is meant
-        warnings.filterwarnings("ignore", message="torch.distributed is")
-        try:
-            dcp.load(state, storage_reader=dcp.FileSystemReader(folder), no_dist=True)
-        except dcp.CheckpointException as error:
-            raise Mistake(f"{folder} is broken or not of this model: {reason(error)}") from None
-
-
-def reason(error):
-    """The first failure of a CheckpointException in a line."""
-    failure = next(iter(error.failures.values()))[0]
-    return getattr(failure, "strerror", None) or " ".join(str(failure).split())[:200]
-
-
-def names_in(folder):
-    """The names that write_shards wrote."""
-    if not (Path(folder) / ".metadata").is_file():
-        raise Mistake(f"{folder} is broken: it holds no .metadata")
-    try:
-        return list(dcp.FileSystemReader(folder).read_metadata().state_dict_metadata)
-    except Exception as error:  # of whatever kind: what the bytes of a broken pickle happen to say
-        raise Mistake(f"{folder} is broken: its .metadata cannot be read: {type(error).__name__} {error}") from None
 
 
 # ---- collectives ----
@@ -280,7 +258,7 @@ def gather(thing):
 def first(do, *arguments):
     """What rank 0 alone does, the others waiting; a full disk, or another OSError, is raised on all of them."""
     trouble = None
-    if not dist.is_initialized() or dist.get_rank() == 0:
+    if rank() == 0:
         try:
             do(*arguments)
         except OSError as error:
@@ -298,7 +276,7 @@ def together():
     except Exception as error:  # of whatever kind: it is raised again as soon as all ranks know of it
         trouble = error
     failed = gather(trouble is not None)
-    if trouble and not any(failed[: dist.get_rank() if dist.is_initialized() else 0]):
+    if trouble and not any(failed[: rank()]):
         raise trouble
     if any(failed):
         sys.exit(1)

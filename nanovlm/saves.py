@@ -3,8 +3,8 @@
     out/NAME/step-000200     a checkpoint (weights.py), and in it
       training.json          the step, what must stay the same to go on, and the validation loss if it was looked at
       training.safetensors   the optimizer's state by the names of the parameters, "decoder.norm.weight/exp_avg"
-      sharded/               under FSDP instead: weights and that state in parts, of which each rank wrote its own; model.safetensors comes with
-                             the last step alone
+      sharded/               under FSDP instead: the weights and that state, of which each rank wrote its own rows (sharded.py);
+                             model.safetensors comes with the last step alone
 
 A step gets its name once it is whole and flushed, and only then older ones go: whatever happens, there is a good one.
 """
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from . import Mistake, parallel, weights
+from . import Mistake, parallel, sharded, weights
 from .disk import read_json, read_tensors, write_tensors
 
 
@@ -39,12 +39,13 @@ def make_moments(model, optimizer, names, where):
 
 @parallel.together()
 def restore(step, model, optimizer):
-    """Fill the optimizer, and weights that weights.load left for later, from a step of any run of this model."""
+    """Fill the optimizer from a step of any run of this model."""
     parts, where = step / "sharded", step / "training.safetensors"
     if not parts.is_dir():
         return put_optimizer(model, optimizer, read_tensors(where), where)
-    make_moments(model, optimizer, [name.removeprefix("optimizer.") for name in parallel.names_in(parts) if name.startswith("optimizer.")], parts)
-    parallel.read_shards(everything(model, optimizer), parts)
+    names = [name.removeprefix("optimizer.") for name in sharded.read_pieces(parts) if name.startswith("optimizer.")]
+    make_moments(model, optimizer, names, parts)
+    sharded.read_shards({f"optimizer.{name}": tensor for name, tensor in moments(model, optimizer).items()}, parts)
 
 
 def put_optimizer(model, optimizer, tensors, where):
@@ -92,13 +93,15 @@ class Saves:
     def fill(self, tmp, training, last):
         model, optimizer = self.checkpoint.model, self.optimizer
         tensors, state = weights.parameters(model), moments(model, optimizer)
-        if sharded := parallel.is_sharded(model):
-            parallel.write_shards(everything(model, optimizer), tmp / "sharded")
+        is_sharded = parallel.is_sharded(model)
+        if is_sharded:
+            sharded.write_shards(everything(model, optimizer), tmp / "sharded")
             tensors, state = parallel.on_first(tensors) if last else None, None
         parallel.first(write, self.checkpoint, tmp, training, tensors, state)
         if not self.compared:
             parallel.first(compare, tmp, tensors, state)
-            trouble = [name for names in parallel.gather(differ(tmp / "sharded", everything(model, optimizer)) if sharded else []) for name in names]
+            odd = differ(tmp / "sharded", everything(model, optimizer)) if is_sharded else []
+            trouble = [name for names in parallel.gather(odd) for name in names]
             if trouble:
                 raise OSError(f"{trouble[0]} was read back as other numbers")
         self.compared = True
@@ -149,7 +152,7 @@ def differ(parts, state):
 def differ_among(state, parts):
     again = {name: torch.empty_like(tensor) for name, tensor in state.items()}
     try:
-        parallel.read_shards(again, parts)
+        sharded.read_shards(again, parts)
     except Mistake:  # the other ranks wait to hear of it
         return list(state)
     return [name for name, tensor in state.items() if not same(parallel.mine(tensor), parallel.mine(again[name]))]

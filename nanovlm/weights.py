@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import Mistake, disk, huggingface, llava, parallel
+from . import Mistake, disk, huggingface, llava, parallel, sharded
 from .data import fingerprint, sync
 from .disk import read_json, read_tensors, write_tensors
 from .model import VLM
@@ -35,6 +35,7 @@ class Checkpoint(NamedTuple):
     template: str  # how conversations become text (chat.py)
     card: dict  # where each part came from
     spare: dict = {}  # tensors of the eye that are not read, by their public names
+    sharded: Path | None = None  # the folder in which the weights still lie (load(late=True)); None once they are in the model
 
     def fingerprint(self):
         return fingerprint(self)
@@ -92,8 +93,8 @@ def describe(folder):
 
 def load(folder, device="cpu", dtype=torch.float32, template=None, late=False):
     """The newest Checkpoint in a folder, or a published LLaVA (llava.py), its model in eval mode on `device`; dtype: of all its parameters, None
-    for as they were saved; template: for a published LLaVA whose own is not known; late: leave weights that lie in parts where they are, the model
-    on the meta device, until it is known which of them a rank needs (saves.restore)."""
+    for as they were saved; template: for a published LLaVA whose own is not known; late: leave sharded weights where they are, the model on the meta
+    device, until it is known which of them a rank needs (finish_loading)."""
     parallel.make_current(torch.device(device))
     if is_public(folder):
         found = llava.read(folder, dtype, template)
@@ -104,10 +105,11 @@ def load(folder, device="cpu", dtype=torch.float32, template=None, late=False):
     path, parts, spare = (Path(found.card["folder"]) / name for name in ("model.safetensors", "sharded", "spare.safetensors"))
     with torch.device("meta"):
         model = build(found.shapes, found.policy)
-    if late and parts.is_dir():
-        return found._replace(model=model, spare=read_tensors(spare) if spare.is_file() else {})
+    is_sharded = parts.is_dir() and not path.is_file()
+    if late and is_sharded:
+        return found._replace(model=model, sharded=parts, spare=read_tensors(spare) if spare.is_file() else {})
     shapes = {name: tensor.shape for name, tensor in parameters(model).items()}
-    tensors = read_parts(shapes, parts) if parts.is_dir() and not path.is_file() else disk.read_weights({path: None}, [])
+    tensors = read_parts(shapes, parts) if is_sharded else disk.read_weights({path: None}, [])
     tensors = disk.checked(shapes, tensors, "(?!)", [path])
     if dtype is not None:  # else they stay in the file until they are used
         tensors = {name: tensor.to(dtype, copy=True) for name, tensor in tensors.items()}
@@ -120,10 +122,29 @@ def load(folder, device="cpu", dtype=torch.float32, template=None, late=False):
 
 
 def read_parts(shapes, parts):
-    """The weights that the ranks of a run wrote in parts, as disk.read_weights gives them."""
-    tensors = {name: torch.empty(shape) for name, shape in shapes.items()}
-    parallel.read_shards({f"model.{name}": tensor for name, tensor in tensors.items()}, parts)
+    """The sharded weights of a run, as disk.read_weights gives them."""
+    tensors = {name: torch.full(shape, torch.nan) for name, shape in shapes.items()}
+    read_sharded(tensors, parts)
     return {name: (tensor, parts) for name, tensor in tensors.items()}
+
+
+def read_sharded(parameters, parts):
+    """Fill {name: parameter} from the sharded checkpoint of a run; its weights must have the very same names."""
+    saved = {name.removeprefix("model.") for name in sharded.read_pieces(parts) if name.startswith("model.")}
+    if odd := sorted(saved ^ parameters.keys()):
+        raise Mistake(f"{parts}: {odd[0]} is {'saved there, but the model has none' if odd[0] in saved else 'missing'}")
+    sharded.read_shards({f"model.{name}": tensor for name, tensor in parameters.items()}, parts)
+
+
+@parallel.together()
+def finish_loading(checkpoint):
+    """Read the weights that load(late=True) left in their files, each rank its own rows, once the model lies in memory (parallel.wrap); call it
+    on all ranks. Afterwards no parameter is NaN, which one is that nobody loaded."""
+    if checkpoint.sharded is not None:
+        read_sharded(parameters(checkpoint.model), checkpoint.sharded)
+    for name, tensor in parameters(checkpoint.model).items():
+        if parallel.mine(tensor.detach()).isnan().any():
+            raise Mistake(f"{checkpoint.card['folder']}: {name} holds NaN, or was never loaded; nothing is trained from there")
 
 
 def save(checkpoint, folder):

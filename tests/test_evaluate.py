@@ -393,7 +393,7 @@ def test_a_model_is_known_by_what_its_files_hold_and_not_by_where_they_lie_and_s
     assert known(copied) != known(home / "model")
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "sharded/__0_0.distcp"])
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "sharded/rank-00000.safetensors"])
 def test_of_a_large_file_of_weights_a_sample_is_read_that_no_layer_slips_through(tmp_path, monkeypatch, name):
     """Of 1,000 bytes the first 8 of every 125 are read here."""
     monkeypatch.setattr(evaluate, "SAMPLED", 8)

@@ -4,7 +4,10 @@ Everything that two ranks do is done in one launch of this file, and what four d
 """
 import contextlib
 import io
+import itertools
+import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -19,8 +22,9 @@ from conftest import ROOT, make_batch, make_samples
 from safetensors.torch import load_file
 from test_train import NO_CLOCK, TWO_RANKS, launch, log_of, make_home, peak_bytes, settings, words_of, write_exam, write_set
 
+import sample
 import train as door
-from nanovlm import Mistake, data, packing, parallel, saves, watch, weights
+from nanovlm import Mistake, data, packing, parallel, saves, sharded, watch, weights
 from nanovlm.model import VLM
 
 CPU = torch.device("cpu")
@@ -95,6 +99,10 @@ def two(home, rank, world):
     go_on_from(home, "fsdp", 3, "fsdp to fsdp", parallel="fsdp")
     go_on_from(home, "fsdp", 3, "fsdp to ddp", parallel="ddp", keep=9)
     go_on_from(home, "fsdp to ddp", 6, "ddp to fsdp", parallel="fsdp", recompute="decoder")
+    if rank == 0:
+        sharded_alone(home)
+    for source, how in itertools.product(STARTS, ("ddp", "fsdp")):
+        run(home, f"{source}, then {how} on 2", **next_stage(home, source), parallel=how)
     for how in ("ddp", "fsdp"):
         run(home, f"{how} with an exam", parallel=how, exam=str(home / "exam.jsonl"), exam_every=5)
     did["full"], did["bent"], did["odd"] = (failing(home, broken) for broken in (full_on_rank_1, bent_on_rank_1, odd_on_rank_1))
@@ -113,15 +121,16 @@ def four(home, rank, world):
 
 def killed(home, rank, world):
     """A rank dies while it writes its part of the second save."""
-    write, calls = parallel.dcp.FileSystemWriter.write_data, []
+    write, calls = sharded.write_tensors, []
 
-    def write_data(self, *arguments):
-        calls.append(write(self, *arguments))
+    def write_half(tensors, path, header):
+        calls.append(path)
         if len(calls) == 2 and rank == 1:
+            path.write_bytes(b"half")
             os.kill(os.getpid(), signal.SIGKILL)
-        return calls[-1]
+        write(tensors, path, header)
 
-    parallel.dcp.FileSystemWriter.write_data = write_data
+    sharded.write_tensors = write_half
     run(home, "killed", parallel="fsdp")
 
 
@@ -130,6 +139,20 @@ def run(home, out, **chosen):
     with contextlib.redirect_stdout(io.StringIO()) as said:
         door.train(**settings(home, out, **chosen))
     return said.getvalue()
+
+
+# What a stage can start from: a checkpoint that was never trained, or the end of a run.
+STARTS = {"none": "model", "ddp": "fsdp to ddp", "fsdp": "fsdp", "sharded only": "sharded only", "resumed": "fsdp to fsdp"}
+
+
+def sharded_alone(home):
+    """The last step of the FSDP run as an earlier step is: without model.safetensors."""
+    shutil.copytree(home / "fsdp" / "step-000008", home / "sharded only" / "step-000008")
+    (home / "sharded only" / "step-000008" / "model.safetensors").unlink()
+
+
+def next_stage(home, source):
+    return dict(model=str(home / STARTS[source]), steps=2, log_every=1, validate_every=1, seed=4)
 
 
 def go_on_from(home, out, step, to, **chosen):
@@ -157,32 +180,32 @@ def failing(home, break_it):
 @contextlib.contextmanager
 def full_on_rank_1():
     """From the second save on, a disk is full."""
-    write, calls = parallel.dcp.FileSystemWriter.write_data, []
+    write, calls = sharded.write_tensors, []
 
-    def write_data(self, *arguments):
-        calls.append(1)
-        if len(calls) > 1 and parallel.dist.get_rank() == 1:
+    def write_until_full(tensors, path, header):
+        calls.append(path)
+        if len(calls) > 1 and parallel.rank() == 1:
             raise OSError(28, "No space left on device")
-        return write(self, *arguments)
+        write(tensors, path, header)
 
-    parallel.dcp.FileSystemWriter.write_data = write_data
+    sharded.write_tensors = write_until_full
     yield
-    parallel.dcp.FileSystemWriter.write_data = write
+    sharded.write_tensors = write
 
 
 @contextlib.contextmanager
 def bent_on_rank_1():
     """What a rank reads back is not what it wrote."""
-    read = parallel.read_shards
+    read = sharded.read_shards
 
     def read_shards(state, folder):
         read(state, folder)
-        if parallel.dist.get_rank() == 1 and "model.decoder.norm.weight" in state:
+        if parallel.rank() == 1 and "model.decoder.norm.weight" in state:
             parallel.mine(state["model.decoder.norm.weight"])[-1] += 1e-6
 
-    parallel.read_shards = read_shards
+    sharded.read_shards = read_shards
     yield
-    parallel.read_shards = read
+    sharded.read_shards = read
 
 
 @contextlib.contextmanager
@@ -431,13 +454,100 @@ def test_a_sharded_step_is_a_checkpoint_as_any_other(home, of_two):
     shutil.copytree(step, home / "in parts alone")
     (home / "in parts alone" / "model.safetensors").unlink()
     torch.testing.assert_close(weights.load(home / "in parts alone").model.state_dict(), gathered, rtol=0, atol=0)
-    (home / "in parts alone" / "sharded" / "__1_0.distcp").write_bytes(b"")
-    (home / "in parts alone" / "cut").mkdir()
-    (home / "in parts alone" / "cut" / ".metadata").write_bytes(b"")
-    with pytest.raises(Mistake, match="cut is broken: its .metadata cannot be read: EOFError"):
-        saves.parallel.names_in(home / "in parts alone" / "cut")
-    with pytest.raises(Mistake, match="sharded is broken or not of this model"):
-        weights.load(home / "in parts alone")
+
+
+def damaged(parts, damage):
+    """A sharded folder in one of the ways in which it can be wrong."""
+    first, second, norm = parts / "rank-00000.safetensors", parts / "rank-00001.safetensors", "model.decoder.norm.weight"
+    match damage:
+        case "cut short":
+            second.write_bytes(second.read_bytes()[:-1])
+        case "empty":
+            second.write_bytes(b"")
+        case "last rank is missing":
+            second.unlink()
+        case "first rank is missing":
+            first.unlink()
+        case "a rank twice":
+            shutil.copy(second, parts / "rank-00002.safetensors")
+        case "all ranks are missing":
+            first.unlink(), second.unlink()
+        case "older":
+            (parts / ".metadata").write_bytes(b"")
+        case "a tensor is missing":
+            rewrite(parts, lambda tensors: tensors.pop(norm))
+        case "a tensor too many":
+            rewrite(parts, lambda tensors: tensors.update({"model.odd": torch.ones(3)}))
+        case "another shape":
+            rewrite(parts, lambda tensors: tensors.update({norm: torch.ones(5)}))
+        case "another dtype":
+            rewrite(parts, lambda tensors: tensors.update({norm: torch.ones(24).half()}))
+
+
+def rewrite(parts, change):
+    """Put another set of tensors, each whole, in place of what two ranks wrote."""
+    state = {name: torch.empty(pieces[0].shape) for name, pieces in sharded.read_pieces(parts).items()}
+    sharded.read_shards(state, parts)
+    change(state)
+    shutil.rmtree(parts)
+    sharded.write_shards(state, parts)
+
+
+@pytest.mark.parametrize(("damage", "message"), [
+    ("cut short", "rank-00001.safetensors is broken, cut short or not ours"),
+    ("empty", "rank-00001.safetensors is broken, cut short or not ours"),
+    ("last rank is missing", r"sharded: \d+ rows of .* are there, of shape"),
+    ("first rank is missing", r"sharded: rows 0 to \d+ of .* are missing"),
+    ("a rank twice", r"sharded: rows \d+ to \d+ of .* are there twice"),
+    ("all ranks are missing", r"sharded holds no rank-\*.safetensors"),
+    ("older", "sharded was written by an older nanovlm: its .metadata is a pickle"),
+    ("a tensor is missing", "sharded: decoder.norm.weight is missing"),
+    ("a tensor too many", "sharded: odd is saved there, but the model has none"),
+    ("another shape", r"decoder.norm.weight is \[5\] torch.float32, the model has \[24\] torch.float32"),
+    ("another dtype", r"decoder.norm.weight is \[24\] torch.float16, the model has \[24\] torch.float32"),
+])
+def test_a_sharded_checkpoint_that_is_not_whole_is_refused(home, of_two, tmp_path, damage, message):
+    """By who samples from it, and by a stage that starts from it."""
+    shutil.copytree(home / "sharded only", tmp_path / "model")
+    damaged(tmp_path / "model" / "step-000008" / "sharded", damage)
+    with pytest.raises(Mistake, match=message):
+        weights.load(tmp_path / "model")
+    with pytest.raises(Mistake, match=message):
+        door.train(**settings(home, "from a broken one", model=str(tmp_path / "model")))
+
+
+def test_a_stage_starts_from_any_run_with_the_weights_that_the_run_ended_with(home, of_two):
+    """On one rank and on two, DDP or FSDP: the same losses. Runs that end with the same weights are followed by the same to the bit."""
+    for source in STARTS:
+        door.train(**settings(home, f"{source}, then one", **next_stage(home, source)))
+        alone = log_of(home / f"{source}, then one")
+        assert len(alone) == 2 and all(math.isfinite(line["loss"]) and line["norm"] > 0 for line in alone)
+        for how in ("ddp", "fsdp"):
+            for line, same in zip(log_of(home / f"{source}, then {how} on 2"), alone, strict=True):
+                assert line == pytest.approx(same, rel=1e-4)
+    for how in ("one", "ddp on 2", "fsdp on 2"):
+        untrained, ddp, *sharded_runs = (log_of(home / f"{source}, then {how}") for source in STARTS)
+        assert sharded_runs[0] == sharded_runs[1] == sharded_runs[2]
+        assert ddp[0] == pytest.approx(sharded_runs[0][0], rel=1e-3) and untrained[0]["loss"] > 1.1 * ddp[0]["loss"]
+
+
+def test_sampling_and_an_evaluation_read_any_run(home, of_two, capsys):
+    answers = {}
+    for source in STARTS:
+        sample.sample(model=str(home / STARTS[source]), prompt="a b", max_tokens=9, device="cpu")
+        sample.sample(model=str(home / STARTS[source]), questions=str(home / "exam.jsonl"), device="cpu")
+        answers[source] = re.sub("tokens/s.*|[0-9.]+ s", "", capsys.readouterr().out)
+    assert answers["fsdp"] == answers["sharded only"] == answers["resumed"] == answers["ddp"] != answers["none"]
+
+
+def test_a_parameter_that_is_never_loaded_is_nan_and_is_not_trained(home, of_two, monkeypatch):
+    """However it came about: here the reader leaves one tensor out."""
+    read = sharded.read_shards
+    missing = "model.projector.up.bias"
+    monkeypatch.setattr(sharded, "read_shards", lambda state, folder: read({n: x for n, x in state.items() if n != missing}, folder))
+    with pytest.raises(Mistake, match="projector.up.bias holds NaN, or was never loaded; nothing is trained from there"):
+        door.train(**settings(home, "from nowhere", model=str(home / "sharded only")))
+    assert not (home / "from nowhere" / "log.jsonl").exists()
 
 
 def test_resumed_on_as_many_ranks_it_is_the_same_to_the_bit(home, of_two):
@@ -446,8 +556,8 @@ def test_resumed_on_as_many_ranks_it_is_the_same_to_the_bit(home, of_two):
     both = []
     for out in (a, b):
         parts = out / "step-000008" / "sharded"
-        state = {name: torch.empty(entry.size) for name, entry in parallel.dcp.FileSystemReader(parts).read_metadata().state_dict_metadata.items()}
-        parallel.read_shards(state, parts)
+        state = {name: torch.empty(pieces[0].shape) for name, pieces in sharded.read_pieces(parts).items()}
+        sharded.read_shards(state, parts)
         both.append(state)
     assert any(name.startswith("optimizer.") for name in both[0])
     torch.testing.assert_close(*both, rtol=0, atol=0)
@@ -502,7 +612,7 @@ def test_a_schedulers_sigterm_saves_on_all_ranks_within_the_step(home):
     assert "stopped and saved; to go on:" in said, said
     (step,) = weights.steps(home / "evicted")
     last = log_of(home / "evicted")[-1]["step"]
-    assert step.name == f"step-{last:06d}" and saves.parallel.names_in(step / "sharded")
+    assert step.name == f"step-{last:06d}" and sharded.read_pieces(step / "sharded")
 
 
 def test_the_first_save_is_read_back(home, of_two, monkeypatch):

@@ -24,7 +24,7 @@ README = ROOT / "README.md"
 READERS = {"photos.json", "exam.json", "captions.json", "chats.json", "photo.jpg"}  # what README.md asks the reader to bring
 
 # From the street down to the cellar: a file imports only from lines below its own (../shared/design.md, Rooms).
-ROOMS = ["train", "sample prepare saves", "weights", "llava evaluate", "huggingface watch log report", "parallel gather look cost papers",
+ROOMS = ["train", "sample prepare saves", "weights", "sharded llava evaluate", "huggingface watch log report", "parallel gather look cost papers",
          "model packing layouts", "generate", "vision decoder", "attention rmsnorm loss", "decode", "kernels", "sources",
          "records refs", "data", "chat", "tokenizer", "images", "disk opening", "fridge scores", "cli cider recipe", "__init__"]
 # The model knows of no file, tokenizer or second process, a kernel of nothing of ours.
