@@ -11,21 +11,16 @@
 """
 import difflib
 import os
-import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
-import torch
-
-from nanovlm import Mistake, chat, cli, gather, look, packing, sources, tokenizer, weights
+from nanovlm import Mistake, chat, cli, gather, packing, random_init, sources, tokenizer, weights
 from nanovlm import data as shards
 from nanovlm import fridge as world
 from nanovlm import images as pictures
-
-
-def say(*words):
-    print(*words, file=sys.stderr, flush=True)
+from nanovlm.curves import draw_curves, read_curves
+from nanovlm.samples import describe_dataset, sample_as_text, tile_mosaic
+from nanovlm.stitch import stitch_folders
 
 
 def fridge(*,
@@ -39,23 +34,7 @@ def fridge(*,
     if wrong := [f"--{name}={count} must be at least 1" for name, count in (("scenes", scenes), ("text", text), ("exam", exam)) if count < 1]:
         raise Mistake("; ".join(wrong))
     refuse_to_overwrite(out)
-    world.write(out=out, scenes=scenes, text=text, exam=exam, seed=seed)
-    say(f"{out}: {scenes} fridges to learn from, {text} conversations without one, {exam} held out for the exam")
-
-
-def read_texts(paths):
-    """What anybody says in any conversation of some sources. What cannot be read of them is left out and counted; `data` tells of each."""
-    read, wrong = 0, []
-    for raw in sources.read(paths):
-        try:
-            yield from (text for _, text in sources.conversation(raw)[2])
-            read += 1
-        except Mistake as mistake:
-            wrong.append(str(mistake))
-    if not read:
-        raise Mistake(f"there is nothing to learn a tokenizer from: {wrong[0]}")
-    if wrong:
-        say(f"learnt without {len(wrong):,} of {read + len(wrong):,} records, which cannot be read: {wrong[0]}")
+    world.write_world(out=out, scenes=scenes, text=text, exam=exam, seed=seed)
 
 
 def refuse_to_overwrite(out):
@@ -94,17 +73,10 @@ def new(*,
     policy = {"tile": tile, "patch": patch, "shuffle": shuffle, "fit": fit or "squash", "resample": "bicubic", "mean": [0.5] * 3, "std": [0.5] * 3,
               "draft": draft, **tiling(fit, tiles, thumbnail, tile_choice, tile_tags)}
     pictures.check_policy(policy)
-    words = tokenizer.learn(read_texts(source), vocabulary, chat.special_names(template))
-    shapes = {
-        "vision": {"tile": tile, "patch": patch, "width": vision_width, "layers": vision_layers, "heads": vision_heads, "ffn": vision_ffn},
-        "decoder": {"vocabulary": words.vocab_size, "width": width, "layers": layers, "heads": heads, "kv_heads": kv_heads, "ffn": ffn},
-        "shuffle": shuffle,
-    }
-    torch.manual_seed(seed)
-    model = weights.build(shapes, policy)
-    weights.save(weights.Checkpoint(model, words, shapes, policy, template, {"newborn": f"seed {seed}"}), out)
-    say(f"{out}: {sum(p.numel() for p in model.parameters()):,} random parameters, {words.vocab_size} tokens, "
-        f"{pictures.picture_tokens((tile, tile), policy)} tokens a picture")
+    random_init.create_model(
+        sources.read_texts(source), out=out, vocabulary=vocabulary, template=template, policy=policy, seed=seed,
+        vision={"tile": tile, "patch": patch, "width": vision_width, "layers": vision_layers, "heads": vision_heads, "ffn": vision_ffn},
+        decoder={"width": width, "layers": layers, "heads": heads, "kv_heads": kv_heads, "ffn": ffn})
 
 
 def check_newborn(new):
@@ -155,17 +127,7 @@ def data(*,
     refuse_to_overwrite(out)
     if images and not Path(images).exists():
         raise Mistake(f"--images={images}: no such folder or zip")
-    owner, began = weights.describe(model), time.time()
-    chat.end_id(owner.tokenizer, owner.template)
-    recipe = gather.Recipe(owner.tokenizer, owner.template, owner.policy, row, images)
-    skipped = gather.gather(source, out, recipe, workers or len(os.sched_getaffinity(0)), max_skipped)
-    table = shards.Samples(out).table
-    say(f"{out}: {len(table):,} samples, {table[:, shards.HELD_OUT].sum():,} of them held out, the longest of "
-        f"{table[:, shards.LENGTH].max():,} tokens, in {time.time() - began:.0f} s")
-    for reason, times in gather.table(skipped):
-        say(f"skipped {times:,}: {reason}")
-    if skipped:
-        say(f"each with its reason in {out}/skipped.jsonl")
+    gather.prepare_dataset(model=model, source=source, images=images, out=out, row=row, workers=workers, max_skipped=max_skipped)
 
 
 def show(*,
@@ -183,11 +145,11 @@ def show(*,
         raise Mistake(f"{data} holds no sample {sample!r}, but {', '.join(map(repr, near))}")
     words = tokenizer.Tokenizer.load(data)
     for number in numbers:
-        print(look.as_text(samples, number, words))
+        print(sample_as_text(samples, number, words))
     tiles_NCYX = packing.collate(samples, [numbers])[0]["tiles_NCYX"].numpy()
     if len(tiles_NCYX):
-        look.mosaic(tiles_NCYX).save(out)
-        say(f"{out}: its {len(tiles_NCYX)} tile{'s' * (len(tiles_NCYX) > 1)}")
+        tile_mosaic(tiles_NCYX).save(out)
+        cli.status(f"{out}: its {len(tiles_NCYX)} tile{'s' * (len(tiles_NCYX) > 1)}")
 
 
 def check(*,
@@ -202,7 +164,7 @@ def check(*,
     samples = shards.Samples(*folders)
     if wrong := [said for folder in folders for said in shards.damaged(folder)]:
         raise Mistake(f"{'; '.join(wrong[:3])}{f'; and {len(wrong) - 3} more files' if wrong[3:] else ''}: prepare it again")
-    print(look.report(samples, shares, row, rate))
+    print(describe_dataset(samples, shares, row, rate))
     print("every byte is as it was written")
 
 
@@ -213,8 +175,8 @@ def plot(*,
     """The curves of several training runs in one picture: loss, validation loss, norm of the gradient, speed."""
     if not log:
         raise Mistake("prepare.py plot needs the logs of runs: out/*/log.jsonl")
-    look.draw_curves(look.curves(log), out)
-    say(f"{out}: {len(log)} runs")
+    draw_curves(read_curves(log), out)
+    cli.status(f"{out}: {len(log)} runs")
 
 
 def stitch(*,
@@ -240,14 +202,8 @@ def stitch(*,
     grid = tiling(fit, tiles, thumbnail, tile_choice, tile_tags)
     check_template(template)
     choices = {"tile": tile, "read": read, "shuffle": shuffle, "draft": draft or None, **(grid or {"fit": fit})}
-    eye = weights.eye(vision, **{name: value for name, value in choices.items() if value is not None})
-    brain = weights.brain(decoder, **{} if template is None else {"template": template})
-    alone = weights.alone(eye, brain)
-    weights.save(weights.stitch(eye, brain, seed), out)
-    del eye, brain  # their files are let go before the new one is read
-    difference = weights.check_stitch(out, alone)
-    say(f"{out}: the eye of {vision}, the brain of {decoder}, a projector that knows nothing yet")
-    say(f"read again, it sees in a picture of noise and says over eight tokens what they do alone: the largest difference is {difference:.2g}")
+    choices = {name: value for name, value in choices.items() if value is not None}
+    stitch_folders(vision=vision, decoder=decoder, out=out, vision_choices=choices, template=template, seed=seed)
 
 
 def check_template(template):
@@ -268,7 +224,7 @@ def export(*,
     owner = weights.load(model, dtype=None, template=template)
     weights.export(owner, out)
     kind = "LLaVA-NeXT" if owner.policy["fit"] == "anyres" else "LLaVA"
-    say(f"{out}: a {kind} folder of {sum(file.stat().st_size for file in Path(out).iterdir()):,} bytes, its template {owner.template}")
+    cli.status(f"{out}: a {kind} folder of {sum(file.stat().st_size for file in Path(out).iterdir()):,} bytes, its template {owner.template}")
 
 
 if __name__ == "__main__":

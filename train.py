@@ -5,13 +5,10 @@
     torchrun --nproc_per_node=8 train.py --stage=sft             the same on eight cards
 """
 import itertools
-import json
 import math
 import os
 import shlex
-import shutil
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 from pathlib import Path
@@ -19,13 +16,16 @@ from types import SimpleNamespace
 
 import torch
 
-import prepare
-from nanovlm import UNTRAINED, Mistake, cli, cost, data, disk, evaluate, kernels, papers, saves, watch, weights
+from nanovlm import UNTRAINED, Mistake, cli, cost, data, demonstration, disk, evaluate, kernels, papers, saves, weights
 from nanovlm import parallel as ranks
 from nanovlm.data import LENGTH, Samples
-from nanovlm.log import Clock, Log, Stopper
+from nanovlm.logger import Log
+from nanovlm.memory import estimate_memory, print_estimate, print_plan
 from nanovlm.packing import Loader, read_blend
+from nanovlm.profiler import Clock
 from nanovlm.recipe import DRY, FREE, PARTS, STAGES, resolve
+from nanovlm.signals import Stopper
+from nanovlm.validation import pack_validation_set, validate
 
 
 def schedule(step, *, steps, warmup, floor):
@@ -125,16 +125,16 @@ def lay_out(run, model, row, device, rank, world):
     narrow = run.dtype == "bfloat16" or (run.dtype == "auto" and device.type == "cuda")
     products = torch.bfloat16 if narrow else torch.float32
     how = dict(recompute=run.recompute, accumulates=run.micro * world < run.batch)
-    sizes = watch.memory(model, row, run.micro, device, products, **how)
+    sizes = estimate_memory(model, row, run.micro, device, products, **how)
     run.parallel, why = ranks.choose(run.parallel, sum(sizes.values()), device)
     if run.parallel == "fsdp":
-        sizes = watch.memory(model, row, run.micro, device, products, how="fsdp", shards=run.shard or world, offload=run.offload, **how)
+        sizes = estimate_memory(model, row, run.micro, device, products, how="fsdp", shards=run.shard or world, offload=run.offload, **how)
     if run.compile:
         with ranks.together():
             ranks.check_compiler(device)
     if rank == 0:
         print(f"parallel: {run.parallel}, {why}")
-        watch.print_plan(model, run.rates, sizes)
+        print_plan(model, run.rates, sizes)
     return products
 
 
@@ -152,7 +152,7 @@ def read_exam(run):
 def look(run, done, checkpoint, samples, held_out, questions, mixed, rank, world):
     """What is seen of the model at a step, the same on all ranks: {"validation", "blank", "exam": the mean score}, {} where nobody looks."""
     last = done == run.steps
-    seen = watch.look(checkpoint, samples, held_out, rank, world, mixed) if last or done % run.validate_every == 0 else {}
+    seen = validate(checkpoint, samples, held_out, rank, world, mixed) if last or done % run.validate_every == 0 else {}
     if questions and (last or done % run.exam_every == 0):
         marks = evaluate.ask(checkpoint, questions, rank, world, benchmark=run.benchmark, mixed=mixed)
         (seen["exam"],) = ranks.total([0.0 if marks is None else marks[-1].score], checkpoint.model.mean_C11.device)
@@ -173,7 +173,7 @@ def foretell(run, typed):
     with torch.device("meta"):
         model = weights.build(told.shapes, told.policy).train()
     hold_still(model, run.rates)
-    watch.foretell(run, model, told.policy, speed=(run.peak or 989) * 1e12 * (run.mfu or 0.4))  # 989: an H100 in bfloat16, by NVIDIA's data sheet
+    print_estimate(run, model, told.policy, speed=(run.peak or 989) * 1e12 * (run.mfu or 0.4))  # 989: an H100 in bfloat16, by NVIDIA's data sheet
 
 
 def train(*,
@@ -228,7 +228,7 @@ def train(*,
     typed = dict(locals())
     if not stage:
         refuse_settings(typed)
-        return demonstration()
+        return demonstration.run(train)
     if dry_run:
         return foretell(resolve(typed, 1), typed)
     device = ranks.pick_device(device)
@@ -246,7 +246,7 @@ def train(*,
             return print(f"{stage}: {run.out} has all of its {start} steps already") if rank == 0 else None
         how = dict(row=run.row, seed=run.seed, weights=run.weights)
         loader = Loader(samples, batch=run.batch, micro=run.micro, rank=rank, world=world, start=start, pin=device.type == "cuda", **how)
-        held_out, questions = watch.held_out_rows(samples, run.row), read_exam(run)
+        held_out, questions = pack_validation_set(samples, run.row), read_exam(run)
         ((one_row, _),) = next(Loader(samples, batch=1, micro=1, **how))
         if rank == 0:
             print(f"{stage}: {run.steps} steps of {run.batch} rows on {world} × {device}, from {found or run.model} on {run.data}")
@@ -349,53 +349,6 @@ def how_to_go_on(typed):
     launch = f"torchrun --nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}" if "LOCAL_WORLD_SIZE" in os.environ else "python"
     again = cli.changed(train, typed) | {"resume": True}
     return shlex.join([*launch.split(), sys.argv[0], *(f"--{name}={cli.show(value)}" for name, value in again.items())])
-
-
-def exam(model, questions, blank=False):
-    """[(kind, questions, share exactly right)] of the fridge world's exam, the last over all."""
-    checkpoint = weights.load(model, ranks.pick_device("auto"))
-    return [line[:3] for line in evaluate.ask(checkpoint, questions, benchmark="exact", batch=100, blank=blank, max_tokens=64)]
-
-
-def demonstration():
-    """The whole road from nothing: every step below is one that you can type yourself, and each is skipped if an earlier run has finished it."""
-    began = time.time()
-
-    def once(made, why, do, **settings):
-        done = Path(made).exists()
-        print(f"\n== {why}{' (done before)' if done else ''}", flush=True)
-        return None if done else do(**settings)
-
-    def stage(name, why, **settings):
-        print(f"\n== {why}", flush=True)
-        train(stage=name, resume=bool(weights.steps(f"out/{name}")), validate_every=200, log_every=50, **settings)
-
-    once("data/fridge/exam.jsonl", "Draw fridges, and write down what is in them.", prepare.fridge)
-    once("out/newborn", "Learn a tokenizer from those words. The newborn's eye and brain are random.",
-         prepare.new, source=["data/fridge/text.json"])
-    for name in ("text", "captions", "chats"):
-        once(f"data/{name}", f"Cut and tokenise {name} once, so that training only reads.",
-             prepare.data, source=[f"data/fridge/{name}.json"], images="data/fridge/images", out=f"data/{name}")
-    stage("brain", "A brain learns to talk about fridges that it is told of. It is blind.")
-    stage("eye", "An eye learns to see what that brain can read: the brain stands still, only the eye and a projector train.")
-    once("out/stitched", "Now the real road. Stitch the two as if we had found them, with a projector that knows nothing.",
-         prepare.stitch, vision="out/eye", decoder="out/brain")
-    questions = papers.read("exact", "data/fridge/exam.jsonl", images="data/fridge/images")
-    readings = [q for q in questions if q["kind"] == "reading"]
-    before = exam("out/stitched", readings)[-1][2]
-    stage("pretrain", "Align: only the projector trains, until the brain can read the eye.", steps=250, batch=5, row=320, lr=2e-3, floor=1e-4)
-    after = exam("out/pretrain", readings)[-1][2]
-    print(f"fridges read without a mistake: {before:.1%} before, {after:.1%} after")
-    stage("sft", "Fine-tune: projector and brain learn to answer all kinds of questions.", steps=1050, batch=12, row=320, lr=7e-4, floor=2e-5)
-
-    print(f"\n== The exam: {len(readings)} fridges that it has never seen.", flush=True)
-    marks, blank = (exam("out/sft", questions, blank=grey) for grey in (False, True))
-    for (kind, count, share), (_, _, guessed) in zip(marks, blank, strict=True):
-        print(f"{kind:10} {count:5} questions   {share:6.1%} right   {guessed:6.1%} with a blank picture")
-    scores = {"scenes": len(readings), "before pretrain": before, "after pretrain": after, "sft": marks, "blank": blank}
-    Path("out/exam.json").write_text(json.dumps(scores))
-    shutil.copy("data/fridge/fridge.jpg", "fridge.jpg")
-    print(f"\nThe whole road took {time.time() - began:.0f} s. Now ask it: python sample.py --image fridge.jpg")
 
 
 if __name__ == "__main__":

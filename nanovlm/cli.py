@@ -112,6 +112,11 @@ def suggestion(word, known, dashes=""):
     return f", did you mean {dashes}{near[0]}?" if near else ""
 
 
+def status(*words):
+    """Print to standard error, at once."""
+    print(*words, file=sys.stderr, flush=True)
+
+
 def show(value):
     return ",".join(value) if isinstance(value, list) else str(value).lower() if value is None or isinstance(value, bool) else str(value)
 

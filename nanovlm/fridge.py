@@ -18,6 +18,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageEnhance, ImageFilter
 
+from . import cli
+
 PLURAL = {
     "apple": "apples", "milk": "cartons of milk", "egg": "eggs", "cheese": "pieces of cheese", "carrot": "carrots", "broccoli": "heads of broccoli",
     "grapes": "bunches of grapes", "juice": "bottles of juice", "fish": "fish", "cake": "slices of cake",
@@ -362,13 +364,14 @@ def save(picture, path):
     picture.save(path, quality=90)
 
 
-def write(*, out, scenes=8000, text=12000, exam=500, seed=0, workers=2):
+def write_world(*, out, scenes=8000, text=12000, exam=500, seed=0, workers=2):
     """Draw and describe the world into a new folder; the same seed gives the same bytes, whatever the number of workers."""
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f"{out.name}.", dir=out.parent) as tmp:  # a world that is not whole never has the name
         draw_all(Path(tmp) / "world", scenes, text, exam, seed, workers)
         os.rename(Path(tmp) / "world", out)
+    cli.status(f"{out}: {scenes} fridges to learn from, {text} conversations without one, {exam} held out for the exam")
 
 
 def draw_all(out, scenes, text, exam, seed, workers):

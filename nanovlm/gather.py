@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import Mistake, chat, data, disk, images, opening, refs, sources
+from . import Mistake, chat, cli, data, disk, images, opening, refs, sources, weights
 from .tokenizer import Tokenizer
 
 SHARD = 1024  # records; at 12 tiles of 448 pixels 8 GB, and what a stop may cost each worker
@@ -285,3 +285,18 @@ def tidy(tmp):
 def table(skipped):
     """[(reason, how often)], the most frequent first."""
     return Counter(one["reason"] for one in skipped).most_common()
+
+
+def prepare_dataset(*, model, source, images, out, row, workers=0, max_skipped=0.01):
+    """Prepare the set `out` from the sources for the tokenizer, template and image policy of `model`; the settings are those of `prepare.py data`."""
+    owner, began = weights.describe(model), time.time()
+    chat.end_id(owner.tokenizer, owner.template)
+    recipe = Recipe(owner.tokenizer, owner.template, owner.policy, row, images)
+    skipped = gather(source, out, recipe, workers or len(os.sched_getaffinity(0)), max_skipped)
+    rows = data.Samples(out).table
+    cli.status(f"{out}: {len(rows):,} samples, {rows[:, data.HELD_OUT].sum():,} of them held out, the longest of "
+        f"{rows[:, data.LENGTH].max():,} tokens, in {time.time() - began:.0f} s")
+    for reason, times in table(skipped):
+        cli.status(f"skipped {times:,}: {reason}")
+    if skipped:
+        cli.status(f"each with its reason in {out}/skipped.jsonl")

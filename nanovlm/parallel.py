@@ -70,7 +70,7 @@ def leave():
 # ---- how a model lies over the ranks ----
 
 def choose(asked, needed, device):
-    """(how, why) for --parallel=auto, ddp or fsdp; needed: bytes that a rank takes where it holds everything, as watch.memory tells."""
+    """(how, why) for --parallel=auto, ddp or fsdp; needed: bytes that a rank takes where it holds everything, as estimate_memory tells."""
     if not dist.is_initialized():
         if asked != "auto":
             raise Mistake(f"--parallel={asked} is for several processes: start them with torchrun")

@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from . import Mistake, records
+from . import Mistake, cli, records
 from .data import check_name
 from .records import UNKNOWN
 from .refs import Bytes, Span, archive, find, load, one_line, printable
@@ -333,3 +333,18 @@ def identity(raw):
     shown = [hashlib.sha256(ref.content).hexdigest() if isinstance(ref, Bytes) else ref.size for ref in raw.pictures]
     place = [raw.name if records.own_id(record) is None else None, raw.folder if records.field(record, "image", "images") else None]
     return hashlib.sha256(json.dumps([*place, raw.fault, record, shown], sort_keys=True, default=repr).encode()).digest()
+
+
+def read_texts(paths):
+    """What anybody says in any conversation of some sources. What cannot be read of them is left out and counted; `data` tells of each."""
+    read, wrong = 0, []
+    for raw in read(paths):
+        try:
+            yield from (text for _, text in conversation(raw)[2])
+            read += 1
+        except Mistake as mistake:
+            wrong.append(str(mistake))
+    if not read:
+        raise Mistake(f"there is nothing to learn a tokenizer from: {wrong[0]}")
+    if wrong:
+        cli.status(f"learnt without {len(wrong):,} of {read + len(wrong):,} records, which cannot be read: {wrong[0]}")

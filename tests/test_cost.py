@@ -10,7 +10,7 @@ from conftest import ROOT, SEVEN_BILLION, SEVEN_BILLION_POLICY, TOKENS, make_bat
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from nanovlm import IMAGE, UNTRAINED, cost, tokenizer, watch
+from nanovlm import IMAGE, UNTRAINED, cost, memory, tokenizer
 
 
 @pytest.mark.parametrize("rates", [{"vision": 1, "projector": 1, "decoder": 1}, {"projector": 1}, {"projector": 1, "decoder": 1}, {"decoder": 1},
@@ -63,6 +63,6 @@ def test_cards_without_a_row_are_not_told_of(tmp_path, capsys):
     run = SimpleNamespace(stage="sft", steps=7, batch=9, micro=2, row=40, dtype="float32", recompute="none", offload=False,
                           rates={"projector": 1.0, "decoder": 1.0})
     model.vision.requires_grad_(False)
-    watch.foretell(run, model, policy, speed=1e9)
+    memory.print_estimate(run, model, policy, speed=1e9)
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0].strip() for line in lines[-2:]] == ["1 card", "8 cards"]

@@ -11,7 +11,7 @@ from nanovlm import chat, fridge
 
 
 def write(folder, **how):
-    fridge.write(out=folder, **{"scenes": 24, "text": 30, "exam": 7, "seed": 5, "workers": 2} | how)
+    fridge.write_world(out=folder, **{"scenes": 24, "text": 30, "exam": 7, "seed": 5, "workers": 2} | how)
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from test_parity import BRAIN, CHATML, clip, dinov2, publish, shake, siglip
 
 import prepare
-from nanovlm import Mistake, chat, disk, huggingface, images, tokenizer, weights
+from nanovlm import Mistake, chat, disk, huggingface, images, stitch, tokenizer, weights
 
 
 def llama(**other):
@@ -713,12 +713,12 @@ def test_a_brain_is_in_memory_once(tmp_path):
 
 def test_a_stitch_that_changed_a_number_is_found_out(published, tmp_path):
     eye, brain = huggingface.eye(published[0]), huggingface.brain(published[1])
-    alone = weights.alone(eye, brain)
-    weights.save(weights.stitch(eye, brain, 0), tmp_path / "out")
-    assert weights.check_stitch(tmp_path / "out", alone) < 1e-4
+    alone = stitch.outputs_of_parts(eye, brain)
+    weights.save(stitch.stitch_parts(eye, brain, 0), tmp_path / "out")
+    assert stitch.verify_stitch(tmp_path / "out", alone) < 1e-4
     for name, what in [("vision.layers.1.mlp_norm.bias", "the eye's features"), ("decoder.layers.1.query.weight", "the brain's logits")]:
         tensors = load_file(tmp_path / "out/model.safetensors")
         save_file(tensors | {name: tensors[name] * 1.1}, tmp_path / "out/model.safetensors")
         with pytest.raises(Mistake, match=f"{what} differ by"):
-            weights.check_stitch(tmp_path / "out", alone)
+            stitch.verify_stitch(tmp_path / "out", alone)
         save_file(tensors, tmp_path / "out/model.safetensors")

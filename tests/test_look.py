@@ -8,7 +8,7 @@ from PIL import Image
 from test_data import FINGERPRINT, TILE, TOKENS, make_picture, make_samples, write
 
 import prepare
-from nanovlm import IMAGE, Mistake, data, look, tokenizer
+from nanovlm import IMAGE, Mistake, curves, data, samples, tokenizer
 
 WORDS = tokenizer.learn(["a b"], 256, ["<s>", "[INST]", "[/INST]", "</s>"])
 
@@ -34,7 +34,7 @@ def test_a_sample_is_shown_token_by_token_pictures_as_their_counts(told, capsys,
         " trained  n|\\\\xc3|\\\\xa9|</s>\n")
     sheet = np.asarray(Image.open(tmp_path / "tiles.png"))
     for n, tile_CYX in enumerate(np.concatenate([picture.tiles for picture in pictures])):
-        left = n * (TILE + look.GAP)
+        left = n * (TILE + samples.GAP)
         assert np.array_equal(sheet[:, left : left + TILE], tile_CYX.transpose(1, 2, 0))
 
 
@@ -71,9 +71,9 @@ def test_a_set_of_which_all_is_held_out_is_told(tmp_path):
 
 def test_a_mosaic_breaks_into_rows():
     tiles_NCYX = np.arange(5 * 3 * 2 * 7, dtype=np.uint8).reshape(5, 3, 2, 7)
-    sheet = np.asarray(look.mosaic(tiles_NCYX, across=2))
-    assert sheet.shape == (3 * 2 + 2 * look.GAP, 2 * 7 + look.GAP, 3)
-    assert np.array_equal(sheet[2 + look.GAP : 4 + look.GAP, 7 + look.GAP :], tiles_NCYX[3].transpose(1, 2, 0))
+    sheet = np.asarray(samples.tile_mosaic(tiles_NCYX, across=2))
+    assert sheet.shape == (3 * 2 + 2 * samples.GAP, 2 * 7 + samples.GAP, 3)
+    assert np.array_equal(sheet[2 + samples.GAP : 4 + samples.GAP, 7 + samples.GAP :], tiles_NCYX[3].transpose(1, 2, 0))
 
 
 def test_a_report_counts_what_is_there(tmp_path, capsys):
@@ -112,7 +112,7 @@ def test_the_curves_of_runs_are_drawn_even_of_one_that_is_still_running(tmp_path
     step = {"step": 1, "loss": 3.0, "norm": 1.0, "tokens_per_s": 10.0}
     logs = [log(tmp_path / "a/log.jsonl", step, {**step, "step": 2, "loss": 2.0, "validation": 2.5}, torn='{"step": 3, "lo'),
             log(tmp_path / "b/log.jsonl", {**step, "loss": 4.0})]
-    found = look.curves(logs)
+    found = curves.read_curves(logs)
     assert found[str(tmp_path / "a")] == {"loss": ((1, 2), (3.0, 2.0)), "validation": ((2,), (2.5,)), "norm": ((1, 2), (1.0, 1.0)),
                                           "tokens_per_s": ((1, 2), (10.0, 10.0))}
     prepare.plot(log=logs, out=str(tmp_path / "curves.png"))
@@ -129,4 +129,4 @@ def test_a_file_that_is_no_log_is_told(tmp_path, lines, said):
     path = tmp_path / "log.jsonl"
     path.write_text("\n".join([*lines, '{"step": 1}']))
     with pytest.raises(Mistake, match=f"{path}, {said}"):
-        look.curves([path])
+        curves.read_curves([path])

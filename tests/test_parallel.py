@@ -24,7 +24,7 @@ from test_train import NO_CLOCK, TWO_RANKS, launch, log_of, make_home, peak_byte
 
 import sample
 import train as door
-from nanovlm import Mistake, data, packing, parallel, saves, sharded, watch, weights
+from nanovlm import Mistake, data, memory, packing, parallel, saves, sharded, weights
 from nanovlm.model import VLM
 
 CPU = torch.device("cpu")
@@ -224,12 +224,12 @@ def odd_on_rank_1():
 
 
 def foretold_and_taken(accumulates):
-    """Bytes of this rank at the height of a step under FSDP, as watch.memory has them and as they are."""
+    """Bytes of this rank at the height of a step under FSDP, as memory.memory has them and as they are."""
     torch.manual_seed(0)
     model = VLM(**DEEP).train()
     model.vision.requires_grad_(False)
     row = make_batch([make_samples(lengths=(40, 61), pictures=(1, 2))])
-    foretold = watch.memory(model, row, 6, CPU, torch.float32, how="fsdp", shards=2, accumulates=accumulates)
+    foretold = memory.estimate_memory(model, row, 6, CPU, torch.float32, how="fsdp", shards=2, accumulates=accumulates)
     parallel.wrap(model, "fsdp", CPU, torch.float32)
     optimizer = door.make_optimizer(model, {"projector": 1, "decoder": 1}, 0.1, (0.9, 0.95))
     batches = [({name: torch.cat([x] * 6) for name, x in row.items()}, [])] * (1 + accumulates)
@@ -392,7 +392,7 @@ def test_a_frozen_part_keeps_nothing_for_the_backward_pass(home):
     for freeze in ((), ("vision",), ("vision", "decoder")):
         for part in door.PARTS:
             getattr(model, part).requires_grad_(part not in freeze)
-        kept[freeze] = watch.kept_for_backward(model, batch, CPU, torch.float32, False), saved_by(model.vision, model.see, batch["tiles_NCYX"])
+        kept[freeze] = memory.kept_for_backward(model, batch, CPU, torch.float32, False), saved_by(model.vision, model.see, batch["tiles_NCYX"])
     assert kept[()][1] > 0 and kept["vision",][1] == kept["vision", "decoder"][1] == 0
     assert kept[()][0] > kept["vision",][0] > kept["vision", "decoder"][0]
     x_D = torch.randn(7, 24, requires_grad=True)

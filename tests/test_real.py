@@ -22,7 +22,7 @@ from PIL import Image
 from real import dinov2, smollm2
 
 import prepare
-from nanovlm import chat, images, weights
+from nanovlm import chat, images, stitch, weights
 
 pytestmark = pytest.mark.real
 
@@ -119,7 +119,7 @@ def test_a_chat_in_english_makes_sense(stitched):
 @pytest.mark.parametrize("size", [224, 518])
 def test_it_sees_what_dinov2_sees(parts, size):
     theirs = hf.Dinov2Model.from_pretrained(parts[0]).eval()
-    ours = weights.eye(str(parts[0]), fit="crop", tile=size).model.vision
+    ours = stitch.load_vision_encoder(str(parts[0]), fit="crop", tile=size).model.vision
     tiles_NCYX = torch.randn(1, 3, size, size)
     wanted = theirs(tiles_NCYX).last_hidden_state[:, 1:]
     assert (ours(tiles_NCYX) - wanted).norm() / wanted.norm() < 1e-5

@@ -13,7 +13,7 @@ from conftest import ROOT
 import prepare
 import sample
 import train
-from nanovlm import Mistake, cli, disk, recipe
+from nanovlm import Mistake, cli, demonstration, disk, recipe
 
 DOORS = {"train.py": train.train, "sample.py": sample.sample,
          "prepare.py": {"fridge": prepare.fridge, "new": prepare.new, "data": prepare.data, "show": prepare.show, "check": prepare.check,
@@ -24,13 +24,15 @@ README = ROOT / "README.md"
 READERS = {"photos.json", "exam.json", "captions.json", "chats.json", "photo.jpg"}  # what README.md asks the reader to bring
 
 # From the street down to the cellar: a file imports only from lines below its own (../shared/design.md, Rooms).
-ROOMS = ["train", "sample prepare saves", "weights", "sharded llava evaluate", "huggingface watch log report", "parallel gather look cost papers",
-         "model packing layouts", "generate", "vision decoder", "attention rmsnorm loss", "decode", "kernels", "sources",
-         "records refs", "data", "chat", "tokenizer", "images", "disk opening", "fridge scores", "cli cider recipe", "__init__"]
+ROOMS = ["train", "sample prepare demonstration", "evaluate samples curves", "papers report saves validation logger memory",
+         "layouts cost recipe scores cider profiler signals", "gather",
+         "random_init stitch", "weights", "sharded llava", "huggingface", "parallel", "model packing",
+         "generate", "vision decoder", "attention rmsnorm loss", "decode", "kernels", "sources",
+         "records refs", "data", "chat", "tokenizer", "images", "disk opening", "fridge", "cli", "__init__"]
 # The model knows of no file, tokenizer or second process, a kernel of nothing of ours.
 KNOWS_ONLY = {"model": "vision decoder attention rmsnorm loss generate __init__", "generate": "decoder kernels rmsnorm", "vision": "attention",
               "decoder": "attention rmsnorm", "attention": "decode kernels", "decode": "kernels", "rmsnorm": "kernels",
-              "loss": "kernels", "kernels": "", "fridge": "__init__"}
+              "loss": "kernels", "kernels": "", "fridge": "cli __init__"}
 
 PACKAGES = {"torch": "torch", "numpy": "numpy", "pillow": "PIL", "tiktoken": "tiktoken", "safetensors": "safetensors", "triton": "triton"}
 GUESTS = {"regex": "tiktoken", "jinja2": "torch"}  # come with a package of ours
@@ -97,7 +99,7 @@ def check_settings(line, door, argv):
 
 
 def demonstration_makes():
-    named = re.findall(r'"([\w./-]+)"', inspect.getsource(train.demonstration))
+    named = re.findall(r'"([\w./-]+)"', inspect.getsource(demonstration))
     return [*named, prepare.fridge.__kwdefaults__["out"], *(path for preset in train.STAGES.values() for path in (preset["data"], preset["model"])),
             *(f"out/{stage}" for stage in train.STAGES)]
 

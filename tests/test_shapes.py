@@ -21,7 +21,23 @@ from PIL import Image
 import nanovlm
 import prepare
 import sample
-from nanovlm import IMAGE, cost, data, evaluate, generate, huggingface, images, kernels, opening, packing, tokenizer, watch, weights
+from nanovlm import (
+    IMAGE,
+    cost,
+    data,
+    evaluate,
+    generate,
+    huggingface,
+    images,
+    kernels,
+    memory,
+    opening,
+    packing,
+    stitch,
+    tokenizer,
+    validation,
+    weights,
+)
 from nanovlm.attention import attention
 
 ALPHABET = "".join(re.findall(r"(?<= )[A-Z](?= )", "".join(line for line in nanovlm.__doc__.splitlines() if line.startswith("    "))))
@@ -121,8 +137,8 @@ def everything(folder):
     model = make_vlm(vision=EYE, decoder=BRAIN)
     weights.save(weights.Checkpoint(model, words, shapes, POLICY, "mistral", {"born": "here"}), folder / "model")
     checkpoint = weights.load(folder / "model")
-    weights.save(weights.stitch(checkpoint, checkpoint, 0), folder / "stitched")
-    weights.check_stitch(folder / "stitched", weights.alone(checkpoint, checkpoint))
+    weights.save(stitch.stitch_parts(checkpoint, checkpoint, 0), folder / "stitched")
+    stitch.verify_stitch(folder / "stitched", stitch.outputs_of_parts(checkpoint, checkpoint))
     huggingface.resize_positions(torch.randn(37, 20), 8, leading=1)
 
     g = np.random.default_rng(0)
@@ -148,7 +164,7 @@ def everything(folder):
     samples = data.Samples(folder / "set")
     (batch, _), *_ = next(packing.Loader(samples, row=51, batch=7, micro=7, seed=1))
     model.train()(**batch).backward()
-    watch.memory(model, batch, 1, torch.device("cpu"), torch.float32)
+    memory.estimate_memory(model, batch, 1, torch.device("cpu"), torch.float32)
     none = packing.collate(samples, [[i] for i in range(300) if i % 3][:7])[0]
     model(**none).backward()
     with mock.patch.object(kernels, "choice", "triton"):  # three short rows: an interpreter that is looked at, line by line, is slow
@@ -166,7 +182,7 @@ def everything(folder):
     list(sample.stream(checkpoint, [("user", "<image>x")], [colour], max_tokens=3))
     spoken = generate.ready(weights.load(folder / "model").model)
     list(spoken.generate([[3, 4, 5], [6, 7]], torch.zeros(0, 3, 18, 18), stop=set(), max_tokens=generate.PATIENCE + 4, record=("cpu",)))
-    watch.look(checkpoint, samples, watch.held_out_rows(samples, 51), 0, 1, contextlib.nullcontext())
+    validation.validate(checkpoint, samples, validation.pack_validation_set(samples, 51), 0, 1, contextlib.nullcontext())
 
 
 @pytest.fixture(scope="module")

@@ -20,13 +20,33 @@ from conftest import DECODER, ROOT, TOKENS, VISION, make_batch, make_samples
 from safetensors.torch import load_file
 
 import train as door
-from nanovlm import IMAGE, UNTRAINED, Mistake, cli, data, disk, evaluate, images, log, packing, papers, parallel, recipe, tokenizer, watch, weights
+from nanovlm import (
+    IMAGE,
+    UNTRAINED,
+    Mistake,
+    cli,
+    data,
+    disk,
+    evaluate,
+    images,
+    logger,
+    memory,
+    packing,
+    papers,
+    parallel,
+    profiler,
+    recipe,
+    signals,
+    tokenizer,
+    validation,
+    weights,
+)
 from nanovlm.model import VLM
 
 POLICY = {"tile": 12, "patch": 3, "shuffle": 2, "fit": "squash", "resample": "bicubic", "mean": [0.5] * 3, "std": [0.5] * 3}
 SETTINGS = dict(stage="sft", freeze="none", steps=8, batch=5, micro=2, row=22, lr=1e-2, floor=1e-3, warmup=0.3, save_every=3, validate_every=4,
                 log_every=1, device="cpu")
-NO_CLOCK = log.Clock(False, None, torch.device("cpu"), "", 0)
+NO_CLOCK = profiler.Clock(False, None, torch.device("cpu"), "", 0)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -200,7 +220,7 @@ def test_the_memory_foretold_is_the_memory_taken(rates, dtype, recompute):
     row, mixed = make_batch([make_samples(lengths=(40, 61), pictures=(1, 2))]), torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16)
     row["tiles_NCYX"] = row["tiles_NCYX"].repeat(1, 1, 2, 2)  # 64 patches, 4 tokens
     optimizer, batch = door.make_optimizer(model, rates, 0.1, (0.9, 0.95)), {name: torch.cat([x] * 6) for name, x in row.items()}
-    foretold = watch.memory(model, row, 6, torch.device("cpu"), dtype, recompute=recompute)
+    foretold = memory.estimate_memory(model, row, 6, torch.device("cpu"), dtype, recompute=recompute)
     parallel.recompute(parallel.blocks(model, recompute))
 
     def step():
@@ -225,7 +245,7 @@ def test_the_plan_says_what_trains_at_which_rate(home, capsys):
 
 def test_validation_is_the_mean_loss_of_the_held_out_words_and_blank_hides_the_pictures(home):
     checkpoint, samples = weights.load(home / "model"), data.Samples(home / "data")
-    looks = watch.validate(checkpoint.model, samples, watch.held_out_rows(samples, 22), torch.autocast("cpu", enabled=False))
+    looks = validation.validation_losses(checkpoint.model, samples, validation.pack_validation_set(samples, 22), torch.autocast("cpu", enabled=False))
     for name, hide in [("validation", False), ("blank", True)]:
         losses = []
         for ids_T, targets_T, pictures in (samples.read(i) for i in samples.split(validation=True)):
@@ -241,7 +261,7 @@ def test_validation_is_the_mean_loss_of_the_held_out_words_and_blank_hides_the_p
 
 def test_a_look_shows_the_answer_that_is_right(home, capsys):
     checkpoint, samples = weights.load(home / "model"), data.Samples(home / "data")
-    watch.look(checkpoint, samples, watch.held_out_rows(samples, 22), 0, 1, torch.autocast("cpu", enabled=False))
+    validation.validate(checkpoint, samples, validation.pack_validation_set(samples, 22), 0, 1, torch.autocast("cpu", enabled=False))
     shown = capsys.readouterr().out.splitlines()
     for line, i in zip(shown, samples.split(validation=True), strict=False):
         ids_T, _, _ = samples.read(i)
@@ -321,7 +341,7 @@ def test_profiling_changes_nothing_and_tells_where_the_seconds_went(home, capsys
     torch.testing.assert_close(state_of(home / "profiled"), state_of(home / "whole"), rtol=0, atol=0)
     with gzip.open(home / "profiled/trace.json.gz") as file:
         names = [event.get("name") for event in json.load(file)["traceEvents"]]
-    assert names.count("Optimizer.step#AdamW.step") == log.Clock.TRACED
+    assert names.count("Optimizer.step#AdamW.step") == profiler.Clock.TRACED
     assert "    seconds a step: data " in (said := capsys.readouterr().out) and "communication was under way 0.000 s" in said
 
 
@@ -360,14 +380,14 @@ def test_no_compiler_is_told_before_anything_is_written(home, monkeypatch):
 
 def test_a_run_stopped_by_a_signal_goes_on_bit_for_bit(home, monkeypatch, capsys):
     """SIGTERM arrives during step 5, between two saves; what it prints is the command to go on with."""
-    line = log.Log.line
+    line = logger.Log.line
 
     def line_with_signal(log, step, looks, **numbers):
         line(log, step, looks, **numbers)
         if step == 4:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(log.Log, "line", line_with_signal)
+    monkeypatch.setattr(logger.Log, "line", line_with_signal)
     chosen = settings(home, "a stopped run")
     monkeypatch.setattr(sys, "argv", ["train.py", *words_of(chosen)])
     with pytest.raises(SystemExit) as end:
@@ -382,7 +402,7 @@ def test_a_run_stopped_by_a_signal_goes_on_bit_for_bit(home, monkeypatch, capsys
 
 
 def test_a_second_ctrl_c_does_not_wait(capsys):
-    with log.Stopper(0) as stopper:
+    with signals.Stopper(0) as stopper:
         os.kill(os.getpid(), signal.SIGINT)
         assert stopper.asked == signal.SIGINT and "finishing this step" in capsys.readouterr().err
         with pytest.raises(KeyboardInterrupt):
@@ -415,7 +435,7 @@ def test_a_run_killed_while_it_saves_goes_on_from_the_checkpoint_before(home):
 
 def test_a_full_disk_leaves_the_last_checkpoint_and_one_message_from_all_ranks(home, monkeypatch):
     """No file may grow over 128 blocks (of 512 or 1024 bytes): rank 0 cannot save, and rank 1 does not wait for it."""
-    monkeypatch.setattr(log.Log, "line", lambda log, step, *_, **__: os.kill(os.getpid(), signal.SIGINT) if step == 3 else None)
+    monkeypatch.setattr(logger.Log, "line", lambda log, step, *_, **__: os.kill(os.getpid(), signal.SIGINT) if step == 3 else None)
     with pytest.raises(SystemExit) as end:
         door.train(**settings(home, "full"))
     assert end.value.code == 130
@@ -541,7 +561,7 @@ def test_a_folder_is_one_runs(home):
         with refused:
             door.train(**settings(home, "alive", steps=2))
         with refused:
-            log.Log(home / "alive", 0, 1, rank=0).__enter__()
+            logger.Log(home / "alive", 0, 1, rank=0).__enter__()
     assert (home / "alive/log.jsonl").read_bytes() == before and not (home / "alive.1").exists()
 
 

@@ -7,7 +7,7 @@ import torch
 from conftest import DECODER, VISION, make_batch, make_samples, make_vlm
 from safetensors.torch import load_file, save_file
 
-from nanovlm import Mistake, saves, tokenizer, weights
+from nanovlm import Mistake, saves, stitch, tokenizer, weights
 
 POLICY = {"tile": 12, "patch": 3, "shuffle": 2, "fit": "pad", "resample": "bilinear", "mean": [0.1, 0.2, 0.3], "std": [0.3, 0.2, 0.1]}
 
@@ -230,7 +230,7 @@ def test_an_optimizer_of_other_parts_is_refused(words):
 def test_stitching_changes_no_number_and_the_brain_says_what_it_said_alone(words):
     eye, brain = make_checkpoint(words, seed=1), make_checkpoint(words, seed=2, template="chatml", policy={**POLICY, "fit": "crop"})
     eye.card["folder"], brain.card["folder"] = "an/eye", "a/brain"
-    stitched = weights.stitch(eye, brain, seed=3)
+    stitched = stitch.stitch_parts(eye, brain, seed=3)
     same_tensors(stitched.model.vision.state_dict(), eye.model.vision.state_dict())
     same_tensors(stitched.model.decoder.state_dict(), brain.model.decoder.state_dict())
     assert (stitched.policy, stitched.template, stitched.tokenizer) == (eye.policy, "chatml", words)
@@ -240,6 +240,6 @@ def test_stitching_changes_no_number_and_the_brain_says_what_it_said_alone(words
     with torch.no_grad():
         logits = [m.decoder.head(m.decoder(m.embed(ids_BT, none), positions_BT)) for m in (stitched.model, brain.model)]
     assert torch.equal(*logits)
-    fresh = [weights.stitch(eye, brain, seed).model.projector.up.weight for seed in (3, 3, 4)]
+    fresh = [stitch.stitch_parts(eye, brain, seed).model.projector.up.weight for seed in (3, 3, 4)]
     assert torch.equal(fresh[0], fresh[1]) and not torch.equal(fresh[0], fresh[2])
     assert not torch.equal(fresh[0], eye.model.projector.up.weight)

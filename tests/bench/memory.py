@@ -11,7 +11,7 @@ sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
 from conftest import SEVEN_BILLION, SEVEN_BILLION_POLICY  # noqa: E402
 
 import train  # noqa: E402
-from nanovlm import cli, cost, watch, weights  # noqa: E402
+from nanovlm import cli, cost, memory, weights  # noqa: E402
 
 OPTIONS = [  # settings of train.py, and how many cards share a copy of the model
     ("--stage=pretrain --micro=1", dict(stage="pretrain"), 1),
@@ -34,7 +34,7 @@ def bench():
         train.hold_still(model, run.rates)
         row, *_ = cost.assumed_row(run.row, SEVEN_BILLION_POLICY)
         how = "fsdp" if cards > 1 or run.offload else "none"
-        sizes = watch.memory(model, row, run.micro, torch.device("cpu"), torch.bfloat16, how=how, shards=cards, recompute=run.recompute,
+        sizes = memory.estimate_memory(model, row, run.micro, torch.device("cpu"), torch.bfloat16, how=how, shards=cards, recompute=run.recompute,
                              accumulates=run.micro * cards < run.batch, offload=run.offload)
         print(f"{sum(sizes.values()) / 2**30:4.0f} GiB   {words}", flush=True)
 

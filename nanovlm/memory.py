@@ -1,15 +1,10 @@
-"""What a run shows of itself: the plan before it starts, and looks at held-out samples on the way."""
-import itertools
-
-import numpy as np
+"""Memory that a training step takes on one rank, estimated from shapes before any weight is read."""
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode  # what torch.compile plans with
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from . import IMAGE, UNTRAINED, cost, parallel
-from .data import LENGTH
 from .loss import CHUNK, linear_cross_entropy
-from .packing import collate, join, pack
 
 
 class Shapes(torch.nn.Module):
@@ -54,7 +49,7 @@ def kept_for_backward(model, batch, device, dtype, narrow):
     return total
 
 
-def memory(model, row, micro, device, dtype, *, how="none", shards=1, recompute="none", accumulates=False, offload=False):
+def estimate_memory(model, row, micro, device, dtype, *, how="none", shards=1, recompute="none", accumulates=False, offload=False):
     """{what: bytes} of a rank at the height of a training step, `micro` rows like `row`, a batch of one, at once; how: as parallel.wrap has it.
 
     One row and the same row twice are looked at, for a part of what is kept (bfloat16 copies of the weights) does not grow with the rows.
@@ -80,11 +75,11 @@ def memory(model, row, micro, device, dtype, *, how="none", shards=1, recompute=
     if offload:
         sizes = {name: size for name, size in sizes.items() if name in ("activations", "logits")}
     if how == "fsdp":
-        sizes["gathered"] = gathered(model, dtype) + accumulates * size[True]
+        sizes["gathered"] = bytes_gathered(model, dtype) + accumulates * size[True]
     return sizes
 
 
-def gathered(model, dtype):
+def bytes_gathered(model, dtype):
     """Bytes that FSDP gathers at once: what is held all along, a block and the next one, and the gradients of one of them and of the rest."""
     *layers, _ = parallel.units(model)
     numbers = [(sum(p.numel() for p in block.parameters()), sum(p.numel() for p in block.parameters() if p.requires_grad)) for block in layers]
@@ -94,7 +89,7 @@ def gathered(model, dtype):
 
 
 def print_plan(model, rates, sizes):
-    """What trains at which rate (a frozen part has none), and how much memory a rank will take, as `memory` has it."""
+    """What trains at which rate (a frozen part has none), and how much memory a rank will take, as `estimate_memory` has it."""
     print(f"{'part':10} {'parameters':>13} {'trained':>13} {'rate':>9}")
     for part, module in model.named_children():
         count = sum(p.numel() for p in module.parameters())
@@ -103,7 +98,7 @@ def print_plan(model, rates, sizes):
     print("memory, about: " + ", ".join(f"{what} {size / 2**20:,.0f} MiB" for what, size in sizes.items()), flush=True)
 
 
-def foretell(run, model, policy, speed):
+def print_estimate(run, model, policy, speed):
     """Print what a training step would take on 1, 8 and 64 cards, and how long the run; run: the settings of train.py; model: on the meta device;
     speed: operations a second of a card."""
     row, tiles, trained = cost.assumed_row(run.row, policy)
@@ -111,8 +106,8 @@ def foretell(run, model, policy, speed):
 
     def needed(how, cards):
         micro = min(run.micro, -(-run.batch // cards))
-        return memory(model, row, micro, torch.device("cpu"), products, how=how, shards=cards if how == "fsdp" else 1, recompute=run.recompute,
-                      accumulates=micro * cards < run.batch, offload=run.offload and how == "fsdp")
+        return estimate_memory(model, row, micro, torch.device("cpu"), products, how=how, shards=cards if how == "fsdp" else 1,
+                               recompute=run.recompute, accumulates=micro * cards < run.batch, offload=run.offload and how == "fsdp")
 
     print(f"{run.stage}: {run.steps:,} steps of {run.batch} rows of {run.row:,} tokens, {trained:,} of them trained, and {tiles} tiles (assumed)")
     print_plan(model, run.rates, needed("none", 1))
@@ -123,62 +118,3 @@ def foretell(run, model, policy, speed):
         told = ",".join(f" {sum(needed(how, cards).values()) / 2**30:,.0f} GiB{way}" for way, how in ways.items())
         print(f"{cards:3} card{'s' * (cards > 1)}:{told}; {sum(flops.values()) * run.steps / speed / cards / 86400:,.1f} days at "
               f"{speed / 1e12:,.0f} TFLOP/s a card")
-
-
-def held_out_rows(samples, row, limit=64):
-    """The first held-out samples, packed into rows of sample numbers."""
-    members = samples.split(validation=True)[:limit]
-    return [members[positions] for positions in pack(samples.table[members, LENGTH], row)]
-
-
-def look(checkpoint, samples, rows, rank, world, mixed):
-    """`validate` over all ranks' rows, and two answers to read. All ranks call the model as often, on blank rows where there are no more: weights
-    that lie in parts are gathered by all or by none. The model stays in training mode, in which a row without pictures looks at a blank one."""
-    mine = rows[rank::world]
-    looks = validate(checkpoint.model, samples, [*mine, *[[]] * (-(-len(rows) // world) - len(mine))], mixed)
-    if rank == 0 or parallel.is_sharded(checkpoint.model):
-        show_answers(checkpoint, samples, rows, mixed, aloud=rank == 0)
-    return looks
-
-
-@torch.no_grad()
-def validate(model, samples, rows, mixed):
-    """{"validation": loss a trained token, "blank": the same with every picture grey} over this and the other ranks' rows; {} if there are none.
-
-    The second tells whether the model looks at all.
-    """
-    sums, device = [0.0, 0.0, 0], model.mean_C11.device
-    for members in rows:
-        batch = {name: x.to(device) for name, x in collate(samples, [members])[0].items()}
-        grey = {**batch, "tiles_NCYX": torch.full_like(batch["tiles_NCYX"], 128)}
-        with mixed:
-            sums[0] += model(**batch).item()
-            sums[1] += model(**grey).item()
-        sums[2] += int((batch["targets_BT"] != UNTRAINED).sum())
-    loss, blank, count = parallel.total(sums, device)
-    return {"validation": loss / count, "blank": blank / count} if count else {}
-
-
-def show_answers(checkpoint, samples, rows, mixed, aloud=True, count=2):
-    """The first question of the first samples of `rows`, the model's answer and the right one."""
-    for i in sorted(i for members in rows for i in members)[:count]:
-        show_answer(checkpoint, samples, i, mixed, aloud)
-
-
-def show_answer(checkpoint, samples, i, mixed, aloud):
-    ids_T, targets_T, pictures = samples.read(i)
-    trained_T = targets_T != UNTRAINED  # the token after each of these is the assistant's
-    if not trained_T.any():
-        return
-    first = int(trained_T.argmax()) + 1
-    last = first + int((~trained_T[first:]).argmax())
-    end, ends = int(ids_T[last]), np.cumsum([0, *(len(picture.places) for picture in pictures)])
-    seen = int(np.searchsorted(ends, (ids_T[:first] == IMAGE).sum()))  # pictures before the answer
-    model = checkpoint.model
-    stop = set() if parallel.is_sharded(model) else {end}  # ranks that differed in a last bit would wait for one another
-    with mixed, parallel.gathered(model):
-        answer = model.generate([ids_T[:first].tolist()], **join(pictures[:seen], samples.policy), stop=stop, max_tokens=64)
-        said = list(itertools.takewhile(lambda x: x != end, [x for (x,) in answer]))
-    decode = checkpoint.tokenizer.decode
-    if aloud:
-        print(f"  {samples.names[i]}: it says {decode(said)!r}, right is {decode(ids_T[first:last].tolist())!r}", flush=True)

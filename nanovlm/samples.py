@@ -1,19 +1,18 @@
-"""Things to be looked at: a prepared sample as the model will get it, a whole set in a few lines, the curves of training runs."""
+"""A prepared sample as the model will get it, and a whole set in a few lines."""
 import datetime
 import itertools
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from . import IMAGE, UNTRAINED, Mistake, disk, images
+from . import IMAGE, UNTRAINED, Mistake, images
 from .data import LENGTH, PICTURES
 from .packing import draw, pack
 
 GAP = 4  # pixels between tiles
 
 
-def as_text(samples, i, tokenizer):
+def sample_as_text(samples, i, tokenizer):
     """Sample i token by token, `|` between them, a picture as the number of its tokens; a line begins where training begins or ends."""
     ids_T, targets_T, pictures = samples.read(i)
     trained_T = np.concatenate([[False], targets_T[:-1] != UNTRAINED])  # a target stands one place before its token
@@ -32,7 +31,7 @@ def as_text(samples, i, tokenizer):
     return "\n".join(lines)
 
 
-def mosaic(tiles_NCYX, across=6):
+def tile_mosaic(tiles_NCYX, across=6):
     """Tiles side by side, in rows of `across`, as one picture."""
     count, _, height, width = tiles_NCYX.shape
     across, down = min(across, count), -(-count // across)
@@ -43,7 +42,7 @@ def mosaic(tiles_NCYX, across=6):
     return sheet
 
 
-def report(samples, weights, row, rate):
+def describe_dataset(samples, weights, row, rate):
     """What a set holds and what training will make of it: rows of `row` tokens; at `rate` tokens a second, if that is not 0."""
     training = samples.split(validation=False)
     for number, folder in enumerate(samples.folders):
@@ -67,37 +66,3 @@ def report(samples, weights, row, rate):
     if rate:
         lines.append(f"at {rate:,.0f} tokens a second: {datetime.timedelta(seconds=round(lengths.sum() / rate))}")
     return "\n".join(lines)
-
-
-CURVES = ("loss", "validation", "norm", "tokens_per_s")
-
-
-def curves(runs):
-    """{run: {curve: ([step], [value])}} from files of JSON lines as train.py writes them, each named by its folder."""
-    found = {}
-    for path in runs:
-        lines = list(disk.read_log(path))
-        if wrong := next((number for number, line in enumerate(lines, 1) if not isinstance(line, dict) or "step" not in line), None):
-            raise Mistake(f"{path}, line {wrong} is no line of a training run: it has no step")
-        found[str(Path(path).parent)] = {name: tuple(zip(*((line["step"], line[name]) for line in lines if name in line), strict=True))
-                                         for name in CURVES if any(name in line for line in lines)}
-    return found
-
-
-def draw_curves(runs, out):
-    """The curves of several runs in one picture, by matplotlib if the user has it."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise Mistake("curves are drawn by matplotlib: pip install matplotlib") from None
-    figure = Figure(figsize=(12, 8), layout="constrained")
-    if Path(out).suffix[1:].lower() not in (known := figure.canvas.get_supported_filetypes()):
-        raise Mistake(f"--out={out} ends in none of .{', .'.join(sorted(known))}")
-    for axes, name in zip(figure.subplots(2, 2).flat, CURVES, strict=True):
-        for run, lines in runs.items():
-            if name in lines:
-                axes.plot(*lines[name], label=run, marker=".")
-        axes.set(title=name, xlabel="step", yscale="log" if name in ("loss", "validation") else "linear")
-        axes.grid(alpha=0.3)
-    figure.axes[0].legend()
-    figure.savefig(out)
