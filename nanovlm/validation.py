@@ -17,7 +17,7 @@ def pack_validation_set(samples, row, limit=64):
 
 def validate(checkpoint, samples, rows, rank, world, mixed):
     """`validation_losses` over all ranks' rows, and two answers to read. All ranks call the model as often, on blank rows if there are no more:
-    weights that lie in parts are gathered by all or by none. The model stays in training mode, in which a row without pictures looks at a blank one."""
+    weights that lie in parts are gathered by all or by none. The model stays in training mode, where a row without pictures looks at a blank one."""
     mine = rows[rank::world]
     looks = validation_losses(checkpoint.model, samples, [*mine, *[[]] * (-(-len(rows) // world) - len(mine))], mixed)
     if rank == 0 or parallel.is_sharded(checkpoint.model):
