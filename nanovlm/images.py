@@ -188,6 +188,8 @@ def resize(pixels, size, resample):
     across where that saves more. The count of threads changes nothing; another CPU may take another path in torch, with no more than this promise.
     """
     (height, width), (columns, rows) = pixels.shape[:2], size
+    if columns == 1:  # torch 2.13, if the CPU has no AVX2, makes all rows of such a picture the first
+        return np.asarray(Image.fromarray(pixels).resize(size, FILTERS[resample])).transpose(2, 0, 1).copy()
     first = (width, rows) if height - rows > max(2 * (width - columns), 0) else (columns, height)
     if columns > width or width * height < SMALL:
         pixels = np.asarray(Image.fromarray(pixels).resize(first, FILTERS[resample]))

@@ -1,4 +1,6 @@
 """However fast a model speaks, it says what it would say if it read everything again for each token."""
+from unittest import mock
+
 import pytest
 import torch
 from conftest import make_samples, make_vlm
@@ -82,19 +84,36 @@ def test_ready_holds_every_large_weight_once_and_a_tied_one_twice(vlm, monkeypat
     assert numbers(generate.ready(tied)) == once + tied.decoder.embed.weight.numel()
 
 
-@pytest.mark.parametrize("dtype, error", [(torch.float32, 1e-6), (torch.bfloat16, 4e-3)])
+def packs(dtype):
+    """Whether oneDNN takes a weight of this dtype on this CPU: float32 it takes on any."""
+    try:
+        torch.ops.mkldnn._reorder_linear_weight(torch.ones(2, 2, dtype=dtype), 1)
+    except RuntimeError:
+        return dtype == torch.float32
+    return True
+
+
+@pytest.mark.parametrize("dtype, error", [(torch.float32, 1e-6), (torch.bfloat16, 4e-3), (torch.float16, 1e-3), (torch.float64, 1e-15)])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("rows", [1, generate.MANY + 3])
 @pytest.mark.parametrize("large", [0, 1 << 40])
-def test_a_product_is_its_layers_side_by_side(dtype, error, bias, rows, large, monkeypatch):
+@pytest.mark.parametrize("cpu", ["this one", "one without the instructions"])
+def test_a_product_is_its_layers_side_by_side(dtype, error, bias, rows, large, cpu, monkeypatch):
     monkeypatch.setattr(generate, "LARGE", large)
+    if cpu == "one without the instructions":
+        monkeypatch.setitem(generate.SUPPORTED, dtype, lambda: False)
+    packed = cpu == "this one" and packs(dtype)
     layers = [torch.nn.Linear(37, out, bias=bias).to(dtype) for out in (23, 11, 5)]
     x = torch.randn(rows, 37).to(dtype)
     with torch.no_grad():
         product = generate.Product(*layers)
-        assert (product.weight is product.packed) == (large == 0) and product.enough == (1 if large == 0 else generate.MANY)
+        assert (product.packed is not None) == packed and (product.weight is product.packed) == (packed and large == 0)
+        assert product.enough == (0 if not packed else 1 if large == 0 else generate.MANY)
         expected = torch.cat([layer.double()(x.double()) for layer in layers], dim=-1)
+        plain = mock.Mock(wraps=torch.nn.functional.linear)
+        monkeypatch.setattr(generate.F, "linear", plain)
         found = product(x)
+    assert plain.called == (not packed or rows < product.enough)
     assert found.dtype == dtype and (found.double() - expected).norm() / expected.norm() < error
 
 

@@ -563,6 +563,16 @@ def test_resizing_is_pillows_to_a_level(width, height, columns, rows, resample):
     assert near(images.resize(picture, (columns, rows), resample), np.asarray(want).transpose(2, 0, 1))
 
 
+@pytest.mark.parametrize("width", [1, 5])
+@pytest.mark.parametrize("resample", images.FILTERS)
+def test_resizing_to_a_width_of_one_is_left_to_pillow(width, resample, monkeypatch):
+    """torch's way if the CPU has no AVX2 gets it wrong; ATEN_CPU_CAPABILITY=default shows it on any."""
+    monkeypatch.setattr(images.F, "interpolate", None)
+    picture = noise(width, 9)
+    want = Image.fromarray(picture).resize((1, 4), images.FILTERS[resample])
+    assert np.array_equal(images.resize(picture, (1, 4), resample), np.asarray(want).transpose(2, 0, 1))
+
+
 @pytest.mark.parametrize("size", [(640, 480), (480, 640)])
 def test_resizing_is_the_same_on_any_count_of_threads_and_in_a_batch(size):
     pixels_YXC, before = noise(*size), torch.get_num_threads()
