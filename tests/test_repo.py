@@ -26,7 +26,7 @@ READERS = {"photos.json", "exam.json", "captions.json", "chats.json", "photo.jpg
 # From the street down to the cellar: a file imports only from lines below its own (../shared/design.md, Rooms).
 ROOMS = ["train", "sample prepare saves", "weights", "llava evaluate", "huggingface watch log report", "parallel gather look cost papers",
          "model packing layouts", "generate", "vision decoder", "attention rmsnorm loss", "decode", "kernels", "sources",
-         "records refs", "data", "chat", "tokenizer", "images", "disk opening", "fridge scores", "cli cider recipe", "__init__"]
+         "records refs", "data", "chat", "tokenizer", "images", "disk opening", "fridge scores", "cli cider recipe jinja", "__init__"]
 # The model knows of no file, tokenizer or second process, a kernel of nothing of ours.
 KNOWS_ONLY = {"model": "vision decoder attention rmsnorm loss generate __init__", "generate": "decoder kernels rmsnorm", "vision": "attention",
               "decoder": "attention rmsnorm", "attention": "decode kernels", "decode": "kernels", "rmsnorm": "kernels",
