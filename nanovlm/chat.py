@@ -4,11 +4,12 @@ Nothing is ever searched for in finished ids: each piece of a template knows as 
 assistant's words and the token that ends its turn, so that it learns to stop; nothing else is.
 """
 import itertools
+import json
 import re
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
-
-import jinja2.ext  # comes with torch
-import jinja2.sandbox
 
 from . import IMAGE, Mistake, images
 
@@ -42,6 +43,7 @@ TEMPLATES = {
     # ends a caption by a line break, here is the token that ends every answer. For tokenizers with <s> and </s>: SentencePiece and Tekken.
     "plain": {"start": "<s>", "system": "{}\n\n", "user": "{}", "end": "</s>", "after": "", "mute": True},
 }
+SECONDS, MEMORY = 10, 1 << 30  # of a core, and bytes, that a stranger's template may take over all probes; published ones take hundredths of a second
 HALF = re.compile("[\ud800-\udfff]")  # JSON can write one half of a UTF-16 pair, UTF-8 cannot
 CAPTION_PROMPT = "Give a brief description of this image in one sentence."  # where a caption's data asks nothing; Megatron's COCO prompt
 SHORT_PROMPT = "Answer the question using a single word or phrase."  # after a question: VQAv2, ChartQA, POPE, MME
@@ -191,20 +193,21 @@ def recognise(jinja, tokens, tokenizer, where):
     every one, some only a few, so they are not compared.
     """
     choices = f"say which it is by --template of prepare.py, stitch for a brain, export for a whole LLaVA: {', '.join(TEMPLATES)}"
-    if jinja is None:
+    if not isinstance(jinja, str):
         raise Mistake(f"{where} states no chat template; {choices}")
     own_space = tokenizer.bytes_of[tokenizer.encode("a")[0]].startswith(b" ")
     optional = f"({'|'.join(map(re.escape, tokenizer.special))}) " if own_space else "()(?!)"
-    wanted = {i: re.sub(optional, r"\1", text) for i, turns in enumerate(PROBES) if (text := write_jinja(jinja, tokens, turns)) is not None}
+    *written, asked = write_jinja(jinja, tokens, [*((turns, False) for turns in PROBES), (PROBES[1], True)], where)
+    wanted = {i: re.sub(optional, r"\1", text) for i, text in enumerate(written) if text is not None}
     for name, space in itertools.product(TEMPLATES, ["", " "] if own_space else [""]):
         if 0 in wanted and wanted == {i: re.sub(optional, r"\1", write(PROBES[i], tokenizer, name, space)) for i in wanted}:
             return name
-    if (asked := write_jinja(jinja, tokens, PROBES[1], parts=True)) is not None:
+    if asked is not None:
         for name in TEMPLATES:
             ours = re.sub(optional, r"\1", write(PROBES[1], tokenizer, name)).removeprefix(TEMPLATES[name]["start"])
             if ours == re.sub(optional, r"\1", asked).removeprefix(TEMPLATES[name]["start"]):
                 return name
-    raise Mistake(f"{where}: its chat template writes {wanted.get(0)!r}, as none of ours does; {choices}")
+    raise Mistake(f"{where}: its chat template writes {wanted.get(0)!r:.1000}, as none of ours does; {choices}")
 
 
 def write(turns, tokenizer, template, space=""):
@@ -213,30 +216,16 @@ def write(turns, tokenizer, template, space=""):
     return "".join("".join(piece) for piece in render(turns, stub, template)[0])
 
 
-class Generation(jinja2.ext.Extension):
-    """{% generation %} … {% endgeneration %}, which tells transformers what the assistant says: written as it stands."""
-
-    tags = {"generation"}
-
-    def parse(self, parser):
-        next(parser.stream)
-        return parser.parse_statements(["name:endgeneration"], drop_needle=True)
-
-
-def write_jinja(jinja, tokens, turns, parts=False):
-    """What a template in Jinja writes of a conversation that waits for an answer, in the sandbox that transformers uses; None if it refuses it.
-    parts: what is said comes as a list of parts, of which each is a text or a picture."""
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
-                                                               extensions=[jinja2.ext.loopcontrols, Generation])
-
-    def raise_exception(message):
-        raise jinja2.TemplateError(message)
-
-    messages = [{"role": role, "content": [{"type": "text", "text": said}] if parts else said} for role, said in turns]
-    try:
-        return environment.from_string(jinja).render(messages=messages, add_generation_prompt=True, raise_exception=raise_exception, **tokens)
-    except (jinja2.TemplateError, TypeError):
-        return None
+def write_jinja(jinja, tokens, asked, where):
+    """What a template in Jinja writes of each of `asked`, (turns, parts) as jinja.py has them; None for what it refuses. Mistake if it takes more
+    than it may."""
+    given = json.dumps({"jinja": jinja, "tokens": tokens, "asked": asked})
+    command = [sys.executable, "-P", str(Path(__file__).with_name("jinja.py")), str(SECONDS), str(MEMORY)]
+    done = subprocess.run(command, input=given, capture_output=True, text=True)
+    if done.returncode:
+        raise Mistake(f"{where}: its chat template could not be tried within {SECONDS} s and {MEMORY >> 20} MiB: "
+                      f"{(done.stderr.strip().splitlines() or ['it was stopped'])[-1]:.200}")
+    return json.loads(done.stdout)
 
 
 def tag_pictures(ids, trained, pictures, tokenizer, policy):

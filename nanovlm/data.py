@@ -157,7 +157,7 @@ def read_header(folder):
     try:
         header = json.loads(path.read_bytes())
         version = header["version"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise Mistake(f"{path} is broken ({type(error).__name__}: {error}): prepare it again") from None
     if version != VERSION:
         raise Mistake(f"{folder}: written in format {version}, this reads {VERSION}: prepare it again")
@@ -186,6 +186,15 @@ def map_file(path, dtype, rows, shape):
     return mapped.numpy().reshape(rows, *shape)
 
 
+def check_spans(path, shard):
+    """Raise Mistake unless what the table of a shard says of its ids and pictures, and these of their tiles, lies in their files."""
+    table, pictures = shard["samples"], shard["pictures"]
+    spans = [(table[:, FIRST_ID], table[:, IDS], len(shard["ids"])), (table[:, FIRST_PICTURE], table[:, PICTURES], len(pictures)),
+             (pictures[:, 0], pictures[:, 1], len(shard["tiles"]))]
+    if any(((first < 0) | (first > size) | (count < 0) | (count > size - first)).any() for first, count, size in spans):
+        raise Mistake(f"{path} has samples that lie outside its files: altered; prepare it again")
+
+
 class Samples:
     """The samples of one set or of several, one after another; tiles and ids are read from memory maps.
 
@@ -203,6 +212,8 @@ class Samples:
         paths = [(folder / f"{number:05d}", files) for folder, header in zip(self.folders, headers, strict=True)
                  for number, files in enumerate(header["shards"])]
         self.shards = [self._map(path, files) for path, files in paths]
+        for (path, _), shard in zip(paths, self.shards, strict=True):
+            check_spans(path, shard)
         tables = [shard.pop("samples") for shard in self.shards]
         self.table, sizes = np.concatenate(tables), list(map(len, tables))
         self.shard_of = np.repeat(np.arange(len(tables)), sizes)

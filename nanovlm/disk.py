@@ -28,7 +28,7 @@ def read_json(path, *names):
         found = json.loads(Path(path).read_text())
     except FileNotFoundError:
         raise Mistake(f"no such file: {path}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, a number of thousands of digits, nested too deep
         raise Mistake(f"{path} is not JSON: {error}") from None
     if not isinstance(found, dict):
         raise Mistake(f"{path} is no object: {found!r:.80}")
@@ -66,10 +66,12 @@ def read_log(path):
         lines = Path(path).read_text().splitlines()
     except FileNotFoundError:
         raise Mistake(f"no such file: {path}") from None
+    except UnicodeDecodeError as error:
+        raise Mistake(f"{path} is not text in UTF-8: {error}") from None
     for number, line in enumerate(lines, 1):
         try:
             yield json.loads(line)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             if number < len(lines):
                 raise Mistake(f"{path}, line {number}: not JSON") from None
 

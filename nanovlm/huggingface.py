@@ -85,6 +85,7 @@ BRAIN_MUST = dict(
     partial_rotary_factor=1.0, rope_interleaved=False, no_rope_layers=None, attention_chunk_size=None, attn_temperature_tuning=False,
     num_local_experts=None, use_parallel_residual=False, add_cross_attention=False,
 )
+MOST_LAYERS = 1024  # each is built, without its numbers, before they are missed
 PICTURE_MUST = dict(do_resize=True, do_rescale=True, do_normalize=True, do_image_splitting=False)
 PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]  # where a LLaVA-NeXT says none
 ACTIVATION = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
@@ -121,6 +122,8 @@ def section(config, inner, kinds, where):
     for field, usual in DEFAULTS[kind].items():
         if isinstance(usual, int) and usual > 1 and field != "sliding_window" and (type(config[field]) is not int or config[field] < 1):
             raise Mistake(f"{where}: {field} {config[field]!r} is no whole number from 1 on")
+    if config["num_hidden_layers"] > MOST_LAYERS:
+        raise Mistake(f"{where}: num_hidden_layers {config['num_hidden_layers']} is more than the {MOST_LAYERS} that are allowed")
     return config
 
 
@@ -315,13 +318,13 @@ def check_vocabulary(tokenizer, shapes, where):
 def their_template(folder):
     """(Jinja text or None, {bos_token, eos_token}) of a folder; transformers has written it into three files over the years."""
     config = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
-    tokens = {name: value["content"] if isinstance(value, dict) else value
+    tokens = {name: value.get("content") if isinstance(value, dict) else value
               for name in ("bos_token", "eos_token") if (value := config.get(name)) is not None}
     text = config.get("chat_template")
     if (folder / "chat_template.json").is_file():
         text = read_json(folder / "chat_template.json").get("chat_template", text)
     if (folder / "chat_template.jinja").is_file():
-        text = (folder / "chat_template.jinja").read_text()
+        text = (folder / "chat_template.jinja").read_text(errors="replace")
     if isinstance(text, list):  # several, by name
-        text = {one["name"]: one["template"] for one in text}.get("default")
+        text = next((one.get("template") for one in text if isinstance(one, dict) and one.get("name") == "default"), None)
     return text, tokens

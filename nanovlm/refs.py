@@ -3,6 +3,7 @@ import functools
 import os
 import stat
 import zipfile
+from pathlib import Path
 from typing import NamedTuple
 
 from . import Mistake
@@ -44,17 +45,21 @@ def printable(text):
 
 
 def find(path, folder, images, where):
-    """A ref to the picture that a record names. Only a JSON file, which is the user's own, may name one by its whole path."""
+    """A ref to the picture that a record names: one in `images`, else in the record's own folder, of which a JSON file may give the whole path.
+    Links are followed: they are the doing of whoever laid out the folder, not of a record."""
     zipped = images and not os.path.isdir(images)
     if not (images or folder is not None):
         raise Mistake(f"{where}: it names {path!r} but brings no picture along, and no --images says where that is", "picture missing")
-    if os.path.normpath(path).split("/")[0] == ".." or (os.path.isabs(path) and (zipped or folder is None)):
-        raise Mistake(f"{where}: the path {path!r} climbs out of {images or folder}", "path climbs out")
+    named, path = path, path and os.path.normpath(path)  # "link/../a" is what it says, not what lies beside where the link leads
+    root = os.path.abspath(images or folder or ".")
+    outside = os.path.isabs(path) and (zipped or folder is None or not Path(path).is_relative_to(root))
+    if outside or path.split("/")[0] == "..":
+        raise Mistake(f"{where}: the path {named!r} climbs out of {images or folder or '.'}", "path climbs out")
     if not zipped:
         ref = File(os.path.join(images or folder, path))
         there = os.path.isfile(ref.path)
     else:
-        ref = Member(images, path.removeprefix("./"))
+        ref = Member(images, path)
         info = archive(images, os.getpid()).NameToInfo.get(ref.name)
         there = info is not None and not info.is_dir() and not stat.S_ISLNK(info.external_attr >> 16)
     if not there:

@@ -33,6 +33,7 @@ GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+
 DIGITS_GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
 # SentencePiece takes a text as one piece. Where no token goes on past the end of a word, cutting there changes nothing and is faster.
 WHOLE, WORDS, EACH_SPACE = r"(?s).+", r" *[^ ]+| +", r" ?[^ ]+| "
+SECONDS = 60  # for the pieces of one text, which take none unless a stranger's pattern tries every way to cut them
 LONG = 900_000  # letters; tiktoken's pattern matcher gives up at 1,000,000 spaces in a row
 BYTES = [bytes([b]) for b in range(256)]
 # Mistral's own, for a tekken.json that lists none (versions 1 to 7); their ids are their places in it.
@@ -301,12 +302,20 @@ class Tokenizer:
         except UnicodeEncodeError as error:
             at = error.start - len(text) + len(said)
             raise Mistake(f"a text has half a character, U+{ord(said[at]):X}, at letter {at + 1}: {said[:40]!a}") from None
-        if len(text) < LONG and source.translate(None, self.dropped) == source:
-            ranks = self.encoding.encode_ordinary(text)
-        else:  # the pieces found here, as tiktoken's own tests do it
-            pieces = (match.group().encode().translate(None, self.dropped) for match in regex.finditer(self.encoding._pat_str, text))
-            ranks = chain.from_iterable(self.encoding._encode_single_piece(piece) for piece in pieces if piece)
+        try:
+            ranks = self.ranks(text, whole=len(text) < LONG and source.translate(None, self.dropped) == source)
+        except BaseException as error:
+            if type(error).__name__ not in ("PanicException", "TimeoutError"):  # tiktoken's matcher gives up after a million steps, by a panic
+                raise
+            raise Mistake(f"the tokenizer's own pattern does not come to an end with this text: {said[:40]!a}") from None
         return list(chain.from_iterable(map(self.ids_of_rank.__getitem__, ranks)))
+
+    def ranks(self, text, whole):
+        """Of its tokens, by tiktoken if it can take the text as a whole; else of pieces that are found here, as tiktoken's own tests do it."""
+        if whole:
+            return self.encoding.encode_ordinary(text)
+        found = (match.group().encode().translate(None, self.dropped) for match in regex.finditer(self.encoding._pat_str, text, timeout=SECONDS))
+        return [rank for piece in found if piece for rank in self.encoding._encode_single_piece(piece)]
 
     def decode(self, ids):
         stream = self.stream()

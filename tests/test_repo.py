@@ -28,7 +28,7 @@ ROOMS = ["train", "sample prepare demonstration", "evaluate samples curves", "pa
          "layouts cost recipe scores cider profiler signals", "gather",
          "random_init stitch", "weights", "sharded llava", "huggingface", "parallel", "model packing",
          "generate", "vision decoder", "attention rmsnorm loss", "decode", "kernels", "sources",
-         "records refs", "data", "chat", "tokenizer", "images", "disk opening", "fridge", "cli", "__init__"]
+         "records refs", "data", "chat", "tokenizer jinja", "images", "disk opening", "fridge", "cli", "__init__"]
 # The model knows of no file, tokenizer or second process, a kernel of nothing of ours.
 KNOWS_ONLY = {"model": "vision decoder attention rmsnorm loss generate __init__", "generate": "decoder kernels rmsnorm", "vision": "attention",
               "decoder": "attention rmsnorm", "attention": "decode kernels", "decode": "kernels", "rmsnorm": "kernels",
