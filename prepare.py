@@ -14,13 +14,17 @@ import os
 from pathlib import Path
 from types import SimpleNamespace
 
-from nanovlm import Mistake, chat, cli, gather, packing, random_init, sources, tokenizer, weights
-from nanovlm import data as shards
-from nanovlm import fridge as world
-from nanovlm import images as pictures
-from nanovlm.curves import draw_curves, read_curves
-from nanovlm.samples import describe_dataset, sample_as_text, tile_mosaic
-from nanovlm.stitch import stitch_folders
+from nanovlm import Mistake, cli
+from nanovlm.checkpoints import random_init
+from nanovlm.checkpoints.checkpoint import export_checkpoint, load_checkpoint
+from nanovlm.checkpoints.stitch import stitch_folders
+from nanovlm.data import chat_template, packing, tokenizer
+from nanovlm.data import dataset as shards
+from nanovlm.data import image_processing as pictures
+from nanovlm.demo import fridge as world
+from nanovlm.preprocess import build, readers
+from nanovlm.visualize.curves import draw_curves, read_curves
+from nanovlm.visualize.samples import describe_dataset, sample_as_text, tile_mosaic
 
 
 def fridge(*,
@@ -74,7 +78,7 @@ def new(*,
               "draft": draft, **tiling(fit, tiles, thumbnail, tile_choice, tile_tags)}
     pictures.check_policy(policy)
     random_init.create_model(
-        sources.read_texts(source), out=out, vocabulary=vocabulary, template=template, policy=policy, seed=seed,
+        readers.read_texts(source), out=out, vocabulary=vocabulary, template=template, policy=policy, seed=seed,
         vision={"tile": tile, "patch": patch, "width": vision_width, "layers": vision_layers, "heads": vision_heads, "ffn": vision_ffn},
         decoder={"width": width, "layers": layers, "heads": heads, "kv_heads": kv_heads, "ffn": ffn})
 
@@ -84,7 +88,7 @@ def check_newborn(new):
     wrong = [f"--{name}={value} must be at least 1" for name, value in vars(new).items() if type(value) is int and name != "seed" and value < 1]
     rules = [] if wrong else [
         (new.source, "--source names no file to learn a tokenizer from"),
-        (new.template in chat.TEMPLATES, f"--template={new.template} is not known: {', '.join(chat.TEMPLATES)}"),
+        (new.template in chat_template.TEMPLATES, f"--template={new.template} is not known: {', '.join(chat_template.TEMPLATES)}"),
         (new.vocabulary >= 256, f"--vocabulary={new.vocabulary} must be at least 256, a token for each byte"),
         (new.vision_width % new.vision_heads == 0, f"--vision_width={new.vision_width} is no multiple of --vision_heads={new.vision_heads}"),
         (new.heads % new.kv_heads == 0, f"--heads={new.heads} is no multiple of --kv_heads={new.kv_heads}"),
@@ -127,7 +131,7 @@ def data(*,
     refuse_to_overwrite(out)
     if images and not Path(images).exists():
         raise Mistake(f"--images={images}: no such folder or zip")
-    gather.prepare_dataset(model=model, source=source, images=images, out=out, row=row, workers=workers, max_skipped=max_skipped)
+    build.prepare_dataset(model=model, source=source, images=images, out=out, row=row, workers=workers, max_skipped=max_skipped)
 
 
 def show(*,
@@ -207,8 +211,8 @@ def stitch(*,
 
 
 def check_template(template):
-    if template not in (None, *chat.TEMPLATES):
-        raise Mistake(f"--template={template} is not known: {', '.join(chat.TEMPLATES)}")
+    if template not in (None, *chat_template.TEMPLATES):
+        raise Mistake(f"--template={template} is not known: {', '.join(chat_template.TEMPLATES)}")
 
 
 def export(*,
@@ -221,8 +225,8 @@ def export(*,
         raise Mistake("prepare.py export needs --out=DIR")
     refuse_to_overwrite(out)
     check_template(template)
-    owner = weights.load(model, dtype=None, template=template)
-    weights.export(owner, out)
+    owner = load_checkpoint(model, dtype=None, template=template)
+    export_checkpoint(owner, out)
     kind = "LLaVA-NeXT" if owner.policy["fit"] == "anyres" else "LLaVA"
     cli.status(f"{out}: a {kind} folder of {sum(file.stat().st_size for file in Path(out).iterdir()):,} bytes, its template {owner.template}")
 

@@ -18,9 +18,12 @@ from types import SimpleNamespace
 
 import torch
 
-from nanovlm import Mistake, chat, cli, disk, evaluate, generate, images, packing, papers, parallel, weights
+from nanovlm import Mistake, cli, distributed, files, generate
 from nanovlm import kernels as forms
-from nanovlm.evaluate import LONGEST, check_lengths, prompt_ids
+from nanovlm.checkpoints.checkpoint import load_checkpoint
+from nanovlm.data import chat_template, image_processing, packing
+from nanovlm.evals import benchmarks, runner
+from nanovlm.evals.runner import LONGEST, check_lengths, prompt_ids
 
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 BATCH = 16  # questions of an exam at once
@@ -42,14 +45,14 @@ def place_pictures(text, pictures):
 
 
 def load_pictures(paths, policy):
-    return [images.load(path, policy) for path in paths]
+    return [image_processing.load(path, policy) for path in paths]
 
 
 def stream(checkpoint, turns, pictures, **choices):
     """The answer to a conversation, a piece of text for each token and a last one for what was held back; ends at the end token."""
     text, ids = checkpoint.tokenizer.stream(), prompt_ids(checkpoint, turns, pictures)
     check_lengths(checkpoint, [len(ids)], choices["max_tokens"])
-    stop = {chat.end_id(checkpoint.tokenizer, checkpoint.template)}
+    stop = {chat_template.end_id(checkpoint.tokenizer, checkpoint.template)}
     for (next_id,) in checkpoint.model.generate([ids], **packing.join(pictures, checkpoint.policy), stop=stop, **choices):
         if next_id not in stop:
             yield text.push(next_id)
@@ -104,7 +107,7 @@ def converse(checkpoint, pictures, prompt, **choices):
 
 def check_over(name, path, start):
     """Raise Mistake for a file that is there, and does not begin as what the setting `name` would write over it does."""
-    if evaluate.is_begun(path) and not (Path(path).is_file() and Path(path).read_bytes().startswith(start)):
+    if runner.is_begun(path) and not (Path(path).is_file() and Path(path).read_bytes().startswith(start)):
         raise Mistake(f"--{name}={path} is there, and is something else: name another")
 
 
@@ -112,7 +115,7 @@ def check_files(typed):
     """Raise Mistake for a file that would be written over one that another setting names, or over one that is no such file."""
     named = [(f"--{name}", path) for name in ("questions", "annotations", "images", "score", "out", "report", "submission")
              if (path := getattr(typed, name))]
-    named += [(f"the table beside --{name}", evaluate.beside(path)) for name in ("score", "out") if (path := getattr(typed, name))]
+    named += [(f"the table beside --{name}", runner.beside(path)) for name in ("score", "out") if (path := getattr(typed, name))]
     read = {"--questions", "--annotations", "--images", "--score"}
     for (one, path), (other, same) in itertools.combinations(named, 2):
         if Path(path).resolve() == Path(same).resolve() and not {one, other} <= read:
@@ -151,28 +154,28 @@ def check_idle(typed):
 
 def exam(typed, choices):
     """Sit an exam, or mark its answers again, and tell how it went."""
-    device = parallel.pick_device(typed.device)
-    rank, world = parallel.start(device)
-    with parallel.together():
-        about = evaluate.told(typed.score) if typed.score else {"asked": {"benchmark": "exact"}}
+    device = distributed.pick_device(typed.device)
+    rank, world = distributed.start(device)
+    with distributed.together():
+        about = runner.told(typed.score) if typed.score else {"asked": {"benchmark": "exact"}}
         if not (benchmark := typed.benchmark or (about and about["asked"]["benchmark"])):
-            raise Mistake(f"no {evaluate.beside(typed.score)} says by which rules {typed.score} is to be marked: give --benchmark")
-        papers.named(benchmark)
+            raise Mistake(f"no {runner.beside(typed.score)} says by which rules {typed.score} is to be marked: give --benchmark")
+        benchmarks.named(benchmark)
         if typed.out:
-            evaluate.check_out(typed.out, about.get("asked", {}) if typed.score else None)
+            runner.check_out(typed.out, about.get("asked", {}) if typed.score else None)
         if typed.submission:
-            papers.submission(benchmark, [])  # refused now, not after the exam, where its owner takes none
-            check_over("submission", typed.submission, f'[{{"{papers.named(benchmark).submission[0]}": '.encode())
-        questions = papers.read(benchmark, typed.questions, typed.annotations, typed.images, typed.prompt) if typed.questions else []
-        checkpoint = None if typed.score else weights.load(typed.model, device, DTYPES[typed.dtype])
-        rows = evaluate.mark_again(typed.score, questions, benchmark) if typed.score and rank == 0 else []
-    with evaluate.held(typed.out, rank):
+            benchmarks.submission(benchmark, [])  # refused now, not after the exam, where its owner takes none
+            check_over("submission", typed.submission, f'[{{"{benchmarks.named(benchmark).submission[0]}": '.encode())
+        questions = benchmarks.read(benchmark, typed.questions, typed.annotations, typed.images, typed.prompt) if typed.questions else []
+        checkpoint = None if typed.score else load_checkpoint(typed.model, device, DTYPES[typed.dtype])
+        rows = runner.mark_again(typed.score, questions, benchmark) if typed.score and rank == 0 else []
+    with runner.held(typed.out, rank):
         if not typed.score:
             generate.ready(checkpoint.model)
             how = dict(benchmark=benchmark, prompt=typed.prompt, out=typed.out, batch=typed.batch)
-            rows, about = evaluate.sit(checkpoint, questions, rank, world, **how, **choices)
+            rows, about = runner.sit(checkpoint, questions, rank, world, **how, **choices)
         if rank == 0:
-            evaluate.conclude(rows, about, questions, benchmark, typed.seed, out=typed.out, page=typed.report, submission=typed.submission)
+            runner.conclude(rows, about, questions, benchmark, typed.seed, out=typed.out, page=typed.report, submission=typed.submission)
 
 
 def sample(*,
@@ -207,14 +210,14 @@ def sample(*,
     if kernels not in ("auto", "torch"):
         raise Mistake(f"--kernels={kernels} is none of auto, torch")
     forms.choice = kernels
-    if not (score or Path(model).exists() or disk.is_name(model)):
+    if not (score or Path(model).exists() or files.is_name(model)):
         raise Mistake(f"no such model: {model}; `python train.py` makes out/sft, the demonstration's")
     check_exam(typed)
     check_idle(typed)
     if questions or score:
         return exam(typed, choices)
     asked = "" if chat else question(prompt, len(image))
-    checkpoint = weights.load(model, parallel.pick_device(device), DTYPES[dtype])
+    checkpoint = load_checkpoint(model, distributed.pick_device(device), DTYPES[dtype])
     generate.ready(checkpoint.model)
     pictures = load_pictures(image, checkpoint.policy)
     if chat:

@@ -16,16 +16,22 @@ from types import SimpleNamespace
 
 import torch
 
-from nanovlm import UNTRAINED, Mistake, cli, cost, data, demonstration, disk, evaluate, kernels, papers, saves, weights
-from nanovlm import parallel as ranks
-from nanovlm.data import LENGTH, Samples
-from nanovlm.logger import Log
-from nanovlm.memory import estimate_memory, print_estimate, print_plan
-from nanovlm.packing import Loader, read_blend
-from nanovlm.profiler import Clock
-from nanovlm.recipe import DRY, FREE, PARTS, STAGES, resolve
-from nanovlm.signals import Stopper
-from nanovlm.validation import pack_validation_set, validate
+from nanovlm import UNTRAINED, Mistake, cli, files, kernels
+from nanovlm import distributed as ranks
+from nanovlm.checkpoints.checkpoint import build_model, describe_checkpoint, finish_loading, list_checkpoints, load_checkpoint
+from nanovlm.data import dataset
+from nanovlm.data.dataset import LENGTH, Samples
+from nanovlm.data.packing import Loader, read_blend
+from nanovlm.demo import run as demonstration
+from nanovlm.evals import benchmarks, runner
+from nanovlm.training import flops
+from nanovlm.training import resume as saves
+from nanovlm.training.logger import Log
+from nanovlm.training.memory import estimate_memory, print_estimate, print_plan
+from nanovlm.training.profiler import Clock
+from nanovlm.training.recipes import DRY, FREE, PARTS, STAGES, resolve
+from nanovlm.training.signals import Stopper
+from nanovlm.training.validation import pack_validation_set, validate
 
 
 def schedule(step, *, steps, warmup, floor):
@@ -58,7 +64,7 @@ def make_optimizer(model, rates, decay, betas):
 def to_go_on_from(run):
     """The checkpoint that a resumed run goes on from; None for a fresh run."""
     if run.resume:
-        if not (found := weights.steps(run.out)):
+        if not (found := list_checkpoints(run.out)):
             raise Mistake(f"--resume=true, but {run.out} holds no checkpoint of a run to go on from")
         return found[-1]
     if Path(run.model).resolve().is_relative_to(Path(run.out).resolve()):
@@ -68,7 +74,7 @@ def to_go_on_from(run):
 def to_train(folder, run):
     """A checkpoint whose card says what it is to become, and whose frozen parts hold still. Its numbers stay in their file until it is known which
     rank needs which."""
-    checkpoint = weights.load(folder, dtype=None, late=True)
+    checkpoint = load_checkpoint(folder, dtype=None, late=True)
     checkpoint.card[run.stage] = f"{run.steps} steps from {run.model} on {run.data}"
     hold_still(checkpoint.model.train(), run.rates)
     kernels.choice = run.kernels
@@ -89,7 +95,7 @@ def make_room(run):
     if not (out / "log.jsonl").is_file():
         raise Mistake(f"--out={out} is there already, and is no run that could be moved aside: name another")
     number = next(n for n in itertools.count(1) if not Path(f"{out}.{n}").exists())
-    with disk.claim(out):
+    with files.claim(out):
         os.rename(out, f"{out}.{number}")
     print(f"{out} holds an earlier run: moved to {out}.{number}")
 
@@ -112,7 +118,7 @@ def to_train_on(run, checkpoint, found):
 
 def step_of(found, must_agree):
     """The step of a run's checkpoint; a setting that would change the run is refused."""
-    was = disk.read_json(found / "training.json", "step")
+    was = files.read_json(found / "training.json", "step")
     wrong = [f"--{name} was {was.get(name)}, now {value}" for name, value in must_agree.items() if was.get(name) != value]
     if wrong:
         raise Mistake(f"{found} cannot go on as another run: {'; '.join(wrong)}")
@@ -143,7 +149,7 @@ def read_exam(run):
     if not run.exam:
         cli.refuse_idle(train, vars(run), vars(run).keys() - {"exam_images", "exam_every", "benchmark"}, "without --exam=FILE")
         return []
-    questions = papers.read(run.benchmark, run.exam, images=run.exam_images)
+    questions = benchmarks.read(run.benchmark, run.exam, images=run.exam_images)
     if secret := [q["id"] for q in questions if not q["answers"]]:
         raise Mistake(f"--exam={run.exam}: question {secret[0]} has no answer to be marked by")
     return questions
@@ -154,7 +160,7 @@ def look(run, done, checkpoint, samples, held_out, questions, mixed, rank, world
     last = done == run.steps
     seen = validate(checkpoint, samples, held_out, rank, world, mixed) if last or done % run.validate_every == 0 else {}
     if questions and (last or done % run.exam_every == 0):
-        marks = evaluate.ask(checkpoint, questions, rank, world, benchmark=run.benchmark, mixed=mixed)
+        marks = runner.ask(checkpoint, questions, rank, world, benchmark=run.benchmark, mixed=mixed)
         (seen["exam"],) = ranks.total([0.0 if marks is None else marks[-1].score], checkpoint.model.mean_C11.device)
     return seen
 
@@ -169,9 +175,9 @@ def spread(run, model, device, products):
 def foretell(run, typed):
     """Print what a run would take, by its model's shapes: no weight is read, and no data."""
     cli.refuse_idle(train, typed, DRY, "in a dry run")
-    told = weights.describe(run.model)
+    told = describe_checkpoint(run.model)
     with torch.device("meta"):
-        model = weights.build(told.shapes, told.policy).train()
+        model = build_model(told.shapes, told.policy).train()
     hold_still(model, run.rates)
     print_estimate(run, model, told.policy, speed=(run.peak or 989) * 1e12 * (run.mfu or 0.4))  # 989: an H100 in bfloat16, by NVIDIA's data sheet
 
@@ -257,7 +263,7 @@ def train(*,
         if rank == 0:
             make_room(run)
     wrapped, mixed = spread(run, vlm, device, products)
-    weights.finish_loading(checkpoint)
+    finish_loading(checkpoint)
     optimizer = make_optimizer(vlm, run.rates, run.decay, (run.beta1, run.beta2))
     if found:
         saves.restore(found, vlm, optimizer)
@@ -282,7 +288,7 @@ def train(*,
             last, stopping = done == run.steps, step.stopping
             saving = last or stopping or done % run.save_every == 0
             looks = look(run, done, checkpoint, samples, held_out, questions, mixed, rank, world)
-            log.did(step, cost.of_batches(vlm, run.rates, batches))
+            log.did(step, flops.of_batches(vlm, run.rates, batches))
             if looks or saving or done % run.log_every == 0:
                 log.line(done, looks, loss=step.loss, rate=run.lr * share, trained=step.trained / step.tokens, **norms, **clock.read())
             if saving:
@@ -328,7 +334,7 @@ def check_finite(done, step, norm, batches, samples, out):
     members = [i for some, _ in everyone for i in some] or [i for _, some in everyone for i in some]
     kept = Path(out) / f"not-finite-{done:06d}"
     with ranks.together():
-        ranks.first(data.write_some, samples, members, kept)
+        ranks.first(dataset.write_some, samples, members, kept)
         raise Mistake(f"step {done}: loss {step.loss}, gradient norm {norm}; what is saved is untouched. Samples: "
                       f"{', '.join(samples.names[i] for i in members[:50])}{f' and {len(members) - 50} more' if len(members) > 50 else ''}. "
                       f"Look at one: python prepare.py show --data={kept} --sample={shlex.quote(samples.names[members[0]])}")

@@ -14,7 +14,8 @@ with torch.device("meta"):  # at its first use torch lists what makes tensors: n
     torch.empty(0)
 torch.set_num_threads(1)  # models this small gain nothing from more, and lose much where another process wants the core
 
-from nanovlm import IMAGE, UNTRAINED, data  # noqa: E402
+from nanovlm import IMAGE, UNTRAINED  # noqa: E402
+from nanovlm.data import dataset  # noqa: E402
 from nanovlm.model import VLM  # noqa: E402
 
 VISION = dict(tile=12, patch=3, width=20, layers=2, heads=5, ffn=28)  # 16 patches
@@ -74,7 +75,7 @@ def write_set(out, fingerprint, *shards):
     """A prepared set of several shards, each a list of samples as data.write_shard takes them."""
     receipts = []
     for number, samples in enumerate(shards):
-        data.write_shard(out / f"{number:05d}", fingerprint["policy"], samples)
+        dataset.write_shard(out / f"{number:05d}", fingerprint["policy"], samples)
         receipts.append(json.loads((out / f"{number:05d}" / "receipt.json").read_text()))
-    data.write_header(out, fingerprint, [receipt["files"] for receipt in receipts])
+    dataset.write_header(out, fingerprint, [receipt["files"] for receipt in receipts])
     return out

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from conftest import ROOT
 from torch.distributed.fsdp import fully_shard
 
-from nanovlm import Mistake, kernels, loss, parallel
+from nanovlm import Mistake, distributed, kernels, loss
 from nanovlm.decoder import Block, rope_angles
 from nanovlm.loss import TABLE, fused_scores, linear_cross_entropy, scores
 from nanovlm.rmsnorm import add_rmsnorm, rmsnorm
@@ -262,7 +262,7 @@ def test_a_block_that_is_computed_again_gives_the_same_gradients():
     block, x_BTD = make_block(), torch.randn(2, 7, 24)
     with chosen("triton"):
         plain = block_gradients(block, x_BTD)
-        parallel.recompute([block])
+        distributed.recompute([block])
         assert all(map(torch.equal, block_gradients(block, x_BTD), plain))
 
 

@@ -5,7 +5,8 @@ import pytest
 import torch
 import transformers as hf
 
-from nanovlm import huggingface, tokenizer
+from nanovlm.checkpoints import huggingface
+from nanovlm.data import tokenizer
 from nanovlm.decoder import Decoder
 from nanovlm.vision import Vision
 

@@ -10,7 +10,9 @@ from conftest import ROOT
 from PIL import Image
 
 import prepare
-from nanovlm import IMAGE, UNTRAINED, Mistake, cli, data, images, weights
+from nanovlm import IMAGE, UNTRAINED, Mistake, cli
+from nanovlm.checkpoints.checkpoint import load_checkpoint
+from nanovlm.data import dataset, image_processing
 
 SMALL = dict(vocabulary=260, tile=12, patch=3, shuffle=2, width=24, layers=1, heads=6, kv_heads=2, ffn=20,
              vision_width=20, vision_layers=1, vision_heads=5, vision_ffn=28)
@@ -78,10 +80,10 @@ def source(folder, records):
 
 def test_what_is_prepared_is_what_the_source_says(world, door, tmp_path, capsys):
     assert door("data") is None
-    model, read = weights.load(world / "model"), data.Samples(tmp_path / "set")
+    model, read = load_checkpoint(world / "model"), dataset.Samples(tmp_path / "set")
     read.check_fingerprint(model.fingerprint())
     assert read.names == ["egg", "7", "pair", "egg"]
-    pixels = {name: images.load(world / "pictures" / name, model.policy).tiles for name in ("egg.png", "deep/milk.jpg")}
+    pixels = {name: image_processing.load(world / "pictures" / name, model.policy).tiles for name in ("egg.png", "deep/milk.jpg")}
     for i, names in enumerate([["egg.png"], [], ["egg.png", "deep/milk.jpg"], ["egg.png"]]):
         ids_T, _, pictures = read.read(i)
         assert (ids_T == IMAGE).sum() == TOKENS * len(names)
@@ -89,7 +91,7 @@ def test_what_is_prepared_is_what_the_source_says(world, door, tmp_path, capsys)
     learnt = [model.tokenizer.decode([x for x in read.read(i)[1].tolist() if x != UNTRAINED]) for i in range(4)]
     assert learnt == ["An egg.</s>White.</s>", "Hello you</s>", "Milk.</s>", "A white egg.</s>"]
     said = capsys.readouterr()
-    assert said.out == "" and "4 samples" in said.err and f"longest of {read.table[:, data.LENGTH].max()} tokens" in said.err
+    assert said.out == "" and "4 samples" in said.err and f"longest of {read.table[:, dataset.LENGTH].max()} tokens" in said.err
 
 
 def test_pictures_lie_beside_the_source_unless_a_folder_is_named(world, door):
@@ -100,7 +102,7 @@ def test_conversations_about_one_picture_are_held_out_together(world, door, tmp_
     """LLaVA's own mix gives one id to all conversations about one picture: it must not be trained in one and be examined in another."""
     records = [{"id": number % 200, "conversations": talk(f"Question {number}", "Answer")} for number in range(400)]
     assert door("data", source=source(tmp_path, records)) is None
-    held_out = data.Samples(tmp_path / "set").table[:, data.HELD_OUT].tolist()
+    held_out = dataset.Samples(tmp_path / "set").table[:, dataset.HELD_OUT].tolist()
     assert held_out[:200] == held_out[200:] and 0 < sum(held_out) < 40
 
 
@@ -153,7 +155,7 @@ def test_a_newborn_is_a_function_of_its_seed(door, tmp_path):
 def test_a_newborn_sees_tiles_where_it_is_told_to(door, tmp_path):
     assert door("new", out=tmp_path / "plain") is None
     assert door("new", out=tmp_path / "tiled", tiles=6, tile_tags="true", thumbnail="false", tile_choice="area", draft="false") is None
-    plain, tiled = (weights.load(tmp_path / name).policy for name in ("plain", "tiled"))
+    plain, tiled = (load_checkpoint(tmp_path / name).policy for name in ("plain", "tiled"))
     assert plain == {"tile": 12, "patch": 3, "shuffle": 2, "fit": "squash", "resample": "bicubic", "mean": [0.5] * 3, "std": [0.5] * 3, "draft": True}
     assert tiled == plain | {"fit": "tiles", "tiles": 6, "tags": True, "thumbnail": False, "choice": "area", "draft": False}
 

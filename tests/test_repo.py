@@ -13,7 +13,9 @@ from conftest import ROOT
 import prepare
 import sample
 import train
-from nanovlm import Mistake, cli, demonstration, disk, recipe
+from nanovlm import Mistake, cli, files
+from nanovlm.demo import run
+from nanovlm.training import recipes
 
 DOORS = {"train.py": train.train, "sample.py": sample.sample,
          "prepare.py": {"fridge": prepare.fridge, "new": prepare.new, "data": prepare.data, "show": prepare.show, "check": prepare.check,
@@ -62,7 +64,7 @@ def check_command(line):
             case ["pip", "install", "-r", file]:
                 assert (ROOT / file).is_file(), f"{line}: no file {file}"
             case ["hf", "download", name]:
-                assert disk.is_name(name), f"{line}: {name} is no owner/name"
+                assert files.is_name(name), f"{line}: {name} is no owner/name"
             case ["python", "-m", "pytest", *_] | ["pip", "install", *_] | ["echo", *_]:
                 pass
             case ["python", script] if script not in DOORS:
@@ -99,7 +101,7 @@ def check_settings(line, door, argv):
 
 
 def demonstration_makes():
-    named = re.findall(r'"([\w./-]+)"', inspect.getsource(demonstration))
+    named = re.findall(r'"([\w./-]+)"', inspect.getsource(run))
     return [*named, prepare.fridge.__kwdefaults__["out"], *(path for preset in train.STAGES.values() for path in (preset["data"], preset["model"])),
             *(f"out/{stage}" for stage in train.STAGES)]
 
@@ -162,7 +164,7 @@ def astray(road):
         function, typed = settings_of(line)
         public = [typed.get(name) for name in ("vision", "decoder") if typed.get(name)]  # stitch fetches them itself
         wanted = [typed[name] for name in ("model", "data") if typed.get(name) and function is not prepare.stitch]
-        if not all(map(disk.is_name, public)) or not set(wanted) <= there:
+        if not all(map(files.is_name, public)) or not set(wanted) <= there:
             yield line
         there.add(typed["out"])
 
@@ -313,7 +315,7 @@ def test_every_setting_has_a_remark_and_is_read(function):
     kinds = (bool, int, float, str, list[str], int | None, float | None, str | None)
     assert not (strange := [name for name, kind, _, _ in settings if kind not in kinds]), f"{function.__name__}: what is {strange}?"
     if "locals()" in source:
-        source += "\n\n" + inspect.getsource(sys.modules[function.__module__]) + inspect.getsource(recipe)
+        source += "\n\n" + inspect.getsource(sys.modules[function.__module__]) + inspect.getsource(recipes)
     assert not (idle := unread(source, [name for name, *_ in settings])), f"{function.__name__} never reads {idle}"
     assert inspect.getdoc(function)
 

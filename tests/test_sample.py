@@ -14,7 +14,10 @@ from conftest import DECODER, ROOT, TOKENS, VISION, make_vlm
 from PIL import Image
 
 import sample as door
-from nanovlm import IMAGE, cli, evaluate, images, packing, tokenizer, weights
+from nanovlm import IMAGE, cli
+from nanovlm.checkpoints.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from nanovlm.data import image_processing, packing, tokenizer
+from nanovlm.evals import runner
 
 POLICY = {"tile": 12, "patch": 3, "shuffle": 2, "fit": "squash", "resample": "bicubic", "mean": [0.5] * 3, "std": [0.5] * 3}
 START, OPEN, CLOSE, END = range(256, 260)
@@ -31,7 +34,7 @@ def home(tmp_path_factory):
         with torch.no_grad():
             model.decoder.head.weight[END] *= loud
             model.decoder.head.weight[128:256] *= 0.5  # mostly letters
-        weights.save(weights.Checkpoint(model, words, shapes, POLICY, "mistral", {"born": "here"}), home / name)
+        save_checkpoint(Checkpoint(model, words, shapes, POLICY, "mistral", {"born": "here"}), home / name)
     for name, seed in (("a.png", 1), ("b.png", 2)):
         Image.fromarray(np.random.default_rng(seed).integers(256, size=(12, 12, 3), dtype=np.uint8)).save(home / name)
     return home
@@ -39,7 +42,7 @@ def home(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def checkpoint(home):
-    return weights.load(home / "model")
+    return load_checkpoint(home / "model")
 
 
 @pytest.fixture
@@ -116,9 +119,9 @@ def test_a_question_is_its_pictures_and_its_words(home, checkpoint, ask, words, 
 def test_every_tile_of_a_tagged_picture_stands_behind_its_tag(checkpoint):
     """NVLM's way: the tags are words like any, and what stands behind each is what the eye sees in that tile."""
     policy = POLICY | {"fit": "tiles", "tiles": 6, "choice": "aspect", "thumbnail": True, "tags": True}
-    tagged = weights.Checkpoint(checkpoint.model, checkpoint.tokenizer, checkpoint.shapes, policy, checkpoint.template, checkpoint.card)
+    tagged = Checkpoint(checkpoint.model, checkpoint.tokenizer, checkpoint.shapes, policy, checkpoint.template, checkpoint.card)
     g = np.random.default_rng(0)
-    shown = [images.plan(size, policy)._replace(tiles=g.integers(256, size=(count, 3, 12, 12), dtype=np.uint8))
+    shown = [image_processing.plan(size, policy)._replace(tiles=g.integers(256, size=(count, 3, 12, 12), dtype=np.uint8))
              for size, count in [((24, 12), 3), ((12, 12), 1)]]
     place, ids = [IMAGE] * TOKENS, door.prompt_ids(tagged, [("user", "a<image>b<image>")], shown)
     assert ids == [START, OPEN, *b"a", *b"<tile_1>", *place, *b"<tile_2>", *place, *b"<tile_global_thumbnail>", *place,
@@ -126,7 +129,7 @@ def test_every_tile_of_a_tagged_picture_stands_behind_its_tag(checkpoint):
     x_BTD = tagged.model.embed(torch.tensor([ids]), **packing.join(shown, policy))
     tiles_NCYX = torch.from_numpy(np.concatenate([picture.tiles for picture in shown]))
     torch.testing.assert_close(x_BTD[torch.tensor([ids]) == IMAGE], tagged.model.see(tiles_NCYX))
-    together = evaluate.answer(tagged, [("a<image>b<image>", shown), ("hm", [])], max_tokens=5)
+    together = runner.answer(tagged, [("a<image>b<image>", shown), ("hm", [])], max_tokens=5)
     assert together[0].text == "".join(door.stream(tagged, [("user", "a<image>b<image>")], shown, max_tokens=5))
 
 
@@ -155,7 +158,7 @@ def test_a_letter_in_several_tokens_is_shown_once_it_is_whole():
     class Speaker:
         def generate(self, prompts, tiles_NCYX, **_):
             yield from ([i] for i in "é🍎a".encode() + b"\xf0\x9f")
-    said = weights.Checkpoint(Speaker(), words, {}, POLICY, "mistral", {"folder": "nowhere"})
+    said = Checkpoint(Speaker(), words, {}, POLICY, "mistral", {"folder": "nowhere"})
     words.special |= {"<s>": 257, "[INST]": 258, "[/INST]": 259}
     parts = list(door.stream(said, [("user", "x")], [], max_tokens=99))
     assert parts == ["", "é", "", "", "", "🍎", "a", "", "", "\ufffd"]
@@ -364,7 +367,7 @@ def test_an_exam_that_is_being_sat_is_closed_to_others_and_ctrl_c_says_how_it_go
     _, err = process.communicate(timeout=60)
     said = b"\nwhat is answered stays in sat.jsonl, and the same command goes on with the rest\n"
     assert process.returncode == 130 and err.endswith(said) and b"Traceback" not in err
-    assert 2 <= len(list(evaluate.read_rows(home / "sat.jsonl"))) < 500
+    assert 2 <= len(list(runner.read_rows(home / "sat.jsonl"))) < 500
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals as POSIX has them")

@@ -31,7 +31,12 @@ from test_parity import clip, publish
 import prepare
 import sample
 import train
-from nanovlm import Mistake, chat, data, disk, huggingface, jinja, layouts, opening, papers, tokenizer, weights
+from nanovlm import Mistake
+from nanovlm import files as disk
+from nanovlm.checkpoints import huggingface
+from nanovlm.checkpoints.checkpoint import Checkpoint, describe_checkpoint, save_checkpoint
+from nanovlm.data import chat_template, dataset, image_files, jinja, tokenizer
+from nanovlm.evals import benchmarks, formats
 
 QUESTION = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "An egg."}]
 
@@ -80,8 +85,8 @@ def world(tmp_path_factory):
     test_llava.publish(home / "llava")
     shapes = {"vision": test_train.VISION, "decoder": test_train.DECODER | {"vocabulary": 260}, "shuffle": 2}
     words = tokenizer.learn(["a b"], 256, ["<s>", "[INST]", "[/INST]", "</s>"])
-    checkpoint = weights.Checkpoint(make_vlm(decoder={"vocabulary": 260}), words, shapes, test_train.POLICY, "mistral", {"newborn": "seed 0"})
-    weights.save(checkpoint, home / "model")
+    checkpoint = Checkpoint(make_vlm(decoder={"vocabulary": 260}), words, shapes, test_train.POLICY, "mistral", {"newborn": "seed 0"})
+    save_checkpoint(checkpoint, home / "model")
     test_train.write_set(home / "data", checkpoint)
     words.save(home / "data")
     (home / "pictures").mkdir()
@@ -302,20 +307,20 @@ def words():
 
 def test_no_known_escape_from_jinjas_sandbox_runs(sentinel):
     for template in ESCAPES:
-        text = jinja.write(template.replace("PATH", str(sentinel)), {}, chat.PROBES[0], False)
+        text = jinja.write(template.replace("PATH", str(sentinel)), {}, chat_template.PROBES[0], False)
         assert text is None or not re.search("class|module|function|globals", text), template
 
 
 @pytest.mark.parametrize("template", TOO_MUCH)
 def test_a_template_that_takes_all_time_or_memory_is_stopped(template, words, monkeypatch):
-    monkeypatch.setattr(chat, "SECONDS", 1)
+    monkeypatch.setattr(chat_template, "SECONDS", 1)
     with refused("the folder: its chat template could not be tried within 1 s and 1024 MiB"):
-        chat.recognise(template, {}, words, "the folder")
+        chat_template.recognise(template, {}, words, "the folder")
 
 
 @pytest.mark.parametrize("template", ODD, ids=range(len(ODD)))
 def test_a_template_that_fails_in_its_own_way_is_one_that_refuses(template):
-    assert jinja.write(template, {}, chat.PROBES[0], False) is None
+    assert jinja.write(template, {}, chat_template.PROBES[0], False) is None
 
 
 def test_a_template_that_is_no_text_is_refused(mine):
@@ -383,7 +388,7 @@ def test_a_json_that_is_nested_too_deep_or_is_none_is_refused_wherever_it_lies(t
     for read, folder, name in [
         (huggingface.eye, eye, "preprocessor_config.json"), (huggingface.eye, eye, "config.json"),
         (huggingface.brain, brain, "tokenizer_config.json"), (huggingface.brain, brain, "tokenizer.json"), (huggingface.brain, brain, "config.json"),
-        (weights.describe, ours, "nanovlm.json"), (data.Samples, mine("data"), "header.json"),
+        (describe_checkpoint, ours, "nanovlm.json"), (dataset.Samples, mine("data"), "header.json"),
     ]:
         put(folder / name, TWISTED[twist])
         with refused(name):
@@ -412,7 +417,7 @@ def test_a_config_of_a_billion_layers_is_refused_before_they_are_built(mine):
 
 # ---- prepared sets ----
 
-@pytest.mark.parametrize("kind", [*data.KINDS, "header.json"])
+@pytest.mark.parametrize("kind", [*dataset.KINDS, "header.json"])
 def test_an_array_of_pickled_objects_in_place_of_a_file_of_a_set_does_not_run(kind, mine, sentinel):
     bad = mine("data")
     path = bad / kind if kind == "header.json" else bad / "00000" / kind
@@ -516,7 +521,7 @@ def test_a_picture_that_is_none_of_ours_or_unpacks_to_too_much_is_refused(kind, 
     path = put(tmp_path / "a.png", PICTURES[kind](sentinel))
     for source in (path, path.read_bytes()):
         with refused("is no picture that can be read here|is broken or cut short|pixels"):
-            opening.read(source)
+            image_files.read(source)
 
 
 def test_postscript_is_refused_by_each_script(world, tmp_path, ghostscript, sentinel):
@@ -575,7 +580,7 @@ def test_a_record_names_no_picture_outside_its_folder_and_none_is_fetched(images
     for name in filter(str.strip, named):
         exam = put(tmp_path / "pictures" / "exam.jsonl", {"id": 1, "image": name, "question": "What?", "answers": ["x"]})
         with refused("climbs out|no such picture"):
-            papers.read("exact", str(exam), images=beside.get("images", ""))
+            benchmarks.read("exact", str(exam), images=beside.get("images", ""))
 
 
 def add_member(tar, name, content=b"", **fields):
@@ -610,7 +615,7 @@ def test_a_zip_of_questions_unpacks_nothing_and_reads_nothing_outside(tmp_path):
         pack.writestr("a/exam.jsonl", json.dumps(exam))
         pack.writestr("../evil.png", b"")
     with refused("no such picture|climbs out"):
-        papers.read("exact", str(tmp_path / "exam.zip"))
+        benchmarks.read("exact", str(tmp_path / "exam.zip"))
     assert not list(tmp_path.parent.glob("evil.png"))
 
 
@@ -632,10 +637,10 @@ PYTHON = ["__import__('os').system('touch PATH')", "[__import__('os').system('to
 
 @pytest.mark.parametrize("text", PYTHON, ids=range(len(PYTHON)))
 def test_a_list_written_as_python_is_read_and_never_run(text, tmp_path, sentinel):
-    assert layouts.spelled(text.replace("PATH", str(sentinel))) is None
+    assert formats.spelled(text.replace("PATH", str(sentinel))) is None
     record = {"id": "test_Art_1", "question": "What?", "options": text.replace("PATH", str(sentinel)), "answer": "A", "image_1": "egg.png"}
     with refused("a.json"):
-        papers.read("mmmu", str(put(tmp_path / "a.json", [record])))
+        benchmarks.read("mmmu", str(put(tmp_path / "a.json", [record])))
 
 
 # ---- a folder of somebody's answers ----

@@ -21,24 +21,13 @@ from PIL import Image
 import nanovlm
 import prepare
 import sample
-from nanovlm import (
-    IMAGE,
-    cost,
-    data,
-    evaluate,
-    generate,
-    huggingface,
-    images,
-    kernels,
-    memory,
-    opening,
-    packing,
-    stitch,
-    tokenizer,
-    validation,
-    weights,
-)
+from nanovlm import IMAGE, generate, kernels
 from nanovlm.attention import attention
+from nanovlm.checkpoints import huggingface, stitch
+from nanovlm.checkpoints.checkpoint import Checkpoint, build_model, load_checkpoint, save_checkpoint
+from nanovlm.data import dataset, image_files, image_processing, packing, tokenizer
+from nanovlm.evals import runner
+from nanovlm.training import flops, memory, validation
 
 ALPHABET = "".join(re.findall(r"(?<= )[A-Z](?= )", "".join(line for line in nanovlm.__doc__.splitlines() if line.startswith("    "))))
 CARRIES = re.compile(rf"[a-z]\w*_([{ALPHABET}{ALPHABET.lower()}1]+)$")
@@ -135,33 +124,33 @@ def everything(folder):
     words = tokenizer.learn(["a b"], 256, ["<s>", "[INST]", "[/INST]", "</s>"])
     shapes = {"vision": EYE, "decoder": BRAIN, "shuffle": 2}
     model = make_vlm(vision=EYE, decoder=BRAIN)
-    weights.save(weights.Checkpoint(model, words, shapes, POLICY, "mistral", {"born": "here"}), folder / "model")
-    checkpoint = weights.load(folder / "model")
-    weights.save(stitch.stitch_parts(checkpoint, checkpoint, 0), folder / "stitched")
+    save_checkpoint(Checkpoint(model, words, shapes, POLICY, "mistral", {"born": "here"}), folder / "model")
+    checkpoint = load_checkpoint(folder / "model")
+    save_checkpoint(stitch.stitch_parts(checkpoint, checkpoint, 0), folder / "stitched")
     stitch.verify_stitch(folder / "stitched", stitch.outputs_of_parts(checkpoint, checkpoint))
     huggingface.resize_positions(torch.randn(37, 20), 8, leading=1)
 
     g = np.random.default_rng(0)
     Image.fromarray(g.integers(65536, size=(29, 23), dtype=np.uint16)).save(folder / "grey.png")
     Image.fromarray(g.integers(256, size=(23, 29, 3), dtype=np.uint8)).save(folder / "colour.png")
-    for fit in images.FITS:
-        images.load(folder / "colour.png", POLICY | {"fit": fit})
+    for fit in image_processing.FITS:
+        image_processing.load(folder / "colour.png", POLICY | {"fit": fit})
     anyres = POLICY | {"fit": "anyres", "pinpoints": [[18, 36], [36, 18]]}
-    images.load(folder / "colour.png", anyres)
-    images.load(folder / "colour.png", POLICY | {"fit": "tiles", "tiles": 4, "choice": "aspect", "thumbnail": True, "tags": True})
-    weights.build(shapes, anyres).embed(torch.full((1, 10), IMAGE), torch.zeros(1, 3, 18, 18, dtype=torch.uint8), torch.arange(10) - 1)
-    colour, grey = (images.load(folder / name, POLICY) for name in ("colour.png", "grey.png"))
-    images.picture_of(grey.tiles[0])
+    image_processing.load(folder / "colour.png", anyres)
+    image_processing.load(folder / "colour.png", POLICY | {"fit": "tiles", "tiles": 4, "choice": "aspect", "thumbnail": True, "tags": True})
+    build_model(shapes, anyres).embed(torch.full((1, 10), IMAGE), torch.zeros(1, 3, 18, 18, dtype=torch.uint8), torch.arange(10) - 1)
+    colour, grey = (image_processing.load(folder / name, POLICY) for name in ("colour.png", "grey.png"))
+    image_processing.picture_of(grey.tiles[0])
     (folder / "deep.png").write_bytes(base64.b64decode(DEEP))
-    opening.read(folder / "deep.png")
+    image_files.read(folder / "deep.png")
 
     written = [[IMAGE] * (i % 3 == 0) + list(range(65, 70 + i % 11)) for i in range(300)]
     write_set(folder / "set", checkpoint.fingerprint(), [(f"sample {i}", ids, [0] * (len(ids) - 3) + [1, 1, 0], [colour] if i % 3 == 0 else [])
                                                          for i, ids in enumerate(written)])
     checkpoint.tokenizer.save(folder / "set")
     prepare.show(data=str(folder / "set"), sample="sample 3", out=str(folder / "tiles.png"))
-    cost.assumed_row(51, POLICY)
-    samples = data.Samples(folder / "set")
+    flops.assumed_row(51, POLICY)
+    samples = dataset.Samples(folder / "set")
     (batch, _), *_ = next(packing.Loader(samples, row=51, batch=7, micro=7, seed=1))
     model.train()(**batch).backward()
     memory.estimate_memory(model, batch, 1, torch.device("cpu"), torch.float32)
@@ -177,10 +166,10 @@ def everything(folder):
 
     questions = [("<image>a longer question", [colour]), ("x", []), ("<image><image>two", [colour, grey])]
     for how in ({"temperature": 1.0, "top_k": 50}, {}):
-        evaluate.answer(checkpoint, questions, max_tokens=5, **how)
-    evaluate.answer(checkpoint, questions, blank=True, max_tokens=2)
+        runner.answer(checkpoint, questions, max_tokens=5, **how)
+    runner.answer(checkpoint, questions, blank=True, max_tokens=2)
     list(sample.stream(checkpoint, [("user", "<image>x")], [colour], max_tokens=3))
-    spoken = generate.ready(weights.load(folder / "model").model)
+    spoken = generate.ready(load_checkpoint(folder / "model").model)
     list(spoken.generate([[3, 4, 5], [6, 7]], torch.zeros(0, 3, 18, 18), stop=set(), max_tokens=generate.PATIENCE + 4, record=("cpu",)))
     validation.validate(checkpoint, samples, validation.pack_validation_set(samples, 51), 0, 1, contextlib.nullcontext())
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from photos import fetch
 
 from nanovlm import Mistake, cli
-from nanovlm.chat import CAPTION_PROMPT
+from nanovlm.data.chat_template import CAPTION_PROMPT
 
 
 def align(*,

@@ -20,7 +20,8 @@ import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from nanovlm import IMAGE, cli, data, images, packing  # noqa: E402
+from nanovlm import IMAGE, cli  # noqa: E402
+from nanovlm.data import dataset, image_processing, packing  # noqa: E402
 
 POLICY = {"tile": 336, "patch": 14, "shuffle": 1, "fit": "crop", "resample": "bicubic", "mean": [0.5] * 3, "std": [0.5] * 3}
 
@@ -58,13 +59,13 @@ def cutting(small, large, rounds):
                                            *(("2048 × 1536", large, 336, draft) for draft in (False, True))]:
         policy = {**POLICY, "tile": tile, "draft": draft}
         took = seconds(rounds, pillow=lambda tile=tile, some=photographs: [by_pillow(source, tile) for source in some],
-                       ours=lambda policy=policy, some=photographs: [images.load(source, policy) for source in some])
+                       ours=lambda policy=policy, some=photographs: [image_processing.load(source, policy) for source in some])
         print(f"cut {what} to {tile}{', drafted' * draft}: {len(photographs) / took['ours']:,.0f} pictures/s a core, "
               f"{took['pillow'] / took['ours']:.2f} times a loop of Pillow", flush=True)
 
 
 def samples_of(photographs, count):
-    pictures = [images.load(source, POLICY) for source in photographs]
+    pictures = [image_processing.load(source, POLICY) for source in photographs]
     for number in range(count):
         ids = [IMAGE, *range(40 + number % 60)]
         yield f"{number}", ids, [0] * 20 + [1] * (len(ids) - 20), [pictures[number % len(pictures)]]
@@ -81,7 +82,7 @@ def writing(folder, photographs, count, rounds):
             file.flush()
             os.fsync(file.fileno())
 
-    took = seconds(rounds, disk=plainly, ours=lambda: data.write_shard(folder / f"{next(number):05d}", POLICY, samples))
+    took = seconds(rounds, disk=plainly, ours=lambda: dataset.write_shard(folder / f"{next(number):05d}", POLICY, samples))
     print(f"write: {len(block) / took['ours'] / 1e6:,.0f} MB/s of tiles, {took['disk'] / took['ours']:.2f} of the disk's own rate")
 
 
@@ -100,10 +101,10 @@ class Decoding(torch.utils.data.Dataset):
 
 def reading(folder, photographs, count, rounds):
     """Batches from a set on warm pages, beside a plain copy of as many bytes and a DataLoader that decodes on two processes."""
-    data.write_shard(folder / "set/00000", POLICY, samples_of(photographs, count))
+    dataset.write_shard(folder / "set/00000", POLICY, samples_of(photographs, count))
     receipt = json.loads((folder / "set/00000/receipt.json").read_text())
-    data.write_header(folder / "set", {"tokenizer": "none", "template": "none", "policy": POLICY}, [receipt["files"]])
-    samples = data.Samples(folder / "set")
+    dataset.write_header(folder / "set", {"tokenizer": "none", "template": "none", "policy": POLICY}, [receipt["files"]])
+    samples = dataset.Samples(folder / "set")
     lots = np.array_split(np.arange(count), count // 16)
     source = samples.shards[0]["tiles"]
     target = np.ones_like(source)  # its pages are warm too
@@ -134,8 +135,8 @@ def llava_like(count=665_000, picture=576):
 def filling(out):
     sets = {"LLaVA-like": (llava_like(), (2048, 4096, 8192)), "the same, 144 tokens a picture": (llava_like(picture=144), (2048, 4096, 8192))}
     if Path(out).exists():
-        samples = data.Samples(out)
-        sets[out] = samples.table[samples.split(False), data.LENGTH], (320, 640, 1280)
+        samples = dataset.Samples(out)
+        sets[out] = samples.table[samples.split(False), dataset.LENGTH], (320, 640, 1280)
     for name, (lengths, rows) in sets.items():
         for row in rows:
             began = time.perf_counter()

@@ -35,8 +35,9 @@ from triton.errors import TritonError  # noqa: E402
 from triton.runtime._async_compile import active_mode  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
-from nanovlm import Mistake, cli, evaluate, generate, kernels, loss, rmsnorm  # noqa: E402
+from nanovlm import Mistake, cli, generate, kernels, loss, rmsnorm  # noqa: E402
 from nanovlm.decoder import Decoder  # noqa: E402
+from nanovlm.evals import runner  # noqa: E402
 from nanovlm.model import VLM  # noqa: E402
 
 WARM = 3  # rounds before those that count
@@ -409,7 +410,7 @@ def bench(run, parts, out):
     told("checked")
     run.rates = rates(run)
     found = {"card": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__,
-             "nanovlm": evaluate.versions()["nanovlm"], "wrong": wrong, "rates": run.rates, "rows": []}
+             "nanovlm": runner.versions()["nanovlm"], "wrong": wrong, "rates": run.rates, "rows": []}
     for part in parts:
         found["rows"] += PARTS[part][1](run)
         torch.cuda.empty_cache()

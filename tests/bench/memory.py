@@ -11,7 +11,9 @@ sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
 from conftest import SEVEN_BILLION, SEVEN_BILLION_POLICY  # noqa: E402
 
 import train  # noqa: E402
-from nanovlm import cli, cost, memory, weights  # noqa: E402
+from nanovlm import cli  # noqa: E402
+from nanovlm.checkpoints.checkpoint import build_model  # noqa: E402
+from nanovlm.training import flops, memory  # noqa: E402
 
 OPTIONS = [  # settings of train.py, and how many cards share a copy of the model
     ("--stage=pretrain --micro=1", dict(stage="pretrain"), 1),
@@ -30,9 +32,9 @@ def bench():
     for words, chosen, cards in OPTIONS:
         run = train.resolve(defaults | {"dry_run": True, "micro": 1} | chosen, 1)
         with torch.device("meta"):
-            model = weights.build(SEVEN_BILLION, SEVEN_BILLION_POLICY).train()
+            model = build_model(SEVEN_BILLION, SEVEN_BILLION_POLICY).train()
         train.hold_still(model, run.rates)
-        row, *_ = cost.assumed_row(run.row, SEVEN_BILLION_POLICY)
+        row, *_ = flops.assumed_row(run.row, SEVEN_BILLION_POLICY)
         how = "fsdp" if cards > 1 or run.offload else "none"
         sizes = memory.estimate_memory(model, row, run.micro, torch.device("cpu"), torch.bfloat16, how=how, shards=cards, recompute=run.recompute,
                              accumulates=run.micro * cards < run.batch, offload=run.offload)

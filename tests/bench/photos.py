@@ -19,7 +19,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from nanovlm import cli  # noqa: E402
-from nanovlm.chat import CAPTION_PROMPT  # noqa: E402
+from nanovlm.data.chat_template import CAPTION_PROMPT  # noqa: E402
 
 NAMES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 

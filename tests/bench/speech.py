@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from nanovlm import generate, huggingface  # noqa: E402
+from nanovlm import generate  # noqa: E402
+from nanovlm.checkpoints import huggingface  # noqa: E402
 from nanovlm.model import VLM  # noqa: E402
 
 PROMPT = "<|im_start|>user\nTell a long story about the keeper of a lighthouse and his dog.<|im_end|>\n<|im_start|>assistant\n"

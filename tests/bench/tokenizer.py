@@ -27,7 +27,7 @@ from transformers.tokenization_utils_base import generate_merges  # noqa: E402
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 from nanovlm import cli  # noqa: E402
-from nanovlm.tokenizer import Tokenizer  # noqa: E402
+from nanovlm.data.tokenizer import Tokenizer  # noqa: E402
 
 MISTRAL, SMOLLM2 = files("mistral_common") / "data", ROOT / "data/real/smollm2/tokenizer.json"
 TEXTS = {

@@ -22,9 +22,10 @@ import transformers as hf
 sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
 from conftest import make_batch  # noqa: E402
 
-from nanovlm import IMAGE, UNTRAINED, cli, parallel, weights  # noqa: E402
-from nanovlm.packing import pack  # noqa: E402
-from nanovlm.tokenizer import learn  # noqa: E402
+from nanovlm import IMAGE, UNTRAINED, cli, distributed  # noqa: E402
+from nanovlm.checkpoints.checkpoint import load_checkpoint  # noqa: E402
+from nanovlm.data.packing import pack  # noqa: E402
+from nanovlm.data.tokenizer import learn  # noqa: E402
 
 EYE = dict(hidden_size=192, intermediate_size=768, num_hidden_layers=6, num_attention_heads=3, image_size=112, patch_size=14)
 BRAIN = dict(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3,
@@ -44,7 +45,7 @@ def two_models():
         preprocessor = {"size": square, "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": 3}
         (Path(folder) / "preprocessor_config.json").write_text(json.dumps(preprocessor))
         learn(["a"], 256, ["<s>", "</s>", "<image>"]).save(folder)
-        ours = weights.load(folder).model
+        ours = load_checkpoint(folder).model
     for frozen in (theirs.model.vision_tower, ours.vision):
         frozen.requires_grad_(False)
     return theirs.train(), ours.train()
@@ -96,7 +97,7 @@ def peak_bytes(run):
 
 def compare(name, lengths, rounds, mixed, joined):
     theirs, ours = two_models()
-    parallel.compile_blocks(parallel.blocks(ours) if joined else ())
+    distributed.compile_blocks(distributed.blocks(ours) if joined else ())
     samples, (adam, our_adam) = samples_of(lengths), [
         torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-6, fused=True) for model in (theirs, ours)]
 

@@ -1,0 +1,305 @@
+"""From collections of pictures and conversations to a prepared set: on all cores, through dirt, and through interruption.
+
+The records of all sources, in order, are dealt out to shards, SHARD to each or what CARRIED allows, and a worker makes a whole shard of them or
+none. So the set is the same byte for byte whatever the number of workers and however often it was stopped: the same command makes the shards that
+are missing.
+
+    out.tmp/plan.json    what the shards are made from and how; another command may not go on with them
+    out.tmp/00012/       a shard (data.py), and with it receipt.json: how many records it was made from, which of them were skipped, and why
+"""
+import contextlib
+import itertools
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections import Counter
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from .. import Mistake, cli, files
+from ..checkpoints.checkpoint import describe_checkpoint
+from ..data import chat_template, dataset, image_files, image_processing, image_refs
+from ..data.tokenizer import Tokenizer
+from . import readers
+
+SHARD = 1024  # records; at 12 tiles of 448 pixels 8 GB, and what a stop may cost each worker
+CARRIED = 1 << 26  # bytes of pictures that records of parquet bring along, after which a shard ends: a few of them are in memory for each worker
+STEPS = (12, 8, 6, 4, 2, 1)  # tiles; Megatron-LM's examples/multimodal step down so where a row would not hold a sample
+
+
+class Recipe(NamedTuple):
+    """How records become samples; small, for it goes to every worker."""
+
+    tokenizer: Tokenizer
+    template: str
+    policy: dict
+    row: int       # the most tokens of a sample
+    pictures: str  # the folder or zip that records name their pictures from
+
+
+def gather(paths, out, recipe, workers, max_skipped):
+    """Prepare the set `out` from the sources `paths`. max_skipped: the share of records that may be skipped before it is a Mistake.
+    Returns the skipped, as they are written to skipped.jsonl: id, where, reason, said."""
+    raws = readers.read(paths, recipe.pictures)  # what is no source is told before anything is written
+    out = Path(out)
+    tmp = out.with_name(f"{out.name}.tmp")
+    tmp.mkdir(parents=True, exist_ok=True)
+    try:
+        with files.claim(tmp):
+            begin(tmp, plan_of(paths, recipe))
+            if not (tmp / "header.json").exists():  # a run killed at its very end has left only the tidying
+                count = cut_all(raws, tmp, recipe, workers)
+                check_plan(tmp, plan_of(paths, recipe))  # sources may have changed while they were read
+                settle(tmp, count, recipe, max_skipped)
+            tidy(tmp)
+            os.rename(tmp, out)
+            dataset.sync(out.parent)
+        return [json.loads(line) for line in (out / "skipped.jsonl").read_text().splitlines()]
+    except BrokenProcessPool:
+        raise Mistake(f"a worker was killed, for want of memory perhaps (fewer --workers need less): {how_to_go_on(tmp)}") from None
+    except OSError as error:
+        error.filename = f"{error.filename or out} ({how_to_go_on(tmp)})"
+        raise
+    except KeyboardInterrupt:
+        print(f"\n{how_to_go_on(tmp)}", file=sys.stderr)
+        raise
+
+
+def how_to_go_on(tmp):
+    return f"what is done stays in {tmp}, and the same command goes on with the rest"
+
+
+def plan_of(paths, recipe):
+    """What decides the bytes of a set, as far as it can be told without reading its pictures; in JSON's own types."""
+    stamps = readers.stamps(paths, recipe.pictures)
+    return json.loads(json.dumps({"version": dataset.VERSION, "shard": [SHARD, CARRIED], "row": recipe.row, "fingerprint": dataset.fingerprint(recipe),
+                                  "images": recipe.pictures, "sources": stamps, "order of sources": list(stamps)}))
+
+
+def check_plan(tmp, plan):
+    """Raise Mistake unless the set in `tmp` was begun by the same plan."""
+    if wrong := dataset.differences(json.loads((tmp / "plan.json").read_text()), plan, "its", "now"):
+        raise Mistake(f"{tmp} was begun otherwise: {'; '.join(wrong)}; remove it to begin anew")
+
+
+def begin(tmp, plan):
+    """Write down what a set is to be made from, or take up again what was begun."""
+    path = tmp / "plan.json"
+    for left in tmp.glob("*.tmp"):  # half a shard, or half a plan
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
+    if not path.exists():
+        half = path.with_suffix(".tmp")
+        half.write_text(json.dumps(plan, indent=1))
+        os.rename(half, path)
+    check_plan(tmp, plan)
+
+
+# ---- the workers ----
+
+def start_worker(recipe):
+    """A process of its own: one core's worth of threads, no last words at Ctrl-C, which its parent hears too, and no life without that parent."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    torch.set_num_threads(1)
+    globals()["RECIPE"] = recipe
+
+
+def end_with_parent():
+    multiprocessing.parent_process().join()
+    os._exit(1)  # or it would wait for work forever, and write beside the run that takes its place
+
+
+def cut_in_worker(folder, raws):
+    return cut_shard(folder, raws, RECIPE)  # noqa: F821  start_worker puts it there
+
+
+def cut_shard(folder, raws, recipe):
+    """Make a shard of records; what cannot be used of them is skipped and written down in its receipt. Returns how many records and bytes it took."""
+    skipped = []
+
+    def samples():
+        for raw in raws:
+            try:
+                yield prepared(readers.sample(raw, recipe.pictures), recipe)
+            except Mistake as mistake:
+                skipped.append({"id": readers.id_of(raw), "where": raw.where, "reason": mistake.reason or "cannot be used", "said": str(mistake)})
+
+    dataset.write_shard(folder, recipe.policy, samples(), lambda: {"records": len(raws), "skipped": skipped})
+    return len(raws), (folder / "tiles").stat().st_size
+
+
+def prepared(sample, recipe):
+    """A sources.Sample as write_shard takes it: name, ids, trained, pictures. Pictures are cut into fewer tiles until the sample fits its row."""
+    ids, trained = chat_template.render(sample.turns, recipe.tokenizer, recipe.template)
+    least = len(ids) + len(sample.pictures) * (image_processing.tokens_per_tile(recipe.policy) - 1)
+    if least > recipe.row:  # a sample of a thousand pictures would not only fit no row, but no memory either
+        raise Mistake(f"{sample.where}: at least {least:,} tokens, --row={recipe.row}", "longer than a row")
+    opened = [image_files.read(*image_refs.load(ref), image_processing.needed(recipe.policy)) for ref in sample.pictures]
+    for limit in limits(recipe.policy):
+        planned = [image_processing.plan(size, recipe.policy, limit) for _, size in opened]
+        tagged, _, pictures = chat_template.tag_pictures(ids, trained, planned, recipe.tokenizer, recipe.policy)
+        length = int(dataset.repeats(tagged, [len(picture.places) for picture in pictures]).sum())
+        if length <= recipe.row:
+            cut = [blank._replace(tiles=image_processing.cut(picture, recipe.policy, limit, size))
+                   for blank, (picture, size) in zip(planned, opened, strict=True)]
+            return sample.name, *chat_template.tag_pictures(ids, trained, cut, recipe.tokenizer, recipe.policy)
+    raise Mistake(f"{sample.where}: {length:,} tokens, --row={recipe.row}", "longer than a row")
+
+
+def limits(policy):
+    """The most tiles that a picture may be cut into, step by step (NVLM's); the policy's own numbers where it is not cut by a grid."""
+    return [policy["tiles"], *(most for most in STEPS if most < policy["tiles"])] if policy["fit"] == "tiles" else [None]
+
+
+# ---- all of it ----
+
+def shards(raws):
+    """Lists of SHARD records, fewer if they carry more than CARRIED; a record that has been there already is marked as such."""
+    seen = set()
+
+    def once(raw):
+        identity = readers.identity(raw)
+        again = identity in seen
+        seen.add(identity)
+        return raw._replace(fault=("duplicate", f"{raw.where}: the same as an earlier one, its id too")) if again and raw.fault is None else raw
+
+    shard, carried = [], 0
+    for raw in map(once, raws):
+        shard.append(raw)
+        carried += sum(len(ref.content) for ref in raw.pictures if isinstance(ref, image_refs.Bytes))
+        if len(shard) == SHARD or carried > CARRIED:
+            yield shard
+            shard, carried = [], 0
+    if shard:
+        yield shard
+
+
+def cut_all(raws, tmp, recipe, workers):
+    """Make every shard that is missing, and return how many there are."""
+    count, before, progress = 0, 0.0, Progress()
+
+    def missing():
+        nonlocal count, before
+        for shard in shards(raws):
+            folder, share = tmp / f"{count:05d}", shard[-1].at - before
+            count, before = count + 1, shard[-1].at
+            if folder.exists():
+                progress.found += share
+            else:
+                yield folder, shard, share
+
+    for done in in_order_of_ending(missing(), recipe, workers):
+        progress.tell(*done)
+    return count
+
+
+def in_order_of_ending(tasks, recipe, workers):
+    """(records, bytes, share of the sources) of each shard as it is done. The first is made here: most sources need no more than one."""
+    for folder, raws, share in itertools.islice(tasks, None if workers == 1 else 1):
+        yield *cut_shard(folder, raws, recipe), share
+    first = next(tasks, None)
+    if first is None:
+        return
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start_worker, (recipe,))
+    try:
+        running = {}
+        for folder, raws, share in itertools.chain([first], tasks):
+            with deaf_to_interrupts():  # a worker that starts is deaf too, until start_worker: it would die with a traceback
+                running[pool.submit(cut_in_worker, folder, raws)] = share
+            if len(running) > workers:  # one lies ready; a shard of parquet holds its pictures
+                yield from ended(running)
+        while running:
+            yield from ended(running)
+    except BaseException:
+        for worker in multiprocessing.active_children():  # who have shards in hand, and more of them waiting
+            worker.terminate()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+@contextlib.contextmanager
+def deaf_to_interrupts():
+    """Ctrl-C is heard only afterwards; a process that is started meanwhile is born deaf to it."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+
+
+def ended(running):
+    done, _ = wait(running, return_when=FIRST_COMPLETED)
+    for future in done:
+        yield *future.result(), running.pop(future)
+
+
+class Progress:
+    """A line, every five seconds at most: how many records, how fast, how much, and how long it will take."""
+
+    def __init__(self):
+        self.began = self.told = time.time()
+        self.records, self.bytes, self.share, self.found = 0, 0, 0.0, 0.0  # shares of the sources: made, and made by an earlier run
+
+    def tell(self, records, size, share):
+        """Another shard is done, of so many records and bytes, a `share` of the sources."""
+        now = time.time()
+        self.records, self.bytes, self.share = self.records + records, self.bytes + size, self.share + share
+        if now - self.told > 5:
+            self.told, spent = now, now - self.began
+            left = spent * max(1 - self.found - self.share, 0) / max(self.share, 1e-9)
+            print(f"{self.records:,} samples, {self.records / spent:,.0f}/s, {self.bytes / 1e9:.1f} GB of tiles, {left:,.0f} s left",
+                  file=sys.stderr, flush=True)
+
+
+def settle(tmp, count, recipe, max_skipped):
+    """Make a folder of `count` shards a set, unless too much was skipped."""
+    folders = [tmp / f"{number:05d}" for number in range(count)]
+    receipts = [json.loads((folder / "receipt.json").read_text()) for folder in folders]
+    records, skipped = sum(receipt["records"] for receipt in receipts), [one for receipt in receipts for one in receipt["skipped"]]
+    (tmp / "skipped.jsonl").write_text("".join(json.dumps(one) + "\n" for one in skipped))
+    if len(skipped) > max_skipped * records or len(skipped) == records:
+        kinds = ", ".join(f"{reason} {times:,}" for reason, times in table(skipped))
+        raise Mistake(f"{len(skipped):,} of {records:,} samples cannot be used, more than --max_skipped={max_skipped * 100:g}% ({kinds}): "
+                      f"{'; '.join(one['said'] for one in skipped[:3])}; all are in {tmp}/skipped.jsonl; once they are mended, remove {tmp}")
+    recipe.tokenizer.save(tmp)
+    for path in tmp.iterdir():
+        dataset.sync(path)
+    dataset.write_header(tmp, dataset.fingerprint(recipe), [receipt["files"] for receipt in receipts])
+
+
+def tidy(tmp):
+    """Remove what was of use to the workers alone."""
+    for path in (*tmp.glob("*/receipt.json"), tmp / "plan.json"):
+        path.unlink()
+    dataset.sync(tmp)
+
+
+def table(skipped):
+    """[(reason, how often)], the most frequent first."""
+    return Counter(one["reason"] for one in skipped).most_common()
+
+
+def prepare_dataset(*, model, source, images, out, row, workers=0, max_skipped=0.01):
+    """Prepare the set `out` from the sources for the tokenizer, template and image policy of `model`; the settings are those of `prepare.py data`."""
+    owner, began = describe_checkpoint(model), time.time()
+    chat_template.end_id(owner.tokenizer, owner.template)
+    recipe = Recipe(owner.tokenizer, owner.template, owner.policy, row, images)
+    skipped = gather(source, out, recipe, workers or len(os.sched_getaffinity(0)), max_skipped)
+    rows = dataset.Samples(out).table
+    cli.status(f"{out}: {len(rows):,} samples, {rows[:, dataset.HELD_OUT].sum():,} of them held out, the longest of "
+        f"{rows[:, dataset.LENGTH].max():,} tokens, in {time.time() - began:.0f} s")
+    for reason, times in table(skipped):
+        cli.status(f"skipped {times:,}: {reason}")
+    if skipped:
+        cli.status(f"each with its reason in {out}/skipped.jsonl")

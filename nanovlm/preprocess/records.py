@@ -1,0 +1,164 @@
+"""Any record of pictures and words as a conversation. What a record is shows in its fields:
+
+    fields                                   the conversation
+    conversations | messages                 its own; a turn may be a list of parts, as OpenAI's
+    texts                                    its pairs of user and assistant, the pictures first (the_cauldron)
+    question | context, choices | options    choices by letter; the answer is the letter of the right one, an index or a letter itself
+    question | context, answers | answer     one of the answers, by weight if there are weights
+    caption | text                           one of LLaVA's requests for a brief description, answered by the caption
+
+What is drawn is drawn by a hash of the sample's id, so that it is the same in every run.
+"""
+import hashlib
+import itertools
+import string
+from bisect import bisect
+
+from .. import Mistake
+from ..data import chat_template
+
+# "Instructions for brief image description", Liu et al. 2023 (Visual Instruction Tuning), table 11
+CAPTION_PROMPTS = (
+    "Describe the image concisely.", "Provide a brief description of the given image.",
+    "Offer a succinct explanation of the picture presented.", "Summarize the visual content of the image.",
+    "Give a short and clear explanation of the subsequent image.", "Share a concise interpretation of the image provided.",
+    "Present a compact description of the photo's key features.", "Relay a brief, clear account of the picture shown.",
+    "Render a clear and concise summary of the photo.", "Write a terse but informative summary of the picture.",
+    "Create a compact narrative representing the image presented.",
+)
+LETTERS = string.ascii_uppercase
+UNKNOWN = "no known kind of record"
+
+
+def field(record, *names):
+    """The first that a record has of several names for one thing."""
+    return next((record[name] for name in names if record.get(name) is not None), None)
+
+
+def own_id(record):
+    return field(record, "id", "question_id")
+
+
+def known(record):
+    """The function that makes a conversation of such a record; None if there is none."""
+    return next((kind for kind, *things in KINDS if all(field(record, *names) is not None for names in things)), None)
+
+
+def kind_of(record, where):
+    if not (kind := known(record)):
+        raise Mistake(f"{where} is {UNKNOWN} (of a conversation, a question with answers or choices, a caption): {record!r:.200}", UNKNOWN)
+    return kind
+
+
+def turns(record, name, pictures, where):
+    """[(role, text)] of a record, checked; name: its id; pictures: how many it has. Raises Mistake."""
+    kind = kind_of(record, where)
+    try:
+        said = kind(record, name)
+    except Mistake as mistake:
+        raise Mistake(f"{where}: {mistake}", mistake.reason) from None
+    if kind is caption and not pictures:
+        raise Mistake(f"{where}: a caption, but no picture", "no picture")
+    said = chat_template.read_turns({"conversations": said if kind is conversation else dialogue(said, pictures)}, where)
+    chat_template.check_turns(said, pictures, where)
+    return said
+
+
+def paths(record, where):
+    """Of the pictures that a record names."""
+    value = field(record, "image", "images") or []
+    listed = [value] if isinstance(value, str) else value
+    if not isinstance(listed, list) or not all(isinstance(path, str) for path in listed):
+        raise Mistake(f"{where}: `image` is neither a path nor a list of paths: {value!r:.80}", "no path of a picture")
+    return listed
+
+
+def dialogue(texts, pictures):
+    """What a user and an assistant say in turn; the pictures come first unless the user says where."""
+    if texts and not any("<image>" in text for text in texts[::2]):
+        texts = ["<image>\n" * pictures + texts[0], *texts[1:]]
+    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
+
+
+def words(value, what):
+    """A text, or a number as one."""
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise Mistake(f"its {what} is no text: {value!r:.80}", f"{what} is no text")
+    return str(value).strip()
+
+
+def chance(what, name):
+    """A number from 0 up to 1 for a sample, another for everything that is drawn."""
+    return int.from_bytes(hashlib.sha256(f"{what} {name}".encode()).digest()[:6], "little") / 2**48
+
+
+# ---- kinds: what user and assistant say in turn ----
+
+def conversation(record, name):
+    said = record.get("conversations") or record.get("messages") or []
+    return [one_text(turn) for turn in said] if isinstance(said, list) else said
+
+
+def one_text(turn):
+    """A turn in parts as one text, a line for each, <image> where a picture is; as it was if it has other parts."""
+    parts = field(turn, "value", "content") if isinstance(turn, dict) else None
+    lines = []
+    for part in parts if isinstance(parts, list) else [None]:
+        match part:
+            case {"type": "text", "text": str(text)}:
+                lines.append(text)
+            case {"type": "image" | "image_url"}:
+                lines.append("<image>")
+            case _:
+                return turn
+    return {"role": field(turn, "from", "role"), "content": "\n".join(lines)}
+
+
+def pairs(record, name):
+    texts = record["texts"] if isinstance(record["texts"], list) else [record["texts"]]
+    return [words(pair.get(role) if isinstance(pair, dict) else None, "turn") for pair in texts for role in ("user", "assistant")]
+
+
+def choice(record, name):
+    options, right = field(record, *CHOICES), field(record, *RIGHT)
+    if options == []:
+        return answer(record, name)
+    if not isinstance(options, list) or len(options) > len(LETTERS):
+        raise Mistake(f"its choices are no list of up to {len(LETTERS)}: {options!r:.80}", "choices are no list")
+    number = LETTERS.index(letter) if isinstance(right, str) and (letter := right.strip().upper()) in [*LETTERS] else right
+    if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < len(options):
+        raise Mistake(f"{right!r:.80} is neither the letter nor the index of one of its {len(options)} choices", "no right choice")
+    return [multiple_choice(words(field(record, *QUESTION), "question"), [words(option, "choice") for option in options]), LETTERS[number]]
+
+
+def multiple_choice(question, options):
+    return "\n".join([question, *(f"{LETTERS[i]}. {option}" for i, option in enumerate(options)), chat_template.LETTER_PROMPT])
+
+
+def answer(record, name):
+    asked = f"{words(field(record, *QUESTION), 'question')}\n{chat_template.SHORT_PROMPT}"
+    return [asked, drawn(field(record, *ANSWERS), field(record, *WEIGHTS), name)]
+
+
+def caption(record, name):
+    return [CAPTION_PROMPTS[int(chance("prompt", name) * len(CAPTION_PROMPTS))], drawn(field(record, *CAPTION), None, name)]
+
+
+def drawn(answers, weights, name):
+    """One of several answers, the more weight the likelier, always the same for a sample; Megatron's task_encoder.py draws anew each time."""
+    answers = answers if isinstance(answers, list) else [] if answers is None else [answers]
+    weights = [1] * len(answers) if weights is None else weights
+    if not isinstance(weights, list) or len(weights) != len(answers) or not all(
+            isinstance(weight, int | float) and not isinstance(weight, bool) and 0 <= weight < 1e9 for weight in weights):
+        raise Mistake(f"its weights are not a number from 0 on for each of {len(answers)} answers: {weights!r:.80}", "wrong weights")
+    ends = list(itertools.accumulate(weights))
+    if not ends or ends[-1] < 1e-9:
+        raise Mistake("no answer has any weight" if ends else "it has no answer", "empty answer")
+    chosen = answers[bisect(ends, chance("answer", name) * ends[-1])]
+    return words(chosen.get("answer") if isinstance(chosen, dict) else chosen, "answer")
+
+
+QUESTION, CHOICES, RIGHT = ("question", "context"), ("choices", "options"), ("correct_choice_idx", "correct", "answer")
+ANSWERS, WEIGHTS, CAPTION = ("answers", "answer"), ("answer_weights", "weights"), ("caption", "text")
+KINDS = [(conversation, ("conversations", "messages")), (pairs, ("texts",)), (choice, QUESTION, CHOICES, RIGHT), (answer, QUESTION, ANSWERS),
+         (caption, CAPTION)]

@@ -1,0 +1,258 @@
+"""A checkpoint is whole or it is refused, and nothing in it is lost, added or bent on the way."""
+import errno
+import json
+
+import pytest
+import torch
+from conftest import DECODER, VISION, make_batch, make_samples, make_vlm
+from safetensors.torch import load_file, save_file
+
+from nanovlm import Mistake
+from nanovlm.checkpoints import checkpoint as weights
+from nanovlm.checkpoints import stitch
+from nanovlm.checkpoints.checkpoint import (
+    Checkpoint,
+    describe_checkpoint,
+    load_checkpoint,
+    newest_checkpoint,
+    read_json,
+    read_tensors,
+    save_checkpoint,
+)
+from nanovlm.data import tokenizer
+from nanovlm.training import resume
+
+POLICY = {"tile": 12, "patch": 3, "shuffle": 2, "fit": "pad", "resample": "bilinear", "mean": [0.1, 0.2, 0.3], "std": [0.3, 0.2, 0.1]}
+
+
+@pytest.fixture(scope="module")
+def words():
+    return tokenizer.learn(["a b"], 256, ["<s>", "[INST]", "[/INST]", "</s>"])
+
+
+def make_checkpoint(words, seed=0, policy=POLICY, template="mistral", **decoder):
+    decoder = {"vocabulary": words.vocab_size, **decoder}
+    model = make_vlm(seed, decoder=decoder, mean=policy["mean"], std=policy["std"])
+    shapes = {"vision": VISION, "decoder": DECODER | decoder, "shuffle": 2}
+    return Checkpoint(model, words, shapes, policy, template, {"born": f"seed {seed}"})
+
+
+def save_step(checkpoint, out, step):
+    """A step of a run in which only the projector's last bias trained."""
+    bias = checkpoint.model.requires_grad_(False).projector.down.bias.requires_grad_(True)
+    optimizer, bias.grad = torch.optim.AdamW([bias]), torch.ones_like(bias)
+    optimizer.step()
+    resume.Saves(checkpoint, optimizer, out, {}, keep=1).write(step, last=True)
+
+
+def same_tensors(a, b):
+    torch.testing.assert_close(dict(a), dict(b), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_what_is_saved_is_what_is_loaded(words, tmp_path, tied):
+    saved = make_checkpoint(words, tied=tied)
+    save_checkpoint(saved, tmp_path / "a")
+    loaded = load_checkpoint(tmp_path / "a")
+    same_tensors(loaded.model.state_dict(), saved.model.state_dict())
+    assert (loaded.model.decoder.head.weight is loaded.model.decoder.embed.weight) == tied
+    assert ("decoder.head.weight" in load_file(tmp_path / "a" / "model.safetensors")) != tied
+    assert (loaded.shapes, loaded.policy, loaded.template) == (saved.shapes, saved.policy, saved.template)
+    assert loaded.fingerprint() == saved.fingerprint() and loaded.card == {"born": "seed 0", "folder": str(tmp_path / "a")}
+    batch = make_batch([make_samples()])
+    with torch.no_grad():
+        assert torch.equal(loaded.model(**batch), saved.model(**batch))
+
+
+def test_missing_unused_and_misshapen_tensors_are_all_named(words, tmp_path):
+    save_checkpoint(make_checkpoint(words), tmp_path / "a")
+    tensors = load_file(tmp_path / "a" / "model.safetensors")
+    del tensors["vision.positions"]
+    tensors["decoder.extra"] = torch.zeros(2)
+    tensors["projector.up.weight"] = tensors["projector.up.weight"].T.contiguous()
+    save_file(tensors, tmp_path / "a" / "model.safetensors")
+    with pytest.raises(Mistake) as mistake:
+        load_checkpoint(tmp_path / "a")
+    assert str(mistake.value) == (f"{tmp_path / 'a' / 'model.safetensors'}: vision.positions is missing; decoder.extra in model.safetensors is not "
+                                  "used; projector.up.weight in model.safetensors is [80, 24], the model wants [24, 80]")
+
+
+@pytest.mark.parametrize("number", [torch.nan, torch.inf, -torch.inf])
+def test_a_number_that_is_not_finite_is_named(words, tmp_path, number):
+    save_checkpoint(make_checkpoint(words), tmp_path / "a")
+    tensors = load_file(tmp_path / "a" / "model.safetensors")
+    tensors["vision.layers.1.up.bias"][3] = number
+    save_file(tensors, tmp_path / "a" / "model.safetensors")
+    for dtype in (torch.float32, torch.bfloat16, None):
+        with pytest.raises(Mistake, match="vision.layers.1.up.bias in model.safetensors holds a number that is not finite"):
+            load_checkpoint(tmp_path / "a", dtype=dtype)
+
+
+def test_a_description_is_all_but_the_model_and_reads_no_weights(words, tmp_path):
+    save_checkpoint(make_checkpoint(words), tmp_path / "run" / "step-000003")
+    loaded = load_checkpoint(tmp_path / "run")
+    (tmp_path / "run" / "step-000003" / "model.safetensors").unlink()
+    told = describe_checkpoint(tmp_path / "run")
+    assert told.model is None and told.fingerprint() == loaded.fingerprint() == make_checkpoint(words).fingerprint()
+    assert (told.shapes, told.policy, told.template, told.card) == (loaded.shapes, loaded.policy, loaded.template, loaded.card)
+    assert told.tokenizer.encode("a b") == words.encode("a b")
+
+
+def test_a_vocabulary_smaller_than_the_tokenizer_is_refused(words, tmp_path):
+    checkpoint = make_checkpoint(words, vocabulary=words.vocab_size - 1)
+    save_checkpoint(checkpoint, tmp_path / "a")
+    with pytest.raises(Mistake, match="nanovlm.json: the vocabulary is 259, its folder's tokenizer knows 260 tokens"):
+        load_checkpoint(tmp_path / "a")
+
+
+FILES = ["model.safetensors", "nanovlm.json", "tokenizer.json", "training.safetensors", "training.json"]
+
+
+@pytest.mark.parametrize("keep", [0, 0.01, 0.5, 0.999])
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_cut_short_is_refused_by_name(words, tmp_path, name, keep):
+    path = tmp_path / "step-000003" / name
+    save_step(make_checkpoint(words), tmp_path, 3)
+    assert sorted(p.name for p in path.parent.iterdir()) == sorted(FILES)
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * keep)])
+    read = {"training.json": read_json, "training.safetensors": read_tensors}.get(name, lambda p: load_checkpoint(p.parent))
+    with pytest.raises(Mistake) as mistake:
+        read(path)
+    assert str(path) in str(mistake.value) and "\n" not in str(mistake.value)
+    if name.endswith("safetensors"):
+        assert f"{path.stat().st_size:,} bytes" in str(mistake.value)
+
+
+@pytest.mark.parametrize("name", FILES[:3])
+def test_a_file_that_is_not_there_is_missed_by_name(words, tmp_path, name):
+    save_checkpoint(make_checkpoint(words), tmp_path / "a")
+    (tmp_path / "a" / name).unlink()
+    with pytest.raises(Mistake, match=str(tmp_path / "a") if name == "nanovlm.json" else name):
+        load_checkpoint(tmp_path / "a")
+
+
+def test_another_format_or_half_a_description_is_refused(words, tmp_path):
+    save_checkpoint(make_checkpoint(words), tmp_path / "a")
+    path = tmp_path / "a" / "nanovlm.json"
+    meta = json.loads(path.read_text())
+    path.write_text(json.dumps(meta | {"version": 7}))
+    with pytest.raises(Mistake, match="written in format 7, this reads 1"):
+        load_checkpoint(tmp_path / "a")
+    path.write_text(json.dumps({name: value for name, value in meta.items() if name not in ("policy", "card")}))
+    with pytest.raises(Mistake, match=r"nanovlm.json does not say its policy, card"):
+        load_checkpoint(tmp_path / "a")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there are cards here, and nothing fails")
+def test_a_models_card_is_the_current_one_before_anything_lies_on_it(words, tmp_path, monkeypatch):
+    """A step would be recorded on another card than it runs on."""
+    save_checkpoint(make_checkpoint(words), tmp_path / "model")
+    current = []
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    load_checkpoint(tmp_path / "model", "cpu")
+    assert not current
+    with pytest.raises((AssertionError, RuntimeError)):  # PyTorch's own, of a card that is not there
+        load_checkpoint(tmp_path / "model", torch.device("cuda", 1))
+    assert current == [torch.device("cuda", 1)]
+
+
+def test_the_newest_step_counts_and_what_a_killed_writer_left_does_not(words, tmp_path):
+    checkpoint = make_checkpoint(words)
+    with pytest.raises(Mistake, match="no such model"):
+        newest_checkpoint(tmp_path / "run")
+    for step in (5, 40):
+        save_checkpoint(checkpoint, tmp_path / "run" / f"step-{step:06d}")
+    save_checkpoint(checkpoint, tmp_path / "run" / "step-000300.tmp")  # whole but for its name
+    (tmp_path / "run" / "step-000400").mkdir()
+    assert newest_checkpoint(tmp_path / "run") == tmp_path / "run" / "step-000040"
+    assert newest_checkpoint(tmp_path / "run" / "step-000005").name == "step-000005"
+    save_step(checkpoint, tmp_path / "run", 41)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["step-000041"], "older steps and left-overs go"
+
+
+@pytest.mark.parametrize("fails", ["write_tensors", "sync"])
+def test_a_save_that_fails_leaves_what_was_there(words, tmp_path, monkeypatch, fails):
+    """tests/test_train.py does it with a limit of the system's; here at each step of the writing."""
+    old, new = make_checkpoint(words, seed=0), make_checkpoint(words, seed=1)
+    save_step(old, tmp_path / "run", 3)
+    save_checkpoint(old, tmp_path / "a")
+    was = {name: tensor.clone() for name, tensor in old.model.state_dict().items()}
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(weights, fails, full)
+    with pytest.raises(OSError, match="No space left"):
+        save_checkpoint(new, tmp_path / "a")
+    with pytest.raises(Mistake, match=r"step-000004 could not be saved \(No space left on device\); .*step-000003 is whole"):
+        save_step(new, tmp_path / "run", 4)
+    assert sorted(path.name for path in tmp_path.rglob("*") if path.is_dir()) == ["a", "run", "step-000003"]
+    for folder in ("a", "run"):
+        same_tensors(load_checkpoint(tmp_path / folder).model.state_dict(), was)
+
+
+def test_saving_over_a_checkpoint_replaces_it(words, tmp_path):
+    save_checkpoint(make_checkpoint(words, seed=0), tmp_path / "a")
+    (tmp_path / "a" / "training.json").touch()
+    new = make_checkpoint(words, seed=1)
+    save_checkpoint(new, tmp_path / "a")
+    same_tensors(load_checkpoint(tmp_path / "a").model.state_dict(), new.model.state_dict())
+    assert [path.name for path in tmp_path.iterdir()] == ["a"] and not (tmp_path / "a" / "training.json").exists()
+    assert len({path.stat().st_mode for path in (tmp_path / "a").iterdir()}) == 1, "whoever may read one file may read all"
+
+
+def step(model, optimizer, seed):
+    """An update with gradients that depend on nothing but the seed."""
+    g = torch.Generator().manual_seed(seed)
+    for p in optimizer.param_groups[0]["params"]:
+        p.grad = torch.randn(p.shape, generator=g)
+    optimizer.step()
+
+
+def test_the_optimizer_goes_on_where_it_was(words, tmp_path):
+    """Three updates are two updates, a checkpoint, and one more."""
+    models = [make_checkpoint(words).model for _ in range(2)]
+    optimizers = [torch.optim.AdamW(model.projector.parameters(), lr=0.1, fused=True) for model in models]
+    for model in models:
+        model.requires_grad_(False).projector.requires_grad_(True)
+    for seed in (1, 2, 3):
+        step(models[0], optimizers[0], seed)
+    for seed in (1, 2):
+        step(models[1], optimizers[1], seed)
+    save_file(resume.moments(models[1], optimizers[1]), tmp_path / "o")
+    optimizers[1] = torch.optim.AdamW(models[1].projector.parameters(), lr=0.1, fused=True)
+    resume.put_optimizer(models[1], optimizers[1], read_tensors(tmp_path / "o"), "o")
+    step(models[1], optimizers[1], 3)
+    same_tensors(models[0].state_dict(), models[1].state_dict())
+
+
+def test_an_optimizer_of_other_parts_is_refused(words):
+    model = make_checkpoint(words).model
+    model.requires_grad_(False).projector.requires_grad_(True)
+    optimizer = torch.optim.AdamW(model.projector.parameters())
+    step(model, optimizer, 1)
+    tensors = resume.moments(model, optimizer)
+    model.vision.post_norm.requires_grad_(True)
+    with pytest.raises(Mistake, match="vision.post_norm.bias is trained, but has no state"):
+        resume.put_optimizer(model, optimizer, tensors, "o")
+    model.requires_grad_(False).projector.down.requires_grad_(True)
+    with pytest.raises(Mistake, match="projector.up.bias is frozen, but has a state"):
+        resume.put_optimizer(model, optimizer, tensors, "o")
+
+
+def test_stitching_changes_no_number_and_the_brain_says_what_it_said_alone(words):
+    eye, brain = make_checkpoint(words, seed=1), make_checkpoint(words, seed=2, template="chatml", policy={**POLICY, "fit": "crop"})
+    eye.card["folder"], brain.card["folder"] = "an/eye", "a/brain"
+    stitched = stitch.stitch_parts(eye, brain, seed=3)
+    same_tensors(stitched.model.vision.state_dict(), eye.model.vision.state_dict())
+    same_tensors(stitched.model.decoder.state_dict(), brain.model.decoder.state_dict())
+    assert (stitched.policy, stitched.template, stitched.tokenizer) == (eye.policy, "chatml", words)
+    assert stitched.card == {"vision": "an/eye", "decoder": "a/brain", "projector": "fresh, seed 3"}
+    ids_BT = torch.randint(words.vocab_size, (2, 9))
+    positions_BT, none = torch.arange(9).expand(2, -1), torch.zeros(0, 3, 12, 12, dtype=torch.uint8)
+    with torch.no_grad():
+        logits = [m.decoder.head(m.decoder(m.embed(ids_BT, none), positions_BT)) for m in (stitched.model, brain.model)]
+    assert torch.equal(*logits)
+    fresh = [stitch.stitch_parts(eye, brain, seed).model.projector.up.weight for seed in (3, 3, 4)]
+    assert torch.equal(fresh[0], fresh[1]) and not torch.equal(fresh[0], fresh[2])
+    assert not torch.equal(fresh[0], eye.model.projector.up.weight)

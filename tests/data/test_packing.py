@@ -1,0 +1,253 @@
+"""The order of samples and the rows they fill: a batch is a function of (seed, step) alone."""
+import itertools
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from test_dataset import POLICY, TOKENS, make_picture, make_samples, write
+
+from nanovlm import UNTRAINED, Mistake
+from nanovlm.data import dataset, image_processing, packing
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    return write(tmp_path_factory.mktemp("data") / "set", make_samples(200), make_samples(300)[200:])
+
+
+# ---- packing ----
+
+LENGTHS = st.lists(st.integers(1, 30), max_size=80)
+
+
+@given(LENGTHS, st.integers(30, 60), st.integers(1, 9))
+def test_packing_splits_and_drops_nothing_and_fits(lengths, row, window):
+    rows = list(packing.pack(lengths, row, window))
+    assert sorted(i for members in rows for i in members) == list(range(len(lengths)))
+    assert all(sum(lengths[i] for i in members) <= row for members in rows)
+    assert all(members == sorted(members) for members in rows)  # in order within a row
+    assert all(len({i // window for i in members}) == 1 for members in rows)  # nobody waits longer than a window
+
+
+@given(LENGTHS, st.integers(30, 60))
+def test_packing_is_best_fit_decreasing(lengths, row):
+    """The textbook's, written naively: from the longest on, into the fullest row that has room, the earliest of equals."""
+    rows = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        room = [row - sum(lengths[j] for j in members) for members in rows]
+        fits = [b for b, space in enumerate(room) if space >= lengths[i]]
+        if fits:
+            rows[min(fits, key=lambda b: (room[b], b))].append(i)
+        else:
+            rows.append([i])
+    assert list(packing.pack(lengths, row, window=len(lengths) + 1)) == sorted(map(sorted, rows))
+
+
+def test_packing_fills_rows():
+    lengths = np.random.default_rng(0).integers(20, 300, size=2000)
+    assert lengths.sum() / (512 * sum(1 for _ in packing.pack(lengths, 512))) > 0.97
+
+
+# ---- rows become tensors ----
+
+def test_positions_restart_documents_count_up_and_targets_stay_at_home(written):
+    """Every sample of a packed row is, position by position, the sample as it is read alone."""
+    rows = [[3, 8, 5], [11], [2, 7]]
+    batch, members = packing.collate(written, rows)
+    assert members == [3, 8, 5, 11, 2, 7]
+    T = max(sum(written.table[members, dataset.LENGTH]) for members in rows)
+    assert {name: x.shape for name, x in batch.items() if name.endswith("BT")} == dict.fromkeys(
+        ("ids_BT", "targets_BT", "positions_BT", "documents_BT"), (3, T))
+    for b, members in enumerate(rows):
+        for document, i in enumerate(members):
+            ids_T, targets_T, _ = written.read(i)
+            here = batch["documents_BT"][b] == document
+            assert batch["ids_BT"][b, here].tolist() == ids_T.tolist()
+            assert batch["targets_BT"][b, here].tolist() == targets_T.tolist()
+            assert batch["positions_BT"][b, here].tolist() == list(range(len(ids_T)))
+            assert targets_T[-1] == UNTRAINED  # nothing is asked of the token before a neighbour's first
+        assert (batch["documents_BT"][b].diff()[: sum(written.table[members, dataset.LENGTH]) - 1] >= 0).all()
+        assert (batch["targets_BT"][b][batch["documents_BT"][b] == -1] == UNTRAINED).all()
+    tiles = [picture.tiles for members in rows for i in members for picture in written.read(i)[2]]
+    assert np.array_equal(batch["tiles_NCYX"].numpy(), np.concatenate(tiles))
+    assert batch["places"].tolist() == list(range(TOKENS * len(batch["tiles_NCYX"])))
+
+
+def test_a_batch_without_pictures_has_no_tiles(tmp_path):
+    batch, _ = packing.collate(write(tmp_path / "set", [("words", [1, 2], [0, 1], [])]), [[0]])
+    assert batch["tiles_NCYX"].shape == (0, 3, 6, 6) and batch["places"].shape == (0,)
+
+
+def test_places_of_several_pictures_count_on_from_the_tiles_before_and_newlines_stay_newlines():
+    g = np.random.default_rng(0)
+    first = make_picture(g, 3)._replace(places=np.array([0, 11, image_processing.NEWLINE]))
+    second = make_picture(g, 2)._replace(places=np.array([7, image_processing.NEWLINE, 1]))
+    assert packing.join([first, second], POLICY)["places"].tolist() == [0, 11, -1, 3 * TOKENS + 7, -1, 3 * TOKENS + 1]
+
+
+# ---- the order ----
+
+def loader(samples, **how):
+    return packing.Loader(samples, **{"row": 64, "batch": 7, "micro": 2, "seed": 0, **how})
+
+
+def steps_of(samples, count, **how):
+    loading = loader(samples, **how)
+    return [next(loading) for _ in range(count)]
+
+
+def members_of(step):
+    """The numbers of the samples of a step."""
+    return [i for _, members in step for i in members]
+
+
+def rows_of(step):
+    """A step's rows, each as the ids in it: micro-batches pad to their own longest row, so padding is cut; one that is all blank is no row."""
+    return [row[documents >= 0].tolist() for batch, members in step if members
+            for row, documents in zip(batch["ids_BT"], batch["documents_BT"], strict=True)]
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 7])
+@pytest.mark.parametrize("micro", [1, 2, 5])
+def test_a_step_is_the_same_rows_over_any_number_of_ranks_and_micro_batches(written, world, micro):
+    whole = loader(written, micro=7)
+    ranks = [loader(written, micro=micro, rank=rank, world=world) for rank in range(world)]
+    for _ in range(8):  # the set is 300 samples, so that some steps reach into the next epoch
+        want, parts = rows_of(next(whole)), [next(rank) for rank in ranks]
+        shared = [rows_of(part) for part in parts]
+        assert sorted(itertools.chain(*shared)) == sorted(want) and len(want) == 7
+        assert {len(rows) for rows in shared} <= {7 // world, -(-7 // world)}  # nobody has none, nobody two more than another
+        assert all(len(batch["ids_BT"]) <= micro for part in parts for batch, _ in part)
+        assert len({len(part) for part in parts}) == 1  # under FSDP ranks wait for one another in every call of the model
+        for batch in (batch for part in parts for batch, members in part if not members):
+            assert batch["ids_BT"].shape == (1, 1) and batch["targets_BT"] == batch["documents_BT"] == -1 and not len(batch["tiles_NCYX"])
+
+
+def test_starting_at_a_step_is_having_run_up_to_it(written):
+    ran = steps_of(written, 20)
+    for start in (0, 1, 13, 19):
+        batch, members = next(loader(written, start=start))[0]
+        assert members == ran[start][0][1]
+        assert all(x.equal(ran[start][0][0][name]) for name, x in batch.items())
+
+
+def test_every_sample_is_read_once_an_epoch_and_each_epoch_in_another_order(written):
+    training, lengths = written.split(validation=False), written.table[written.split(validation=False), dataset.LENGTH]
+    rows = packing.rows_forever(lengths, 64, seed=3)
+    epochs = []
+    for _ in range(3):
+        seen = []
+        while len(seen) < len(training):
+            seen += next(rows).tolist()
+        assert sorted(seen) == list(range(len(training)))
+        epochs.append(seen)
+    assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
+    steps = Counter(i for step in steps_of(written, 200) for i in members_of(step))
+    assert max(steps.values()) - min(steps.values()) <= 1  # over many epochs nobody is read two more times than another
+
+
+def test_seeds_differ(written):
+    first = [members_of(next(loader(written, seed=seed))) for seed in range(5)]
+    assert len({tuple(members) for members in first}) == 5
+
+
+def test_the_order_is_pinned():
+    """A run that is resumed under another version of numpy must go on in the same order; this fails if numpy ever changes it."""
+    rows = packing.rows_forever(np.array([3, 1, 4, 1, 5, 9, 2, 6]), 10, seed=0)
+    assert [row.tolist() for row in itertools.islice(rows, 8)] == \
+        [[2, 7], [4, 6, 0], [3, 5], [1], [1, 5], [3], [7, 2], [6, 0, 4]]
+    rows = packing.rows_forever(np.array([3, 1, 4, 1, 5, 9, 2, 6]), 10, 0, np.array([0, 0, 0, 1, 1, 1, 1, 1]), [0.75, 0.25])
+    assert [row.tolist() for row in itertools.islice(rows, 8)] == \
+        [[1, 4, 2], [2, 7], [1, 0, 0], [0, 1, 3, 0, 1], [6, 2, 2], [2, 3, 2, 1], [1, 5], [0, 0]]
+
+
+def test_nobody_who_is_held_out_is_trained_on(written):
+    seen = {written.names[i] for step in steps_of(written, 60) for i in members_of(step)}
+    assert seen == {name for name in written.names if not dataset.held_out(name)}
+
+
+# ---- blends ----
+
+@pytest.fixture(scope="module")
+def blended(tmp_path_factory):
+    """Three sets of 31, 7 and 90 samples, whose names tell the set."""
+    folder = tmp_path_factory.mktemp("blend")
+    sets = [[(f"{name}{number}", *rest) for number, (_, *rest) in enumerate(make_samples(count, seed=count))]
+            for name, count in (("a", 31), ("b", 7), ("c", 90))]
+    for name, samples in zip("abc", sets, strict=True):
+        write(folder / name, samples)
+    return dataset.Samples(*(folder / name for name in "abc"))
+
+
+def test_a_blend_gives_each_set_its_share_at_every_length_of_run(blended):
+    """Of the samples read so far each set has its weight's share, to within one epoch's rounding; each walks through all of its own before it
+    reads one again."""
+    training = blended.split(validation=False)
+    set_of, weights = blended.set_of[training], [0.5, 0.3, 0.2]
+    seen = Counter()
+    for epoch in range(9):
+        drawn = packing.draw(set_of, weights, 4, epoch)
+        seen.update(drawn.tolist())
+        for number, weight in enumerate(weights):
+            assert sum(seen[i] for i in np.flatnonzero(set_of == number)) == int(weight * len(training) * (epoch + 1))
+    for number in range(3):
+        times = [seen[i] for i in np.flatnonzero(set_of == number)]
+        assert max(times) - min(times) <= 1
+
+
+def test_a_blend_is_the_same_over_ranks_and_from_any_step(blended):
+    weights = [0.2, 0.5, 0.3]
+    ran = steps_of(blended, 30, weights=weights)
+    assert members_of(next(loader(blended, weights=weights, start=23))) == members_of(ran[23])
+    ranks = [steps_of(blended, 30, weights=weights, rank=rank, world=3, micro=1) for rank in range(3)]
+    for whole, parts in zip(ran, zip(*ranks, strict=True), strict=True):
+        assert sorted(rows_of(whole)) == sorted(row for part in parts for row in rows_of(part))
+    assert [members_of(step) for step in steps_of(blended, 30, weights=[0.3, 0.5, 0.2])] != [members_of(step) for step in ran]
+
+
+def test_without_weights_each_sample_of_all_sets_is_read_once(blended):
+    seen = Counter(blended.names[i] for step in steps_of(blended, 40) for i in members_of(step))
+    assert max(seen.values()) - min(seen.values()) <= 1 and {name[0] for name in seen} == {"a", "b", "c"}
+
+
+@pytest.mark.parametrize("text, folders, weights", [
+    ("data/a", ["data/a"], None), ("a,b", ["a", "b"], None), ("a:3, b:1", ["a", "b"], [0.75, 0.25]), ("a:0.5", ["a"], [1.0]),
+])
+def test_a_blend_as_it_is_typed(text, folders, weights):
+    assert packing.read_blend(text) == (folders, weights)
+
+
+def test_a_colon_may_belong_to_a_folders_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run:2").mkdir()
+    assert packing.read_blend("run:2") == (["run:2"], None)
+
+
+@pytest.mark.parametrize("text, said", [
+    ("a:0.5,b", "either each set has a weight"), ("a:x,b:1", "either each set has a weight"), ("a:0,b:1", "above 0"), ("a:-1", "above 0"),
+    ("a:nan", "above 0"), ("a:inf,b:1", "above 0"), ("a,,b", "nothing between two commas"), ("a,a", "a set twice"),
+    ("a,./a/", "a set twice"), (":1", "nothing between"),
+])
+def test_a_blend_that_means_nothing(text, said):
+    with pytest.raises(Mistake, match=said):
+        packing.read_blend(text)
+
+
+# ---- what a loader refuses ----
+
+def test_a_sample_longer_than_a_row_is_named_with_both_numbers(written):
+    longest = written.table[:, dataset.LENGTH].argmax()
+    with pytest.raises(Mistake, match=f"{written.names[longest]} takes {written.table[longest, dataset.LENGTH]} tokens, a row holds --row=19"):
+        loader(written, row=19)
+    loader(written, row=int(written.table[longest, dataset.LENGTH]))
+
+
+def test_a_set_whose_every_sample_is_held_out_trains_nothing(tmp_path):
+    name = next(f"{number}" for number in itertools.count() if dataset.held_out(f"{number}"))
+    write(tmp_path / "set", [(name, [1, 2], [0, 1], [])])
+    write(tmp_path / "good", make_samples(9))
+    for sets in (["set"], ["good", "set"]):
+        with pytest.raises(Mistake, match="set holds no training samples"):
+            loader(dataset.Samples(*(tmp_path / name for name in sets)))
