@@ -10,6 +10,7 @@
 
 Only the answer goes to standard output.
 """
+
 import itertools
 import sys
 import time
@@ -18,16 +19,32 @@ from types import SimpleNamespace
 
 import torch
 
-from nanovlm import Mistake, cli, distributed, files, generate
+from nanovlm import UserError, cli, distributed, files, generate
 from nanovlm import kernels as forms
 from nanovlm.checkpoints.checkpoint import load_checkpoint
 from nanovlm.data import chat_template, image_processing, packing
 from nanovlm.evals import benchmarks, runner
 from nanovlm.evals.runner import LONGEST, check_lengths, prompt_ids
 
-DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {
+    "auto": None,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
 BATCH = 16  # questions of an exam at once
-MARKING = ("benchmark", "questions", "annotations", "images", "out", "score", "report", "submission", "seed", "device")  # what marking again heeds
+MARKING = (
+    "benchmark",
+    "questions",
+    "annotations",
+    "images",
+    "out",
+    "score",
+    "report",
+    "submission",
+    "seed",
+    "device",
+)  # what marking again heeds
 
 
 def say(*words):
@@ -38,9 +55,15 @@ def place_pictures(text, pictures):
     """What a user says, with an <image> for each picture: where the text has them, else all in front of it."""
     typed = text.count("<image>")
     if typed not in (0, pictures):
-        raise Mistake(f"the question says <image> {typed} times, the pictures given with it are {pictures}")
-    if any("\ud800" <= letter <= "\udfff" for letter in text):  # how Python hands on bytes that are no text
-        raise Mistake(f"the question is not text in {sys.stdin.encoding if sys.stdin else 'UTF-8'}: {text[:80]!r}")
+        raise UserError(
+            f"the question says <image> {typed} times, the pictures given with it are {pictures}"
+        )
+    if any(
+        "\ud800" <= letter <= "\udfff" for letter in text
+    ):  # how Python hands on bytes that are no text
+        raise UserError(
+            f"the question is not text in {sys.stdin.encoding if sys.stdin else 'UTF-8'}: {text[:80]!r}"
+        )
     return text if typed else "<image>\n" * pictures + text
 
 
@@ -53,7 +76,9 @@ def stream(checkpoint, turns, pictures, **choices):
     text, ids = checkpoint.tokenizer.stream(), prompt_ids(checkpoint, turns, pictures)
     check_lengths(checkpoint, [len(ids)], choices["max_tokens"])
     stop = {chat_template.end_id(checkpoint.tokenizer, checkpoint.template)}
-    for (next_id,) in checkpoint.model.generate([ids], **packing.join(pictures, checkpoint.policy), stop=stop, **choices):
+    for (next_id,) in checkpoint.model.generate(
+        [ids], **packing.join(pictures, checkpoint.policy), stop=stop, **choices
+    ):
         if next_id not in stop:
             yield text.push(next_id)
     yield text.flush()
@@ -77,7 +102,9 @@ def question(prompt, pictures):
     if not prompt.strip() and sys.stdin and not sys.stdin.isatty():
         prompt = sys.stdin.read()
     if not prompt.strip() and not pictures:
-        raise Mistake("there is nothing to answer: give a --prompt, an --image, or --chat=true for a conversation")
+        raise UserError(
+            "there is nothing to answer: give a --prompt, an --image, or --chat=true for a conversation"
+        )
     return place_pictures(prompt.strip() or "What is in the fridge?", pictures)
 
 
@@ -98,7 +125,7 @@ def converse(checkpoint, pictures, prompt, **choices):
     for line in lines(prompt):
         try:
             asked = place_pictures(line, 0 if turns else len(pictures))
-        except Mistake as mistake:
+        except UserError as mistake:
             say(f"error: {mistake}")
             continue
         turns.append(("user", asked))
@@ -106,49 +133,75 @@ def converse(checkpoint, pictures, prompt, **choices):
 
 
 def check_over(name, path, start):
-    """Raise Mistake for a file that is there, and does not begin as what the setting `name` would write over it does."""
-    if runner.is_begun(path) and not (Path(path).is_file() and Path(path).read_bytes().startswith(start)):
-        raise Mistake(f"--{name}={path} is there, and is something else: name another")
+    """Raise UserError for a file that is there, and does not begin as what the setting `name` would write over it does."""
+    if runner.is_begun(path) and not (
+        Path(path).is_file() and Path(path).read_bytes().startswith(start)
+    ):
+        raise UserError(f"--{name}={path} is there, and is something else: name another")
 
 
 def check_files(typed):
-    """Raise Mistake for a file that would be written over one that another setting names, or over one that is no such file."""
-    named = [(f"--{name}", path) for name in ("questions", "annotations", "images", "score", "out", "report", "submission")
-             if (path := getattr(typed, name))]
-    named += [(f"the table beside --{name}", runner.beside(path)) for name in ("score", "out") if (path := getattr(typed, name))]
+    """Raise UserError for a file that would be written over one that another setting names, or over one that is no such file."""
+    named = [
+        (f"--{name}", path)
+        for name in ("questions", "annotations", "images", "score", "out", "report", "submission")
+        if (path := getattr(typed, name))
+    ]
+    named += [
+        (f"the table beside --{name}", runner.beside(path))
+        for name in ("score", "out")
+        if (path := getattr(typed, name))
+    ]
     read = {"--questions", "--annotations", "--images", "--score"}
     for (one, path), (other, same) in itertools.combinations(named, 2):
         if Path(path).resolve() == Path(same).resolve() and not {one, other} <= read:
-            raise Mistake(f"{other} and {one} are one file, {path}: name another")
+            raise UserError(f"{other} and {one} are one file, {path}: name another")
     if typed.report:
         check_over("report", typed.report, b"<!doctype html>")
 
 
 def check_exam(typed):
-    """Raise Mistake for settings that do not go together."""
-    given = [name for name in ("benchmark", "annotations", "images", "out", "report", "submission") if getattr(typed, name)]
+    """Raise UserError for settings that do not go together."""
+    given = [
+        name
+        for name in ("benchmark", "annotations", "images", "out", "report", "submission")
+        if getattr(typed, name)
+    ]
     if not (typed.questions or typed.score) and (given or typed.batch != BATCH):
-        raise Mistake(f"--{(given or ['batch'])[0]} is for an exam: give its --questions")
+        raise UserError(f"--{(given or ['batch'])[0]} is for an exam: give its --questions")
     if (typed.questions or typed.score) and (typed.image or typed.chat):
-        raise Mistake("--questions brings its own pictures, and is no conversation: --image and --chat do not go with it")
+        raise UserError(
+            "--questions brings its own pictures, and is no conversation: --image and --chat do not go with it"
+        )
     if typed.score and (typed.report or typed.images or typed.annotations) and not typed.questions:
-        raise Mistake(f"--{'report' if typed.report else 'images' if typed.images else 'annotations'} wants the --questions, too")
+        raise UserError(
+            f"--{'report' if typed.report else 'images' if typed.images else 'annotations'} wants the --questions, too"
+        )
     for name in ("out", "report", "submission"):
         if (path := getattr(typed, name)) and not Path(path).parent.is_dir():
-            raise Mistake(f"--{name}={path}: there is no folder {Path(path).parent}")
+            raise UserError(f"--{name}={path}: there is no folder {Path(path).parent}")
     if typed.batch < 1:
-        raise Mistake(f"--batch={typed.batch} must be at least 1")
+        raise UserError(f"--batch={typed.batch} must be at least 1")
     if typed.out and typed.out.endswith(".json"):
-        raise Mistake(f"--out={typed.out}: the table takes that name, give the answers another, such as {typed.out}l")
+        raise UserError(
+            f"--out={typed.out}: the table takes that name, give the answers another, such as {typed.out}l"
+        )
     check_files(typed)
 
 
 def check_idle(typed):
-    """Raise Mistake for a setting that would change nothing."""
+    """Raise UserError for a setting that would change nothing."""
     if typed.score:
-        cli.refuse_idle(sample, vars(typed), MARKING + ("prompt",) * bool(typed.questions), "where answers are marked again")
+        cli.refuse_idle(
+            sample,
+            vars(typed),
+            MARKING + ("prompt",) * bool(typed.questions),
+            "where answers are marked again",
+        )
     elif typed.temperature == 0:
-        idle = {"top_p", "top_k"} if typed.questions else {"top_p", "top_k", "seed"}  # an exam's intervals are drawn, too
+        idle = (
+            {"top_p", "top_k"} if typed.questions else {"top_p", "top_k", "seed"}
+        )  # an exam's intervals are drawn, too
         cli.refuse_idle(sample, vars(typed), vars(typed).keys() - idle, "at --temperature=0")
 
 
@@ -159,59 +212,97 @@ def exam(typed, choices):
     with distributed.together():
         about = runner.told(typed.score) if typed.score else {"asked": {"benchmark": "exact"}}
         if not (benchmark := typed.benchmark or (about and about["asked"]["benchmark"])):
-            raise Mistake(f"no {runner.beside(typed.score)} says by which rules {typed.score} is to be marked: give --benchmark")
+            raise UserError(
+                f"no {runner.beside(typed.score)} says by which rules {typed.score} is to be marked: give --benchmark"
+            )
         benchmarks.named(benchmark)
         if typed.out:
             runner.check_out(typed.out, about.get("asked", {}) if typed.score else None)
         if typed.submission:
-            benchmarks.submission(benchmark, [])  # refused now, not after the exam, where its owner takes none
-            check_over("submission", typed.submission, f'[{{"{benchmarks.named(benchmark).submission[0]}": '.encode())
-        questions = benchmarks.read(benchmark, typed.questions, typed.annotations, typed.images, typed.prompt) if typed.questions else []
-        checkpoint = None if typed.score else load_checkpoint(typed.model, device, DTYPES[typed.dtype])
-        rows = runner.mark_again(typed.score, questions, benchmark) if typed.score and rank == 0 else []
+            benchmarks.submission(
+                benchmark, []
+            )  # refused now, not after the exam, where its owner takes none
+            check_over(
+                "submission",
+                typed.submission,
+                f'[{{"{benchmarks.named(benchmark).submission[0]}": '.encode(),
+            )
+        questions = (
+            benchmarks.read(
+                benchmark, typed.questions, typed.annotations, typed.images, typed.prompt
+            )
+            if typed.questions
+            else []
+        )
+        checkpoint = (
+            None if typed.score else load_checkpoint(typed.model, device, DTYPES[typed.dtype])
+        )
+        rows = (
+            runner.mark_again(typed.score, questions, benchmark)
+            if typed.score and rank == 0
+            else []
+        )
     with runner.held(typed.out, rank):
         if not typed.score:
             generate.ready(checkpoint.model)
             how = dict(benchmark=benchmark, prompt=typed.prompt, out=typed.out, batch=typed.batch)
             rows, about = runner.sit(checkpoint, questions, rank, world, **how, **choices)
         if rank == 0:
-            runner.conclude(rows, about, questions, benchmark, typed.seed, out=typed.out, page=typed.report, submission=typed.submission)
+            runner.conclude(
+                rows,
+                about,
+                questions,
+                benchmark,
+                typed.seed,
+                out=typed.out,
+                page=typed.report,
+                submission=typed.submission,
+            )
 
 
-def sample(*,
-    model: str = "out/sft",       # a checkpoint, a run's folder (its newest one), or a public LLaVA: its folder or owner/name
-    image: list[str] = [],        # a picture; may be repeated
-    prompt: str = "",             # the question, <image> in it where a picture belongs; empty: standard input if piped, else what is in the fridge
-    chat: bool = False,           # keep talking: the prompt, then a question a line
-    benchmark: str = "",          # of an exam: how it is read, asked and marked, such as mmmu (README.md names them); empty: exact, or as --score was
-    questions: str = "",          # an exam, as its owner publishes it: a file, a folder or a zip; or JSON lines of id, image, question, answers
-    annotations: str = "",        # its right answers, where they are in a file of their own
-    images: str = "",             # the folder or zip that its pictures are named from; empty: beside the questions
-    out: str = "",                # a file for its answers, JSON lines; if some are there, it goes on. The table goes beside it, as .json
-    score: str = "",              # such a file, to be marked again without a model; by the right answers in --questions, if given
-    report: str = "",             # a page of HTML for its pictures, questions, answers and marks
-    submission: str = "",         # a file for its answers as the owner wants them handed in (coco, vqav2, docvqa, infovqa)
-    batch: int = BATCH,           # of its questions, answered at once
-    temperature: float = 0.0,     # 0 takes the likeliest token every time; 1 draws as the model believes
-    top_p: float = 1.0,           # draw among the fewest likeliest tokens that hold this much of the probability
-    top_k: int = 0,               # draw among this many likeliest tokens; 0: among all
-    max_tokens: int = 256,        # the longest answer
-    seed: int = 0,                # of the draws, and of the resampling that an exam's intervals come from
-    device: str = "auto",         # auto, cpu, cuda, cuda:1 (or another card's number) or mps
-    dtype: str = "auto",          # of the model's numbers: float32, bfloat16 or float16; auto: what its files have, so that 7B take 14 GB, not 28
-    kernels: str = "auto",        # auto: our Triton kernels on CUDA cards that can run them; torch: the formulas in PyTorch
+def sample(
+    *,
+    model: str = "out/sft",  # a checkpoint, a run's folder (its newest one), or a public LLaVA: its folder or owner/name
+    image: list[str] = [],  # a picture; may be repeated
+    prompt: str = "",  # the question, <image> in it where a picture belongs; empty: standard input if piped, else what is in the fridge
+    chat: bool = False,  # keep talking: the prompt, then a question a line
+    benchmark: str = "",  # of an exam: how it is read, asked and marked, such as mmmu (README.md names them); empty: exact, or as --score was
+    questions: str = "",  # an exam, as its owner publishes it: a file, a folder or a zip; or JSON lines of id, image, question, answers
+    annotations: str = "",  # its right answers, where they are in a file of their own
+    images: str = "",  # the folder or zip that its pictures are named from; empty: beside the questions
+    out: str = "",  # a file for its answers, JSON lines; if some are there, it goes on. The table goes beside it, as .json
+    score: str = "",  # such a file, to be marked again without a model; by the right answers in --questions, if given
+    report: str = "",  # a page of HTML for its pictures, questions, answers and marks
+    submission: str = "",  # a file for its answers as the owner wants them handed in (coco, vqav2, docvqa, infovqa)
+    batch: int = BATCH,  # of its questions, answered at once
+    temperature: float = 0.0,  # 0 takes the likeliest token every time; 1 draws as the model believes
+    top_p: float = 1.0,  # draw among the fewest likeliest tokens that hold this much of the probability
+    top_k: int = 0,  # draw among this many likeliest tokens; 0: among all
+    max_tokens: int = 256,  # the longest answer
+    seed: int = 0,  # of the draws, and of the resampling that an exam's intervals come from
+    device: str = "auto",  # auto, cpu, cuda, cuda:1 (or another card's number) or mps
+    dtype: str = "auto",  # of the model's numbers: float32, bfloat16 or float16; auto: what its files have, so that 7B take 14 GB, not 28
+    kernels: str = "auto",  # auto: our Triton kernels on CUDA cards that can run them; torch: the formulas in PyTorch
 ):
     """Answer a question about pictures, or about nothing but words."""
     typed = SimpleNamespace(**locals())
-    choices = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "max_tokens": max_tokens, "seed": seed}
+    choices = {
+        "temperature": temperature,
+        "top_p": top_p,
+        "top_k": top_k,
+        "max_tokens": max_tokens,
+        "seed": seed,
+    }
     check(choices)
     if dtype not in DTYPES:
-        raise Mistake(f"--dtype={dtype} is none of {', '.join(DTYPES)}")
+        raise UserError(f"--dtype={dtype} is none of {', '.join(DTYPES)}")
     if kernels not in ("auto", "torch"):
-        raise Mistake(f"--kernels={kernels} is none of auto, torch")
+        raise UserError(f"--kernels={kernels} is none of auto, torch")
     forms.choice = kernels
     if not (score or Path(model).exists() or files.is_name(model)):
-        raise Mistake(f"no such model: {model}; `python train.py` makes out/sft, the demonstration's")
+        raise UserError(
+            f"no such model: {model}; `python train.py` makes out/sft, the demonstration's"
+        )
     check_exam(typed)
     check_idle(typed)
     if questions or score:
@@ -227,7 +318,7 @@ def sample(*,
 
 
 def check(choices):
-    """One Mistake that names every choice out of its range."""
+    """One UserError that names every choice out of its range."""
     rules = {  # where float32 could make a quotient infinite or a share 0, torch would draw from nothing
         "temperature": ("0 or from 0.001 to 1000", lambda x: x == 0 or 0.001 <= x <= 1000),
         "top_p": ("from 0.001 to 1", lambda x: 0.001 <= x <= 1),
@@ -235,9 +326,13 @@ def check(choices):
         "max_tokens": (f"from 1 to {LONGEST:,}", lambda x: 1 <= x <= LONGEST),
         "seed": ("at least 0 and below 2^63", lambda x: 0 <= x < 2**63),
     }
-    wrong = [f"--{name}={choices[name]} must be {must}" for name, (must, holds) in rules.items() if not holds(choices[name])]
+    wrong = [
+        f"--{name}={choices[name]} must be {must}"
+        for name, (must, holds) in rules.items()
+        if not holds(choices[name])
+    ]
     if wrong:
-        raise Mistake("; ".join(wrong))
+        raise UserError("; ".join(wrong))
 
 
 if __name__ == "__main__":

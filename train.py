@@ -1,9 +1,10 @@
 """Grow eyes on a language model:
 
-    python train.py                                              the demonstration: everything from nothing, in minutes on two CPU cores
-    python train.py --stage=sft --data=data/mine --out=out/mine  fine-tune what `pretrain` left, on your own data
-    torchrun --nproc_per_node=8 train.py --stage=sft             the same on eight cards
+python train.py                                              the demonstration: everything from nothing, in minutes on two CPU cores
+python train.py --stage=sft --data=data/mine --out=out/mine  fine-tune what `pretrain` left, on your own data
+torchrun --nproc_per_node=8 train.py --stage=sft             the same on eight cards
 """
+
 import itertools
 import math
 import os
@@ -16,9 +17,15 @@ from types import SimpleNamespace
 
 import torch
 
-from nanovlm import UNTRAINED, Mistake, cli, files, kernels
+from nanovlm import IGNORE_INDEX, UserError, cli, files, kernels
 from nanovlm import distributed as ranks
-from nanovlm.checkpoints.checkpoint import build_model, describe_checkpoint, finish_loading, list_checkpoints, load_checkpoint
+from nanovlm.checkpoints.checkpoint import (
+    build_model,
+    describe_checkpoint,
+    finish_loading,
+    list_checkpoints,
+    load_checkpoint,
+)
 from nanovlm.data import dataset
 from nanovlm.data.dataset import LENGTH, Samples
 from nanovlm.data.packing import Loader, read_blend
@@ -44,7 +51,12 @@ def schedule(step, *, steps, warmup, floor):
 
 def set_rates(optimizer, step, run):
     """Every group at its rate for a step; returns the share of the peak that it is."""
-    share = schedule(step, steps=run.steps, warmup=max(1, round(run.warmup * run.steps)), floor=run.floor / run.lr)
+    share = schedule(
+        step,
+        steps=run.steps,
+        warmup=max(1, round(run.warmup * run.steps)),
+        floor=run.floor / run.lr,
+    )
     for group in optimizer.param_groups:
         group["lr"] = group["peak"] * share
     return share
@@ -57,7 +69,9 @@ def make_optimizer(model, rates, decay, betas):
         for matrices in (True, False):
             members = [p for p in getattr(model, part).parameters() if (p.dim() >= 2) == matrices]
             if members:
-                groups.append({"params": members, "peak": rate, "weight_decay": decay if matrices else 0.0})
+                groups.append(
+                    {"params": members, "peak": rate, "weight_decay": decay if matrices else 0.0}
+                )
     return torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)
 
 
@@ -65,10 +79,14 @@ def to_go_on_from(run):
     """The checkpoint that a resumed run goes on from; None for a fresh run."""
     if run.resume:
         if not (found := list_checkpoints(run.out)):
-            raise Mistake(f"--resume=true, but {run.out} holds no checkpoint of a run to go on from")
+            raise UserError(
+                f"--resume=true, but {run.out} holds no checkpoint of a run to go on from"
+            )
         return found[-1]
     if Path(run.model).resolve().is_relative_to(Path(run.out).resolve()):
-        raise Mistake(f"--model={run.model} lies in --out={run.out}: name another --out, or go on with --resume=true")
+        raise UserError(
+            f"--model={run.model} lies in --out={run.out}: name another --out, or go on with --resume=true"
+        )
 
 
 def to_train(folder, run):
@@ -93,7 +111,9 @@ def make_room(run):
     if run.resume or not os.path.lexists(out) or (out.is_dir() and not any(out.iterdir())):
         return
     if not (out / "log.jsonl").is_file():
-        raise Mistake(f"--out={out} is there already, and is no run that could be moved aside: name another")
+        raise UserError(
+            f"--out={out} is there already, and is no run that could be moved aside: name another"
+        )
     number = next(n for n in itertools.count(1) if not Path(f"{out}.{n}").exists())
     with files.claim(out):
         os.rename(out, f"{out}.{number}")
@@ -104,7 +124,9 @@ def identity(run, samples):
     """What must stay the same for a run to go on to the same numbers; data by what it holds, since it may have moved."""
     content = f"{len(samples.table):,} samples of {samples.table[:, LENGTH].sum():,} tokens ({sha256(samples.table.tobytes()).hexdigest()[:8]})"
     blend = "" if run.weights is None else f" blended by {run.weights}"
-    return {name: value for name, value in vars(run).items() if name not in (*FREE, "rates", "weights")} | {"data": content + blend}
+    return {
+        name: value for name, value in vars(run).items() if name not in (*FREE, "rates", "weights")
+    } | {"data": content + blend}
 
 
 def to_train_on(run, checkpoint, found):
@@ -119,9 +141,13 @@ def to_train_on(run, checkpoint, found):
 def step_of(found, must_agree):
     """The step of a run's checkpoint; a setting that would change the run is refused."""
     was = files.read_json(found / "training.json", "step")
-    wrong = [f"--{name} was {was.get(name)}, now {value}" for name, value in must_agree.items() if was.get(name) != value]
+    wrong = [
+        f"--{name} was {was.get(name)}, now {value}"
+        for name, value in must_agree.items()
+        if was.get(name) != value
+    ]
     if wrong:
-        raise Mistake(f"{found} cannot go on as another run: {'; '.join(wrong)}")
+        raise UserError(f"{found} cannot go on as another run: {'; '.join(wrong)}")
     return was["step"]
 
 
@@ -134,7 +160,17 @@ def lay_out(run, model, row, device, rank, world):
     sizes = estimate_memory(model, row, run.micro, device, products, **how)
     run.parallel, why = ranks.choose(run.parallel, sum(sizes.values()), device)
     if run.parallel == "fsdp":
-        sizes = estimate_memory(model, row, run.micro, device, products, how="fsdp", shards=run.shard or world, offload=run.offload, **how)
+        sizes = estimate_memory(
+            model,
+            row,
+            run.micro,
+            device,
+            products,
+            how="fsdp",
+            shards=run.shard or world,
+            offload=run.offload,
+            **how,
+        )
     if run.compile:
         with ranks.together():
             ranks.check_compiler(device)
@@ -147,21 +183,32 @@ def lay_out(run, model, row, device, rank, world):
 def read_exam(run):
     """The questions that are asked on the way; [] if there are none."""
     if not run.exam:
-        cli.refuse_idle(train, vars(run), vars(run).keys() - {"exam_images", "exam_every", "benchmark"}, "without --exam=FILE")
+        cli.refuse_idle(
+            train,
+            vars(run),
+            vars(run).keys() - {"exam_images", "exam_every", "benchmark"},
+            "without --exam=FILE",
+        )
         return []
     questions = benchmarks.read(run.benchmark, run.exam, images=run.exam_images)
     if secret := [q["id"] for q in questions if not q["answers"]]:
-        raise Mistake(f"--exam={run.exam}: question {secret[0]} has no answer to be marked by")
+        raise UserError(f"--exam={run.exam}: question {secret[0]} has no answer to be marked by")
     return questions
 
 
 def look(run, done, checkpoint, samples, held_out, questions, mixed, rank, world):
     """What is seen of the model at a step, the same on all ranks: {"validation", "blank", "exam": the mean score}, {} where nobody looks."""
     last = done == run.steps
-    seen = validate(checkpoint, samples, held_out, rank, world, mixed) if last or done % run.validate_every == 0 else {}
+    seen = (
+        validate(checkpoint, samples, held_out, rank, world, mixed)
+        if last or done % run.validate_every == 0
+        else {}
+    )
     if questions and (last or done % run.exam_every == 0):
         marks = runner.ask(checkpoint, questions, rank, world, benchmark=run.benchmark, mixed=mixed)
-        (seen["exam"],) = ranks.total([0.0 if marks is None else marks[-1].score], checkpoint.model.mean_C11.device)
+        (seen["exam"],) = ranks.total(
+            [0.0 if marks is None else marks[-1].score], checkpoint.model.mean_C11.device
+        )
     return seen
 
 
@@ -179,53 +226,56 @@ def foretell(run, typed):
     with torch.device("meta"):
         model = build_model(told.shapes, told.policy).train()
     hold_still(model, run.rates)
-    print_estimate(run, model, told.policy, speed=(run.peak or 989) * 1e12 * (run.mfu or 0.4))  # 989: an H100 in bfloat16, by NVIDIA's data sheet
+    print_estimate(
+        run, model, told.policy, speed=(run.peak or 989) * 1e12 * (run.mfu or 0.4)
+    )  # 989: an H100 in bfloat16, by NVIDIA's data sheet
 
 
-def train(*,
-    stage: str = "",                  # brain, eye, pretrain or sft; empty: the demonstration, all of them in a row
-    recipe: str = "megatron",         # whose settings pretrain and sft have where none are given: megatron or llava (LLaVA-1.5)
-    model: str | None = None,         # the checkpoint to start from; none: what the stage before left
-    data: str | None = None,          # a set that `prepare.py data` wrote, or several: a,b, or a:0.7,b:0.3 by their shares of the samples
-    out: str | None = None,           # the run's folder; none: out/STAGE
-    resume: bool = False,             # go on from the newest checkpoint in --out
-    steps: int | None = None,         # optimizer steps in all
-    batch: int | None = None,         # rows of a step, over all ranks and micro-batches
-    micro: int = 16,                  # rows a rank holds at once
-    row: int | None = None,           # tokens in a row; whole samples are packed into it
-    freeze: str = "",                 # parts that keep still, of vision,projector,decoder, or none; empty: the stage's
-    lr: float | None = None,          # peak rate of every part that trains
-    vision_lr: float | None = None,   # the eye's own
+def train(
+    *,
+    stage: str = "",  # brain, eye, pretrain or sft; empty: the demonstration, all of them in a row
+    recipe: str = "megatron",  # whose settings pretrain and sft have where none are given: megatron or llava (LLaVA-1.5)
+    model: str | None = None,  # the checkpoint to start from; none: what the stage before left
+    data: str | None = None,  # a set that `prepare.py data` wrote, or several: a,b, or a:0.7,b:0.3 by their shares of the samples
+    out: str | None = None,  # the run's folder; none: out/STAGE
+    resume: bool = False,  # go on from the newest checkpoint in --out
+    steps: int | None = None,  # optimizer steps in all
+    batch: int | None = None,  # rows of a step, over all ranks and micro-batches
+    micro: int = 16,  # rows a rank holds at once
+    row: int | None = None,  # tokens in a row; whole samples are packed into it
+    freeze: str = "",  # parts that keep still, of vision,projector,decoder, or none; empty: the stage's
+    lr: float | None = None,  # peak rate of every part that trains
+    vision_lr: float | None = None,  # the eye's own
     projector_lr: float | None = None,  # the projector's own
     decoder_lr: float | None = None,  # the brain's own
-    floor: float | None = None,       # where the rate ends, as a rate beside --lr
-    warmup: float | None = None,      # share of the steps over which the rate rises
-    decay: float | None = None,       # weight decay, on matrices only
-    clip: float | None = None,        # the gradient's norm is cut down to this
-    beta1: float = 0.9,               # Adam's memory of gradients
-    beta2: float | None = None,       # Adam's memory of their squares
-    seed: int = 0,                    # of the order of the samples
-    save_every: int = 500,            # steps between checkpoints
-    keep: int = 1,                    # how many of them stay; with 2 or more, the one that validates best stays as well
-    validate_every: int = 100,        # steps between looks at the held-out samples
-    log_every: int = 20,              # steps between progress lines
-    exam: str = "",                   # a small file of questions to be asked on the way, as `sample.py --questions` has them
-    exam_images: str = "",            # the folder or zip that their pictures are named from; empty: the file's own
-    exam_every: int = 500,            # steps between exams; the last step ends with one, too
-    benchmark: str = "exact",         # how the exam is read and marked, as `sample.py --benchmark` has it
-    device: str = "auto",             # auto, cpu, cuda, cuda:1 (or another card's number) or mps
-    dtype: str = "auto",              # auto, float32 or bfloat16: of the products; auto is bfloat16 on CUDA. Parameters stay float32
-    parallel: str = "auto",           # of several processes: ddp, each holds the model; fsdp, each holds a part; auto, ddp where that fits
-    shard: int = 0,                   # under fsdp, over how many ranks a copy of the model lies (HSDP, within a node); 0: over all
-    offload: bool = False,            # under fsdp, what the optimizer works on stays in the host's memory: slower, and a card holds what it gathers
-    recompute: str = "none",          # blocks that keep nothing for the backward pass and compute it again: none, decoder or all
-    compile: bool = False,            # join what a block computes into fewer passes by torch.compile: a minute at the start, faster steps
-    kernels: str = "auto",            # auto: our Triton kernels on CUDA cards that can run them; torch: the formulas in PyTorch
-    profile: bool = False,            # tell the seconds of each phase of a step, and leave a trace of three steps in the run's folder
-    tensorboard: bool = False,        # write the curves for tensorboard as well, if it is installed
-    dry_run: bool = False,            # print what the run would take on 1, 8 and 64 cards, and leave it at that
-    mfu: float | None = None,         # of a dry run: the share of a card's peak that is reached; none: 0.4
-    peak: float | None = None,        # of a dry run: a card's TFLOP/s; none: an H100's 989
+    floor: float | None = None,  # where the rate ends, as a rate beside --lr
+    warmup: float | None = None,  # share of the steps over which the rate rises
+    decay: float | None = None,  # weight decay, on matrices only
+    clip: float | None = None,  # the gradient's norm is cut down to this
+    beta1: float = 0.9,  # Adam's memory of gradients
+    beta2: float | None = None,  # Adam's memory of their squares
+    seed: int = 0,  # of the order of the samples
+    save_every: int = 500,  # steps between checkpoints
+    keep: int = 1,  # how many of them stay; with 2 or more, the one that validates best stays as well
+    validate_every: int = 100,  # steps between looks at the held-out samples
+    log_every: int = 20,  # steps between progress lines
+    exam: str = "",  # a small file of questions to be asked on the way, as `sample.py --questions` has them
+    exam_images: str = "",  # the folder or zip that their pictures are named from; empty: the file's own
+    exam_every: int = 500,  # steps between exams; the last step ends with one, too
+    benchmark: str = "exact",  # how the exam is read and marked, as `sample.py --benchmark` has it
+    device: str = "auto",  # auto, cpu, cuda, cuda:1 (or another card's number) or mps
+    dtype: str = "auto",  # auto, float32 or bfloat16: of the products; auto is bfloat16 on CUDA. Parameters stay float32
+    parallel: str = "auto",  # of several processes: ddp, each holds the model; fsdp, each holds a part; auto, ddp where that fits
+    shard: int = 0,  # under fsdp, over how many ranks a copy of the model lies (HSDP, within a node); 0: over all
+    offload: bool = False,  # under fsdp, what the optimizer works on stays in the host's memory: slower, and a card holds what it gathers
+    recompute: str = "none",  # blocks that keep nothing for the backward pass and compute it again: none, decoder or all
+    compile: bool = False,  # join what a block computes into fewer passes by torch.compile: a minute at the start, faster steps
+    kernels: str = "auto",  # auto: our Triton kernels on CUDA cards that can run them; torch: the formulas in PyTorch
+    profile: bool = False,  # tell the seconds of each phase of a step, and leave a trace of three steps in the run's folder
+    tensorboard: bool = False,  # write the curves for tensorboard as well, if it is installed
+    dry_run: bool = False,  # print what the run would take on 1, 8 and 64 cards, and leave it at that
+    mfu: float | None = None,  # of a dry run: the share of a card's peak that is reached; none: 0.4
+    peak: float | None = None,  # of a dry run: a card's TFLOP/s; none: an H100's 989
 ):
     """Train one stage, or (without --stage) walk the whole road once.
 
@@ -249,13 +299,28 @@ def train(*,
         # ---- what to train on, and from which step ----
         samples, must_agree, start = to_train_on(run, checkpoint, found)
         if start == run.steps:
-            return print(f"{stage}: {run.out} has all of its {start} steps already") if rank == 0 else None
+            return (
+                print(f"{stage}: {run.out} has all of its {start} steps already")
+                if rank == 0
+                else None
+            )
         how = dict(row=run.row, seed=run.seed, weights=run.weights)
-        loader = Loader(samples, batch=run.batch, micro=run.micro, rank=rank, world=world, start=start, pin=device.type == "cuda", **how)
+        loader = Loader(
+            samples,
+            batch=run.batch,
+            micro=run.micro,
+            rank=rank,
+            world=world,
+            start=start,
+            pin=device.type == "cuda",
+            **how,
+        )
         held_out, questions = pack_validation_set(samples, run.row), read_exam(run)
         ((one_row, _),) = next(Loader(samples, batch=1, micro=1, **how))
         if rank == 0:
-            print(f"{stage}: {run.steps} steps of {run.batch} rows on {world} × {device}, from {found or run.model} on {run.data}")
+            print(
+                f"{stage}: {run.steps} steps of {run.batch} rows on {world} × {device}, from {found or run.model} on {run.data}"
+            )
 
     # ---- on what: one process, or several that each hold the model, or a part of it ----
     products = lay_out(run, vlm, one_row, device, rank, world)
@@ -271,8 +336,15 @@ def train(*,
 
     # ---- the loop ----
     done, stopping, log = start, False, Log(run.out, start, run.steps, rank, run.tensorboard)
-    with log, ThreadPoolExecutor(1) as reader, Stopper(rank) as stopper, Clock(run.profile, vlm, device, run.out, rank) as clock:
-        coming = reader.submit(next, loader)  # the next step's batches are read while this one's are computed
+    with (
+        log,
+        ThreadPoolExecutor(1) as reader,
+        Stopper(rank) as stopper,
+        Clock(run.profile, vlm, device, run.out, rank) as clock,
+    ):
+        coming = reader.submit(
+            next, loader
+        )  # the next step's batches are read while this one's are computed
         while done < run.steps and not stopping:
             batches = log.wait(coming)
             coming = reader.submit(next, loader)
@@ -290,7 +362,15 @@ def train(*,
             looks = look(run, done, checkpoint, samples, held_out, questions, mixed, rank, world)
             log.did(step, flops.of_batches(vlm, run.rates, batches))
             if looks or saving or done % run.log_every == 0:
-                log.line(done, looks, loss=step.loss, rate=run.lr * share, trained=step.trained / step.tokens, **norms, **clock.read())
+                log.line(
+                    done,
+                    looks,
+                    loss=step.loss,
+                    rate=run.lr * share,
+                    trained=step.trained / step.tokens,
+                    **norms,
+                    **clock.read(),
+                )
             if saving:
                 saved.write(done, last, looks)
             clock.mark("between steps")
@@ -305,56 +385,101 @@ def gradients(wrapped, batches, device, mixed, stopper, clock):
     Returns loss, the step's a trained token; of all ranks its `trained` tokens, all its `tokens` and `samples`, and `stopping`, whether any was
     asked to stop before the end; and `sums`, the summed loss of each of this rank's micro-batches.
     """
-    counts = [sum(int(tally) for tally in tallies) for tallies in zip(*(
-        ((batch["targets_BT"] != UNTRAINED).sum(), (batch["documents_BT"] >= 0).sum(), len(members)) for batch, members in batches), strict=True)]
+    counts = [
+        sum(int(tally) for tally in tallies)
+        for tallies in zip(
+            *(
+                (
+                    (batch["targets_BT"] != IGNORE_INDEX).sum(),
+                    (batch["documents_BT"] >= 0).sum(),
+                    len(members),
+                )
+                for batch, members in batches
+            ),
+            strict=True,
+        )
+    ]
     trained, tokens, samples, world = ranks.total([*counts, 1], device)
     sums = []
     for number, (batch, _) in enumerate(batches, 1):
         with ranks.no_sync(wrapped, last=number == len(batches)):
             with mixed:
-                loss = wrapped(**{name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()})
+                loss = wrapped(
+                    **{name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+                )
             clock.mark("decoder")
-            (loss * (world / trained if trained else math.nan)).backward()  # the wrapper takes the mean over ranks
+            (
+                loss * (world / trained if trained else math.nan)
+            ).backward()  # the wrapper takes the mean over ranks
             clock.mark("eye")
         sums.append(loss.detach())
     sums = torch.stack(sums).tolist()
     loss, asked = ranks.total([sum(sums), stopper.asked > 0], device)
-    return SimpleNamespace(loss=loss / trained if trained else math.nan, sums=sums, trained=trained, tokens=tokens, samples=samples,
-                           stopping=asked > 0)
+    return SimpleNamespace(
+        loss=loss / trained if trained else math.nan,
+        sums=sums,
+        trained=trained,
+        tokens=tokens,
+        samples=samples,
+        stopping=asked > 0,
+    )
 
 
 def check_finite(done, step, norm, batches, samples, out):
-    """Raise Mistake, before the weights change, unless loss and gradient are numbers; it names the samples of the micro-batches to blame, and
+    """Raise UserError, before the weights change, unless loss and gradient are numbers; it names the samples of the micro-batches to blame, and
     leaves them in a set of their own."""
     if math.isfinite(step.loss) and math.isfinite(norm):
         return
     mine = [i for _, members in batches for i in members]
-    blamed = [i for x, (_, members) in zip(step.sums, batches, strict=True) if not math.isfinite(x) for i in members]
+    blamed = [
+        i
+        for x, (_, members) in zip(step.sums, batches, strict=True)
+        if not math.isfinite(x)
+        for i in members
+    ]
     everyone = ranks.gather((blamed, mine))
     members = [i for some, _ in everyone for i in some] or [i for _, some in everyone for i in some]
     kept = Path(out) / f"not-finite-{done:06d}"
     with ranks.together():
         ranks.first(dataset.write_some, samples, members, kept)
-        raise Mistake(f"step {done}: loss {step.loss}, gradient norm {norm}; what is saved is untouched. Samples: "
-                      f"{', '.join(samples.names[i] for i in members[:50])}{f' and {len(members) - 50} more' if len(members) > 50 else ''}. "
-                      f"Look at one: python prepare.py show --data={kept} --sample={shlex.quote(samples.names[members[0]])}")
+        raise UserError(
+            f"step {done}: loss {step.loss}, gradient norm {norm}; what is saved is untouched. Samples: "
+            f"{', '.join(samples.names[i] for i in members[:50])}{f' and {len(members) - 50} more' if len(members) > 50 else ''}. "
+            f"Look at one: python prepare.py show --data={kept} --sample={shlex.quote(samples.names[members[0]])}"
+        )
 
 
 def refuse_settings(typed):
     """The demonstration sets everything itself, and is one process."""
-    if given := ", ".join(f"--{name}={cli.show(value)}" for name, value in cli.changed(train, typed).items()):
-        raise Mistake(f"{given}: without a --stage ({', '.join(STAGES)}) the demonstration sets everything itself")
+    if given := ", ".join(
+        f"--{name}={cli.show(value)}" for name, value in cli.changed(train, typed).items()
+    ):
+        raise UserError(
+            f"{given}: without a --stage ({', '.join(STAGES)}) the demonstration sets everything itself"
+        )
     if "RANK" in os.environ:
-        raise Mistake(f"torchrun wants a --stage ({', '.join(STAGES)}): the demonstration is one process")
+        raise UserError(
+            f"torchrun wants a --stage ({', '.join(STAGES)}): the demonstration is one process"
+        )
 
 
 def how_to_go_on(typed):
     """The command that continues this run; the demonstration finds its own way."""
     if len(sys.argv) == 1:
         return "python train.py"
-    launch = f"torchrun --nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}" if "LOCAL_WORLD_SIZE" in os.environ else "python"
+    launch = (
+        f"torchrun --nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}"
+        if "LOCAL_WORLD_SIZE" in os.environ
+        else "python"
+    )
     again = cli.changed(train, typed) | {"resume": True}
-    return shlex.join([*launch.split(), sys.argv[0], *(f"--{name}={cli.show(value)}" for name, value in again.items())])
+    return shlex.join(
+        [
+            *launch.split(),
+            sys.argv[0],
+            *(f"--{name}={cli.show(value)}" for name, value in again.items()),
+        ]
+    )
 
 
 if __name__ == "__main__":

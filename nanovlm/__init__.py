@@ -8,11 +8,12 @@ The letters that names carry (`q_BTHK` is four-dimensional: rows, tokens, query 
 
 A lower-case letter is a part of what its capital counts (n of N trained tokens in a chunk), a 1 a dimension kept for broadcasting.
 """
-IMAGE = -1  # the id that holds a picture's place among token ids; no vocabulary has it, so no embedding is spent on it
-UNTRAINED = -1  # the target of a token that nobody trains
+
+IMAGE_TOKEN_ID = -1  # stands for an image among token ids; no vocabulary has it, so it needs no embedding
+IGNORE_INDEX = -100  # label of a token that has no loss, as in PyTorch's cross_entropy
 
 
-class Mistake(Exception):
+class UserError(Exception):
     """A user's mistake or a broken file, told in one line that names the thing; the doors print it and exit with 1.
 
     reason: a few words that a table of such mistakes is grouped by.

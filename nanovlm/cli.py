@@ -1,4 +1,5 @@
 """Settings from the command line: the keyword-only parameters of a function are its settings, the remark behind each its explanation."""
+
 import ast
 import difflib
 import inspect
@@ -9,9 +10,18 @@ import textwrap
 import types
 import typing
 
-from . import Mistake
+from . import UserError
 
-WORDS = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
+WORDS = {
+    "true": True,
+    "1": True,
+    "yes": True,
+    "on": True,
+    "false": False,
+    "0": False,
+    "no": False,
+    "off": False,
+}
 
 
 def settings(function):
@@ -21,7 +31,11 @@ def settings(function):
     arguments = ast.parse(source).body[0].args.kwonlyargs
     remarks = {a.arg: lines[a.end_lineno - 1].partition("  # ")[2].strip() for a in arguments}
     found = inspect.signature(function).parameters.values()
-    return [(p.name, hints[p.name], p.default, remarks[p.name]) for p in found if p.kind is p.KEYWORD_ONLY]
+    return [
+        (p.name, hints[p.name], p.default, remarks[p.name])
+        for p in found
+        if p.kind is p.KEYWORD_ONLY
+    ]
 
 
 def convert(text, kind):
@@ -75,20 +89,24 @@ def pairs(argv, known):
 
 
 def parse(function, argv):
-    """The settings typed in argv as keyword arguments; one Mistake names everything that is wrong.
+    """The settings typed in argv as keyword arguments; one UserError names everything that is wrong.
 
     Words that stand alone belong to the first setting, if that is a list: plot out/*/log.jsonl.
     """
     rows = settings(function)
     known = {name: kind for name, kind, _, _ in rows}
-    empty = {name for name, _, default, _ in rows if default == ""}  # elsewhere nothing is a shell's unset variable, not a wish
+    empty = {
+        name for name, _, default, _ in rows if default == ""
+    }  # elsewhere nothing is a shell's unset variable, not a wish
     first = next(iter(known), None)
     chosen, wrong = {}, []
     for name, text in pairs(argv, known):
         if name is None and known.get(first) == list[str] and not text.startswith("-"):
             chosen.setdefault(first, []).append(text)
         elif name is None:
-            wrong.append(f"{text!r} belongs to no setting{suggestion(text.lstrip('-').split('=')[0], known, '--')}")
+            wrong.append(
+                f"{text!r} belongs to no setting{suggestion(text.lstrip('-').split('=')[0], known, '--')}"
+            )
         elif name not in known:
             wrong.append(f"--{name} is no setting{suggestion(name, known, '--')}")
         elif text is None or (not text and name not in empty):
@@ -103,7 +121,7 @@ def parse(function, argv):
             except ValueError:
                 wrong.append(f"--{name}={text} is not {wanted(known[name])}")
     if wrong:
-        raise Mistake("; ".join(wrong))
+        raise UserError("; ".join(wrong))
     return chosen
 
 
@@ -118,19 +136,27 @@ def status(*words):
 
 
 def show(value):
-    return ",".join(value) if isinstance(value, list) else str(value).lower() if value is None or isinstance(value, bool) else str(value)
+    return (
+        ",".join(value)
+        if isinstance(value, list)
+        else str(value).lower()
+        if value is None or isinstance(value, bool)
+        else str(value)
+    )
 
 
 def changed(function, typed):
     """{setting: value} of those that are not at their defaults."""
-    return {name: typed[name] for name, _, default, _ in settings(function) if typed[name] != default}
+    return {
+        name: typed[name] for name, _, default, _ in settings(function) if typed[name] != default
+    }
 
 
 def refuse_idle(function, typed, heeded, where):
-    """Raise Mistake for a setting that was changed but is not heeded; where: that is so."""
+    """Raise UserError for a setting that was changed but is not heeded; where: that is so."""
     for name, value in changed(function, typed).items():
         if name not in heeded:
-            raise Mistake(f"--{name}={show(value)} changes nothing {where}")
+            raise UserError(f"--{name}={show(value)} changes nothing {where}")
 
 
 def show_help(function):
@@ -145,9 +171,9 @@ def choose(functions, argv):
     """The function that the first word names, and the rest of argv."""
     ask = f"the first word says what to do ({', '.join(functions)})"
     if not argv:
-        raise Mistake(f"{ask}: there is none")
+        raise UserError(f"{ask}: there is none")
     if argv[0] not in functions:
-        raise Mistake(f"{ask}: {argv[0]!r} is none of them{suggestion(argv[0], functions)}")
+        raise UserError(f"{ask}: {argv[0]!r} is none of them{suggestion(argv[0], functions)}")
     return functions[argv[0]], argv[1:]
 
 
@@ -156,7 +182,12 @@ def call(functions, argv):
     helps = {"--help", "-h"}
     if isinstance(functions, dict):
         if argv and argv[0] in helps:
-            return print("\n".join(f"{name}: {inspect.getdoc(function).splitlines()[0]}" for name, function in functions.items()))
+            return print(
+                "\n".join(
+                    f"{name}: {inspect.getdoc(function).splitlines()[0]}"
+                    for name, function in functions.items()
+                )
+            )
         functions, argv = choose(functions, argv)
     if helps & set(argv):
         return show_help(functions)
@@ -174,12 +205,16 @@ def run(functions):
     try:
         call(functions, sys.argv[1:])
         print(end="", flush=True)
-    except Mistake as mistake:
+    except UserError as mistake:
         sys.exit(f"error: {mistake}")
-    except BrokenPipeError:  # `python sample.py … | head -1` is no error; what is left in the buffer has nowhere to go
+    except (
+        BrokenPipeError
+    ):  # `python sample.py … | head -1` is no error; what is left in the buffer has nowhere to go
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except OSError as error:
-        sys.exit(f"error: {f'{error.filename}: ' if error.filename else ''}{error.strerror or error}")
+        sys.exit(
+            f"error: {f'{error.filename}: ' if error.filename else ''}{error.strerror or error}"
+        )
     except KeyboardInterrupt:
         sys.exit(130)

@@ -2,6 +2,7 @@
 
 One process is the case of one rank: there is nobody to wait for, add up with or share a model with, so train.py needs no second path.
 """
+
 import atexit
 import contextlib
 import functools
@@ -17,25 +18,37 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from . import Mistake
+from . import UserError
 
 ROOM = 0.8  # of a device's memory may be spoken for by an estimate; the rest is for what fragments, and for libraries
 
 
 def pick_device(name):
-    """"auto" takes CUDA, then Apple's MPS, then the CPU; under torchrun a rank takes the card of its number on its machine."""
+    """ "auto" takes CUDA, then Apple's MPS, then the CPU; under torchrun a rank takes the card of its number on its machine."""
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        name = (
+            "cuda"
+            if torch.cuda.is_available()
+            else "mps"
+            if torch.backends.mps.is_available()
+            else "cpu"
+        )
     kind, _, number = name.partition(":")
-    if kind not in ("cpu", "cuda", "mps") or (number and not (kind == "cuda" and number.isdecimal())):
-        raise Mistake(f"--device={name} is none of auto, cpu, cuda, cuda:1 (or another card's number) and mps")
+    if kind not in ("cpu", "cuda", "mps") or (
+        number and not (kind == "cuda" and number.isdecimal())
+    ):
+        raise UserError(
+            f"--device={name} is none of auto, cpu, cuda, cuda:1 (or another card's number) and mps"
+        )
     if kind == "mps" and not torch.backends.mps.is_available():
-        raise Mistake(f"--device={name}, but PyTorch {torch.__version__} sees no Apple GPU here")
+        raise UserError(f"--device={name}, but PyTorch {torch.__version__} sees no Apple GPU here")
     if kind != "cuda":
         return torch.device(kind)
     number, cards = int(number or os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
     if number >= cards:
-        raise Mistake(f"--device={name} wants CUDA card {number}, but PyTorch {torch.__version__} sees {cards} here")
+        raise UserError(
+            f"--device={name} wants CUDA card {number}, but PyTorch {torch.__version__} sees {cards} here"
+        )
     return torch.device("cuda", number)
 
 
@@ -69,36 +82,52 @@ def leave():
 
 # ---- how a model lies over the ranks ----
 
+
 def choose(asked, needed, device):
     """(how, why) for --parallel=auto, ddp or fsdp; needed: bytes that a rank takes where it holds everything, as estimate_memory tells."""
     if not dist.is_initialized():
         if asked != "auto":
-            raise Mistake(f"--parallel={asked} is for several processes: start them with torchrun")
+            raise UserError(
+                f"--parallel={asked} is for several processes: start them with torchrun"
+            )
         return "none", "one process"
     if asked != "auto":
         return asked, "as asked"
     has, most = min(gather(memory_of(device))), max(gather(needed))
     sizes = f"a rank takes about {most / 2**30:.2f} GiB whole, and has {has / 2**30:.2f} GiB"
-    return ("ddp", sizes) if most <= ROOM * has else ("fsdp", f"{sizes}, of which {ROOM:.0%} may be spoken for")
+    return (
+        ("ddp", sizes)
+        if most <= ROOM * has
+        else ("fsdp", f"{sizes}, of which {ROOM:.0%} may be spoken for")
+    )
 
 
 def memory_of(device):
     """Bytes that a rank may use: its card's, or its share of the machine's."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return (
+        os.sysconf("SC_PAGE_SIZE")
+        * os.sysconf("SC_PHYS_PAGES")
+        // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    )
 
 
 def blocks(model, which="all"):
     """The blocks that --recompute=none, decoder or all names."""
-    return [*(model.vision.layers if which == "all" else ()), *(model.decoder.layers if which != "none" else ())]
+    return [
+        *(model.vision.layers if which == "all" else ()),
+        *(model.decoder.layers if which != "none" else ()),
+    ]
 
 
 def recompute(some):
     """Have blocks keep only what enters them, and compute the rest again when the backward pass comes by (Chen et al. 2016): about a third more
     work. There is no randomness in them to repeat."""
     for block in some:
-        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+        block.forward = functools.partial(
+            checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False
+        )
 
 
 def compile_blocks(some):
@@ -114,11 +143,13 @@ def graphs():
 
 
 def check_compiler(device):
-    """Raise Mistake unless torch.compile works here: it wants a C++ compiler for a CPU, triton for a card."""
+    """Raise UserError unless torch.compile works here: it wants a C++ compiler for a CPU, triton for a card."""
     try:
         torch.compile(lambda x: x + 1, dynamic=True)(torch.zeros(2, device=device))
     except torch._dynamo.exc.TorchDynamoException as error:
-        raise Mistake(f"--compile=true: torch.compile does not work here: {str(error).splitlines()[0]}") from None
+        raise UserError(
+            f"--compile=true: torch.compile does not work here: {str(error).splitlines()[0]}"
+        ) from None
 
 
 def units(model):
@@ -139,12 +170,18 @@ def wrap(model, how, device, dtype, shard=0, offload=False):
         for p in model.parameters():
             settle(p, device)
         model.to(device)
-        wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True) if how == "ddp" else model
+        wrapped = (
+            DistributedDataParallel(model, gradient_as_bucket_view=True) if how == "ddp" else model
+        )
         return wrapped, torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
     world, narrow = dist.get_world_size(), dtype if dtype != torch.float32 else None
-    shape, names = ((world // shard, shard), ("replicate", "shard")) if shard else ((world,), ("shard",))
+    shape, names = (
+        ((world // shard, shard), ("replicate", "shard")) if shard else ((world,), ("shard",))
+    )
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
-    policy = MixedPrecisionPolicy(param_dtype=narrow, reduce_dtype=torch.float32, cast_forward_inputs=False)  # RoPE's angles stay float32
+    policy = MixedPrecisionPolicy(
+        param_dtype=narrow, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )  # RoPE's angles stay float32
     rest = {"offload_policy": CPUOffloadPolicy(pin_memory=device.type == "cuda")} if offload else {}
     for unit in units(model):
         for p in [p for p in unit.parameters() if not isinstance(p, DTensor)]:
@@ -166,14 +203,24 @@ def no_sync(wrapped, last):
     """Gradients travel once a step, with the last micro-batch."""
     if isinstance(wrapped, FSDPModule):
         wrapped.set_requires_gradient_sync(last)
-    return wrapped.no_sync() if isinstance(wrapped, DistributedDataParallel) and not last else contextlib.nullcontext()
+    return (
+        wrapped.no_sync()
+        if isinstance(wrapped, DistributedDataParallel) and not last
+        else contextlib.nullcontext()
+    )
 
 
 def clip(model, parts, most):
     """Cut the gradient of the parts that train down to the norm `most`; returns {"norm": its own before that, "norm of vision": …, each part's},
     over all ranks and what each of them holds."""
-    found = {part: [p.grad for p in getattr(model, part).parameters() if p.grad is not None] for part in parts}
-    each = {f"norm of {part}": whole(torch.nn.utils.get_total_norm(gradients)).item() for part, gradients in found.items()}
+    found = {
+        part: [p.grad for p in getattr(model, part).parameters() if p.grad is not None]
+        for part in parts
+    }
+    each = {
+        f"norm of {part}": whole(torch.nn.utils.get_total_norm(gradients)).item()
+        for part, gradients in found.items()
+    }
     norm = torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], most)
     return {"norm": whole(norm).item(), **each}
 
@@ -230,12 +277,15 @@ def on_first(tensors):
 def fill(tensor, source):
     """Copy a whole tensor, which every rank has at hand, into one of which each rank may hold a part."""
     if isinstance(tensor, DTensor):
-        cut = distribute_tensor(source.to(tensor.device), tensor.device_mesh, tensor.placements, src_data_rank=None)
+        cut = distribute_tensor(
+            source.to(tensor.device), tensor.device_mesh, tensor.placements, src_data_rank=None
+        )
         tensor, source = mine(tensor), mine(cut)
     tensor.copy_(source)
 
 
 # ---- collectives ----
+
 
 def total(numbers, device):
     """A list of numbers summed over all ranks, as floats (float64: exact up to 2^53 tokens)."""
@@ -273,7 +323,9 @@ def together():
     trouble = None
     try:
         yield
-    except Exception as error:  # of whatever kind: it is raised again as soon as all ranks know of it
+    except (
+        Exception
+    ) as error:  # of whatever kind: it is raised again as soon as all ranks know of it
         trouble = error
     failed = gather(trouble is not None)
     if trouble and not any(failed[: rank()]):

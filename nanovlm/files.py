@@ -3,6 +3,7 @@
 Tensors stay in their files (mmap) and in their dtype until they are used, so that a model is in memory once. All names and shapes are held
 against what is wanted before the first number is read.
 """
+
 import contextlib
 import fcntl
 import hashlib
@@ -17,7 +18,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from . import Mistake
+from . import UserError
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -27,25 +28,28 @@ def read_json(path, *names):
     try:
         found = json.loads(Path(path).read_text())
     except FileNotFoundError:
-        raise Mistake(f"no such file: {path}") from None
-    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, a number of thousands of digits, nested too deep
-        raise Mistake(f"{path} is not JSON: {error}") from None
+        raise UserError(f"no such file: {path}") from None
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # no JSON, no UTF-8, a number of thousands of digits, nested too deep
+        raise UserError(f"{path} is not JSON: {error}") from None
     if not isinstance(found, dict):
-        raise Mistake(f"{path} is no object: {found!r:.80}")
+        raise UserError(f"{path} is no object: {found!r:.80}")
     if missing := [name for name in names if name not in found]:
-        raise Mistake(f"{path} holds no {missing[0]}")
+        raise UserError(f"{path} holds no {missing[0]}")
     return found
 
 
 @contextlib.contextmanager
 def claim(path):
-    """Keep other processes out of a file or folder as long as it is written to: Mistake if one of them does. A claim ends with its process."""
+    """Keep other processes out of a file or folder as long as it is written to: UserError if one of them does. A claim ends with its process."""
     handle = os.open(path, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(handle)
-        raise Mistake(f"{path} is being written by another process") from None
+        raise UserError(f"{path} is being written by another process") from None
     try:
         yield
     finally:
@@ -65,26 +69,32 @@ def read_log(path):
     try:
         lines = Path(path).read_text().splitlines()
     except FileNotFoundError:
-        raise Mistake(f"no such file: {path}") from None
+        raise UserError(f"no such file: {path}") from None
     except UnicodeDecodeError as error:
-        raise Mistake(f"{path} is not text in UTF-8: {error}") from None
+        raise UserError(f"{path} is not text in UTF-8: {error}") from None
     for number, line in enumerate(lines, 1):
         try:
             yield json.loads(line)
         except (ValueError, RecursionError):
             if number < len(lines):
-                raise Mistake(f"{path}, line {number}: not JSON") from None
+                raise UserError(f"{path}, line {number}: not JSON") from None
 
 
 # ---- where a public folder lies ----
 def is_name(name):
     """Whether a text may be an owner/name, as Hugging Face has them, and not a path into a folder that is here."""
-    return re.fullmatch(r"(?!out/)\w[\w.-]*/[\w.-]+", str(name)) is not None and not Path(name).parent.exists()
+    return (
+        re.fullmatch(r"(?!out/)\w[\w.-]*/[\w.-]+", str(name)) is not None
+        and not Path(name).parent.exists()
+    )
 
 
 def cache_of(name):
     home = os.environ.get("HF_HOME") or "~/.cache/huggingface"
-    return Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub").expanduser() / f"models--{str(name).replace('/', '--')}"
+    return (
+        Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub").expanduser()
+        / f"models--{str(name).replace('/', '--')}"
+    )
 
 
 def cached(name):
@@ -99,17 +109,19 @@ def find(name):
     """The folder of a public model: the one that is named, or the one that the Hugging Face cache holds of owner/name; fetched if it can be."""
     if Path(name).is_dir():
         if not (Path(name) / "config.json").is_file():
-            raise Mistake(f"{name} holds neither a nanovlm checkpoint nor a config.json")
+            raise UserError(f"{name} holds neither a nanovlm checkpoint nor a config.json")
         return Path(name)
     if not is_name(name):
-        raise Mistake(f"no such folder: {name}")
+        raise UserError(f"no such folder: {name}")
     if folder := cached(name):
         return folder
     try:
         import huggingface_hub
     except ImportError:
-        raise Mistake(f"{name} is neither a folder nor in {cache_of(name).parent}; to fetch it: "
-                      f"pip install huggingface_hub && hf download {name} --exclude 'consolidated*'") from None
+        raise UserError(
+            f"{name} is neither a folder nor in {cache_of(name).parent}; to fetch it: "
+            f"pip install huggingface_hub && hf download {name} --exclude 'consolidated*'"
+        ) from None
     return fetch(name, huggingface_hub)
 
 
@@ -118,10 +130,20 @@ def fetch(name, hub):
     try:
         files = hub.list_repo_files(name)
         kind = ".safetensors" if any(f.endswith(".safetensors") for f in files) else ".bin"
-        wanted = [f for f in files if f.endswith((".json", ".model", ".jinja", "README.md", kind)) and "/" not in f and "consolidated" not in f]
+        wanted = [
+            f
+            for f in files
+            if f.endswith((".json", ".model", ".jinja", "README.md", kind))
+            and "/" not in f
+            and "consolidated" not in f
+        ]
         return Path(hub.snapshot_download(name, allow_patterns=wanted))
-    except Exception as error:  # of whatever kind: the network's, the hub's, a licence not yet agreed to
-        raise Mistake(f"{name} is no folder here and could not be fetched: {type(error).__name__} {' '.join(str(error).split())[:200]}") from None
+    except (
+        Exception
+    ) as error:  # of whatever kind: the network's, the hub's, a licence not yet agreed to
+        raise UserError(
+            f"{name} is no folder here and could not be fetched: {type(error).__name__} {' '.join(str(error).split())[:200]}"
+        ) from None
 
 
 def origin(name, folder, files):
@@ -129,7 +151,11 @@ def origin(name, folder, files):
     card = {"from": str(name), "files": {}}
     if folder.parent.name == "snapshots":
         card["revision"] = folder.name
-    front = re.match(r"---\n(.*?)\n---", (folder / "README.md").read_text(errors="replace"), re.S) if (folder / "README.md").is_file() else None
+    front = (
+        re.match(r"---\n(.*?)\n---", (folder / "README.md").read_text(errors="replace"), re.S)
+        if (folder / "README.md").is_file()
+        else None
+    )
     if front and (licence := re.search(r"^license: *(\S+)", front[1], re.M)):
         card["licence"] = licence[1]
     for path in files:
@@ -148,17 +174,25 @@ def weight_files(folder):
         index = folder / f"{single}.index.json"
         if index.is_file():
             return indexed(index)
-    raise Mistake(f"{folder} holds neither model.safetensors nor pytorch_model.bin, whole or in shards with an index")
+    raise UserError(
+        f"{folder} holds neither model.safetensors nor pytorch_model.bin, whole or in shards with an index"
+    )
 
 
 def indexed(index):
     listed, files = read_json(index).get("weight_map"), {}
-    if not listed or not isinstance(listed, dict) or not all(isinstance(file, str) for file in listed.values()):
-        raise Mistake(f"{index} holds no weight_map")
+    if (
+        not listed
+        or not isinstance(listed, dict)
+        or not all(isinstance(file, str) for file in listed.values())
+    ):
+        raise UserError(f"{index} holds no weight_map")
     for tensor, name in sorted(listed.items(), key=lambda item: item[1]):
         path = index.parent / name
-        if Path(name).name != name or not path.is_file():  # a link that leads out of the folder is how Hugging Face's cache is laid out
-            raise Mistake(f"{index} names {name} for {tensor}, which is not in the folder")
+        if (
+            Path(name).name != name or not path.is_file()
+        ):  # a link that leads out of the folder is how Hugging Face's cache is laid out
+            raise UserError(f"{index} names {name} for {tensor}, which is not in the folder")
         files.setdefault(path, set()).add(tensor)
     return files
 
@@ -168,17 +202,23 @@ def read_tensors(path):
     try:
         if path.suffix != ".bin":
             return load_file(path)
-        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-        if not isinstance(tensors, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
+        tensors = torch.load(
+            path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
+        )
+        if not isinstance(tensors, dict) or not all(
+            isinstance(tensor, torch.Tensor) for tensor in tensors.values()
+        ):
             raise ValueError("no tensors by name")
         return tensors
     except FileNotFoundError:
-        raise Mistake(f"{path} is missing from its checkpoint") from None
+        raise UserError(f"{path} is missing from its checkpoint") from None
     except OSError:
         raise
     except Exception as error:  # of whatever kind: what the bytes of a broken pickle happen to say
         reason = str(error).split("\n")[0]
-        raise Mistake(f"{path} is broken, cut short ({os.path.getsize(path):,} bytes) or holds more than tensors: {reason}") from None
+        raise UserError(
+            f"{path} is broken, cut short ({os.path.getsize(path):,} bytes) or holds more than tensors: {reason}"
+        ) from None
 
 
 def write_tensors(tensors, path, header={}):
@@ -195,30 +235,42 @@ def read_weights(files, wrapped):
     for path, listed in files.items():
         tensors = read_tensors(path)
         if odd := sorted(tensors.keys() ^ listed) if listed else []:
-            raise Mistake(f"{path} {'holds' if odd[0] in tensors else 'lacks'} {odd[0]}, its folder's index says otherwise")
+            raise UserError(
+                f"{path} {'holds' if odd[0] in tensors else 'lacks'} {odd[0]}, its folder's index says otherwise"
+            )
         for name, tensor in tensors.items():
             for pattern, plain in wrapped:
                 name = re.sub(pattern, plain, name)
             if name in found:
-                raise Mistake(f"{name} is both in {found[name][1]} and in {path}")
+                raise UserError(f"{name} is both in {found[name][1]} and in {path}")
             found[name] = tensor, path
     return found
 
 
 def matched(shapes, found, unread, files):
-    """{name: tensor} for {name: shape}, out of what read_weights found in files. Every name, shape and kind of number must match, or one Mistake
+    """{name: tensor} for {name: shape}, out of what read_weights found in files. Every name, shape and kind of number must match, or one UserError
     lists those that do not; unread: a pattern of names that may be left over."""
     wrong = [f"{name} is missing" for name in shapes if name not in found]
-    wrong += [f"{name} in {path.name} is not used" for name, (_, path) in found.items() if name not in shapes and not re.match(unread, name)]
+    wrong += [
+        f"{name} in {path.name} is not used"
+        for name, (_, path) in found.items()
+        if name not in shapes and not re.match(unread, name)
+    ]
     fitting = {}
     for name in (name for name in shapes if name in found):
         tensor, path = found[name]
-        while tensor.dim() > len(shapes[name]) and len(tensor) == 1:  # DINOv2 keeps a dimension for the batch
+        while (
+            tensor.dim() > len(shapes[name]) and len(tensor) == 1
+        ):  # DINOv2 keeps a dimension for the batch
             tensor = tensor[0]
         if tensor.shape != shapes[name]:
-            wrong.append(f"{name} in {path.name} is {list(tensor.shape)}, the model wants {list(shapes[name])}")
+            wrong.append(
+                f"{name} in {path.name} is {list(tensor.shape)}, the model wants {list(shapes[name])}"
+            )
         elif tensor.dtype not in FLOATS:
-            wrong.append(f"{name} in {path.name} is of {tensor.dtype}, only {', '.join(map(str, FLOATS))} are known here")
+            wrong.append(
+                f"{name} in {path.name} is of {tensor.dtype}, only {', '.join(map(str, FLOATS))} are known here"
+            )
         fitting[name] = tensor
     refuse(wrong, files)
     return fitting
@@ -227,12 +279,20 @@ def matched(shapes, found, unread, files):
 def checked(shapes, found, unread, files):
     """The same, all numbers finite."""
     fitting = matched(shapes, found, unread, files)
-    refuse([f"{name} in {found[name][1].name} holds a number that is not finite" for name, tensor in fitting.items()
-            if not all(map(math.isfinite, tensor.aminmax()))], files)
+    refuse(
+        [
+            f"{name} in {found[name][1].name} holds a number that is not finite"
+            for name, tensor in fitting.items()
+            if not all(map(math.isfinite, tensor.aminmax()))
+        ],
+        files,
+    )
     return fitting
 
 
 def refuse(wrong, files):
     if wrong:
         path, more = next(iter(files)), f" and {len(wrong) - 10} more" if len(wrong) > 10 else ""
-        raise Mistake(f"{path if len(files) == 1 else path.parent}: {'; '.join(wrong[:10])}{more}")
+        raise UserError(
+            f"{path if len(files) == 1 else path.parent}: {'; '.join(wrong[:10])}{more}"
+        )

@@ -12,7 +12,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from . import IMAGE, UNTRAINED, Mistake
+from . import IGNORE_INDEX, IMAGE_TOKEN_ID, UserError
 from .decoder import Cache, Decoder
 from .generate import Steps, choose
 from .loss import linear_cross_entropy
@@ -63,17 +63,17 @@ class VLM(nn.Module):
         """Embeddings of the words with the pictures' features spliced in where the ids say IMAGE, in order: all of them, or those at `places`
         among the features of all tiles, −1 (the last) for a newline."""
         x_BTD = self.decoder.embed(ids_BT.clamp(min=0))
-        place_BT = ids_BT == IMAGE
+        place_BT = ids_BT == IMAGE_TOKEN_ID
         wanted = int(place_BT.sum())
         if len(tiles_NCYX):
             features = self.see(tiles_NCYX)
             if places is not None:
                 features = features[places.to(features.device)]
             if wanted != len(features):
-                raise Mistake(f"the ids hold {wanted} places for picture tokens, the pictures make {len(features)}")
+                raise UserError(f"the ids hold {wanted} places for picture tokens, the pictures make {len(features)}")
             return x_BTD.masked_scatter(place_BT[..., None], features.to(x_BTD.dtype))
         if wanted:
-            raise Mistake(f"the ids hold {wanted} places for picture tokens, but there is no picture")
+            raise UserError(f"the ids hold {wanted} places for picture tokens, but there is no picture")
         if self.training:  # the other ranks may have pictures and wait for this one's gradients: look at nothing, and add nothing
             blank_1CYX = torch.zeros(1, 3, self.tile, self.tile, dtype=torch.uint8, device=ids_BT.device)
             x_BTD = x_BTD + self.see(blank_1CYX).sum().to(x_BTD.dtype) * 0
@@ -82,7 +82,7 @@ class VLM(nn.Module):
     def forward(self, ids_BT, targets_BT, positions_BT, documents_BT, tiles_NCYX, places=None):
         """The loss summed over all trained tokens, a float32 scalar; targets_BT holds the next id, or UNTRAINED."""
         hidden_BTD = self.decoder(self.embed(ids_BT, tiles_NCYX, places), positions_BT, documents_BT)
-        trained_BT = targets_BT != UNTRAINED
+        trained_BT = targets_BT != IGNORE_INDEX
         return linear_cross_entropy(hidden_BTD[trained_BT], self.decoder.head.weight, targets_BT[trained_BT])
 
     def generate(self, prompts, tiles_NCYX, *, stop, places=None, max_tokens=256, temperature=0.0, top_k=0, top_p=1.0, seed=0,

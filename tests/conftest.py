@@ -1,4 +1,5 @@
 """What tests share: a model whose sizes all differ, so that a swapped axis cannot go unnoticed."""
+
 import json
 import os
 import sys
@@ -8,13 +9,19 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent
-os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported: kernels run on the CPU, an instruction at a time
+os.environ["TRITON_INTERPRET"] = (
+    "1"  # read when triton is imported: kernels run on the CPU, an instruction at a time
+)
 sys.path.insert(0, str(ROOT))
-with torch.device("meta"):  # at its first use torch lists what makes tensors: not amid transformers' from_pretrained, where linspace is another
+with torch.device(
+    "meta"
+):  # at its first use torch lists what makes tensors: not amid transformers' from_pretrained, where linspace is another
     torch.empty(0)
-torch.set_num_threads(1)  # models this small gain nothing from more, and lose much where another process wants the core
+torch.set_num_threads(
+    1
+)  # models this small gain nothing from more, and lose much where another process wants the core
 
-from nanovlm import IMAGE, UNTRAINED  # noqa: E402
+from nanovlm import IGNORE_INDEX, IMAGE_TOKEN_ID  # noqa: E402
 from nanovlm.data import dataset  # noqa: E402
 from nanovlm.model import VLM  # noqa: E402
 
@@ -23,17 +30,42 @@ DECODER = dict(vocabulary=41, width=24, layers=3, heads=6, kv_heads=2, ffn=36, h
 TOKENS = 4  # a picture, after pixel shuffle by 2
 
 # The shapes of Megatron-LM/examples/multimodal: CLIP ViT-L/14@336, read at the last layer but one, and Mistral-7B-Instruct-v0.3.
-SEVEN_BILLION = {"vision": dict(tile=336, patch=14, width=1024, layers=24, heads=16, ffn=4096, class_token=True, pre_norm=True, patch_bias=False,
-                                read=-2),
-                 "decoder": dict(vocabulary=32768, width=4096, layers=32, heads=32, kv_heads=8, ffn=14336), "shuffle": 1}
-SEVEN_BILLION_POLICY = {"tile": 336, "patch": 14, "shuffle": 1, "fit": "squash", "resample": "bicubic", "mean": [0.5] * 3, "std": [0.5] * 3}
+SEVEN_BILLION = {
+    "vision": dict(
+        tile=336,
+        patch=14,
+        width=1024,
+        layers=24,
+        heads=16,
+        ffn=4096,
+        class_token=True,
+        pre_norm=True,
+        patch_bias=False,
+        read=-2,
+    ),
+    "decoder": dict(vocabulary=32768, width=4096, layers=32, heads=32, kv_heads=8, ffn=14336),
+    "shuffle": 1,
+}
+SEVEN_BILLION_POLICY = {
+    "tile": 336,
+    "patch": 14,
+    "shuffle": 1,
+    "fit": "squash",
+    "resample": "bicubic",
+    "mean": [0.5] * 3,
+    "std": [0.5] * 3,
+}
 
 
 def make_vlm(seed=0, vision={}, decoder={}, **other):
     torch.manual_seed(seed)
-    model = VLM(**{"vision": VISION | vision, "decoder": DECODER | decoder, "shuffle": 2, **other}).eval()
+    model = VLM(
+        **{"vision": VISION | vision, "decoder": DECODER | decoder, "shuffle": 2, **other}
+    ).eval()
     with torch.no_grad():
-        for p in model.parameters():  # away from the neat values of a fresh start, so that every path shows in the output
+        for p in (
+            model.parameters()
+        ):  # away from the neat values of a fresh start, so that every path shows in the output
             p.add_(torch.randn_like(p) * 0.1)
     return model
 
@@ -49,23 +81,41 @@ def make_samples(seed=0, lengths=(9, 14, 6, 11), pictures=(1, 0, 2, 1)):
     samples = []
     for length, count in zip(lengths, pictures, strict=True):
         words = torch.randint(41, (length,), generator=g)
-        ids_T = torch.cat([torch.full((count * TOKENS,), IMAGE), words])
-        targets_T = torch.full_like(ids_T, UNTRAINED)
+        ids_T = torch.cat([torch.full((count * TOKENS,), IMAGE_TOKEN_ID), words])
+        targets_T = torch.full_like(ids_T, IGNORE_INDEX)
         targets_T[len(ids_T) - length // 2 - 1 : -1] = ids_T[len(ids_T) - length // 2 :]
-        samples.append((ids_T, targets_T, torch.randint(256, (count, 3, 12, 12), generator=g, dtype=torch.uint8)))
+        samples.append(
+            (
+                ids_T,
+                targets_T,
+                torch.randint(256, (count, 3, 12, 12), generator=g, dtype=torch.uint8),
+            )
+        )
     return samples
 
 
 def make_batch(rows):
     """Rows of samples packed side by side, as VLM.forward takes them; padded on the right as document -1."""
     T = max(sum(len(ids) for ids, _, _ in row) for row in rows)
-    batch = {name: torch.full((len(rows), T), fill) for name, fill in
-             [("ids_BT", 0), ("targets_BT", UNTRAINED), ("positions_BT", 0), ("documents_BT", -1)]}
+    batch = {
+        name: torch.full((len(rows), T), fill)
+        for name, fill in [
+            ("ids_BT", 0),
+            ("targets_BT", IGNORE_INDEX),
+            ("positions_BT", 0),
+            ("documents_BT", -1),
+        ]
+    }
     for b, row in enumerate(rows):
         start = 0
         for document, (ids, targets, _) in enumerate(row):
             span = slice(start, start + len(ids))
-            for name, value in [("ids_BT", ids), ("targets_BT", targets), ("positions_BT", torch.arange(len(ids))), ("documents_BT", document)]:
+            for name, value in [
+                ("ids_BT", ids),
+                ("targets_BT", targets),
+                ("positions_BT", torch.arange(len(ids))),
+                ("documents_BT", document),
+            ]:
                 batch[name][b, span] = value
             start = span.stop
     return batch | {"tiles_NCYX": torch.cat([tiles for row in rows for _, _, tiles in row])}

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from conftest import ROOT
 from torch.distributed.fsdp import fully_shard
 
-from nanovlm import Mistake, distributed, kernels, loss
+from nanovlm import UserError, distributed, kernels, loss
 from nanovlm.decoder import Block, rope_angles
 from nanovlm.loss import TABLE, fused_scores, linear_cross_entropy, scores
 from nanovlm.rmsnorm import add_rmsnorm, rmsnorm
@@ -323,15 +323,15 @@ def bench(monkeypatch):
 def test_the_bench_checks_every_kernel_without_a_card_and_sees_a_wrong_one(bench, capsys):
     bench.gpu(dry=True, only="rmsnorm,loss,decode")
     assert capsys.readouterr().out.count("as in float64") >= 6
-    with pytest.raises(Mistake, match="doubled: result 0 is off by"):
+    with pytest.raises(UserError, match="doubled: result 0 is off by"):
         bench.hold("doubled", lambda x: x * (2 if kernels.choice == "triton" else 1), (torch.randn(3),))
-    with pytest.raises(Mistake, match="unwritten: result 0 is off by nan"):
+    with pytest.raises(UserError, match="unwritten: result 0 is off by nan"):
         bench.hold("unwritten", lambda x: x + x.new_empty(3) if kernels.choice == "triton" else x, (torch.randn(3),))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what it says without a card")
 def test_the_bench_wants_a_card(bench):
-    with pytest.raises(Mistake, match="wants a CUDA card, and none is here"):
+    with pytest.raises(UserError, match="wants a CUDA card, and none is here"):
         bench.gpu()
 
 
@@ -357,7 +357,7 @@ def test_tuning_rewrites_the_line_of_this_card_and_no_other(bench, tmp_path, cap
         bench.fit(module, lambda i: None, [(2, 2), (3, 2), (4, 2), (8, 2)], SimpleNamespace(device=None), (lambda x: x, [torch.ones(2)]))
     assert file.read_text() == "TABLE = {  # capability\n    (8, 0): (1, 2),  # why\n    (9, 0): (4, 2),  # (this)\n}\n"
     assert "kernel: 3 of 5 lines hold; (1, 2) took 3000.000 ms, the fastest: (4, 2) 1000.000 (8, 2) 2000.000" in capsys.readouterr().out
-    with mock.patch.object(kernels, "capability", lambda device: (8, 9)), pytest.raises(Mistake, match="has no line for"):
+    with mock.patch.object(kernels, "capability", lambda device: (8, 9)), pytest.raises(UserError, match="has no line for"):
         bench.fit(module, None, [(1, 2)], SimpleNamespace(device=None), None)
 
 

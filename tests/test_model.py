@@ -5,7 +5,7 @@ import pytest
 import torch
 from conftest import DECODER, TOKENS, VISION, make_batch, make_samples, make_vlm
 
-from nanovlm import IMAGE, Mistake
+from nanovlm import IMAGE_TOKEN_ID, UserError
 from nanovlm.attention import attention
 from nanovlm.decoder import Cache, Decoder
 from nanovlm.generate import choose
@@ -164,9 +164,9 @@ def test_a_row_without_pictures_still_gives_every_part_a_gradient_of_zero(vlm):
 
 def test_more_or_fewer_placeshan_features_name_both_counts(vlm):
     ids_T, targets_T, tiles = make_samples()[0]
-    with pytest.raises(Mistake, match=r"4 places .* make 8"):
+    with pytest.raises(UserError, match=r"4 places .* make 8"):
         vlm.embed(ids_T[None], torch.cat([tiles, tiles]))
-    with pytest.raises(Mistake, match="4 places.*no picture"):
+    with pytest.raises(UserError, match="4 places.*no picture"):
         vlm.embed(ids_T[None], tiles[:0])
 
 
@@ -204,7 +204,7 @@ def output(kind, arguments):
             return model.head(model(model.embed(torch.arange(13)[None]), torch.arange(13)[None]))
         if kind is Projector:
             return model(torch.linspace(-1, 1, 16 * arguments["vision_width"]).reshape(1, 16, -1))
-        ids_BT = torch.tensor([[IMAGE] * ((TOKENS if arguments["shuffle"] == 2 else 16) + arguments.get("newline", 0)) + [1, 2, 3]])
+        ids_BT = torch.tensor([[IMAGE_TOKEN_ID] * ((TOKENS if arguments["shuffle"] == 2 else 16) + arguments.get("newline", 0)) + [1, 2, 3]])
         return model.decoder(model.embed(ids_BT, torch.arange(432).reshape(1, 3, 12, 12).to(torch.uint8)), torch.arange(ids_BT.shape[1])[None])
 
 

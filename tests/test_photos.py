@@ -1,4 +1,5 @@
 """The README's "Your own pictures", in short: real photographs, prepared, learnt and named by settings alone."""
+
 import os
 import re
 import shutil
@@ -9,11 +10,18 @@ import pytest
 from conftest import ROOT
 
 
-@pytest.mark.skipif(not os.environ.get("PHOTOS") or not shutil.which("npm"),
-                    reason="takes minutes, npm and a network: PHOTOS=1 python -m pytest tests/test_photos.py")
+@pytest.mark.skipif(
+    not os.environ.get("PHOTOS") or not shutil.which("npm"),
+    reason="takes minutes, npm and a network: PHOTOS=1 python -m pytest tests/test_photos.py",
+)
 def test_photographs_that_nobody_trained_on_are_named_more_often_than_by_chance(tmp_path):
     """Ten names, so chance is 10%; 500 guesses reach 15% about once in 3,000 tries."""
     short = ["--train=16000", "--steps=250", f"--out={tmp_path}/photos"]
-    done = subprocess.run([sys.executable, ROOT / "tests/bench/photos.py", *short], capture_output=True, text=True, timeout=1800)
+    done = subprocess.run(
+        [sys.executable, ROOT / "tests/bench/photos.py", *short],
+        capture_output=True,
+        text=True,
+        timeout=1800,
+    )
     assert done.returncode == 0, done.stderr
     assert float(re.search(r"^all .* ([\d.]+)% right", done.stdout, re.MULTILINE)[1]) > 20

@@ -1,4 +1,5 @@
 """prepare.py through its door: whatever a user hands it becomes a whole set, or one line that names what is wrong, and nothing is lost."""
+
 import io
 import json
 import os
@@ -10,23 +11,47 @@ from conftest import ROOT
 from PIL import Image
 
 import prepare
-from nanovlm import IMAGE, UNTRAINED, Mistake, cli
+from nanovlm import IGNORE_INDEX, IMAGE_TOKEN_ID, UserError, cli
 from nanovlm.checkpoints.checkpoint import load_checkpoint
 from nanovlm.data import dataset, image_processing
 
-SMALL = dict(vocabulary=260, tile=12, patch=3, shuffle=2, width=24, layers=1, heads=6, kv_heads=2, ffn=20,
-             vision_width=20, vision_layers=1, vision_heads=5, vision_ffn=28)
+SMALL = dict(
+    vocabulary=260,
+    tile=12,
+    patch=3,
+    shuffle=2,
+    width=24,
+    layers=1,
+    heads=6,
+    kv_heads=2,
+    ffn=20,
+    vision_width=20,
+    vision_layers=1,
+    vision_heads=5,
+    vision_ffn=28,
+)
 TOKENS = 4  # a picture
 
 
 def talk(*texts):
-    return [{"from": role, "value": text} for role, text in zip(("human", "gpt") * len(texts), texts, strict=False)]
+    return [
+        {"from": role, "value": text}
+        for role, text in zip(("human", "gpt") * len(texts), texts, strict=False)
+    ]
 
 
 RECORDS = [
-    {"id": "egg", "image": "egg.png", "conversations": talk("<image>\nWhat is it?", "An egg.", "And its colour?", "White.")},
+    {
+        "id": "egg",
+        "image": "egg.png",
+        "conversations": talk("<image>\nWhat is it?", "An egg.", "And its colour?", "White."),
+    },
     {"id": 7, "conversations": talk("Hello", "Hello you")},
-    {"id": "pair", "image": ["egg.png", "deep/milk.jpg"], "conversations": talk("First <image> then <image>: what was added?", "Milk.")},
+    {
+        "id": "pair",
+        "image": ["egg.png", "deep/milk.jpg"],
+        "conversations": talk("First <image> then <image>: what was added?", "Milk."),
+    },
     {"id": "egg", "image": "egg.png", "conversations": talk("<image>", "A white egg.")},
 ]
 
@@ -37,7 +62,11 @@ def world(tmp_path_factory):
     home = tmp_path_factory.mktemp("world")
     (home / "pictures" / "deep").mkdir(parents=True)
     g = np.random.default_rng(0)
-    for name, size in [("egg.png", (14, 10, 3)), ("deep/milk.jpg", (9, 20, 3)), ("big.jpg", (90, 90, 3))]:
+    for name, size in [
+        ("egg.png", (14, 10, 3)),
+        ("deep/milk.jpg", (9, 20, 3)),
+        ("big.jpg", (90, 90, 3)),
+    ]:
         Image.fromarray(g.integers(256, size=size, dtype=np.uint8)).save(home / "pictures" / name)
     (home / "pictures" / "text.jpg").write_text("I am no picture")
     whole = (home / "pictures" / "big.jpg").read_bytes()
@@ -50,17 +79,41 @@ def world(tmp_path_factory):
 @pytest.fixture
 def door(world, tmp_path, monkeypatch):
     """door(what, setting=value, …) -> None, or the exit code that `python prepare.py what --setting=value …` would end with (1 for a text)."""
-    usual = {"data": dict(model=world / "model", source=world / "good.json", images=world / "pictures", out=tmp_path / "set"),
-             "new": dict(source=world / "good.json", out=tmp_path / "new", **SMALL)}
+    usual = {
+        "data": dict(
+            model=world / "model",
+            source=world / "good.json",
+            images=world / "pictures",
+            out=tmp_path / "set",
+        ),
+        "new": dict(source=world / "good.json", out=tmp_path / "new", **SMALL),
+    }
 
     def run(what, **settings):
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
-        monkeypatch.setattr(sys, "argv", ["prepare.py", what, *(f"--{n}={v}" for n, v in (usual.get(what, {}) | settings).items())])
+        monkeypatch.setattr(
+            sys,
+            "argv",
+            [
+                "prepare.py",
+                what,
+                *(f"--{n}={v}" for n, v in (usual.get(what, {}) | settings).items()),
+            ],
+        )
         try:
-            cli.run({"data": prepare.data, "new": prepare.new, "stitch": prepare.stitch, "fridge": prepare.fridge,
-                     "show": prepare.show, "check": prepare.check})
+            cli.run(
+                {
+                    "data": prepare.data,
+                    "new": prepare.new,
+                    "stitch": prepare.stitch,
+                    "fridge": prepare.fridge,
+                    "show": prepare.show,
+                    "check": prepare.check,
+                }
+            )
         except SystemExit as end:
             return end.code
+
     return run
 
 
@@ -78,20 +131,34 @@ def source(folder, records):
 
 # ---- a set ----
 
+
 def test_what_is_prepared_is_what_the_source_says(world, door, tmp_path, capsys):
     assert door("data") is None
     model, read = load_checkpoint(world / "model"), dataset.Samples(tmp_path / "set")
     read.check_fingerprint(model.fingerprint())
     assert read.names == ["egg", "7", "pair", "egg"]
-    pixels = {name: image_processing.load(world / "pictures" / name, model.policy).tiles for name in ("egg.png", "deep/milk.jpg")}
+    pixels = {
+        name: image_processing.load(world / "pictures" / name, model.policy).tiles
+        for name in ("egg.png", "deep/milk.jpg")
+    }
     for i, names in enumerate([["egg.png"], [], ["egg.png", "deep/milk.jpg"], ["egg.png"]]):
         ids_T, _, pictures = read.read(i)
-        assert (ids_T == IMAGE).sum() == TOKENS * len(names)
-        assert all(np.array_equal(picture.tiles, pixels[name]) for picture, name in zip(pictures, names, strict=True))
-    learnt = [model.tokenizer.decode([x for x in read.read(i)[1].tolist() if x != UNTRAINED]) for i in range(4)]
+        assert (ids_T == IMAGE_TOKEN_ID).sum() == TOKENS * len(names)
+        assert all(
+            np.array_equal(picture.tiles, pixels[name])
+            for picture, name in zip(pictures, names, strict=True)
+        )
+    learnt = [
+        model.tokenizer.decode([x for x in read.read(i)[1].tolist() if x != IGNORE_INDEX])
+        for i in range(4)
+    ]
     assert learnt == ["An egg.</s>White.</s>", "Hello you</s>", "Milk.</s>", "A white egg.</s>"]
     said = capsys.readouterr()
-    assert said.out == "" and "4 samples" in said.err and f"longest of {read.table[:, dataset.LENGTH].max()} tokens" in said.err
+    assert (
+        said.out == ""
+        and "4 samples" in said.err
+        and f"longest of {read.table[:, dataset.LENGTH].max()} tokens" in said.err
+    )
 
 
 def test_pictures_lie_beside_the_source_unless_a_folder_is_named(world, door):
@@ -100,7 +167,10 @@ def test_pictures_lie_beside_the_source_unless_a_folder_is_named(world, door):
 
 def test_conversations_about_one_picture_are_held_out_together(world, door, tmp_path):
     """LLaVA's own mix gives one id to all conversations about one picture: it must not be trained in one and be examined in another."""
-    records = [{"id": number % 200, "conversations": talk(f"Question {number}", "Answer")} for number in range(400)]
+    records = [
+        {"id": number % 200, "conversations": talk(f"Question {number}", "Answer")}
+        for number in range(400)
+    ]
     assert door("data", source=source(tmp_path, records)) is None
     held_out = dataset.Samples(tmp_path / "set").table[:, dataset.HELD_OUT].tolist()
     assert held_out[:200] == held_out[200:] and 0 < sum(held_out) < 40
@@ -108,27 +178,44 @@ def test_conversations_about_one_picture_are_held_out_together(world, door, tmp_
 
 # ---- what is wrong is told in one line ----
 
+
 def changed(**fields):
     return {name: value for name, value in (RECORDS[0] | fields).items() if value is not ...}
 
 
-@pytest.mark.parametrize("records, said", [
-    ("{'id': 1}", "is not JSON"), ("\x00", "neither JSON"), ("", "is empty"), ("[]", "holds no samples"), ("5", "neither JSON"),
-    ([5], "sample 1 is no object: 5"), ([{"words": 1}], "{'words': 1}"),
-])
+@pytest.mark.parametrize(
+    "records, said",
+    [
+        ("{'id': 1}", "is not JSON"),
+        ("\x00", "neither JSON"),
+        ("", "is empty"),
+        ("[]", "holds no samples"),
+        ("5", "neither JSON"),
+        ([5], "sample 1 is no object: 5"),
+        ([{"words": 1}], "{'words': 1}"),
+    ],
+)
 def test_a_source_that_is_none_is_refused_before_anything_is_written(door, tmp_path, records, said):
     refused(door("data", source=source(tmp_path, records)), said)
     assert os.listdir(tmp_path) == ["source.json"]
 
 
-@pytest.mark.parametrize("settings, said", [
-    (dict(source="nowhere/x.json"), "no such file: nowhere/x.json"), (dict(source=str(ROOT / "tests")), "holds neither .tar nor .parquet"),
-    (dict(images="nowhere"), "--images=nowhere: no such folder or zip"), (dict(images=__file__), "neither a folder nor a zip"),
-    (dict(model="nowhere"), "no such model: nowhere"), (dict(model=str(ROOT / "tests")), "holds no nanovlm checkpoint"),
-    (dict(out=""), "needs --source=FILE and --out"), (dict(sauce="x"), "did you mean --source?"),
-    (dict(row=0), "--row=0 must be at least 1"), (dict(workers=-1), "--workers=-1 at least 0"),
-    (dict(max_skipped="101%"), "--max_skipped=1.01 from 0 to 1"),
-])
+@pytest.mark.parametrize(
+    "settings, said",
+    [
+        (dict(source="nowhere/x.json"), "no such file: nowhere/x.json"),
+        (dict(source=str(ROOT / "tests")), "holds neither .tar nor .parquet"),
+        (dict(images="nowhere"), "--images=nowhere: no such folder or zip"),
+        (dict(images=__file__), "neither a folder nor a zip"),
+        (dict(model="nowhere"), "no such model: nowhere"),
+        (dict(model=str(ROOT / "tests")), "holds no nanovlm checkpoint"),
+        (dict(out=""), "needs --source=FILE and --out"),
+        (dict(sauce="x"), "did you mean --source?"),
+        (dict(row=0), "--row=0 must be at least 1"),
+        (dict(workers=-1), "--workers=-1 at least 0"),
+        (dict(max_skipped="101%"), "--max_skipped=1.01 from 0 to 1"),
+    ],
+)
 def test_settings_that_lead_nowhere(door, tmp_path, settings, said):
     refused(door("data", **settings), said)
     assert not os.listdir(tmp_path)
@@ -145,33 +232,73 @@ def test_what_is_there_is_never_written_over(world, door, tmp_path, what):
 
 # ---- a newborn ----
 
+
 def test_a_newborn_is_a_function_of_its_seed(door, tmp_path):
     for name, seed in [("one", 3), ("two", 3), ("three", 4)]:
         assert door("new", out=tmp_path / name, seed=seed) is None
-    one, two, three = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "two", "three"))
+    one, two, three = (
+        (tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "two", "three")
+    )
     assert one == two != three
 
 
 def test_a_newborn_sees_tiles_where_it_is_told_to(door, tmp_path):
     assert door("new", out=tmp_path / "plain") is None
-    assert door("new", out=tmp_path / "tiled", tiles=6, tile_tags="true", thumbnail="false", tile_choice="area", draft="false") is None
+    assert (
+        door(
+            "new",
+            out=tmp_path / "tiled",
+            tiles=6,
+            tile_tags="true",
+            thumbnail="false",
+            tile_choice="area",
+            draft="false",
+        )
+        is None
+    )
     plain, tiled = (load_checkpoint(tmp_path / name).policy for name in ("plain", "tiled"))
-    assert plain == {"tile": 12, "patch": 3, "shuffle": 2, "fit": "squash", "resample": "bicubic", "mean": [0.5] * 3, "std": [0.5] * 3, "draft": True}
-    assert tiled == plain | {"fit": "tiles", "tiles": 6, "tags": True, "thumbnail": False, "choice": "area", "draft": False}
+    assert plain == {
+        "tile": 12,
+        "patch": 3,
+        "shuffle": 2,
+        "fit": "squash",
+        "resample": "bicubic",
+        "mean": [0.5] * 3,
+        "std": [0.5] * 3,
+        "draft": True,
+    }
+    assert tiled == plain | {
+        "fit": "tiles",
+        "tiles": 6,
+        "tags": True,
+        "thumbnail": False,
+        "choice": "area",
+        "draft": False,
+    }
 
 
-@pytest.mark.parametrize("settings, said", [
-    (dict(vocabulary=10), "--vocabulary=10 must be at least 256"),
-    (dict(heads=0, layers=-1), "--layers=-1 must be at least 1; --heads=0 must be at least 1"),
-    (dict(heads=5), "--width=24 is no multiple of 2 × --heads=5"),
-    (dict(kv_heads=4), "--heads=6 is no multiple of --kv_heads=4"), (dict(vision_heads=3), "--vision_width=20 is no multiple of --vision_heads=3"),
-    (dict(tile=13), "a tile of 13 pixels is not whole patches of 3"), (dict(fit="stretch"), "is none of squash, pad, crop"),
-    (dict(tiles=4, fit="pad"), "--fit=pad makes one tile of a picture, --tiles=4 several: give one of the two"),
-    (dict(tiles=-1), "--tiles=-1 must be at least 1"), (dict(tiles=4, tile_choice="best"), "--tile_choice=best is not known: aspect, area"),
-    (dict(tile_tags="true", thumbnail="false"), "--thumbnail, --tile_tags without --tiles"),
-    (dict(template="mistrl"), "--template=mistrl is not known: mistral"), (dict(seed=-1), "--seed=-1"),
-    (dict(source="nowhere.json"), "no such file: nowhere.json"),
-])
+@pytest.mark.parametrize(
+    "settings, said",
+    [
+        (dict(vocabulary=10), "--vocabulary=10 must be at least 256"),
+        (dict(heads=0, layers=-1), "--layers=-1 must be at least 1; --heads=0 must be at least 1"),
+        (dict(heads=5), "--width=24 is no multiple of 2 × --heads=5"),
+        (dict(kv_heads=4), "--heads=6 is no multiple of --kv_heads=4"),
+        (dict(vision_heads=3), "--vision_width=20 is no multiple of --vision_heads=3"),
+        (dict(tile=13), "a tile of 13 pixels is not whole patches of 3"),
+        (dict(fit="stretch"), "is none of squash, pad, crop"),
+        (
+            dict(tiles=4, fit="pad"),
+            "--fit=pad makes one tile of a picture, --tiles=4 several: give one of the two",
+        ),
+        (dict(tiles=-1), "--tiles=-1 must be at least 1"),
+        (dict(tiles=4, tile_choice="best"), "--tile_choice=best is not known: aspect, area"),
+        (dict(tile_tags="true", thumbnail="false"), "--thumbnail, --tile_tags without --tiles"),
+        (dict(template="mistrl"), "--template=mistrl is not known: mistral"),
+        (dict(seed=-1), "--seed=-1"),
+        (dict(source="nowhere.json"), "no such file: nowhere.json"),
+    ],
+)
 def test_a_newborn_that_cannot_be(door, tmp_path, settings, said):
     refused(door("new", **settings), said)
     assert not os.listdir(tmp_path)
@@ -183,20 +310,31 @@ def test_a_newborn_learns_from_any_source_what_can_be_read_of_it(door, tmp_path,
     lines.write_text("".join(json.dumps(record) + "\n" for record in RECORDS) + "{broken\n")
     for path in (whole, lines):
         assert door("new", source=path, out=tmp_path / path.stem) is None
-    assert (tmp_path / "whole" / "tokenizer.json").read_bytes() == (tmp_path / "lines" / "tokenizer.json").read_bytes()
-    assert f"learnt without 1 of {len(RECORDS) + 1} records, which cannot be read: {lines}, line 5 is not JSON" in capsys.readouterr().err
+    assert (tmp_path / "whole" / "tokenizer.json").read_bytes() == (
+        tmp_path / "lines" / "tokenizer.json"
+    ).read_bytes()
+    assert (
+        f"learnt without 1 of {len(RECORDS) + 1} records, which cannot be read: {lines}, line 5 is not JSON"
+        in capsys.readouterr().err
+    )
 
 
 def test_a_newborn_that_could_learn_from_nothing_says_what_is_wrong(door, tmp_path):
-    refused(door("new", source=source(tmp_path, [changed(conversations=talk("<image>", " "))])), "there is nothing to learn a tokenizer from: ")
+    refused(
+        door("new", source=source(tmp_path, [changed(conversations=talk("<image>", " "))])),
+        "there is nothing to learn a tokenizer from: ",
+    )
 
 
 def test_a_world_without_fridges_is_none(door, tmp_path):
-    refused(door("fridge", out=tmp_path / "fridge", scenes=0, exam=-1), "--scenes=0 must be at least 1; --exam=-1 must be at least 1")
+    refused(
+        door("fridge", out=tmp_path / "fridge", scenes=0, exam=-1),
+        "--scenes=0 must be at least 1; --exam=-1 must be at least 1",
+    )
 
 
 def test_a_link_that_leads_nowhere_has_its_name_all_the_same(tmp_path):
     (tmp_path / "set").symlink_to(tmp_path / "nowhere")
     for out in (tmp_path / "set", f"{tmp_path}/set/"):
-        with pytest.raises(Mistake, match="is there already: remove it, or name another"):
+        with pytest.raises(UserError, match="is there already: remove it, or name another"):
             prepare.refuse_to_overwrite(str(out))

@@ -1,4 +1,5 @@
 """The sentences that nothing else would hold: README's paths, commands and counts are true, imports go down, every setting is told and read."""
+
 import ast
 import importlib.metadata
 import inspect
@@ -13,32 +14,96 @@ from conftest import ROOT
 import prepare
 import sample
 import train
-from nanovlm import Mistake, cli, files
+from nanovlm import UserError, cli, files
 from nanovlm.demo import run
 from nanovlm.training import recipes
 
-DOORS = {"train.py": train.train, "sample.py": sample.sample,
-         "prepare.py": {"fridge": prepare.fridge, "new": prepare.new, "data": prepare.data, "show": prepare.show, "check": prepare.check,
-                        "plot": prepare.plot, "stitch": prepare.stitch, "export": prepare.export}}
-FUNCTIONS = [f for door in DOORS.values() for f in (door.values() if isinstance(door, dict) else [door])]
+DOORS = {
+    "train.py": train.train,
+    "sample.py": sample.sample,
+    "prepare.py": {
+        "fridge": prepare.fridge,
+        "new": prepare.new,
+        "data": prepare.data,
+        "show": prepare.show,
+        "check": prepare.check,
+        "plot": prepare.plot,
+        "stitch": prepare.stitch,
+        "export": prepare.export,
+    },
+}
+FUNCTIONS = [
+    f for door in DOORS.values() for f in (door.values() if isinstance(door, dict) else [door])
+]
 FILES = sorted([*ROOT.glob("*.py"), *ROOT.glob("nanovlm/*.py")])
 README = ROOT / "README.md"
-READERS = {"photos.json", "exam.json", "captions.json", "chats.json", "photo.jpg"}  # what README.md asks the reader to bring
+READERS = {
+    "photos.json",
+    "exam.json",
+    "captions.json",
+    "chats.json",
+    "photo.jpg",
+}  # what README.md asks the reader to bring
 
 # From the street down to the cellar: a file imports only from lines below its own (../shared/design.md, Rooms).
-ROOMS = ["train", "sample prepare demonstration", "evaluate samples curves", "papers report saves validation logger memory",
-         "layouts cost recipe scores cider profiler signals", "gather",
-         "random_init stitch", "weights", "sharded llava", "huggingface", "parallel", "model packing",
-         "generate", "vision decoder", "attention rmsnorm loss", "decode", "kernels", "sources",
-         "records refs", "data", "chat", "tokenizer jinja", "images", "disk opening", "fridge", "cli", "__init__"]
+ROOMS = [
+    "train",
+    "sample prepare demonstration",
+    "evaluate samples curves",
+    "papers report saves validation logger memory",
+    "layouts cost recipe scores cider profiler signals",
+    "gather",
+    "random_init stitch",
+    "weights",
+    "sharded llava",
+    "huggingface",
+    "parallel",
+    "model packing",
+    "generate",
+    "vision decoder",
+    "attention rmsnorm loss",
+    "decode",
+    "kernels",
+    "sources",
+    "records refs",
+    "data",
+    "chat",
+    "tokenizer jinja",
+    "images",
+    "disk opening",
+    "fridge",
+    "cli",
+    "__init__",
+]
 # The model knows of no file, tokenizer or second process, a kernel of nothing of ours.
-KNOWS_ONLY = {"model": "vision decoder attention rmsnorm loss generate __init__", "generate": "decoder kernels rmsnorm", "vision": "attention",
-              "decoder": "attention rmsnorm", "attention": "decode kernels", "decode": "kernels", "rmsnorm": "kernels",
-              "loss": "kernels", "kernels": "", "fridge": "cli __init__"}
+KNOWS_ONLY = {
+    "model": "vision decoder attention rmsnorm loss generate __init__",
+    "generate": "decoder kernels rmsnorm",
+    "vision": "attention",
+    "decoder": "attention rmsnorm",
+    "attention": "decode kernels",
+    "decode": "kernels",
+    "rmsnorm": "kernels",
+    "loss": "kernels",
+    "kernels": "",
+    "fridge": "cli __init__",
+}
 
-PACKAGES = {"torch": "torch", "numpy": "numpy", "pillow": "PIL", "tiktoken": "tiktoken", "safetensors": "safetensors", "triton": "triton"}
+PACKAGES = {
+    "torch": "torch",
+    "numpy": "numpy",
+    "pillow": "PIL",
+    "tiktoken": "tiktoken",
+    "safetensors": "safetensors",
+    "triton": "triton",
+}
 GUESTS = {"regex": "tiktoken", "jinja2": "torch"}  # come with a package of ours
-OPTIONAL = {"huggingface_hub", "tensorboard", "pyarrow", "matplotlib"}  # used where the user has them, so imported where they are used
+OPTIONAL = {
+    "huggingface_hub",
+    "tensorboard",
+    "pyarrow",
+    "matplotlib",
+}  # used where the user has them, so imported where they are used
 
 
 def rows(problems):
@@ -47,10 +112,13 @@ def rows(problems):
 
 # ---- README ----
 
+
 def commands(text):
     """The shell commands in a text: indented lines and `inline` ones, what stands two spaces behind them left off."""
     text = text.replace("\\\n", " ")
-    lines = re.findall(r"^ {4}((?:python|torchrun|pip|hf|echo|[A-Z_]+=\w+ python)\b.*)", text, re.MULTILINE)
+    lines = re.findall(
+        r"^ {4}((?:python|torchrun|pip|hf|echo|[A-Z_]+=\w+ python)\b.*)", text, re.MULTILINE
+    )
     lines += re.findall(r"`((?:python|torchrun|pip) [^`]+)`", text)
     return [re.split(r"\s{2,}", line.strip())[0] for line in lines]
 
@@ -59,7 +127,11 @@ def check_command(line):
     """Raise unless every part of a command line would be understood; nothing is run. Returns its paths that it makes."""
     made = []
     for part in re.split(r"\s(?:&&|\|)\s", line):
-        words = [word for word in shlex.split(part, comments=True) if not re.fullmatch(r"[A-Z_]+=\S*", word)]
+        words = [
+            word
+            for word in shlex.split(part, comments=True)
+            if not re.fullmatch(r"[A-Z_]+=\S*", word)
+        ]
         match words:
             case ["pip", "install", "-r", file]:
                 assert (ROOT / file).is_file(), f"{line}: no file {file}"
@@ -68,7 +140,9 @@ def check_command(line):
             case ["python", "-m", "pytest", *_] | ["pip", "install", *_] | ["echo", *_]:
                 pass
             case ["python", script] if script not in DOORS:
-                assert (ROOT / script).is_file() and script.endswith(".py"), f"{line}: no script {script}"
+                assert (ROOT / script).is_file() and script.endswith(".py"), (
+                    f"{line}: no script {script}"
+                )
             case ["python" | "torchrun", *_]:
                 door = next((word for word in words if word.endswith(".py")), None)
                 assert door in DOORS, f"{line}: {door} is no door"
@@ -86,7 +160,7 @@ def check_settings(line, door, argv):
     asks_for_help = "--help" in argv
     try:
         chosen = cli.parse(function, [word for word in argv if word != "--help"])
-    except Mistake as mistake:
+    except UserError as mistake:
         raise AssertionError(f"{line}: {mistake}") from None
     typed = {name: default for name, _, default, _ in cli.settings(function)} | chosen
     if asks_for_help:
@@ -96,14 +170,20 @@ def check_settings(line, door, argv):
     if function is train.train:
         return [train.resolve(typed, 1).out]
     if function is sample.sample:
-        sample.check({name: typed[name] for name in ("temperature", "top_p", "top_k", "max_tokens", "seed")})
+        sample.check(
+            {name: typed[name] for name in ("temperature", "top_p", "top_k", "max_tokens", "seed")}
+        )
     return [typed["out"]] if typed.get("out") else []
 
 
 def demonstration_makes():
     named = re.findall(r'"([\w./-]+)"', inspect.getsource(run))
-    return [*named, prepare.fridge.__kwdefaults__["out"], *(path for preset in train.STAGES.values() for path in (preset["data"], preset["model"])),
-            *(f"out/{stage}" for stage in train.STAGES)]
+    return [
+        *named,
+        prepare.fridge.__kwdefaults__["out"],
+        *(path for preset in train.STAGES.values() for path in (preset["data"], preset["model"])),
+        *(f"out/{stage}" for stage in train.STAGES),
+    ]
 
 
 def paths_in(text):
@@ -111,13 +191,19 @@ def paths_in(text):
     text = text.replace("\\_", "_")
     links = [target for target in re.findall(r"\]\(([^)#\s]+)\)", text) if "://" not in target]
     ends = "py|md|txt|toml|jpg|jpeg|png|json|jsonl|safetensors"
-    words = re.findall(rf"(?<![\w/.:-])(?:(?:nanovlm|tests|data|out|\.ci|shared)/[\w./-]*\w|[\w/-]+\.(?:{ends}))\b", text)
+    words = re.findall(
+        rf"(?<![\w/.:-])(?:(?:nanovlm|tests|data|out|\.ci|shared)/[\w./-]*\w|[\w/-]+\.(?:{ends}))\b",
+        text,
+    )
     return sorted({*links, *words})
 
 
 def is_placeholder(path):
     """FILE.json, data/NAME: for the reader to fill in."""
-    return any(re.fullmatch(r"[A-Z]+", Path(part).stem) and part not in ("README.md", "LICENSE") for part in Path(path).parts)
+    return any(
+        re.fullmatch(r"[A-Z]+", Path(part).stem) and part not in ("README.md", "LICENSE")
+        for part in Path(path).parts
+    )
 
 
 def untrue_paths(text, made):
@@ -133,7 +219,9 @@ def untrue_paths(text, made):
 def test_every_path_in_the_readme_is_there_or_made_by_one_of_its_commands():
     text = README.read_text()
     made = [path for line in commands(text) for path in check_command(line)]
-    assert not (wrong := list(untrue_paths(text, made))), f"README.md names what neither is there nor is made by a command of it: {wrong}"
+    assert not (wrong := list(untrue_paths(text, made))), (
+        f"README.md names what neither is there nor is made by a command of it: {wrong}"
+    )
 
 
 def test_every_command_in_the_readme_and_the_doors_would_be_understood():
@@ -150,7 +238,9 @@ def settings_of(line):
     function, argv = DOORS[door], words[words.index(door) + 1 :]
     if isinstance(function, dict):
         function, argv = cli.choose(function, argv)
-    typed = {name: default for name, _, default, _ in cli.settings(function)} | cli.parse(function, argv)
+    typed = {name: default for name, _, default, _ in cli.settings(function)} | cli.parse(
+        function, argv
+    )
     return function, vars(train.resolve(typed, 1)) if function is train.train else typed
 
 
@@ -162,8 +252,14 @@ def astray(road):
             there.add(line.split()[2])
             continue
         function, typed = settings_of(line)
-        public = [typed.get(name) for name in ("vision", "decoder") if typed.get(name)]  # stitch fetches them itself
-        wanted = [typed[name] for name in ("model", "data") if typed.get(name) and function is not prepare.stitch]
+        public = [
+            typed.get(name) for name in ("vision", "decoder") if typed.get(name)
+        ]  # stitch fetches them itself
+        wanted = [
+            typed[name]
+            for name in ("model", "data")
+            if typed.get(name) and function is not prepare.stitch
+        ]
         if not all(map(files.is_name, public)) or not set(wanted) <= there:
             yield line
         there.add(typed["out"])
@@ -171,38 +267,73 @@ def astray(road):
 
 def roads():
     """The blocks of commands under "A real eye and a real brain" that begin with a fetched or stitched model."""
-    section = README.read_text().partition("## A real eye and a real brain\n")[2].partition("\n## ")[0]
-    blocks = [commands(block + "\n") for block in re.findall(r"(?:^ {4}.+\n)+", section, re.MULTILINE)]
-    return [block for block in blocks if block and re.match(r"hf download|python prepare.py stitch", block[0])]
+    section = (
+        README.read_text().partition("## A real eye and a real brain\n")[2].partition("\n## ")[0]
+    )
+    blocks = [
+        commands(block + "\n") for block in re.findall(r"(?:^ {4}.+\n)+", section, re.MULTILINE)
+    ]
+    return [
+        block
+        for block in blocks
+        if block and re.match(r"hf download|python prepare.py stitch", block[0])
+    ]
 
 
 def test_each_of_the_three_roads_reads_only_what_it_has_made():
     """From public parts to an answer, in order, every folder under the name by which the next line asks for it."""
     found = roads()
-    parts = [("llava-hf/llava-v1.6-mistral-7b-hf",), ("openai/clip-vit-large-patch14-336", "mistralai/Mistral-7B-Instruct-v0.3"),
-             ("google/siglip-base-patch16-224", "HuggingFaceTB/SmolLM2-135M-Instruct")]
-    assert len(found) == 3 and all(name in road[0] for road, names in zip(found, parts, strict=True) for name in names)
+    parts = [
+        ("llava-hf/llava-v1.6-mistral-7b-hf",),
+        ("openai/clip-vit-large-patch14-336", "mistralai/Mistral-7B-Instruct-v0.3"),
+        ("google/siglip-base-patch16-224", "HuggingFaceTB/SmolLM2-135M-Instruct"),
+    ]
+    assert len(found) == 3 and all(
+        name in road[0] for road, names in zip(found, parts, strict=True) for name in names
+    )
     assert not (wrong := [line for road in found for line in astray(road)]), rows(wrong)
     for road in found[1:]:
-        doors = [(function.__name__, typed.get("stage")) for function, typed in map(settings_of, road)]
-        assert doors == [("stitch", None), ("data", None), ("train", "pretrain"), ("data", None), ("train", "sft"), ("sample", None)]
+        doors = [
+            (function.__name__, typed.get("stage")) for function, typed in map(settings_of, road)
+        ]
+        assert doors == [
+            ("stitch", None),
+            ("data", None),
+            ("train", "pretrain"),
+            ("data", None),
+            ("train", "sft"),
+            ("sample", None),
+        ]
 
 
 def test_a_road_that_goes_astray_is_seen():
     road = next(road for road in roads() if "--out=out/small" in road[0])
     for n in range(5):
         assert list(astray(road[:n] + road[n + 1 :])), "a line is left out"
-    assert list(astray([*road[:2], road[2].replace("small-pretrain", "small-pre"), *road[3:]])) == [road[3], road[4]]
-    assert list(astray(["hf download a/b", "python sample.py --model=a/c"])) and not list(astray(["hf download a/b", "python sample.py --model=a/b"]))
+    assert list(astray([*road[:2], road[2].replace("small-pretrain", "small-pre"), *road[3:]])) == [
+        road[3],
+        road[4],
+    ]
+    assert list(astray(["hf download a/b", "python sample.py --model=a/c"])) and not list(
+        astray(["hf download a/b", "python sample.py --model=a/b"])
+    )
 
 
 def test_the_readme_has_no_gaps():
     lines = README.read_text().splitlines()
-    assert not (gaps := [f"line {n}: {line}" for n, line in enumerate(lines, 1) if re.fullmatch(r"[A-Z]{3,}", line)]), gaps
+    assert not (
+        gaps := [
+            f"line {n}: {line}"
+            for n, line in enumerate(lines, 1)
+            if re.fullmatch(r"[A-Z]{3,}", line)
+        ]
+    ), gaps
 
 
 def table_rows(text):
-    return re.findall(r"^\| \[?`([\w/.]+\.py)`(?:\]\([^)]*\))? \| ([\d,]+) \| (.*\S.*) \|$", text, re.MULTILINE)
+    return re.findall(
+        r"^\| \[?`([\w/.]+\.py)`(?:\]\([^)]*\))? \| ([\d,]+) \| (.*\S.*) \|$", text, re.MULTILINE
+    )
 
 
 def test_the_readmes_line_counts_are_the_files():
@@ -213,33 +344,45 @@ def test_the_readmes_line_counts_are_the_files():
         told, question = found.pop(name, (None, "…"))
         if told is None or int(told.replace(",", "")) != count:
             wrong.append(f"| `{name}` | {count} | {question} |")
-    assert not wrong and not found, f"these rows of README.md should be:{rows(wrong)}\nand these should not be there: {list(found)}"
+    assert not wrong and not found, (
+        f"these rows of README.md should be:{rows(wrong)}\nand these should not be there: {list(found)}"
+    )
 
 
-@pytest.mark.parametrize("line, said", [
-    ("python train.py --stage=stf", "--stage=stf is not known"),
-    ("python train.py --stage=sft --step=3", "--step is no setting, did you mean --steps"),
-    ("torchrun --nproc_per_node=8 trian.py --stage=sft", "trian.py is no door"),
-    ("python tests/photos.py", "no script tests/photos.py"),
-    ("pip install -r requirement.txt && python train.py", "no file requirement.txt"),
-    ("python prepare.py stich", "did you mean stitch"),
-    ("python sample.py --top_p=7", "--top_p=7.0 must be"),
-    ("hf download out/sft", "out/sft is no owner/name"),
-    ("bash do.sh", "what is bash"),
-    ("echo hm | python sample.py --chat=perhaps", "--chat=perhaps is not true or false"),
-])
+@pytest.mark.parametrize(
+    "line, said",
+    [
+        ("python train.py --stage=stf", "--stage=stf is not known"),
+        ("python train.py --stage=sft --step=3", "--step is no setting, did you mean --steps"),
+        ("torchrun --nproc_per_node=8 trian.py --stage=sft", "trian.py is no door"),
+        ("python tests/photos.py", "no script tests/photos.py"),
+        ("pip install -r requirement.txt && python train.py", "no file requirement.txt"),
+        ("python prepare.py stich", "did you mean stitch"),
+        ("python sample.py --top_p=7", "--top_p=7.0 must be"),
+        ("hf download out/sft", "out/sft is no owner/name"),
+        ("bash do.sh", "what is bash"),
+        ("echo hm | python sample.py --chat=perhaps", "--chat=perhaps is not true or false"),
+    ],
+)
 def test_a_command_that_would_fail_is_seen(line, said):
-    with pytest.raises((AssertionError, Mistake), match=re.escape(said)):
+    with pytest.raises((AssertionError, UserError), match=re.escape(said)):
         check_command(line)
 
 
 def test_a_path_that_nothing_makes_is_seen():
     text = "[a](nanovlm/modle.py), `out/sft`, data/cats/a.jpg, `images.py`, `nanovlm.json`, --out=data/NAME, b.jpg, .ci/run, tests"
-    assert list(untrue_paths(text, ["out/sft", "data/dogs"])) == ["b.jpg", "data/cats/a.jpg", "nanovlm/modle.py"]
-    assert list(untrue_paths(text, [*demonstration_makes(), "data/cats", "b.jpg"])) == ["nanovlm/modle.py"]
+    assert list(untrue_paths(text, ["out/sft", "data/dogs"])) == [
+        "b.jpg",
+        "data/cats/a.jpg",
+        "nanovlm/modle.py",
+    ]
+    assert list(untrue_paths(text, [*demonstration_makes(), "data/cats", "b.jpg"])) == [
+        "nanovlm/modle.py"
+    ]
 
 
 # ---- imports ----
+
 
 def imports(source):
     """(module, names of what is taken from it, whether at the top) of every import; ours by the name of the file, as ".", "model"."""
@@ -248,7 +391,11 @@ def imports(source):
         if isinstance(node, ast.Import):
             yield from ((alias.name, [], node in tree.body) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            yield "." * node.level + (node.module or ""), [alias.name for alias in node.names], node in tree.body
+            yield (
+                "." * node.level + (node.module or ""),
+                [alias.name for alias in node.names],
+                node in tree.body,
+            )
 
 
 def ours(source):
@@ -265,17 +412,42 @@ def ours(source):
 
 def test_imports_only_go_down_the_rooms():
     floor = {name: number for number, line in enumerate(ROOMS) for name in line.split()}
-    assert floor.keys() == {path.stem for path in FILES}, "a file without a room, or a room without a file"
-    up = [f"{path.name} imports {name}" for path in FILES for name in ours(path.read_text()) if floor[name] <= floor[path.stem]]
-    up += [f"{path.name} imports {name}" for path in FILES if path.stem in KNOWS_ONLY
-           for name in ours(path.read_text()) if name not in KNOWS_ONLY[path.stem].split()]
+    assert floor.keys() == {path.stem for path in FILES}, (
+        "a file without a room, or a room without a file"
+    )
+    up = [
+        f"{path.name} imports {name}"
+        for path in FILES
+        for name in ours(path.read_text())
+        if floor[name] <= floor[path.stem]
+    ]
+    up += [
+        f"{path.name} imports {name}"
+        for path in FILES
+        if path.stem in KNOWS_ONLY
+        for name in ours(path.read_text())
+        if name not in KNOWS_ONLY[path.stem].split()
+    ]
     assert not up, rows(up)
 
 
 def test_nothing_is_imported_but_the_six_packages():
     for guest, host in GUESTS.items():
-        assert any(re.match(rf"{guest}\b", line, re.IGNORECASE) for line in importlib.metadata.requires(host)), f"{guest} does not come with {host}"
-    wrong, known = [], {*PACKAGES.values(), *GUESTS, *sys.stdlib_module_names, *(path.stem for path in FILES), "nanovlm", ""}
+        assert any(
+            re.match(rf"{guest}\b", line, re.IGNORECASE)
+            for line in importlib.metadata.requires(host)
+        ), f"{guest} does not come with {host}"
+    wrong, known = (
+        [],
+        {
+            *PACKAGES.values(),
+            *GUESTS,
+            *sys.stdlib_module_names,
+            *(path.stem for path in FILES),
+            "nanovlm",
+            "",
+        },
+    )
     for path in FILES:
         for module, _, top in imports(path.read_text()):
             name = module.split(".")[0]
@@ -285,38 +457,80 @@ def test_nothing_is_imported_but_the_six_packages():
 
 
 def test_requirements_are_the_six_packages_and_pinned():
-    lines = [line for name in ("requirements.txt", "requirements-test.txt") for line in (ROOT / name).read_text().splitlines() if line]
-    loose = [line for line in lines if not re.fullmatch(r"[\w-]+==[\w.]+(; [\w ]+ == \"\w+\")?", line) and line != "-r requirements.txt"]
+    lines = [
+        line
+        for name in ("requirements.txt", "requirements-test.txt")
+        for line in (ROOT / name).read_text().splitlines()
+        if line
+    ]
+    loose = [
+        line
+        for line in lines
+        if not re.fullmatch(r"[\w-]+==[\w.]+(; [\w ]+ == \"\w+\")?", line)
+        and line != "-r requirements.txt"
+    ]
     assert not loose, rows(loose)
-    named = [re.match(r"[\w-]+", line)[0] for line in (ROOT / "requirements.txt").read_text().splitlines()]
+    named = [
+        re.match(r"[\w-]+", line)[0]
+        for line in (ROOT / "requirements.txt").read_text().splitlines()
+    ]
     assert sorted(named) == sorted(PACKAGES)
 
 
 # ---- settings ----
 
+
 def unread(source, settings):
     """The settings that the function at the head of a source never reads: as a variable, or, where it hands on its locals(), as an attribute."""
     head = ast.parse(source).body[0]
     nodes = [node for statement in head.body for node in ast.walk(statement)]
-    read = {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
+    read = {
+        node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)
+    }
     if "locals" not in read:
         return [name for name in settings if name not in read]
     everywhere = list(ast.walk(ast.parse(source)))
-    read |= {node.attr for node in everywhere if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)}
-    patterns = ["".join(re.escape(part.value) if isinstance(part, ast.Constant) else r"\w+" for part in node.args[1].values) for node in everywhere
-                if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "getattr" and isinstance(node.args[1], ast.JoinedStr)]
-    return [name for name in settings if name not in read and not any(re.fullmatch(pattern, name) for pattern in patterns)]
+    read |= {
+        node.attr
+        for node in everywhere
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
+    }
+    patterns = [
+        "".join(
+            re.escape(part.value) if isinstance(part, ast.Constant) else r"\w+"
+            for part in node.args[1].values
+        )
+        for node in everywhere
+        if isinstance(node, ast.Call)
+        and getattr(node.func, "id", "") == "getattr"
+        and isinstance(node.args[1], ast.JoinedStr)
+    ]
+    return [
+        name
+        for name in settings
+        if name not in read and not any(re.fullmatch(pattern, name) for pattern in patterns)
+    ]
 
 
 @pytest.mark.parametrize("function", FUNCTIONS, ids=lambda f: f.__name__)
 def test_every_setting_has_a_remark_and_is_read(function):
     settings, source = cli.settings(function), inspect.getsource(function)
-    assert not (mute := [name for name, _, _, remark in settings if not re.match(r"\S.*\w", remark)]), f"{function.__name__}: no remark on {mute}"
+    assert not (
+        mute := [name for name, _, _, remark in settings if not re.match(r"\S.*\w", remark)]
+    ), f"{function.__name__}: no remark on {mute}"
     kinds = (bool, int, float, str, list[str], int | None, float | None, str | None)
-    assert not (strange := [name for name, kind, _, _ in settings if kind not in kinds]), f"{function.__name__}: what is {strange}?"
+    assert not (strange := [name for name, kind, _, _ in settings if kind not in kinds]), (
+        f"{function.__name__}: what is {strange}?"
+    )
     if "locals()" in source:
-        source += "\n\n" + inspect.getsource(sys.modules[function.__module__]) + inspect.getsource(recipes)
-    assert not (idle := unread(source, [name for name, *_ in settings])), f"{function.__name__} never reads {idle}"
+        source += (
+            "\n\n"
+            + inspect.getsource(sys.modules[function.__module__])
+            + inspect.getsource(recipes)
+        )
+    assert not (idle := unread(source, [name for name, *_ in settings])), (
+        f"{function.__name__} never reads {idle}"
+    )
     assert inspect.getdoc(function)
 
 
@@ -329,18 +543,28 @@ def test_a_setting_that_is_parsed_and_ignored_is_seen():
 
 # ---- the shape of the code ----
 
+
 def size(function):
     """Lines of a function's body, its docstring aside."""
-    body = function.body[1:] if ast.get_docstring(function) and len(function.body) > 1 else function.body
+    body = (
+        function.body[1:]
+        if ast.get_docstring(function) and len(function.body) > 1
+        else function.body
+    )
     return function.end_lineno - body[0].lineno + 1
 
 
 def depth(node, chained=False):
     """How many blocks stand in one another; an elif is no deeper than its if, a function within starts anew."""
-    opens = isinstance(node, (ast.If, ast.For, ast.While, ast.With, ast.Try, ast.Match)) and not chained
+    opens = (
+        isinstance(node, (ast.If, ast.For, ast.While, ast.With, ast.Try, ast.Match)) and not chained
+    )
     tail = node.orelse if isinstance(node, ast.If) and len(node.orelse) == 1 else []
-    inside = [depth(child, child in tail and isinstance(child, ast.If)) for child in ast.iter_child_nodes(node)
-              if not isinstance(child, (ast.FunctionDef, ast.Lambda))]
+    inside = [
+        depth(child, child in tail and isinstance(child, ast.If))
+        for child in ast.iter_child_nodes(node)
+        if not isinstance(child, (ast.FunctionDef, ast.Lambda))
+    ]
     return opens + max(inside, default=0)
 
 
@@ -351,7 +575,11 @@ def faults(source):
         if isinstance(node, ast.ExceptHandler) and node.type is None:
             yield f"line {node.lineno}: a bare except"
         if isinstance(node, ast.Call) and getattr(node.func, "id", "") != "zip":
-            yield from (f"line {node.lineno}: strict=False" for k in node.keywords if k.arg == "strict" and getattr(k.value, "value", None) is False)
+            yield from (
+                f"line {node.lineno}: strict=False"
+                for k in node.keywords
+                if k.arg == "strict" and getattr(k.value, "value", None) is False
+            )
     for number, line in enumerate(source.splitlines(), 1):
         if re.search(r"\b(TODO|FIXME|XXX)\b", line):
             yield f"line {number}: {line.strip()}"
@@ -367,7 +595,20 @@ def test_each_fault_is_seen():
     deep = "def f():\n    if a:\n        pass\n    elif b:\n        for x in y:\n            with z:\n                while c:\n"
     deep += "                    try:\n                        go()\n                    except:\n                        pass\n"
     assert len(list(faults(long))) == 1 and list(faults(long.replace("    x = 1\n", "", 1))) == []
-    assert list(faults(deep)) == ["line 1: f has 10 lines of body (at most 70), 5 blocks in one another (at most 4)", "line 10: a bare except"]
-    assert list(faults(deep.replace("if a:", "x:").replace("    x:\n        pass\n    elif b:", "    if a:").replace("except:", "except E:"))) != []
-    assert list(faults("m.load_state_dict(s, strict=False)\nzip(a, b, strict=False)\nx = 1  # TODO later\n")) == [
-        "line 1: strict=False", "line 3: x = 1  # TODO later"]
+    assert list(faults(deep)) == [
+        "line 1: f has 10 lines of body (at most 70), 5 blocks in one another (at most 4)",
+        "line 10: a bare except",
+    ]
+    assert (
+        list(
+            faults(
+                deep.replace("if a:", "x:")
+                .replace("    x:\n        pass\n    elif b:", "    if a:")
+                .replace("except:", "except E:")
+            )
+        )
+        != []
+    )
+    assert list(
+        faults("m.load_state_dict(s, strict=False)\nzip(a, b, strict=False)\nx = 1  # TODO later\n")
+    ) == ["line 1: strict=False", "line 3: x = 1  # TODO later"]

@@ -1,4 +1,5 @@
 """What the sample door says, and says of what it cannot do: the answer alone on standard output, all else on standard error."""
+
 import io
 import json
 import os
@@ -14,12 +15,20 @@ from conftest import DECODER, ROOT, TOKENS, VISION, make_vlm
 from PIL import Image
 
 import sample as door
-from nanovlm import IMAGE, cli
+from nanovlm import IMAGE_TOKEN_ID, cli
 from nanovlm.checkpoints.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from nanovlm.data import image_processing, packing, tokenizer
 from nanovlm.evals import runner
 
-POLICY = {"tile": 12, "patch": 3, "shuffle": 2, "fit": "squash", "resample": "bicubic", "mean": [0.5] * 3, "std": [0.5] * 3}
+POLICY = {
+    "tile": 12,
+    "patch": 3,
+    "shuffle": 2,
+    "fit": "squash",
+    "resample": "bicubic",
+    "mean": [0.5] * 3,
+    "std": [0.5] * 3,
+}
 START, OPEN, CLOSE, END = range(256, 260)
 
 
@@ -34,9 +43,13 @@ def home(tmp_path_factory):
         with torch.no_grad():
             model.decoder.head.weight[END] *= loud
             model.decoder.head.weight[128:256] *= 0.5  # mostly letters
-        save_checkpoint(Checkpoint(model, words, shapes, POLICY, "mistral", {"born": "here"}), home / name)
+        save_checkpoint(
+            Checkpoint(model, words, shapes, POLICY, "mistral", {"born": "here"}), home / name
+        )
     for name, seed in (("a.png", 1), ("b.png", 2)):
-        Image.fromarray(np.random.default_rng(seed).integers(256, size=(12, 12, 3), dtype=np.uint8)).save(home / name)
+        Image.fromarray(
+            np.random.default_rng(seed).integers(256, size=(12, 12, 3), dtype=np.uint8)
+        ).save(home / name)
     return home
 
 
@@ -48,10 +61,15 @@ def checkpoint(home):
 @pytest.fixture
 def ask(home, capsys, monkeypatch):
     """sample.py's words typed in `home` -> (exit code, standard output, standard error), in this process."""
+
     def run(*words, piped=b""):
         monkeypatch.chdir(home)
         given = {word.split("=")[0] for word in words}
-        usual = [word for word in ("--model=model", "--device=cpu") if not {word.split("=")[0], "--score"} & given]
+        usual = [
+            word
+            for word in ("--model=model", "--device=cpu")
+            if not {word.split("=")[0], "--score"} & given
+        ]
         monkeypatch.setattr(sys, "argv", ["sample.py", *usual, *words])
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(piped), encoding="utf-8"))
         code = 0
@@ -63,6 +81,7 @@ def ask(home, capsys, monkeypatch):
             print(code, file=sys.stderr)
             code = 1
         return code, *capsys.readouterr()
+
     return run
 
 
@@ -72,9 +91,23 @@ def tiles_of(home, *names):
 
 def expected(checkpoint, ids, tiles, max_tokens=256, **how):
     """The answer to ids written by hand, straight from the model."""
-    tiles_NCYX = torch.cat([torch.tensor(t) for t in tiles]) if tiles else torch.zeros(0, 3, 12, 12, dtype=torch.uint8)
-    said = [i for (i,) in checkpoint.model.generate([ids], tiles_NCYX, stop={END}, max_tokens=max_tokens, **how)]
-    shown = {i: bytes([i]) for i in range(256)} | {START: b"<s>", OPEN: b"[INST]", CLOSE: b"[/INST]", END: b""}
+    tiles_NCYX = (
+        torch.cat([torch.tensor(t) for t in tiles])
+        if tiles
+        else torch.zeros(0, 3, 12, 12, dtype=torch.uint8)
+    )
+    said = [
+        i
+        for (i,) in checkpoint.model.generate(
+            [ids], tiles_NCYX, stop={END}, max_tokens=max_tokens, **how
+        )
+    ]
+    shown = {i: bytes([i]) for i in range(256)} | {
+        START: b"<s>",
+        OPEN: b"[INST]",
+        CLOSE: b"[/INST]",
+        END: b"",
+    }
     return b"".join(shown[i] for i in said).decode(errors="replace"), said
 
 
@@ -83,62 +116,132 @@ def turn(text):
     parts = text.split("<image>")
     said = list(parts[0].encode())
     for part in parts[1:]:
-        said += [IMAGE] * TOKENS + list(part.encode())
+        said += [IMAGE_TOKEN_ID] * TOKENS + list(part.encode())
     return [OPEN, *said, CLOSE]
 
 
 def test_only_the_answer_goes_to_standard_output_and_ends_at_the_end_token(home, checkpoint, ask):
     ended = 0
     for text in ("what", "is there", "how many of these", "?", "and now"):
-        answer, ids = expected(checkpoint, [START, *turn("<image>\n" + text)], tiles_of(home, "a.png"), max_tokens=60)
+        answer, ids = expected(
+            checkpoint, [START, *turn("<image>\n" + text)], tiles_of(home, "a.png"), max_tokens=60
+        )
         code, out, err = ask("--image=a.png", "--prompt", text, "--max_tokens=60")
         assert (code, out) == (0, answer + "\n")
         count = len(ids) - (ids[-1] == END)
-        assert err.startswith(f"{count} tokens in ") and err.endswith(" s\n" if ids[-1] == END else " s, cut off at --max_tokens=60\n")
+        assert err.startswith(f"{count} tokens in ") and err.endswith(
+            " s\n" if ids[-1] == END else " s, cut off at --max_tokens=60\n"
+        )
         assert err.count("\n") == 1
         ended += ids[-1] == END
     assert ended >= 1, "no answer ended by itself: the test saw nothing of the end token"
 
 
-@pytest.mark.parametrize("words, asked, pictures", [
-    (["--prompt=hm"], "hm", []),
-    (["--image=b.png", "--prompt=hm"], "<image>\nhm", ["b.png"]),
-    (["--image=a.png", "--image=b.png", "--prompt=hm"], "<image>\n<image>\nhm", ["a.png", "b.png"]),
-    (["--image=b.png", "--image=a.png", "--prompt=hm"], "<image>\n<image>\nhm", ["b.png", "a.png"]),
-    (["--image=a.png", "--image=b.png", "--prompt=from <image> to <image>?"], "from <image> to <image>?", ["a.png", "b.png"]),
-    (["--image=a.png"], "<image>\nWhat is in the fridge?", ["a.png"]),
-    (["--image=a.png", "--prompt=  "], "<image>\nWhat is in the fridge?", ["a.png"]),
-    (["--prompt=</s>[INST] é 🍎"], "</s>[INST] é 🍎", []),  # a user who types a special token has typed letters
-])
+@pytest.mark.parametrize(
+    "words, asked, pictures",
+    [
+        (["--prompt=hm"], "hm", []),
+        (["--image=b.png", "--prompt=hm"], "<image>\nhm", ["b.png"]),
+        (
+            ["--image=a.png", "--image=b.png", "--prompt=hm"],
+            "<image>\n<image>\nhm",
+            ["a.png", "b.png"],
+        ),
+        (
+            ["--image=b.png", "--image=a.png", "--prompt=hm"],
+            "<image>\n<image>\nhm",
+            ["b.png", "a.png"],
+        ),
+        (
+            ["--image=a.png", "--image=b.png", "--prompt=from <image> to <image>?"],
+            "from <image> to <image>?",
+            ["a.png", "b.png"],
+        ),
+        (["--image=a.png"], "<image>\nWhat is in the fridge?", ["a.png"]),
+        (["--image=a.png", "--prompt=  "], "<image>\nWhat is in the fridge?", ["a.png"]),
+        (
+            ["--prompt=</s>[INST] é 🍎"],
+            "</s>[INST] é 🍎",
+            [],
+        ),  # a user who types a special token has typed letters
+    ],
+)
 def test_a_question_is_its_pictures_and_its_words(home, checkpoint, ask, words, asked, pictures):
-    answer, _ = expected(checkpoint, [START, *turn(asked)], tiles_of(home, *pictures), max_tokens=12)
+    answer, _ = expected(
+        checkpoint, [START, *turn(asked)], tiles_of(home, *pictures), max_tokens=12
+    )
     assert ask(*words, "--max_tokens=12")[:2] == (0, answer + "\n")
 
 
 @torch.no_grad()
 def test_every_tile_of_a_tagged_picture_stands_behind_its_tag(checkpoint):
     """NVLM's way: the tags are words like any, and what stands behind each is what the eye sees in that tile."""
-    policy = POLICY | {"fit": "tiles", "tiles": 6, "choice": "aspect", "thumbnail": True, "tags": True}
-    tagged = Checkpoint(checkpoint.model, checkpoint.tokenizer, checkpoint.shapes, policy, checkpoint.template, checkpoint.card)
+    policy = POLICY | {
+        "fit": "tiles",
+        "tiles": 6,
+        "choice": "aspect",
+        "thumbnail": True,
+        "tags": True,
+    }
+    tagged = Checkpoint(
+        checkpoint.model,
+        checkpoint.tokenizer,
+        checkpoint.shapes,
+        policy,
+        checkpoint.template,
+        checkpoint.card,
+    )
     g = np.random.default_rng(0)
-    shown = [image_processing.plan(size, policy)._replace(tiles=g.integers(256, size=(count, 3, 12, 12), dtype=np.uint8))
-             for size, count in [((24, 12), 3), ((12, 12), 1)]]
-    place, ids = [IMAGE] * TOKENS, door.prompt_ids(tagged, [("user", "a<image>b<image>")], shown)
-    assert ids == [START, OPEN, *b"a", *b"<tile_1>", *place, *b"<tile_2>", *place, *b"<tile_global_thumbnail>", *place,
-                   *b"b", *b"<tile_global_thumbnail>", *place, CLOSE]
+    shown = [
+        image_processing.plan(size, policy)._replace(
+            tiles=g.integers(256, size=(count, 3, 12, 12), dtype=np.uint8)
+        )
+        for size, count in [((24, 12), 3), ((12, 12), 1)]
+    ]
+    place, ids = (
+        [IMAGE_TOKEN_ID] * TOKENS,
+        door.prompt_ids(tagged, [("user", "a<image>b<image>")], shown),
+    )
+    assert ids == [
+        START,
+        OPEN,
+        *b"a",
+        *b"<tile_1>",
+        *place,
+        *b"<tile_2>",
+        *place,
+        *b"<tile_global_thumbnail>",
+        *place,
+        *b"b",
+        *b"<tile_global_thumbnail>",
+        *place,
+        CLOSE,
+    ]
     x_BTD = tagged.model.embed(torch.tensor([ids]), **packing.join(shown, policy))
     tiles_NCYX = torch.from_numpy(np.concatenate([picture.tiles for picture in shown]))
-    torch.testing.assert_close(x_BTD[torch.tensor([ids]) == IMAGE], tagged.model.see(tiles_NCYX))
+    torch.testing.assert_close(
+        x_BTD[torch.tensor([ids]) == IMAGE_TOKEN_ID], tagged.model.see(tiles_NCYX)
+    )
     together = runner.answer(tagged, [("a<image>b<image>", shown), ("hm", [])], max_tokens=5)
-    assert together[0].text == "".join(door.stream(tagged, [("user", "a<image>b<image>")], shown, max_tokens=5))
+    assert together[0].text == "".join(
+        door.stream(tagged, [("user", "a<image>b<image>")], shown, max_tokens=5)
+    )
 
 
 def test_the_question_is_typed_else_piped_else_the_demonstrations(home, checkpoint, ask):
-    piped, typed, fridge = (expected(checkpoint, [START, *turn(f"<image>\n{text}")], tiles_of(home, "a.png"), max_tokens=12)[0] + "\n"
-                            for text in ("a piped\nquestion", "typed", "What is in the fridge?"))
+    piped, typed, fridge = (
+        expected(
+            checkpoint, [START, *turn(f"<image>\n{text}")], tiles_of(home, "a.png"), max_tokens=12
+        )[0]
+        + "\n"
+        for text in ("a piped\nquestion", "typed", "What is in the fridge?")
+    )
     assert len({piped, typed, fridge}) == 3
     assert ask("--image=a.png", "--max_tokens=12", piped=b" a piped\nquestion\n")[1] == piped
-    assert ask("--image=a.png", "--max_tokens=12", "--prompt=typed", piped=b"a piped question")[1] == typed
+    assert (
+        ask("--image=a.png", "--max_tokens=12", "--prompt=typed", piped=b"a piped question")[1]
+        == typed
+    )
     assert ask("--image=a.png", "--max_tokens=12", piped=b" \n\n")[1] == fridge
 
 
@@ -147,17 +250,22 @@ def test_greedy_unless_asked_and_a_seed_draws_the_same_again(ask):
         code, out, _ = ask("--image=a.png", "--prompt=x", "--max_tokens=30", *how)
         assert code == 0
         return out
+
     assert say() == say("--temperature=0") == say("--temperature=1", "--top_k=1", "--seed=3")
-    assert say("--temperature=1", "--top_p=0.001") == say() == say("--temperature=0.001", "--seed=2")
+    assert (
+        say("--temperature=1", "--top_p=0.001") == say() == say("--temperature=0.001", "--seed=2")
+    )
     assert say("--temperature=2", "--seed=7") == say("--temperature=2", "--seed=7")
     assert len({say(f"--seed={seed}", "--temperature=2") for seed in range(5)}) == 5
 
 
 def test_a_letter_in_several_tokens_is_shown_once_it_is_whole():
     words = tokenizer.learn(["a b"], 256, ["</s>"])
+
     class Speaker:
         def generate(self, prompts, tiles_NCYX, **_):
             yield from ([i] for i in "é🍎a".encode() + b"\xf0\x9f")
+
     said = Checkpoint(Speaker(), words, {}, POLICY, "mistral", {"folder": "nowhere"})
     words.special |= {"<s>": 257, "[INST]": 258, "[/INST]": 259}
     parts = list(door.stream(said, [("user", "x")], [], max_tokens=99))
@@ -171,74 +279,187 @@ def test_a_conversation_sees_its_own_past_and_the_pictures_of_its_first_turn(hom
         answer, _ = expected(checkpoint, ids, tiles, max_tokens=8)
         spoken.append(answer + "\n")
         ids += [*answer.strip().encode(), END]
-    code, out, err = ask("--image=a.png", "--chat=true", "--max_tokens=8", piped=b"first\n\nsecond\n  third \n")
+    code, out, err = ask(
+        "--image=a.png", "--chat=true", "--max_tokens=8", piped=b"first\n\nsecond\n  third \n"
+    )
     assert (code, out) == (0, "".join(spoken)) and err.count("> ") == 5
-    code, out, _ = ask("--image=a.png", "--chat=true", "--max_tokens=8", "--prompt=first", piped=b"second\nthird")
+    code, out, _ = ask(
+        "--image=a.png", "--chat=true", "--max_tokens=8", "--prompt=first", piped=b"second\nthird"
+    )
     assert (code, out) == (0, "".join(spoken)), "a prompt is the first thing said"
     assert ask("--prompt=second", "--max_tokens=8")[1] != spoken[1]
 
 
 def test_a_conversation_goes_on_after_a_line_that_cannot_be_asked(ask):
-    code, out, err = ask("--image=a.png", "--chat=true", "--max_tokens=8", piped=b"<image><image> x\nfirst\nthat <image>\nsecond\n")
-    assert code == 0 and out == ask("--image=a.png", "--chat=true", "--max_tokens=8", piped=b"first\nsecond\n")[1]
+    code, out, err = ask(
+        "--image=a.png",
+        "--chat=true",
+        "--max_tokens=8",
+        piped=b"<image><image> x\nfirst\nthat <image>\nsecond\n",
+    )
+    assert (
+        code == 0
+        and out
+        == ask("--image=a.png", "--chat=true", "--max_tokens=8", piped=b"first\nsecond\n")[1]
+    )
     assert "error: the question says <image> 2 times, the pictures given with it are 1\n" in err
     assert "error: the question says <image> 1 times, the pictures given with it are 0\n" in err
 
 
-@pytest.mark.parametrize("words, said", [
-    (["--top_p=0"], "--top_p=0.0 must be from 0.001 to 1"),
-    (["--top_p=1.5"], "--top_p=1.5 must be from 0.001 to 1"),
-    (["--temperature=-1"], "--temperature=-1.0 must be 0 or from 0.001 to 1000"),
-    (["--temperature=1e-30"], "--temperature=1e-30 must be 0 or from 0.001 to 1000"),
-    (["--top_k=-1"], "--top_k=-1 must be at least 0 and below 2^31"),
-    (["--max_tokens=0"], "--max_tokens=0 must be from 1 to 1,048,576"),
-    (["--max_tokens=1e12"], "--max_tokens=1000000000000 must be from 1 to 1,048,576"),
-    (["--seed=99999999999999999999"], "--seed=99999999999999999999 must be at least 0 and below 2^63"),
-    (["--top_k=-1", "--seed=-1"], "--top_k=-1 must be at least 0 and below 2^31; --seed=-1 must be at least 0 and below 2^63"),
-    (["--model=out/none", "--prompt=a"], "no such model: out/none; `python train.py` makes out/sft, the demonstration's"),
-    (["--model=.", "--prompt=a"], ". holds no nanovlm checkpoint"),
-    ([], "there is nothing to answer: give a --prompt, an --image, or --chat=true for a conversation"),
-    (["--prompt=a <image>"], "the question says <image> 1 times, the pictures given with it are 0"),
-    (["--prompt=a <image>", "--image=a.png", "--image=a.png"], "the question says <image> 1 times, the pictures given with it are 2"),
-    (["--prompt=a", "--image=none.png"], "none.png: No such file or directory"),
-    (["--prompt=a", "--image=model/nanovlm.json"], "model/nanovlm.json is no picture that can be read here"),
-    (["--prompt=a", "--image=model"], "model is a folder, not a picture"),
-    (["--prompt=a", "--max_tokens=1048576"], "4 tokens of prompt and --max_tokens=1048576 make more than 1,048,576"),
-    (["--prompt=a \udce9"], r"the question is not text in utf-8: 'a \udce9'"),
-    (["--questions=exam.jsonl", "--image=a.png"], "--questions brings its own pictures, and is no conversation"),
-    (["--questions=exam.jsonl", "--chat=true"], "--questions brings its own pictures, and is no conversation"),
-    (["--prompt=a", "--out=answers.jsonl"], "--out is for an exam: give its --questions"),
-    (["--prompt=a", "--benchmark=contains"], "--benchmark is for an exam: give its --questions"),
-    (["--prompt=a", "--batch=3"], "--batch is for an exam: give its --questions"),
-    (["--questions=exam.jsonl", "--batch=0"], "--batch=0 must be at least 1"),
-    (["--questions=exam.jsonl"], "no such file: exam.jsonl"),
-    (["--questions=exam.jsonl", "--out=answers.json"], "--out=answers.json: the table takes that name, give the answers another"),
-    (["--score=answers.jsonl", "--report=page.html"], "--report wants the --questions, too"),
-    (["--score=answers.jsonl"], "no answers.json says by which rules answers.jsonl is to be marked: give --benchmark"),
-    (["--score=answers.jsonl", "--benchmark=exact"], "no such file: answers.jsonl"),
-    (["--questions=exam.jsonl", "--submission=answers.txt"], "--submission: exact has no form of its own; "),
-    (["--questions=exam.jsonl", "--out=none/answers.jsonl"], "--out=none/answers.jsonl: there is no folder none"),
-    (["--questions=exam.jsonl", "--benchmark=extact"], "--benchmark=extact is not known: exact, contains, "),
-    (["--prompt=a", "--image="], "--image needs a value, a text"),
-    (["--prompt=a", "--top_p=0.5"], "--top_p=0.5 changes nothing at --temperature=0"),
-    (["--prompt=a", "--seed=5"], "--seed=5 changes nothing at --temperature=0"),
-    (["--questions=exam.jsonl", "--top_k=5", "--seed=5"], "--top_k=5 changes nothing at --temperature=0"),  # an exam's intervals are drawn
-    *((["--score=answers.jsonl", f"--{word}"], f"--{word} changes nothing where answers are marked again") for word in (
-        "model=model", "prompt=a", "batch=3", "temperature=1.0", "max_tokens=9", "dtype=float32", "kernels=torch")),
-    (["--questions=exam.jsonl", "--report=exam.jsonl"], "--report and --questions are one file, exam.jsonl: name another"),
-    (["--questions=exam.jsonl", "--report=./model/../exam.jsonl"], "--report and --questions are one file, exam.jsonl: name another"),
-    (["--questions=a.json", "--out=a.jsonl"], "the table beside --out and --questions are one file, a.json: name another"),
-    (["--questions=exam.jsonl", "--out=a.jsonl", "--report=a.jsonl"], "--report and --out are one file, a.jsonl: name another"),
-    (["--questions=exam.jsonl", "--out=a.jsonl", "--report=a.json"], "the table beside --out and --report are one file, a.json: name another"),
-    (["--score=a.jsonl", "--out=a.jsonl"], "--out and --score are one file, a.jsonl: name another"),
-    (["--questions=exam.jsonl", "--annotations=b", "--submission=b"], "--submission and --annotations are one file, b: name another"),
-    (["--questions=exam.jsonl", "--report=a", "--submission=a"], "--submission and --report are one file, a: name another"),
-    (["--questions=exam.jsonl", "--report=a.png"], "--report=a.png is there, and is something else: name another"),
-    (["--questions=exam.jsonl", "--report=model"], "--report=model is there, and is something else: name another"),
-    (["--questions=exam.jsonl", "--benchmark=docvqa", "--submission=a.png"], "--submission=a.png is there, and is something else: name another"),
-    (["--device=abacus", "--prompt=a"], "--device=abacus is none of auto, cpu, cuda"),
-    (["--kernels=mine", "--prompt=a"], "--kernels=mine is none of auto, torch"),
-])
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["--top_p=0"], "--top_p=0.0 must be from 0.001 to 1"),
+        (["--top_p=1.5"], "--top_p=1.5 must be from 0.001 to 1"),
+        (["--temperature=-1"], "--temperature=-1.0 must be 0 or from 0.001 to 1000"),
+        (["--temperature=1e-30"], "--temperature=1e-30 must be 0 or from 0.001 to 1000"),
+        (["--top_k=-1"], "--top_k=-1 must be at least 0 and below 2^31"),
+        (["--max_tokens=0"], "--max_tokens=0 must be from 1 to 1,048,576"),
+        (["--max_tokens=1e12"], "--max_tokens=1000000000000 must be from 1 to 1,048,576"),
+        (
+            ["--seed=99999999999999999999"],
+            "--seed=99999999999999999999 must be at least 0 and below 2^63",
+        ),
+        (
+            ["--top_k=-1", "--seed=-1"],
+            "--top_k=-1 must be at least 0 and below 2^31; --seed=-1 must be at least 0 and below 2^63",
+        ),
+        (
+            ["--model=out/none", "--prompt=a"],
+            "no such model: out/none; `python train.py` makes out/sft, the demonstration's",
+        ),
+        (["--model=.", "--prompt=a"], ". holds no nanovlm checkpoint"),
+        (
+            [],
+            "there is nothing to answer: give a --prompt, an --image, or --chat=true for a conversation",
+        ),
+        (
+            ["--prompt=a <image>"],
+            "the question says <image> 1 times, the pictures given with it are 0",
+        ),
+        (
+            ["--prompt=a <image>", "--image=a.png", "--image=a.png"],
+            "the question says <image> 1 times, the pictures given with it are 2",
+        ),
+        (["--prompt=a", "--image=none.png"], "none.png: No such file or directory"),
+        (
+            ["--prompt=a", "--image=model/nanovlm.json"],
+            "model/nanovlm.json is no picture that can be read here",
+        ),
+        (["--prompt=a", "--image=model"], "model is a folder, not a picture"),
+        (
+            ["--prompt=a", "--max_tokens=1048576"],
+            "4 tokens of prompt and --max_tokens=1048576 make more than 1,048,576",
+        ),
+        (["--prompt=a \udce9"], r"the question is not text in utf-8: 'a \udce9'"),
+        (
+            ["--questions=exam.jsonl", "--image=a.png"],
+            "--questions brings its own pictures, and is no conversation",
+        ),
+        (
+            ["--questions=exam.jsonl", "--chat=true"],
+            "--questions brings its own pictures, and is no conversation",
+        ),
+        (["--prompt=a", "--out=answers.jsonl"], "--out is for an exam: give its --questions"),
+        (
+            ["--prompt=a", "--benchmark=contains"],
+            "--benchmark is for an exam: give its --questions",
+        ),
+        (["--prompt=a", "--batch=3"], "--batch is for an exam: give its --questions"),
+        (["--questions=exam.jsonl", "--batch=0"], "--batch=0 must be at least 1"),
+        (["--questions=exam.jsonl"], "no such file: exam.jsonl"),
+        (
+            ["--questions=exam.jsonl", "--out=answers.json"],
+            "--out=answers.json: the table takes that name, give the answers another",
+        ),
+        (["--score=answers.jsonl", "--report=page.html"], "--report wants the --questions, too"),
+        (
+            ["--score=answers.jsonl"],
+            "no answers.json says by which rules answers.jsonl is to be marked: give --benchmark",
+        ),
+        (["--score=answers.jsonl", "--benchmark=exact"], "no such file: answers.jsonl"),
+        (
+            ["--questions=exam.jsonl", "--submission=answers.txt"],
+            "--submission: exact has no form of its own; ",
+        ),
+        (
+            ["--questions=exam.jsonl", "--out=none/answers.jsonl"],
+            "--out=none/answers.jsonl: there is no folder none",
+        ),
+        (
+            ["--questions=exam.jsonl", "--benchmark=extact"],
+            "--benchmark=extact is not known: exact, contains, ",
+        ),
+        (["--prompt=a", "--image="], "--image needs a value, a text"),
+        (["--prompt=a", "--top_p=0.5"], "--top_p=0.5 changes nothing at --temperature=0"),
+        (["--prompt=a", "--seed=5"], "--seed=5 changes nothing at --temperature=0"),
+        (
+            ["--questions=exam.jsonl", "--top_k=5", "--seed=5"],
+            "--top_k=5 changes nothing at --temperature=0",
+        ),  # an exam's intervals are drawn
+        *(
+            (
+                ["--score=answers.jsonl", f"--{word}"],
+                f"--{word} changes nothing where answers are marked again",
+            )
+            for word in (
+                "model=model",
+                "prompt=a",
+                "batch=3",
+                "temperature=1.0",
+                "max_tokens=9",
+                "dtype=float32",
+                "kernels=torch",
+            )
+        ),
+        (
+            ["--questions=exam.jsonl", "--report=exam.jsonl"],
+            "--report and --questions are one file, exam.jsonl: name another",
+        ),
+        (
+            ["--questions=exam.jsonl", "--report=./model/../exam.jsonl"],
+            "--report and --questions are one file, exam.jsonl: name another",
+        ),
+        (
+            ["--questions=a.json", "--out=a.jsonl"],
+            "the table beside --out and --questions are one file, a.json: name another",
+        ),
+        (
+            ["--questions=exam.jsonl", "--out=a.jsonl", "--report=a.jsonl"],
+            "--report and --out are one file, a.jsonl: name another",
+        ),
+        (
+            ["--questions=exam.jsonl", "--out=a.jsonl", "--report=a.json"],
+            "the table beside --out and --report are one file, a.json: name another",
+        ),
+        (
+            ["--score=a.jsonl", "--out=a.jsonl"],
+            "--out and --score are one file, a.jsonl: name another",
+        ),
+        (
+            ["--questions=exam.jsonl", "--annotations=b", "--submission=b"],
+            "--submission and --annotations are one file, b: name another",
+        ),
+        (
+            ["--questions=exam.jsonl", "--report=a", "--submission=a"],
+            "--submission and --report are one file, a: name another",
+        ),
+        (
+            ["--questions=exam.jsonl", "--report=a.png"],
+            "--report=a.png is there, and is something else: name another",
+        ),
+        (
+            ["--questions=exam.jsonl", "--report=model"],
+            "--report=model is there, and is something else: name another",
+        ),
+        (
+            ["--questions=exam.jsonl", "--benchmark=docvqa", "--submission=a.png"],
+            "--submission=a.png is there, and is something else: name another",
+        ),
+        (["--device=abacus", "--prompt=a"], "--device=abacus is none of auto, cpu, cuda"),
+        (["--kernels=mine", "--prompt=a"], "--kernels=mine is none of auto, torch"),
+    ],
+)
 def test_what_cannot_be_done_is_one_line_and_exit_code_1(ask, words, said):
     code, out, err = ask(*words)
     assert (code, out, err.count("\n")) == (1, "", 1)
@@ -248,75 +469,150 @@ def test_what_cannot_be_done_is_one_line_and_exit_code_1(ask, words, said):
 def test_a_prompt_longer_than_anything_it_was_trained_on_is_answered_with_a_warning(home, ask):
     (home / "model" / "training.json").write_text('{"row": 20}')
     try:
-        assert ask(f"--prompt={'x' * 17}", "--max_tokens=3")[2].count("\n") == 1  # with <s>, [INST], [/INST] 20 tokens
+        assert (
+            ask(f"--prompt={'x' * 17}", "--max_tokens=3")[2].count("\n") == 1
+        )  # with <s>, [INST], [/INST] 20 tokens
         code, out, err = ask(f"--prompt={'x' * 18}", "--max_tokens=3")
     finally:
         (home / "model" / "training.json").unlink()
     assert code == 0 and out
-    assert err.startswith("the prompt takes 21 tokens, the model was trained on rows of 20: do not expect much\n")
+    assert err.startswith(
+        "the prompt takes 21 tokens, the model was trained on rows of 20: do not expect much\n"
+    )
 
 
-EXAM = [{"id": 1, "kind": "seen", "image": "a.png", "question": "hm"}, {"id": "b", "kind": "seen", "image": ["b.png"], "question": "hm"},
-        {"id": 3, "kind": "told", "question": "hm"}, {"id": 4, "kind": "seen", "image": ["b.png", "a.png"], "question": "<image> or <image>?"}]
+EXAM = [
+    {"id": 1, "kind": "seen", "image": "a.png", "question": "hm"},
+    {"id": "b", "kind": "seen", "image": ["b.png"], "question": "hm"},
+    {"id": 3, "kind": "told", "question": "hm"},
+    {"id": 4, "kind": "seen", "image": ["b.png", "a.png"], "question": "<image> or <image>?"},
+]
 
 
 @pytest.fixture(scope="module")
 def exam(home, checkpoint):
     """An exam in home/sub, of whose four questions two are marked right: their answers were taken from the model beforehand."""
     asked = ["<image>\nhm", "<image>\nhm", "hm", "<image> or <image>?"]
-    said = [expected(checkpoint, [START, *turn(text)], tiles_of(home, *names), max_tokens=9)[0].strip()
-            for text, names in zip(asked, (["a.png"], ["b.png"], [], ["b.png", "a.png"]), strict=True)]
+    said = [
+        expected(checkpoint, [START, *turn(text)], tiles_of(home, *names), max_tokens=9)[0].strip()
+        for text, names in zip(asked, (["a.png"], ["b.png"], [], ["b.png", "a.png"]), strict=True)
+    ]
     right = [["milk", said[0]], [said[1] + "!"], [said[2] + "!"], [said[3]]]
     (home / "sub").mkdir()
-    (home / "sub" / "exam.jsonl").write_text("".join(json.dumps({**q, "answers": golds}) + "\n" for q, golds in zip(EXAM, right, strict=True)))
+    (home / "sub" / "exam.jsonl").write_text(
+        "".join(
+            json.dumps({**q, "answers": golds}) + "\n" for q, golds in zip(EXAM, right, strict=True)
+        )
+    )
     return ["--questions=sub/exam.jsonl", "--images=.", "--max_tokens=9"]
 
 
 def test_an_exam_asks_what_a_user_would_and_marks_it(home, ask, exam):
     code, out, err = ask(*exam, "--out=sub/answers.jsonl")
     told = [line.split() for line in out.splitlines()]
-    assert code == 0 and [line[:5] for line in told] == [["seen", "3", "questions", "66.7%", "right"], ["told", "1", "questions", "0.0%", "right"],
-                                                         ["all", "4", "questions", "50.0%", "right"]]
+    assert code == 0 and [line[:5] for line in told] == [
+        ["seen", "3", "questions", "66.7%", "right"],
+        ["told", "1", "questions", "0.0%", "right"],
+        ["all", "4", "questions", "50.0%", "right"],
+    ]
     said = [json.loads(line) for line in (home / "sub" / "answers.jsonl").read_text().splitlines()]
-    assert [(row["id"], row["kind"], row["score"]) for row in said] == [(1, "seen", 1.0), ("b", "seen", 0.0), (3, "told", 0.0), (4, "seen", 1.0)]
-    for row, words in zip(said, (["--image=a.png", "--prompt=hm"], ["--image=b.png", "--prompt=hm"], ["--prompt=hm"],
-                                 ["--image=b.png", "--image=a.png", "--prompt=<image> or <image>?"]), strict=True):
+    assert [(row["id"], row["kind"], row["score"]) for row in said] == [
+        (1, "seen", 1.0),
+        ("b", "seen", 0.0),
+        (3, "told", 0.0),
+        (4, "seen", 1.0),
+    ]
+    for row, words in zip(
+        said,
+        (
+            ["--image=a.png", "--prompt=hm"],
+            ["--image=b.png", "--prompt=hm"],
+            ["--prompt=hm"],
+            ["--image=b.png", "--image=a.png", "--prompt=<image> or <image>?"],
+        ),
+        strict=True,
+    ):
         _, alone, err_alone = ask(*words, "--max_tokens=9")
         assert row["answer"] == alone[:-1] and row["cut"] == ("cut off" in err_alone)
-    assert said[0]["prompt"] == "<s>[INST]<image>\nhm[/INST]" and said[3]["prompt"] == "<s>[INST]<image> or <image>?[/INST]"
-    assert "a.png" in ask("--questions=sub/exam.jsonl", "--max_tokens=9")[2], "pictures are named from the exam's own folder"
+    assert (
+        said[0]["prompt"] == "<s>[INST]<image>\nhm[/INST]"
+        and said[3]["prompt"] == "<s>[INST]<image> or <image>?[/INST]"
+    )
+    assert "a.png" in ask("--questions=sub/exam.jsonl", "--max_tokens=9")[2], (
+        "pictures are named from the exam's own folder"
+    )
 
 
 def test_an_exam_is_marked_again_without_a_model(home, ask, exam):
     (home / "again").mkdir(exist_ok=True)
     _, table, _ = ask(*exam, "--out=again/answers.jsonl", "--report=again/page.html")
-    answers, page = (home / "again/answers.jsonl").read_bytes(), (home / "again/page.html").read_text()
+    answers, page = (
+        (home / "again/answers.jsonl").read_bytes(),
+        (home / "again/page.html").read_text(),
+    )
     assert ask("--score=again/answers.jsonl") == (0, table, ""), "by what the table's file says"
-    code, out, _ = ask("--score=again/answers.jsonl", "--out=again/b.jsonl", *exam[:2], "--report=again/b.html")
+    code, out, _ = ask(
+        "--score=again/answers.jsonl", "--out=again/b.jsonl", *exam[:2], "--report=again/b.html"
+    )
     assert (code, out, (home / "again/b.jsonl").read_bytes()) == (0, table, answers)
-    assert (home / "again/b.html").read_text() == page and page.count("<img ") == 4 and page.count("<section>") == 4
+    assert (
+        (home / "again/b.html").read_text() == page
+        and page.count("<img ") == 4
+        and page.count("<section>") == 4
+    )
     assert ask("--score=again/answers.jsonl", "--benchmark=contains", "--out=again/c.jsonl")[0] == 0
-    assert ask("--score=again/answers.jsonl", *exam[:2], "--prompt=hm", "--out=again/b.jsonl")[0] == 0, "its own, again"
+    assert (
+        ask("--score=again/answers.jsonl", *exam[:2], "--prompt=hm", "--out=again/b.jsonl")[0] == 0
+    ), "its own, again"
     assert ask(*exam[:2], "--max_tokens=3", "--out=again/d.jsonl")[0] == 0
-    assert "--out=again/d.jsonl holds answers of another exam" in ask("--score=again/answers.jsonl", "--out=again/d.jsonl")[2]
+    assert (
+        "--out=again/d.jsonl holds answers of another exam"
+        in ask("--score=again/answers.jsonl", "--out=again/d.jsonl")[2]
+    )
     assert json.loads((home / "again/c.json").read_text())["table"][-1]["score"] >= 0.5
-    assert json.loads((home / "again/c.json").read_text())["asked"]["benchmark"] == "contains", "the rules by which it was marked last"
+    assert json.loads((home / "again/c.json").read_text())["asked"]["benchmark"] == "contains", (
+        "the rules by which it was marked last"
+    )
 
 
 def test_an_exam_that_was_asked_otherwise_is_not_gone_on_with(home, ask, exam):
     assert ask(*exam, "--out=sub/first.jsonl")[0] == 0
-    for change, said in ([("--max_tokens=8", "max_tokens was 9, now 8"), ("--seed=3", "seed was 0, now 3"), ("--model=endless", "model was "),
-                          ("--prompt=Say.", "questions was "), ("--benchmark=contains", "benchmark was exact, now contains")]):
-        code, out, err = ask(*(word for word in exam if word.split("=")[0] != change.split("=")[0]), change, "--out=sub/first.jsonl")
-        assert (code, out, err.count("\n")) == (1, "", 1) and "cannot go on as another exam" in err and said in err
+    for change, said in [
+        ("--max_tokens=8", "max_tokens was 9, now 8"),
+        ("--seed=3", "seed was 0, now 3"),
+        ("--model=endless", "model was "),
+        ("--prompt=Say.", "questions was "),
+        ("--benchmark=contains", "benchmark was exact, now contains"),
+    ]:
+        code, out, err = ask(
+            *(word for word in exam if word.split("=")[0] != change.split("=")[0]),
+            change,
+            "--out=sub/first.jsonl",
+        )
+        assert (
+            (code, out, err.count("\n")) == (1, "", 1)
+            and "cannot go on as another exam" in err
+            and said in err
+        )
     before = (home / "model" / "model.safetensors").read_bytes()
-    for last, said in ((before[-1], ""), (before[-1] ^ 1, "error: sub/first.jsonl, asked of model, cannot go on as another exam: model was ")):
-        (home / "model" / "model.safetensors").write_bytes(before[:-1] + bytes([last]))  # anew, so that it is younger
+    for last, said in (
+        (before[-1], ""),
+        (
+            before[-1] ^ 1,
+            "error: sub/first.jsonl, asked of model, cannot go on as another exam: model was ",
+        ),
+    ):
+        (home / "model" / "model.safetensors").write_bytes(
+            before[:-1] + bytes([last])
+        )  # anew, so that it is younger
         err = ask(*exam, "--out=sub/first.jsonl")[2]
         assert err.startswith(said) if said else err == "", "another model in the same folder"
     (home / "model" / "model.safetensors").write_bytes(before)
     (home / "sub" / "first.json").unlink()
-    assert "no sub/first.json that says what was asked: name another" in ask(*exam, "--out=sub/first.jsonl")[2]
+    assert (
+        "no sub/first.json that says what was asked: name another"
+        in ask(*exam, "--out=sub/first.jsonl")[2]
+    )
 
 
 def test_nothing_that_is_not_an_exams_is_written_over(home, ask, exam):
@@ -324,35 +620,80 @@ def test_nothing_that_is_not_an_exams_is_written_over(home, ask, exam):
     (home / "other.jsonl").write_text("{}")
     assert ask(*exam, "--out=right.jsonl")[0] == 0
     for words in (exam, ["--score=right.jsonl"]):
-        assert "mine.json, where the table of mine.jsonl belongs, is something else" in ask(*words, "--out=mine.jsonl")[2]
-        assert "--out=other.jsonl is there, but no other.json" in ask(*words, "--out=other.jsonl")[2]
-    assert (home / "mine.json").read_text() == '{"asked": 5}' and (home / "other.jsonl").read_text() == "{}"
+        assert (
+            "mine.json, where the table of mine.jsonl belongs, is something else"
+            in ask(*words, "--out=mine.jsonl")[2]
+        )
+        assert (
+            "--out=other.jsonl is there, but no other.json" in ask(*words, "--out=other.jsonl")[2]
+        )
+    assert (home / "mine.json").read_text() == '{"asked": 5}' and (
+        home / "other.jsonl"
+    ).read_text() == "{}"
     (home / "right.json").unlink()
-    assert "give --benchmark" in ask("--score=right.jsonl")[2] and ask("--score=right.jsonl", "--benchmark=exact", "--out=fresh.jsonl")[0] == 0
+    assert (
+        "give --benchmark" in ask("--score=right.jsonl")[2]
+        and ask("--score=right.jsonl", "--benchmark=exact", "--out=fresh.jsonl")[0] == 0
+    )
     assert ask("--score=fresh.jsonl")[0] == 0, "whose table says by which rules"
 
 
 # ---- through a process of its own ----
 
+
 def launch(home, *words, **how):
     how = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | how
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "ascii:strict"}
-    return subprocess.Popen([sys.executable, str(ROOT / "sample.py"), *words], cwd=home, env=environment, **how)
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "sample.py"), *words], cwd=home, env=environment, **how
+    )
 
 
 def test_a_shell_gets_the_answer_as_bytes_and_letters_it_does_not_have_as_escapes(home, ask):
-    process = launch(home, "--model=model", "--image", "a.png", "--max_tokens", "40", "--temperature", "2", stdin=subprocess.PIPE)
+    process = launch(
+        home,
+        "--model=model",
+        "--image",
+        "a.png",
+        "--max_tokens",
+        "40",
+        "--temperature",
+        "2",
+        stdin=subprocess.PIPE,
+    )
     out, err = process.communicate(b"what is it?\n", timeout=60)
     answer = ask("--image=a.png", "--max_tokens=40", "--temperature=2", "--prompt=what is it?")[1]
     assert not answer.isascii()
-    assert (process.returncode, out) == (0, answer.encode("ascii", "backslashreplace")) and b" tokens in " in err
+    assert (process.returncode, out) == (
+        0,
+        answer.encode("ascii", "backslashreplace"),
+    ) and b" tokens in " in err
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals as POSIX has them")
 def test_an_exam_that_is_being_sat_is_closed_to_others_and_ctrl_c_says_how_it_goes_on(home, ask):
-    words = ["--model=endless", "--device=cpu", "--questions=hard.jsonl", "--out=sat.jsonl", "--batch=1", "--max_tokens=1000"]
-    (home / "hard.jsonl").write_text("".join(json.dumps({"id": i, "question": "hm", "answers": ["x"]}) + "\n" for i in range(500)))
-    row = {"id": 1, "kind": "all", "prompt": "", "answer": "", "answers": ["x"], "tokens": 1, "cut": True}
+    words = [
+        "--model=endless",
+        "--device=cpu",
+        "--questions=hard.jsonl",
+        "--out=sat.jsonl",
+        "--batch=1",
+        "--max_tokens=1000",
+    ]
+    (home / "hard.jsonl").write_text(
+        "".join(
+            json.dumps({"id": i, "question": "hm", "answers": ["x"]}) + "\n" for i in range(500)
+        )
+    )
+    row = {
+        "id": 1,
+        "kind": "all",
+        "prompt": "",
+        "answer": "",
+        "answers": ["x"],
+        "tokens": 1,
+        "cut": True,
+    }
     (home / "done.jsonl").write_text(json.dumps(row) + "\n")
     process = launch(home, *words)
     while not (home / "sat.jsonl").exists() or (home / "sat.jsonl").read_text().count("\n") < 2:
@@ -360,8 +701,13 @@ def test_an_exam_that_is_being_sat_is_closed_to_others_and_ctrl_c_says_how_it_go
         time.sleep(0.05)
     table = (home / "sat.json").read_bytes()
     marking = ["--score=done.jsonl", "--benchmark=exact", "--out=sat.jsonl"]
-    for other, said in ((words, "sat.jsonl is being written by another process"), (marking, "--out=sat.jsonl holds answers of another exam")):
-        assert ask(*other)[0] == 1 and ask(*other)[2].startswith(f"error: {said}"), "neither to sit it nor to leave other marks there"
+    for other, said in (
+        (words, "sat.jsonl is being written by another process"),
+        (marking, "--out=sat.jsonl holds answers of another exam"),
+    ):
+        assert ask(*other)[0] == 1 and ask(*other)[2].startswith(f"error: {said}"), (
+            "neither to sit it nor to leave other marks there"
+        )
     assert (home / "sat.json").read_bytes() == table
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)

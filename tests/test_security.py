@@ -2,6 +2,7 @@
 
 Every payload would leave a file, the `sentinel`, if it ran: a stranger would not stop at that.
 """
+
 import contextlib
 import io
 import json
@@ -31,7 +32,7 @@ from test_parity import clip, publish
 import prepare
 import sample
 import train
-from nanovlm import Mistake
+from nanovlm import UserError
 from nanovlm import files as disk
 from nanovlm.checkpoints import huggingface
 from nanovlm.checkpoints.checkpoint import Checkpoint, describe_checkpoint, save_checkpoint
@@ -69,8 +70,8 @@ def sentinel(tmp_path):
 
 @contextlib.contextmanager
 def refused(said="."):
-    """What is done here ends in a Mistake of one line."""
-    with pytest.raises(Mistake, match=said) as caught:
+    """What is done here ends in a UserError of one line."""
+    with pytest.raises(UserError, match=said) as caught:
         yield
     assert "\n" not in str(caught.value)
 
@@ -83,9 +84,20 @@ def world(tmp_path_factory):
     publish(clip(), home / "eye")
     publish(test_huggingface.llama(), home / "brain")
     test_llava.publish(home / "llava")
-    shapes = {"vision": test_train.VISION, "decoder": test_train.DECODER | {"vocabulary": 260}, "shuffle": 2}
+    shapes = {
+        "vision": test_train.VISION,
+        "decoder": test_train.DECODER | {"vocabulary": 260},
+        "shuffle": 2,
+    }
     words = tokenizer.learn(["a b"], 256, ["<s>", "[INST]", "[/INST]", "</s>"])
-    checkpoint = Checkpoint(make_vlm(decoder={"vocabulary": 260}), words, shapes, test_train.POLICY, "mistral", {"newborn": "seed 0"})
+    checkpoint = Checkpoint(
+        make_vlm(decoder={"vocabulary": 260}),
+        words,
+        shapes,
+        test_train.POLICY,
+        "mistral",
+        {"newborn": "seed 0"},
+    )
     save_checkpoint(checkpoint, home / "model")
     test_train.write_set(home / "data", checkpoint)
     words.save(home / "data")
@@ -110,15 +122,28 @@ def stitch(vision, decoder, out, **settings):
 
 
 def cut(world, source, out, **settings):
-    prepare.data(model=str(world / "model"), source=[str(source)], out=str(out), row=200, workers=1, max_skipped=0, **settings)
+    prepare.data(
+        model=str(world / "model"),
+        source=[str(source)],
+        out=str(out),
+        row=200,
+        workers=1,
+        max_skipped=0,
+        **settings,
+    )
 
 
 def put(path, content):
-    path.write_bytes(content if isinstance(content, bytes) else (content if isinstance(content, str) else json.dumps(content)).encode())
+    path.write_bytes(
+        content
+        if isinstance(content, bytes)
+        else (content if isinstance(content, str) else json.dumps(content)).encode()
+    )
     return path
 
 
 # ---- the payloads work ----
+
 
 @pytest.mark.parametrize("way", WAYS)
 def test_a_payload_runs_where_a_pickle_is_read_freely(way, tmp_path):
@@ -127,6 +152,7 @@ def test_a_payload_runs_where_a_pickle_is_read_freely(way, tmp_path):
 
 
 # ---- weights ----
+
 
 def as_zip(thing, path):
     torch.save(thing, path)
@@ -158,10 +184,19 @@ def spoil_weights(folder, write, payload):
 
 @pytest.mark.parametrize("write", FORMATS)
 @pytest.mark.parametrize("part", ["eye", "brain"])
-def test_a_pickle_among_the_weights_of_an_eye_or_a_brain_does_not_run(part, write, world, mine, tmp_path, sentinel):
+def test_a_pickle_among_the_weights_of_an_eye_or_a_brain_does_not_run(
+    part, write, world, mine, tmp_path, sentinel
+):
     spoil_weights(bad := mine(part), write, WAYS["os.system"](sentinel))
     with refused("pytorch_model.bin is broken, cut short .* or holds more than tensors"):
-        stitch(**{"vision": world / "eye", "decoder": world / "brain", {"eye": "vision", "brain": "decoder"}[part]: bad}, out=tmp_path / "out")
+        stitch(
+            **{
+                "vision": world / "eye",
+                "decoder": world / "brain",
+                {"eye": "vision", "brain": "decoder"}[part]: bad,
+            },
+            out=tmp_path / "out",
+        )
 
 
 @pytest.mark.parametrize("write", FORMATS)
@@ -179,11 +214,24 @@ def test_no_way_to_call_a_function_in_a_pickle_runs(way, mine, sentinel):
         huggingface.brain(bad)
 
 
-@pytest.mark.parametrize("name", ["../outside.bin", "{folder}/../outside.bin", "/etc/passwd", "..", "a/../../outside.bin", "pytorch_model.bin\0"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../outside.bin",
+        "{folder}/../outside.bin",
+        "/etc/passwd",
+        "..",
+        "a/../../outside.bin",
+        "pytorch_model.bin\0",
+    ],
+)
 def test_an_index_that_names_a_file_outside_the_folder_is_refused(name, mine, tmp_path, sentinel):
     as_zip(WAYS["os.system"](sentinel), tmp_path / "outside.bin")
     (bad := mine("brain")).joinpath("model.safetensors").unlink()
-    put(bad / "pytorch_model.bin.index.json", {"weight_map": {"lm_head.weight": name.format(folder=bad)}})
+    put(
+        bad / "pytorch_model.bin.index.json",
+        {"weight_map": {"lm_head.weight": name.format(folder=bad)}},
+    )
     with refused("for lm_head.weight, which is not in the folder"):
         huggingface.brain(bad)
 
@@ -216,20 +264,41 @@ def test_a_pickle_beside_shards_does_not_run_when_training_goes_on(world, mine, 
 
 # ---- code beside the weights ----
 
+
 @pytest.mark.parametrize("part", ["eye", "brain"])
 def test_a_config_that_wants_code_of_its_own_is_refused(part, world, mine, tmp_path, sentinel):
     put((bad := mine(part)) / "modeling_evil.py", f"open({str(sentinel)!r}, 'w')")
-    classes = {"AutoConfig": "modeling_evil.Config", "AutoModel": "modeling_evil.Model", "AutoModelForCausalLM": "modeling_evil.Model"}
+    classes = {
+        "AutoConfig": "modeling_evil.Config",
+        "AutoModel": "modeling_evil.Model",
+        "AutoModelForCausalLM": "modeling_evil.Model",
+    }
     test_huggingface.edit(bad / "config.json", auto_map=classes, trust_remote_code=True)
     with refused("auto_map"):
-        stitch(**{"vision": world / "eye", "decoder": world / "brain", {"eye": "vision", "brain": "decoder"}[part]: bad}, out=tmp_path / "out")
+        stitch(
+            **{
+                "vision": world / "eye",
+                "decoder": world / "brain",
+                {"eye": "vision", "brain": "decoder"}[part]: bad,
+            },
+            out=tmp_path / "out",
+        )
 
 
 def test_code_that_lies_in_a_folder_is_never_imported(mine, tmp_path, monkeypatch, sentinel):
     """Neither what configs name, nor modules called as those that we import, even where the folder is the one that we stand in."""
     vision, decoder = mine("eye"), mine("brain")
     for folder in (vision, decoder):
-        for name in ("modeling_evil", "jinja2", "json", "torch", "nanovlm", "sitecustomize", "__init__", "conftest"):
+        for name in (
+            "modeling_evil",
+            "jinja2",
+            "json",
+            "torch",
+            "nanovlm",
+            "sitecustomize",
+            "__init__",
+            "conftest",
+        ):
             put(folder / f"{name}.py", f"open({str(sentinel)!r}, 'w')")
     classes = {"AutoTokenizer": ["modeling_evil.T", None], "AutoImageProcessor": "modeling_evil.P"}
     for path in (vision / "preprocessor_config.json", decoder / "tokenizer_config.json"):
@@ -241,6 +310,7 @@ def test_code_that_lies_in_a_folder_is_never_imported(mine, tmp_path, monkeypatc
 
 
 # ---- chat templates ----
+
 
 def as_jinja_file(folder, template):
     put(folder / "chat_template.jinja", template)
@@ -255,7 +325,10 @@ def in_the_tokenizers_config(folder, template):
 
 
 def as_one_of_several(folder, template):
-    test_huggingface.edit(folder / "tokenizer_config.json", chat_template=[{"name": "default", "template": template}, 5, {}])
+    test_huggingface.edit(
+        folder / "tokenizer_config.json",
+        chat_template=[{"name": "default", "template": template}, 5, {}],
+    )
 
 
 PLACES = [as_jinja_file, as_json_file, in_the_tokenizers_config, as_one_of_several]
@@ -274,17 +347,30 @@ ESCAPES = [
     "{{ ('{0.__class__}'|attr('format'))(messages) }}",  # CVE-2025-27516
     "{% set f = '{0.__init__.__globals__}'.format %}{{ [cycler]|map(f)|list }}",  # CVE-2024-56326
     "{{ messages.append(1) }}",
-    "{% include 'PATH' %}", "{% import 'os' as os %}{{ os.system('touch PATH') }}", "{% extends '/etc/passwd' %}",
+    "{% include 'PATH' %}",
+    "{% import 'os' as os %}{{ os.system('touch PATH') }}",
+    "{% extends '/etc/passwd' %}",
 ]
-TOO_MUCH = ["{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "{{ 'a' * 10**10 }}", "{{ 10**(10**10) }}"]
+TOO_MUCH = [
+    "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+    "{{ 'a' * 10**10 }}",
+    "{{ 10**(10**10) }}",
+]
 ODD = [
-    "{% for x in range(10**9) %}{% endfor %}", "{{ 1 / 0 }}", "{{ messages[7].x.y }}", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "{{",
-    "{{ " + "(" * 5000 + ")" * 5000 + " }}", "{{ 'x' * 200000 }}",
+    "{% for x in range(10**9) %}{% endfor %}",
+    "{{ 1 / 0 }}",
+    "{{ messages[7].x.y }}",
+    "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+    "{{",
+    "{{ " + "(" * 5000 + ")" * 5000 + " }}",
+    "{{ 'x' * 200000 }}",
 ]
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_a_template_that_climbs_out_of_its_sandbox_does_not_wherever_it_stands(place, world, mine, tmp_path, sentinel):
+def test_a_template_that_climbs_out_of_its_sandbox_does_not_wherever_it_stands(
+    place, world, mine, tmp_path, sentinel
+):
     place(bad := mine("brain"), ESCAPES[0].replace("PATH", str(sentinel)))
     with refused("its chat template writes None, as none of ours does"):
         stitch(world / "eye", bad, tmp_path / "out")
@@ -293,9 +379,25 @@ def test_a_template_that_climbs_out_of_its_sandbox_does_not_wherever_it_stands(p
 def test_a_llavas_template_is_tried_by_each_script_and_climbs_out_of_none(mine, tmp_path, sentinel):
     bad = mine("llava")
     as_jinja_file(bad, ESCAPES[0].replace("PATH", str(sentinel)))
-    source = put(tmp_path / "a.json", [{"id": 1, "conversations": [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "Hello"}]}])
-    for use in (ask, lambda model: prepare.export(model=str(model), out=str(tmp_path / "out")),
-                lambda model: prepare.data(model=str(model), source=[str(source)], out=str(tmp_path / "set"), workers=1)):
+    source = put(
+        tmp_path / "a.json",
+        [
+            {
+                "id": 1,
+                "conversations": [
+                    {"from": "human", "value": "Hello"},
+                    {"from": "gpt", "value": "Hello"},
+                ],
+            }
+        ],
+    )
+    for use in (
+        ask,
+        lambda model: prepare.export(model=str(model), out=str(tmp_path / "out")),
+        lambda model: prepare.data(
+            model=str(model), source=[str(source)], out=str(tmp_path / "set"), workers=1
+        ),
+    ):
         with refused("chat template writes None"):
             use(bad)
 
@@ -307,7 +409,9 @@ def words():
 
 def test_no_known_escape_from_jinjas_sandbox_runs(sentinel):
     for template in ESCAPES:
-        text = jinja.write(template.replace("PATH", str(sentinel)), {}, chat_template.PROBES[0], False)
+        text = jinja.write(
+            template.replace("PATH", str(sentinel)), {}, chat_template.PROBES[0], False
+        )
         assert text is None or not re.search("class|module|function|globals", text), template
 
 
@@ -329,21 +433,39 @@ def test_a_template_that_is_no_text_is_refused(mine):
         huggingface.brain(bad, tensors=False)
 
 
-@pytest.mark.parametrize("fields", [{"chat_template": 5}, {"chat_template": [5]}, {"chat_template": {}}, {"bos_token": {}}, {"eos_token": [1]}])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"chat_template": 5},
+        {"chat_template": [5]},
+        {"chat_template": {}},
+        {"bos_token": {}},
+        {"eos_token": [1]},
+    ],
+)
 def test_a_tokenizers_config_of_the_wrong_kinds_is_harmless_or_refused(fields, mine):
     test_huggingface.edit((bad := mine("brain")) / "tokenizer_config.json", **fields)
-    with contextlib.suppress(Mistake):
+    with contextlib.suppress(UserError):
         huggingface.brain(bad, tensors=False)
 
 
 # ---- tokenizers ----
 
+
 def with_pattern(words, pattern, lost=()):
     """A tokenizer that cuts texts by a pattern of a stranger's, and has no token for the bytes in `lost`."""
     spec = json.loads(words.files["tokenizer.json"])
     split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Removed", "invert": True}
-    spec["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, {"type": "ByteLevel", "use_regex": False, "add_prefix_space": False}]}
-    spec["model"]["vocab"] = {token: i for token, i in spec["model"]["vocab"].items() if token not in lost}
+    spec["pre_tokenizer"] = {
+        "type": "Sequence",
+        "pretokenizers": [
+            split,
+            {"type": "ByteLevel", "use_regex": False, "add_prefix_space": False},
+        ],
+    }
+    spec["model"]["vocab"] = {
+        token: i for token, i in spec["model"]["vocab"].items() if token not in lost
+    }
     return {"tokenizer.json": json.dumps(spec).encode()}
 
 
@@ -365,7 +487,18 @@ def test_a_set_is_not_prepared_with_a_pattern_that_does_not_end(world, mine, wor
     bad = mine("model")
     own = tokenizer.Tokenizer.load(bad)
     put(bad / "tokenizer.json", with_pattern(own, r"(?:(?=a)a+)+b|(?s:.)")["tokenizer.json"])
-    source = put(tmp_path / "a.json", [{"id": 1, "conversations": [{"from": "human", "value": "a" * 3000}, {"from": "gpt", "value": "a"}]}])
+    source = put(
+        tmp_path / "a.json",
+        [
+            {
+                "id": 1,
+                "conversations": [
+                    {"from": "human", "value": "a" * 3000},
+                    {"from": "gpt", "value": "a"},
+                ],
+            }
+        ],
+    )
     with refused("pattern does not come to an end"):
         prepare.data(model=str(bad), source=[str(source)], out=str(tmp_path / "set"), workers=1)
 
@@ -378,17 +511,26 @@ def test_a_pattern_that_is_none_or_too_large_is_refused(pattern, words):
 
 # ---- JSON ----
 
-TWISTED = {"nested": b"[" * 200_000, "objects": b'{"a":' * 100_000, "digits": b"9" * 10_000, "pickle": pickle.dumps({"a": 1}),
-           "no utf-8": b"\xff\xfe{"}
+TWISTED = {
+    "nested": b"[" * 200_000,
+    "objects": b'{"a":' * 100_000,
+    "digits": b"9" * 10_000,
+    "pickle": pickle.dumps({"a": 1}),
+    "no utf-8": b"\xff\xfe{",
+}
 
 
 @pytest.mark.parametrize("twist", TWISTED)
 def test_a_json_that_is_nested_too_deep_or_is_none_is_refused_wherever_it_lies(twist, world, mine):
     eye, brain, ours = mine("eye"), mine("brain"), mine("model")
     for read, folder, name in [
-        (huggingface.eye, eye, "preprocessor_config.json"), (huggingface.eye, eye, "config.json"),
-        (huggingface.brain, brain, "tokenizer_config.json"), (huggingface.brain, brain, "tokenizer.json"), (huggingface.brain, brain, "config.json"),
-        (describe_checkpoint, ours, "nanovlm.json"), (dataset.Samples, mine("data"), "header.json"),
+        (huggingface.eye, eye, "preprocessor_config.json"),
+        (huggingface.eye, eye, "config.json"),
+        (huggingface.brain, brain, "tokenizer_config.json"),
+        (huggingface.brain, brain, "tokenizer.json"),
+        (huggingface.brain, brain, "config.json"),
+        (describe_checkpoint, ours, "nanovlm.json"),
+        (dataset.Samples, mine("data"), "header.json"),
     ]:
         put(folder / name, TWISTED[twist])
         with refused(name):
@@ -417,16 +559,19 @@ def test_a_config_of_a_billion_layers_is_refused_before_they_are_built(mine):
 
 # ---- prepared sets ----
 
+
 @pytest.mark.parametrize("kind", [*dataset.KINDS, "header.json"])
 def test_an_array_of_pickled_objects_in_place_of_a_file_of_a_set_does_not_run(kind, mine, sentinel):
     bad = mine("data")
     path = bad / kind if kind == "header.json" else bad / "00000" / kind
     array = io.BytesIO()
     np.save(array, np.array([WAYS["os.system"](sentinel)], dtype=object), allow_pickle=True)
-    path.write_bytes(array.getvalue().ljust(path.stat().st_size, b"\n")[: path.stat().st_size])  # of the size that its header says
+    path.write_bytes(
+        array.getvalue().ljust(path.stat().st_size, b"\n")[: path.stat().st_size]
+    )  # of the size that its header says
     with refused("data"):
         prepare.check(data=str(bad), row=22)
-    with contextlib.suppress(Mistake):
+    with contextlib.suppress(UserError):
         prepare.show(data=str(bad), sample="sample-1", out=str(bad / "sample.png"))
 
 
@@ -437,10 +582,18 @@ def test_pickles_beside_the_files_of_a_set_are_never_read(world, mine, sentinel)
     prepare.check(data=str(bad), row=22)
 
 
-@pytest.mark.parametrize("file, width, column, value", [
-    ("samples", 6, 0, 10**12), ("samples", 6, 1, 10**15), ("samples", 6, 0, -5), ("samples", 6, 3, 10**9), ("samples", 6, 1, 2**63 - 1),
-    ("pictures", 4, 1, 10**7), ("pictures", 4, 0, -1),
-])
+@pytest.mark.parametrize(
+    "file, width, column, value",
+    [
+        ("samples", 6, 0, 10**12),
+        ("samples", 6, 1, 10**15),
+        ("samples", 6, 0, -5),
+        ("samples", 6, 3, 10**9),
+        ("samples", 6, 1, 2**63 - 1),
+        ("pictures", 4, 1, 10**7),
+        ("pictures", 4, 0, -1),
+    ],
+)
 def test_a_table_that_leads_out_of_its_files_is_refused(file, width, column, value, world, mine):
     path = (bad := mine("data")) / "00000" / file
     table = np.fromfile(path, "<i8").reshape(-1, width)
@@ -451,6 +604,7 @@ def test_a_table_that_leads_out_of_its_files_is_refused(file, width, column, val
 
 
 # ---- pictures ----
+
 
 def eps(path):
     """PostScript that starts a program, if Ghostscript reads it; `gs` is ours here."""
@@ -466,16 +620,28 @@ def saved(kind):
         file = io.BytesIO()
         Image.new("RGB", (32, 32), "red").save(file, kind)
         return file.getvalue()
+
     return content
 
 
 def chunk(name, content):
-    return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+    return (
+        struct.pack(">I", len(content))
+        + name
+        + content
+        + struct.pack(">I", zlib.crc32(name + content))
+    )
 
 
 def png(width, height, *chunks):
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + b"".join(chunks) + chunk(b"IDAT", zlib.compress(bytes(9))) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + b"".join(chunks)
+        + chunk(b"IDAT", zlib.compress(bytes(9)))
+        + chunk(b"IEND", b"")
+    )
 
 
 def tiff(entries):
@@ -484,18 +650,43 @@ def tiff(entries):
 
 
 PICTURES = {
-    "eps": eps, "eps in a doubled header": lambda path: struct.pack("<III", 0xC6D3D0C5, 32, 99) + bytes(20) + eps(path), "svg": svg,
-    "a pickle": lambda path: pickle.dumps(WAYS["os.system"](path)), "pdf": saved("PDF"), "icns": saved("ICNS"), "ico": saved("ICO"),
-    "pcx": saved("PCX"), "tga": saved("TGA"), "jpeg 2000": saved("JPEG2000"), "sgi": saved("SGI"), "xbm": lambda path: b"#define a_width 9\n" * 3,
-    "a bomb of a png": lambda path: png(60_000, 60_000), "a long png": lambda path: png(1, 20_001),
+    "eps": eps,
+    "eps in a doubled header": lambda path: (
+        struct.pack("<III", 0xC6D3D0C5, 32, 99) + bytes(20) + eps(path)
+    ),
+    "svg": svg,
+    "a pickle": lambda path: pickle.dumps(WAYS["os.system"](path)),
+    "pdf": saved("PDF"),
+    "icns": saved("ICNS"),
+    "ico": saved("ICO"),
+    "pcx": saved("PCX"),
+    "tga": saved("TGA"),
+    "jpeg 2000": saved("JPEG2000"),
+    "sgi": saved("SGI"),
+    "xbm": lambda path: b"#define a_width 9\n" * 3,
+    "a bomb of a png": lambda path: png(60_000, 60_000),
+    "a long png": lambda path: png(1, 20_001),
     "a png of 2^31": lambda path: png(2**31 - 1, 2**31 - 1),
-    "a bomb of a png's text": lambda path: png(9, 9, chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(1 << 23)))),
-    "a bomb of a png's profile": lambda path: png(9, 9, chunk(b"iCCP", b"a\0\0" + zlib.compress(bytes(1 << 23)))),
-    "a bomb of a bmp": lambda path: b"BM" + struct.pack("<IIIIiiHHIIIIII", 99, 0, 54, 40, 60_000, 60_000, 1, 24, 0, 0, 0, 0, 0, 0),
-    "a bomb of a gif": lambda path: b"GIF89a\xff\xff\xff\xff\0\0\0,\0\0\0\0\xff\xff\xff\xff\0\2\0\0;",
+    "a bomb of a png's text": lambda path: png(
+        9, 9, chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(1 << 23)))
+    ),
+    "a bomb of a png's profile": lambda path: png(
+        9, 9, chunk(b"iCCP", b"a\0\0" + zlib.compress(bytes(1 << 23)))
+    ),
+    "a bomb of a bmp": lambda path: (
+        b"BM"
+        + struct.pack("<IIIIiiHHIIIIII", 99, 0, 54, 40, 60_000, 60_000, 1, 24, 0, 0, 0, 0, 0, 0)
+    ),
+    "a bomb of a gif": lambda path: (
+        b"GIF89a\xff\xff\xff\xff\0\0\0,\0\0\0\0\xff\xff\xff\xff\0\2\0\0;"
+    ),
     "a bomb of a ppm": lambda path: b"P6 99999 99999 255\n",
-    "a tiff of 2^31": lambda path: tiff([(256, 4, 1, 2**31), (257, 4, 1, 2**31), (259, 3, 1, 1), (273, 4, 1, 8)]),
-    "a tiff with a tag of 4 GB": lambda path: tiff([(256, 4, 1, 9), (257, 4, 1, 9), (258, 1, 2**32 - 1, 8), (273, 4, 2**30, 8)]),
+    "a tiff of 2^31": lambda path: tiff(
+        [(256, 4, 1, 2**31), (257, 4, 1, 2**31), (259, 3, 1, 1), (273, 4, 1, 8)]
+    ),
+    "a tiff with a tag of 4 GB": lambda path: tiff(
+        [(256, 4, 1, 9), (257, 4, 1, 9), (258, 1, 2**32 - 1, 8), (273, 4, 2**30, 8)]
+    ),
     "a tiff that is its own next": lambda path: tiff([])[:-4] + struct.pack("<I", 8),
 }
 
@@ -509,15 +700,22 @@ def ghostscript(tmp_path, monkeypatch, sentinel):
     monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)
 
 
-def test_pillow_by_itself_starts_a_program_for_postscript(tmp_path, monkeypatch, ghostscript, sentinel):
-    with contextlib.suppress(OSError), Image.open(put(tmp_path / "a.png", eps(sentinel))) as picture:
+def test_pillow_by_itself_starts_a_program_for_postscript(
+    tmp_path, monkeypatch, ghostscript, sentinel
+):
+    with (
+        contextlib.suppress(OSError),
+        Image.open(put(tmp_path / "a.png", eps(sentinel))) as picture,
+    ):
         picture.load()
     assert sentinel.exists()
     sentinel.unlink()
 
 
 @pytest.mark.parametrize("kind", PICTURES)
-def test_a_picture_that_is_none_of_ours_or_unpacks_to_too_much_is_refused(kind, tmp_path, ghostscript, sentinel):
+def test_a_picture_that_is_none_of_ours_or_unpacks_to_too_much_is_refused(
+    kind, tmp_path, ghostscript, sentinel
+):
     path = put(tmp_path / "a.png", PICTURES[kind](sentinel))
     for source in (path, path.read_bytes()):
         with refused("is no picture that can be read here|is broken or cut short|pixels"):
@@ -531,25 +729,48 @@ def test_postscript_is_refused_by_each_script(world, tmp_path, ghostscript, sent
     put(tmp_path / "a.json", [{"id": 1, "image": "a.png", "conversations": QUESTION}])
     with refused("a.png is no picture"):
         cut(world, tmp_path / "a.json", tmp_path / "set")
-    exam = put(tmp_path / "exam.jsonl", {"id": 1, "image": "a.png", "question": "What?", "answers": ["x"]})
+    exam = put(
+        tmp_path / "exam.jsonl", {"id": 1, "image": "a.png", "question": "What?", "answers": ["x"]}
+    )
     with refused("a.png is no picture"):
         sample.sample(model=str(world / "model"), questions=str(exam), device="cpu")
 
 
 # ---- where pictures are read from ----
 
+
 @pytest.fixture
 def no_network(monkeypatch):
     def called(*_):
         raise AssertionError("something was fetched")
+
     for name in ("connect", "connect_ex", "sendto"):
         monkeypatch.setattr(socket.socket, name, called)
     monkeypatch.setattr(socket, "getaddrinfo", called)
 
 
-ELSEWHERE = ["/etc/passwd", "{home}/secret.png", "../secret.png", "deep/../../secret.png", "link/../secret.png", "../pictures/../secret.png",
-             "file://{home}/secret.png", "file:///etc/passwd", "http://127.0.0.1/secret.png", "https://example.org/a.png", "//example.org/a.png",
-             "data:image/png;base64,AAAA", "~/secret.png", "$HOME/secret.png", "/dev/zero", "/proc/self/environ", "|touch x", "", ".", "\0"]
+ELSEWHERE = [
+    "/etc/passwd",
+    "{home}/secret.png",
+    "../secret.png",
+    "deep/../../secret.png",
+    "link/../secret.png",
+    "../pictures/../secret.png",
+    "file://{home}/secret.png",
+    "file:///etc/passwd",
+    "http://127.0.0.1/secret.png",
+    "https://example.org/a.png",
+    "//example.org/a.png",
+    "data:image/png;base64,AAAA",
+    "~/secret.png",
+    "$HOME/secret.png",
+    "/dev/zero",
+    "/proc/self/environ",
+    "|touch x",
+    "",
+    ".",
+    "\0",
+]
 
 
 def hide(home):
@@ -567,18 +788,29 @@ def hide(home):
 
 
 @pytest.mark.parametrize("images", ["pictures", "pictures.zip", ""])
-def test_a_record_names_no_picture_outside_its_folder_and_none_is_fetched(images, world, tmp_path, no_network):
+def test_a_record_names_no_picture_outside_its_folder_and_none_is_fetched(
+    images, world, tmp_path, no_network
+):
     hide(tmp_path)
     beside = {"images": str(tmp_path / images)} if images else {}
     source = tmp_path / "pictures" / "a.json"
     put(source, [{"id": 1, "image": "egg.png", "conversations": QUESTION}])
     cut(world, source, tmp_path / "good", **beside)
-    named = [name.format(home=tmp_path) for name in [*ELSEWHERE, *(["link"] if images == "pictures.zip" else [])]]
-    put(source, [{"id": i, "image": name, "conversations": QUESTION} for i, name in enumerate(named)])
+    named = [
+        name.format(home=tmp_path)
+        for name in [*ELSEWHERE, *(["link"] if images == "pictures.zip" else [])]
+    ]
+    put(
+        source,
+        [{"id": i, "image": name, "conversations": QUESTION} for i, name in enumerate(named)],
+    )
     with refused(f"{len(named)} of {len(named)} samples cannot be used"):
         cut(world, source, tmp_path / "set", **beside)
     for name in filter(str.strip, named):
-        exam = put(tmp_path / "pictures" / "exam.jsonl", {"id": 1, "image": name, "question": "What?", "answers": ["x"]})
+        exam = put(
+            tmp_path / "pictures" / "exam.jsonl",
+            {"id": 1, "image": name, "question": "What?", "answers": ["x"]},
+        )
         with refused("climbs out|no such picture"):
             benchmarks.read("exact", str(exam), images=beside.get("images", ""))
 
@@ -591,18 +823,28 @@ def add_member(tar, name, content=b"", **fields):
     tar.addfile(member, io.BytesIO(content))
 
 
-def test_members_of_a_tar_that_would_lie_outside_or_lead_there_are_skipped_and_nothing_is_unpacked(world, tmp_path):
+def test_members_of_a_tar_that_would_lie_outside_or_lead_there_are_skipped_and_nothing_is_unpacked(
+    world, tmp_path
+):
     hide(tmp_path)
     picture = (tmp_path / "secret.png").read_bytes()
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         for name in ("../unpacked", f"{tmp_path}/unpacked", "a/../../unpacked"):
             add_member(tar, f"{name}.png", picture)
             add_member(tar, f"{name}.txt", b"An egg.")
-        links = [(tarfile.SYMTYPE, tmp_path / "secret.png"), (tarfile.LNKTYPE, "../secret.png"), (tarfile.CHRTYPE, "")]
+        links = [
+            (tarfile.SYMTYPE, tmp_path / "secret.png"),
+            (tarfile.LNKTYPE, "../secret.png"),
+            (tarfile.CHRTYPE, ""),
+        ]
         for number, (kind, target) in enumerate(links):
             add_member(tar, f"{number}.png", type=kind, linkname=str(target))
             add_member(tar, f"{number}.txt", b"An egg.")
-        add_member(tar, "9.json", json.dumps({"image": str(tmp_path / "secret.png"), "caption": "x"}).encode())
+        add_member(
+            tar,
+            "9.json",
+            json.dumps({"image": str(tmp_path / "secret.png"), "caption": "x"}).encode(),
+        )
     with refused("7 of 7 samples cannot be used"):
         cut(world, tmp_path / "a.tar", tmp_path / "set")
     assert not list(tmp_path.parent.rglob("unpacked*"))
@@ -621,35 +863,75 @@ def test_a_zip_of_questions_unpacks_nothing_and_reads_nothing_outside(tmp_path):
 
 def test_a_parquet_whose_columns_are_of_a_pickled_type_does_not_run(world, tmp_path, sentinel):
     """CVE-2023-47248: pyarrow below 14.0.1 unpickled what such a file says of itself."""
-    marks = {b"ARROW:extension:name": b"arrow.py_extension_type", b"ARROW:extension:metadata": pickle.dumps(WAYS["os.system"](sentinel))}
-    schema = pyarrow.schema([pyarrow.field("caption", pyarrow.string(), metadata=marks), pyarrow.field("image", pyarrow.string())])
-    parquet.write_table(pyarrow.table({"caption": ["An egg."], "image": ["egg.png"]}, schema=schema), tmp_path / "a.parquet")
-    with contextlib.suppress(Mistake):
+    marks = {
+        b"ARROW:extension:name": b"arrow.py_extension_type",
+        b"ARROW:extension:metadata": pickle.dumps(WAYS["os.system"](sentinel)),
+    }
+    schema = pyarrow.schema(
+        [
+            pyarrow.field("caption", pyarrow.string(), metadata=marks),
+            pyarrow.field("image", pyarrow.string()),
+        ]
+    )
+    parquet.write_table(
+        pyarrow.table({"caption": ["An egg."], "image": ["egg.png"]}, schema=schema),
+        tmp_path / "a.parquet",
+    )
+    with contextlib.suppress(UserError):
         cut(world, tmp_path / "a.parquet", tmp_path / "set", images=str(world / "pictures"))
 
 
 # ---- what is written as Python ----
 
-PYTHON = ["__import__('os').system('touch PATH')", "[__import__('os').system('touch PATH')]", "[" * 100_000, "-" * 100_000 + "1", "{" * 300,
-          "[" + "(" * 5000 + ")" * 5000 + "]", "9" * 10_000, "['a' * 10**10]", "['a'\0]", "[f'{open(\"PATH\", \"w\")}']", "'a'.__class__", "\ud800",
-          "1+" * 50_000 + "1"]
+PYTHON = [
+    "__import__('os').system('touch PATH')",
+    "[__import__('os').system('touch PATH')]",
+    "[" * 100_000,
+    "-" * 100_000 + "1",
+    "{" * 300,
+    "[" + "(" * 5000 + ")" * 5000 + "]",
+    "9" * 10_000,
+    "['a' * 10**10]",
+    "['a'\0]",
+    '[f\'{open("PATH", "w")}\']',
+    "'a'.__class__",
+    "\ud800",
+    "1+" * 50_000 + "1",
+]
 
 
 @pytest.mark.parametrize("text", PYTHON, ids=range(len(PYTHON)))
 def test_a_list_written_as_python_is_read_and_never_run(text, tmp_path, sentinel):
     assert formats.spelled(text.replace("PATH", str(sentinel))) is None
-    record = {"id": "test_Art_1", "question": "What?", "options": text.replace("PATH", str(sentinel)), "answer": "A", "image_1": "egg.png"}
+    record = {
+        "id": "test_Art_1",
+        "question": "What?",
+        "options": text.replace("PATH", str(sentinel)),
+        "answer": "A",
+        "image_1": "egg.png",
+    }
     with refused("a.json"):
         benchmarks.read("mmmu", str(put(tmp_path / "a.json", [record])))
 
 
 # ---- a folder of somebody's answers ----
 
+
 def test_what_a_question_says_cannot_become_part_of_a_report(world, tmp_path):
     evil = "</td><script>alert(1)</script><img src=x onerror=alert(1)>"
-    exam = put(tmp_path / "exam.jsonl", {"id": evil, "kind": evil, "image": "egg.png", "question": evil, "answers": [evil]})
-    sample.sample(model=str(world / "model"), questions=str(exam), images=str(world / "pictures"), device="cpu", max_tokens=2,
-                  out=str(tmp_path / "a.jsonl"), report=str(tmp_path / "a.html"))
+    exam = put(
+        tmp_path / "exam.jsonl",
+        {"id": evil, "kind": evil, "image": "egg.png", "question": evil, "answers": [evil]},
+    )
+    sample.sample(
+        model=str(world / "model"),
+        questions=str(exam),
+        images=str(world / "pictures"),
+        device="cpu",
+        max_tokens=2,
+        out=str(tmp_path / "a.jsonl"),
+        report=str(tmp_path / "a.html"),
+    )
     page = (tmp_path / "a.html").read_text()
     assert "<script>alert" not in page and "<img src=x" not in page
 
@@ -657,11 +939,20 @@ def test_what_a_question_says_cannot_become_part_of_a_report(world, tmp_path):
 def test_a_model_of_somebodys_is_never_fetched_with_code():
     asked = []
 
-    files = ["config.json", "modeling_evil.py", "model.safetensors", "pytorch_model.bin", "evil.pkl", "a/b.json"]
+    files = [
+        "config.json",
+        "modeling_evil.py",
+        "model.safetensors",
+        "pytorch_model.bin",
+        "evil.pkl",
+        "a/b.json",
+    ]
 
     class Hub:
         list_repo_files = staticmethod(lambda name: files)
-        snapshot_download = staticmethod(lambda name, allow_patterns: asked.extend(allow_patterns) or ".")
+        snapshot_download = staticmethod(
+            lambda name, allow_patterns: asked.extend(allow_patterns) or "."
+        )
 
     disk.fetch("some/body", Hub)
     assert asked == ["config.json", "model.safetensors"]

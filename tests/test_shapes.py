@@ -3,6 +3,7 @@
 A name such as q_BTHK must have as many dimensions as letters. At any moment, a capital letter means one size in a function, whichever names carry
 it (an int named T counts too); a lower-case letter is no more than its capital; 1 is 1. Of some letters the size is known in advance.
 """
+
 import ast
 import base64
 import contextlib
@@ -21,7 +22,7 @@ from PIL import Image
 import nanovlm
 import prepare
 import sample
-from nanovlm import IMAGE, generate, kernels
+from nanovlm import IMAGE_TOKEN_ID, generate, kernels
 from nanovlm.attention import attention
 from nanovlm.checkpoints import huggingface, stitch
 from nanovlm.checkpoints.checkpoint import Checkpoint, build_model, load_checkpoint, save_checkpoint
@@ -29,15 +30,36 @@ from nanovlm.data import dataset, image_files, image_processing, packing, tokeni
 from nanovlm.evals import runner
 from nanovlm.training import flops, memory, validation
 
-ALPHABET = "".join(re.findall(r"(?<= )[A-Z](?= )", "".join(line for line in nanovlm.__doc__.splitlines() if line.startswith("    "))))
+ALPHABET = "".join(
+    re.findall(
+        r"(?<= )[A-Z](?= )",
+        "".join(line for line in nanovlm.__doc__.splitlines() if line.startswith("    ")),
+    )
+)
 CARRIES = re.compile(rf"[a-z]\w*_([{ALPHABET}{ALPHABET.lower()}1]+)$")
-LOOKS_LIKE = re.compile(r"[a-z]\w*_[A-Za-z]*[A-Z]\w*$")  # has a capital at its end: meant to carry a shape
+LOOKS_LIKE = re.compile(
+    r"[a-z]\w*_[A-Za-z]*[A-Z]\w*$"
+)  # has a capital at its end: meant to carry a shape
 
-EYE = VISION | {"tile": 18, "class_token": True, "layer_scale": True}  # 36 patches, 9 tokens after pixel shuffle by 2
+EYE = VISION | {
+    "tile": 18,
+    "class_token": True,
+    "layer_scale": True,
+}  # 36 patches, 9 tokens after pixel shuffle by 2
 BRAIN = DECODER | {"vocabulary": 260, "window": [None, 14, None]}
-POLICY = {"tile": 18, "patch": 3, "shuffle": 2, "fit": "crop", "resample": "bicubic", "mean": [0.5] * 3, "std": [0.5] * 3}
-DEEP = ("iVBORw0KGgoAAAANSUhEUgAAAAUAAAAEEAIAAACZwb5UAAAABnRSTlMAAAAAAAfwwpIyAAAADElEQVR4nGNgGDgAAAB8AAHDeixI"
-        "AAAAAElFTkSuQmCC")  # a PNG of 5 x 4 pixels, 16-bit colour of which one is transparent: Pillow cannot write it
+POLICY = {
+    "tile": 18,
+    "patch": 3,
+    "shuffle": 2,
+    "fit": "crop",
+    "resample": "bicubic",
+    "mean": [0.5] * 3,
+    "std": [0.5] * 3,
+}
+DEEP = (
+    "iVBORw0KGgoAAAANSUhEUgAAAAUAAAAEEAIAAACZwb5UAAAABnRSTlMAAAAAAAfwwpIyAAAADElEQVR4nGNgGDgAAAB8AAHDeixI"
+    "AAAAAElFTkSuQmCC"
+)  # a PNG of 5 x 4 pixels, 16-bit colour of which one is transparent: Pillow cannot write it
 C = {"C": 3}
 KNOWN = {  # file: the sizes that a letter may have in it, several where the eye and the brain share it
     "decoder.py": {"D": 24, "H": 6, "G": 2, "K": 8, "V": 260},
@@ -56,18 +78,30 @@ def shape_of(value):
     """The shape of what a name can stand for: a tensor, an array, or a list of numbers; None if it is something else."""
     if isinstance(value, (torch.Tensor, np.ndarray)):
         return tuple(value.shape)
-    if isinstance(value, tl.tensor) and value.shape:  # a block in a kernel, in Triton's interpreter; a number there has no shape
+    if (
+        isinstance(value, tl.tensor) and value.shape
+    ):  # a block in a kernel, in Triton's interpreter; a number there has no shape
         return tuple(map(int, value.shape))
-    return (len(value),) if isinstance(value, list) and all(isinstance(x, int) for x in value) else None
+    return (
+        (len(value),)
+        if isinstance(value, list) and all(isinstance(x, int) for x in value)
+        else None
+    )
 
 
 def lies_of(variables, known):
     """What is untrue among the names of one function at one moment, as sentences; variables: {name: value}."""
-    sizes = {name: (value, name) for name, value in variables.items() if len(name) == 1 and name in ALPHABET and isinstance(value, int)}
+    sizes = {
+        name: (value, name)
+        for name, value in variables.items()
+        if len(name) == 1 and name in ALPHABET and isinstance(value, int)
+    }
     parts = []
     for name, value in variables.items():
         match, shape = CARRIES.match(name), shape_of(value)
-        if not match or value is None or (shape is None and match[1].islower()):  # top_p is a number
+        if (
+            not match or value is None or (shape is None and match[1].islower())
+        ):  # top_p is a number
             continue
         letters = match[1]
         if shape is None or len(shape) != len(letters):
@@ -98,8 +132,14 @@ def watching(*folders):
     def look(frame, event, arg):
         file, variables = Path(frame.f_code.co_filename).name, dict(frame.f_locals)
         for said in lies_of(variables, KNOWN.get(file, {})):
-            lies.setdefault(said, f"{file}, before line {frame.f_lineno}, in {frame.f_code.co_name}: {said}")
-        seen.update((file, name) for name, value in variables.items() if CARRIES.match(name) and shape_of(value) is not None)
+            lies.setdefault(
+                said, f"{file}, before line {frame.f_lineno}, in {frame.f_code.co_name}: {said}"
+            )
+        seen.update(
+            (file, name)
+            for name, value in variables.items()
+            if CARRIES.match(name) and shape_of(value) is not None
+        )
         return look
 
     before = sys.gettrace()
@@ -124,7 +164,9 @@ def everything(folder):
     words = tokenizer.learn(["a b"], 256, ["<s>", "[INST]", "[/INST]", "</s>"])
     shapes = {"vision": EYE, "decoder": BRAIN, "shuffle": 2}
     model = make_vlm(vision=EYE, decoder=BRAIN)
-    save_checkpoint(Checkpoint(model, words, shapes, POLICY, "mistral", {"born": "here"}), folder / "model")
+    save_checkpoint(
+        Checkpoint(model, words, shapes, POLICY, "mistral", {"born": "here"}), folder / "model"
+    )
     checkpoint = load_checkpoint(folder / "model")
     save_checkpoint(stitch.stitch_parts(checkpoint, checkpoint, 0), folder / "stitched")
     stitch.verify_stitch(folder / "stitched", stitch.outputs_of_parts(checkpoint, checkpoint))
@@ -137,16 +179,31 @@ def everything(folder):
         image_processing.load(folder / "colour.png", POLICY | {"fit": fit})
     anyres = POLICY | {"fit": "anyres", "pinpoints": [[18, 36], [36, 18]]}
     image_processing.load(folder / "colour.png", anyres)
-    image_processing.load(folder / "colour.png", POLICY | {"fit": "tiles", "tiles": 4, "choice": "aspect", "thumbnail": True, "tags": True})
-    build_model(shapes, anyres).embed(torch.full((1, 10), IMAGE), torch.zeros(1, 3, 18, 18, dtype=torch.uint8), torch.arange(10) - 1)
-    colour, grey = (image_processing.load(folder / name, POLICY) for name in ("colour.png", "grey.png"))
+    image_processing.load(
+        folder / "colour.png",
+        POLICY | {"fit": "tiles", "tiles": 4, "choice": "aspect", "thumbnail": True, "tags": True},
+    )
+    build_model(shapes, anyres).embed(
+        torch.full((1, 10), IMAGE_TOKEN_ID),
+        torch.zeros(1, 3, 18, 18, dtype=torch.uint8),
+        torch.arange(10) - 1,
+    )
+    colour, grey = (
+        image_processing.load(folder / name, POLICY) for name in ("colour.png", "grey.png")
+    )
     image_processing.picture_of(grey.tiles[0])
     (folder / "deep.png").write_bytes(base64.b64decode(DEEP))
     image_files.read(folder / "deep.png")
 
-    written = [[IMAGE] * (i % 3 == 0) + list(range(65, 70 + i % 11)) for i in range(300)]
-    write_set(folder / "set", checkpoint.fingerprint(), [(f"sample {i}", ids, [0] * (len(ids) - 3) + [1, 1, 0], [colour] if i % 3 == 0 else [])
-                                                         for i, ids in enumerate(written)])
+    written = [[IMAGE_TOKEN_ID] * (i % 3 == 0) + list(range(65, 70 + i % 11)) for i in range(300)]
+    write_set(
+        folder / "set",
+        checkpoint.fingerprint(),
+        [
+            (f"sample {i}", ids, [0] * (len(ids) - 3) + [1, 1, 0], [colour] if i % 3 == 0 else [])
+            for i, ids in enumerate(written)
+        ],
+    )
     checkpoint.tokenizer.save(folder / "set")
     prepare.show(data=str(folder / "set"), sample="sample 3", out=str(folder / "tiles.png"))
     flops.assumed_row(51, POLICY)
@@ -156,22 +213,59 @@ def everything(folder):
     memory.estimate_memory(model, batch, 1, torch.device("cpu"), torch.float32)
     none = packing.collate(samples, [[i] for i in range(300) if i % 3][:7])[0]
     model(**none).backward()
-    with mock.patch.object(kernels, "choice", "triton"):  # three short rows: an interpreter that is looked at, line by line, is slow
+    with mock.patch.object(
+        kernels, "choice", "triton"
+    ):  # three short rows: an interpreter that is looked at, line by line, is slow
         one = make_vlm(vision=EYE, decoder=BRAIN | {"layers": 1, "window": 14}).decoder
-        one(torch.randn(3, 19, 24), torch.arange(19).expand(3, -1), torch.arange(57).view(3, 19) // 11).sum().backward()
+        one(
+            torch.randn(3, 19, 24),
+            torch.arange(19).expand(3, -1),
+            torch.arange(57).view(3, 19) // 11,
+        ).sum().backward()
         with torch.no_grad():  # and the newest token alone
-            attention(torch.randn(3, 1, 6, 8), *torch.randn(2, 3, 19, 2, 8), documents_BS=torch.arange(57).view(3, 19) // 11)
-    for scaling in ({"rope_type": "llama3", "factor": 2.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 20},):
+            attention(
+                torch.randn(3, 1, 6, 8),
+                *torch.randn(2, 3, 19, 2, 8),
+                documents_BS=torch.arange(57).view(3, 19) // 11,
+            )
+    for scaling in (
+        {
+            "rope_type": "llama3",
+            "factor": 2.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 20,
+        },
+    ):
         make_vlm(vision=EYE, decoder=BRAIN | {"scaling": scaling})(**none)
 
-    questions = [("<image>a longer question", [colour]), ("x", []), ("<image><image>two", [colour, grey])]
+    questions = [
+        ("<image>a longer question", [colour]),
+        ("x", []),
+        ("<image><image>two", [colour, grey]),
+    ]
     for how in ({"temperature": 1.0, "top_k": 50}, {}):
         runner.answer(checkpoint, questions, max_tokens=5, **how)
     runner.answer(checkpoint, questions, blank=True, max_tokens=2)
     list(sample.stream(checkpoint, [("user", "<image>x")], [colour], max_tokens=3))
     spoken = generate.ready(load_checkpoint(folder / "model").model)
-    list(spoken.generate([[3, 4, 5], [6, 7]], torch.zeros(0, 3, 18, 18), stop=set(), max_tokens=generate.PATIENCE + 4, record=("cpu",)))
-    validation.validate(checkpoint, samples, validation.pack_validation_set(samples, 51), 0, 1, contextlib.nullcontext())
+    list(
+        spoken.generate(
+            [[3, 4, 5], [6, 7]],
+            torch.zeros(0, 3, 18, 18),
+            stop=set(),
+            max_tokens=generate.PATIENCE + 4,
+            record=("cpu",),
+        )
+    )
+    validation.validate(
+        checkpoint,
+        samples,
+        validation.pack_validation_set(samples, 51),
+        0,
+        1,
+        contextlib.nullcontext(),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -188,33 +282,62 @@ def test_no_name_lies_about_its_shape(looked):
 
 def test_every_name_that_carries_a_shape_was_looked_at(looked):
     _, seen = looked
-    wanted = {(path.name, name) for path in [*ROOT.glob("*.py"), *ROOT.glob("nanovlm/*.py")] for name, _ in names_in(path)
-              if LOOKS_LIKE.match(name) and CARRIES.match(name)}
-    assert len(wanted) > 80 and not wanted - seen, f"`everything` must run what sets {sorted(wanted - seen)}"
+    wanted = {
+        (path.name, name)
+        for path in [*ROOT.glob("*.py"), *ROOT.glob("nanovlm/*.py")]
+        for name, _ in names_in(path)
+        if LOOKS_LIKE.match(name) and CARRIES.match(name)
+    }
+    assert len(wanted) > 80 and not wanted - seen, (
+        f"`everything` must run what sets {sorted(wanted - seen)}"
+    )
 
 
 def test_every_letter_is_in_the_alphabet():
     assert set(ALPHABET) >= set("BTNDHK")
-    strangers = [f"{path.name}:{line} {name}" for path in [*ROOT.glob("*.py"), *ROOT.glob("nanovlm/*.py")] for name, line in names_in(path)
-                 if LOOKS_LIKE.match(name) and not CARRIES.match(name)]
+    strangers = [
+        f"{path.name}:{line} {name}"
+        for path in [*ROOT.glob("*.py"), *ROOT.glob("nanovlm/*.py")]
+        for name, line in names_in(path)
+        if LOOKS_LIKE.match(name) and not CARRIES.match(name)
+    ]
     assert not strangers, f"letters that nanovlm/__init__.py does not explain: {strangers}"
 
 
-@pytest.mark.parametrize("lines, said", [
-    ("x_BTD = torch.zeros(2, 5)", "x_BTD is Tensor of shape (2, 5)"),
-    ("q_BTHK = torch.zeros(2, 7, 4, 5); k_BTHK = q_BTHK.transpose(1, 2)", "k_BTHK has shape (2, 4, 7, 5), but T is 7 in q_BTHK"),
-    ("T = 6; ids_BT = np.zeros((6, 9))", "ids_BT has shape (6, 9), but T is 6 in T"),
-    ("cos_BT1K = torch.zeros(2, 7, 3, 5)", "cos_BT1K has shape (2, 7, 3, 5), 1 is 1"),
-    ("targets_N = torch.zeros(4); logits_nV = torch.zeros(5, 9)", "logits_nV has shape (5, 9), but all of N is 4"),
-    ("next_B = [1, 2]; pad_B = torch.zeros(3)", "pad_B has shape (3,), but B is 2 in next_B"),
-    ("angle_k = torch.zeros(2, 3)", "angle_k is Tensor of shape (2, 3)"),
-    ("x_BT = 'text'", "x_BT is str of shape None"),
-    ("x_BT = torch.zeros(2, 3); x_BT = x_BT.T; y_BT = torch.zeros(2, 3)", "y_BT has shape (2, 3), but B is 3 in x_BT"),
-    ("x_BT = torch.zeros(2, 3); x_BT = torch.zeros(4, 3); top_p = 0.5; rest_BTD = None", None),  # a name may move on
-    ("x_BT = torch.zeros(2, 3); first_Bt = x_BT[:, :1]; wave_Tk = torch.zeros(3, 9)", None),
-])
+@pytest.mark.parametrize(
+    "lines, said",
+    [
+        ("x_BTD = torch.zeros(2, 5)", "x_BTD is Tensor of shape (2, 5)"),
+        (
+            "q_BTHK = torch.zeros(2, 7, 4, 5); k_BTHK = q_BTHK.transpose(1, 2)",
+            "k_BTHK has shape (2, 4, 7, 5), but T is 7 in q_BTHK",
+        ),
+        ("T = 6; ids_BT = np.zeros((6, 9))", "ids_BT has shape (6, 9), but T is 6 in T"),
+        ("cos_BT1K = torch.zeros(2, 7, 3, 5)", "cos_BT1K has shape (2, 7, 3, 5), 1 is 1"),
+        (
+            "targets_N = torch.zeros(4); logits_nV = torch.zeros(5, 9)",
+            "logits_nV has shape (5, 9), but all of N is 4",
+        ),
+        ("next_B = [1, 2]; pad_B = torch.zeros(3)", "pad_B has shape (3,), but B is 2 in next_B"),
+        ("angle_k = torch.zeros(2, 3)", "angle_k is Tensor of shape (2, 3)"),
+        ("x_BT = 'text'", "x_BT is str of shape None"),
+        (
+            "x_BT = torch.zeros(2, 3); x_BT = x_BT.T; y_BT = torch.zeros(2, 3)",
+            "y_BT has shape (2, 3), but B is 3 in x_BT",
+        ),
+        (
+            "x_BT = torch.zeros(2, 3); x_BT = torch.zeros(4, 3); top_p = 0.5; rest_BTD = None",
+            None,
+        ),  # a name may move on
+        ("x_BT = torch.zeros(2, 3); first_Bt = x_BT[:, :1]; wave_Tk = torch.zeros(3, 9)", None),
+    ],
+)
 def test_a_lie_is_caught(tmp_path, lines, said):
-    (tmp_path / "liar.py").write_text("import numpy as np\nimport torch\n\ndef speak():\n    " + lines.replace("; ", "\n    ") + "\n")
+    (tmp_path / "liar.py").write_text(
+        "import numpy as np\nimport torch\n\ndef speak():\n    "
+        + lines.replace("; ", "\n    ")
+        + "\n"
+    )
     space = {}
     exec(compile((tmp_path / "liar.py").read_text(), str(tmp_path / "liar.py"), "exec"), space)
     with watching(tmp_path) as (lies, _):
@@ -224,4 +347,6 @@ def test_a_lie_is_caught(tmp_path, lines, said):
 
 def test_a_size_known_in_advance_is_checked():
     assert list(lies_of({"q_BTHK": torch.zeros(2, 7, 5, 6)}, KNOWN["decoder.py"])) == [
-        "q_BTHK has shape (2, 7, 5, 6), H is 6", "q_BTHK has shape (2, 7, 5, 6), K is 8"]
+        "q_BTHK has shape (2, 7, 5, 6), H is 6",
+        "q_BTHK has shape (2, 7, 5, 6), K is 8",
+    ]

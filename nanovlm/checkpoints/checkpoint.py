@@ -8,6 +8,7 @@
 A run writes out/NAME/step-000200, with what it needs to go on (saves.py); under FSDP, all but the last of them hold their weights in parts, in
 sharded/ instead of model.safetensors.
 """
+
 import contextlib
 import json
 import os
@@ -17,7 +18,7 @@ from typing import NamedTuple
 
 import torch
 
-from .. import Mistake, distributed, files
+from .. import UserError, distributed, files
 from ..data.dataset import fingerprint, sync
 from ..data.tokenizer import Tokenizer
 from ..files import read_json, read_tensors, write_tensors
@@ -25,7 +26,12 @@ from ..model import VLM
 from . import huggingface, llava, sharded
 
 CHECKPOINT_VERSION = 1
-CHECKPOINT_FIELDS = ("shapes", "policy", "template", "card")  # what nanovlm.json says of a Checkpoint
+CHECKPOINT_FIELDS = (
+    "shapes",
+    "policy",
+    "template",
+    "card",
+)  # what nanovlm.json says of a Checkpoint
 
 
 class Checkpoint(NamedTuple):
@@ -36,7 +42,9 @@ class Checkpoint(NamedTuple):
     template: str  # how conversations become text (chat.py)
     card: dict  # where each part came from
     spare: dict = {}  # tensors of the eye that are not read, by their public names
-    sharded: Path | None = None  # the folder in which the weights still lie (load(late=True)); None once they are in the model
+    sharded: Path | None = (
+        None  # the folder in which the weights still lie (load(late=True)); None once they are in the model
+    )
 
     def fingerprint(self):
         return fingerprint(self)
@@ -49,7 +57,11 @@ def build_model(shapes, policy):
 
 def list_checkpoints(out):
     """The checkpoints of a run, oldest first; what a killed writer left behind ends in .tmp and is none."""
-    return sorted(path for path in Path(out).glob("step-*") if path.suffix != ".tmp" and (path / "nanovlm.json").is_file())
+    return sorted(
+        path
+        for path in Path(out).glob("step-*")
+        if path.suffix != ".tmp" and (path / "nanovlm.json").is_file()
+    )
 
 
 def newest_checkpoint(folder):
@@ -59,7 +71,11 @@ def newest_checkpoint(folder):
         return folder
     if not (found := list_checkpoints(folder)):
         hint = f"; to fetch it: hf download {folder}" if files.is_name(folder) else ""
-        raise Mistake(f"{folder} holds no nanovlm checkpoint" if folder.exists() else f"no such model: {folder}{hint}")
+        raise UserError(
+            f"{folder} holds no nanovlm checkpoint"
+            if folder.exists()
+            else f"no such model: {folder}{hint}"
+        )
     return found[-1]
 
 
@@ -78,17 +94,24 @@ def is_public(folder):
 def describe_checkpoint(folder):
     """What load gives, with no model, and none of the weights read: enough to prepare data for it."""
     if is_public(folder):
-        return Checkpoint(**llava.read(folder, tensors=False))._replace(card={"folder": str(folder)})
+        return Checkpoint(**llava.read(folder, tensors=False))._replace(
+            card={"folder": str(folder)}
+        )
     folder = newest_checkpoint(folder)
     where = folder / "nanovlm.json"
     meta = read_json(where)
     if meta.get("version") != CHECKPOINT_VERSION:
-        raise Mistake(f"{folder}: written in format {meta.get('version')}, this reads {CHECKPOINT_VERSION}")
+        raise UserError(
+            f"{folder}: written in format {meta.get('version')}, this reads {CHECKPOINT_VERSION}"
+        )
     if missing := [name for name in CHECKPOINT_FIELDS if name not in meta]:
-        raise Mistake(f"{where} does not say its {', '.join(missing)}")
+        raise UserError(f"{where} does not say its {', '.join(missing)}")
     tokenizer = Tokenizer.load(folder)
     huggingface.check_vocabulary(tokenizer, meta["shapes"]["decoder"], where)
-    card = {**meta["card"], "folder": str(folder)}  # where it was read from, which is not written again
+    card = {
+        **meta["card"],
+        "folder": str(folder),
+    }  # where it was read from, which is not written again
     return Checkpoint(None, tokenizer, meta["shapes"], meta["policy"], meta["template"], card)
 
 
@@ -99,18 +122,27 @@ def load_checkpoint(folder, device="cpu", dtype=torch.float32, template=None, la
     distributed.make_current(torch.device(device))
     if is_public(folder):
         found = llava.read(folder, dtype, template)
-        return Checkpoint(**found)._replace(model=found["model"].to(device), card=found["card"] | {"folder": str(folder)})
+        return Checkpoint(**found)._replace(
+            model=found["model"].to(device), card=found["card"] | {"folder": str(folder)}
+        )
     if template is not None:
-        raise Mistake(f"--template={template} is for a published LLaVA; {folder} has settled it")
+        raise UserError(f"--template={template} is for a published LLaVA; {folder} has settled it")
     found = describe_checkpoint(folder)
-    path, parts, spare = (Path(found.card["folder"]) / name for name in ("model.safetensors", "sharded", "spare.safetensors"))
+    path, parts, spare = (
+        Path(found.card["folder"]) / name
+        for name in ("model.safetensors", "sharded", "spare.safetensors")
+    )
     with torch.device("meta"):
         model = build_model(found.shapes, found.policy)
     is_sharded = parts.is_dir() and not path.is_file()
     if late and is_sharded:
-        return found._replace(model=model, sharded=parts, spare=read_tensors(spare) if spare.is_file() else {})
+        return found._replace(
+            model=model, sharded=parts, spare=read_tensors(spare) if spare.is_file() else {}
+        )
     shapes = {name: tensor.shape for name, tensor in saved_parameters(model).items()}
-    tensors = read_sharded_weights(shapes, parts) if is_sharded else files.read_weights({path: None}, [])
+    tensors = (
+        read_sharded_weights(shapes, parts) if is_sharded else files.read_weights({path: None}, [])
+    )
     tensors = files.checked(shapes, tensors, "(?!)", [path])
     if dtype is not None:  # else they stay in the file until they are used
         tensors = {name: tensor.to(dtype, copy=True) for name, tensor in tensors.items()}
@@ -119,7 +151,9 @@ def load_checkpoint(folder, device="cpu", dtype=torch.float32, template=None, la
     model.load_state_dict(tensors, assign=True)
     if tied:
         model.decoder.head.weight = model.decoder.embed.weight
-    return found._replace(model=model.to(device).eval(), spare=read_tensors(spare) if spare.is_file() else {})
+    return found._replace(
+        model=model.to(device).eval(), spare=read_tensors(spare) if spare.is_file() else {}
+    )
 
 
 def read_sharded_weights(shapes, parts):
@@ -131,9 +165,15 @@ def read_sharded_weights(shapes, parts):
 
 def fill_from_shards(parameters, parts):
     """Fill {name: parameter} from the sharded checkpoint of a run; its weights must have the very same names."""
-    saved = {name.removeprefix("model.") for name in sharded.read_pieces(parts) if name.startswith("model.")}
+    saved = {
+        name.removeprefix("model.")
+        for name in sharded.read_pieces(parts)
+        if name.startswith("model.")
+    }
     if odd := sorted(saved ^ parameters.keys()):
-        raise Mistake(f"{parts}: {odd[0]} is {'saved there, but the model has none' if odd[0] in saved else 'missing'}")
+        raise UserError(
+            f"{parts}: {odd[0]} is {'saved there, but the model has none' if odd[0] in saved else 'missing'}"
+        )
     sharded.read_shards({f"model.{name}": tensor for name, tensor in parameters.items()}, parts)
 
 
@@ -145,7 +185,9 @@ def finish_loading(checkpoint):
         fill_from_shards(saved_parameters(checkpoint.model), checkpoint.sharded)
     for name, tensor in saved_parameters(checkpoint.model).items():
         if distributed.mine(tensor.detach()).isnan().any():
-            raise Mistake(f"{checkpoint.card['folder']}: {name} holds NaN, or was never loaded; nothing is trained from there")
+            raise UserError(
+                f"{checkpoint.card['folder']}: {name} holds NaN, or was never loaded; nothing is trained from there"
+            )
 
 
 def save_checkpoint(checkpoint, folder):
@@ -157,14 +199,23 @@ def save_checkpoint(checkpoint, folder):
 
 def write_checkpoint_files(checkpoint, folder, tensors):
     """The files of a checkpoint; tensors: its weights by their names, None where they are written elsewhere."""
-    meta = {"version": CHECKPOINT_VERSION, **{name: getattr(checkpoint, name) for name in CHECKPOINT_FIELDS}}
+    meta = {
+        "version": CHECKPOINT_VERSION,
+        **{name: getattr(checkpoint, name) for name in CHECKPOINT_FIELDS},
+    }
     meta["card"] = {name: origin for name, origin in checkpoint.card.items() if name != "folder"}
     if tensors is not None:
-        write_tensors({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
+        write_tensors(
+            {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
+            folder / "model.safetensors",
+        )
     (folder / "nanovlm.json").write_text(json.dumps(meta, indent=1))
     checkpoint.tokenizer.save(folder)
     if checkpoint.spare:
-        write_tensors({name: tensor.contiguous() for name, tensor in checkpoint.spare.items()}, folder / "spare.safetensors")
+        write_tensors(
+            {name: tensor.contiguous() for name, tensor in checkpoint.spare.items()},
+            folder / "spare.safetensors",
+        )
 
 
 def export_checkpoint(checkpoint, folder):

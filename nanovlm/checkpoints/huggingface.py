@@ -7,6 +7,7 @@
 
 Names are translated by one table, which export reads too; disk.py holds files and tensors to what is wanted.
 """
+
 import math
 import re
 from types import SimpleNamespace
@@ -15,7 +16,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from .. import Mistake
+from .. import UserError
 from ..data import chat_template
 from ..data.tokenizer import Tokenizer
 from ..decoder import Decoder
@@ -24,34 +25,61 @@ from ..vision import Vision
 
 # ---- names: ours to theirs; * is the number of a layer. A name of a module stands for its weight and bias ----
 CLIP = {
-    "class_token": "embeddings.class_embedding", "patches": "embeddings.patch_embedding", "positions": "embeddings.position_embedding.weight",
-    "pre_norm": "pre_layrnorm", "post_norm": "post_layernorm",
-    "layers.*.attention_norm": "encoder.layers.*.layer_norm1", "layers.*.mlp_norm": "encoder.layers.*.layer_norm2",
-    "layers.*.query": "encoder.layers.*.self_attn.q_proj", "layers.*.key": "encoder.layers.*.self_attn.k_proj",
-    "layers.*.value": "encoder.layers.*.self_attn.v_proj", "layers.*.out": "encoder.layers.*.self_attn.out_proj",
-    "layers.*.up": "encoder.layers.*.mlp.fc1", "layers.*.down": "encoder.layers.*.mlp.fc2",
+    "class_token": "embeddings.class_embedding",
+    "patches": "embeddings.patch_embedding",
+    "positions": "embeddings.position_embedding.weight",
+    "pre_norm": "pre_layrnorm",
+    "post_norm": "post_layernorm",
+    "layers.*.attention_norm": "encoder.layers.*.layer_norm1",
+    "layers.*.mlp_norm": "encoder.layers.*.layer_norm2",
+    "layers.*.query": "encoder.layers.*.self_attn.q_proj",
+    "layers.*.key": "encoder.layers.*.self_attn.k_proj",
+    "layers.*.value": "encoder.layers.*.self_attn.v_proj",
+    "layers.*.out": "encoder.layers.*.self_attn.out_proj",
+    "layers.*.up": "encoder.layers.*.mlp.fc1",
+    "layers.*.down": "encoder.layers.*.mlp.fc2",
 }
 DINOV2 = {
-    "class_token": "embeddings.cls_token", "patches": "embeddings.patch_embeddings.projection", "positions": "embeddings.position_embeddings",
-    "post_norm": "layernorm", "layers.*.attention_norm": "encoder.layer.*.norm1", "layers.*.mlp_norm": "encoder.layer.*.norm2",
-    "layers.*.query": "encoder.layer.*.attention.attention.query", "layers.*.key": "encoder.layer.*.attention.attention.key",
-    "layers.*.value": "encoder.layer.*.attention.attention.value", "layers.*.out": "encoder.layer.*.attention.output.dense",
-    "layers.*.attention_scale": "encoder.layer.*.layer_scale1.lambda1", "layers.*.mlp_scale": "encoder.layer.*.layer_scale2.lambda1",
-    "layers.*.up": "encoder.layer.*.mlp.fc1", "layers.*.down": "encoder.layer.*.mlp.fc2",
+    "class_token": "embeddings.cls_token",
+    "patches": "embeddings.patch_embeddings.projection",
+    "positions": "embeddings.position_embeddings",
+    "post_norm": "layernorm",
+    "layers.*.attention_norm": "encoder.layer.*.norm1",
+    "layers.*.mlp_norm": "encoder.layer.*.norm2",
+    "layers.*.query": "encoder.layer.*.attention.attention.query",
+    "layers.*.key": "encoder.layer.*.attention.attention.key",
+    "layers.*.value": "encoder.layer.*.attention.attention.value",
+    "layers.*.out": "encoder.layer.*.attention.output.dense",
+    "layers.*.attention_scale": "encoder.layer.*.layer_scale1.lambda1",
+    "layers.*.mlp_scale": "encoder.layer.*.layer_scale2.lambda1",
+    "layers.*.up": "encoder.layer.*.mlp.fc1",
+    "layers.*.down": "encoder.layer.*.mlp.fc2",
 }
 LLAMA = {
-    "embed": "model.embed_tokens", "norm": "model.norm", "head": "lm_head",
-    "layers.*.attention_norm": "model.layers.*.input_layernorm", "layers.*.mlp_norm": "model.layers.*.post_attention_layernorm",
-    "layers.*.query": "model.layers.*.self_attn.q_proj", "layers.*.key": "model.layers.*.self_attn.k_proj",
-    "layers.*.value": "model.layers.*.self_attn.v_proj", "layers.*.out": "model.layers.*.self_attn.o_proj",
-    "layers.*.gate": "model.layers.*.mlp.gate_proj", "layers.*.up": "model.layers.*.mlp.up_proj", "layers.*.down": "model.layers.*.mlp.down_proj",
+    "embed": "model.embed_tokens",
+    "norm": "model.norm",
+    "head": "lm_head",
+    "layers.*.attention_norm": "model.layers.*.input_layernorm",
+    "layers.*.mlp_norm": "model.layers.*.post_attention_layernorm",
+    "layers.*.query": "model.layers.*.self_attn.q_proj",
+    "layers.*.key": "model.layers.*.self_attn.k_proj",
+    "layers.*.value": "model.layers.*.self_attn.v_proj",
+    "layers.*.out": "model.layers.*.self_attn.o_proj",
+    "layers.*.gate": "model.layers.*.mlp.gate_proj",
+    "layers.*.up": "model.layers.*.mlp.up_proj",
+    "layers.*.down": "model.layers.*.mlp.down_proj",
 }
 # What stands in front of those names where the part belongs to something larger, in the spellings of transformers 4 and 5.
 EYE_WRAPPED = [(r"^(model\.)?(vision_tower\.)?(vision_model\.|dinov2\.)?", "")]
-BRAIN_WRAPPED = [(r"^(model\.)?language_model\.(model\.)?(?!lm_head)", "model."), (r"^language_model\.(?=lm_head)", "")]
+BRAIN_WRAPPED = [
+    (r"^(model\.)?language_model\.(model\.)?(?!lm_head)", "model."),
+    (r"^language_model\.(?=lm_head)", ""),
+]
 # What a folder may hold that a part does not read: the other parts, heads for other tasks, tables that are computed.
-EYE_UNREAD = (r"text_model\.|(text|visual)_projection\.|logit_(scale|bias)$|head\.|classifier\.|embeddings\.(position_ids|mask_token)$|"
-              r"multi_modal_projector\.|language_model\.|lm_head\.|image_newline$")
+EYE_UNREAD = (
+    r"text_model\.|(text|visual)_projection\.|logit_(scale|bias)$|head\.|classifier\.|embeddings\.(position_ids|mask_token)$|"
+    r"multi_modal_projector\.|language_model\.|lm_head\.|image_newline$"
+)
 BRAIN_UNREAD = r".*rotary_emb\.inv_freq$|(model\.)?(vision_tower|vision_model|multi_modal_projector)\.|(model\.)?image_newline$"
 
 
@@ -65,66 +93,175 @@ def theirs(name, table):
 
 # ---- config.json: what transformers assumes where a folder is silent, and the fields that must say what we compute ----
 DEFAULTS = {
-    "clip_vision_model": dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, image_size=224, patch_size=32,
-                              hidden_act="quick_gelu", layer_norm_eps=1e-5),
-    "siglip_vision_model": dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, image_size=224, patch_size=16,
-                                hidden_act="gelu_pytorch_tanh", layer_norm_eps=1e-6),
-    "dinov2": dict(hidden_size=768, mlp_ratio=4, num_hidden_layers=12, num_attention_heads=12, image_size=224, patch_size=14, hidden_act="gelu",
-                   layer_norm_eps=1e-6),
-    "llama": dict(vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=None,
-                  head_dim=None, rms_norm_eps=1e-6, tie_word_embeddings=False, max_position_embeddings=2048),
-    "mistral": dict(vocab_size=32000, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,
-                    head_dim=None, rms_norm_eps=1e-6, tie_word_embeddings=False, max_position_embeddings=131072, sliding_window=4096),
+    "clip_vision_model": dict(
+        hidden_size=768,
+        intermediate_size=3072,
+        num_hidden_layers=12,
+        num_attention_heads=12,
+        image_size=224,
+        patch_size=32,
+        hidden_act="quick_gelu",
+        layer_norm_eps=1e-5,
+    ),
+    "siglip_vision_model": dict(
+        hidden_size=768,
+        intermediate_size=3072,
+        num_hidden_layers=12,
+        num_attention_heads=12,
+        image_size=224,
+        patch_size=16,
+        hidden_act="gelu_pytorch_tanh",
+        layer_norm_eps=1e-6,
+    ),
+    "dinov2": dict(
+        hidden_size=768,
+        mlp_ratio=4,
+        num_hidden_layers=12,
+        num_attention_heads=12,
+        image_size=224,
+        patch_size=14,
+        hidden_act="gelu",
+        layer_norm_eps=1e-6,
+    ),
+    "llama": dict(
+        vocab_size=32000,
+        hidden_size=4096,
+        intermediate_size=11008,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=None,
+        head_dim=None,
+        rms_norm_eps=1e-6,
+        tie_word_embeddings=False,
+        max_position_embeddings=2048,
+    ),
+    "mistral": dict(
+        vocab_size=32000,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=None,
+        rms_norm_eps=1e-6,
+        tie_word_embeddings=False,
+        max_position_embeddings=131072,
+        sliding_window=4096,
+    ),
 }
 DEFAULTS["ministral"] = DEFAULTS["mistral"]
-EYES, BRAINS = ("clip_vision_model", "siglip_vision_model", "dinov2"), ("llama", "mistral", "ministral")
-EYE_MUST = dict(num_channels=3, qkv_bias=True, use_swiglu_ffn=False, num_register_tokens=0, apply_layernorm=True, head_dim=None)
+EYES, BRAINS = (
+    ("clip_vision_model", "siglip_vision_model", "dinov2"),
+    ("llama", "mistral", "ministral"),
+)
+EYE_MUST = dict(
+    num_channels=3,
+    qkv_bias=True,
+    use_swiglu_ffn=False,
+    num_register_tokens=0,
+    apply_layernorm=True,
+    head_dim=None,
+)
 BRAIN_MUST = dict(
-    hidden_act="silu", hidden_activation="silu", attention_bias=False, mlp_bias=False, qkv_bias=False, use_qkv_bias=False, use_bias=False,
-    use_qk_norm=False, qk_norm=False, qk_layernorm=False, attention_multiplier=None, embedding_multiplier=1.0, residual_multiplier=1.0,
-    logits_scaling=1.0, logit_scale=1.0, final_logit_softcapping=None, attn_logit_softcapping=None, query_pre_attn_scalar=None, clip_qkv=None,
-    partial_rotary_factor=1.0, rope_interleaved=False, no_rope_layers=None, attention_chunk_size=None, attn_temperature_tuning=False,
-    num_local_experts=None, use_parallel_residual=False, add_cross_attention=False,
+    hidden_act="silu",
+    hidden_activation="silu",
+    attention_bias=False,
+    mlp_bias=False,
+    qkv_bias=False,
+    use_qkv_bias=False,
+    use_bias=False,
+    use_qk_norm=False,
+    qk_norm=False,
+    qk_layernorm=False,
+    attention_multiplier=None,
+    embedding_multiplier=1.0,
+    residual_multiplier=1.0,
+    logits_scaling=1.0,
+    logit_scale=1.0,
+    final_logit_softcapping=None,
+    attn_logit_softcapping=None,
+    query_pre_attn_scalar=None,
+    clip_qkv=None,
+    partial_rotary_factor=1.0,
+    rope_interleaved=False,
+    no_rope_layers=None,
+    attention_chunk_size=None,
+    attn_temperature_tuning=False,
+    num_local_experts=None,
+    use_parallel_residual=False,
+    add_cross_attention=False,
 )
 MOST_LAYERS = 1024  # each is built, without its numbers, before they are missed
 PICTURE_MUST = dict(do_resize=True, do_rescale=True, do_normalize=True, do_image_splitting=False)
-PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]  # where a LLaVA-NeXT says none
+PINPOINTS = [
+    [336, 672],
+    [672, 336],
+    [672, 672],
+    [1008, 336],
+    [336, 1008],
+]  # where a LLaVA-NeXT says none
 ACTIVATION = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
 ROPE = {  # what each kind of stretching needs, and what it may leave out
-    "default": {}, "linear": dict(factor=...),
-    "llama3": dict(factor=..., low_freq_factor=..., high_freq_factor=..., original_max_position_embeddings=None),
-    "yarn": dict(factor=..., beta_fast=32, beta_slow=1, truncate=True, attention_factor=None, mscale=None, mscale_all_dim=None,
-                 original_max_position_embeddings=None),
+    "default": {},
+    "linear": dict(factor=...),
+    "llama3": dict(
+        factor=..., low_freq_factor=..., high_freq_factor=..., original_max_position_embeddings=None
+    ),
+    "yarn": dict(
+        factor=...,
+        beta_fast=32,
+        beta_slow=1,
+        truncate=True,
+        attention_factor=None,
+        mscale=None,
+        mscale_all_dim=None,
+        original_max_position_embeddings=None,
+    ),
 }
 
 
 def insist(config, must, where):
-    """Raise Mistake where a field says something else than what is computed here; null says nothing."""
+    """Raise UserError where a field says something else than what is computed here; null says nothing."""
     for field, value in must.items():
         if config.get(field) not in (None, value):
-            raise Mistake(f"{where}: {field} {config[field]} is not known here{'' if value is None else f', only {value}'}")
+            raise UserError(
+                f"{where}: {field} {config[field]} is not known here{'' if value is None else f', only {value}'}"
+            )
 
 
 def section(config, inner, kinds, where):
     """The part of a config that describes an eye or a brain, with what transformers would assume filled in."""
     insist(config, dict(auto_map=None, quantization_config=None), where)
     if config.get("model_type") not in kinds and isinstance(config.get(inner), dict):
-        outer = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}.get(config.get("model_type"))
+        outer = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}.get(
+            config.get("model_type")
+        )
         if config.get("model_type") in ("llava", "llava_next"):
             outer = "clip_vision_model" if inner == "vision_config" else "llama"
         given = {"model_type": outer} | config[inner]
-        if older := config.get(f"{inner}_dict"):  # CLIP's first spelling, which transformers puts above the second
+        if older := config.get(
+            f"{inner}_dict"
+        ):  # CLIP's first spelling, which transformers puts above the second
             given |= DEFAULTS.get(given["model_type"], {}) | older
         config = given
     kind = config.get("model_type")
     if kind not in kinds:
-        raise Mistake(f"{where}: a model of type {kind} is not known here, only {', '.join(kinds)}")
+        raise UserError(
+            f"{where}: a model of type {kind} is not known here, only {', '.join(kinds)}"
+        )
     config = {**DEFAULTS[kind], **config}
     for field, usual in DEFAULTS[kind].items():
-        if isinstance(usual, int) and usual > 1 and field != "sliding_window" and (type(config[field]) is not int or config[field] < 1):
-            raise Mistake(f"{where}: {field} {config[field]!r} is no whole number from 1 on")
+        if (
+            isinstance(usual, int)
+            and usual > 1
+            and field != "sliding_window"
+            and (type(config[field]) is not int or config[field] < 1)
+        ):
+            raise UserError(f"{where}: {field} {config[field]!r} is no whole number from 1 on")
     if config["num_hidden_layers"] > MOST_LAYERS:
-        raise Mistake(f"{where}: num_hidden_layers {config['num_hidden_layers']} is more than the {MOST_LAYERS} that are allowed")
+        raise UserError(
+            f"{where}: num_hidden_layers {config['num_hidden_layers']} is more than the {MOST_LAYERS} that are allowed"
+        )
     return config
 
 
@@ -133,66 +270,128 @@ def eye_shapes(config, tile, read, where):
     kind, layers, patch = config["model_type"], config["num_hidden_layers"], config["patch_size"]
     insist(config, EYE_MUST, where)
     if config["hidden_act"] not in ACTIVATION:
-        raise Mistake(f"{where}: hidden_act {config['hidden_act']} is not known here, only {', '.join(ACTIVATION)}")
+        raise UserError(
+            f"{where}: hidden_act {config['hidden_act']} is not known here, only {', '.join(ACTIVATION)}"
+        )
     if not isinstance(patch, int) or tile < patch:
-        raise Mistake(f"{where}: a tile of {tile} pixels and patches of {patch} do not go together")
+        raise UserError(
+            f"{where}: a tile of {tile} pixels and patches of {patch} do not go together"
+        )
     if read is not None and not -layers <= read <= layers or read == 0:
-        raise Mistake(f"--read={read} is not among the {layers} layers of {where}")
-    own = {"clip_vision_model": dict(class_token=True, pre_norm=True, patch_bias=False), "siglip_vision_model": {},
-           "dinov2": dict(class_token=True, layer_scale=True)}[kind]
-    clip = kind == "clip_vision_model"  # LLaVA's choice for CLIP; the others are read at their normed end
-    return dict(tile=tile, patch=patch, width=config["hidden_size"], layers=layers, heads=config["num_attention_heads"],
-                ffn=config.get("intermediate_size") or int(config["hidden_size"] * config["mlp_ratio"]), activation=ACTIVATION[config["hidden_act"]],
-                eps=config["layer_norm_eps"], read=read or (-2 if clip else -1), post_norm=not clip and read is None, **own)
+        raise UserError(f"--read={read} is not among the {layers} layers of {where}")
+    own = {
+        "clip_vision_model": dict(class_token=True, pre_norm=True, patch_bias=False),
+        "siglip_vision_model": {},
+        "dinov2": dict(class_token=True, layer_scale=True),
+    }[kind]
+    clip = (
+        kind == "clip_vision_model"
+    )  # LLaVA's choice for CLIP; the others are read at their normed end
+    return dict(
+        tile=tile,
+        patch=patch,
+        width=config["hidden_size"],
+        layers=layers,
+        heads=config["num_attention_heads"],
+        ffn=config.get("intermediate_size") or int(config["hidden_size"] * config["mlp_ratio"]),
+        activation=ACTIVATION[config["hidden_act"]],
+        eps=config["layer_norm_eps"],
+        read=read or (-2 if clip else -1),
+        post_norm=not clip and read is None,
+        **own,
+    )
 
 
 def rope(config, where):
     """(theta, scaling): the arguments of Decoder, from rope_parameters (transformers 5) or rope_theta and rope_scaling (4)."""
     given = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    theta, kind = given.pop("rope_theta", config.get("rope_theta")) or 10000.0, given.pop("rope_type", given.get("type", "default"))
+    theta, kind = (
+        given.pop("rope_theta", config.get("rope_theta")) or 10000.0,
+        given.pop("rope_type", given.get("type", "default")),
+    )
     given.pop("type", None)
     insist(given, dict(partial_rotary_factor=1.0), where)
     given.pop("partial_rotary_factor", None)
     if kind not in ROPE:
-        raise Mistake(f"{where}: RoPE of type {kind} is not known here, only {', '.join(ROPE)}")
+        raise UserError(f"{where}: RoPE of type {kind} is not known here, only {', '.join(ROPE)}")
     if odd := given.keys() - ROPE[kind].keys():
-        raise Mistake(f"{where}: RoPE of type {kind} is not known to have {', '.join(sorted(odd))}")
-    if absent := [name for name, value in ROPE[kind].items() if value is ... and given.get(name) is None]:
-        raise Mistake(f"{where}: RoPE of type {kind} needs {', '.join(absent)}")
+        raise UserError(
+            f"{where}: RoPE of type {kind} is not known to have {', '.join(sorted(odd))}"
+        )
+    if absent := [
+        name for name, value in ROPE[kind].items() if value is ... and given.get(name) is None
+    ]:
+        raise UserError(f"{where}: RoPE of type {kind} needs {', '.join(absent)}")
     if kind == "default":
         return theta, None
-    scaling = {"rope_type": kind, **ROPE[kind], **{name: value for name, value in given.items() if value is not None}}
+    scaling = {
+        "rope_type": kind,
+        **ROPE[kind],
+        **{name: value for name, value in given.items() if value is not None},
+    }
     if kind != "linear":
-        scaling["original_max_position_embeddings"] = (config.get("original_max_position_embeddings") or scaling["original_max_position_embeddings"]
-                                                       or config["max_position_embeddings"])
+        scaling["original_max_position_embeddings"] = (
+            config.get("original_max_position_embeddings")
+            or scaling["original_max_position_embeddings"]
+            or config["max_position_embeddings"]
+        )
     if kind == "yarn":
-        growth, over, under = (0.1 * (m or 1) * math.log(max(scaling["factor"], 1)) + 1 for m in (1, scaling["mscale"], scaling["mscale_all_dim"]))
-        scaling["attention_factor"] = scaling["attention_factor"] or (over / under if scaling["mscale"] and scaling["mscale_all_dim"] else growth)
+        growth, over, under = (
+            0.1 * (m or 1) * math.log(max(scaling["factor"], 1)) + 1
+            for m in (1, scaling["mscale"], scaling["mscale_all_dim"])
+        )
+        scaling["attention_factor"] = scaling["attention_factor"] or (
+            over / under if scaling["mscale"] and scaling["mscale_all_dim"] else growth
+        )
     return theta, scaling
 
 
 def brain_shapes(config, where):
     """The arguments of Decoder."""
-    insist(config, BRAIN_MUST | (dict(sliding_window=None) if config["model_type"] == "llama" else {}), where)
+    insist(
+        config,
+        BRAIN_MUST | (dict(sliding_window=None) if config["model_type"] == "llama" else {}),
+        where,
+    )
     theta, scaling = rope(config, where)
     layers, window = config["num_hidden_layers"], config.get("sliding_window")
     usual = ["full_attention" if window is None else "sliding_attention"] * layers
     kinds = config.get("layer_types") or usual
-    mixed = config["model_type"] == "ministral" and window is not None and len(kinds) == layers and set(kinds) <= {"full_attention", *usual}
+    mixed = (
+        config["model_type"] == "ministral"
+        and window is not None
+        and len(kinds) == layers
+        and set(kinds) <= {"full_attention", *usual}
+    )
     if kinds != usual and not mixed:
-        raise Mistake(f"{where}: layer_types {kinds} do not fit {layers} layers of {config['model_type']} with a sliding_window of {window}")
+        raise UserError(
+            f"{where}: layer_types {kinds} do not fit {layers} layers of {config['model_type']} with a sliding_window of {window}"
+        )
     windows = [window if kind == "sliding_attention" else None for kind in kinds]
-    return dict(vocabulary=config["vocab_size"], width=config["hidden_size"], layers=layers, heads=config["num_attention_heads"],
-                kv_heads=config["num_key_value_heads"] or config["num_attention_heads"], ffn=config["intermediate_size"],
-                head_size=config["head_dim"] or config["hidden_size"] // config["num_attention_heads"], theta=theta, scaling=scaling,
-                eps=config["rms_norm_eps"], window=windows[0] if len(set(windows)) == 1 else windows, tied=config["tie_word_embeddings"])
+    return dict(
+        vocabulary=config["vocab_size"],
+        width=config["hidden_size"],
+        layers=layers,
+        heads=config["num_attention_heads"],
+        kv_heads=config["num_key_value_heads"] or config["num_attention_heads"],
+        ffn=config["intermediate_size"],
+        head_size=config["head_dim"] or config["hidden_size"] // config["num_attention_heads"],
+        theta=theta,
+        scaling=scaling,
+        eps=config["rms_norm_eps"],
+        window=windows[0] if len(set(windows)) == 1 else windows,
+        tied=config["tie_word_embeddings"],
+    )
 
 
 def take(module, table, found, unread, files):
     """Put tensors into a module built on the meta device, without a copy; strict as disk.checked is."""
     own = {theirs(name, table): name for name in module.state_dict()}
     shapes = {theirname: module.get_parameter(name).shape for theirname, name in own.items()}
-    module.load_state_dict({own[name]: tensor for name, tensor in checked(shapes, found, unread, files).items()}, assign=True)
+    module.load_state_dict(
+        {own[name]: tensor for name, tensor in checked(shapes, found, unread, files).items()},
+        assign=True,
+    )
     return module.eval()
 
 
@@ -211,24 +410,58 @@ class Part(NamedTuple):
 
 def picture_policy(folder, tile, fit):
     """How the folder's own preprocessor treats a picture, as images.py says it; tile and fit override it."""
-    path = next((p for p in (folder / "preprocessor_config.json", folder / "processor_config.json") if p.is_file()), None)
+    path = next(
+        (
+            p
+            for p in (folder / "preprocessor_config.json", folder / "processor_config.json")
+            if p.is_file()
+        ),
+        None,
+    )
     if path is None:
-        raise Mistake(f"{folder} holds no preprocessor_config.json: how its eye wants pictures is not known")
+        raise UserError(
+            f"{folder} holds no preprocessor_config.json: how its eye wants pictures is not known"
+        )
     config = read_json(path)
     config = config.get("image_processor", config)
     insist(config, PICTURE_MUST, path)
-    resample, rescale = {2: "bilinear", 3: "bicubic"}.get(config.get("resample", 3)), config.get("rescale_factor", 1 / 255)
+    resample, rescale = (
+        {2: "bilinear", 3: "bicubic"}.get(config.get("resample", 3)),
+        config.get("rescale_factor", 1 / 255),
+    )
     if resample is None or abs(rescale * 255 - 1) > 1e-6:
-        raise Mistake(f"{path}: resample {config.get('resample')} or rescale_factor {rescale} is not known here, only 2 or 3, and 1/255")
+        raise UserError(
+            f"{path}: resample {config.get('resample')} or rescale_factor {rescale} is not known here, only 2 or 3, and 1/255"
+        )
     if missing := {"image_mean", "image_std"} - config.keys():
-        raise Mistake(f"{path} does not say its {', '.join(sorted(missing))}")
-    size, crop = config.get("size"), config.get("crop_size") if config.get("do_center_crop") else None
-    edges = [set(edge.values()) if isinstance(edge, dict) else {edge} for edge in (size, crop) if edge is not None]
+        raise UserError(f"{path} does not say its {', '.join(sorted(missing))}")
+    size, crop = (
+        config.get("size"),
+        config.get("crop_size") if config.get("do_center_crop") else None,
+    )
+    edges = [
+        set(edge.values()) if isinstance(edge, dict) else {edge}
+        for edge in (size, crop)
+        if edge is not None
+    ]
     if tile is None and (not edges or len(edges[-1]) != 1):
-        raise Mistake(f"{path}: what it makes of a picture, size {size}, crop {crop}, is not square: say --tile")
-    own_fit = None if not edges or edges[0] != edges[-1] else "squash" if isinstance(size, dict) and "height" in size else "crop" if crop else None
+        raise UserError(
+            f"{path}: what it makes of a picture, size {size}, crop {crop}, is not square: say --tile"
+        )
+    own_fit = (
+        None
+        if not edges or edges[0] != edges[-1]
+        else "squash"
+        if isinstance(size, dict) and "height" in size
+        else "crop"
+        if crop
+        else None
+    )
     pinpoints, llava = {}, str(config.get("image_processor_type")).startswith("LlavaImageProcessor")
-    if str(config.get("image_processor_type")).startswith("LlavaNextImageProcessor") or "image_grid_pinpoints" in config:
+    if (
+        str(config.get("image_processor_type")).startswith("LlavaNextImageProcessor")
+        or "image_grid_pinpoints" in config
+    ):
         own_fit = own_fit and "anyres"  # its do_pad is of tiles to a batch
         pinpoints = {"pinpoints": config.get("image_grid_pinpoints", PINPOINTS)}
     elif llava and config.get("do_pad"):
@@ -236,9 +469,17 @@ def picture_policy(folder, tile, fit):
     else:
         insist(config, dict(do_pad=False), path)
     if not (fit or own_fit):  # DINOv2's own enlarges to 256 and cuts 224 out of the middle
-        raise Mistake(f"{path}: its way with pictures, size {size}, crop {crop}, is not known here: say --fit, squash, pad or crop")
-    return {"tile": tile or edges[-1].pop(), "fit": fit or own_fit, "resample": resample, "mean": config["image_mean"], "std": config["image_std"],
-            **({} if fit else pinpoints)}
+        raise UserError(
+            f"{path}: its way with pictures, size {size}, crop {crop}, is not known here: say --fit, squash, pad or crop"
+        )
+    return {
+        "tile": tile or edges[-1].pop(),
+        "fit": fit or own_fit,
+        "resample": resample,
+        "mean": config["image_mean"],
+        "std": config["image_std"],
+        **({} if fit else pinpoints),
+    }
 
 
 def resize_positions(positions_PD, side, leading):
@@ -246,7 +487,11 @@ def resize_positions(positions_PD, side, leading):
     grid_pD = positions_PD[leading:]
     old = math.isqrt(len(grid_pD))
     grid_1DYX = grid_pD.float().T.unflatten(1, (old, old))[None]
-    resized = F.interpolate(grid_1DYX, size=(side, side), mode="bicubic", align_corners=False)[0].flatten(1).T
+    resized = (
+        F.interpolate(grid_1DYX, size=(side, side), mode="bicubic", align_corners=False)[0]
+        .flatten(1)
+        .T
+    )
     return torch.cat([positions_PD[:leading], resized.to(positions_PD.dtype)])
 
 
@@ -261,12 +506,17 @@ def eye(name, *, tile=None, fit=None, read=None, shuffle=1, tensors=True, **more
     shapes = eye_shapes(config, policy["tile"], read, where)
     side = policy["tile"] // patch
     if side % shuffle:
-        raise Mistake(f"--shuffle={shuffle} does not divide the {side} patches across a tile of {policy['tile']} pixels")
+        raise UserError(
+            f"--shuffle={shuffle} does not divide the {side} patches across a tile of {policy['tile']} pixels"
+        )
     part = Part(None, {"vision": shapes, "shuffle": shuffle}, {}, policy=policy)
     if not tensors:
         return part
     files = weight_files(folder)
-    table, found = DINOV2 if config["model_type"] == "dinov2" else CLIP, read_weights(files, EYE_WRAPPED)
+    table, found = (
+        DINOV2 if config["model_type"] == "dinov2" else CLIP,
+        read_weights(files, EYE_WRAPPED),
+    )
     places, leading = theirs("positions", table), int("class_token" in shapes)
     tensor, path = found.get(places, (torch.empty(0, 0), None))
     if side != own and tensor.shape[-2] == leading + own**2:
@@ -275,8 +525,12 @@ def eye(name, *, tile=None, fit=None, read=None, shuffle=1, tensors=True, **more
         whole, vision = Vision(**shapes | {"read": -1, "post_norm": True}), Vision(**shapes)
     after = take(whole, table, found, EYE_UNREAD, files).state_dict()
     vision.load_state_dict({name: after.pop(name) for name in vision.state_dict()}, assign=True)
-    spare = {theirs(name, table): tensor for name, tensor in after.items()} | {n: t for n, (t, _) in found.items() if n.startswith("head.")}
-    return part._replace(model=SimpleNamespace(vision=vision.eval()), card=origin(name, folder, files), spare=spare)
+    spare = {theirs(name, table): tensor for name, tensor in after.items()} | {
+        n: t for n, (t, _) in found.items() if n.startswith("head.")
+    }
+    return part._replace(
+        model=SimpleNamespace(vision=vision.eval()), card=origin(name, folder, files), spare=spare
+    )
 
 
 def brain(name, *, template=None, usual=None, tensors=True):
@@ -288,8 +542,12 @@ def brain(name, *, template=None, usual=None, tensors=True):
     shapes = brain_shapes(config, where)
     tokenizer = Tokenizer.load(folder)
     jinja, tokens = their_template(folder)
-    template = template or (usual if jinja is None else None) or chat_template.recognise(jinja, tokens, tokenizer, folder)
-    chat_template.end_id(tokenizer, template)  # or a Mistake
+    template = (
+        template
+        or (usual if jinja is None else None)
+        or chat_template.recognise(jinja, tokens, tokenizer, folder)
+    )
+    chat_template.end_id(tokenizer, template)  # or a UserError
     check_vocabulary(tokenizer, shapes, where)
     part = Part(None, {"decoder": shapes}, {}, tokenizer=tokenizer, template=template)
     if not tensors:
@@ -299,7 +557,9 @@ def brain(name, *, template=None, usual=None, tensors=True):
     if shapes["tied"] and "model.embed_tokens.weight" in found:
         embed = found["model.embed_tokens.weight"]
         if not torch.equal(found.setdefault("lm_head.weight", embed)[0], embed[0]):
-            raise Mistake(f"{folder}: tie_word_embeddings is true, but lm_head.weight is not embed_tokens.weight")
+            raise UserError(
+                f"{folder}: tie_word_embeddings is true, but lm_head.weight is not embed_tokens.weight"
+            )
     with torch.device("meta"):
         decoder = Decoder(**shapes)
     take(decoder, LLAMA, found, BRAIN_UNREAD, files)
@@ -311,21 +571,37 @@ def brain(name, *, template=None, usual=None, tensors=True):
 
 
 def check_vocabulary(tokenizer, shapes, where):
-    """Raise Mistake unless the brain has a row for every token."""
+    """Raise UserError unless the brain has a row for every token."""
     if tokenizer.vocab_size > shapes["vocabulary"]:
-        raise Mistake(f"{where}: the vocabulary is {shapes['vocabulary']:,}, its folder's tokenizer knows {tokenizer.vocab_size:,} tokens")
+        raise UserError(
+            f"{where}: the vocabulary is {shapes['vocabulary']:,}, its folder's tokenizer knows {tokenizer.vocab_size:,} tokens"
+        )
 
 
 def their_template(folder):
     """(Jinja text or None, {bos_token, eos_token}) of a folder; transformers has written it into three files over the years."""
-    config = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
-    tokens = {name: value.get("content") if isinstance(value, dict) else value
-              for name in ("bos_token", "eos_token") if (value := config.get(name)) is not None}
+    config = (
+        read_json(folder / "tokenizer_config.json")
+        if (folder / "tokenizer_config.json").is_file()
+        else {}
+    )
+    tokens = {
+        name: value.get("content") if isinstance(value, dict) else value
+        for name in ("bos_token", "eos_token")
+        if (value := config.get(name)) is not None
+    }
     text = config.get("chat_template")
     if (folder / "chat_template.json").is_file():
         text = read_json(folder / "chat_template.json").get("chat_template", text)
     if (folder / "chat_template.jinja").is_file():
         text = (folder / "chat_template.jinja").read_text(errors="replace")
     if isinstance(text, list):  # several, by name
-        text = next((one.get("template") for one in text if isinstance(one, dict) and one.get("name") == "default"), None)
+        text = next(
+            (
+                one.get("template")
+                for one in text
+                if isinstance(one, dict) and one.get("name") == "default"
+            ),
+            None,
+        )
     return text, tokens

@@ -8,12 +8,13 @@
 
 What the layout cannot say is refused, by the setting to train with instead.
 """
+
 import json
 import re
 
 import torch
 
-from .. import Mistake
+from .. import UserError
 from .. import files as disk
 from ..data import chat_template, image_processing
 from ..files import read_json
@@ -21,7 +22,11 @@ from ..model import VLM
 from . import huggingface
 from .huggingface import insist, theirs
 
-JOINT = {"projector.up": "multi_modal_projector.linear_1", "projector.down": "multi_modal_projector.linear_2", "projector.newline": "image_newline"}
+JOINT = {
+    "projector.up": "multi_modal_projector.linear_1",
+    "projector.down": "multi_modal_projector.linear_2",
+    "projector.newline": "image_newline",
+}
 KINDS = ("llava", "llava_next")
 SHARD_BYTES = 5_000_000_000  # transformers' own
 
@@ -34,35 +39,68 @@ def read(name, dtype=None, template=None, tensors=True):
     where = folder / "config.json"
     config = read_json(where)
     if config.get("model_type") not in KINDS:
-        raise Mistake(f"{where}: a model of type {config.get('model_type')} is no LLaVA ({', '.join(KINDS)}); "
-                      "an eye and a brain are joined by prepare.py stitch")
+        raise UserError(
+            f"{where}: a model of type {config.get('model_type')} is no LLaVA ({', '.join(KINDS)}); "
+            "an eye and a brain are joined by prepare.py stitch"
+        )
     layer = config.get("vision_feature_layer", -2)
     if not isinstance(layer, int):
-        raise Mistake(f"{where}: vision_feature_layer {layer} is not known here, only one layer")
+        raise UserError(f"{where}: vision_feature_layer {layer} is not known here, only one layer")
     eye = huggingface.eye(name, read=layer, tensors=tensors)
-    brain = huggingface.brain(name, template=template, usual=usual_template(config), tensors=tensors)
+    brain = huggingface.brain(
+        name, template=template, usual=usual_template(config), tensors=tensors
+    )
     config.setdefault("vision_feature_select_strategy", "default")
     strategy = "default" if eye.shapes["vision"].get("class_token") else "full"
-    insist(config, dict(projector_hidden_act="gelu", multimodal_projector_bias=True, use_image_newline_parameter=True, quantization_config=None,
-                        tie_word_embeddings=brain.shapes["decoder"]["tied"], vision_feature_select_strategy=strategy), where)
-    anyres, pinpoints = config["model_type"] == "llava_next", config.get("image_grid_pinpoints") or huggingface.PINPOINTS
-    if (eye.policy["fit"] == "anyres") != anyres or (anyres and eye.policy["pinpoints"] != pinpoints):
-        raise Mistake(f"{folder}: image_grid_pinpoints are {eye.policy.get('pinpoints')} for its preprocessor, "
-                      f"{pinpoints if anyres else None} in config.json")
+    insist(
+        config,
+        dict(
+            projector_hidden_act="gelu",
+            multimodal_projector_bias=True,
+            use_image_newline_parameter=True,
+            quantization_config=None,
+            tie_word_embeddings=brain.shapes["decoder"]["tied"],
+            vision_feature_select_strategy=strategy,
+        ),
+        where,
+    )
+    anyres, pinpoints = (
+        config["model_type"] == "llava_next",
+        config.get("image_grid_pinpoints") or huggingface.PINPOINTS,
+    )
+    if (eye.policy["fit"] == "anyres") != anyres or (
+        anyres and eye.policy["pinpoints"] != pinpoints
+    ):
+        raise UserError(
+            f"{folder}: image_grid_pinpoints are {eye.policy.get('pinpoints')} for its preprocessor, "
+            f"{pinpoints if anyres else None} in config.json"
+        )
     image_processing.check_policy(eye.policy)
     shapes = {**eye.shapes, **brain.shapes}
-    told = dict(model=None, tokenizer=brain.tokenizer, shapes=shapes, policy=eye.policy, template=brain.template, card={}, spare=eye.spare)
+    told = dict(
+        model=None,
+        tokenizer=brain.tokenizer,
+        shapes=shapes,
+        policy=eye.policy,
+        template=brain.template,
+        card={},
+        spare=eye.spare,
+    )
     if not tensors:
         return told
     model, spelling = join(eye, brain, shapes, anyres, folder)
     if dtype is not None:
         model.to(dtype)
-    return told | dict(model=model, card={"llava": brain.card["folder"] | {"vision_names": spelling}})
+    return told | dict(
+        model=model, card={"llava": brain.card["folder"] | {"vision_names": spelling}}
+    )
 
 
 def usual_template(config):
     """The template of published LLaVA folders that state none; None where that is not known."""
-    return {"mistral": "mistral-v1", "llama": "llava"}.get(config.get("text_config", {}).get("model_type", "llama"))
+    return {"mistral": "mistral-v1", "llama": "llava"}.get(
+        config.get("text_config", {}).get("model_type", "llama")
+    )
 
 
 def join(eye, brain, shapes, anyres, folder):
@@ -71,7 +109,14 @@ def join(eye, brain, shapes, anyres, folder):
     found = disk.read_weights(paths, [(r"^model\.", "")])
     small = shapes["decoder"] | {"layers": 0, "vocabulary": 1}
     with torch.device("meta"):
-        model = VLM(vision=shapes["vision"], decoder=small, shuffle=1, mean=eye.policy["mean"], std=eye.policy["std"], newline=anyres)
+        model = VLM(
+            vision=shapes["vision"],
+            decoder=small,
+            shuffle=1,
+            mean=eye.policy["mean"],
+            std=eye.policy["std"],
+            newline=anyres,
+        )
         model.vision = model.decoder = torch.nn.Identity()
     huggingface.take(model, JOINT, found, r"(?!multi_modal_projector|image_newline)", paths)
     model.vision, model.decoder = eye.model.vision, brain.model.decoder
@@ -81,13 +126,19 @@ def join(eye, brain, shapes, anyres, folder):
 
 # ---- writing ----
 def write(checkpoint, folder):
-    """Write a checkpoint into an empty folder. Raises Mistake where the layout cannot say what the model does."""
+    """Write a checkpoint into an empty folder. Raises UserError where the layout cannot say what the model does."""
     check(checkpoint)
-    image_id, tensors = add_image_token(checkpoint.tokenizer.special.get("<image>"), checkpoint, tensors_of(checkpoint))
+    image_id, tensors = add_image_token(
+        checkpoint.tokenizer.special.get("<image>"), checkpoint, tensors_of(checkpoint)
+    )
     vocabulary = tensors["language_model.model.embed_tokens.weight"].shape[0]
-    files = {"config.json": config_of(checkpoint, image_id, vocabulary), "preprocessor_config.json": preprocessor_of(checkpoint.policy),
-             "processor_config.json": processor_of(checkpoint), "generation_config.json": generation_of(checkpoint, image_id),
-             "tokenizer_config.json": tokenizer_of(checkpoint, image_id)}
+    files = {
+        "config.json": config_of(checkpoint, image_id, vocabulary),
+        "preprocessor_config.json": preprocessor_of(checkpoint.policy),
+        "processor_config.json": processor_of(checkpoint),
+        "generation_config.json": generation_of(checkpoint, image_id),
+        "tokenizer_config.json": tokenizer_of(checkpoint, image_id),
+    }
     for name, content in files.items():
         (folder / name).write_text(json.dumps(content, indent=2) + "\n")
     (folder / "chat_template.jinja").write_text(jinja_of(checkpoint.template, checkpoint.tokenizer))
@@ -96,29 +147,43 @@ def write(checkpoint, folder):
 
 
 def check(checkpoint):
-    """Raise Mistake, naming the settings to train with, unless the layout can say all that a checkpoint does."""
+    """Raise UserError, naming the settings to train with, unless the layout can say all that a checkpoint does."""
     vision, wrong = checkpoint.shapes["vision"], []
     if checkpoint.shapes["shuffle"] != 1:
-        wrong.append(f"pixel shuffle by {checkpoint.shapes['shuffle']}: stitch a public eye without --shuffle")
+        wrong.append(
+            f"pixel shuffle by {checkpoint.shapes['shuffle']}: stitch a public eye without --shuffle"
+        )
     if checkpoint.policy["fit"] == "tiles":
         wrong.append("InternVL's tiles: stitch without --tiles")
     if eye_kind(vision) is None:
-        wrong.append("an eye that is neither CLIP's nor SigLIP's: stitch with --vision of one of these")
+        wrong.append(
+            "an eye that is neither CLIP's nor SigLIP's: stitch with --vision of one of these"
+        )
     if vision.get("post_norm", True):
-        wrong.append("an eye whose last layer is normed: stitch a public CLIP or SigLIP folder with --read=-2, the last layer but one")
+        wrong.append(
+            "an eye whose last layer is normed: stitch a public CLIP or SigLIP folder with --read=-2, the last layer but one"
+        )
     elif not checkpoint.spare:
         wrong.append("an eye without the layers after the one that is read: stitch it again")
     if "tekken.json" in checkpoint.tokenizer.files:
-        wrong.append("a tekken.json: stitch with a --decoder folder whose only tokenizer is tokenizer.json")
+        wrong.append(
+            "a tekken.json: stitch with a --decoder folder whose only tokenizer is tokenizer.json"
+        )
     if chat_template.TEMPLATES[checkpoint.template].get("mute"):
-        wrong.append(f"the template {checkpoint.template}, which asks nothing: stitch with the --template that the brain chats by")
+        wrong.append(
+            f"the template {checkpoint.template}, which asks nothing: stitch with the --template that the brain chats by"
+        )
     if wrong:
-        raise Mistake(f"a LLaVA folder cannot say {'; nor '.join(wrong)}")
+        raise UserError(f"a LLaVA folder cannot say {'; nor '.join(wrong)}")
 
 
 def eye_kind(vision):
-    """"clip_vision_model", "siglip_vision_model", or None for another: by what tells them apart in the arguments of Vision."""
-    given = (vision.get("class_token", False), vision.get("pre_norm", False), not vision.get("patch_bias", True))
+    """ "clip_vision_model", "siglip_vision_model", or None for another: by what tells them apart in the arguments of Vision."""
+    given = (
+        vision.get("class_token", False),
+        vision.get("pre_norm", False),
+        not vision.get("patch_bias", True),
+    )
     if vision.get("layer_scale") or len(set(given)) != 1:
         return None
     return "clip_vision_model" if given[0] else "siglip_vision_model"
@@ -165,91 +230,198 @@ def write_shards(tensors, folder):
         if shards[-1] and size + tensor.nbytes > SHARD_BYTES:
             shards, size = [*shards, {}], 0
         shards[-1][name], size = tensor, size + tensor.nbytes
-    names = ["model.safetensors"] if len(shards) == 1 else [f"model-{n:05d}-of-{len(shards):05d}.safetensors" for n in range(1, len(shards) + 1)]
+    names = (
+        ["model.safetensors"]
+        if len(shards) == 1
+        else [f"model-{n:05d}-of-{len(shards):05d}.safetensors" for n in range(1, len(shards) + 1)]
+    )
     for name, shard in zip(names, shards, strict=True):
-        disk.write_tensors({key: tensor.detach().cpu().contiguous() for key, tensor in shard.items()}, folder / name)
+        disk.write_tensors(
+            {key: tensor.detach().cpu().contiguous() for key, tensor in shard.items()},
+            folder / name,
+        )
     if len(shards) > 1:
         weight_map = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
-        index = {"metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())}, "weight_map": weight_map}
+        index = {
+            "metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())},
+            "weight_map": weight_map,
+        }
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
 # ---- what each file says ----
 def config_of(checkpoint, image_id, vocabulary):
-    anyres, clip = checkpoint.policy["fit"] == "anyres", eye_kind(checkpoint.shapes["vision"]) == "clip_vision_model"
+    anyres, clip = (
+        checkpoint.policy["fit"] == "anyres",
+        eye_kind(checkpoint.shapes["vision"]) == "clip_vision_model",
+    )
     grid = {"image_grid_pinpoints": checkpoint.policy["pinpoints"]} if anyres else {}
     return {
-        "architectures": ["LlavaNextForConditionalGeneration" if anyres else "LlavaForConditionalGeneration"],
-        "model_type": "llava_next" if anyres else "llava", "dtype": str(checkpoint.model.decoder.embed.weight.dtype).removeprefix("torch."),
-        "image_token_index": image_id, "image_seq_length": image_processing.tokens_per_tile(checkpoint.policy), **grid,
-        "projector_hidden_act": "gelu", "multimodal_projector_bias": True,
-        "vision_feature_layer": checkpoint.shapes["vision"]["read"], "vision_feature_select_strategy": "default" if clip else "full",
+        "architectures": [
+            "LlavaNextForConditionalGeneration" if anyres else "LlavaForConditionalGeneration"
+        ],
+        "model_type": "llava_next" if anyres else "llava",
+        "dtype": str(checkpoint.model.decoder.embed.weight.dtype).removeprefix("torch."),
+        "image_token_index": image_id,
+        "image_seq_length": image_processing.tokens_per_tile(checkpoint.policy),
+        **grid,
+        "projector_hidden_act": "gelu",
+        "multimodal_projector_bias": True,
+        "vision_feature_layer": checkpoint.shapes["vision"]["read"],
+        "vision_feature_select_strategy": "default" if clip else "full",
         "tie_word_embeddings": checkpoint.shapes["decoder"].get("tied", False),
-        "vision_config": vision_config_of(checkpoint), "text_config": text_config_of(checkpoint, vocabulary),
+        "vision_config": vision_config_of(checkpoint),
+        "text_config": text_config_of(checkpoint, vocabulary),
     }
 
 
 def vision_config_of(checkpoint):
     vision = checkpoint.shapes["vision"]
-    activation = {ours: published for published, ours in huggingface.ACTIVATION.items()}[vision.get("activation", "gelu_tanh")]
-    head = {} if eye_kind(vision) == "clip_vision_model" else {"vision_use_head": any(name.startswith("head.") for name in checkpoint.spare)}
-    return {"model_type": eye_kind(vision), "hidden_size": vision["width"], "intermediate_size": vision["ffn"], "num_hidden_layers": vision["layers"],
-            "num_attention_heads": vision["heads"], "image_size": vision["tile"], "patch_size": vision["patch"], "hidden_act": activation,
-            "layer_norm_eps": vision.get("eps", 1e-6), **head}
+    activation = {ours: published for published, ours in huggingface.ACTIVATION.items()}[
+        vision.get("activation", "gelu_tanh")
+    ]
+    head = (
+        {}
+        if eye_kind(vision) == "clip_vision_model"
+        else {"vision_use_head": any(name.startswith("head.") for name in checkpoint.spare)}
+    )
+    return {
+        "model_type": eye_kind(vision),
+        "hidden_size": vision["width"],
+        "intermediate_size": vision["ffn"],
+        "num_hidden_layers": vision["layers"],
+        "num_attention_heads": vision["heads"],
+        "image_size": vision["tile"],
+        "patch_size": vision["patch"],
+        "hidden_act": activation,
+        "layer_norm_eps": vision.get("eps", 1e-6),
+        **head,
+    }
 
 
 def text_config_of(checkpoint, vocabulary):
     brain = checkpoint.shapes["decoder"]
     window, layers = brain.get("window"), brain["layers"]
     kind = "ministral" if isinstance(window, list) else "llama" if window is None else "mistral"
-    windows = {} if kind == "llama" else {"sliding_window": max(w or 0 for w in window) if kind == "ministral" else window}
+    windows = (
+        {}
+        if kind == "llama"
+        else {"sliding_window": max(w or 0 for w in window) if kind == "ministral" else window}
+    )
     if kind == "ministral":
-        windows["layer_types"] = ["full_attention" if w is None else "sliding_attention" for w in window]
+        windows["layer_types"] = [
+            "full_attention" if w is None else "sliding_attention" for w in window
+        ]
     origin = checkpoint.card.get("decoder", checkpoint.card.get("llava", {}))
-    longest = origin.get("max_position_embeddings", 32768)  # RoPE has no table: it only tells servers how much to reserve
+    longest = origin.get(
+        "max_position_embeddings", 32768
+    )  # RoPE has no table: it only tells servers how much to reserve
     start = chat_template.TEMPLATES[checkpoint.template]["start"]
-    return {"model_type": kind, "vocab_size": vocabulary, "hidden_size": brain["width"], "intermediate_size": brain["ffn"],
-            "num_hidden_layers": layers, "num_attention_heads": brain["heads"], "num_key_value_heads": brain["kv_heads"],
-            "head_dim": brain.get("head_size") or brain["width"] // brain["heads"], "hidden_act": "silu", "rms_norm_eps": brain.get("eps", 1e-5),
-            "max_position_embeddings": longest, "tie_word_embeddings": brain.get("tied", False), **windows,
-            "rope_parameters": {"rope_theta": brain.get("theta", 10000.0), **(brain.get("scaling") or {"rope_type": "default"})},
-            "bos_token_id": checkpoint.tokenizer.special.get(start), "eos_token_id": chat_template.end_id(checkpoint.tokenizer, checkpoint.template)}
+    return {
+        "model_type": kind,
+        "vocab_size": vocabulary,
+        "hidden_size": brain["width"],
+        "intermediate_size": brain["ffn"],
+        "num_hidden_layers": layers,
+        "num_attention_heads": brain["heads"],
+        "num_key_value_heads": brain["kv_heads"],
+        "head_dim": brain.get("head_size") or brain["width"] // brain["heads"],
+        "hidden_act": "silu",
+        "rms_norm_eps": brain.get("eps", 1e-5),
+        "max_position_embeddings": longest,
+        "tie_word_embeddings": brain.get("tied", False),
+        **windows,
+        "rope_parameters": {
+            "rope_theta": brain.get("theta", 10000.0),
+            **(brain.get("scaling") or {"rope_type": "default"}),
+        },
+        "bos_token_id": checkpoint.tokenizer.special.get(start),
+        "eos_token_id": chat_template.end_id(checkpoint.tokenizer, checkpoint.template),
+    }
 
 
 def preprocessor_of(policy):
     tile, fit = policy["tile"], policy["fit"]
-    kind = {"pad": "LlavaImageProcessor", "anyres": "LlavaNextImageProcessor"}.get(fit, "CLIPImageProcessor")
+    kind = {"pad": "LlavaImageProcessor", "anyres": "LlavaNextImageProcessor"}.get(
+        fit, "CLIPImageProcessor"
+    )
     size = {"height": tile, "width": tile} if fit == "squash" else {"shortest_edge": tile}
-    extra = {"pad": {"do_pad": True}, "anyres": {"image_grid_pinpoints": policy.get("pinpoints"), "do_pad": True}}.get(fit, {})
-    return {"image_processor_type": kind, "processor_class": "LlavaNextProcessor" if fit == "anyres" else "LlavaProcessor", "do_convert_rgb": True,
-            "do_resize": True, "size": size, "resample": {"bilinear": 2, "bicubic": 3}[policy["resample"]], "do_center_crop": True,
-            "crop_size": {"height": tile, "width": tile}, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
-            "image_mean": policy["mean"], "image_std": policy["std"], **extra}
+    extra = {
+        "pad": {"do_pad": True},
+        "anyres": {"image_grid_pinpoints": policy.get("pinpoints"), "do_pad": True},
+    }.get(fit, {})
+    return {
+        "image_processor_type": kind,
+        "processor_class": "LlavaNextProcessor" if fit == "anyres" else "LlavaProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": size,
+        "resample": {"bilinear": 2, "bicubic": 3}[policy["resample"]],
+        "do_center_crop": True,
+        "crop_size": {"height": tile, "width": tile},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": policy["mean"],
+        "image_std": policy["std"],
+        **extra,
+    }
 
 
 def processor_of(checkpoint):
     clip = eye_kind(checkpoint.shapes["vision"]) == "clip_vision_model"
-    return {"processor_class": "LlavaNextProcessor" if checkpoint.policy["fit"] == "anyres" else "LlavaProcessor", "image_token": "<image>",
-            "patch_size": checkpoint.policy["patch"], "vision_feature_select_strategy": "default" if clip else "full",
-            "num_additional_image_tokens": int(clip)}
+    return {
+        "processor_class": "LlavaNextProcessor"
+        if checkpoint.policy["fit"] == "anyres"
+        else "LlavaProcessor",
+        "image_token": "<image>",
+        "patch_size": checkpoint.policy["patch"],
+        "vision_feature_select_strategy": "default" if clip else "full",
+        "num_additional_image_tokens": int(clip),
+    }
 
 
 def generation_of(checkpoint, image_id):
-    special, end = checkpoint.tokenizer.special, chat_template.end_id(checkpoint.tokenizer, checkpoint.template)
+    special, end = (
+        checkpoint.tokenizer.special,
+        chat_template.end_id(checkpoint.tokenizer, checkpoint.template),
+    )
     unsaid = {} if "<image>" in special else {"suppress_tokens": [image_id]}
-    return {"bos_token_id": special.get(chat_template.TEMPLATES[checkpoint.template]["start"]), "eos_token_id": end,
-            "pad_token_id": special.get("<pad>", end), **unsaid}
+    return {
+        "bos_token_id": special.get(chat_template.TEMPLATES[checkpoint.template]["start"]),
+        "eos_token_id": end,
+        "pad_token_id": special.get("<pad>", end),
+        **unsaid,
+    }
 
 
 def tokenizer_of(checkpoint, image_id):
     """add_bos_token: what llama.cpp's converter asks whether a start token goes before a prompt; the template writes it."""
     form, special = chat_template.TEMPLATES[checkpoint.template], checkpoint.tokenizer.special
-    flags = {"lstrip": False, "rstrip": False, "single_word": False, "normalized": False, "special": True}
-    added = {} if "<image>" in special else {"added_tokens_decoder": {str(image_id): {"content": "<image>", **flags}}}
-    return {"tokenizer_class": "LlamaTokenizer" if "tokenizer.model" in checkpoint.tokenizer.files else "PreTrainedTokenizerFast",
-            "bos_token": form["start"] or None, "add_bos_token": False, "eos_token": form["end"],
-            "pad_token": "<pad>" if "<pad>" in special else form["end"], "clean_up_tokenization_spaces": False,
-            "processor_class": processor_of(checkpoint)["processor_class"], **added}
+    flags = {
+        "lstrip": False,
+        "rstrip": False,
+        "single_word": False,
+        "normalized": False,
+        "special": True,
+    }
+    added = (
+        {}
+        if "<image>" in special
+        else {"added_tokens_decoder": {str(image_id): {"content": "<image>", **flags}}}
+    )
+    return {
+        "tokenizer_class": "LlamaTokenizer"
+        if "tokenizer.model" in checkpoint.tokenizer.files
+        else "PreTrainedTokenizerFast",
+        "bos_token": form["start"] or None,
+        "add_bos_token": False,
+        "eos_token": form["end"],
+        "pad_token": "<pad>" if "<pad>" in special else form["end"],
+        "clean_up_tokenization_spaces": False,
+        "processor_class": processor_of(checkpoint)["processor_class"],
+        **added,
+    }
 
 
 def save_tokenizer(checkpoint, folder):
@@ -258,7 +430,9 @@ def save_tokenizer(checkpoint, folder):
     checkpoint.tokenizer.save(folder)
     source = checkpoint.tokenizer.files.get("tokenizer.json", b"")
     if b'"SpecialToken"' in source and not chat_template.TEMPLATES[checkpoint.template]["start"]:
-        (folder / "tokenizer.json").write_text(json.dumps(json.loads(source) | {"post_processor": None}, ensure_ascii=False))
+        (folder / "tokenizer.json").write_text(
+            json.dumps(json.loads(source) | {"post_processor": None}, ensure_ascii=False)
+        )
 
 
 SAID = """\
@@ -286,24 +460,55 @@ TURNS = """\
 {%- endfor %}
 """
 DEFAULT = "{%- if messages[0]['role'] != 'system' %}{{- «default» }}{%- set state.gap = «after_user» %}{%- endif %}\n"
-SEAMS = [("start", "system"), ("system", "said"), ("start", "user"), ("after", "user"), ("end", "user"), ("user", "said")]
+SEAMS = [
+    ("start", "system"),
+    ("system", "said"),
+    ("start", "user"),
+    ("after", "user"),
+    ("end", "user"),
+    ("user", "said"),
+]
 
 
 def jinja_of(template, tokenizer):
     """A template of chat.py in Jinja. What a message says is a text, or parts of which the pictures come first, each on a line, as sample.py asks."""
     form = chat_template.TEMPLATES[template]
-    (system, after), (user, opening), (answer, tail) = (form.get(part, "{}").split("{}") for part in ("system", "user", "answer"))
+    (system, after), (user, opening), (answer, tail) = (
+        form.get(part, "{}").split("{}") for part in ("system", "user", "answer")
+    )
     start, end, inside = form["start"], form["end"] + form["after"], form.get("inside")
-    parts = dict(start=start, system=system, after=after, user=user, opening=opening, answer=answer, tail=tail, end=end)
+    parts = dict(
+        start=start,
+        system=system,
+        after=after,
+        user=user,
+        opening=opening,
+        answer=answer,
+        tail=tail,
+        end=end,
+    )
     slots = {name: with_spaces(part, tokenizer, form) for name, part in parts.items()}
-    slots |= {f"{left}_{right}": gap(parts[left], parts.get(right, ""), tokenizer, form) for left, right in SEAMS}
-    slots |= dict(opening_answer=answer_gap(opening, tokenizer, form), bare=" " if tokenizer.front == "missing" else "<image>",
-                  inside=bool(inside), first=inside == "first")
-    heard, told = {"all": ("|trim", "|trim"), "answer": ("", ".rstrip(' ')")}.get(form.get("trim"), ("", ""))  # as chat.trimmed
+    slots |= {
+        f"{left}_{right}": gap(parts[left], parts.get(right, ""), tokenizer, form)
+        for left, right in SEAMS
+    }
+    slots |= dict(
+        opening_answer=answer_gap(opening, tokenizer, form),
+        bare=" " if tokenizer.front == "missing" else "<image>",
+        inside=bool(inside),
+        first=inside == "first",
+    )
+    heard, told = {"all": ("|trim", "|trim"), "answer": ("", ".rstrip(' ')")}.get(
+        form.get("trim"), ("", "")
+    )  # as chat.trimmed
     source = SAID + TURNS.replace("|heard", heard).replace("|told", told)
     if "default" in form:
-        source = source.replace("{%- for message in messages %}\n", DEFAULT + "{%- for message in messages %}\n")
-        slots["default"] = with_spaces(start + system + form["default"] + after, tokenizer, form).removeprefix(start)
+        source = source.replace(
+            "{%- for message in messages %}\n", DEFAULT + "{%- for message in messages %}\n"
+        )
+        slots["default"] = with_spaces(
+            start + system + form["default"] + after, tokenizer, form
+        ).removeprefix(start)
     return re.sub("«(\\w+)»", lambda slot: json.dumps(slots[slot[1]], ensure_ascii=False), source)
 
 
@@ -320,11 +525,20 @@ def with_spaces(text, tokenizer, form):
     """What a template writes, with a space in every gap."""
     names = "|".join(map(re.escape, sorted(tokenizer.special, key=len, reverse=True)))
     pieces = [piece for piece in re.split(f"({names})", text) if piece]
-    return "".join(" " * gap(left, right, tokenizer, form) + right for left, right in zip(["", *pieces], pieces, strict=False))
+    return "".join(
+        " " * gap(left, right, tokenizer, form) + right
+        for left, right in zip(["", *pieces], pieces, strict=False)
+    )
 
 
 def answer_gap(opening, tokenizer, form):
     """The same before an answer, which transformers reads in one text with the words before it, if no special token comes between: a tokenizer that
     puts a space before every text puts none there."""
-    space = chat_template.space_before([None], True, tokenizer, form)  # None: any token but the end token, with which no opening ends
-    return tokenizer.front in ("always", "missing") and not opening.endswith(tuple(tokenizer.special)) if space is None else space
+    space = chat_template.space_before(
+        [None], True, tokenizer, form
+    )  # None: any token but the end token, with which no opening ends
+    return (
+        tokenizer.front in ("always", "missing") and not opening.endswith(tuple(tokenizer.special))
+        if space is None
+        else space
+    )

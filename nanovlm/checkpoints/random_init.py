@@ -1,4 +1,5 @@
 """A new model with random weights and a tokenizer learnt from text, for training from nothing."""
+
 import torch
 
 from .. import cli
@@ -10,9 +11,17 @@ def create_model(texts, *, out, vocabulary, template, policy, vision, decoder, s
     """Write a checkpoint into `out`. texts: strings from which a tokenizer of `vocabulary` tokens is learnt, and the special tokens of
     `template` beside them; vision, decoder: the numbers of their constructors."""
     words = tokenizer.learn(texts, vocabulary, chat_template.special_names(template))
-    shapes = {"vision": vision, "decoder": {"vocabulary": words.vocab_size, **decoder}, "shuffle": policy["shuffle"]}
+    shapes = {
+        "vision": vision,
+        "decoder": {"vocabulary": words.vocab_size, **decoder},
+        "shuffle": policy["shuffle"],
+    }
     torch.manual_seed(seed)
     model = build_model(shapes, policy)
-    save_checkpoint(Checkpoint(model, words, shapes, policy, template, {"newborn": f"seed {seed}"}), out)
-    cli.status(f"{out}: {sum(p.numel() for p in model.parameters()):,} random parameters, {words.vocab_size} tokens, "
-               f"{image_processing.picture_tokens((policy['tile'],) * 2, policy)} tokens a picture")
+    save_checkpoint(
+        Checkpoint(model, words, shapes, policy, template, {"newborn": f"seed {seed}"}), out
+    )
+    cli.status(
+        f"{out}: {sum(p.numel() for p in model.parameters()):,} random parameters, {words.vocab_size} tokens, "
+        f"{image_processing.picture_tokens((policy['tile'],) * 2, policy)} tokens a picture"
+    )

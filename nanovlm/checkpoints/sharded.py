@@ -6,6 +6,7 @@ FSDP2 shards a tensor along its first dimension: rank r of n holds ceil(rows / n
 it needs out of all files, so the number of ranks may change. safetensors files hold numbers only; the .metadata of
 torch.distributed.checkpoint is a pickle, which can run code when it is loaded.
 """
+
 import json
 from pathlib import Path
 from typing import NamedTuple
@@ -13,7 +14,7 @@ from typing import NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 
-from .. import Mistake, distributed
+from .. import UserError, distributed
 from ..files import write_tensors
 
 HEADER = "nanovlm.sharded"  # {name: [first row, *whole shape]} as JSON, in a file's header
@@ -50,22 +51,26 @@ def write_rank(state, folder):
             tensors[name] = rows.cpu().contiguous()
             header[name] = [first, *tensor.shape]
     folder.mkdir(exist_ok=True)
-    write_tensors(tensors, folder / f"rank-{distributed.rank():05d}.safetensors", {HEADER: json.dumps(header)})
+    write_tensors(
+        tensors, folder / f"rank-{distributed.rank():05d}.safetensors", {HEADER: json.dumps(header)}
+    )
 
 
 def read_shards(state, folder):
     """Fill {name: tensor, of which this rank may hold some rows} from what any number of ranks wrote. Each rank reads alone.
 
-    Raises Mistake if a file is broken, if rows are missing, or if a shape or dtype differs.
+    Raises UserError if a file is broken, if rows are missing, or if a shape or dtype differs.
     """
     pieces = read_pieces(folder)
     for name, tensor in state.items():
         rows, first, _ = distributed.local_rows(tensor.detach())
         if name not in pieces:
-            raise Mistake(f"{folder} does not hold {name}")
+            raise UserError(f"{folder} does not hold {name}")
         for piece in pieces[name]:
             if piece.shape != tuple(tensor.shape) or piece.dtype != tensor.dtype:
-                raise Mistake(f"{folder}: {name} is {list(piece.shape)} {piece.dtype}, the model has {list(tensor.shape)} {tensor.dtype}")
+                raise UserError(
+                    f"{folder}: {name} is {list(piece.shape)} {piece.dtype}, the model has {list(tensor.shape)} {tensor.dtype}"
+                )
             copy_rows(piece, name, rows, first)
 
 
@@ -76,20 +81,24 @@ def copy_rows(piece, name, rows, first):
         return
     start, end = max(first, piece.first), min(first + len(rows), piece.first + piece.rows)
     if start < end:
-        rows[start - first : end - first] = piece.file.get_slice(name)[start - piece.first : end - piece.first]
+        rows[start - first : end - first] = piece.file.get_slice(name)[
+            start - piece.first : end - piece.first
+        ]
 
 
 def read_pieces(folder):
     """{name: its Pieces by first row}, which together are the whole tensor. The numbers stay in the files."""
     if (folder / ".metadata").is_file():
-        raise Mistake(f"{folder} was written by an older nanovlm: its .metadata is a pickle, which can run code, and is not read. "
-                      "Use the last step of that run, which has a model.safetensors")
+        raise UserError(
+            f"{folder} was written by an older nanovlm: its .metadata is a pickle, which can run code, and is not read. "
+            "Use the last step of that run, which has a model.safetensors"
+        )
     pieces = {}
     for path in sorted(folder.glob("rank-*.safetensors")):
         for name, piece in pieces_of(path):
             pieces.setdefault(name, []).append(piece)
     if not pieces:
-        raise Mistake(f"{folder} holds no rank-*.safetensors")
+        raise UserError(f"{folder} holds no rank-*.safetensors")
     for name, found in pieces.items():
         found.sort(key=lambda piece: piece.first)
         check_whole(name, found, folder)
@@ -109,19 +118,25 @@ def pieces_of(path):
                 raise ValueError(f"{name} is {here} here, of {shape}")
             yield name, Piece(int(first), here[0] if here else 1, tuple(shape), dtype, file)
     except OSError as error:
-        raise Mistake(f"{path} cannot be read: {error.strerror or error}") from None
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
     except (SafetensorError, KeyError, ValueError, TypeError) as error:
-        raise Mistake(f"{path} is broken, cut short or not ours: {type(error).__name__} {error}") from None
+        raise UserError(
+            f"{path} is broken, cut short or not ours: {type(error).__name__} {error}"
+        ) from None
 
 
 def check_whole(name, pieces, folder):
-    """Raise Mistake unless the pieces are all rows of one tensor, each row once."""
+    """Raise UserError unless the pieces are all rows of one tensor, each row once."""
     shapes, row = {piece.shape for piece in pieces}, 0
     for piece in pieces:
         if piece.first != row:
-            raise Mistake(f"{folder}: rows {min(row, piece.first)} to {max(row, piece.first) - 1} of {name} are "
-                          f"{'missing' if piece.first > row else 'there twice'}")
+            raise UserError(
+                f"{folder}: rows {min(row, piece.first)} to {max(row, piece.first) - 1} of {name} are "
+                f"{'missing' if piece.first > row else 'there twice'}"
+            )
         row += piece.rows
     whole = pieces[0].shape[0] if pieces[0].shape else 1
     if len(shapes) > 1 or row != whole:
-        raise Mistake(f"{folder}: {row} rows of {name} are there, of shape {' and '.join(str(list(shape)) for shape in sorted(shapes))}")
+        raise UserError(
+            f"{folder}: {row} rows of {name} are there, of shape {' and '.join(str(list(shape)) for shape in sorted(shapes))}"
+        )

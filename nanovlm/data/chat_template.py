@@ -3,6 +3,7 @@
 Nothing is ever searched for in finished ids: each piece of a template knows as it is written whether it is the assistant's. Trained are the
 assistant's words and the token that ends its turn, so that it learns to stop; nothing else is.
 """
+
 import itertools
 import json
 import re
@@ -11,7 +12,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-from .. import IMAGE, Mistake
+from .. import IMAGE_TOKEN_ID, UserError
 from . import image_processing
 
 # {} is what was said. Only names outside {} become special tokens: a user who types "</s>" has typed four characters.
@@ -20,31 +21,97 @@ from . import image_processing
 # inside: the system's words stand in front of the user's "first" or "last"; default: what the system says where a conversation leaves it out.
 # trim: the white space that a published template takes off: "all" around what is said, or the spaces that end an "answer".
 # glued: an answer follows its opening without a space; apart: a turn follows the end token before it with one (`space_before`).
-CHATML = {"start": "", "system": "<|im_start|>system\n{}<|im_end|>\n", "user": "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n",
-          "end": "<|im_end|>", "after": "\n"}
-VICUNA = {"start": "<s>", "system": "{} ", "user": "USER: {} ASSISTANT:", "end": "</s>", "after": ""}
+CHATML = {
+    "start": "",
+    "system": "<|im_start|>system\n{}<|im_end|>\n",
+    "user": "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n",
+    "end": "<|im_end|>",
+    "after": "\n",
+}
+VICUNA = {
+    "start": "<s>",
+    "system": "{} ",
+    "user": "USER: {} ASSISTANT:",
+    "end": "</s>",
+    "after": "",
+}
 TEMPLATES = {
-    "mistral": {"start": "<s>", "system": "{}\n\n", "inside": "last", "user": "[INST]{}[/INST]", "end": "</s>", "after": "", "trim": "answer"},
-    "mistral-v1": {"start": "<s>", "system": "{}\n\n", "inside": "first", "user": "[INST] {} [/INST]", "end": "</s>", "after": "", "apart": True},
-    "mistral-v7": {"start": "<s>", "system": "[SYSTEM_PROMPT]{}[/SYSTEM_PROMPT]", "user": "[INST]{}[/INST]", "end": "</s>", "after": "",
-                   "trim": "answer"},
+    "mistral": {
+        "start": "<s>",
+        "system": "{}\n\n",
+        "inside": "last",
+        "user": "[INST]{}[/INST]",
+        "end": "</s>",
+        "after": "",
+        "trim": "answer",
+    },
+    "mistral-v1": {
+        "start": "<s>",
+        "system": "{}\n\n",
+        "inside": "first",
+        "user": "[INST] {} [/INST]",
+        "end": "</s>",
+        "after": "",
+        "apart": True,
+    },
+    "mistral-v7": {
+        "start": "<s>",
+        "system": "[SYSTEM_PROMPT]{}[/SYSTEM_PROMPT]",
+        "user": "[INST]{}[/INST]",
+        "end": "</s>",
+        "after": "",
+        "trim": "answer",
+    },
     "chatml": CHATML,
-    "smollm2": CHATML | {"default": "You are a helpful AI assistant named SmolLM, trained by Hugging Face"},
-    "llama2": {"start": "", "system": "<<SYS>>\n{}\n<</SYS>>\n\n", "inside": "first", "user": "<s>[INST] {} [/INST]", "answer": "{} ", "end": "</s>",
-               "after": "", "trim": "all"},
-    "llama3": {"start": "<|begin_of_text|>", "system": "<|start_header_id|>system<|end_header_id|>\n\n{}<|eot_id|>",
-               "user": "<|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
-               "end": "<|eot_id|>", "after": "", "trim": "all"},
-    "vicuna": VICUNA | {"default": "A chat between a curious user and an artificial intelligence assistant. "
-                                   "The assistant gives helpful, detailed, and polite answers to the user's questions."},
+    "smollm2": CHATML
+    | {"default": "You are a helpful AI assistant named SmolLM, trained by Hugging Face"},
+    "llama2": {
+        "start": "",
+        "system": "<<SYS>>\n{}\n<</SYS>>\n\n",
+        "inside": "first",
+        "user": "<s>[INST] {} [/INST]",
+        "answer": "{} ",
+        "end": "</s>",
+        "after": "",
+        "trim": "all",
+    },
+    "llama3": {
+        "start": "<|begin_of_text|>",
+        "system": "<|start_header_id|>system<|end_header_id|>\n\n{}<|eot_id|>",
+        "user": "<|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
+        "end": "<|eot_id|>",
+        "after": "",
+        "trim": "all",
+    },
+    "vicuna": VICUNA
+    | {
+        "default": "A chat between a curious user and an artificial intelligence assistant. "
+        "The assistant gives helpful, detailed, and polite answers to the user's questions."
+    },
     "llava": VICUNA,  # as llava-hf publishes LLaVA-1.5; its end token stands where LLaVA was trained with it, after every answer
-    "zephyr": {"start": "", "system": "<|system|>\n{}</s>\n", "user": "<|user|>\n{}</s>\n<|assistant|>\n", "end": "</s>", "after": "\n",
-               "glued": True},
+    "zephyr": {
+        "start": "",
+        "system": "<|system|>\n{}</s>\n",
+        "user": "<|user|>\n{}</s>\n<|assistant|>\n",
+        "end": "</s>",
+        "after": "\n",
+        "glued": True,
+    },
     # LLaVA's for pretraining: a picture, then its caption; mute: words beside a picture are left out (`shown`), text without one is kept. Where LLaVA
     # ends a caption by a line break, here is the token that ends every answer. For tokenizers with <s> and </s>: SentencePiece and Tekken.
-    "plain": {"start": "<s>", "system": "{}\n\n", "user": "{}", "end": "</s>", "after": "", "mute": True},
+    "plain": {
+        "start": "<s>",
+        "system": "{}\n\n",
+        "user": "{}",
+        "end": "</s>",
+        "after": "",
+        "mute": True,
+    },
 }
-SECONDS, MEMORY = 10, 1 << 30  # of a core, and bytes, that a stranger's template may take over all probes; published ones take hundredths of a second
+SECONDS, MEMORY = (
+    10,
+    1 << 30,
+)  # of a core, and bytes, that a stranger's template may take over all probes; published ones take hundredths of a second
 HALF = re.compile("[\ud800-\udfff]")  # JSON can write one half of a UTF-16 pair, UTF-8 cannot
 CAPTION_PROMPT = "Give a brief description of this image in one sentence."  # where a caption's data asks nothing; Megatron's COCO prompt
 SHORT_PROMPT = "Answer the question using a single word or phrase."  # after a question: VQAv2, ChartQA, POPE, MME
@@ -53,18 +120,35 @@ LETTER_PROMPT = "Answer with the option's letter from the given choices directly
 
 def read_turns(record, name):
     """A LLaVA `conversations` or an OpenAI-style `messages` list as [(role, text)], roles "system", "user", "assistant" in order."""
-    roles = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
+    roles = {
+        "human": "user",
+        "gpt": "assistant",
+        "user": "user",
+        "assistant": "assistant",
+        "system": "system",
+    }
     raw = isinstance(record, dict) and (record.get("conversations") or record.get("messages"))
     if not raw or not isinstance(raw, list) or not all(isinstance(turn, dict) for turn in raw):
-        raise Mistake(f"{name}: neither `conversations` nor `messages` is a list of turns in {record!r:.80}", "no conversation")
+        raise UserError(
+            f"{name}: neither `conversations` nor `messages` is a list of turns in {record!r:.80}",
+            "no conversation",
+        )
     turns = []
     for turn in raw:
         role, text = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
         if not isinstance(role, str) or role not in roles or not isinstance(text, str):
-            raise Mistake(f"{name}: a turn is said by one of {', '.join(roles)}, and is a text, not {str(turn)[:80]}", "no conversation")
+            raise UserError(
+                f"{name}: a turn is said by one of {', '.join(roles)}, and is a text, not {str(turn)[:80]}",
+                "no conversation",
+            )
         if HALF.search(text):
-            raise Mistake(f"{name}: a turn has half a character (a lone surrogate): {text!a:.80}", "half a character")
-        turns.append((roles[role], text.strip() if roles[role] == "assistant" else text))  # nobody should learn to end in white space
+            raise UserError(
+                f"{name}: a turn has half a character (a lone surrogate): {text!a:.80}",
+                "half a character",
+            )
+        turns.append(
+            (roles[role], text.strip() if roles[role] == "assistant" else text)
+        )  # nobody should learn to end in white space
     first = next((i for i, (role, _) in enumerate(turns) if role == "user"), None)
     if first is not None and turns[first][1].strip() == "<image>":
         turns[first] = ("user", f"<image>\n{CAPTION_PROMPT}")
@@ -72,25 +156,38 @@ def read_turns(record, name):
 
 
 def check_turns(turns, pictures, name):
-    """Raise Mistake unless users and assistants alternate, every answer says something and there is one <image> a picture."""
+    """Raise UserError unless users and assistants alternate, every answer says something and there is one <image> a picture."""
     spoken = [role for role, _ in turns if role != "system"]
-    if spoken != ["user", "assistant"] * (len(spoken) // 2) or not spoken or "system" in [role for role, _ in turns[1:]]:
-        raise Mistake(f"{name}: turns must go (system,) user, assistant, user, assistant …, not {', '.join(role for role, _ in turns)}",
-                      "turns out of order")
+    if (
+        spoken != ["user", "assistant"] * (len(spoken) // 2)
+        or not spoken
+        or "system" in [role for role, _ in turns[1:]]
+    ):
+        raise UserError(
+            f"{name}: turns must go (system,) user, assistant, user, assistant …, not {', '.join(role for role, _ in turns)}",
+            "turns out of order",
+        )
     tags = sum(text.count("<image>") for role, text in turns if role != "assistant")
     if tags != pictures:
-        raise Mistake(f"{name}: {tags} <image> in its text but {pictures} pictures", "wrong number of <image>")
+        raise UserError(
+            f"{name}: {tags} <image> in its text but {pictures} pictures", "wrong number of <image>"
+        )
     for number, (role, text) in enumerate(turns):
         if role == "assistant" and not text.strip():
-            raise Mistake(f"{name}: turn {number + 1}, the assistant's, is empty: there is nothing to learn", "empty answer")
+            raise UserError(
+                f"{name}: turn {number + 1}, the assistant's, is empty: there is nothing to learn",
+                "empty answer",
+            )
 
 
 def shown(text, is_asked):
     """The pictures of what a user says, without the words: in captions' data these only ask for a caption, each time in others, and LLaVA leaves them
-    out. But a question that waits for its answer (is_asked) was meant: Mistake."""
+    out. But a question that waits for its answer (is_asked) was meant: UserError."""
     words = text.replace("<image>", "").strip()
     if is_asked and words not in ("", CAPTION_PROMPT):
-        raise Mistake(f"the template plain shows a picture and asks nothing: it cannot ask {words[:80]!r}, only {CAPTION_PROMPT!r}")
+        raise UserError(
+            f"the template plain shows a picture and asks nothing: it cannot ask {words[:80]!r}, only {CAPTION_PROMPT!r}"
+        )
     return "<image>" * text.count("<image>")
 
 
@@ -129,14 +226,20 @@ def pieces(turns, template):
 def render(turns, tokenizer, template):
     """[(role, text)] -> (ids, trained), lists of equal length; ids hold IMAGE once a picture. Ends in a user's turn: a prompt to be answered."""
     written = list(pieces(turns, template))
-    names = [name for name in tokenizer.special if any(name in text for text, how, _ in written if how == "special")]
-    special = "|".join(map(re.escape, sorted(names, key=len, reverse=True))) or "(?!)"  # the longest first, as Hugging Face finds them
+    names = [
+        name
+        for name in tokenizer.special
+        if any(name in text for text, how, _ in written if how == "special")
+    ]
+    special = (
+        "|".join(map(re.escape, sorted(names, key=len, reverse=True))) or "(?!)"
+    )  # the longest first, as Hugging Face finds them
     runs = []  # [text or id, trained]: texts side by side are encoded as one, as the reference templates do
     for text, how, trained in written:
         pattern = special if how == "special" else "<image>" if not trained else "(?!)"
         for part in re.split(f"({pattern})", text):
             if part and re.fullmatch(pattern, part):
-                runs.append([IMAGE if how == "said" else tokenizer.special[part], trained])
+                runs.append([IMAGE_TOKEN_ID if how == "said" else tokenizer.special[part], trained])
             elif part and runs and isinstance(runs[-1][0], str) and runs[-1][1] == trained:
                 runs[-1][0] += part
             elif part:
@@ -144,7 +247,11 @@ def render(turns, tokenizer, template):
     ids, mask = [], []
     for content, trained in runs:
         is_text = isinstance(content, str)
-        new = tokenizer.encode(content, space_before(ids, trained, tokenizer, TEMPLATES[template])) if is_text else [content]
+        new = (
+            tokenizer.encode(content, space_before(ids, trained, tokenizer, TEMPLATES[template]))
+            if is_text
+            else [content]
+        )
         ids += new
         mask += [trained] * len(new)
     return ids, mask
@@ -160,15 +267,19 @@ def space_before(ids, is_answer, tokenizer, form):
         return False
     if tokenizer.front != "first" or not ids:
         return None
-    return ids[-1] != IMAGE and (form.get("apart", False) or ids[-1] != tokenizer.special.get(form["end"]))
+    return ids[-1] != IMAGE_TOKEN_ID and (
+        form.get("apart", False) or ids[-1] != tokenizer.special.get(form["end"])
+    )
 
 
 def end_id(tokenizer, template):
-    """The id that ends the assistant's turn; Mistake if the tokenizer does not know the special tokens that the template begins and ends with."""
+    """The id that ends the assistant's turn; UserError if the tokenizer does not know the special tokens that the template begins and ends with."""
     start, end = (TEMPLATES[template][name] for name in ("start", "end"))
     for name in filter(None, (start, end)):
         if name not in tokenizer.special:
-            raise Mistake(f"the template {template} writes {name}, which is no special token of this tokenizer")
+            raise UserError(
+                f"the template {template} writes {name}, which is no special token of this tokenizer"
+            )
     return tokenizer.special[end]
 
 
@@ -179,14 +290,15 @@ def special_names(template):
 
 
 PROBES = [  # conversations that any two templates write differently; the first must be known to a template, the others may be
-    [("user", "Hello"), ("assistant", "Hi"), ("user", "Bye")], [("user", "Hello")],
+    [("user", "Hello"), ("assistant", "Hi"), ("user", "Bye")],
+    [("user", "Hello")],
     [("system", "Be kind."), ("user", "Hello")],
     [("system", "Be kind."), ("user", "Hello"), ("assistant", "Hi"), ("user", "Bye")],
 ]
 
 
 def recognise(jinja, tokens, tokenizer, where):
-    """The name of the template that writes what a published one in Jinja writes, over every probe that it accepts; Mistake if there is none.
+    """The name of the template that writes what a published one in Jinja writes, over every probe that it accepts; UserError if there is none.
 
     Templates of LLaVA folders want what is said in parts, and are compared by a first question alone: they leave the start token to the tokenizer,
     and llava-hf's leave out or misspell ("<\\s>") the end token after an answer, with which LLaVA was trained.
@@ -195,37 +307,59 @@ def recognise(jinja, tokens, tokenizer, where):
     """
     choices = f"say which it is by --template of prepare.py, stitch for a brain, export for a whole LLaVA: {', '.join(TEMPLATES)}"
     if not isinstance(jinja, str):
-        raise Mistake(f"{where} states no chat template; {choices}")
+        raise UserError(f"{where} states no chat template; {choices}")
     own_space = tokenizer.bytes_of[tokenizer.encode("a")[0]].startswith(b" ")
     optional = f"({'|'.join(map(re.escape, tokenizer.special))}) " if own_space else "()(?!)"
-    *written, asked = write_jinja(jinja, tokens, [*((turns, False) for turns in PROBES), (PROBES[1], True)], where)
-    wanted = {i: re.sub(optional, r"\1", text) for i, text in enumerate(written) if text is not None}
+    *written, asked = write_jinja(
+        jinja, tokens, [*((turns, False) for turns in PROBES), (PROBES[1], True)], where
+    )
+    wanted = {
+        i: re.sub(optional, r"\1", text) for i, text in enumerate(written) if text is not None
+    }
     for name, space in itertools.product(TEMPLATES, ["", " "] if own_space else [""]):
-        if 0 in wanted and wanted == {i: re.sub(optional, r"\1", write(PROBES[i], tokenizer, name, space)) for i in wanted}:
+        if 0 in wanted and wanted == {
+            i: re.sub(optional, r"\1", write(PROBES[i], tokenizer, name, space)) for i in wanted
+        }:
             return name
     if asked is not None:
         for name in TEMPLATES:
-            ours = re.sub(optional, r"\1", write(PROBES[1], tokenizer, name)).removeprefix(TEMPLATES[name]["start"])
+            ours = re.sub(optional, r"\1", write(PROBES[1], tokenizer, name)).removeprefix(
+                TEMPLATES[name]["start"]
+            )
             if ours == re.sub(optional, r"\1", asked).removeprefix(TEMPLATES[name]["start"]):
                 return name
-    raise Mistake(f"{where}: its chat template writes {wanted.get(0)!r:.1000}, as none of ours does; {choices}")
+    raise UserError(
+        f"{where}: its chat template writes {wanted.get(0)!r:.1000}, as none of ours does; {choices}"
+    )
 
 
 def write(turns, tokenizer, template, space=""):
     """A conversation as one text, with `space` before every part that is tokenised by itself."""
-    stub = SimpleNamespace(special={name: (name,) for name in tokenizer.special}, encode=lambda text, _: [space + text], front=None)
+    stub = SimpleNamespace(
+        special={name: (name,) for name in tokenizer.special},
+        encode=lambda text, _: [space + text],
+        front=None,
+    )
     return "".join("".join(piece) for piece in render(turns, stub, template)[0])
 
 
 def write_jinja(jinja, tokens, asked, where):
-    """What a template in Jinja writes of each of `asked`, (turns, parts) as jinja.py has them; None for what it refuses. Mistake if it takes more
+    """What a template in Jinja writes of each of `asked`, (turns, parts) as jinja.py has them; None for what it refuses. UserError if it takes more
     than it may."""
     given = json.dumps({"jinja": jinja, "tokens": tokens, "asked": asked})
-    command = [sys.executable, "-P", str(Path(__file__).with_name("jinja.py")), str(SECONDS), str(MEMORY)]
+    command = [
+        sys.executable,
+        "-P",
+        str(Path(__file__).with_name("jinja.py")),
+        str(SECONDS),
+        str(MEMORY),
+    ]
     done = subprocess.run(command, input=given, capture_output=True, text=True)
     if done.returncode:
-        raise Mistake(f"{where}: its chat template could not be tried within {SECONDS} s and {MEMORY >> 20} MiB: "
-                      f"{(done.stderr.strip().splitlines() or ['it was stopped'])[-1]:.200}")
+        raise UserError(
+            f"{where}: its chat template could not be tried within {SECONDS} s and {MEMORY >> 20} MiB: "
+            f"{(done.stderr.strip().splitlines() or ['it was stopped'])[-1]:.200}"
+        )
     return json.loads(done.stdout)
 
 
@@ -234,16 +368,25 @@ def tag_pictures(ids, trained, pictures, tokenizer, policy):
     each tile a text that numbers it, which nobody trains, and each tile a picture of its own. Else as they are."""
     if not policy.get("tags"):
         return ids, trained, pictures
-    if ids.count(IMAGE) != len(pictures):
-        raise Mistake(f"{ids.count(IMAGE)} places for pictures but {len(pictures)} pictures")
+    if ids.count(IMAGE_TOKEN_ID) != len(pictures):
+        raise UserError(
+            f"{ids.count(IMAGE_TOKEN_ID)} places for pictures but {len(pictures)} pictures"
+        )
     tagged, mask, tiles, remaining = [], [], [], iter(pictures)
     for i, is_trained in zip(ids, trained, strict=True):
         new = [i]
-        if i == IMAGE:
+        if i == IMAGE_TOKEN_ID:
             picture = next(remaining)
-            new = [x for text in image_processing.tags(len(picture.tiles), policy) for x in (*tokenizer.encode(text), IMAGE)]
+            new = [
+                x
+                for text in image_processing.tags(len(picture.tiles), policy)
+                for x in (*tokenizer.encode(text), IMAGE_TOKEN_ID)
+            ]
             one = image_processing.places(picture.size, policy, 1)
-            tiles += [picture._replace(tiles=picture.tiles[n : n + 1], places=one) for n in range(len(picture.tiles))]
+            tiles += [
+                picture._replace(tiles=picture.tiles[n : n + 1], places=one)
+                for n in range(len(picture.tiles))
+            ]
         tagged += new
         mask += [is_trained] * len(new)
     return tagged, mask, tiles

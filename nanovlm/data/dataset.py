@@ -19,6 +19,7 @@ shape and how many tokens a picture takes follow from the policy (images.places)
     tile, tiles, width, height = np.fromfile(f"{shard}/pictures", "<i8").reshape(-1, 4)[picture]
     pixels = np.memmap(f"{shard}/tiles", "u1").reshape(-1, 3, 336, 336)[tile : tile + tiles]
 """
+
 import hashlib
 import json
 import math
@@ -31,19 +32,32 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .. import IMAGE, UNTRAINED, Mistake
+from .. import IGNORE_INDEX, IMAGE_TOKEN_ID, UserError
 from . import image_processing
 
 VERSION = 2
-COLUMNS = FIRST_ID, IDS, FIRST_PICTURE, PICTURES, LENGTH, HELD_OUT = range(6)  # LENGTH counts tokens with every picture expanded
-KINDS = {"tiles": np.uint8, "pictures": np.int64, "ids": np.int32, "trained": np.uint8, "samples": np.int64, "names": np.uint8}
+COLUMNS = FIRST_ID, IDS, FIRST_PICTURE, PICTURES, LENGTH, HELD_OUT = range(
+    6
+)  # LENGTH counts tokens with every picture expanded
+KINDS = {
+    "tiles": np.uint8,
+    "pictures": np.int64,
+    "ids": np.int32,
+    "trained": np.uint8,
+    "samples": np.int64,
+    "names": np.uint8,
+}
 SHAPES = {"pictures": (4,), "samples": (len(COLUMNS),)}  # of a row; a tile's is the policy's
 HEADER = ("version", "fingerprint", "shards")
 
 
 def fingerprint(owner):
     """What a prepared set must share with the model that reads it; owner: whatever has a tokenizer, a template and a picture policy."""
-    return {"tokenizer": owner.tokenizer.fingerprint, "template": owner.template, "policy": owner.policy}
+    return {
+        "tokenizer": owner.tokenizer.fingerprint,
+        "template": owner.template,
+        "policy": owner.policy,
+    }
 
 
 def held_out(name, share=1 / 64):
@@ -52,16 +66,19 @@ def held_out(name, share=1 / 64):
 
 
 def check_name(name):
-    """Raise Mistake unless an id can be written as one line of UTF-8."""
+    """Raise UserError unless an id can be written as one line of UTF-8."""
     if name.splitlines() != [name] or any("\ud800" <= letter <= "\udfff" for letter in name):
-        raise Mistake(f"the id {name!r} is not one line of text", "id is not one line of text")
+        raise UserError(f"the id {name!r} is not one line of text", "id is not one line of text")
 
 
 def repeats(ids, counts):
     """How often each of ids stands in a row: IMAGE as often as its picture has tokens (`counts`, in order), a word once."""
-    places = np.asarray(ids) == IMAGE
+    places = np.asarray(ids) == IMAGE_TOKEN_ID
     if places.sum() != len(counts):
-        raise Mistake(f"{places.sum()} places for pictures but {len(counts)} pictures", "wrong number of <image>")
+        raise UserError(
+            f"{places.sum()} places for pictures but {len(counts)} pictures",
+            "wrong number of <image>",
+        )
     found = np.ones(len(ids), np.int64)
     found[places] = counts
     return found
@@ -80,6 +97,7 @@ def sync(path):
 
 
 # ---- writing ----
+
 
 def write_shard(folder, policy, samples, receipt=dict):
     """Write samples, (name, ids, trained, [images.Picture]) each, into a folder of their own: under a temporary name, flushed, then renamed, so
@@ -100,7 +118,19 @@ def write_shard(folder, policy, samples, receipt=dict):
             for name, ids, trained, pictures in samples:
                 counts = check_sample(name, ids, trained, pictures, policy)
                 length = int(repeats(ids, counts).sum())
-                put("samples", [[rows["ids"], len(ids), rows["pictures"], len(pictures), length, held_out(name)]])
+                put(
+                    "samples",
+                    [
+                        [
+                            rows["ids"],
+                            len(ids),
+                            rows["pictures"],
+                            len(pictures),
+                            length,
+                            held_out(name),
+                        ]
+                    ],
+                )
                 for tiles_NCYX, _, size in pictures:
                     put("pictures", [[rows["tiles"], len(tiles_NCYX), *size]])
                     put("tiles", tiles_NCYX)
@@ -118,16 +148,20 @@ def write_shard(folder, policy, samples, receipt=dict):
 
 
 def check_sample(name, ids, trained, pictures, policy):
-    """How many tokens each picture of a sample takes; Mistake unless the sample could be read back."""
+    """How many tokens each picture of a sample takes; UserError unless the sample could be read back."""
     check_name(name)
     if len(ids) != len(trained):
-        raise Mistake(f"{name}: {len(ids)} ids but {len(trained)} marks of what is trained")
+        raise UserError(f"{name}: {len(ids)} ids but {len(trained)} marks of what is trained")
     tile = [3, policy["tile"], policy["tile"]]
     for tiles_NCYX, places, size in pictures:
         if tiles_NCYX.dtype != np.uint8 or list(tiles_NCYX.shape[1:]) != tile:
-            raise Mistake(f"{name}: tiles are {tiles_NCYX.dtype} {list(tiles_NCYX.shape[1:])}, the set's uint8 {tile}")
+            raise UserError(
+                f"{name}: tiles are {tiles_NCYX.dtype} {list(tiles_NCYX.shape[1:])}, the set's uint8 {tile}"
+            )
         if len(places) != (want := len(image_processing.places(size, policy, len(tiles_NCYX)))):
-            raise Mistake(f"{name}: a picture of {size} takes {len(places)} tokens, by its policy {want}")
+            raise UserError(
+                f"{name}: a picture of {size} takes {len(places)} tokens, by its policy {want}"
+            )
     return [len(places) for _, places, _ in pictures]
 
 
@@ -135,65 +169,95 @@ def write_header(folder, fingerprint, shards):
     """Make a folder of shards a set; shards: the `files` of each one's receipt."""
     path = Path(folder) / "header.json"
     half = path.with_suffix(".tmp")
-    half.write_text(json.dumps({"version": VERSION, "fingerprint": fingerprint, "shards": shards}, indent=1))
+    half.write_text(
+        json.dumps({"version": VERSION, "fingerprint": fingerprint, "shards": shards}, indent=1)
+    )
     sync(half)
     os.rename(half, path)
 
 
 # ---- reading ----
 
+
 def differences(theirs, ours, what, whose="the model's"):
     """What differs between two values, or in which keys two nested dicts do, with both values: a list of sentences."""
     if isinstance(theirs, dict) and isinstance(ours, dict):
-        return [said for key in theirs | ours for said in differences(theirs.get(key), ours.get(key), f"{what} {key}", whose)]
+        return [
+            said
+            for key in theirs | ours
+            for said in differences(theirs.get(key), ours.get(key), f"{what} {key}", whose)
+        ]
     return [] if theirs == ours else [f"{what} is {theirs}, {whose} {ours}"]
 
 
 def read_header(folder):
-    """header.json of a set, as a dict; Mistake unless it is there, whole and of our VERSION."""
+    """header.json of a set, as a dict; UserError unless it is there, whole and of our VERSION."""
     path = folder / "header.json"
     if not path.is_file():
         lack = "it has no header.json" if folder.exists() else "no such folder"
-        raise Mistake(f"{folder} is no prepared data: {lack} (see `python prepare.py data --help`)")
+        raise UserError(
+            f"{folder} is no prepared data: {lack} (see `python prepare.py data --help`)"
+        )
     try:
         header = json.loads(path.read_bytes())
         version = header["version"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise Mistake(f"{path} is broken ({type(error).__name__}: {error}): prepare it again") from None
+        raise UserError(
+            f"{path} is broken ({type(error).__name__}: {error}): prepare it again"
+        ) from None
     if version != VERSION:
-        raise Mistake(f"{folder}: written in format {version}, this reads {VERSION}: prepare it again")
+        raise UserError(
+            f"{folder}: written in format {version}, this reads {VERSION}: prepare it again"
+        )
     if missing := [key for key in HEADER if key not in header]:
-        raise Mistake(f"{path} does not say its {', '.join(missing)}: prepare it again")
+        raise UserError(f"{path} does not say its {', '.join(missing)}: prepare it again")
     try:
         image_processing.check_policy(header["fingerprint"]["policy"])
-        kinds = [{kind: [*map(type, numbers)] for kind, numbers in files.items()} for files in header["shards"]]
-    except (Mistake, KeyError, TypeError, AttributeError) as error:
-        raise Mistake(f"{path} is broken ({type(error).__name__}: {error}): prepare it again") from None
+        kinds = [
+            {kind: [*map(type, numbers)] for kind, numbers in files.items()}
+            for files in header["shards"]
+        ]
+    except (UserError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{path} is broken ({type(error).__name__}: {error}): prepare it again"
+        ) from None
     if any(kind != dict.fromkeys(KINDS, [int, int]) for kind in kinds):
-        raise Mistake(f"{path} does not give two numbers for each of {', '.join(KINDS)} of each shard: prepare it again")
+        raise UserError(
+            f"{path} does not give two numbers for each of {', '.join(KINDS)} of each shard: prepare it again"
+        )
     if not sum(files["samples"][0] for files in header["shards"]):
-        raise Mistake(f"{folder} holds no samples")
+        raise UserError(f"{folder} holds no samples")
     return header
 
 
 def map_file(path, dtype, rows, shape):
-    """A file as an array (rows, *shape) that is read from disk as it is used; Mistake if it has another size."""
+    """A file as an array (rows, *shape) that is read from disk as it is used; UserError if it has another size."""
     count = rows * math.prod(shape)
     want, got = count * np.dtype(dtype).itemsize, path.stat().st_size if path.exists() else 0
     if want != got:
-        raise Mistake(f"{path} has {got} bytes, its header says {want}: cut short or altered; prepare it again")
+        raise UserError(
+            f"{path} has {got} bytes, its header says {want}: cut short or altered; prepare it again"
+        )
     # numpy.memmap keeps its file open, of which a process may have 1,024; torch closes it once it is mapped.
-    mapped = torch.from_file(str(path), shared=False, size=count, dtype=torch.from_numpy(np.empty(0, dtype)).dtype)
+    mapped = torch.from_file(
+        str(path), shared=False, size=count, dtype=torch.from_numpy(np.empty(0, dtype)).dtype
+    )
     return mapped.numpy().reshape(rows, *shape)
 
 
 def check_spans(path, shard):
-    """Raise Mistake unless what the table of a shard says of its ids and pictures, and these of their tiles, lies in their files."""
+    """Raise UserError unless what the table of a shard says of its ids and pictures, and these of their tiles, lies in their files."""
     table, pictures = shard["samples"], shard["pictures"]
-    spans = [(table[:, FIRST_ID], table[:, IDS], len(shard["ids"])), (table[:, FIRST_PICTURE], table[:, PICTURES], len(pictures)),
-             (pictures[:, 0], pictures[:, 1], len(shard["tiles"]))]
-    if any(((first < 0) | (first > size) | (count < 0) | (count > size - first)).any() for first, count, size in spans):
-        raise Mistake(f"{path} has samples that lie outside its files: altered; prepare it again")
+    spans = [
+        (table[:, FIRST_ID], table[:, IDS], len(shard["ids"])),
+        (table[:, FIRST_PICTURE], table[:, PICTURES], len(pictures)),
+        (pictures[:, 0], pictures[:, 1], len(shard["tiles"])),
+    ]
+    if any(
+        ((first < 0) | (first > size) | (count < 0) | (count > size - first)).any()
+        for first, count, size in spans
+    ):
+        raise UserError(f"{path} has samples that lie outside its files: altered; prepare it again")
 
 
 class Samples:
@@ -208,10 +272,15 @@ class Samples:
         self.fingerprint = headers[0]["fingerprint"]
         for folder, header in zip(self.folders, headers, strict=True):
             if wrong := differences(header["fingerprint"], self.fingerprint, "its"):
-                raise Mistake(f"{folder} and {self.folders[0]} were prepared for different models: {'; '.join(wrong)}")
+                raise UserError(
+                    f"{folder} and {self.folders[0]} were prepared for different models: {'; '.join(wrong)}"
+                )
         self.policy = self.fingerprint["policy"]
-        paths = [(folder / f"{number:05d}", files) for folder, header in zip(self.folders, headers, strict=True)
-                 for number, files in enumerate(header["shards"])]
+        paths = [
+            (folder / f"{number:05d}", files)
+            for folder, header in zip(self.folders, headers, strict=True)
+            for number, files in enumerate(header["shards"])
+        ]
         self.shards = [self._map(path, files) for path, files in paths]
         for (path, _), shard in zip(paths, self.shards, strict=True):
             check_spans(path, shard)
@@ -220,33 +289,50 @@ class Samples:
         self.shard_of = np.repeat(np.arange(len(tables)), sizes)
         owners = [i for i, header in enumerate(headers) for _ in header["shards"]]
         self.set_of = np.repeat(owners, sizes)
-        self.names = [name for (path, _), shard, size in zip(paths, self.shards, sizes, strict=True)
-                      for name in self._names(path, shard.pop("names"), size)]
+        self.names = [
+            name
+            for (path, _), shard, size in zip(paths, self.shards, sizes, strict=True)
+            for name in self._names(path, shard.pop("names"), size)
+        ]
 
     def __str__(self):
         return ", ".join(map(str, self.folders))
 
     def _map(self, path, files):
         shapes = {"tiles": (3, self.policy["tile"], self.policy["tile"]), **SHAPES}
-        return {kind: map_file(path / kind, np.dtype(dtype).newbyteorder("<"), files[kind][0], shapes.get(kind, ())) for kind, dtype in KINDS.items()}
+        return {
+            kind: map_file(
+                path / kind, np.dtype(dtype).newbyteorder("<"), files[kind][0], shapes.get(kind, ())
+            )
+            for kind, dtype in KINDS.items()
+        }
 
     def _names(self, path, letters, want):
         lines = letters.tobytes().split(b"\n")[:-1]
         if len(lines) != want:
-            raise Mistake(f"{path}/names has {len(lines)} names, its header says {want}: altered; prepare it again")
+            raise UserError(
+                f"{path}/names has {len(lines)} names, its header says {want}: altered; prepare it again"
+            )
         return [line.decode(errors="replace") for line in lines]
 
     def check_fingerprint(self, fingerprint):
-        """Raise Mistake unless the sets were prepared with this tokenizer, template and picture policy; says which part differs."""
+        """Raise UserError unless the sets were prepared with this tokenizer, template and picture policy; says which part differs."""
         if wrong := differences(self.fingerprint, fingerprint, "its"):
-            raise Mistake(f"{self} was prepared for another model: {'; '.join(wrong)}")
+            raise UserError(f"{self} was prepared for another model: {'; '.join(wrong)}")
 
     def stored(self, i):
         """Sample i as it was written: ids with IMAGE once a picture, marks of what is trained, pictures."""
         shard, row = self.shards[self.shard_of[i]], self.table[i]
         span = slice(row[FIRST_ID], row[FIRST_ID] + row[IDS])
         rows = shard["pictures"][row[FIRST_PICTURE] : row[FIRST_PICTURE] + row[PICTURES]].tolist()
-        pictures = [image_processing.Picture(shard["tiles"][first : first + n], image_processing.places(size, self.policy, n), tuple(size)) for first, n, *size in rows]
+        pictures = [
+            image_processing.Picture(
+                shard["tiles"][first : first + n],
+                image_processing.places(size, self.policy, n),
+                tuple(size),
+            )
+            for first, n, *size in rows
+        ]
         return shard["ids"][span], shard["trained"][span], pictures
 
     def read(self, i):
@@ -254,8 +340,8 @@ class Samples:
         ids, trained, pictures = self.stored(i)
         times = repeats(ids, [len(picture.places) for picture in pictures])
         ids_T, trained_T = np.repeat(ids.astype(np.int64), times), np.repeat(trained, times)
-        targets_T = np.full_like(ids_T, UNTRAINED)
-        targets_T[:-1] = np.where(trained_T[1:], ids_T[1:], UNTRAINED)
+        targets_T = np.full_like(ids_T, IGNORE_INDEX)
+        targets_T[:-1] = np.where(trained_T[1:], ids_T[1:], IGNORE_INDEX)
         return ids_T, targets_T, pictures
 
     def split(self, validation):
@@ -267,11 +353,17 @@ def write_some(samples, members, folder):
     """Some of the samples, by their numbers, as a set of their own with the tokenizer's files of the set that they come from."""
     folder = Path(folder)
     shutil.rmtree(folder, ignore_errors=True)  # of an earlier attempt at the same step
-    write_shard(folder / "00000", samples.policy, ((samples.names[i], *samples.stored(i)) for i in members))
+    write_shard(
+        folder / "00000", samples.policy, ((samples.names[i], *samples.stored(i)) for i in members)
+    )
     for path in samples.folders[0].iterdir():
         if path.is_file() and path.name not in ("header.json", "skipped.jsonl"):
             shutil.copy(path, folder)
-    write_header(folder, samples.fingerprint, [json.loads((folder / "00000" / "receipt.json").read_text())["files"]])
+    write_header(
+        folder,
+        samples.fingerprint,
+        [json.loads((folder / "00000" / "receipt.json").read_text())["files"]],
+    )
 
 
 def damaged(folder):

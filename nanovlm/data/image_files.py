@@ -1,4 +1,5 @@
-"""Opening pictures that nobody vouches for: any file's bytes become an RGB picture, or a Mistake that names it, with a reason to be counted by."""
+"""Opening pictures that nobody vouches for: any file's bytes become an RGB picture, or a UserError that names it, with a reason to be counted by."""
+
 import contextlib
 import io
 import os
@@ -8,9 +9,17 @@ import warnings
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
-from .. import Mistake
+from .. import UserError
 
-FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # what people have; Pillow knows 40 more, some of which start other programs
+FORMATS = (
+    "BMP",
+    "GIF",
+    "JPEG",
+    "PNG",
+    "PPM",
+    "TIFF",
+    "WEBP",
+)  # what people have; Pillow knows 40 more, some of which start other programs
 MAX_PIXELS = 100_000_000  # 300 MB as RGB; a bomb of a few kB unpacks to more
 MAX_SIDE = 20_000  # the square that it is padded to is 1.2 GB
 MAX_ASPECT = 200
@@ -21,19 +30,25 @@ def read(source, name=None, needed=None):
     frame if it moves.
 
     name: of bytes, for messages. needed: a function of (width, height) that says what size the picture will be resized to: a JPEG may then come
-    smaller than the (width, height) that is returned. Raises Mistake, naming the picture, for what is no picture of FORMATS, is cut short, has more
+    smaller than the (width, height) that is returned. Raises UserError, naming the picture, for what is no picture of FORMATS, is cut short, has more
     than MAX_PIXELS, a side of more than MAX_SIDE or one MAX_ASPECT times the other, or holds grey that is neither 8 nor 16 bits.
     """
+
     def file():
         return io.BytesIO(source) if memory else source
 
     memory = isinstance(source, bytes)
     length = len(source) if memory else None
-    with blaming(name or ("the picture" if memory else source), length), warnings.catch_warnings(action="ignore"), \
-            Image.open(file(), formats=FORMATS) as picture:
+    with (
+        blaming(name or ("the picture" if memory else source), length),
+        warnings.catch_warnings(action="ignore"),
+        Image.open(file(), formats=FORMATS) as picture,
+    ):
         check_size(*picture.size)
         size = draft(picture, needed) if needed and picture.format in ("JPEG", "MPO") else None
-        codings = [part.args for part in picture.tile]  # how the file keeps a pixel, which loading forgets
+        codings = [
+            part.args for part in picture.tile
+        ]  # how the file keeps a pixel, which loading forgets
         picture.load()
         if "transparency" in picture.info:
             translate_transparency(file(), picture, codings)
@@ -43,26 +58,35 @@ def read(source, name=None, needed=None):
 
 @contextlib.contextmanager
 def blaming(name, length=None):
-    """Whatever opening a picture raises, as a Mistake that names it, with its reason; length: of a picture in memory."""
+    """Whatever opening a picture raises, as a UserError that names it, with its reason; length: of a picture in memory."""
     try:
         yield
-    except Mistake as mistake:
-        raise Mistake(f"{name} {mistake}", mistake.reason) from None
+    except UserError as mistake:
+        raise UserError(f"{name} {mistake}", mistake.reason) from None
     except IsADirectoryError:
-        raise Mistake(f"{name} is a folder, not a picture", "no picture") from None
+        raise UserError(f"{name} is a folder, not a picture", "no picture") from None
     except Image.UnidentifiedImageError:
         empty = (os.path.getsize(name) if length is None else length) == 0
-        what = "is empty (0 bytes)" if empty else f"is no picture that can be read here ({', '.join(FORMATS)})"
-        raise Mistake(f"{name} {what}", "no picture") from None
-    except Image.DecompressionBombError as error:  # Pillow counts before we can; its message says how many
+        what = (
+            "is empty (0 bytes)"
+            if empty
+            else f"is no picture that can be read here ({', '.join(FORMATS)})"
+        )
+        raise UserError(f"{name} {what}", "no picture") from None
+    except (
+        Image.DecompressionBombError
+    ) as error:  # Pillow counts before we can; its message says how many
         pixels = int(re.search(r"\((\d+) pixels\)", str(error))[1])
-        raise Mistake(f"{name} {too_many(pixels)}", "picture too large") from None
+        raise UserError(f"{name} {too_many(pixels)}", "picture too large") from None
     except FileNotFoundError as error:
-        raise Mistake(f"{name}: {error.strerror}", "picture missing") from None
+        raise UserError(f"{name}: {error.strerror}", "picture missing") from None
     except Exception as error:  # on broken bytes Pillow raises nearly every kind of error
         if isinstance(error, OSError) and error.strerror:  # the system's word, not Pillow's
-            raise Mistake(f"{name}: {error.strerror}", "picture unreadable") from None
-        raise Mistake(f"{name} is broken or cut short: {' '.join(str(error).split()) or type(error).__name__}", "picture cut short") from None
+            raise UserError(f"{name}: {error.strerror}", "picture unreadable") from None
+        raise UserError(
+            f"{name} is broken or cut short: {' '.join(str(error).split()) or type(error).__name__}",
+            "picture cut short",
+        ) from None
 
 
 def draft(picture, needed):
@@ -81,11 +105,17 @@ def too_many(pixels):
 
 def check_size(width, height):
     if width * height > MAX_PIXELS:
-        raise Mistake(too_many(width * height), "picture too large")
+        raise UserError(too_many(width * height), "picture too large")
     if max(width, height) > MAX_SIDE:
-        raise Mistake(f"is {width} x {height} pixels, more than the {MAX_SIDE:,} that a side may have", "picture too large")
+        raise UserError(
+            f"is {width} x {height} pixels, more than the {MAX_SIDE:,} that a side may have",
+            "picture too large",
+        )
     if min(width, height) < 1 or max(width, height) > MAX_ASPECT * min(width, height):
-        raise Mistake(f"is {width} x {height} pixels: one side is more than {MAX_ASPECT} times the other", "picture too long and thin")
+        raise UserError(
+            f"is {width} x {height} pixels: one side is more than {MAX_ASPECT} times the other",
+            "picture too long and thin",
+        )
 
 
 def translate_transparency(file, picture, codings):
@@ -94,20 +124,26 @@ def translate_transparency(file, picture, codings):
         picture.info["transparency"] *= 85 if "L;2" in codings else 17  # 255 / 3, 255 / 15
     if "RGB;16B" in codings:
         with Image.open(file, formats=["PNG"]) as lower:
-            lower.tile = [part._replace(args="RGB;16L") for part in lower.tile]  # the bytes swapped: the lower 8 bits of each number
+            lower.tile = [
+                part._replace(args="RGB;16L") for part in lower.tile
+            ]  # the bytes swapped: the lower 8 bits of each number
             values_YXC = np.asarray(picture).astype(np.uint16) << 8 | np.asarray(lower)
         picture.putalpha(Image.fromarray((values_YXC != picture.info.pop("transparency")).any(-1)))
 
 
 def to_rgb(picture):
-    """A loaded picture of any mode as RGB; Mistake for grey values that are neither 8 nor 16 bits."""
+    """A loaded picture of any mode as RGB; UserError for grey values that are neither 8 nor 16 bits."""
     if picture.mode == "F":
-        raise Mistake("holds float pixels, which have no agreed white", "picture of strange pixels")
+        raise UserError(
+            "holds float pixels, which have no agreed white", "picture of strange pixels"
+        )
     if picture.mode.startswith("I"):
         return grey_of_16_bits(picture)
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+        return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert(
+            "RGB"
+        )
     return picture if picture.mode == "RGB" else picture.convert("RGB")
 
 
@@ -115,7 +151,10 @@ def grey_of_16_bits(picture):
     """The upper 8 of 16 bits, as Pillow takes them from 16-bit colour; its own conversion of grey would clip at 255."""
     values_YX = np.asarray(picture).astype(np.int64)
     if values_YX.min() < 0 or values_YX.max() > 65535:
-        raise Mistake(f"holds grey from {values_YX.min()} to {values_YX.max()}, neither 8 nor 16 bits", "picture of strange pixels")
+        raise UserError(
+            f"holds grey from {values_YX.min()} to {values_YX.max()}, neither 8 nor 16 bits",
+            "picture of strange pixels",
+        )
     grey_YX = values_YX >> 8
     grey_YX[values_YX == picture.info.get("transparency", -1)] = 255
     return Image.fromarray(grey_YX.astype(np.uint8)).convert("RGB")

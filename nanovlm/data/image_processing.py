@@ -13,6 +13,7 @@ The picture policy is a plain dict that travels in the checkpoint:
     pinpoints for anyres alone, LLaVA-NeXT's way (Liu et al. 2024): the heights and widths in pixels that a picture may be enlarged to. Its first
               tile is the whole picture, squashed; the others cut the enlarged one, black around it, row by row.
 """
+
 import functools
 import math
 import warnings
@@ -23,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from .. import Mistake
+from .. import UserError
 from . import image_files
 
 FITS = ("squash", "pad", "crop")  # that make one tile of any picture
@@ -35,30 +36,46 @@ NEWLINE = -1  # among places: the vector that a model has learnt for the end of 
 class Picture(NamedTuple):
     """A picture cut for a model."""
 
-    tiles: np.ndarray   # (N, C, Y, X), uint8
+    tiles: np.ndarray  # (N, C, Y, X), uint8
     places: np.ndarray  # which tokens of the tiles are read, in order
-    size: tuple         # (width, height) in pixels, upright, before it was cut
+    size: tuple  # (width, height) in pixels, upright, before it was cut
 
 
 # ---- the policy ----
 
+
 def check_policy(policy):
-    """Raise Mistake unless a policy has each of its parts, nothing else, and numbers that go together."""
+    """Raise UserError unless a policy has each of its parts, nothing else, and numbers that go together."""
+
     def whole(x):
         return isinstance(x, int) and not isinstance(x, bool) and x >= 1
 
     def shares(x, low):
-        return isinstance(x, list | tuple) and len(x) == 3 and all(isinstance(c, int | float) and low <= c <= 1 for c in x)
+        return (
+            isinstance(x, list | tuple)
+            and len(x) == 3
+            and all(isinstance(c, int | float) and low <= c <= 1 for c in x)
+        )
 
     def grids(x):
-        return isinstance(x, list) and x and all(isinstance(edges, list) and len(edges) == 2 and all(map(of_tiles, edges)) for edges in x)
+        return (
+            isinstance(x, list)
+            and x
+            and all(
+                isinstance(edges, list) and len(edges) == 2 and all(map(of_tiles, edges))
+                for edges in x
+            )
+        )
 
     def of_tiles(x):
         return whole(x) and whole(policy.get("tile")) and x % policy["tile"] == 0
 
     rules = {
         **{name: (whole, "is no whole number from 1 on") for name in ("tile", "patch", "shuffle")},
-        "fit": (lambda x: x in (*FITS, "tiles", "anyres"), f"is none of {', '.join(FITS)}, tiles, anyres"),
+        "fit": (
+            lambda x: x in (*FITS, "tiles", "anyres"),
+            f"is none of {', '.join(FITS)}, tiles, anyres",
+        ),
         "resample": (lambda x: x in FILTERS, f"is none of {', '.join(FILTERS)}"),
         "mean": (lambda x: shares(x, 0), "is not three numbers from 0 to 1"),
         "std": (lambda x: shares(x, 1e-6), "is not three numbers above 0, at most 1"),
@@ -67,19 +84,32 @@ def check_policy(policy):
     if policy.get("fit") == "anyres":
         rules["pinpoints"] = (grids, "is no list of heights and widths in whole tiles")
     if policy.get("fit") == "tiles":
-        rules |= {"tiles": rules["tile"], "choice": (lambda x: x in GRIDS, f"is none of {', '.join(GRIDS)}"), "thumbnail": truth, "tags": truth}
+        rules |= {
+            "tiles": rules["tile"],
+            "choice": (lambda x: x in GRIDS, f"is none of {', '.join(GRIDS)}"),
+            "thumbnail": truth,
+            "tags": truth,
+        }
     if "draft" in policy:
         rules["draft"] = truth
-    wrong = [f"{name} is missing" for name in rules if name not in policy] + [f"{name} is not known" for name in policy if name not in rules]
-    wrong += [f"{name} {policy[name]!r} {what}" for name, (holds, what) in rules.items() if name in policy and not holds(policy[name])]
+    wrong = [f"{name} is missing" for name in rules if name not in policy] + [
+        f"{name} is not known" for name in policy if name not in rules
+    ]
+    wrong += [
+        f"{name} {policy[name]!r} {what}"
+        for name, (holds, what) in rules.items()
+        if name in policy and not holds(policy[name])
+    ]
     if not wrong:
         across, left = divmod(policy["tile"], policy["patch"])
         if left:
             wrong = [f"a tile of {policy['tile']} pixels is not whole patches of {policy['patch']}"]
         elif across % policy["shuffle"]:
-            wrong = [f"{across} patches across a tile ({policy['tile']} pixels / {policy['patch']}) do not shuffle by {policy['shuffle']}"]
+            wrong = [
+                f"{across} patches across a tile ({policy['tile']} pixels / {policy['patch']}) do not shuffle by {policy['shuffle']}"
+            ]
     if wrong:
-        raise Mistake(f"picture policy: {'; '.join(wrong)}")
+        raise UserError(f"picture policy: {'; '.join(wrong)}")
 
 
 def tokens_per_tile(policy):
@@ -90,18 +120,33 @@ def tokens_per_tile(policy):
 def grids_of(most):
     """Every (columns, rows) of at most so many tiles, the fewest tiles first; of as many, in the order of a Python set, as InternVL's code has
     them: among the grids that show a large square equally well, GRIDS["area"] takes the first."""
-    pairs = {(i, j) for n in range(1, most + 1) for i in range(1, n + 1) for j in range(1, n + 1) if i * j <= most}
+    pairs = {
+        (i, j)
+        for n in range(1, most + 1)
+        for i in range(1, n + 1)
+        for j in range(1, n + 1)
+        if i * j <= most
+    }
     return sorted(pairs, key=math.prod)
 
 
 def closest(size, tile, grids):
     """The grid whose width / height is closest to the picture's; of several, the largest of which the picture covers more than half, else the
     smallest (InternVL's `find_closest_aspect_ratio`)."""
+
     def distance(grid):
         return abs(size[0] / size[1] - grid[0] / grid[1])
+
     nearest = min(map(distance, grids))
     first, *larger = [grid for grid in grids if distance(grid) == nearest]
-    return next((grid for grid in reversed(larger) if math.prod(size) > 0.5 * tile * tile * math.prod(grid)), first)
+    return next(
+        (
+            grid
+            for grid in reversed(larger)
+            if math.prod(size) > 0.5 * tile * tile * math.prod(grid)
+        ),
+        first,
+    )
 
 
 def closest_and_large(size, tile, grids):
@@ -112,6 +157,7 @@ def closest_and_large(size, tile, grids):
     def merit(grid):
         own = grid[0] / grid[1]
         return min(math.prod(grid) * tile * tile / area, 0.6) * min(own / aspect, aspect / own)
+
     return max(grids, key=merit)
 
 
@@ -127,10 +173,12 @@ def grid(size, policy, limit=None):
 
 def pinpoint(size, policy):
     """The (height, width), of the policy's, that shows most of a picture of `size` (width, height), and of these the one that wastes least."""
+
     def merit(edges):
         scale = min(edges[1] / size[0], edges[0] / size[1])
         shown = min(int(size[0] * scale) * int(size[1] * scale), size[0] * size[1])
         return shown, shown - edges[0] * edges[1]
+
     return max(policy["pinpoints"], key=merit)
 
 
@@ -152,7 +200,10 @@ def places(size, policy, tiles):
     tokens = tokens_per_tile(policy)
     if policy["fit"] != "anyres":
         return np.arange(tiles * tokens)
-    side, (rows, columns) = math.isqrt(tokens), (edge // policy["tile"] for edge in pinpoint(size, policy))
+    side, (rows, columns) = (
+        math.isqrt(tokens),
+        (edge // policy["tile"] for edge in pinpoint(size, policy)),
+    )
     numbers = np.arange(tokens, tokens * tiles).reshape(rows, columns, side, side)
     grid_YX = numbers.transpose(0, 2, 1, 3).reshape(rows * side, columns * side)
     height, width = grid_YX.shape
@@ -162,7 +213,9 @@ def places(size, policy, tiles):
     else:
         black = (width - int(round(size[0] * (height / size[1]), 7))) // 2
         grid_YX = grid_YX[:, black : width - black]
-    return np.concatenate([np.arange(tokens), np.pad(grid_YX, ((0, 0), (0, 1)), constant_values=NEWLINE).ravel()])
+    return np.concatenate(
+        [np.arange(tokens), np.pad(grid_YX, ((0, 0), (0, 1)), constant_values=NEWLINE).ravel()]
+    )
 
 
 def picture_tokens(size, policy, limit=None):
@@ -180,6 +233,7 @@ def tags(tiles, policy):
 
 # ---- cutting ----
 
+
 def resize(pixels, size, resample):
     """Pillow's antialiased resize of (Y, X, C) uint8 to `size` (width, height), as a new (C, Y, X): about five times as fast in narrowing.
 
@@ -189,14 +243,24 @@ def resize(pixels, size, resample):
     across where that saves more. The count of threads changes nothing; another CPU may take another path in torch, with no more than this promise.
     """
     (height, width), (columns, rows) = pixels.shape[:2], size
-    if columns == 1:  # torch 2.13, if the CPU has no AVX2, makes all rows of such a picture the first
-        return np.asarray(Image.fromarray(pixels).resize(size, FILTERS[resample])).transpose(2, 0, 1).copy()
+    if (
+        columns == 1
+    ):  # torch 2.13, if the CPU has no AVX2, makes all rows of such a picture the first
+        return (
+            np.asarray(Image.fromarray(pixels).resize(size, FILTERS[resample]))
+            .transpose(2, 0, 1)
+            .copy()
+        )
     first = (width, rows) if height - rows > max(2 * (width - columns), 0) else (columns, height)
     if columns > width or width * height < SMALL:
         pixels = np.asarray(Image.fromarray(pixels).resize(first, FILTERS[resample]))
     step = functools.partial(F.interpolate, mode=resample, antialias=True)
-    with warnings.catch_warnings(action="ignore"):  # of what Pillow hands out being read-only: nobody writes to it
-        pixels_1CYX = torch.from_numpy(pixels).permute(2, 0, 1)[None]  # channels last, for which torch has its fastest path
+    with warnings.catch_warnings(
+        action="ignore"
+    ):  # of what Pillow hands out being read-only: nobody writes to it
+        pixels_1CYX = torch.from_numpy(pixels).permute(2, 0, 1)[
+            None
+        ]  # channels last, for which torch has its fastest path
     if columns != width == first[0]:  # F.interpolate by itself goes across first
         pixels_1CYX = step(pixels_1CYX, first[::-1])
     return step(pixels_1CYX, size[::-1])[0].contiguous().numpy()
@@ -215,14 +279,26 @@ def target(size, policy, limit=None):
 def squares(pixels_CYX, tile):
     """(C, Y, X) cut into its tiles, row by row, as (N, C, tile, tile)."""
     C, Y, X = pixels_CYX.shape
-    return pixels_CYX.reshape(C, Y // tile, tile, X // tile, tile).transpose(1, 3, 0, 2, 4).reshape(-1, C, tile, tile)
+    return (
+        pixels_CYX.reshape(C, Y // tile, tile, X // tile, tile)
+        .transpose(1, 3, 0, 2, 4)
+        .reshape(-1, C, tile, tile)
+    )
 
 
 def cut(picture, policy, limit=None, size=None):
     """An RGB picture as tiles_NCYX (uint8); limit: as for `grid`; size: its own before it was drafted."""
-    pixels, tile, fit, resample = np.asarray(picture), policy["tile"], policy["fit"], policy["resample"]
+    pixels, tile, fit, resample = (
+        np.asarray(picture),
+        policy["tile"],
+        policy["fit"],
+        policy["resample"],
+    )
     if fit == "anyres":
-        whole, enlarged = resize(pixels, (tile, tile), resample), enlarge(pixels, pinpoint(picture.size, policy), resample)
+        whole, enlarged = (
+            resize(pixels, (tile, tile), resample),
+            enlarge(pixels, pinpoint(picture.size, policy), resample),
+        )
         return np.concatenate([whole[None], squares(enlarged, tile)])
     if fit == "pad":
         return resize(on_square(pixels, policy["mean"]), (tile, tile), resample)[None]
@@ -251,7 +327,11 @@ def enlarge(pixels_YXC, edges, resample):
     """A picture in the middle of (height, width) pixels, as large as fits, black around it (`get_patch_output_size` of transformers); (C, Y, X)."""
     (height, width), (rows, columns) = edges, pixels_YXC.shape[:2]
     scale = min(width / columns, height / rows)
-    inner = resize(pixels_YXC, (min(math.ceil(columns * scale), width), min(math.ceil(rows * scale), height)), resample)
+    inner = resize(
+        pixels_YXC,
+        (min(math.ceil(columns * scale), width), min(math.ceil(rows * scale), height)),
+        resample,
+    )
     top, left = (height - inner.shape[1]) // 2, (width - inner.shape[2]) // 2
     padded = np.zeros((3, height, width), np.uint8)
     padded[:, top : top + inner.shape[1], left : left + inner.shape[2]] = inner
@@ -260,7 +340,11 @@ def enlarge(pixels_YXC, edges, resample):
 
 def needed(policy):
     """What opening.read may spare: the size to which a picture is resized, as a function of its own; None for all of it."""
-    return functools.partial(target, policy=policy) if policy.get("draft") and policy["fit"] != "anyres" else None
+    return (
+        functools.partial(target, policy=policy)
+        if policy.get("draft") and policy["fit"] != "anyres"
+        else None
+    )
 
 
 def plan(size, policy, limit=None):

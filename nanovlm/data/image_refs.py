@@ -1,4 +1,5 @@
 """Where a picture lies, and how its bytes are fetched: a file, a member of a zip, a span of a tar, or bytes that came along."""
+
 import functools
 import os
 import stat
@@ -6,24 +7,27 @@ import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
-from .. import Mistake
+from .. import UserError
 
 MAX_BYTES = 1 << 30  # of a picture's file
 
 
 class File(NamedTuple):
     """A picture in a file of its own."""
+
     path: str
 
 
 class Member(NamedTuple):
     """A picture in a zip."""
+
     archive: str
     name: str
 
 
 class Span(NamedTuple):
     """A picture in a tar, by the bytes that it takes there."""
+
     file: str
     name: str
     offset: int
@@ -32,6 +36,7 @@ class Span(NamedTuple):
 
 class Bytes(NamedTuple):
     """A picture that came with its record."""
+
     name: str
     content: bytes
 
@@ -49,21 +54,34 @@ def find(path, folder, images, where):
     Links are followed: they are the doing of whoever laid out the folder, not of a record."""
     zipped = images and not os.path.isdir(images)
     if not (images or folder is not None):
-        raise Mistake(f"{where}: it names {path!r} but brings no picture along, and no --images says where that is", "picture missing")
-    named, path = path, path and os.path.normpath(path)  # "link/../a" is what it says, not what lies beside where the link leads
+        raise UserError(
+            f"{where}: it names {path!r} but brings no picture along, and no --images says where that is",
+            "picture missing",
+        )
+    named, path = (
+        path,
+        path and os.path.normpath(path),
+    )  # "link/../a" is what it says, not what lies beside where the link leads
     root = os.path.abspath(images or folder or ".")
-    outside = os.path.isabs(path) and (zipped or folder is None or not Path(path).is_relative_to(root))
+    outside = os.path.isabs(path) and (
+        zipped or folder is None or not Path(path).is_relative_to(root)
+    )
     if outside or path.split("/")[0] == "..":
-        raise Mistake(f"{where}: the path {named!r} climbs out of {images or folder or '.'}", "path climbs out")
+        raise UserError(
+            f"{where}: the path {named!r} climbs out of {images or folder or '.'}",
+            "path climbs out",
+        )
     if not zipped:
         ref = File(os.path.join(images or folder, path))
         there = os.path.isfile(ref.path)
     else:
         ref = Member(images, path)
         info = archive(images, os.getpid()).NameToInfo.get(ref.name)
-        there = info is not None and not info.is_dir() and not stat.S_ISLNK(info.external_attr >> 16)
+        there = (
+            info is not None and not info.is_dir() and not stat.S_ISLNK(info.external_attr >> 16)
+        )
     if not there:
-        raise Mistake(f"{where}: no such picture: {os.path.join(*ref)!r}", "picture missing")
+        raise UserError(f"{where}: no such picture: {os.path.join(*ref)!r}", "picture missing")
     return ref
 
 
@@ -73,13 +91,15 @@ def archive(path, process):
     try:
         return zipfile.ZipFile(path)
     except FileNotFoundError:
-        raise Mistake(f"--images={path} is no folder") from None
+        raise UserError(f"--images={path} is no folder") from None
     except Exception as error:  # on broken bytes zipfile raises nearly every kind of error
-        raise Mistake(f"--images={path} is neither a folder nor a zip: {one_line(error)}") from None
+        raise UserError(
+            f"--images={path} is neither a folder nor a zip: {one_line(error)}"
+        ) from None
 
 
 def load(ref):
-    """(bytes, name for messages) of a picture; raises Mistake if it is not there any more, cannot be unpacked or is too large to be one."""
+    """(bytes, name for messages) of a picture; raises UserError if it is not there any more, cannot be unpacked or is too large to be one."""
     if isinstance(ref, Bytes):
         return ref.content, ref.name
     name = printable(os.path.join(*ref[:2]))
@@ -87,16 +107,23 @@ def load(ref):
         file, size = seek(ref)
         with file:
             if size > MAX_BYTES:
-                raise Mistake(f"{name} has {size:,} bytes, more than the {MAX_BYTES:,} of a picture", "picture too large")
+                raise UserError(
+                    f"{name} has {size:,} bytes, more than the {MAX_BYTES:,} of a picture",
+                    "picture too large",
+                )
             content = file.read(size)
-    except Mistake:
+    except UserError:
         raise
     except OSError as error:
-        raise Mistake(f"{name}: {error.strerror or error}", "picture missing") from None
+        raise UserError(f"{name}: {error.strerror or error}", "picture missing") from None
     except Exception as error:  # on broken bytes zipfile raises nearly every kind of error
-        raise Mistake(f"{name} cannot be unpacked: {one_line(error)}", "picture cannot be unpacked") from None
+        raise UserError(
+            f"{name} cannot be unpacked: {one_line(error)}", "picture cannot be unpacked"
+        ) from None
     if len(content) < size:
-        raise Mistake(f"{name} ends after {len(content):,} of {size:,} bytes", "picture cut short")
+        raise UserError(
+            f"{name} ends after {len(content):,} of {size:,} bytes", "picture cut short"
+        )
     return content, name
 
 

@@ -4,6 +4,7 @@
 
 It prints a JSON list: of each conversation what is written, null where the template refuses it. chat.recognise asks, and knows the answer's meaning.
 """
+
 import contextlib
 import json
 import resource
@@ -28,15 +29,21 @@ class Generation(jinja2.ext.Extension):
 def write(jinja, tokens, turns, parts):
     """What a template writes of a conversation that waits for an answer, in the sandbox that transformers uses; None if it refuses it.
     parts: what is said comes as a list of parts, of which each is a text or a picture."""
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
-                                                               extensions=[jinja2.ext.loopcontrols, Generation])
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols, Generation]
+    )
 
     def raise_exception(message):
         raise jinja2.TemplateError(message)
 
-    messages = [{"role": role, "content": [{"type": "text", "text": said}] if parts else said} for role, said in turns]
+    messages = [
+        {"role": role, "content": [{"type": "text", "text": said}] if parts else said}
+        for role, said in turns
+    ]
     try:
-        text = environment.from_string(jinja).render(messages=messages, add_generation_prompt=True, raise_exception=raise_exception, **tokens)
+        text = environment.from_string(jinja).render(
+            messages=messages, add_generation_prompt=True, raise_exception=raise_exception, **tokens
+        )
     except MemoryError:  # told by the exit code
         raise
     except Exception:  # a template may raise all that Python does: it divides by nothing, asks for what is not there, nests too deep
@@ -56,4 +63,11 @@ def limit(seconds, size):
 if __name__ == "__main__":
     limit(*map(int, sys.argv[1:]))
     given = json.load(sys.stdin)
-    print(json.dumps([write(given["jinja"], given["tokens"], turns, parts) for turns, parts in given["asked"]]))
+    print(
+        json.dumps(
+            [
+                write(given["jinja"], given["tokens"], turns, parts)
+                for turns, parts in given["asked"]
+            ]
+        )
+    )

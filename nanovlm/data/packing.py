@@ -3,6 +3,7 @@
 A step's rows are a function of (seed, step): not of the number of ranks or micro-batches, nor of anything that happened before. So a run resumes
 anywhere, on any number of machines, with nothing to remember but the step.
 """
+
 import itertools
 import math
 from bisect import bisect_left, insort
@@ -11,11 +12,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .. import UNTRAINED, Mistake
+from .. import IGNORE_INDEX, UserError
 from . import image_processing
 from .dataset import LENGTH
 
-WINDOW = 1024  # samples: enough to fill their rows to the brim, few enough to leave the order random
+WINDOW = (
+    1024  # samples: enough to fill their rows to the brim, few enough to leave the order random
+)
 
 
 def read_blend(text):
@@ -28,15 +31,19 @@ def read_blend(text):
         folders.append(folder)
         weights.append(weight)
     if "" in folders or len(set(map(Path, folders))) < len(folders):
-        raise Mistake(f"--data={text} names {'nothing between two commas' if '' in folders else 'a set twice'}")
+        raise UserError(
+            f"--data={text} names {'nothing between two commas' if '' in folders else 'a set twice'}"
+        )
     if set(weights) == {None}:
         return folders, None
     try:
         numbers = [float(weight) for weight in weights]
     except (TypeError, ValueError):
-        raise Mistake(f"--data={text}: either each set has a weight, a number after a colon, or none has") from None
+        raise UserError(
+            f"--data={text}: either each set has a weight, a number after a colon, or none has"
+        ) from None
     if not all(0 < number < math.inf for number in numbers):
-        raise Mistake(f"--data={text}: weights must be above 0")
+        raise UserError(f"--data={text}: weights must be above 0")
     return folders, [number / sum(numbers) for number in numbers]
 
 
@@ -85,12 +92,22 @@ def rows_forever(lengths, row, seed, set_of=None, weights=None):
 def join(pictures, policy, pin=False):
     """Pictures, or none, as the model takes them: all their tiles as one uint8 tensor (N, C, Y, X), and which of all their tokens are read; pin:
     in memory that a GPU can fetch from by itself."""
-    count, tile, tokens = sum(len(picture.tiles) for picture in pictures), policy["tile"], image_processing.tokens_per_tile(policy)
+    count, tile, tokens = (
+        sum(len(picture.tiles) for picture in pictures),
+        policy["tile"],
+        image_processing.tokens_per_tile(policy),
+    )
     tiles_NCYX = torch.empty(count, 3, tile, tile, dtype=torch.uint8, pin_memory=pin)
     read, before = [np.empty(0, np.int64)], 0
     for tiles_nCYX, places, _ in pictures:
         tiles_NCYX.numpy()[before : before + len(tiles_nCYX)] = tiles_nCYX
-        read.append(np.where(places == image_processing.NEWLINE, image_processing.NEWLINE, places + before * tokens))
+        read.append(
+            np.where(
+                places == image_processing.NEWLINE,
+                image_processing.NEWLINE,
+                places + before * tokens,
+            )
+        )
         before += len(tiles_nCYX)
     return {"tiles_NCYX": tiles_NCYX, "places": torch.from_numpy(np.concatenate(read))}
 
@@ -104,7 +121,10 @@ def collate(samples, rows, pin=False):
     read = [[samples.read(i) for i in members] for members in rows]
     T = max(1, *(sum(len(ids) for ids, _, _ in row) for row in read))
     ids_BT, positions_BT = np.zeros((len(rows), T), np.int64), np.zeros((len(rows), T), np.int64)
-    targets_BT, documents_BT = np.full((len(rows), T), UNTRAINED, np.int64), np.full((len(rows), T), -1, np.int32)
+    targets_BT, documents_BT = (
+        np.full((len(rows), T), IGNORE_INDEX, np.int64),
+        np.full((len(rows), T), -1, np.int32),
+    )
     for b, row in enumerate(read):
         start = 0
         for document, (ids_t, targets_t, _) in enumerate(row):
@@ -112,9 +132,21 @@ def collate(samples, rows, pin=False):
             ids_BT[b, span], targets_BT[b, span] = ids_t, targets_t
             positions_BT[b, span], documents_BT[b, span] = np.arange(len(ids_t)), document
             start = span.stop
-    arrays = {"ids_BT": ids_BT, "targets_BT": targets_BT, "positions_BT": positions_BT, "documents_BT": documents_BT}
-    batch = {name: torch.from_numpy(a).pin_memory() if pin else torch.from_numpy(a) for name, a in arrays.items()}
-    pictures = join([picture for row in read for _, _, pictures in row for picture in pictures], samples.policy, pin)
+    arrays = {
+        "ids_BT": ids_BT,
+        "targets_BT": targets_BT,
+        "positions_BT": positions_BT,
+        "documents_BT": documents_BT,
+    }
+    batch = {
+        name: torch.from_numpy(a).pin_memory() if pin else torch.from_numpy(a)
+        for name, a in arrays.items()
+    }
+    pictures = join(
+        [picture for row in read for _, _, pictures in row for picture in pictures],
+        samples.policy,
+        pin,
+    )
     return batch | pictures, [int(i) for members in rows for i in members]
 
 
@@ -125,22 +157,33 @@ class Loader:
     batch: rows of a step over all ranks; micro: rows of a micro-batch; start: the step to begin with; weights: of the sets, as read_blend says.
     """
 
-    def __init__(self, samples, *, row, batch, micro, seed, weights=None, rank=0, world=1, start=0, pin=False):
+    def __init__(
+        self, samples, *, row, batch, micro, seed, weights=None, rank=0, world=1, start=0, pin=False
+    ):
         self.samples, self.micro, self.rank, self.world, self.pin = samples, micro, rank, world, pin
         training = samples.split(validation=False)
         lengths, set_of = samples.table[training, LENGTH], samples.set_of[training]
         for number, folder in enumerate(samples.folders):
             if not (set_of == number).any():
-                raise Mistake(f"{folder} holds no training samples")
-        longest = samples.table[:, LENGTH].argmax()  # held-out samples too: validation packs them into the same rows
+                raise UserError(f"{folder} holds no training samples")
+        longest = samples.table[
+            :, LENGTH
+        ].argmax()  # held-out samples too: validation packs them into the same rows
         if samples.table[longest, LENGTH] > row:
             folder = samples.folders[samples.set_of[longest]]
-            raise Mistake(f"{folder}: sample {samples.names[longest]} takes {samples.table[longest, LENGTH]} tokens, a row holds --row={row}")
-        self.rows = (training[members] for members in rows_forever(lengths, row, seed, set_of, weights))
+            raise UserError(
+                f"{folder}: sample {samples.names[longest]} takes {samples.table[longest, LENGTH]} tokens, a row holds --row={row}"
+            )
+        self.rows = (
+            training[members] for members in rows_forever(lengths, row, seed, set_of, weights)
+        )
         self.rows = itertools.islice(self.rows, start * batch, None)
         self.batch = batch
 
     def __next__(self):
         rows = list(itertools.islice(self.rows, self.batch))[self.rank :: self.world]
         most = -(-self.batch // self.world)  # rows of a rank
-        return [collate(self.samples, rows[i : i + self.micro] or [[]], self.pin) for i in range(0, most, self.micro)]
+        return [
+            collate(self.samples, rows[i : i + self.micro] or [[]], self.pin)
+            for i in range(0, most, self.micro)
+        ]

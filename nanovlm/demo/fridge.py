@@ -7,6 +7,7 @@ A scene is four places, each with three slots from left to right, None where one
 Everything is a function of (seed, number), so scenes can be made in any order. One composition in eight, chosen by a hash of it, is held out: the
 exam never shows a fridge with the contents of one that was trained on.
 """
+
 import hashlib
 import json
 import os
@@ -21,13 +22,30 @@ from PIL import Image, ImageDraw, ImageEnhance, ImageFilter
 from .. import cli
 
 PLURAL = {
-    "apple": "apples", "milk": "cartons of milk", "egg": "eggs", "cheese": "pieces of cheese", "carrot": "carrots", "broccoli": "heads of broccoli",
-    "grapes": "bunches of grapes", "juice": "bottles of juice", "fish": "fish", "cake": "slices of cake",
+    "apple": "apples",
+    "milk": "cartons of milk",
+    "egg": "eggs",
+    "cheese": "pieces of cheese",
+    "carrot": "carrots",
+    "broccoli": "heads of broccoli",
+    "grapes": "bunches of grapes",
+    "juice": "bottles of juice",
+    "fish": "fish",
+    "cake": "slices of cake",
 }
 FOODS = list(PLURAL)
-RECIPES = {"an omelette": ("egg", "milk", "cheese"), "a fruit salad": ("apple", "grapes", "juice"), "a fish supper": ("fish", "carrot", "broccoli"),
-           "a tea party": ("cake", "milk", "grapes")}
-PLACES = {"top": "on the top shelf", "middle": "on the middle shelf", "bottom": "on the bottom shelf", "drawer": "in the drawer"}
+RECIPES = {
+    "an omelette": ("egg", "milk", "cheese"),
+    "a fruit salad": ("apple", "grapes", "juice"),
+    "a fish supper": ("fish", "carrot", "broccoli"),
+    "a tea party": ("cake", "milk", "grapes"),
+}
+PLACES = {
+    "top": "on the top shelf",
+    "middle": "on the middle shelf",
+    "bottom": "on the bottom shelf",
+    "drawer": "in the drawer",
+}
 SLOTS = 3  # in each place
 NUMBERS = ("none", "one", "two", "three")
 SQUARE = 48  # pixels across a slot; a picture is four squares each way: a column of the open door, three of slots
@@ -36,6 +54,7 @@ SIDE = 4 * SQUARE
 
 # ---- scenes ----
 
+
 def foods(scene, place=None):
     """The foods of one place, or of all, in order."""
     return [food for p in ([place] if place else PLACES) for food in scene[p] if food]
@@ -43,7 +62,10 @@ def foods(scene, place=None):
 
 def is_held_out(scene):
     """By what stands where, whatever the gaps between."""
-    return hashlib.sha256(repr([foods(scene, place) for place in PLACES]).encode()).digest()[0] % 8 == 0
+    return (
+        hashlib.sha256(repr([foods(scene, place) for place in PLACES]).encode()).digest()[0] % 8
+        == 0
+    )
 
 
 def scene_of(rng, held_out):
@@ -64,7 +86,12 @@ def scene_of(rng, held_out):
 
 def without(rng, scene, held_out):
     """(the scene with one food fewer, that food), a kind that stood there once; None if no such scene is of this part."""
-    unique = [(p, i) for p in PLACES for i, food in enumerate(scene[p]) if food and foods(scene).count(food) == 1]
+    unique = [
+        (p, i)
+        for p in PLACES
+        for i, food in enumerate(scene[p])
+        if food and foods(scene).count(food) == 1
+    ]
     rng.shuffle(unique)
     for place, i in unique:
         rest = {p: list(row) for p, row in scene.items()}
@@ -75,6 +102,7 @@ def without(rng, scene, held_out):
 
 
 # ---- words ----
+
 
 def join(words):
     return " and ".join(filter(None, [", ".join(words[:-1]), words[-1]])) if words else "nothing"
@@ -101,7 +129,9 @@ def note(rng, scene):
 
 
 def ask_reading(rng, scene):
-    return rng.choice(["What is in the fridge?", "What do you see?", "Read the fridge from top to bottom."]), reading(scene)
+    return rng.choice(
+        ["What is in the fridge?", "What do you see?", "Read the fridge from top to bottom."]
+    ), reading(scene)
 
 
 def ask_upward(rng, scene):
@@ -115,7 +145,9 @@ def whereabouts(scene, food):
 
 def ask_inventory(rng, scene):
     """By kind where ask_reading goes by place: looking for a food is learnt ten times from one answer. Trained, never examined."""
-    return "Where is everything?", ", ".join(whereabouts(scene, food) if food in foods(scene) else f"{food} nowhere" for food in FOODS)
+    return "Where is everything?", ", ".join(
+        whereabouts(scene, food) if food in foods(scene) else f"{food} nowhere" for food in FOODS
+    )
 
 
 def ask_shelf(rng, scene, place=None):
@@ -125,7 +157,9 @@ def ask_shelf(rng, scene, place=None):
 
 def ask_count(rng, scene):
     number = rng.choice([0, 1, 1, 2, 2, 3])
-    kinds = [f for f in FOODS if foods(scene).count(f) == number] or [f for f in FOODS if f in foods(scene)]
+    kinds = [f for f in FOODS if foods(scene).count(f) == number] or [
+        f for f in FOODS if f in foods(scene)
+    ]
     kind = rng.choice(kinds)
     return f"How many {PLURAL[kind]} are there?", NUMBERS[foods(scene).count(kind)]
 
@@ -133,7 +167,9 @@ def ask_count(rng, scene):
 def ask_exists(rng, scene):
     there = rng.random() < 0.5
     kind = rng.choice([f for f in FOODS if (f in foods(scene)) == there])
-    return rng.choice([f"Is there any {kind}?", f"Do you see any {kind}?"]), "yes" if there else "no"
+    return rng.choice(
+        [f"Is there any {kind}?", f"Do you see any {kind}?"]
+    ), "yes" if there else "no"
 
 
 def unique_foods(scene):
@@ -155,21 +191,36 @@ def ask_next(rng, scene):
     kind = rng.choice(kinds)
     row = next(foods(scene, p) for p in PLACES if kind in scene[p])
     i = row.index(kind)
-    return f"What is next to the {kind}?", f"{whereabouts(scene, kind)} beside {join(row[max(0, i - 1) : i] + row[i + 1 : i + 2])}"
+    return (
+        f"What is next to the {kind}?",
+        f"{whereabouts(scene, kind)} beside {join(row[max(0, i - 1) : i] + row[i + 1 : i + 2])}",
+    )
 
 
 def ask_taken(scene, rest, food):
     """Questions about a scene and the rest of it, without a food that was there once."""
-    return [("What was taken out?", food), ("Where was it?", whereabouts(scene, food)), ("What is left?", reading(rest))]
+    return [
+        ("What was taken out?", food),
+        ("Where was it?", whereabouts(scene, food)),
+        ("What is left?", reading(rest)),
+    ]
 
 
 def ask_recipe(rng, scene):
     recipe = rng.choice(list(RECIPES))
-    return f"What is missing for {recipe}?", join([food for food in RECIPES[recipe] if food not in foods(scene)])
+    return f"What is missing for {recipe}?", join(
+        [food for food in RECIPES[recipe] if food not in foods(scene)]
+    )
 
 
 KINDS = {
-    "reading": ask_reading, "shelf": ask_shelf, "count": ask_count, "exists": ask_exists, "where": ask_where, "next": ask_next, "recipe": ask_recipe,
+    "reading": ask_reading,
+    "shelf": ask_shelf,
+    "count": ask_count,
+    "exists": ask_exists,
+    "where": ask_where,
+    "next": ask_next,
+    "recipe": ask_recipe,
 }
 
 
@@ -186,7 +237,11 @@ def questions(rng, scene, count):
 
 def talk(pairs, before):
     """LLaVA's list of turns, with `before` in front of the first question."""
-    turns = [turn for question, answer in pairs for turn in ({"from": "human", "value": question}, {"from": "gpt", "value": answer})]
+    turns = [
+        turn
+        for question, answer in pairs
+        for turn in ({"from": "human", "value": question}, {"from": "gpt", "value": answer})
+    ]
     turns[0]["value"] = before + turns[0]["value"]
     return turns
 
@@ -196,7 +251,13 @@ def text_only(rng):
     style = rng.random()
     if style < 0.04:
         recipe = rng.choice(list(RECIPES))
-        return talk([("Hello!", "Hello! Show me your fridge."), (f"What do I need for {recipe}?", join(list(RECIPES[recipe])))], "")
+        return talk(
+            [
+                ("Hello!", "Hello! Show me your fridge."),
+                (f"What do I need for {recipe}?", join(list(RECIPES[recipe]))),
+            ],
+            "",
+        )
     scene = scene_of(rng, False)
     pair = without(rng, scene, False) if style < 0.5 else None
     if pair:
@@ -206,6 +267,7 @@ def text_only(rng):
 
 
 # ---- pictures ----
+
 
 def sprite_apple(d):
     d.ellipse((10, 26, 72, 118), fill="#d42020")
@@ -292,8 +354,13 @@ def put(rng, picture, food, x, floor, size):
     """Stand a food on a floor, its middle at x, in its own size and tint."""
     size = round(size * rng.uniform(0.88, 1.14))
     thing = sprite(food).resize((size, size), Image.BILINEAR)
-    colour = ImageEnhance.Brightness(ImageEnhance.Color(thing).enhance(rng.uniform(0.8, 1.2))).enhance(rng.uniform(0.88, 1.1))
-    left, top = round(x - size / 2 + rng.uniform(-4, 4)), round(floor - size * 0.95 + rng.uniform(-1, 1))
+    colour = ImageEnhance.Brightness(
+        ImageEnhance.Color(thing).enhance(rng.uniform(0.8, 1.2))
+    ).enhance(rng.uniform(0.88, 1.1))
+    left, top = (
+        round(x - size / 2 + rng.uniform(-4, 4)),
+        round(floor - size * 0.95 + rng.uniform(-1, 1)),
+    )
     picture.paste(colour, (left, top), thing.getchannel("A"))
 
 
@@ -304,29 +371,49 @@ def draw(scene, rng):
     picture = Image.new("RGB", (SIDE, SIDE), wall)
     d = ImageDraw.Draw(picture)
     for y in range(0, SIDE, 6):  # light falls from the lamp above
-        d.rectangle((SQUARE, y, SIDE, y + 5), fill=tuple(round(c * (1 - rng.uniform(0.05, 0.07) * y / SIDE)) for c in wall))
-    d.rectangle((0, 0, SQUARE - 5, SIDE), fill=tuple(c - rng.randint(16, 40) for c in wall), outline=(150, 155, 165), width=2)
+        d.rectangle(
+            (SQUARE, y, SIDE, y + 5),
+            fill=tuple(round(c * (1 - rng.uniform(0.05, 0.07) * y / SIDE)) for c in wall),
+        )
+    d.rectangle(
+        (0, 0, SQUARE - 5, SIDE),
+        fill=tuple(c - rng.randint(16, 40) for c in wall),
+        outline=(150, 155, 165),
+        width=2,
+    )
     for _ in range(rng.randint(0, 5)):  # magnets on the door, and notes: they mean nothing
         x, y, size = rng.randint(5, 26), rng.randint(4, SIDE - 20), rng.randint(4, 13)
-        rng.choice([d.ellipse, d.rectangle])((x, y, x + size, y + size), fill=tuple(rng.randint(60, 255) for _ in range(3)))
+        rng.choice([d.ellipse, d.rectangle])(
+            (x, y, x + size, y + size), fill=tuple(rng.randint(60, 255) for _ in range(3))
+        )
     d.rectangle((SQUARE, SIDE - SQUARE + 1, SIDE, SIDE), fill=tuple(c - 22 for c in wall))
     for row in range(1, 4):
         d.rectangle((SQUARE, row * SQUARE - 2, SIDE, row * SQUARE), fill=(165, 185, 200))
     for _ in range(rng.randint(0, 3)):  # frost
         x, y = rng.randint(SQUARE, SIDE - 10), rng.randint(4, SIDE - 10)
         d.ellipse((x, y, x + rng.randint(2, 5), y + rng.randint(2, 4)), fill=(255, 255, 255))
-    things = [(row, i, food) for row, place in enumerate(PLACES) for i, food in enumerate(scene[place]) if food]
+    things = [
+        (row, i, food)
+        for row, place in enumerate(PLACES)
+        for i, food in enumerate(scene[place])
+        if food
+    ]
     for row, i, food in rng.sample(things, len(things)):  # who stands in front of whom is chance
         put(rng, picture, food, (i + 1.5) * SQUARE, (row + 1) * SQUARE - 2, 0.9 * SQUARE)
-    d.rectangle((SQUARE, SIDE - 7, SIDE, SIDE), fill=(185, 200, 212))  # the drawer's front hides the feet of what lies in it
+    d.rectangle(
+        (SQUARE, SIDE - 7, SIDE, SIDE), fill=(185, 200, 212)
+    )  # the drawer's front hides the feet of what lies in it
     d.rectangle((SQUARE + 60, SIDE - 5, SQUARE + 84, SIDE - 3), fill=(130, 140, 155))
     picture = ImageEnhance.Brightness(picture).enhance(rng.uniform(0.85, 1.1))
     warm = rng.uniform(-0.05, 0.05)
     r, g, b = picture.split()
-    return Image.merge("RGB", (r.point(lambda v: v * (1 + warm)), g, b.point(lambda v: v * (1 - warm))))
+    return Image.merge(
+        "RGB", (r.point(lambda v: v * (1 + warm)), g, b.point(lambda v: v * (1 - warm)))
+    )
 
 
 # ---- files ----
+
 
 def train_sample(number, seed, folder):
     """One training fridge: its picture on disk, its captions and its chat; every other chat is about two pictures, before and after."""
@@ -357,7 +444,17 @@ def exam_sample(number, seed, folder):
     save(draw(rest, rng), folder / f"{name}-b.jpg")
     asked = [(kind, ask(rng, scene), f"{name}.jpg") for kind, ask in KINDS.items()]
     asked.append(("taken", ask_taken(scene, rest, taken)[0], [f"{name}.jpg", f"{name}-b.jpg"]))
-    return [{"id": f"{name}-{kind}", "kind": kind, "image": image, "question": pair[0], "answers": [pair[1]]} for kind, pair, image in asked if pair]
+    return [
+        {
+            "id": f"{name}-{kind}",
+            "kind": kind,
+            "image": image,
+            "question": pair[0],
+            "answers": [pair[1]],
+        }
+        for kind, pair, image in asked
+        if pair
+    ]
 
 
 def save(picture, path):
@@ -368,20 +465,44 @@ def write_world(*, out, scenes=8000, text=12000, exam=500, seed=0, workers=2):
     """Draw and describe the world into a new folder; the same seed gives the same bytes, whatever the number of workers."""
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f"{out.name}.", dir=out.parent) as tmp:  # a world that is not whole never has the name
+    with tempfile.TemporaryDirectory(
+        prefix=f"{out.name}.", dir=out.parent
+    ) as tmp:  # a world that is not whole never has the name
         draw_all(Path(tmp) / "world", scenes, text, exam, seed, workers)
         os.rename(Path(tmp) / "world", out)
-    cli.status(f"{out}: {scenes} fridges to learn from, {text} conversations without one, {exam} held out for the exam")
+    cli.status(
+        f"{out}: {scenes} fridges to learn from, {text} conversations without one, {exam} held out for the exam"
+    )
 
 
 def draw_all(out, scenes, text, exam, seed, workers):
     (out / "images").mkdir(parents=True)
     with ProcessPoolExecutor(workers) as pool:
-        trained = list(pool.map(train_sample, range(scenes), [seed] * scenes, [out / "images"] * scenes, chunksize=100))
-        asked = list(pool.map(exam_sample, range(exam), [seed] * exam, [out / "images"] * exam, chunksize=50))
-    told = [{"id": f"text-{i:05d}", "conversations": text_only(random.Random(f"{seed}-text-{i}"))} for i in range(text)]
-    extra = [{"id": f"told-{i:05d}", "conversations": text_only(random.Random(f"{seed}-told-{i}"))} for i in range(scenes // 12)]
-    files = {"text": told, "captions": [caption for caption, _ in trained], "chats": [chat for _, chat in trained] + extra}
+        trained = list(
+            pool.map(
+                train_sample,
+                range(scenes),
+                [seed] * scenes,
+                [out / "images"] * scenes,
+                chunksize=100,
+            )
+        )
+        asked = list(
+            pool.map(exam_sample, range(exam), [seed] * exam, [out / "images"] * exam, chunksize=50)
+        )
+    told = [
+        {"id": f"text-{i:05d}", "conversations": text_only(random.Random(f"{seed}-text-{i}"))}
+        for i in range(text)
+    ]
+    extra = [
+        {"id": f"told-{i:05d}", "conversations": text_only(random.Random(f"{seed}-told-{i}"))}
+        for i in range(scenes // 12)
+    ]
+    files = {
+        "text": told,
+        "captions": [caption for caption, _ in trained],
+        "chats": [chat for _, chat in trained] + extra,
+    }
     for name, records in files.items():
         (out / f"{name}.json").write_text(json.dumps(records))
     rng = random.Random(f"{seed}-demo")
@@ -390,4 +511,6 @@ def draw_all(out, scenes, text, exam, seed, workers):
         scene = scene_of(rng, True)
     save(draw(scene, rng), out / "fridge.jpg")
     (out / "fridge.txt").write_text(reading(scene) + "\n")
-    (out / "exam.jsonl").write_text("".join(json.dumps(q) + "\n" for questions in asked for q in questions))
+    (out / "exam.jsonl").write_text(
+        "".join(json.dumps(q) + "\n" for questions in asked for q in questions)
+    )

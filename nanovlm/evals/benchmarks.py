@@ -2,41 +2,67 @@
 
 What a benchmark is stands in BENCHMARKS, a few lines each. Neither the model is known here nor how an answer is marked: that is scores.py.
 """
+
 import json
 import re
 from collections.abc import Callable
 from typing import NamedTuple
 
-from .. import Mistake
+from .. import UserError
 from ..data.chat_template import CAPTION_PROMPT, LETTER_PROMPT, SHORT_PROMPT
 from ..data.image_refs import one_line
 from ..preprocess.records import LETTERS, field
 from . import metrics
-from .formats import ai2d, anybodys, by_file, coco, document, listed, mathvista, mme, mmmu, mmstar, picture, realworldqa, sheets, vqav2
+from .formats import (
+    ai2d,
+    anybodys,
+    by_file,
+    coco,
+    document,
+    listed,
+    mathvista,
+    mme,
+    mmmu,
+    mmstar,
+    picture,
+    realworldqa,
+    sheets,
+    vqav2,
+)
 
-WORD_PROMPT = "Answer the question using a single word, phrase, or number."  # TextVQA, DocVQA, InfoVQA
-COMPARED = ("vqa", "textvqa", "anls", "relaxed")  # scores of whole texts, where an owner's blank answer does no harm: to others it is in every answer
+WORD_PROMPT = (
+    "Answer the question using a single word, phrase, or number."  # TextVQA, DocVQA, InfoVQA
+)
+COMPARED = (
+    "vqa",
+    "textvqa",
+    "anls",
+    "relaxed",
+)  # scores of whole texts, where an owner's blank answer does no harm: to others it is in every answer
 
 
 class Benchmark(NamedTuple):
     """Where its owner keeps what. Two names of a field are those of two editions, of which a record has one."""
-    score: str                             # its name in scores.py
-    prompt: str = ""                       # stands after the question
-    files: tuple = ("*.jsonl", "*.json")   # of a folder or a zip: the first pattern that matches any
+
+    score: str  # its name in scores.py
+    prompt: str = ""  # stands after the question
+    files: tuple = ("*.jsonl", "*.json")  # of a folder or a zip: the first pattern that matches any
     layout: Callable = listed
-    notes: tuple = ()                      # likewise of the annotations, if they are apart
-    id: str = "id"                         # "": questions are counted
+    notes: tuple = ()  # likewise of the annotations, if they are apart
+    id: str = "id"  # "": questions are counted
     image: str = "image"
-    forms: tuple = ("{}",)                 # of a picture's path
+    forms: tuple = ("{}",)  # of a picture's path
     question: str = "question"
     answers: str = "answers answer"
     kind: str = "kind"
-    keep: tuple = ()                       # what else the score needs
-    mine: bool = False                     # anybody's questions: --prompt takes their place, and each has a list of answers
-    spoken: bool = False                   # the question says its choices already
-    openly: str = ""                       # in place of the prompt where there are no choices
-    secret: tuple = ()                     # what stands for an answer where the test's are not published
-    submission: tuple = ()                 # the names of id and answer in what is handed in
+    keep: tuple = ()  # what else the score needs
+    mine: bool = (
+        False  # anybody's questions: --prompt takes their place, and each has a list of answers
+    )
+    spoken: bool = False  # the question says its choices already
+    openly: str = ""  # in place of the prompt where there are no choices
+    secret: tuple = ()  # what stands for an answer where the test's are not published
+    submission: tuple = ()  # the names of id and answer in what is handed in
 
 
 BENCHMARKS = {
@@ -46,35 +72,115 @@ BENCHMARKS = {
     "letters": Benchmark("letters", LETTER_PROMPT, layout=anybodys, mine=True),
     "captions": Benchmark("captions", layout=anybodys, mine=True),
     "coco": Benchmark(
-        "captions", files=("dataset_coco.json", "coco_karpathy_test.json", "captions_val2014.json"), layout=coco, notes=("captions_val2014.json",),
-        forms=("val2014/{name}", "{name}"), mine=True, submission=("image_id", "caption")),
+        "captions",
+        files=("dataset_coco.json", "coco_karpathy_test.json", "captions_val2014.json"),
+        layout=coco,
+        notes=("captions_val2014.json",),
+        forms=("val2014/{name}", "{name}"),
+        mine=True,
+        submission=("image_id", "caption"),
+    ),
     "vqav2": Benchmark(
-        "vqa", SHORT_PROMPT, ("*val2014_questions.json", "*test2015_questions.json"), vqav2, ("*val2014_annotations.json",), id="question_id",
-        forms=("val2014/{}", "test2015/{}", "{}"), secret=(None,), submission=("question_id", "answer")),
+        "vqa",
+        SHORT_PROMPT,
+        ("*val2014_questions.json", "*test2015_questions.json"),
+        vqav2,
+        ("*val2014_annotations.json",),
+        id="question_id",
+        forms=("val2014/{}", "test2015/{}", "{}"),
+        secret=(None,),
+        submission=("question_id", "answer"),
+    ),
     "textvqa": Benchmark(
-        "textvqa", WORD_PROMPT, ("TextVQA_*_val.json",), id="question_id", image="image_id",
-        forms=("train_images/{}.jpg", "test_images/{}.jpg", "{}.jpg"), secret=(None,)),
+        "textvqa",
+        WORD_PROMPT,
+        ("TextVQA_*_val.json",),
+        id="question_id",
+        image="image_id",
+        forms=("train_images/{}.jpg", "test_images/{}.jpg", "{}.jpg"),
+        secret=(None,),
+    ),
     "chartqa": Benchmark(
-        "relaxed", SHORT_PROMPT, ("test_*.json",), by_file, image="imgname", forms=("png/{}", "{}"), question="query", answers="label"),
+        "relaxed",
+        SHORT_PROMPT,
+        ("test_*.json",),
+        by_file,
+        image="imgname",
+        forms=("png/{}", "{}"),
+        question="query",
+        answers="label",
+    ),
     "docvqa": Benchmark(
-        "anls", WORD_PROMPT, ("val_v1.0_withQT.json", "val_v1.0.json", "test_v1.0.json"), id="questionId",
-        forms=("spdocvqa_images/{name}", "{}", "{name}"), secret=(None,), submission=("questionId", "answer")),
+        "anls",
+        WORD_PROMPT,
+        ("val_v1.0_withQT.json", "val_v1.0.json", "test_v1.0.json"),
+        id="questionId",
+        forms=("spdocvqa_images/{name}", "{}", "{name}"),
+        secret=(None,),
+        submission=("questionId", "answer"),
+    ),
     "infovqa": Benchmark(
-        "anls", WORD_PROMPT, ("infographic*_val_v1.0*.json", "infographic*_test_v1.0.json"), id="questionId", image="image_local_name",
-        forms=("infographicsvqa_images/{}", "{}"), secret=(None,), submission=("questionId", "answer")),
-    "ai2d": Benchmark("letters", LETTER_PROMPT, ("questions/*.json",), ai2d, ("ai2d_test_ids.csv",)),
-    "mmmu": Benchmark("mmmu", LETTER_PROMPT, ("validation-*.parquet", "test-*.parquet"), mmmu, secret=("?",), openly=SHORT_PROMPT),
-    "mmstar": Benchmark("letters", LETTER_PROMPT, ("mmstar.parquet",), mmstar, id="index", kind="category"),
+        "anls",
+        WORD_PROMPT,
+        ("infographic*_val_v1.0*.json", "infographic*_test_v1.0.json"),
+        id="questionId",
+        image="image_local_name",
+        forms=("infographicsvqa_images/{}", "{}"),
+        secret=(None,),
+        submission=("questionId", "answer"),
+    ),
+    "ai2d": Benchmark(
+        "letters", LETTER_PROMPT, ("questions/*.json",), ai2d, ("ai2d_test_ids.csv",)
+    ),
+    "mmmu": Benchmark(
+        "mmmu",
+        LETTER_PROMPT,
+        ("validation-*.parquet", "test-*.parquet"),
+        mmmu,
+        secret=("?",),
+        openly=SHORT_PROMPT,
+    ),
+    "mmstar": Benchmark(
+        "letters", LETTER_PROMPT, ("mmstar.parquet",), mmstar, id="index", kind="category"
+    ),
     "ocrbench": Benchmark(
-        "ocrbench", files=("OCRBench.json", "test-*.parquet"), id="", image="image_path image", forms=("OCRBench_Images/{}", "{}"),
-        kind="type question_type", keep=("dataset_name dataset",)),
-    "pope": Benchmark("yesno", SHORT_PROMPT, ("coco_pope_*.json",), by_file, forms=("val2014/{}", "{}"), question="text", answers="label"),
+        "ocrbench",
+        files=("OCRBench.json", "test-*.parquet"),
+        id="",
+        image="image_path image",
+        forms=("OCRBench_Images/{}", "{}"),
+        kind="type question_type",
+        keep=("dataset_name dataset",),
+    ),
+    "pope": Benchmark(
+        "yesno",
+        SHORT_PROMPT,
+        ("coco_pope_*.json",),
+        by_file,
+        forms=("val2014/{}", "{}"),
+        question="text",
+        answers="label",
+    ),
     "mme": Benchmark("mme", SHORT_PROMPT, ("MME_Benchmark/*.txt", "*.txt"), mme),
     "mathvista": Benchmark(
-        "mathvista", files=("testmini*.parquet", "*testmini.json"), layout=mathvista, id="pid", image="decoded_image image", forms=("{}", "{name}"),
-        question="query", keep=("answer_type", "precision"), secret=(None, "")),
+        "mathvista",
+        files=("testmini*.parquet", "*testmini.json"),
+        layout=mathvista,
+        id="pid",
+        image="decoded_image image",
+        forms=("{}", "{name}"),
+        question="query",
+        keep=("answer_type", "precision"),
+        secret=(None, ""),
+    ),
     "realworldqa": Benchmark(
-        "letters", files=("annotations.json*", "test-*.parquet"), layout=realworldqa, id="", forms=("images/{}", "{}"), spoken=True),
+        "letters",
+        files=("annotations.json*", "test-*.parquet"),
+        layout=realworldqa,
+        id="",
+        forms=("images/{}", "{}"),
+        spoken=True,
+    ),
 }
 
 
@@ -84,74 +190,130 @@ def read(name, questions, annotations="", images="", prompt=""):
 
     questions, annotations: each a file, a folder or a zip, as its owner publishes them, or a part of these (see `sheets`). images: a folder or a
     zip, if pictures are not beside the questions. prompt: asked in place of the benchmark's own, which stands after a question; of anybody's
-    questions, in their place. Raises Mistake, naming the question, for what cannot be read or marked, a picture that is missing, an id that comes
+    questions, in their place. Raises UserError, naming the question, for what cannot be read or marked, a picture that is missing, an id that comes
     again.
     """
     benchmark = named(name)
     if annotations and not benchmark.notes:
-        raise Mistake(f"--annotations={annotations}: of {name}, the answers are with the questions")
+        raise UserError(
+            f"--annotations={annotations}: of {name}, the answers are with the questions"
+        )
     notes, *more = map(document, sheets(annotations, benchmark.notes)) if annotations else [None]
     if more:
-        raise Mistake(f"--annotations={annotations} are {1 + len(more)} files: name the one that goes with the questions")
+        raise UserError(
+            f"--annotations={annotations} are {1 + len(more)} files: name the one that goes with the questions"
+        )
     rows, seen, paths = [], {}, 0
     for sheet in sheets(questions, benchmark.files):
         for number, record in enumerate(records(name, sheet, notes, annotations), 1):
             where = f"{sheet.name}, question {number}"
             row = question(benchmark, record, len(rows), prompt, where)
             if (before := seen.setdefault(str(row["id"]), where)) != where:
-                raise Mistake(f"{where}: the id {row['id']} comes again, after {before}")
+                raise UserError(f"{where}: the id {row['id']} comes again, after {before}")
             paths += sum(isinstance(value, str) for value in row["image"])
-            rows.append(row | {"image": [picture(value, benchmark.forms, sheet, images, where) for value in row["image"]]})
+            rows.append(
+                row
+                | {
+                    "image": [
+                        picture(value, benchmark.forms, sheet, images, where)
+                        for value in row["image"]
+                    ]
+                }
+            )
     if not rows:
-        raise Mistake(f"{questions} holds no questions")
+        raise UserError(f"{questions} holds no questions")
     secret = [row["id"] for row in rows if not row["answers"]]
     if 0 < len(secret) < len(rows):
-        raise Mistake(f"{questions}: {len(secret):,} of {len(rows):,} questions have no answers, the first is {secret[0]}")
+        raise UserError(
+            f"{questions}: {len(secret):,} of {len(rows):,} questions have no answers, the first is {secret[0]}"
+        )
     if images and not paths:
-        raise Mistake(f"--images={images}: no question of {questions} names a picture, each brings its own or has none")
+        raise UserError(
+            f"--images={images}: no question of {questions} names a picture, each brings its own or has none"
+        )
     return rows
 
 
 def named(name):
     if name not in BENCHMARKS:
-        raise Mistake(f"--benchmark={name} is not known: {', '.join(BENCHMARKS)}")
+        raise UserError(f"--benchmark={name} is not known: {', '.join(BENCHMARKS)}")
     return BENCHMARKS[name]
 
 
 def records(name, sheet, notes, annotations):
-    """Of a file, in the benchmark's layout; Mistake if it is in no such."""
+    """Of a file, in the benchmark's layout; UserError if it is in no such."""
     try:
         yield from BENCHMARKS[name].layout(document(sheet), sheet, notes)
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         files = f"{sheet.name} and {annotations} are" if annotations else f"{sheet.name} is"
-        raise Mistake(f"{files} not laid out as {name}'s owner does it: {type(error).__name__}: {one_line(error):.200}") from None
+        raise UserError(
+            f"{files} not laid out as {name}'s owner does it: {type(error).__name__}: {one_line(error):.200}"
+        ) from None
 
 
 def question(benchmark, record, count, prompt, where):
     """A row of `read`, its pictures still as the record has them."""
     if not isinstance(record, dict):
-        raise Mistake(f"{where} is not an object: {record!r:.80}")
-    told = {part: field(record, *getattr(benchmark, part).split()) for part in ("id", "image", "question", "answers", "kind")}
+        raise UserError(f"{where} is not an object: {record!r:.80}")
+    told = {
+        part: field(record, *getattr(benchmark, part).split())
+        for part in ("id", "image", "question", "answers", "kind")
+    }
     whole = prompt if benchmark.mine else ""
     told["id"] = told["id"] if benchmark.id else count
-    told["question"] = whole or told["question"] or (CAPTION_PROMPT if benchmark.score == "captions" else None)
-    image = [] if told["image"] is None else told["image"] if type(told["image"]) is list else [told["image"]]  # a ref is a tuple
+    told["question"] = (
+        whole or told["question"] or (CAPTION_PROMPT if benchmark.score == "captions" else None)
+    )
+    image = (
+        []
+        if told["image"] is None
+        else told["image"]
+        if type(told["image"]) is list
+        else [told["image"]]
+    )  # a ref is a tuple
     blind = benchmark.mine and benchmark.score != "captions"  # may be asked without a picture
-    needed = ["id", "question", *["answers"] * (None not in benchmark.secret), *["image"] * (not blind)]
+    needed = [
+        "id",
+        "question",
+        *["answers"] * (None not in benchmark.secret),
+        *["image"] * (not blind),
+    ]
     if missing := [part for part in needed if (told | {"image": image or None})[part] is None]:
-        raise Mistake(f"{where}: no {', '.join(missing)}; it has {', '.join(record)}")
-    choices, answers = [] if record.get("choices") is None else record["choices"], golds(benchmark, told["answers"])
+        raise UserError(f"{where}: no {', '.join(missing)}; it has {', '.join(record)}")
+    choices, answers = (
+        [] if record.get("choices") is None else record["choices"],
+        golds(benchmark, told["answers"]),
+    )
     kind = "all" if told["kind"] in (None, "") else told["kind"]
     check_names(where, id=told["id"], kind=kind)
     check(where, question=told["question"])
-    check(where, not benchmark.mine and benchmark.score in COMPARED, answers=answers or [None] * benchmark.mine)
+    check(
+        where,
+        not benchmark.mine and benchmark.score in COMPARED,
+        answers=answers or [None] * benchmark.mine,
+    )
     check(where, True, choices=choices)
-    text = whole or wording(benchmark, told["question"], choices, prompt or (benchmark.prompt if choices else benchmark.openly or benchmark.prompt))
+    text = whole or wording(
+        benchmark,
+        told["question"],
+        choices,
+        prompt or (benchmark.prompt if choices else benchmark.openly or benchmark.prompt),
+    )
     if text.count("<image>") not in (0, len(image)):
-        raise Mistake(f"{where}: {text.count('<image>')} <image> in its text but {len(image)} pictures")
+        raise UserError(
+            f"{where}: {text.count('<image>')} <image> in its text but {len(image)} pictures"
+        )
     text = text if "<image>" in text else "<image>\n" * len(image) + text
     more = {names.split()[0]: field(record, *names.split()) for names in benchmark.keep}
-    row = {"id": told["id"], "kind": str(kind), "image": image, "question": text, "answers": answers, "choices": choices, **more}
+    row = {
+        "id": told["id"],
+        "kind": str(kind),
+        "image": image,
+        "question": text,
+        "answers": answers,
+        "choices": choices,
+        **more,
+    }
     if answers:
         metrics.check(benchmark.score, row, where)
     return row
@@ -163,17 +325,26 @@ def golds(benchmark, told):
         return told
     if told in benchmark.secret:
         return []
-    told = told if isinstance(told, list) and told else [told]  # an empty list is no secret: it is kept, and refused
+    told = (
+        told if isinstance(told, list) and told else [told]
+    )  # an empty list is no secret: it is kept, and refused
     texts = [text.get("answer") if isinstance(text, dict) else text for text in told]
     return [str(text) if isinstance(text, int | float) else text for text in texts]
 
 
 def check(where, may_be_blank=False, **parts):
-    """Raise Mistake for a question that is no text, and for answers and choices that are no list of texts."""
+    """Raise UserError for a question that is no text, and for answers and choices that are no list of texts."""
     for name, value in parts.items():
-        wanted, texts = ("text that says", [value]) if name == "question" else ("a list of texts that say", value)
-        if not isinstance(texts, list) or not all(is_text(text) and (may_be_blank or text.replace("<image>", "").strip()) for text in texts):
-            raise Mistake(f"{where}: `{name}` should be {wanted} something, not {value!r:.80}")
+        wanted, texts = (
+            ("text that says", [value])
+            if name == "question"
+            else ("a list of texts that say", value)
+        )
+        if not isinstance(texts, list) or not all(
+            is_text(text) and (may_be_blank or text.replace("<image>", "").strip())
+            for text in texts
+        ):
+            raise UserError(f"{where}: `{name}` should be {wanted} something, not {value!r:.80}")
 
 
 def is_text(value):
@@ -183,14 +354,22 @@ def is_text(value):
 
 def check_names(where, **names):
     for part, name in names.items():
-        if isinstance(name, bool) or not isinstance(name, str | int | float) or not (str(name).isprintable() and str(name).strip()):
-            raise Mistake(f"{where}: `{part}` should be a number or a line of text, not {name!r:.80}")
+        if (
+            isinstance(name, bool)
+            or not isinstance(name, str | int | float)
+            or not (str(name).isprintable() and str(name).strip())
+        ):
+            raise UserError(
+                f"{where}: `{part}` should be a number or a line of text, not {name!r:.80}"
+            )
 
 
 def wording(benchmark, asked, choices, prompt):
     """A question, its choices if these decide, a line each, and how to answer unless it says so already."""
     if len(choices) > len(LETTERS):
-        raise Mistake(f"a question has {len(choices)} choices, the letters are {len(LETTERS)}: {asked[:80]!r}")
+        raise UserError(
+            f"a question has {len(choices)} choices, the letters are {len(LETTERS)}: {asked[:80]!r}"
+        )
     listed = choices if benchmark.score in ("letters", "mmmu") and not benchmark.spoken else []
     lines = [asked, *(f"{LETTERS[i]}. {choice}" for i, choice in enumerate(listed))]
     return "\n".join(lines if not prompt or asked.endswith(prompt) else [*lines, prompt])
@@ -201,5 +380,7 @@ def submission(name, rows):
     names = named(name).submission
     if not names:
         known = ", ".join(other for other, benchmark in BENCHMARKS.items() if benchmark.submission)
-        raise Mistake(f"--submission: {name} has no form of its own; {known} have")
-    return json.dumps([dict(zip(names, (row["id"], row["answer"].strip()), strict=True)) for row in rows])
+        raise UserError(f"--submission: {name} has no form of its own; {known} have")
+    return json.dumps(
+        [dict(zip(names, (row["id"], row["answer"].strip()), strict=True)) for row in rows]
+    )

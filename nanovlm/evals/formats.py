@@ -1,4 +1,5 @@
 """The files of benchmarks, as their owners publish them, and the records in these: a layout for each benchmark whose files are more than a list."""
+
 import ast
 import fnmatch
 import glob
@@ -13,7 +14,7 @@ from typing import NamedTuple
 
 from PIL import ImageDraw, ImageFont
 
-from .. import Mistake
+from .. import UserError
 from ..data import image_files
 from ..data.image_refs import Bytes, File, Member, archive, find, load
 from ..preprocess import readers
@@ -22,6 +23,7 @@ from ..preprocess.records import LETTERS
 
 class Sheet(NamedTuple):
     """A file of questions, by its path in a folder or in a zip."""
+
     root: str
     path: str
 
@@ -45,44 +47,67 @@ def sheets(path, patterns):
     """
     path = str(Path(path))
     parts = (path, *map(str, Path(path).parents))
-    pack = next((part for part in parts if zipfile.is_zipfile(part) or (part.endswith(".zip") and os.path.isfile(part))), "")
+    pack = next(
+        (
+            part
+            for part in parts
+            if zipfile.is_zipfile(part) or (part.endswith(".zip") and os.path.isfile(part))
+        ),
+        "",
+    )
     if pack:
         within = path[len(pack) + 1 :]
         names = members(pack, within)
         patterns = ["*"] if names == [within] else patterns
     elif os.path.isdir(path):
-        names = [os.path.relpath(os.path.join(folder, file), path) for folder, _, files in os.walk(path) for file in files]
+        names = [
+            os.path.relpath(os.path.join(folder, file), path)
+            for folder, _, files in os.walk(path)
+            for file in files
+        ]
     else:
-        found = [path] if os.path.isfile(path) else sorted(filter(os.path.isfile, glob.glob(path, recursive=True)))
+        found = (
+            [path]
+            if os.path.isfile(path)
+            else sorted(filter(os.path.isfile, glob.glob(path, recursive=True)))
+        )
         if not found:
-            raise Mistake(f"no such file: {path}")
+            raise UserError(f"no such file: {path}")
         return [Sheet(*os.path.split(file)) for file in found]
     for pattern in patterns:
-        if found := sorted(name for name in names if fnmatch.fnmatchcase(f"/{name}", f"*/{pattern}")):
+        if found := sorted(
+            name for name in names if fnmatch.fnmatchcase(f"/{name}", f"*/{pattern}")
+        ):
             return [Sheet(pack or path, name) for name in found]
-    raise Mistake(f"{path} holds no {' and no '.join(patterns)}")
+    raise UserError(f"{path} holds no {' and no '.join(patterns)}")
 
 
 def members(pack, within):
     """The files of a zip that lie in a folder of it, or the one of that name."""
     try:
         names = archive(pack, os.getpid()).namelist()
-    except Mistake as mistake:
-        raise Mistake(str(mistake).removeprefix("--images=")) from None
+    except UserError as mistake:
+        raise UserError(str(mistake).removeprefix("--images=")) from None
     names = [name for name in names if not name.endswith("/") and not name.startswith("__MACOSX/")]
-    return [within] if within in names else [name for name in names if not within or name.startswith(f"{within}/")]
+    return (
+        [within]
+        if within in names
+        else [name for name in names if not within or name.startswith(f"{within}/")]
+    )
 
 
 def document(sheet):
     """What a file says: the rows of a parquet, a text, or what JSON or the lines of it hold."""
     if sheet.path.endswith(".parquet"):
         if sheet.zipped:
-            raise Mistake(f"{sheet.name}: parquet is not read out of a zip: unpack {sheet.root} first")
+            raise UserError(
+                f"{sheet.name}: parquet is not read out of a zip: unpack {sheet.root} first"
+            )
         return (row for row, _ in readers.read_parquet(sheet.name))
     try:
         text = load(Member(*sheet) if sheet.zipped else File(sheet.name))[0].decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise Mistake(f"{sheet.name} is not text in UTF-8: {error}") from None
+        raise UserError(f"{sheet.name} is not text in UTF-8: {error}") from None
     return text if sheet.path.endswith((".txt", ".csv")) else parse(text, sheet.name)
 
 
@@ -92,16 +117,18 @@ def parse(text, name):
         whole = readers.parse(text)
     except ValueError as error:
         if text.lstrip().startswith("["):
-            raise Mistake(f"{name}: not JSON: {error}") from None
+            raise UserError(f"{name}: not JSON: {error}") from None
         whole = None
     if isinstance(whole, dict | list):
         return whole
     records = []
-    for number, line in enumerate(text.split("\n"), 1):  # JSON may hold what splitlines takes for the end of a line
+    for number, line in enumerate(
+        text.split("\n"), 1
+    ):  # JSON may hold what splitlines takes for the end of a line
         try:
             records += [readers.parse(line)] if line.strip() else []
         except ValueError as error:
-            raise Mistake(f"{name}, line {number}: not JSON: {error}") from None
+            raise UserError(f"{name}, line {number}: not JSON: {error}") from None
     return records
 
 
@@ -116,24 +143,42 @@ def picture(value, forms, sheet, images, where):
             return Bytes(f"{where}, its picture", content)
         value = value.get("path")
     if not isinstance(value, str) or not value.strip():
-        raise Mistake(f"{where}: `image` should be text that says something, not {value!r:.80}")
+        raise UserError(f"{where}: `image` should be text that says something, not {value!r:.80}")
     fault = None
-    for folder, form in itertools.product([""] if images else [os.path.dirname(sheet.path), ""], forms):
-        path = os.path.normpath(os.path.join(folder, form.format(value, name=os.path.basename(value))))
+    for folder, form in itertools.product(
+        [""] if images else [os.path.dirname(sheet.path), ""], forms
+    ):
+        path = os.path.normpath(
+            os.path.join(folder, form.format(value, name=os.path.basename(value)))
+        )
         try:
-            return find(path, None if sheet.zipped else sheet.root, images or (sheet.root if sheet.zipped else ""), where)
-        except Mistake as mistake:
+            return find(
+                path,
+                None if sheet.zipped else sheet.root,
+                images or (sheet.root if sheet.zipped else ""),
+                where,
+            )
+        except UserError as mistake:
             fault = fault or mistake
     raise fault
 
 
 # ---- layouts: what a file says, the sheet, and the annotations if they are apart, as records ----
 
+
 def listed(said, sheet, notes):
     return said.get("data", [said]) if isinstance(said, dict) else said
 
 
-FIELDS = ("id", "image", "question", "answers", "answer", "kind", "choices")  # of anybody's questions
+FIELDS = (
+    "id",
+    "image",
+    "question",
+    "answers",
+    "answer",
+    "kind",
+    "choices",
+)  # of anybody's questions
 
 
 def anybodys(said, sheet, notes):
@@ -143,12 +188,27 @@ def anybodys(said, sheet, notes):
     """
     for number, record in enumerate(listed(said, sheet, notes), 1):
         match record:
-            case {"conversations": [{"from": "human", "value": asked}, {"from": "gpt", "value": answer}, *_]}:
-                yield {**record, "question": asked, "answers": [answer], "kind": record.get("label")}
+            case {
+                "conversations": [
+                    {"from": "human", "value": asked},
+                    {"from": "gpt", "value": answer},
+                    *_,
+                ]
+            }:
+                yield {
+                    **record,
+                    "question": asked,
+                    "answers": [answer],
+                    "kind": record.get("label"),
+                }
             case {"conversations": _}:
-                raise Mistake(f"{sheet.name}, question {number}: its first two turns are no question and answer")
+                raise UserError(
+                    f"{sheet.name}, question {number}: its first two turns are no question and answer"
+                )
             case dict() if unknown := [name for name in record if name not in FIELDS]:
-                raise Mistake(f"{sheet.name}, question {number}: nobody reads its {', '.join(unknown)}; known are {', '.join(FIELDS)}")
+                raise UserError(
+                    f"{sheet.name}, question {number}: nobody reads its {', '.join(unknown)}; known are {', '.join(FIELDS)}"
+                )
             case _:
                 yield record
 
@@ -157,52 +217,95 @@ def coco(said, sheet, notes):
     """Karpathy's split, of which the test images count, its test set as BLIP cut it out (a list), or COCO's own captions, which are also what
     --annotations may be."""
     captions = defaultdict(list)
-    for note in notes["annotations"] if notes is not None else said.get("annotations", []) if isinstance(said, dict) else []:
+    for note in (
+        notes["annotations"]
+        if notes is not None
+        else said.get("annotations", [])
+        if isinstance(said, dict)
+        else []
+    ):
         captions[note["image_id"]].append(note["caption"])
     if isinstance(said, list):
         ids = [int(re.search(r"\d+(?=\.\w+$)", image["image"])[0]) for image in said]
-        records = [{"id": number, "image": image["image"], "answers": image["caption"]} for number, image in zip(ids, said, strict=True)]
+        records = [
+            {"id": number, "image": image["image"], "answers": image["caption"]}
+            for number, image in zip(ids, said, strict=True)
+        ]
     elif "annotations" in said:
         records = [{"id": image["id"], "image": image["file_name"]} for image in said["images"]]
     else:
-        records = [{"id": image["cocoid"], "image": image["filename"], "answers": [sentence["raw"] for sentence in image["sentences"]]}
-                   for image in said["images"] if image["split"] == "test"]
+        records = [
+            {
+                "id": image["cocoid"],
+                "image": image["filename"],
+                "answers": [sentence["raw"] for sentence in image["sentences"]],
+            }
+            for image in said["images"]
+            if image["split"] == "test"
+        ]
     for record in records:
-        yield record | {"answers": captions[record["id"]]} if captions or notes is not None else record
+        yield (
+            record | {"answers": captions[record["id"]]}
+            if captions or notes is not None
+            else record
+        )
 
 
 def vqav2(said, sheet, notes):
     """The picture's name follows from the set's, but test-dev2015 is a part of test2015."""
     split = said["data_subtype"].replace("-dev", "")
-    golds = {note["question_id"]: note for note in notes["annotations"]} if notes is not None else {}
+    golds = (
+        {note["question_id"]: note for note in notes["annotations"]} if notes is not None else {}
+    )
     if notes is None and not split.startswith("test"):
-        raise Mistake(f"{sheet.name}: the answers of {split} are published: give them as --annotations")
+        raise UserError(
+            f"{sheet.name}: the answers of {split} are published: give them as --annotations"
+        )
     for record in said["questions"]:
         gold = golds.get(record["question_id"], {})
         if notes is not None and not gold.get("answers"):
-            raise Mistake(f"{sheet.name}: the annotations have no answers to question {record['question_id']}")
-        yield {**record, "image": f"COCO_{split}_{record['image_id']:012d}.jpg", "answers": gold.get("answers"), "kind": gold.get("answer_type")}
+            raise UserError(
+                f"{sheet.name}: the annotations have no answers to question {record['question_id']}"
+            )
+        yield {
+            **record,
+            "image": f"COCO_{split}_{record['image_id']:012d}.jpg",
+            "answers": gold.get("answers"),
+            "kind": gold.get("answer_type"),
+        }
 
 
 def by_file(said, sheet, notes):
     """The kind is the last word of the file's name; ids begin anew in each."""
     kind = Path(sheet.path).stem.rpartition("_")[2]
-    return [{**record, "kind": kind, "id": f"{kind}/{record.get('question_id', number)}"} for number, record in enumerate(listed(said, sheet, notes))]
+    return [
+        {**record, "kind": kind, "id": f"{kind}/{record.get('question_id', number)}"}
+        for number, record in enumerate(listed(said, sheet, notes))
+    ]
 
 
 def ai2d(said, sheet, notes):
     """A file for each diagram, of which the annotations list the test's. Some questions ask of letters in the places of the labels."""
     if notes is None:
-        raise Mistake(f"{sheet.name}: AI2D is asked of the test's diagrams alone: give their list, ai2d_test_ids.csv, as --annotations")
+        raise UserError(
+            f"{sheet.name}: AI2D is asked of the test's diagrams alone: give their list, ai2d_test_ids.csv, as --annotations"
+        )
     if said["imageName"].split(".")[0] not in notes.split():
         return
     plain = picture(said["imageName"], ("../images/{}",), sheet, "", sheet.name)
     letters = None
     for asked, told in said["questions"].items():
         if told["abcLabel"] and not letters:
-            letters = lettered(plain, document(sheet.beside(f"../annotations/{said['imageName']}.json")))
-        yield {"id": told["questionId"], "question": asked, "choices": told["answerTexts"], "answers": LETTERS[told["correctAnswer"]],
-               "image": letters if told["abcLabel"] else plain}
+            letters = lettered(
+                plain, document(sheet.beside(f"../annotations/{said['imageName']}.json"))
+            )
+        yield {
+            "id": told["questionId"],
+            "question": asked,
+            "choices": told["answerTexts"],
+            "answers": LETTERS[told["correctAnswer"]],
+            "image": letters if told["abcLabel"] else plain,
+        }
 
 
 def lettered(ref, labels):
@@ -213,7 +316,13 @@ def lettered(ref, labels):
     for label in labels["text"].values():
         (left, top), (right, bottom) = label["rectangle"]
         pen.rectangle((left, top, right, bottom), "white")
-        pen.text(((left + right) / 2, (top + bottom) / 2), label["replacementText"], "black", ImageFont.load_default(max(10, bottom - top)), "mm")
+        pen.text(
+            ((left + right) / 2, (top + bottom) / 2),
+            label["replacementText"],
+            "black",
+            ImageFont.load_default(max(10, bottom - top)),
+            "mm",
+        )
     png = io.BytesIO()
     drawn.save(png, "PNG")
     return Bytes(f"{name}, lettered", png.getvalue())
@@ -226,20 +335,39 @@ def mmmu(said, sheet, notes):
         if choices is None:
             raise ValueError(f"options are no list of texts: {record['options']!r:.80}")
         marks = re.findall(r"<image (\d)>", "\n".join([record["question"], *choices]))
-        first = [number for number in "1234567" if record.get(f"image_{number}") is not None and number not in marks]
-        asked, *choices = [re.sub(r"<image \d>", "<image>", text) for text in (record["question"], *choices)]
-        yield {**record, "question": "<image>\n" * len(first) + asked, "choices": choices,
-               "image": [record[f"image_{number}"] for number in (*first, *marks)], "kind": re.sub(r"^[a-z]+_|_\d+$", "", record["id"]),
-               "answers": spelled(answer) or answer}
+        first = [
+            number
+            for number in "1234567"
+            if record.get(f"image_{number}") is not None and number not in marks
+        ]
+        asked, *choices = [
+            re.sub(r"<image \d>", "<image>", text) for text in (record["question"], *choices)
+        ]
+        yield {
+            **record,
+            "question": "<image>\n" * len(first) + asked,
+            "choices": choices,
+            "image": [record[f"image_{number}"] for number in (*first, *marks)],
+            "kind": re.sub(r"^[a-z]+_|_\d+$", "", record["id"]),
+            "answers": spelled(answer) or answer,
+        }
 
 
 def spelled(text):
     """The list of texts that is written in Python; None for something else, such as "[0, 5)"."""
     try:
         texts = ast.literal_eval(text)
-    except (MemoryError, RecursionError, SyntaxError, TypeError, ValueError):  # the first two: nested too deep
+    except (
+        MemoryError,
+        RecursionError,
+        SyntaxError,
+        TypeError,
+        ValueError,
+    ):  # the first two: nested too deep
         return None
-    return texts if isinstance(texts, list) and all(isinstance(text, str) for text in texts) else None
+    return (
+        texts if isinstance(texts, list) and all(isinstance(text, str) for text in texts) else None
+    )
 
 
 def mmstar(said, sheet, notes):
@@ -249,7 +377,11 @@ def mmstar(said, sheet, notes):
     """
     for record in said:
         asked, *options = re.split("\n(?:Options|Choices):", record["question"], maxsplit=1)
-        pairs = re.findall(r"(?:^|,|\n)\s*\(?([A-Z])[:)](.*?)(?=(?:,|\n)\s*\(?[A-Z][:)]|$)", "".join(options).strip(), re.DOTALL)
+        pairs = re.findall(
+            r"(?:^|,|\n)\s*\(?([A-Z])[:)](.*?)(?=(?:,|\n)\s*\(?[A-Z][:)]|$)",
+            "".join(options).strip(),
+            re.DOTALL,
+        )
         choices = [] if pairs and "\n" in pairs[-1][1] else in_order(pairs, record["answer"])
         yield {**record, "question": asked, "choices": choices} if choices else record
 
@@ -257,45 +389,86 @@ def mmstar(said, sheet, notes):
 def realworldqa(said, sheet, notes):
     """Most questions have choices, a line each; all end with how to answer."""
     for record in listed(said, sheet, notes):
-        yield {**record, "choices": in_order(re.findall(r"^([A-Z])\. (.*)", record["question"], re.MULTILINE), record["answer"])}
+        yield {
+            **record,
+            "choices": in_order(
+                re.findall(r"^([A-Z])\. (.*)", record["question"], re.MULTILINE), record["answer"]
+            ),
+        }
 
 
 def in_order(lettered, answer):
     """The texts of (letter, text) pairs; none unless the letters are A, B, C, ... and the answer is one of them."""
     letters = "".join(letter for letter, _ in lettered)
-    return [text.strip() for _, text in lettered] if LETTERS.startswith(letters) and answer in [*letters] else []
+    return (
+        [text.strip() for _, text in lettered]
+        if LETTERS.startswith(letters) and answer in [*letters]
+        else []
+    )
 
 
 def mme(said, sheet, notes):
     """A text for each picture, a question and its answer on a line; the picture lies beside it, or in the next folder."""
-    folder, stem = os.path.dirname(sheet.name).removesuffix("/questions_answers_YN"), Path(sheet.path).stem
-    ref = picture(stem, [form.format(f"{{}}.{end}") for form in ("{}", "../images/{}") for end in ("jpg", "png")], sheet, "", sheet.name)
+    folder, stem = (
+        os.path.dirname(sheet.name).removesuffix("/questions_answers_YN"),
+        Path(sheet.path).stem,
+    )
+    ref = picture(
+        stem,
+        [form.format(f"{{}}.{end}") for form in ("{}", "../images/{}") for end in ("jpg", "png")],
+        sheet,
+        "",
+        sheet.name,
+    )
     category = os.path.basename(folder)
     for number, line in enumerate(filter(str.strip, said.split("\n")), 1):
         asked, _, answer = line.partition("\t")
-        yield {"id": f"{category}/{stem}/{number}", "kind": category, "image": ref, "answers": answer.strip(),
-               "question": asked.replace("Please answer yes or no.", "").strip()}  # the prompt says it in other words, as in LLaVA's llava_mme.jsonl
+        yield {
+            "id": f"{category}/{stem}/{number}",
+            "kind": category,
+            "image": ref,
+            "answers": answer.strip(),
+            "question": asked.replace("Please answer yes or no.", "").strip(),
+        }  # the prompt says it in other words, as in LLaVA's llava_mme.jsonl
 
 
 HINTS = {  # MathVista's build_query.py, by the kind of answer and how many places a number has
     ("text", None): "and provide the correct option letter, e.g., A, B, C, D",
     ("integer", None): "requiring an integer answer and provide the final value, e.g., 1, 2, 3",
-    ("float", 1): "requiring a floating-point number with one decimal place and provide the final value, e.g., 1.2, 1.3, 1.4",
-    ("float", 2): "requiring a floating-point number with two decimal places and provide the final value, e.g., 1.23, 1.34, 1.45",
-    ("list", None): "requiring a Python list as an answer and provide the final list, e.g., [1, 2, 3], [1.2, 1.3, 1.4]",
+    (
+        "float",
+        1,
+    ): "requiring a floating-point number with one decimal place and provide the final value, e.g., 1.2, 1.3, 1.4",
+    (
+        "float",
+        2,
+    ): "requiring a floating-point number with two decimal places and provide the final value, e.g., 1.23, 1.34, 1.45",
+    (
+        "list",
+        None,
+    ): "requiring a Python list as an answer and provide the final list, e.g., [1, 2, 3], [1.2, 1.3, 1.4]",
 }
 
 
 def mathvista(said, sheet, notes):
     """The kind is the task. In the JSON edition the query is still to be made."""
     for record in said.values() if isinstance(said, dict) else said:
-        yield {**record, "query": record.get("query") or query(record), "kind": record["metadata"]["task"]}
+        yield {
+            **record,
+            "query": record.get("query") or query(record),
+            "kind": record["metadata"]["task"],
+        }
 
 
 def query(record):
     """What MathVista asks: a hint of how to answer, the question and its choices."""
-    hint = HINTS[record["answer_type"], record["precision"] if record["answer_type"] == "float" else None]
+    hint = HINTS[
+        record["answer_type"], record["precision"] if record["answer_type"] == "float" else None
+    ]
     unit = f" (Unit: {record['unit']})" if record["unit"] else ""
-    lines = [f"Hint: Please answer the question {hint}, at the end.", f"Question: {record['question']}{unit}"]
+    lines = [
+        f"Hint: Please answer the question {hint}, at the end.",
+        f"Question: {record['question']}{unit}",
+    ]
     choices = [f"({LETTERS[i]}) {choice}" for i, choice in enumerate(record["choices"] or [])]
     return "\n".join([*lines, "Choices:", *choices] if choices else lines)

@@ -3,6 +3,7 @@
 A score takes (answer, golds, question) and gives 0 to 1, or None where the answer names none of what was asked for: that counts as 0, is told as a
 share, and is never guessed. question holds what else a rule needs (`choices`, `precision`, ...). Captions are marked all at once: see `cider`.
 """
+
 import json
 import re
 import string
@@ -10,11 +11,16 @@ from collections import Counter
 
 import numpy as np
 
-from .. import Mistake
+from .. import UserError
 from .cider import cider
 
 NUMBER = r"[-+]?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+|(?=\.\d))(?:\.\d*)?(?:[eE][-+]?\d+)?"  # 1,000 is a number, as are .5, -3 and 1e3; 1,00 is none
-DIGITS = {word: str(i) for i, word in enumerate(["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"])}
+DIGITS = {
+    word: str(i)
+    for i, word in enumerate(
+        ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+    )
+}
 DIGITS["none"] = "0"
 FULL = """
     ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've he's how'd how'll how's
@@ -24,10 +30,16 @@ FULL = """
     what're what's what've when's where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't would've wouldn't
     wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you've"""
 # vqaEval.py's table: each as it is written with one apostrophe left out; the last pair is its own slip
-CONTRACTIONS = {full[:i] + full[i + 1 :]: full for full in FULL.split() for i in range(len(full)) if full[i] == "'"} | {"somebody'd": "somebodyd"}
+CONTRACTIONS = {
+    full[:i] + full[i + 1 :]: full
+    for full in FULL.split()
+    for i in range(len(full))
+    if full[i] == "'"
+} | {"somebody'd": "somebodyd"}
 
 
 # ---- by comparing texts ----
+
 
 def exact(answer, golds, question=None):
     """1.0 if the answer is one of the golds letter for letter, white space at the ends aside."""
@@ -36,7 +48,13 @@ def exact(answer, golds, question=None):
 
 def contains(answer, golds, question=None):
     """1.0 if one of the golds stands in the answer as whole words, whatever their case: "a photo of a cat." names a cat, "a catfish" does not."""
-    return float(any(re.search(rf"(?<!\w){re.escape(gold.strip())}(?!\w)", answer, re.IGNORECASE) for gold in golds if gold.strip()))
+    return float(
+        any(
+            re.search(rf"(?<!\w){re.escape(gold.strip())}(?!\w)", answer, re.IGNORECASE)
+            for gold in golds
+            if gold.strip()
+        )
+    )
 
 
 def vqa(answer, golds, question=None):
@@ -44,7 +62,9 @@ def vqa(answer, golds, question=None):
 
     Texts are normalised only where the people do not all say the same: a question about written text is to be answered as it is written.
     """
-    answer, *golds = (text.replace("\n", " ").replace("\t", " ").strip() for text in (answer, *golds))
+    answer, *golds = (
+        text.replace("\n", " ").replace("\t", " ").strip() for text in (answer, *golds)
+    )
     if len(set(golds)) > 1:
         answer, *golds = map(plain, (answer, *golds))
     return consensus(answer, golds)
@@ -52,7 +72,10 @@ def vqa(answer, golds, question=None):
 
 def textvqa(answer, golds, question=None):
     """VQA accuracy as TextVQA's owners mark it (Pythia, m4c_evaluators.py): always normalised, and `,`, `?` and a possessive 's taken off first."""
-    tidy = (text.lower().replace(",", "").replace("?", "").replace("'s", " 's") for text in (answer, *golds))
+    tidy = (
+        text.lower().replace(",", "").replace("?", "").replace("'s", " 's")
+        for text in (answer, *golds)
+    )
     answer, *golds = (plain(text.replace("\n", " ").replace("\t", " ").strip()) for text in tidy)
     return consensus(answer, golds)
 
@@ -67,9 +90,13 @@ def plain(text):
     glued, kept = re.search(r"\d,\d", text), text
     for mark in ';/[]"{}()=+\\_-><@`,?!':
         kept = kept.replace(mark, "" if glued or f"{mark} " in text or f" {mark}" in text else " ")
-    kept = re.sub(r"\.(?!\d)", "", kept, count=32)  # the script hands re.UNICODE, which is 32, to where the count belongs
+    kept = re.sub(
+        r"\.(?!\d)", "", kept, count=32
+    )  # the script hands re.UNICODE, which is 32, to where the count belongs
     spoken = (DIGITS.get(word, word) for word in kept.lower().split())
-    return " ".join(CONTRACTIONS.get(word, word) for word in spoken if word not in ("a", "an", "the"))
+    return " ".join(
+        CONTRACTIONS.get(word, word) for word in spoken if word not in ("a", "an", "the")
+    )
 
 
 def relaxed(answer, golds, question=None):
@@ -77,9 +104,15 @@ def relaxed(answer, golds, question=None):
 
     As in pix2struct's metrics.py, where a gold of 0 is a text. Thousands may have commas there as here.
     """
+
     def right(said, gold):
         value, wanted = number(said), number(gold)
-        return abs(value - wanted) / abs(wanted) <= 0.05 if value is not None and wanted else said.lower() == gold.lower()
+        return (
+            abs(value - wanted) / abs(wanted) <= 0.05
+            if value is not None and wanted
+            else said.lower() == gold.lower()
+        )
+
     return float(any(right(answer.strip(), gold.strip()) for gold in golds))
 
 
@@ -96,7 +129,9 @@ def anls(answer, golds, question=None):
 
 def similarity(left, right):
     longer = max(len(left), len(right))
-    if 2 * abs(len(left) - len(right)) >= longer > 0:  # as many edits at least as the lengths differ by
+    if (
+        2 * abs(len(left) - len(right)) >= longer > 0
+    ):  # as many edits at least as the lengths differ by
         return 0.0
     row = list(range(len(right) + 1))
     for i, letter in enumerate(left, 1):
@@ -114,18 +149,24 @@ def ocrbench(answer, golds, question):
     def tidy(text):
         text = text.strip().replace("\n", " ")
         return text.replace(" ", "") if formula else text.lower()
+
     return float(any(tidy(gold) in tidy(answer) for gold in golds))
 
 
 # ---- by reading what was chosen ----
 
+
 def yesno(answer, golds, question=None):
     """POPE: whether the answer says what the gold says (see `said`)."""
-    return None if (word := said(answer)) is None else float(word in [gold.strip().lower() for gold in golds])
+    return (
+        None
+        if (word := said(answer)) is None
+        else float(word in [gold.strip().lower() for gold in golds])
+    )
 
 
 def said(answer):
-    """"no" if the first sentence has the word no or not, else "yes" if it has the word yes, else None (which POPE's own script takes for yes)."""
+    """ "no" if the first sentence has the word no or not, else "yes" if it has the word yes, else None (which POPE's own script takes for yes)."""
     spoken = re.findall(r"\w+", answer.partition(".")[0].lower())
     return "no" if {"no", "not"} & set(spoken) else "yes" if "yes" in spoken else None
 
@@ -155,13 +196,20 @@ def chosen(answer, choices):
     known = "".join(chr(65 + i) for i in range(len(choices) or 26))
     text = answer.strip()
     alone = re.findall(r"^\W*([A-Za-z])\W*$", text)
-    told = re.findall(r"\b(?:[Aa]nswer|[Oo]ption|[Cc]hoice)(?:\s+is|\s*:)*\s*[\"'(*]*\b([A-Z])\b(?!['’])(?!(?<=[AI])\s+(?!because\b)[a-z])", text)
+    told = re.findall(
+        r"\b(?:[Aa]nswer|[Oo]ption|[Cc]hoice)(?:\s+is|\s*:)*\s*[\"'(*]*\b([A-Z])\b(?!['’])(?!(?<=[AI])\s+(?!because\b)[a-z])",
+        text,
+    )
     marked = re.findall(r"\(([A-Z])\)", text) + re.findall(r"^([A-Z])\s*[).:\n]", text)
     for found in ([letter.upper() for letter in alone], told, marked):
         if found:
             return found[0] if len(set(found)) == 1 and found[0] in known else None
-    said_so = bare(re.sub(r"^(?:the )?(?:correct )?answer(?: is:?|:)\s+", "", text, flags=re.IGNORECASE))
-    own = [letter for letter, choice in zip(known, choices, strict=False) if bare(choice) == said_so]
+    said_so = bare(
+        re.sub(r"^(?:the )?(?:correct )?answer(?: is:?|:)\s+", "", text, flags=re.IGNORECASE)
+    )
+    own = [
+        letter for letter, choice in zip(known, choices, strict=False) if bare(choice) == said_so
+    ]
     return own[0] if len(own) == 1 else None
 
 
@@ -170,7 +218,11 @@ def bare(text):
     return text.strip().strip("\"'`()[]").rstrip(".!?;:,").strip().lower()
 
 
-FIGURES = (r"-?\b\d{1,3}(?:,\d{3})+\b", r"-?\d+(?:\.\d+)?[eE][+-]?\d+", r"-?(?:\d+\.\d+|\.\d+|\d+\b)(?![eE][+-]?\d+)(?![,\d])")  # MMMU's numbers
+FIGURES = (
+    r"-?\b\d{1,3}(?:,\d{3})+\b",
+    r"-?\d+(?:\.\d+)?[eE][+-]?\d+",
+    r"-?(?:\d+\.\d+|\.\d+|\d+\b)(?![eE][+-]?\d+)(?![,\d])",
+)  # MMMU's numbers
 
 
 def mmmu(answer, golds, question):
@@ -178,9 +230,18 @@ def mmmu(answer, golds, question):
     if question.get("choices"):
         return letters(answer, golds, question)
     parts = tails(answer.strip().strip(".").lower())
-    figures = [found for part in parts for pattern in FIGURES for found in re.findall(pattern, part)]
-    wanted, given = ([form for text in texts for form in forms(text)] for texts in (golds, parts + figures))
-    held = any(gold in part for part in given for gold in wanted if isinstance(part, str) and isinstance(gold, str))
+    figures = [
+        found for part in parts for pattern in FIGURES for found in re.findall(pattern, part)
+    ]
+    wanted, given = (
+        [form for text in texts for form in forms(text)] for texts in (golds, parts + figures)
+    )
+    held = any(
+        gold in part
+        for part in given
+        for gold in wanted
+        if isinstance(part, str) and isinstance(gold, str)
+    )
     return float(held or any(part in wanted for part in given if isinstance(part, float)))
 
 
@@ -221,7 +282,9 @@ def mathvista(answer, golds, question):
         return float(bare(text) == bare(gold))
     pattern = r"\[[^\[\]]*\]" if kind == "list" else rf"(?<![\w.]){NUMBER}(?!\w)"
     ways = (rf"answer(?:\s+is|\s*:)+\s*\$?({pattern})", rf"=\s*\$?({pattern})\W*$", pattern)
-    found = next((found for way in ways if (found := set(re.findall(way, text, re.IGNORECASE)))), ())
+    found = next(
+        (found for way in ways if (found := set(re.findall(way, text, re.IGNORECASE)))), ()
+    )
     return None if len(found) != 1 else float(as_stored(found.pop(), kind, question) == gold)
 
 
@@ -235,49 +298,112 @@ def as_stored(found, kind, question):
     return str(int(value)) if kind == "integer" else str(round(value, int(question["precision"])))
 
 
-SCORES = {"exact": exact, "contains": contains, "vqa": vqa, "textvqa": textvqa, "relaxed": relaxed, "anls": anls, "ocrbench": ocrbench,
-          "yesno": yesno, "mme": mme, "letters": letters, "mmmu": mmmu, "mathvista": mathvista}
+SCORES = {
+    "exact": exact,
+    "contains": contains,
+    "vqa": vqa,
+    "textvqa": textvqa,
+    "relaxed": relaxed,
+    "anls": anls,
+    "ocrbench": ocrbench,
+    "yesno": yesno,
+    "mme": mme,
+    "letters": letters,
+    "mmmu": mmmu,
+    "mathvista": mathvista,
+}
 
 
 def mark(score, answers, questions):
-    """The scores of answers to questions: each by SCORES[score]; captions per picture, by `cider` over all. Mistake for what cannot be marked so."""
+    """The scores of answers to questions: each by SCORES[score]; captions per picture, by `cider` over all. UserError for what cannot be marked so."""
     if score == "captions":
         return cider(answers, [question["answers"] for question in questions])[1]
     for question in questions:
         check(score, question, f"question {question.get('id')}")
-    return [SCORES[score](answer, question["answers"], question) for answer, question in zip(answers, questions, strict=True)]
+    return [
+        SCORES[score](answer, question["answers"], question)
+        for answer, question in zip(answers, questions, strict=True)
+    ]
 
 
 def check(score, question, where):
-    """Raise Mistake for a question that a score cannot mark, or of which a right answer would never be marked as one."""
-    golds, letters = [gold.strip() for gold in question["answers"]], string.ascii_uppercase[: len(question.get("choices") or [])]
-    needed, kind, places = {"ocrbench": "dataset_name", "mathvista": "answer_type"}.get(score), question.get("answer_type"), question.get("precision")
+    """Raise UserError for a question that a score cannot mark, or of which a right answer would never be marked as one."""
+    golds, letters = (
+        [gold.strip() for gold in question["answers"]],
+        string.ascii_uppercase[: len(question.get("choices") or [])],
+    )
+    needed, kind, places = (
+        {"ocrbench": "dataset_name", "mathvista": "answer_type"}.get(score),
+        question.get("answer_type"),
+        question.get("precision"),
+    )
     if needed and question.get(needed) is None:
-        raise Mistake(f"{where} has no {needed}, without which {score} cannot mark it")
-    if score == "mathvista" and not letters and kind not in ("integer", "list") and (kind != "float" or places not in range(10)):
-        raise Mistake(f"{where} has no choices, and its answer_type, {kind!r:.40}, and precision, {places!r:.40}, tell no kind of number")
+        raise UserError(f"{where} has no {needed}, without which {score} cannot mark it")
+    if (
+        score == "mathvista"
+        and not letters
+        and kind not in ("integer", "list")
+        and (kind != "float" or places not in range(10))
+    ):
+        raise UserError(
+            f"{where} has no choices, and its answer_type, {kind!r:.40}, and precision, {places!r:.40}, tell no kind of number"
+        )
     if score in ("vqa", "textvqa") and len(golds) < 4:
-        raise Mistake(f"{where} has {len(golds)} right answers, but VQA accuracy asks if three other people agree: mark by `exact`")
+        raise UserError(
+            f"{where} has {len(golds)} right answers, but VQA accuracy asks if three other people agree: mark by `exact`"
+        )
     if score in ("yesno", "mme") and not {gold.lower() for gold in golds} <= {"yes", "no"}:
-        raise Mistake(f"{where}: its answers, {golds!r:.80}, are not yes or no")
+        raise UserError(f"{where}: its answers, {golds!r:.80}, are not yes or no")
     if score in ("letters", "mmmu") and letters and not {*golds} <= {*letters}:
-        raise Mistake(f"{where}: its answers, {golds!r:.80}, are not letters of its {len(letters)} choices")
+        raise UserError(
+            f"{where}: its answers, {golds!r:.80}, are not letters of its {len(letters)} choices"
+        )
 
 
 # ---- over all ----
 
-MEANS = {"docvqa": "ANLS", "infovqa": "ANLS", "chartqa": "relaxed accuracy", **dict.fromkeys(("vqa", "vqav2", "textvqa"), "VQA accuracy")}
+MEANS = {
+    "docvqa": "ANLS",
+    "infovqa": "ANLS",
+    "chartqa": "relaxed accuracy",
+    **dict.fromkeys(("vqa", "vqav2", "textvqa"), "VQA accuracy"),
+}
 DISCIPLINES = {  # MMMU's, of its subjects
     "Art and Design": ["Art", "Art_Theory", "Design", "Music"],
     "Business": ["Accounting", "Economics", "Finance", "Manage", "Marketing"],
     "Science": ["Biology", "Chemistry", "Geography", "Math", "Physics"],
-    "Health and Medicine": ["Basic_Medical_Science", "Clinical_Medicine", "Diagnostics_and_Laboratory_Medicine", "Pharmacy", "Public_Health"],
+    "Health and Medicine": [
+        "Basic_Medical_Science",
+        "Clinical_Medicine",
+        "Diagnostics_and_Laboratory_Medicine",
+        "Pharmacy",
+        "Public_Health",
+    ],
     "Humanities and Social Science": ["History", "Literature", "Psychology", "Sociology"],
-    "Tech and Engineering": ["Agriculture", "Architecture_and_Engineering", "Computer_Science", "Electronics", "Energy_and_Power", "Materials",
-                             "Mechanical_Engineering"],
+    "Tech and Engineering": [
+        "Agriculture",
+        "Architecture_and_Engineering",
+        "Computer_Science",
+        "Electronics",
+        "Energy_and_Power",
+        "Materials",
+        "Mechanical_Engineering",
+    ],
 }
-RECOGNITION = ("Regular Text", "Irregular Text", "Artistic Text", "Handwriting", "Digit String", "Non-Semantic Text")  # OCRBench's, of 300
-COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")  # MME's; its other ten kinds are perception
+RECOGNITION = (
+    "Regular Text",
+    "Irregular Text",
+    "Artistic Text",
+    "Handwriting",
+    "Digit String",
+    "Non-Semantic Text",
+)  # OCRBench's, of 300
+COGNITION = (
+    "commonsense_reasoning",
+    "numerical_calculation",
+    "text_translation",
+    "code_reasoning",
+)  # MME's; its other ten kinds are perception
 
 
 def mean(scores):
@@ -296,7 +422,11 @@ def summary(name, questions, answers, scores):
     unparsed = {"unparsed": sum(score is None for score in scores) / len(scores)}
     match name:
         case "coco" | "captions":
-            return {f"CIDEr-D as pycocoevalcap gives it (words weighed over these {len(scores):,} pictures)": mean(scores)}
+            return {
+                f"CIDEr-D as pycocoevalcap gives it (words weighed over these {len(scores):,} pictures)": mean(
+                    scores
+                )
+            }
         case "pope":
             return pope(questions, answers) | unparsed
         case "mme":
@@ -313,16 +443,28 @@ def pope(questions, answers):
     kinds = {"": list(zip(questions, answers, strict=True))}
     for question, answer in kinds[""]:
         kinds.setdefault(f"{question['kind']} ", []).append((question, answer))
-    return {f"{kind}{name}": value for kind, pairs in kinds.items() if len(kinds) > 2 or not kind for name, value in rates(pairs).items()}
+    return {
+        f"{kind}{name}": value
+        for kind, pairs in kinds.items()
+        if len(kinds) > 2 or not kind
+        for name, value in rates(pairs).items()
+    }
 
 
 def rates(pairs):
-    counts = Counter((said(answer), question["answers"][0].strip().lower()) for question, answer in pairs)
+    counts = Counter(
+        (said(answer), question["answers"][0].strip().lower()) for question, answer in pairs
+    )
     hits, yes = counts["yes", "yes"], counts["yes", "yes"] + counts["yes", "no"]
     wanted = sum(count for (_, gold), count in counts.items() if gold == "yes")
     precision, recall = hits / yes if yes else 0.0, hits / wanted if wanted else 0.0
-    return {"accuracy": (hits + counts["no", "no"]) / len(pairs), "precision": precision, "recall": recall,
-            "F1": 2 * precision * recall / (precision + recall) if hits else 0.0, "yes-rate": yes / len(pairs)}
+    return {
+        "accuracy": (hits + counts["no", "no"]) / len(pairs),
+        "precision": precision,
+        "recall": recall,
+        "F1": 2 * precision * recall / (precision + recall) if hits else 0.0,
+        "yes-rate": yes / len(pairs),
+    }
 
 
 def ocr_sums(questions, scores):
@@ -330,13 +472,21 @@ def ocr_sums(questions, scores):
     kinds = Counter()
     for question, score in zip(questions, scores, strict=True):
         kinds[question["kind"]] += score
-    text = sum(right for kind, right in kinds.items() if kind.removesuffix(" Recognition") in RECOGNITION)
+    text = sum(
+        right for kind, right in kinds.items() if kind.removesuffix(" Recognition") in RECOGNITION
+    )
     return {f"score of {len(scores)}": sum(scores), "Text Recognition": text, **kinds}
 
 
 def by_discipline(questions, scores):
-    parts = {field: [score for question, score in zip(questions, scores, strict=True) if question["kind"] in subjects]
-             for field, subjects in DISCIPLINES.items()}
+    parts = {
+        field: [
+            score
+            for question, score in zip(questions, scores, strict=True)
+            if question["kind"] in subjects
+        ]
+        for field, subjects in DISCIPLINES.items()
+    }
     return {field: mean(part) for field, part in parts.items() if part}
 
 
@@ -344,10 +494,19 @@ def mme_sums(questions, scores):
     """Per category acc + acc+, of 200: the percentages of right answers and of pictures with both answers right; and the owners' two sums."""
     kinds, sums = {}, {}
     for question, score in zip(questions, scores, strict=True):
-        kinds.setdefault(question["kind"], {}).setdefault(str(question["image"]), []).append(score or 0)
+        kinds.setdefault(question["kind"], {}).setdefault(str(question["image"]), []).append(
+            score or 0
+        )
     for kind, pictures in kinds.items():
-        sums[kind] = 100 * mean([mark for marks in pictures.values() for mark in marks]) + 100 * mean([min(marks) for marks in pictures.values()])
+        sums[kind] = 100 * mean(
+            [mark for marks in pictures.values() for mark in marks]
+        ) + 100 * mean([min(marks) for marks in pictures.values()])
     thought = sum(value for kind, value in sums.items() if kind in COGNITION)
     odd = sum(len(marks) != 2 for pictures in kinds.values() for marks in pictures.values())
-    return {"perception": sum(sums.values()) - thought, "cognition": thought, "total": sum(sums.values()), **sums,
-            **({"pictures without two questions (acc+ is not MME's)": odd} if odd else {})}
+    return {
+        "perception": sum(sums.values()) - thought,
+        "cognition": thought,
+        "total": sum(sums.values()),
+        **sums,
+        **({"pictures without two questions (acc+ is not MME's)": odd} if odd else {}),
+    }

@@ -1,5 +1,6 @@
 """How an exam goes, a line now and then, and how it went: a table, and one page of HTML to leaf through with pictures, questions, answers and marks,
 which needs nothing but itself."""
+
 import base64
 import datetime
 import html
@@ -13,7 +14,7 @@ from . import benchmarks, metrics
 
 EVERY = 5.0  # seconds between two lines of progress
 MOST = 1000  # questions on a page: of 15 kB each, a browser turns the leaves of these at once
-EDGE = 320   # pixels that the longer side of a picture may have
+EDGE = 320  # pixels that the longer side of a picture may have
 
 STYLE = """
 body { font: 15px/1.4 sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em }
@@ -28,14 +29,15 @@ class Line(NamedTuple):
 
     kind: str
     questions: int
-    score: float | None     # the mean, an answer that cannot be parsed counting as 0
-    low: float | None       # its 95% interval
+    score: float | None  # the mean, an answer that cannot be parsed counting as 0
+    low: float | None  # its 95% interval
     high: float | None
     unparsed: float | None  # the share of answers that cannot be parsed
-    cut: float | None       # and that of those that were cut off
+    cut: float | None  # and that of those that were cut off
 
 
 # ---- on the way ----
+
 
 class Progress:
     """What a person who waits wants to know, on standard error."""
@@ -46,7 +48,11 @@ class Progress:
 
     def speeds(self):
         took = time.perf_counter() - self.began
-        return {"answers_per_s": self.done / took, "tokens_per_s": self.tokens / took} if self.done else {}
+        return (
+            {"answers_per_s": self.done / took, "tokens_per_s": self.tokens / took}
+            if self.done
+            else {}
+        )
 
     def tell(self, rows, benchmark):
         self.done += len(rows)
@@ -56,13 +62,22 @@ class Progress:
             return
         self.told = time.perf_counter()
         left = self.total - self.before - self.done
-        score = f" | {sum(self.marks) / len(self.marks):.1%} so far" if self.marks and not is_of_all(benchmark) else ""
+        score = (
+            f" | {sum(self.marks) / len(self.marks):.1%} so far"
+            if self.marks and not is_of_all(benchmark)
+            else ""
+        )
         speed = self.speeds()["answers_per_s"]
-        print(f"{self.before + self.done:,}/{self.total:,} questions | {speed:,.1f} answers/s{score} | "
-              f"{datetime.timedelta(seconds=round(left / speed))} left", file=sys.stderr, flush=True)
+        print(
+            f"{self.before + self.done:,}/{self.total:,} questions | {speed:,.1f} answers/s{score} | "
+            f"{datetime.timedelta(seconds=round(left / speed))} left",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 # ---- the table ----
+
 
 def is_of_all(benchmark):
     """Whether a score needs all answers at once, as CIDEr's idf does."""
@@ -79,8 +94,19 @@ def table(rows, seed=0):
 
 
 def line(kind, rows, seed):
-    marks, cut = [row["score"] for row in rows if row["answers"]], sum(row["cut"] for row in rows) / len(rows)
-    told = (metrics.mean(marks), *metrics.interval(marks, seed), sum(mark is None for mark in marks) / len(marks)) if marks else (None,) * 4
+    marks, cut = (
+        [row["score"] for row in rows if row["answers"]],
+        sum(row["cut"] for row in rows) / len(rows),
+    )
+    told = (
+        (
+            metrics.mean(marks),
+            *metrics.interval(marks, seed),
+            sum(mark is None for mark in marks) / len(marks),
+        )
+        if marks
+        else (None,) * 4
+    )
     return Line(kind, len(rows), *told, cut)
 
 
@@ -91,26 +117,34 @@ def points(score, benchmark):
 
 def show(lines, figures, benchmark, tokens_per_s=None):
     """Print a table, how fast it was come by if that is known, and what else the benchmark's owners report (`figures`, of scores.summary)."""
-    wide, name = max(10, *(len(line.kind) for line in lines)), "CIDEr-D" if is_of_all(benchmark) else metrics.MEANS.get(benchmark, "right")
+    wide, name = (
+        max(10, *(len(line.kind) for line in lines)),
+        "CIDEr-D" if is_of_all(benchmark) else metrics.MEANS.get(benchmark, "right"),
+    )
     for line in lines:
         told = [f"{line.kind:{wide}} {line.questions:5} questions"]
         if line.score is None:
             told += ["no right answers are known"]
         else:
             score, low, high = (points(share, benchmark) for share in line[2:5])
-            told += [f"{score:>6} {name}", f"{low} to {high}"] + ([] if is_of_all(benchmark) else [f"{line.unparsed:.1%} unparsed"])
+            told += [f"{score:>6} {name}", f"{low} to {high}"] + (
+                [] if is_of_all(benchmark) else [f"{line.unparsed:.1%} unparsed"]
+            )
         told += [f"{line.cut:.1%} cut off"]
         if line is lines[-1] and tokens_per_s is not None:
             told += [f"{tokens_per_s:,.0f} tokens/s"]
         print("   ".join(told))
     if is_of_all(benchmark):
-        print("CIDEr-D weighs words by these pictures' captions: compare it with no score over others, be they a part of these")
+        print(
+            "CIDEr-D weighs words by these pictures' captions: compare it with no score over others, be they a part of these"
+        )
     for figure, value in figures.items():
         if figure not in (name, "accuracy", "unparsed"):
             print(f"{figure}: {value:,.5g}")
 
 
 # ---- the page ----
+
 
 def picture(ref):
     """An <img> that carries a small JPEG of a picture in itself."""
@@ -136,24 +170,40 @@ def worth(row):
 def section(row, question):
     """A question, its pictures, what was said and what would have been right."""
     pictures = "".join(map(picture, question["image"]))
-    told = [("asked", row["prompt"]), ("it says", row["answer"] + (" … (cut off)" if row["cut"] else "")),
-            ("right", " | ".join(dict.fromkeys(row["answers"])) or "not known")]
+    told = [
+        ("asked", row["prompt"]),
+        ("it says", row["answer"] + (" … (cut off)" if row["cut"] else "")),
+        ("right", " | ".join(dict.fromkeys(row["answers"])) or "not known"),
+    ]
     words = "".join(f"<pre><b>{name}</b> {html.escape(text)}</pre>" for name, text in told)
     name = html.escape(f"{row['id']}, {row['kind']}")
     return f'<section><span class="mark">{mark(row)}</span>{pictures}<p>{name}</p>{words}</section>'
 
 
 def cells(line, benchmark):
-    shares = [*(x if x is None else points(x, benchmark) for x in line[2:5]), *(x if x is None else f"{x:.1%}" for x in line[5:])]
-    return f"<tr><td>{html.escape(line.kind)}<td>{line.questions}" + "".join(f"<td>{share or ''}" for share in shares)
+    shares = [
+        *(x if x is None else points(x, benchmark) for x in line[2:5]),
+        *(x if x is None else f"{x:.1%}" for x in line[5:]),
+    ]
+    return f"<tr><td>{html.escape(line.kind)}<td>{line.questions}" + "".join(
+        f"<td>{share or ''}" for share in shares
+    )
 
 
 def page(rows, questions, lines, benchmark, model):
     """The page; questions: those of the rows, for their pictures; lines: the table."""
-    pairs, title = sorted(zip(rows, questions, strict=True), key=lambda pair: worth(pair[0])), f"{benchmark}: {model}"
+    pairs, title = (
+        sorted(zip(rows, questions, strict=True), key=lambda pair: worth(pair[0])),
+        f"{benchmark}: {model}",
+    )
     table = "".join(cells(line, benchmark) for line in lines)
     first = f"the {MOST:,} worst of " if len(pairs) > MOST else ""
-    head = "".join(f"<th>{name}" for name in ("", "questions", "score", "from", "to", "unparsed", "cut off"))
-    return (f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title><style>{STYLE}</style>\n'
-            f"<h1>{html.escape(title)}</h1>\n<table><tr>{head}{table}</table>\n<p>Here are {first}{len(pairs):,} questions, the worst first.</p>\n"
-            + "\n".join(section(row, question) for row, question in pairs[:MOST]) + "\n</html>\n")
+    head = "".join(
+        f"<th>{name}" for name in ("", "questions", "score", "from", "to", "unparsed", "cut off")
+    )
+    return (
+        f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title><style>{STYLE}</style>\n'
+        f"<h1>{html.escape(title)}</h1>\n<table><tr>{head}{table}</table>\n<p>Here are {first}{len(pairs):,} questions, the worst first.</p>\n"
+        + "\n".join(section(row, question) for row, question in pairs[:MOST])
+        + "\n</html>\n"
+    )

@@ -1,10 +1,11 @@
 """The exam: questions are put to a model a batch at a time, shared over any number of ranks; answers are written as they come, and marked.
 
-    answers.jsonl   a line for each question: id, kind, pictures, the right answers and what else the score needs, the prompt as rendered, the answer,
-                    its tokens and whether it was cut off (as long as answers may be, and not ended), the score (null: none could be given);
-                    in the questions' order once all are there
-    answers.json    what was asked of which model, by what command and versions, which is enough to repeat it; and the table
+answers.jsonl   a line for each question: id, kind, pictures, the right answers and what else the score needs, the prompt as rendered, the answer,
+                its tokens and whether it was cut off (as long as answers may be, and not ended), the score (null: none could be given);
+                in the questions' order once all are there
+answers.json    what was asked of which model, by what command and versions, which is enough to repeat it; and the table
 """
+
 import contextlib
 import hashlib
 import importlib.metadata
@@ -22,13 +23,23 @@ from typing import NamedTuple
 import torch
 from PIL import Image
 
-from .. import IMAGE, Mistake, distributed, files
+from .. import IMAGE_TOKEN_ID, UserError, distributed, files
 from ..data import chat_template, dataset, image_files, image_processing, image_refs, packing
 from . import benchmarks, metrics, report
 
-LONGEST = 1 << 20  # tokens of prompt and answer together; the cache takes memory for all of them before the first is read
+LONGEST = (
+    1 << 20
+)  # tokens of prompt and answer together; the cache takes memory for all of them before the first is read
 SAMPLED = 4096  # places of a file of weights at which so many bytes are read to know it again: of 5 GB, one every MB
-FIELDS = {"id": str | int, "kind": str, "prompt": str, "answer": str, "answers": list, "tokens": int, "cut": bool}  # of a line that is read again
+FIELDS = {
+    "id": str | int,
+    "kind": str,
+    "prompt": str,
+    "answer": str,
+    "answers": list,
+    "tokens": int,
+    "cut": bool,
+}  # of a line that is read again
 
 
 class Said(NamedTuple):
@@ -36,24 +47,33 @@ class Said(NamedTuple):
 
     text: str
     tokens: int
-    cut: bool    # it is as long as answers may be, and has not ended
+    cut: bool  # it is as long as answers may be, and has not ended
     prompt: str  # what it answers, as the model's template renders it, <image> for each picture
 
 
 # ---- asking ----
 
+
 def prompt_ids(checkpoint, turns, pictures):
     """The ids of a conversation that waits for its answer, every picture expanded; pictures: images.Picture each."""
     ids, trained = chat_template.render(turns, checkpoint.tokenizer, checkpoint.template)
-    ids, _, pictures = chat_template.tag_pictures(ids, trained, pictures, checkpoint.tokenizer, checkpoint.policy)
+    ids, _, pictures = chat_template.tag_pictures(
+        ids, trained, pictures, checkpoint.tokenizer, checkpoint.policy
+    )
     return dataset.expand(ids, [len(picture.places) for picture in pictures]).tolist()
 
 
 def rendered(checkpoint, turns):
     """The same in letters, <image> for each picture."""
     ids, _ = chat_template.render(turns, checkpoint.tokenizer, checkpoint.template)
-    parts = [(is_image, list(part)) for is_image, part in itertools.groupby(ids, lambda i: i == IMAGE)]
-    return "".join("<image>" * len(part) if is_image else checkpoint.tokenizer.decode(part) for is_image, part in parts)
+    parts = [
+        (is_image, list(part))
+        for is_image, part in itertools.groupby(ids, lambda i: i == IMAGE_TOKEN_ID)
+    ]
+    return "".join(
+        "<image>" * len(part) if is_image else checkpoint.tokenizer.decode(part)
+        for is_image, part in parts
+    )
 
 
 def answer(checkpoint, asked, *, blank=False, mixed=None, **choices):
@@ -64,8 +84,13 @@ def answer(checkpoint, asked, *, blank=False, mixed=None, **choices):
     """
     model, end = checkpoint.model, chat_template.end_id(checkpoint.tokenizer, checkpoint.template)
     turns = [[("user", text)] for text, _ in asked]
-    prompts = [prompt_ids(checkpoint, turn, pictures) for turn, (_, pictures) in zip(turns, asked, strict=True)]
-    seen = packing.join([picture for _, pictures in asked for picture in pictures], checkpoint.policy)
+    prompts = [
+        prompt_ids(checkpoint, turn, pictures)
+        for turn, (_, pictures) in zip(turns, asked, strict=True)
+    ]
+    seen = packing.join(
+        [picture for _, pictures in asked for picture in pictures], checkpoint.policy
+    )
     if blank:
         seen["tiles_NCYX"].fill_(128)
     together, said = distributed.is_sharded(model), [[] for _ in asked]
@@ -73,16 +98,29 @@ def answer(checkpoint, asked, *, blank=False, mixed=None, **choices):
         for step in model.generate(prompts, **seen, stop=set() if together else {end}, **choices):
             for ids, i in zip(said, step, strict=True):
                 ids += [i] if not ids or ids[-1] != end else []
-            if together and not distributed.total([sum(ids[-1] != end for ids in said)], model.mean_C11.device)[0]:
+            if (
+                together
+                and not distributed.total(
+                    [sum(ids[-1] != end for ids in said)], model.mean_C11.device
+                )[0]
+            ):
                 break
     texts = [checkpoint.tokenizer.decode([i for i in ids if i != end]) for ids in said]
-    return [Said(text, len(ids), ids[-1] != end, rendered(checkpoint, turn)) for text, ids, turn in zip(texts, said, turns, strict=True)]
+    return [
+        Said(text, len(ids), ids[-1] != end, rendered(checkpoint, turn))
+        for text, ids, turn in zip(texts, said, turns, strict=True)
+    ]
 
 
 def size(ref):
     """(width, height) of a picture as its file begins: nearly always what it has once it is opened, and enough to sort by."""
     content, name = (None, ref.path) if isinstance(ref, image_refs.File) else image_refs.load(ref)
-    with image_files.blaming(name, content and len(content)), Image.open(io.BytesIO(content) if content else name, formats=image_files.FORMATS) as picture:
+    with (
+        image_files.blaming(name, content and len(content)),
+        Image.open(
+            io.BytesIO(content) if content else name, formats=image_files.FORMATS
+        ) as picture,
+    ):
         image_files.check_size(*picture.size)
         return picture.size
 
@@ -93,7 +131,9 @@ def lengths_of(checkpoint, questions):
 
     def length(question):
         for ref in question["image"]:
-            sizes[ref] = sizes.get(ref) or ((1, 1) if policy["fit"] in image_processing.FITS else size(ref))
+            sizes[ref] = sizes.get(ref) or (
+                (1, 1) if policy["fit"] in image_processing.FITS else size(ref)
+            )
         pictures = [image_processing.plan(sizes[ref], policy) for ref in question["image"]]
         return len(prompt_ids(checkpoint, [("user", question["question"])], pictures))
 
@@ -104,12 +144,22 @@ def check_lengths(checkpoint, lengths, max_tokens):
     """Refuse what no memory holds; warn of prompts longer than all that the model was trained on."""
     longest, path = max(lengths, default=0), Path(checkpoint.card["folder"]) / "training.json"
     if longest + max_tokens > LONGEST:
-        raise Mistake(f"{longest:,} tokens of prompt and --max_tokens={max_tokens} make more than {LONGEST:,}")
+        raise UserError(
+            f"{longest:,} tokens of prompt and --max_tokens={max_tokens} make more than {LONGEST:,}"
+        )
     row = files.read_json(path, "row")["row"] if path.is_file() else longest
     if longest > row:
         long = sum(length > row for length in lengths)
-        told = "the prompt takes" if len(lengths) == 1 else f"{long:,} of {len(lengths):,} prompts take up to"
-        print(f"{told} {longest:,} tokens, the model was trained on rows of {row:,}: do not expect much", file=sys.stderr, flush=True)
+        told = (
+            "the prompt takes"
+            if len(lengths) == 1
+            else f"{long:,} of {len(lengths):,} prompts take up to"
+        )
+        print(
+            f"{told} {longest:,} tokens, the model was trained on rows of {row:,}: do not expect much",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def in_batches(lengths, batch):
@@ -128,13 +178,25 @@ def answers(checkpoint, questions, rank=0, world=1, *, batch=16, done=(), length
     known = set(done)
     with distributed.together():
         lengths = lengths or lengths_of(checkpoint, questions)
-        batches = [left for members in reversed(in_batches(lengths, batch)) if (left := [i for i in members if i not in known])]
+        batches = [
+            left
+            for members in reversed(in_batches(lengths, batch))
+            if (left := [i for i in members if i not in known])
+        ]
     rounds = [batches[i : i + world] for i in range(0, len(batches), world)]
 
     def load(members):
-        return [(questions[i]["question"], [opened(ref, checkpoint.policy) for ref in questions[i]["image"]]) for i in members]
+        return [
+            (
+                questions[i]["question"],
+                [opened(ref, checkpoint.policy) for ref in questions[i]["image"]],
+            )
+            for i in members
+        ]
 
-    mine = [some[min(rank, len(some) - 1)] for some in rounds]  # the last may have none for this rank: under FSDP it works in vain with the others
+    mine = [
+        some[min(rank, len(some) - 1)] for some in rounds
+    ]  # the last may have none for this rank: under FSDP it works in vain with the others
     idle = [rank >= len(some) for some in rounds]
     with ThreadPoolExecutor(1) as reader:
         coming = reader.submit(load, mine[0]) if mine else None
@@ -142,7 +204,11 @@ def answers(checkpoint, questions, rank=0, world=1, *, batch=16, done=(), length
             with distributed.together():
                 asked = coming.result()
             coming = reader.submit(load, mine[number + 1]) if number + 1 < len(mine) else None
-            said = answer(checkpoint, asked, **how) if not idle[number] or distributed.is_sharded(checkpoint.model) else []
+            said = (
+                answer(checkpoint, asked, **how)
+                if not idle[number] or distributed.is_sharded(checkpoint.model)
+                else []
+            )
             pairs = [] if idle[number] else list(zip(members, said, strict=True))
             yield [pair for some in distributed.gather(pairs) for pair in some]
 
@@ -157,34 +223,56 @@ def ask(checkpoint, questions, rank=0, world=1, *, benchmark="exact", **how):
     check_marks(questions, benchmark)
     rows = [pair for pairs in answers(checkpoint, questions, rank, world, **how) for pair in pairs]
     if rank == 0:
-        return report.table(marked([row_of(questions[i], said) for i, said in sorted(rows)], benchmark))
+        return report.table(
+            marked([row_of(questions[i], said) for i, said in sorted(rows)], benchmark)
+        )
 
 
 # ---- marking ----
 
+
 def row_of(question, said):
     """A line of answers.jsonl, still without its score."""
     kept = {name: value for name, value in question.items() if name != "question"}
-    shown = [ref.name if isinstance(ref, image_refs.Bytes) else os.path.join(*ref[:2]) for ref in question["image"]]
-    return {**kept, "image": shown, "prompt": said.prompt, "answer": said.text, "tokens": said.tokens, "cut": said.cut}
+    shown = [
+        ref.name if isinstance(ref, image_refs.Bytes) else os.path.join(*ref[:2])
+        for ref in question["image"]
+    ]
+    return {
+        **kept,
+        "image": shown,
+        "prompt": said.prompt,
+        "answer": said.text,
+        "tokens": said.tokens,
+        "cut": said.cut,
+    }
 
 
 def marked(rows, benchmark):
     """Rows with their scores; None where an answer cannot be parsed, or no right one is known."""
     known = [row for row in rows if row["answers"]]
-    marks = metrics.mark(benchmarks.BENCHMARKS[benchmark].score, [row["answer"] for row in known], known) if known else []
+    marks = (
+        metrics.mark(
+            benchmarks.BENCHMARKS[benchmark].score, [row["answer"] for row in known], known
+        )
+        if known
+        else []
+    )
     given = iter(marks)
     return [{**row, "score": next(given) if row["answers"] else None} for row in rows]
 
 
 def check_marks(questions, benchmark):
-    """Raise Mistake, before anything is asked, for a question that its benchmark's rule could not mark."""
+    """Raise UserError, before anything is asked, for a question that its benchmark's rule could not mark."""
     for question in questions:
         if question["answers"]:
-            metrics.check(benchmarks.BENCHMARKS[benchmark].score, question, f"question {question['id']}")
+            metrics.check(
+                benchmarks.BENCHMARKS[benchmark].score, question, f"question {question['id']}"
+            )
 
 
 # ---- a whole exam, and its files ----
+
 
 def beside(out):
     return Path(out).with_suffix(".json")
@@ -197,9 +285,18 @@ def write_rows(path, rows):
 def identity(checkpoint, questions, benchmark, prompt, choices):
     """What must stay the same for an exam to go on: the model by what its files hold, wherever they lie, the questions by what they say."""
     asked = sha([[question["id"], question["question"]] for question in questions])
-    model, dtype = sha([weights_in(checkpoint.card["folder"]), checkpoint.fingerprint()]), next(checkpoint.model.parameters()).dtype
-    return {"model": model, "dtype": str(dtype).removeprefix("torch."), "benchmark": benchmark, "questions": f"{len(questions):,} ({asked})",
-            "prompt": prompt, **choices}
+    model, dtype = (
+        sha([weights_in(checkpoint.card["folder"]), checkpoint.fingerprint()]),
+        next(checkpoint.model.parameters()).dtype,
+    )
+    return {
+        "model": model,
+        "dtype": str(dtype).removeprefix("torch."),
+        "benchmark": benchmark,
+        "questions": f"{len(questions):,} ({asked})",
+        "prompt": prompt,
+        **choices,
+    }
 
 
 def sha(thing):
@@ -209,7 +306,9 @@ def sha(thing):
 def weights_in(model):
     """[name, size, hash of a sample of the bytes] of each file of weights in a model's folder: training changes bytes everywhere, a copy none."""
     folder, found = Path(files.cached(model) or model), []
-    for path in sorted(path for kind in ("*.safetensors", "*.bin", "sharded/*") for path in folder.glob(kind)):
+    for path in sorted(
+        path for kind in ("*.safetensors", "*.bin", "sharded/*") for path in folder.glob(kind)
+    ):
         digest, size = hashlib.sha256(), path.stat().st_size
         with open(path, "rb") as file:
             for place in range(0, size, max(SAMPLED, size // SAMPLED)):
@@ -221,29 +320,50 @@ def weights_in(model):
 
 def versions():
     """Of what answers depend on; ours: a hash of the package's files."""
-    ours = sha([[path.name, path.read_text(encoding="utf-8")] for path in sorted(Path(__file__).parent.glob("*.py"))])
-    others = {name: importlib.metadata.version(name) for name in ("numpy", "pillow", "tiktoken", "safetensors")}
-    return {"nanovlm": ours, "python": platform.python_version(), "torch": torch.__version__, **others}
+    ours = sha(
+        [
+            [path.name, path.read_text(encoding="utf-8")]
+            for path in sorted(Path(__file__).parent.glob("*.py"))
+        ]
+    )
+    others = {
+        name: importlib.metadata.version(name)
+        for name in ("numpy", "pillow", "tiktoken", "safetensors")
+    }
+    return {
+        "nanovlm": ours,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        **others,
+    }
 
 
 def told(path):
-    """What the JSON beside an answers.jsonl says; nothing if there is none. Mistake if it is something else."""
+    """What the JSON beside an answers.jsonl says; nothing if there is none. UserError if it is something else."""
     if not beside(path).exists():
         return {}
     kept = files.read_json(beside(path))
     asked, card = kept.get("asked"), kept.get("card", {})
-    if not (isinstance(asked, dict) and isinstance(asked.get("benchmark"), str) and isinstance(card, dict)):
-        raise Mistake(f"{beside(path)}, where the table of {path} belongs, is something else: name other answers")
+    if not (
+        isinstance(asked, dict)
+        and isinstance(asked.get("benchmark"), str)
+        and isinstance(card, dict)
+    ):
+        raise UserError(
+            f"{beside(path)}, where the table of {path} belongs, is something else: name other answers"
+        )
     return kept
 
 
 def check_out(path, asked=None):
-    """Raise Mistake for a file that is there, and that no exam has left; asked: of answers that are marked again, which may go over their own."""
+    """Raise UserError for a file that is there, and that no exam has left; asked: of answers that are marked again, which may go over their own."""
     was = told(path).get("asked")
     if not was and is_begun(path):
-        raise Mistake(f"--out={path} is there, but no {beside(path)} that says what was asked: name another")
+        raise UserError(
+            f"--out={path} is there, but no {beside(path)} that says what was asked: name another"
+        )
     if was and asked is not None and was | {"benchmark": ""} != asked | {"benchmark": ""}:
-        raise Mistake(f"--out={path} holds answers of another exam: name another")
+        raise UserError(f"--out={path} holds answers of another exam: name another")
 
 
 def is_begun(path):
@@ -263,7 +383,11 @@ def held(out, rank):
             yield
         except KeyboardInterrupt:
             if out and rank == 0:
-                print(f"\nwhat is answered stays in {out}, and the same command goes on with the rest", file=sys.stderr, flush=True)
+                print(
+                    f"\nwhat is answered stays in {out}, and the same command goes on with the rest",
+                    file=sys.stderr,
+                    flush=True,
+                )
             raise
 
 
@@ -274,36 +398,64 @@ def begin(out, questions, asked, about):
         files.write_text(beside(out), json.dumps({"asked": asked, **about}, indent=1))
         return {}
     was = kept.get("asked", {})
-    wrong = [f"{name} was {was.get(name)}, now {value}" for name, value in json.loads(json.dumps(asked)).items() if was.get(name) != value]
+    wrong = [
+        f"{name} was {was.get(name)}, now {value}"
+        for name, value in json.loads(json.dumps(asked)).items()
+        if was.get(name) != value
+    ]
     if wrong:
         of = kept.get("card", {}).get("folder", "a model")
-        raise Mistake(f"{out}, asked of {of}, cannot go on as another exam: {'; '.join(wrong)}; name another --out")
+        raise UserError(
+            f"{out}, asked of {of}, cannot go on as another exam: {'; '.join(wrong)}; name another --out"
+        )
     os.truncate(out, Path(out).read_bytes().rfind(b"\n") + 1)  # the last line may have been torn
-    numbers, rows = {str(question["id"]): i for i, question in enumerate(questions)}, list(read_rows(out))
+    numbers, rows = (
+        {str(question["id"]): i for i, question in enumerate(questions)},
+        list(read_rows(out)),
+    )
     if strange := [row["id"] for row in rows if str(row["id"]) not in numbers]:
-        raise Mistake(f"{out} answers question {strange[0]}, which is none of these: name another --out")
-    return {numbers[str(row["id"])]: Said(row["answer"], row["tokens"], row["cut"], row["prompt"]) for row in rows}
+        raise UserError(
+            f"{out} answers question {strange[0]}, which is none of these: name another --out"
+        )
+    return {
+        numbers[str(row["id"])]: Said(row["answer"], row["tokens"], row["cut"], row["prompt"])
+        for row in rows
+    }
 
 
 def read_rows(path):
-    """The lines of an answers.jsonl; Mistake, naming the line, for what is none."""
+    """The lines of an answers.jsonl; UserError, naming the line, for what is none."""
     seen = set()
     for number, row in enumerate(files.read_log(path), 1):
-        wrong = [name for name, kind in FIELDS.items() if not isinstance(row, dict) or not isinstance(row.get(name), kind)]
+        wrong = [
+            name
+            for name, kind in FIELDS.items()
+            if not isinstance(row, dict) or not isinstance(row.get(name), kind)
+        ]
         if wrong or not all(isinstance(text, str) for text in row["answers"]):
-            raise Mistake(f"{path}, line {number}: no answer to a question, its {', '.join(wrong or ['answers'])} missing or misshapen: {row!r:.80}")
+            raise UserError(
+                f"{path}, line {number}: no answer to a question, its {', '.join(wrong or ['answers'])} missing or misshapen: {row!r:.80}"
+            )
         if str(row["id"]) in seen:
-            raise Mistake(f"{path}, line {number}: question {row['id']} is answered twice")
+            raise UserError(f"{path}, line {number}: question {row['id']} is answered twice")
         seen.add(str(row["id"]))
         yield row
 
 
-def sit(checkpoint, questions, rank=0, world=1, *, benchmark, prompt="", out="", batch=16, **choices):
+def sit(
+    checkpoint, questions, rank=0, world=1, *, benchmark, prompt="", out="", batch=16, **choices
+):
     """Answer all questions, of which `out` may hold some already, and write the answers there as they come: (rows, on rank 0; what answers.json says
     of them). Other ranks get None for both."""
     asked = identity(checkpoint, questions, benchmark, prompt, choices)
-    about = {"command": shlex.join(sys.argv), "card": checkpoint.card, "ranks": world, "batch": batch,
-             "device": str(checkpoint.model.mean_C11.device), "versions": versions()}
+    about = {
+        "command": shlex.join(sys.argv),
+        "card": checkpoint.card,
+        "ranks": world,
+        "batch": batch,
+        "device": str(checkpoint.model.mean_C11.device),
+        "versions": versions(),
+    }
     with distributed.together():
         check_marks(questions, benchmark)
         said = begin(out, questions, asked, about) if out and rank == 0 else {}
@@ -311,8 +463,12 @@ def sit(checkpoint, questions, rank=0, world=1, *, benchmark, prompt="", out="",
         if rank == 0:
             check_lengths(checkpoint, lengths, choices["max_tokens"])
     progress, known = report.Progress(len(questions), len(said)), distributed.gather(list(said))[0]
-    with open(out, "a", encoding="utf-8") if out and rank == 0 else contextlib.nullcontext() as file:
-        for pairs in answers(checkpoint, questions, rank, world, batch=batch, done=known, lengths=lengths, **choices):
+    with (
+        open(out, "a", encoding="utf-8") if out and rank == 0 else contextlib.nullcontext() as file
+    ):
+        for pairs in answers(
+            checkpoint, questions, rank, world, batch=batch, done=known, lengths=lengths, **choices
+        ):
             said |= pairs
             rows = [row_of(questions[i], one) | {"score": None} for i, one in pairs]
             rows = rows if report.is_of_all(benchmark) else marked(rows, benchmark)
@@ -337,24 +493,46 @@ def mark_again(path, questions, benchmark):
         found = {str(row["id"]): row for row in rows}
         missing = [question["id"] for question in questions if str(question["id"]) not in found]
         if missing or len(found) > len(questions):
-            raise Mistake(f"{path} has {len(found):,} answers, --questions {len(questions):,} questions"
-                          f"{f'; not answered is {missing[0]}' if missing else ''}")
-        rows = [row_of(q, Said(row["answer"], row["tokens"], row["cut"], row["prompt"])) for q in questions for row in [found[str(q["id"])]]]
+            raise UserError(
+                f"{path} has {len(found):,} answers, --questions {len(questions):,} questions"
+                f"{f'; not answered is {missing[0]}' if missing else ''}"
+            )
+        rows = [
+            row_of(q, Said(row["answer"], row["tokens"], row["cut"], row["prompt"]))
+            for q in questions
+            for row in [found[str(q["id"])]]
+        ]
     if not rows:
-        raise Mistake(f"{path} holds no answers")
+        raise UserError(f"{path} holds no answers")
     return marked(rows, benchmark)
 
 
 def conclude(rows, about, questions, benchmark, seed=0, *, out="", page="", submission=""):
     """Print the table and what else the benchmark is known by, and write the files that were asked for."""
     lines, known = report.table(rows, seed), [row for row in rows if row["answers"]]
-    figures = metrics.summary(benchmark, known, [row["answer"] for row in known], [row["score"] for row in known]) if known else {}
+    figures = (
+        metrics.summary(
+            benchmark, known, [row["answer"] for row in known], [row["score"] for row in known]
+        )
+        if known
+        else {}
+    )
     report.show(lines, figures, benchmark, about.get("tokens_per_s"))
     about = {**about, "asked": {**about.get("asked", {}), "benchmark": benchmark}}
     if out:
-        files.write_text(beside(out), json.dumps({**about, "table": [line._asdict() for line in lines], "figures": figures}, indent=1))
+        files.write_text(
+            beside(out),
+            json.dumps(
+                {**about, "table": [line._asdict() for line in lines], "figures": figures}, indent=1
+            ),
+        )
         write_rows(out, rows)  # last, since the file that is held goes with it
     if page:
-        files.write_text(page, report.page(rows, questions, lines, benchmark, about.get("card", {}).get("folder", out)))
+        files.write_text(
+            page,
+            report.page(
+                rows, questions, lines, benchmark, about.get("card", {}).get("folder", out)
+            ),
+        )
     if submission:
         files.write_text(submission, benchmarks.submission(benchmark, rows))

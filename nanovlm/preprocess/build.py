@@ -7,6 +7,7 @@ are missing.
     out.tmp/plan.json    what the shards are made from and how; another command may not go on with them
     out.tmp/00012/       a shard (data.py), and with it receipt.json: how many records it was made from, which of them were skipped, and why
 """
+
 import contextlib
 import itertools
 import json
@@ -25,15 +26,24 @@ from typing import NamedTuple
 
 import torch
 
-from .. import Mistake, cli, files
+from .. import UserError, cli, files
 from ..checkpoints.checkpoint import describe_checkpoint
 from ..data import chat_template, dataset, image_files, image_processing, image_refs
 from ..data.tokenizer import Tokenizer
 from . import readers
 
 SHARD = 1024  # records; at 12 tiles of 448 pixels 8 GB, and what a stop may cost each worker
-CARRIED = 1 << 26  # bytes of pictures that records of parquet bring along, after which a shard ends: a few of them are in memory for each worker
-STEPS = (12, 8, 6, 4, 2, 1)  # tiles; Megatron-LM's examples/multimodal step down so where a row would not hold a sample
+CARRIED = (
+    1 << 26
+)  # bytes of pictures that records of parquet bring along, after which a shard ends: a few of them are in memory for each worker
+STEPS = (
+    12,
+    8,
+    6,
+    4,
+    2,
+    1,
+)  # tiles; Megatron-LM's examples/multimodal step down so where a row would not hold a sample
 
 
 class Recipe(NamedTuple):
@@ -42,30 +52,38 @@ class Recipe(NamedTuple):
     tokenizer: Tokenizer
     template: str
     policy: dict
-    row: int       # the most tokens of a sample
+    row: int  # the most tokens of a sample
     pictures: str  # the folder or zip that records name their pictures from
 
 
 def gather(paths, out, recipe, workers, max_skipped):
-    """Prepare the set `out` from the sources `paths`. max_skipped: the share of records that may be skipped before it is a Mistake.
+    """Prepare the set `out` from the sources `paths`. max_skipped: the share of records that may be skipped before it is a UserError.
     Returns the skipped, as they are written to skipped.jsonl: id, where, reason, said."""
-    raws = readers.read(paths, recipe.pictures)  # what is no source is told before anything is written
+    raws = readers.read(
+        paths, recipe.pictures
+    )  # what is no source is told before anything is written
     out = Path(out)
     tmp = out.with_name(f"{out.name}.tmp")
     tmp.mkdir(parents=True, exist_ok=True)
     try:
         with files.claim(tmp):
             begin(tmp, plan_of(paths, recipe))
-            if not (tmp / "header.json").exists():  # a run killed at its very end has left only the tidying
+            if not (
+                tmp / "header.json"
+            ).exists():  # a run killed at its very end has left only the tidying
                 count = cut_all(raws, tmp, recipe, workers)
-                check_plan(tmp, plan_of(paths, recipe))  # sources may have changed while they were read
+                check_plan(
+                    tmp, plan_of(paths, recipe)
+                )  # sources may have changed while they were read
                 settle(tmp, count, recipe, max_skipped)
             tidy(tmp)
             os.rename(tmp, out)
             dataset.sync(out.parent)
         return [json.loads(line) for line in (out / "skipped.jsonl").read_text().splitlines()]
     except BrokenProcessPool:
-        raise Mistake(f"a worker was killed, for want of memory perhaps (fewer --workers need less): {how_to_go_on(tmp)}") from None
+        raise UserError(
+            f"a worker was killed, for want of memory perhaps (fewer --workers need less): {how_to_go_on(tmp)}"
+        ) from None
     except OSError as error:
         error.filename = f"{error.filename or out} ({how_to_go_on(tmp)})"
         raise
@@ -81,14 +99,27 @@ def how_to_go_on(tmp):
 def plan_of(paths, recipe):
     """What decides the bytes of a set, as far as it can be told without reading its pictures; in JSON's own types."""
     stamps = readers.stamps(paths, recipe.pictures)
-    return json.loads(json.dumps({"version": dataset.VERSION, "shard": [SHARD, CARRIED], "row": recipe.row, "fingerprint": dataset.fingerprint(recipe),
-                                  "images": recipe.pictures, "sources": stamps, "order of sources": list(stamps)}))
+    return json.loads(
+        json.dumps(
+            {
+                "version": dataset.VERSION,
+                "shard": [SHARD, CARRIED],
+                "row": recipe.row,
+                "fingerprint": dataset.fingerprint(recipe),
+                "images": recipe.pictures,
+                "sources": stamps,
+                "order of sources": list(stamps),
+            }
+        )
+    )
 
 
 def check_plan(tmp, plan):
-    """Raise Mistake unless the set in `tmp` was begun by the same plan."""
-    if wrong := dataset.differences(json.loads((tmp / "plan.json").read_text()), plan, "its", "now"):
-        raise Mistake(f"{tmp} was begun otherwise: {'; '.join(wrong)}; remove it to begin anew")
+    """Raise UserError unless the set in `tmp` was begun by the same plan."""
+    if wrong := dataset.differences(
+        json.loads((tmp / "plan.json").read_text()), plan, "its", "now"
+    ):
+        raise UserError(f"{tmp} was begun otherwise: {'; '.join(wrong)}; remove it to begin anew")
 
 
 def begin(tmp, plan):
@@ -104,6 +135,7 @@ def begin(tmp, plan):
 
 
 # ---- the workers ----
+
 
 def start_worker(recipe):
     """A process of its own: one core's worth of threads, no last words at Ctrl-C, which its parent hears too, and no life without that parent."""
@@ -131,10 +163,19 @@ def cut_shard(folder, raws, recipe):
         for raw in raws:
             try:
                 yield prepared(readers.sample(raw, recipe.pictures), recipe)
-            except Mistake as mistake:
-                skipped.append({"id": readers.id_of(raw), "where": raw.where, "reason": mistake.reason or "cannot be used", "said": str(mistake)})
+            except UserError as mistake:
+                skipped.append(
+                    {
+                        "id": readers.id_of(raw),
+                        "where": raw.where,
+                        "reason": mistake.reason or "cannot be used",
+                        "said": str(mistake),
+                    }
+                )
 
-    dataset.write_shard(folder, recipe.policy, samples(), lambda: {"records": len(raws), "skipped": skipped})
+    dataset.write_shard(
+        folder, recipe.policy, samples(), lambda: {"records": len(raws), "skipped": skipped}
+    )
     return len(raws), (folder / "tiles").stat().st_size
 
 
@@ -142,26 +183,44 @@ def prepared(sample, recipe):
     """A sources.Sample as write_shard takes it: name, ids, trained, pictures. Pictures are cut into fewer tiles until the sample fits its row."""
     ids, trained = chat_template.render(sample.turns, recipe.tokenizer, recipe.template)
     least = len(ids) + len(sample.pictures) * (image_processing.tokens_per_tile(recipe.policy) - 1)
-    if least > recipe.row:  # a sample of a thousand pictures would not only fit no row, but no memory either
-        raise Mistake(f"{sample.where}: at least {least:,} tokens, --row={recipe.row}", "longer than a row")
-    opened = [image_files.read(*image_refs.load(ref), image_processing.needed(recipe.policy)) for ref in sample.pictures]
+    if (
+        least > recipe.row
+    ):  # a sample of a thousand pictures would not only fit no row, but no memory either
+        raise UserError(
+            f"{sample.where}: at least {least:,} tokens, --row={recipe.row}", "longer than a row"
+        )
+    opened = [
+        image_files.read(*image_refs.load(ref), image_processing.needed(recipe.policy))
+        for ref in sample.pictures
+    ]
     for limit in limits(recipe.policy):
         planned = [image_processing.plan(size, recipe.policy, limit) for _, size in opened]
-        tagged, _, pictures = chat_template.tag_pictures(ids, trained, planned, recipe.tokenizer, recipe.policy)
+        tagged, _, pictures = chat_template.tag_pictures(
+            ids, trained, planned, recipe.tokenizer, recipe.policy
+        )
         length = int(dataset.repeats(tagged, [len(picture.places) for picture in pictures]).sum())
         if length <= recipe.row:
-            cut = [blank._replace(tiles=image_processing.cut(picture, recipe.policy, limit, size))
-                   for blank, (picture, size) in zip(planned, opened, strict=True)]
-            return sample.name, *chat_template.tag_pictures(ids, trained, cut, recipe.tokenizer, recipe.policy)
-    raise Mistake(f"{sample.where}: {length:,} tokens, --row={recipe.row}", "longer than a row")
+            cut = [
+                blank._replace(tiles=image_processing.cut(picture, recipe.policy, limit, size))
+                for blank, (picture, size) in zip(planned, opened, strict=True)
+            ]
+            return sample.name, *chat_template.tag_pictures(
+                ids, trained, cut, recipe.tokenizer, recipe.policy
+            )
+    raise UserError(f"{sample.where}: {length:,} tokens, --row={recipe.row}", "longer than a row")
 
 
 def limits(policy):
     """The most tiles that a picture may be cut into, step by step (NVLM's); the policy's own numbers where it is not cut by a grid."""
-    return [policy["tiles"], *(most for most in STEPS if most < policy["tiles"])] if policy["fit"] == "tiles" else [None]
+    return (
+        [policy["tiles"], *(most for most in STEPS if most < policy["tiles"])]
+        if policy["fit"] == "tiles"
+        else [None]
+    )
 
 
 # ---- all of it ----
+
 
 def shards(raws):
     """Lists of SHARD records, fewer if they carry more than CARRIED; a record that has been there already is marked as such."""
@@ -171,12 +230,20 @@ def shards(raws):
         identity = readers.identity(raw)
         again = identity in seen
         seen.add(identity)
-        return raw._replace(fault=("duplicate", f"{raw.where}: the same as an earlier one, its id too")) if again and raw.fault is None else raw
+        return (
+            raw._replace(
+                fault=("duplicate", f"{raw.where}: the same as an earlier one, its id too")
+            )
+            if again and raw.fault is None
+            else raw
+        )
 
     shard, carried = [], 0
     for raw in map(once, raws):
         shard.append(raw)
-        carried += sum(len(ref.content) for ref in raw.pictures if isinstance(ref, image_refs.Bytes))
+        carried += sum(
+            len(ref.content) for ref in raw.pictures if isinstance(ref, image_refs.Bytes)
+        )
         if len(shard) == SHARD or carried > CARRIED:
             yield shard
             shard, carried = [], 0
@@ -210,7 +277,9 @@ def in_order_of_ending(tasks, recipe, workers):
     first = next(tasks, None)
     if first is None:
         return
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start_worker, (recipe,))
+    pool = ProcessPoolExecutor(
+        workers, multiprocessing.get_context("spawn"), start_worker, (recipe,)
+    )
     try:
         running = {}
         for folder, raws, share in itertools.chain([first], tasks):
@@ -221,7 +290,9 @@ def in_order_of_ending(tasks, recipe, workers):
         while running:
             yield from ended(running)
     except BaseException:
-        for worker in multiprocessing.active_children():  # who have shards in hand, and more of them waiting
+        for (
+            worker
+        ) in multiprocessing.active_children():  # who have shards in hand, and more of them waiting
             worker.terminate()
         raise
     finally:
@@ -249,33 +320,52 @@ class Progress:
 
     def __init__(self):
         self.began = self.told = time.time()
-        self.records, self.bytes, self.share, self.found = 0, 0, 0.0, 0.0  # shares of the sources: made, and made by an earlier run
+        self.records, self.bytes, self.share, self.found = (
+            0,
+            0,
+            0.0,
+            0.0,
+        )  # shares of the sources: made, and made by an earlier run
 
     def tell(self, records, size, share):
         """Another shard is done, of so many records and bytes, a `share` of the sources."""
         now = time.time()
-        self.records, self.bytes, self.share = self.records + records, self.bytes + size, self.share + share
+        self.records, self.bytes, self.share = (
+            self.records + records,
+            self.bytes + size,
+            self.share + share,
+        )
         if now - self.told > 5:
             self.told, spent = now, now - self.began
             left = spent * max(1 - self.found - self.share, 0) / max(self.share, 1e-9)
-            print(f"{self.records:,} samples, {self.records / spent:,.0f}/s, {self.bytes / 1e9:.1f} GB of tiles, {left:,.0f} s left",
-                  file=sys.stderr, flush=True)
+            print(
+                f"{self.records:,} samples, {self.records / spent:,.0f}/s, {self.bytes / 1e9:.1f} GB of tiles, {left:,.0f} s left",
+                file=sys.stderr,
+                flush=True,
+            )
 
 
 def settle(tmp, count, recipe, max_skipped):
     """Make a folder of `count` shards a set, unless too much was skipped."""
     folders = [tmp / f"{number:05d}" for number in range(count)]
     receipts = [json.loads((folder / "receipt.json").read_text()) for folder in folders]
-    records, skipped = sum(receipt["records"] for receipt in receipts), [one for receipt in receipts for one in receipt["skipped"]]
+    records, skipped = (
+        sum(receipt["records"] for receipt in receipts),
+        [one for receipt in receipts for one in receipt["skipped"]],
+    )
     (tmp / "skipped.jsonl").write_text("".join(json.dumps(one) + "\n" for one in skipped))
     if len(skipped) > max_skipped * records or len(skipped) == records:
         kinds = ", ".join(f"{reason} {times:,}" for reason, times in table(skipped))
-        raise Mistake(f"{len(skipped):,} of {records:,} samples cannot be used, more than --max_skipped={max_skipped * 100:g}% ({kinds}): "
-                      f"{'; '.join(one['said'] for one in skipped[:3])}; all are in {tmp}/skipped.jsonl; once they are mended, remove {tmp}")
+        raise UserError(
+            f"{len(skipped):,} of {records:,} samples cannot be used, more than --max_skipped={max_skipped * 100:g}% ({kinds}): "
+            f"{'; '.join(one['said'] for one in skipped[:3])}; all are in {tmp}/skipped.jsonl; once they are mended, remove {tmp}"
+        )
     recipe.tokenizer.save(tmp)
     for path in tmp.iterdir():
         dataset.sync(path)
-    dataset.write_header(tmp, dataset.fingerprint(recipe), [receipt["files"] for receipt in receipts])
+    dataset.write_header(
+        tmp, dataset.fingerprint(recipe), [receipt["files"] for receipt in receipts]
+    )
 
 
 def tidy(tmp):
@@ -297,8 +387,10 @@ def prepare_dataset(*, model, source, images, out, row, workers=0, max_skipped=0
     recipe = Recipe(owner.tokenizer, owner.template, owner.policy, row, images)
     skipped = gather(source, out, recipe, workers or len(os.sched_getaffinity(0)), max_skipped)
     rows = dataset.Samples(out).table
-    cli.status(f"{out}: {len(rows):,} samples, {rows[:, dataset.HELD_OUT].sum():,} of them held out, the longest of "
-        f"{rows[:, dataset.LENGTH].max():,} tokens, in {time.time() - began:.0f} s")
+    cli.status(
+        f"{out}: {len(rows):,} samples, {rows[:, dataset.HELD_OUT].sum():,} of them held out, the longest of "
+        f"{rows[:, dataset.LENGTH].max():,} tokens, in {time.time() - began:.0f} s"
+    )
     for reason, times in table(skipped):
         cli.status(f"skipped {times:,}: {reason}")
     if skipped:

@@ -8,8 +8,9 @@ What a source is shows in its first bytes, what a record is in its fields; names
     WebDataset tar   the members that share a key (a name up to its first dot): pictures, and a json (an object or LLaVA's list of turns) or a txt
     parquet          rows; `image` or `images` are bytes, {"bytes", "path"} or paths
 
-A record without an id is named by where it stands. One that cannot be used is dirt, told of by a Mistake with a reason, and never stops the others.
+A record without an id is named by where it stands. One that cannot be used is dirt, told of by a UserError with a reason, and never stops the others.
 """
+
 import glob
 import hashlib
 import itertools
@@ -21,45 +22,58 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from .. import Mistake, cli
+from .. import UserError, cli
 from ..data.dataset import check_name
 from ..data.image_refs import Bytes, Span, archive, find, load, one_line, printable
 from . import records
 from .records import UNKNOWN
 
-PICTURES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm")  # how such members of a tar end
+PICTURES = (
+    "jpg",
+    "jpeg",
+    "png",
+    "webp",
+    "bmp",
+    "gif",
+    "tif",
+    "tiff",
+    "ppm",
+)  # how such members of a tar end
 PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
-MAX_TEXT = 1 << 26   # of a tar's json or txt
-MAX_DEPTH = 32       # lists and objects in one another
+MAX_TEXT = 1 << 26  # of a tar's json or txt
+MAX_DEPTH = 32  # lists and objects in one another
 
 
 class Raw(NamedTuple):
     """A record as it stands in its source; small enough to be handed to another process."""
 
-    where: str                 # for messages
+    where: str  # for messages
     record: dict | None
-    pictures: list             # refs to those that the source brings along; empty where the record names files
-    fault: tuple | None        # (reason, text) where it could not be read
-    name: str                  # its id if it states none: the key in a tar, else the file's name and the record's number
-    folder: str | None = None  # in which the files lie that it names; None in a tar or parquet, which may name none outside --images
-    at: float = 0.0            # how far it is in all sources, from 0 to 1
+    pictures: list  # refs to those that the source brings along; empty where the record names files
+    fault: tuple | None  # (reason, text) where it could not be read
+    name: str  # its id if it states none: the key in a tar, else the file's name and the record's number
+    folder: str | None = (
+        None  # in which the files lie that it names; None in a tar or parquet, which may name none outside --images
+    )
+    at: float = 0.0  # how far it is in all sources, from 0 to 1
 
 
 class Sample(NamedTuple):
     """A record as a conversation, everything but the insides of its pictures checked."""
 
-    name: str       # its id
-    where: str      # for messages
-    turns: list     # [(role, text)]
+    name: str  # its id
+    where: str  # for messages
+    turns: list  # [(role, text)]
     pictures: list  # refs, one for each <image>
 
 
 # ---- sources ----
 
+
 def read(paths, images=""):
     """Raws of all sources in their order, one after another; each of `paths` is a file, a folder of .tar and .parquet, or a pattern such as a-*.tar.
 
-    Raises Mistake, before the first Raw, for what is no source or begins with a record of no known kind; while reading, for one that is damaged
+    Raises UserError, before the first Raw, for what is no source or begins with a record of no known kind; while reading, for one that is damaged
     in such a way that nobody can tell what is lost.
     """
     if images and not os.path.isdir(images):
@@ -88,15 +102,23 @@ def stamps(paths, images=""):
 def find_files(paths):
     found = []
     for path in paths:
-        new = [str(file) for file in Path(path).glob("*") if file.suffix in (".tar", ".parquet")] if os.path.isdir(path) else [path]
+        new = (
+            [str(file) for file in Path(path).glob("*") if file.suffix in (".tar", ".parquet")]
+            if os.path.isdir(path)
+            else [path]
+        )
         new = sorted(filter(os.path.isfile, new if os.path.lexists(path) else glob.glob(path)))
         if not new:
-            raise Mistake(f"{path} holds neither .tar nor .parquet files" if os.path.isdir(path) else f"no such file: {path}")
+            raise UserError(
+                f"{path} holds neither .tar nor .parquet files"
+                if os.path.isdir(path)
+                else f"no such file: {path}"
+            )
         found += new
     if not found:
-        raise Mistake("no source is named")
+        raise UserError("no source is named")
     if twice := [file for file, times in Counter(found).items() if times > 1]:
-        raise Mistake(f"{twice[0]} is named twice among the sources")
+        raise UserError(f"{twice[0]} is named twice among the sources")
     return found
 
 
@@ -106,10 +128,12 @@ def opened(file):
         with open(file, "rb") as beginning:
             head = beginning.read(4096)
     except OSError as error:
-        raise Mistake(f"{file}: {error.strerror}") from None
+        raise UserError(f"{file}: {error.strerror}") from None
     packing = next((name for magic, name in PACKED.items() if head.startswith(magic)), None)
     if packing:
-        raise Mistake(f"{file} is packed by {packing}, in which nothing can be found without unpacking all before it: unpack it first")
+        raise UserError(
+            f"{file} is packed by {packing}, in which nothing can be found without unpacking all before it: unpack it first"
+        )
     if head[:4] == b"PAR1":
         return partial(parquet_rows, file)
     if head[257:262] == b"ustar":
@@ -119,17 +143,21 @@ def opened(file):
             return partial(json_lines, file)
         case b"[":
             return partial(json_list, file, parse_list(file))
-    raise Mistake(f"{file} is neither JSON nor an unpacked tar nor parquet: it begins with {head[:40]!r}" if head else f"{file} is empty")
+    raise UserError(
+        f"{file} is neither JSON nor an unpacked tar nor parquet: it begins with {head[:40]!r}"
+        if head
+        else f"{file} is empty"
+    )
 
 
 def check_first(raws):
-    """Raise Mistake, quoting the first record that could be read, unless its kind is known."""
+    """Raise UserError, quoting the first record that could be read, unless its kind is known."""
     begin = list(itertools.islice(raws(), 10))
     if not begin:
-        raise Mistake(f"{raws.args[0]} holds no samples")
+        raise UserError(f"{raws.args[0]} holds no samples")
     first = next((raw for raw in begin if not raw.fault or raw.fault[0] == UNKNOWN), begin[0])
     if first.fault:
-        raise Mistake(first.fault[1], first.fault[0])
+        raise UserError(first.fault[1], first.fault[0])
     records.kind_of(first.record, first.where)
 
 
@@ -145,13 +173,18 @@ def parse_list(file):
     try:
         return parse(Path(file).read_bytes())
     except ValueError as error:
-        raise Mistake(f"{file} is not JSON: {error}") from None
+        raise UserError(f"{file} is not JSON: {error}") from None
 
 
 def made(where, record, name, pictures=(), folder=None):
     """A Raw of what was read, if that is an object that can be handled."""
     if deep(record):
-        return fault(where, name, "nested too deep", f"{where} has more than {MAX_DEPTH} lists and objects in one another")
+        return fault(
+            where,
+            name,
+            "nested too deep",
+            f"{where} has more than {MAX_DEPTH} lists and objects in one another",
+        )
     if not isinstance(record, dict):
         return fault(where, name, UNKNOWN, f"{where} is no object: {record!r:.200}")
     return Raw(where, record, list(pictures), None, name, folder)
@@ -168,7 +201,12 @@ def deep(value, left=MAX_DEPTH):
 
 def json_list(file, objects):
     for number, record in enumerate(objects, 1):
-        raw = made(f"{file}, sample {number}", record, f"{Path(file).name}:{number}", folder=str(Path(file).parent))
+        raw = made(
+            f"{file}, sample {number}",
+            record,
+            f"{Path(file).name}:{number}",
+            folder=str(Path(file).parent),
+        )
         yield raw._replace(at=number / len(objects))
 
 
@@ -178,27 +216,46 @@ def json_lines(file):
         for number, line in enumerate(lines, 1):
             passed += len(line)
             if line.strip():
-                raw = parsed(line, f"{file}, line {number}", f"{Path(file).name}:{number}", folder=str(Path(file).parent))
+                raw = parsed(
+                    line,
+                    f"{file}, line {number}",
+                    f"{Path(file).name}:{number}",
+                    folder=str(Path(file).parent),
+                )
                 yield raw._replace(at=passed / size)
 
 
 def parsed(text, where, name, **more):
     try:
         record = parse(text)
-        return made(where, {"conversations": record} if isinstance(record, list) else record, name, **more)
+        return made(
+            where, {"conversations": record} if isinstance(record, list) else record, name, **more
+        )
     except ValueError as error:
         return fault(where, name, "broken JSON", f"{where} is not JSON: {error}")
 
 
 # ---- parquet ----
 
+
 def parquet_rows(file):
     for number, (row, at) in enumerate(read_parquet(file), 1):
-        where, column = f"{file}, row {number}", next((name for name in ("images", "image") if row.get(name)), None)
+        where, column = (
+            f"{file}, row {number}",
+            next((name for name in ("images", "image") if row.get(name)), None),
+        )
         values = row.pop(column, None) or []
-        parts = [value if isinstance(value, dict) else {"bytes" if isinstance(value, bytes) else "path": value}
-                 for value in (values if isinstance(values, list) else [values])]
-        pictures = [Bytes(f"{where}, picture {i}", part["bytes"]) for i, part in enumerate(parts, 1) if isinstance(part.get("bytes"), bytes)]
+        parts = [
+            value
+            if isinstance(value, dict)
+            else {"bytes" if isinstance(value, bytes) else "path": value}
+            for value in (values if isinstance(values, list) else [values])
+        ]
+        pictures = [
+            Bytes(f"{where}, picture {i}", part["bytes"])
+            for i, part in enumerate(parts, 1)
+            if isinstance(part.get("bytes"), bytes)
+        ]
         if len(pictures) < len(parts):
             row["images"], pictures = [part.get("path") for part in parts], []
         yield made(where, row, f"{Path(file).name}:{number}", pictures)._replace(at=at)
@@ -209,7 +266,9 @@ def read_parquet(file):
     try:
         from pyarrow import parquet
     except ImportError:
-        raise Mistake(f"{file} is a parquet file, which pyarrow reads: pip install pyarrow") from None
+        raise UserError(
+            f"{file} is a parquet file, which pyarrow reads: pip install pyarrow"
+        ) from None
     rows = 0
     try:
         with parquet.ParquetFile(file) as table:
@@ -217,11 +276,14 @@ def read_parquet(file):
                 for row in batch.to_pylist():
                     rows += 1
                     yield row, rows / table.metadata.num_rows
-    except Exception as error:  # Arrow has its own kinds of error, and the conversion of odd columns raises others
-        raise Mistake(f"{file} cannot be read beyond row {rows}: {one_line(error)}") from None
+    except (
+        Exception
+    ) as error:  # Arrow has its own kinds of error, and the conversion of odd columns raises others
+        raise UserError(f"{file} cannot be read beyond row {rows}: {one_line(error)}") from None
 
 
 # ---- tar ----
+
 
 def tar_groups(file):
     """Members side by side under one key as a Raw, as webdataset groups them."""
@@ -242,10 +304,14 @@ def tar_members(file):
                 if not member.isdir() and not os.path.basename(member.name).startswith("."):
                     yield member
             tar.fileobj.seek(tar.offset)
-            if tar.fileobj.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:  # tarfile takes whatever is no header for the end
-                raise tarfile.ReadError(f"neither a member nor the end stands at byte {tar.offset:,}")
+            if (
+                tar.fileobj.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE
+            ):  # tarfile takes whatever is no header for the end
+                raise tarfile.ReadError(
+                    f"neither a member nor the end stands at byte {tar.offset:,}"
+                )
     except Exception as error:  # on broken bytes tarfile raises nearly every kind of error
-        raise Mistake(f"{file} is damaged or cut short: {one_line(error)}") from None
+        raise UserError(f"{file} is damaged or cut short: {one_line(error)}") from None
 
 
 def key_of(name):
@@ -262,14 +328,32 @@ def is_odd(name):
 def tar_group(file, key, members):
     where = f"{file}, {printable(key)}"
     if odd := next((name for name in (member.name for member in members) if is_odd(name)), None):
-        return fault(where, key, "odd name of a tar member", f"{where}: the member {odd!a} would lie outside, or cannot be written")
+        return fault(
+            where,
+            key,
+            "odd name of a tar member",
+            f"{where}: the member {odd!a} would lie outside, or cannot be written",
+        )
     if odd := next((member for member in members if not member.isreg() or member.issparse()), None):
-        return fault(where, key, "a tar member is no plain file", f"{where}: the member {odd.name!a} is a link, a device or full of holes")
-    spans = [(key_of(member.name)[1], Span(file, member.name, member.offset_data, member.size)) for member in members]
+        return fault(
+            where,
+            key,
+            "a tar member is no plain file",
+            f"{where}: the member {odd.name!a} is a link, a device or full of holes",
+        )
+    spans = [
+        (key_of(member.name)[1], Span(file, member.name, member.offset_data, member.size))
+        for member in members
+    ]
     pictures = [span for suffix, span in spans if suffix in PICTURES]
     texts = {suffix: span for suffix, span in spans if suffix in ("json", "txt")}
     if len(texts) != sum(suffix in ("json", "txt") for suffix, _ in spans):
-        return fault(where, key, "two texts under one key", f"{where} has two members of one kind: {', '.join(suffix for suffix, _ in spans)}")
+        return fault(
+            where,
+            key,
+            "two texts under one key",
+            f"{where} has two members of one kind: {', '.join(suffix for suffix, _ in spans)}",
+        )
     return tar_text(where, key, texts, pictures)
 
 
@@ -278,7 +362,12 @@ def tar_text(where, key, texts, pictures):
     if not texts:
         return fault(where, key, UNKNOWN, f"{where} has neither a json nor a txt among its members")
     if large := next((span for span in texts.values() if span.size > MAX_TEXT), None):
-        return fault(where, key, "text too large", f"{where}: {large.name!a} has {large.size:,} bytes, more than the {MAX_TEXT:,} of a text")
+        return fault(
+            where,
+            key,
+            "text too large",
+            f"{where}: {large.name!a} has {large.size:,} bytes, more than the {MAX_TEXT:,} of a text",
+        )
     if "json" in texts:
         told = parsed(load(texts["json"])[0], where, key, pictures=pictures)
         if told.fault or "txt" not in texts or records.known(told.record):
@@ -286,21 +375,32 @@ def tar_text(where, key, texts, pictures):
     try:
         return made(where, {"caption": load(texts["txt"])[0].decode()}, key, pictures)
     except UnicodeDecodeError as error:
-        return fault(where, key, "not text in UTF-8", f"{where}: {texts['txt'].name!a} is not text in UTF-8: {error}")
+        return fault(
+            where,
+            key,
+            "not text in UTF-8",
+            f"{where}: {texts['txt'].name!a} is not text in UTF-8: {error}",
+        )
 
 
 # ---- samples ----
 
+
 def sample(raw, images=""):
-    """A Raw as a Sample; raises Mistake. images: as in `read`."""
+    """A Raw as a Sample; raises UserError. images: as in `read`."""
     name, where, turns, paths = conversation(raw)
-    return Sample(name, where, turns, raw.pictures or [find(path, raw.folder, images, where) for path in paths])
+    return Sample(
+        name,
+        where,
+        turns,
+        raw.pictures or [find(path, raw.folder, images, where) for path in paths],
+    )
 
 
 def conversation(raw):
-    """(name, where, turns) of the Sample that a Raw is, and the paths of pictures that it names, wherever these are; raises Mistake."""
+    """(name, where, turns) of the Sample that a Raw is, and the paths of pictures that it names, wherever these are; raises UserError."""
     if raw.fault:
-        raise Mistake(raw.fault[1], raw.fault[0])
+        raise UserError(raw.fault[1], raw.fault[0])
     name, where = named(raw)
     paths = [] if raw.pictures else records.paths(raw.record, where)
     return name, where, records.turns(raw.record, name, len(raw.pictures or paths), where), paths
@@ -310,12 +410,15 @@ def named(raw):
     """A sample's id, and where it is, for messages."""
     own = records.own_id(raw.record)
     if isinstance(own, bool) or not isinstance(own, str | int | float | None):
-        raise Mistake(f"{raw.where}: its id is neither a text nor a number: {own!r:.80}", "id is not one line of text")
+        raise UserError(
+            f"{raw.where}: its id is neither a text nor a number: {own!r:.80}",
+            "id is not one line of text",
+        )
     name = raw.name if own is None else str(own)
     try:
         check_name(name)
-    except Mistake as mistake:
-        raise Mistake(f"{raw.where}: {mistake}", "id is not one line of text") from None
+    except UserError as mistake:
+        raise UserError(f"{raw.where}: {mistake}", "id is not one line of text") from None
     return name, raw.where if own is None else f"{raw.where} ({name})"
 
 
@@ -331,9 +434,17 @@ def identity(raw):
     LLaVA's own mix gives one id to all conversations about one picture: those differ.
     """
     record = raw.record or {}
-    shown = [hashlib.sha256(ref.content).hexdigest() if isinstance(ref, Bytes) else ref.size for ref in raw.pictures]
-    place = [raw.name if records.own_id(record) is None else None, raw.folder if records.field(record, "image", "images") else None]
-    return hashlib.sha256(json.dumps([*place, raw.fault, record, shown], sort_keys=True, default=repr).encode()).digest()
+    shown = [
+        hashlib.sha256(ref.content).hexdigest() if isinstance(ref, Bytes) else ref.size
+        for ref in raw.pictures
+    ]
+    place = [
+        raw.name if records.own_id(record) is None else None,
+        raw.folder if records.field(record, "image", "images") else None,
+    ]
+    return hashlib.sha256(
+        json.dumps([*place, raw.fault, record, shown], sort_keys=True, default=repr).encode()
+    ).digest()
 
 
 def read_texts(paths):
@@ -343,9 +454,11 @@ def read_texts(paths):
         try:
             yield from (text for _, text in conversation(raw)[2])
             read += 1
-        except Mistake as mistake:
+        except UserError as mistake:
             wrong.append(str(mistake))
     if not read:
-        raise Mistake(f"there is nothing to learn a tokenizer from: {wrong[0]}")
+        raise UserError(f"there is nothing to learn a tokenizer from: {wrong[0]}")
     if wrong:
-        cli.status(f"learnt without {len(wrong):,} of {read + len(wrong):,} records, which cannot be read: {wrong[0]}")
+        cli.status(
+            f"learnt without {len(wrong):,} of {read + len(wrong):,} records, which cannot be read: {wrong[0]}"
+        )

@@ -9,21 +9,27 @@
 
 What is drawn is drawn by a hash of the sample's id, so that it is the same in every run.
 """
+
 import hashlib
 import itertools
 import string
 from bisect import bisect
 
-from .. import Mistake
+from .. import UserError
 from ..data import chat_template
 
 # "Instructions for brief image description", Liu et al. 2023 (Visual Instruction Tuning), table 11
 CAPTION_PROMPTS = (
-    "Describe the image concisely.", "Provide a brief description of the given image.",
-    "Offer a succinct explanation of the picture presented.", "Summarize the visual content of the image.",
-    "Give a short and clear explanation of the subsequent image.", "Share a concise interpretation of the image provided.",
-    "Present a compact description of the photo's key features.", "Relay a brief, clear account of the picture shown.",
-    "Render a clear and concise summary of the photo.", "Write a terse but informative summary of the picture.",
+    "Describe the image concisely.",
+    "Provide a brief description of the given image.",
+    "Offer a succinct explanation of the picture presented.",
+    "Summarize the visual content of the image.",
+    "Give a short and clear explanation of the subsequent image.",
+    "Share a concise interpretation of the image provided.",
+    "Present a compact description of the photo's key features.",
+    "Relay a brief, clear account of the picture shown.",
+    "Render a clear and concise summary of the photo.",
+    "Write a terse but informative summary of the picture.",
     "Create a compact narrative representing the image presented.",
 )
 LETTERS = string.ascii_uppercase
@@ -41,25 +47,37 @@ def own_id(record):
 
 def known(record):
     """The function that makes a conversation of such a record; None if there is none."""
-    return next((kind for kind, *things in KINDS if all(field(record, *names) is not None for names in things)), None)
+    return next(
+        (
+            kind
+            for kind, *things in KINDS
+            if all(field(record, *names) is not None for names in things)
+        ),
+        None,
+    )
 
 
 def kind_of(record, where):
     if not (kind := known(record)):
-        raise Mistake(f"{where} is {UNKNOWN} (of a conversation, a question with answers or choices, a caption): {record!r:.200}", UNKNOWN)
+        raise UserError(
+            f"{where} is {UNKNOWN} (of a conversation, a question with answers or choices, a caption): {record!r:.200}",
+            UNKNOWN,
+        )
     return kind
 
 
 def turns(record, name, pictures, where):
-    """[(role, text)] of a record, checked; name: its id; pictures: how many it has. Raises Mistake."""
+    """[(role, text)] of a record, checked; name: its id; pictures: how many it has. Raises UserError."""
     kind = kind_of(record, where)
     try:
         said = kind(record, name)
-    except Mistake as mistake:
-        raise Mistake(f"{where}: {mistake}", mistake.reason) from None
+    except UserError as mistake:
+        raise UserError(f"{where}: {mistake}", mistake.reason) from None
     if kind is caption and not pictures:
-        raise Mistake(f"{where}: a caption, but no picture", "no picture")
-    said = chat_template.read_turns({"conversations": said if kind is conversation else dialogue(said, pictures)}, where)
+        raise UserError(f"{where}: a caption, but no picture", "no picture")
+    said = chat_template.read_turns(
+        {"conversations": said if kind is conversation else dialogue(said, pictures)}, where
+    )
     chat_template.check_turns(said, pictures, where)
     return said
 
@@ -69,7 +87,10 @@ def paths(record, where):
     value = field(record, "image", "images") or []
     listed = [value] if isinstance(value, str) else value
     if not isinstance(listed, list) or not all(isinstance(path, str) for path in listed):
-        raise Mistake(f"{where}: `image` is neither a path nor a list of paths: {value!r:.80}", "no path of a picture")
+        raise UserError(
+            f"{where}: `image` is neither a path nor a list of paths: {value!r:.80}",
+            "no path of a picture",
+        )
     return listed
 
 
@@ -83,7 +104,7 @@ def dialogue(texts, pictures):
 def words(value, what):
     """A text, or a number as one."""
     if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise Mistake(f"its {what} is no text: {value!r:.80}", f"{what} is no text")
+        raise UserError(f"its {what} is no text: {value!r:.80}", f"{what} is no text")
     return str(value).strip()
 
 
@@ -93,6 +114,7 @@ def chance(what, name):
 
 
 # ---- kinds: what user and assistant say in turn ----
+
 
 def conversation(record, name):
     said = record.get("conversations") or record.get("messages") or []
@@ -116,7 +138,11 @@ def one_text(turn):
 
 def pairs(record, name):
     texts = record["texts"] if isinstance(record["texts"], list) else [record["texts"]]
-    return [words(pair.get(role) if isinstance(pair, dict) else None, "turn") for pair in texts for role in ("user", "assistant")]
+    return [
+        words(pair.get(role) if isinstance(pair, dict) else None, "turn")
+        for pair in texts
+        for role in ("user", "assistant")
+    ]
 
 
 def choice(record, name):
@@ -124,15 +150,37 @@ def choice(record, name):
     if options == []:
         return answer(record, name)
     if not isinstance(options, list) or len(options) > len(LETTERS):
-        raise Mistake(f"its choices are no list of up to {len(LETTERS)}: {options!r:.80}", "choices are no list")
-    number = LETTERS.index(letter) if isinstance(right, str) and (letter := right.strip().upper()) in [*LETTERS] else right
+        raise UserError(
+            f"its choices are no list of up to {len(LETTERS)}: {options!r:.80}",
+            "choices are no list",
+        )
+    number = (
+        LETTERS.index(letter)
+        if isinstance(right, str) and (letter := right.strip().upper()) in [*LETTERS]
+        else right
+    )
     if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < len(options):
-        raise Mistake(f"{right!r:.80} is neither the letter nor the index of one of its {len(options)} choices", "no right choice")
-    return [multiple_choice(words(field(record, *QUESTION), "question"), [words(option, "choice") for option in options]), LETTERS[number]]
+        raise UserError(
+            f"{right!r:.80} is neither the letter nor the index of one of its {len(options)} choices",
+            "no right choice",
+        )
+    return [
+        multiple_choice(
+            words(field(record, *QUESTION), "question"),
+            [words(option, "choice") for option in options],
+        ),
+        LETTERS[number],
+    ]
 
 
 def multiple_choice(question, options):
-    return "\n".join([question, *(f"{LETTERS[i]}. {option}" for i, option in enumerate(options)), chat_template.LETTER_PROMPT])
+    return "\n".join(
+        [
+            question,
+            *(f"{LETTERS[i]}. {option}" for i, option in enumerate(options)),
+            chat_template.LETTER_PROMPT,
+        ]
+    )
 
 
 def answer(record, name):
@@ -141,24 +189,49 @@ def answer(record, name):
 
 
 def caption(record, name):
-    return [CAPTION_PROMPTS[int(chance("prompt", name) * len(CAPTION_PROMPTS))], drawn(field(record, *CAPTION), None, name)]
+    return [
+        CAPTION_PROMPTS[int(chance("prompt", name) * len(CAPTION_PROMPTS))],
+        drawn(field(record, *CAPTION), None, name),
+    ]
 
 
 def drawn(answers, weights, name):
     """One of several answers, the more weight the likelier, always the same for a sample; Megatron's task_encoder.py draws anew each time."""
     answers = answers if isinstance(answers, list) else [] if answers is None else [answers]
     weights = [1] * len(answers) if weights is None else weights
-    if not isinstance(weights, list) or len(weights) != len(answers) or not all(
-            isinstance(weight, int | float) and not isinstance(weight, bool) and 0 <= weight < 1e9 for weight in weights):
-        raise Mistake(f"its weights are not a number from 0 on for each of {len(answers)} answers: {weights!r:.80}", "wrong weights")
+    if (
+        not isinstance(weights, list)
+        or len(weights) != len(answers)
+        or not all(
+            isinstance(weight, int | float) and not isinstance(weight, bool) and 0 <= weight < 1e9
+            for weight in weights
+        )
+    ):
+        raise UserError(
+            f"its weights are not a number from 0 on for each of {len(answers)} answers: {weights!r:.80}",
+            "wrong weights",
+        )
     ends = list(itertools.accumulate(weights))
     if not ends or ends[-1] < 1e-9:
-        raise Mistake("no answer has any weight" if ends else "it has no answer", "empty answer")
+        raise UserError("no answer has any weight" if ends else "it has no answer", "empty answer")
     chosen = answers[bisect(ends, chance("answer", name) * ends[-1])]
     return words(chosen.get("answer") if isinstance(chosen, dict) else chosen, "answer")
 
 
-QUESTION, CHOICES, RIGHT = ("question", "context"), ("choices", "options"), ("correct_choice_idx", "correct", "answer")
-ANSWERS, WEIGHTS, CAPTION = ("answers", "answer"), ("answer_weights", "weights"), ("caption", "text")
-KINDS = [(conversation, ("conversations", "messages")), (pairs, ("texts",)), (choice, QUESTION, CHOICES, RIGHT), (answer, QUESTION, ANSWERS),
-         (caption, CAPTION)]
+QUESTION, CHOICES, RIGHT = (
+    ("question", "context"),
+    ("choices", "options"),
+    ("correct_choice_idx", "correct", "answer"),
+)
+ANSWERS, WEIGHTS, CAPTION = (
+    ("answers", "answer"),
+    ("answer_weights", "weights"),
+    ("caption", "text"),
+)
+KINDS = [
+    (conversation, ("conversations", "messages")),
+    (pairs, ("texts",)),
+    (choice, QUESTION, CHOICES, RIGHT),
+    (answer, QUESTION, ANSWERS),
+    (caption, CAPTION),
+]

@@ -1,4 +1,5 @@
 """Where the seconds of a training step go (--profile)."""
+
 import time
 from pathlib import Path
 
@@ -21,7 +22,14 @@ class Clock:
     WAIT, TRACED = 2, 3  # steps
 
     def __init__(self, on, model, device, out, rank):
-        self.on, self.device, self.seconds, self.steps, self.first, self.last = on, device, {}, 0, True, time.perf_counter()
+        self.on, self.device, self.seconds, self.steps, self.first, self.last = (
+            on,
+            device,
+            {},
+            0,
+            True,
+            time.perf_counter(),
+        )
         if not on:
             return
         self.out, self.rank = Path(out), rank
@@ -58,7 +66,11 @@ class Clock:
 
     def read(self):
         """{"seconds of eye": …}, a step's, on this rank since it was last asked."""
-        found = {f"seconds of {phase}": self.seconds[phase] / max(1, self.steps) for phase in self.PHASES if phase in self.seconds}
+        found = {
+            f"seconds of {phase}": self.seconds[phase] / max(1, self.steps)
+            for phase in self.PHASES
+            if phase in self.seconds
+        }
         self.seconds, self.steps = {}, 0
         return found
 
@@ -67,9 +79,23 @@ class Clock:
             return
         path = self.out / "trace.json.gz"
         profile.export_chrome_trace(str(path))
-        travels = [event for event in profile.key_averages() if event.key.startswith(("gloo:", "ncclDevKernel"))]
-        spent = sum(event.cpu_time_total if event.key.startswith("gloo:") else event.device_time_total for event in travels) / 1e6 / self.TRACED
-        print(f"{path}: {self.TRACED} steps, for chrome://tracing or ui.perfetto.dev; communication was under way {spent:.3f} s of each", flush=True)
+        travels = [
+            event
+            for event in profile.key_averages()
+            if event.key.startswith(("gloo:", "ncclDevKernel"))
+        ]
+        spent = (
+            sum(
+                event.cpu_time_total if event.key.startswith("gloo:") else event.device_time_total
+                for event in travels
+            )
+            / 1e6
+            / self.TRACED
+        )
+        print(
+            f"{path}: {self.TRACED} steps, for chrome://tracing or ui.perfetto.dev; communication was under way {spent:.3f} s of each",
+            flush=True,
+        )
 
     def __enter__(self):
         return self

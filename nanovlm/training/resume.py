@@ -8,6 +8,7 @@
 
 A step gets its name once it is whole and flushed, and only then older ones go: whatever happens, there is a good one.
 """
+
 import json
 import math
 import shutil
@@ -15,15 +16,26 @@ from pathlib import Path
 
 import torch
 
-from .. import Mistake, distributed
+from .. import UserError, distributed
 from ..checkpoints import sharded
-from ..checkpoints.checkpoint import begin_folder, drop_unfinished, finish_folder, list_checkpoints, saved_parameters, write_checkpoint_files
+from ..checkpoints.checkpoint import (
+    begin_folder,
+    drop_unfinished,
+    finish_folder,
+    list_checkpoints,
+    saved_parameters,
+    write_checkpoint_files,
+)
 from ..files import read_json, read_tensors, write_tensors
 
 
 def moments(model, optimizer):
     """The optimizer's state, {"decoder.norm.weight/exp_avg": tensor}, of which each rank may hold a part."""
-    return {f"{name}/{key}": value for name, p in model.named_parameters() for key, value in optimizer.state.get(p, {}).items()}
+    return {
+        f"{name}/{key}": value
+        for name, p in model.named_parameters()
+        for key, value in optimizer.state.get(p, {}).items()
+    }
 
 
 def make_moments(model, optimizer, names, where):
@@ -34,9 +46,14 @@ def make_moments(model, optimizer, names, where):
         found.setdefault(parameter, []).append(kind)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if wrong := sorted(found.keys() ^ trained.keys()):
-        raise Mistake(f"{where}: {wrong[0]} {'is trained, but has no' if wrong[0] in trained else 'is frozen, but has a'} state of the optimizer")
+        raise UserError(
+            f"{where}: {wrong[0]} {'is trained, but has no' if wrong[0] in trained else 'is frozen, but has a'} state of the optimizer"
+        )
     for name, p in trained.items():  # AdamW counts its steps in float32 where the parameter is
-        optimizer.state[p] = {kind: torch.zeros((), device=p.device) if kind == "step" else torch.zeros_like(p) for kind in found[name]}
+        optimizer.state[p] = {
+            kind: torch.zeros((), device=p.device) if kind == "step" else torch.zeros_like(p)
+            for kind in found[name]
+        }
 
 
 @distributed.together()
@@ -45,9 +62,15 @@ def restore(step, model, optimizer):
     parts, where = step / "sharded", step / "training.safetensors"
     if not parts.is_dir():
         return put_optimizer(model, optimizer, read_tensors(where), where)
-    names = [name.removeprefix("optimizer.") for name in sharded.read_pieces(parts) if name.startswith("optimizer.")]
+    names = [
+        name.removeprefix("optimizer.")
+        for name in sharded.read_pieces(parts)
+        if name.startswith("optimizer.")
+    ]
     make_moments(model, optimizer, names, parts)
-    sharded.read_shards({f"optimizer.{name}": tensor for name, tensor in moments(model, optimizer).items()}, parts)
+    sharded.read_shards(
+        {f"optimizer.{name}": tensor for name, tensor in moments(model, optimizer).items()}, parts
+    )
 
 
 def put_optimizer(model, optimizer, tensors, where):
@@ -58,34 +81,54 @@ def put_optimizer(model, optimizer, tensors, where):
 
 def everything(model, optimizer):
     """Weights and the optimizer's state, as they lie in sharded/."""
-    return {**{f"model.{name}": tensor for name, tensor in saved_parameters(model).items()},
-            **{f"optimizer.{name}": tensor for name, tensor in moments(model, optimizer).items()}}
+    return {
+        **{f"model.{name}": tensor for name, tensor in saved_parameters(model).items()},
+        **{f"optimizer.{name}": tensor for name, tensor in moments(model, optimizer).items()},
+    }
 
 
 class Saves:
     """The steps of one run. keep: how many of the newest stay; where that is more than one, the step with the best validation loss does too."""
 
     def __init__(self, checkpoint, optimizer, out, must_agree, keep):
-        self.checkpoint, self.optimizer, self.out, self.must_agree, self.keep = checkpoint, optimizer, Path(out), must_agree, keep
+        self.checkpoint, self.optimizer, self.out, self.must_agree, self.keep = (
+            checkpoint,
+            optimizer,
+            Path(out),
+            must_agree,
+            keep,
+        )
         self.compared = False
 
     @distributed.together()
     def write(self, step, last, looks={}):
-        """Write out/step-…, on all ranks together; those before it stay, with a Mistake that says so, if it cannot be written or holds what is no
+        """Write out/step-…, on all ranks together; those before it stay, with a UserError that says so, if it cannot be written or holds what is no
         number. last: weights that lie in parts are gathered, a tensor after another, into the memory of rank 0. The first time, all is read back
         and compared."""
         folder = self.out / f"step-{step:06d}"
-        odd = [name for name, p in self.checkpoint.model.named_parameters() if p.requires_grad and not distributed.mine(p).isfinite().all()]
-        if wrong := [name for names in distributed.gather(odd) for name in names]:  # of whichever rank
-            raise Mistake(f"step {step}: {wrong[0]} holds what is no number, so it is not saved; {self.newest()} is whole")
-        training = {"step": step, **self.must_agree} | {name: looks[name] for name in ("validation",) if name in looks}
+        odd = [
+            name
+            for name, p in self.checkpoint.model.named_parameters()
+            if p.requires_grad and not distributed.mine(p).isfinite().all()
+        ]
+        if wrong := [
+            name for names in distributed.gather(odd) for name in names
+        ]:  # of whichever rank
+            raise UserError(
+                f"step {step}: {wrong[0]} holds what is no number, so it is not saved; {self.newest()} is whole"
+            )
+        training = {"step": step, **self.must_agree} | {
+            name: looks[name] for name in ("validation",) if name in looks
+        }
         try:
             distributed.first(begin_folder, folder)
             self.fill(Path(f"{folder}.tmp"), training, last)
             distributed.first(finish_folder, folder)
         except OSError as error:
             distributed.first(drop_unfinished, folder)
-            raise Mistake(f"{folder} could not be saved ({error.strerror or error}); {self.newest()} is whole") from None
+            raise UserError(
+                f"{folder} could not be saved ({error.strerror or error}); {self.newest()} is whole"
+            ) from None
         distributed.first(self.prune, folder)
 
     def newest(self):
@@ -112,7 +155,12 @@ class Saves:
         kept = list_checkpoints(self.out)
         stay = {newest, *kept[-self.keep :]}
         if self.keep > 1:
-            stay.add(min(kept, key=lambda step: read_json(step / "training.json").get("validation", math.inf)))
+            stay.add(
+                min(
+                    kept,
+                    key=lambda step: read_json(step / "training.json").get("validation", math.inf),
+                )
+            )
         for old in self.out.glob("step-*"):
             if old not in stay:
                 shutil.rmtree(old)
@@ -121,7 +169,10 @@ class Saves:
 def write(checkpoint, tmp, training, tensors, state):
     write_checkpoint_files(checkpoint, tmp, tensors)
     if state is not None:
-        write_tensors({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, tmp / "training.safetensors")
+        write_tensors(
+            {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()},
+            tmp / "training.safetensors",
+        )
     (tmp / "training.json").write_text(json.dumps(training, indent=1))
 
 
@@ -136,7 +187,11 @@ def compare(tmp, tensors, state):
 
 def same(a, b):
     """To the bit, NaN or not."""
-    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(*(x.reshape(-1).view(torch.uint8) for x in (a, b)))
+    return (
+        a.shape == b.shape
+        and a.dtype == b.dtype
+        and torch.equal(*(x.reshape(-1).view(torch.uint8) for x in (a, b)))
+    )
 
 
 def differ(parts, state):
@@ -155,6 +210,10 @@ def differ_among(state, parts):
     again = {name: torch.empty_like(tensor) for name, tensor in state.items()}
     try:
         sharded.read_shards(again, parts)
-    except Mistake:  # the other ranks wait to hear of it
+    except UserError:  # the other ranks wait to hear of it
         return list(state)
-    return [name for name, tensor in state.items() if not same(distributed.mine(tensor), distributed.mine(again[name]))]
+    return [
+        name
+        for name, tensor in state.items()
+        if not same(distributed.mine(tensor), distributed.mine(again[name]))
+    ]

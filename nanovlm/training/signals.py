@@ -1,4 +1,5 @@
 """Ctrl-C and SIGTERM: the step is finished and saved, then the program ends."""
+
 import os
 import signal
 import sys
@@ -11,7 +12,9 @@ class Stopper:
         self.asked, self.rank = 0, rank
 
     def __enter__(self):
-        self.before = {number: signal.signal(number, self.ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        self.before = {
+            number: signal.signal(number, self.ask) for number in (signal.SIGINT, signal.SIGTERM)
+        }
         return self
 
     def ask(self, number, frame):
@@ -19,7 +22,11 @@ class Stopper:
             raise KeyboardInterrupt
         self.asked = number
         if self.rank == 0:
-            hurry = ", if torchrun waits for it: its --shutdown-timeout, or 30 s" if "TORCHELASTIC_RUN_ID" in os.environ else ""
+            hurry = (
+                ", if torchrun waits for it: its --shutdown-timeout, or 30 s"
+                if "TORCHELASTIC_RUN_ID" in os.environ
+                else ""
+            )
             print(f"\nfinishing this step, then saving{hurry}", file=sys.stderr, flush=True)
 
     def leave(self, command):

@@ -1,10 +1,11 @@
 """Validation while training: the loss on held-out samples, with their images and without, and a few answers to read."""
+
 import itertools
 
 import numpy as np
 import torch
 
-from .. import IMAGE, UNTRAINED, distributed
+from .. import IGNORE_INDEX, IMAGE_TOKEN_ID, distributed
 from ..data.dataset import LENGTH
 from ..data.packing import collate, join, pack
 
@@ -19,7 +20,9 @@ def validate(checkpoint, samples, rows, rank, world, mixed):
     """`validation_losses` over all ranks' rows, and two answers to read. All ranks call the model as often, on blank rows if there are no more:
     weights that lie in parts are gathered by all or by none. The model stays in training mode, where a row without pictures looks at a blank one."""
     mine = rows[rank::world]
-    looks = validation_losses(checkpoint.model, samples, [*mine, *[[]] * (-(-len(rows) // world) - len(mine))], mixed)
+    looks = validation_losses(
+        checkpoint.model, samples, [*mine, *[[]] * (-(-len(rows) // world) - len(mine))], mixed
+    )
     if rank == 0 or distributed.is_sharded(checkpoint.model):
         show_answers(checkpoint, samples, rows, mixed, aloud=rank == 0)
     return looks
@@ -38,7 +41,7 @@ def validation_losses(model, samples, rows, mixed):
         with mixed:
             sums[0] += model(**batch).item()
             sums[1] += model(**grey).item()
-        sums[2] += int((batch["targets_BT"] != UNTRAINED).sum())
+        sums[2] += int((batch["targets_BT"] != IGNORE_INDEX).sum())
     loss, blank, count = distributed.total(sums, device)
     return {"validation": loss / count, "blank": blank / count} if count else {}
 
@@ -51,18 +54,30 @@ def show_answers(checkpoint, samples, rows, mixed, aloud=True, count=2):
 
 def show_answer(checkpoint, samples, i, mixed, aloud):
     ids_T, targets_T, pictures = samples.read(i)
-    trained_T = targets_T != UNTRAINED  # the token after each of these is the assistant's
+    trained_T = targets_T != IGNORE_INDEX  # the token after each of these is the assistant's
     if not trained_T.any():
         return
     first = int(trained_T.argmax()) + 1
     last = first + int((~trained_T[first:]).argmax())
     end, ends = int(ids_T[last]), np.cumsum([0, *(len(picture.places) for picture in pictures)])
-    seen = int(np.searchsorted(ends, (ids_T[:first] == IMAGE).sum()))  # pictures before the answer
+    seen = int(
+        np.searchsorted(ends, (ids_T[:first] == IMAGE_TOKEN_ID).sum())
+    )  # pictures before the answer
     model = checkpoint.model
-    stop = set() if distributed.is_sharded(model) else {end}  # ranks that differed in a last bit would wait for one another
+    stop = (
+        set() if distributed.is_sharded(model) else {end}
+    )  # ranks that differed in a last bit would wait for one another
     with mixed, distributed.gathered(model):
-        answer = model.generate([ids_T[:first].tolist()], **join(pictures[:seen], samples.policy), stop=stop, max_tokens=64)
+        answer = model.generate(
+            [ids_T[:first].tolist()],
+            **join(pictures[:seen], samples.policy),
+            stop=stop,
+            max_tokens=64,
+        )
         said = list(itertools.takewhile(lambda x: x != end, [x for (x,) in answer]))
     decode = checkpoint.tokenizer.decode
     if aloud:
-        print(f"  {samples.names[i]}: it says {decode(said)!r}, right is {decode(ids_T[first:last].tolist())!r}", flush=True)
+        print(
+            f"  {samples.names[i]}: it says {decode(said)!r}, right is {decode(ids_T[first:last].tolist())!r}",
+            flush=True,
+        )

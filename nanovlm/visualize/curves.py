@@ -1,7 +1,8 @@
 """The curves of training runs, from their logs."""
+
 from pathlib import Path
 
-from .. import Mistake, files
+from .. import UserError, files
 
 CURVES = ("loss", "validation", "norm", "tokens_per_s")
 
@@ -11,10 +12,22 @@ def read_curves(runs):
     found = {}
     for path in runs:
         lines = list(files.read_log(path))
-        if wrong := next((number for number, line in enumerate(lines, 1) if not isinstance(line, dict) or "step" not in line), None):
-            raise Mistake(f"{path}, line {wrong} is no line of a training run: it has no step")
-        found[str(Path(path).parent)] = {name: tuple(zip(*((line["step"], line[name]) for line in lines if name in line), strict=True))
-                                         for name in CURVES if any(name in line for line in lines)}
+        if wrong := next(
+            (
+                number
+                for number, line in enumerate(lines, 1)
+                if not isinstance(line, dict) or "step" not in line
+            ),
+            None,
+        ):
+            raise UserError(f"{path}, line {wrong} is no line of a training run: it has no step")
+        found[str(Path(path).parent)] = {
+            name: tuple(
+                zip(*((line["step"], line[name]) for line in lines if name in line), strict=True)
+            )
+            for name in CURVES
+            if any(name in line for line in lines)
+        }
     return found
 
 
@@ -23,15 +36,17 @@ def draw_curves(runs, out):
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise Mistake("curves are drawn by matplotlib: pip install matplotlib") from None
+        raise UserError("curves are drawn by matplotlib: pip install matplotlib") from None
     figure = Figure(figsize=(12, 8), layout="constrained")
     if Path(out).suffix[1:].lower() not in (known := figure.canvas.get_supported_filetypes()):
-        raise Mistake(f"--out={out} ends in none of .{', .'.join(sorted(known))}")
+        raise UserError(f"--out={out} ends in none of .{', .'.join(sorted(known))}")
     for axes, name in zip(figure.subplots(2, 2).flat, CURVES, strict=True):
         for run, lines in runs.items():
             if name in lines:
                 axes.plot(*lines[name], label=run, marker=".")
-        axes.set(title=name, xlabel="step", yscale="log" if name in ("loss", "validation") else "linear")
+        axes.set(
+            title=name, xlabel="step", yscale="log" if name in ("loss", "validation") else "linear"
+        )
         axes.grid(alpha=0.3)
     figure.axes[0].legend()
     figure.savefig(out)

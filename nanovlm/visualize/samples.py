@@ -1,11 +1,12 @@
 """A prepared sample as the model will get it, and a whole set in a few lines."""
+
 import datetime
 import itertools
 
 import numpy as np
 from PIL import Image
 
-from .. import IMAGE, UNTRAINED, Mistake
+from .. import IGNORE_INDEX, IMAGE_TOKEN_ID, UserError
 from ..data import image_processing
 from ..data.dataset import LENGTH, PICTURES
 from ..data.packing import draw, pack
@@ -16,18 +17,33 @@ GAP = 4  # pixels between tiles
 def sample_as_text(samples, i, tokenizer):
     """Sample i token by token, `|` between them, a picture as the number of its tokens; a line begins where training begins or ends."""
     ids_T, targets_T, pictures = samples.read(i)
-    trained_T = np.concatenate([[False], targets_T[:-1] != UNTRAINED])  # a target stands one place before its token
-    counts = iter([(number, len(picture.tiles), len(picture.places)) for number, picture in enumerate(pictures, 1)])
-    lines = [f"{samples.names[i]}: {len(ids_T)} tokens, {trained_T.sum()} of them trained, pictures: {len(pictures)}"]
+    trained_T = np.concatenate(
+        [[False], targets_T[:-1] != IGNORE_INDEX]
+    )  # a target stands one place before its token
+    counts = iter(
+        [
+            (number, len(picture.tiles), len(picture.places))
+            for number, picture in enumerate(pictures, 1)
+        ]
+    )
+    lines = [
+        f"{samples.names[i]}: {len(ids_T)} tokens, {trained_T.sum()} of them trained, pictures: {len(pictures)}"
+    ]
     for trained, run in itertools.groupby(range(len(ids_T)), lambda t: bool(trained_T[t])):
         said, left = [], 0  # left: of a picture's tokens, those not yet passed
         for t in run:
-            if ids_T[t] != IMAGE:
-                said.append(repr(tokenizer.bytes_of.get(int(ids_T[t]), b"?").decode(errors="backslashreplace"))[1:-1])
+            if ids_T[t] != IMAGE_TOKEN_ID:
+                said.append(
+                    repr(
+                        tokenizer.bytes_of.get(int(ids_T[t]), b"?").decode(
+                            errors="backslashreplace"
+                        )
+                    )[1:-1]
+                )
             elif left == 0:
                 number, tiles, left = next(counts)
                 said.append(f"<picture {number}: {tiles} tile{'s' * (tiles > 1)}, {left} tokens>")
-            left -= ids_T[t] == IMAGE
+            left -= ids_T[t] == IMAGE_TOKEN_ID
         lines.append(f"{'trained' if trained else 'given':>8}  {'|'.join(said)}")
     return "\n".join(lines)
 
@@ -48,12 +64,26 @@ def describe_dataset(samples, weights, row, rate):
     training = samples.split(validation=False)
     for number, folder in enumerate(samples.folders):
         if not (samples.set_of[training] == number).any():
-            raise Mistake(f"{folder}: all of its {(samples.set_of == number).sum():,} samples are held out, none is left to train on")
+            raise UserError(
+                f"{folder}: all of its {(samples.set_of == number).sum():,} samples are held out, none is left to train on"
+            )
     drawn = training[draw(samples.set_of[training], weights, seed=0, epoch=0)]
-    lengths, tiles = samples.table[drawn, LENGTH], sum(len(shard["tiles"]) for shard in samples.shards)
-    trained, ids = (sum(int(shard[kind].sum()) if kind == "trained" else len(shard[kind]) for shard in samples.shards) for kind in ("trained", "ids"))
+    lengths, tiles = (
+        samples.table[drawn, LENGTH],
+        sum(len(shard["tiles"]) for shard in samples.shards),
+    )
+    trained, ids = (
+        sum(
+            int(shard[kind].sum()) if kind == "trained" else len(shard[kind])
+            for shard in samples.shards
+        )
+        for kind in ("trained", "ids")
+    )
     longest = samples.table[:, LENGTH].argmax()
-    spread = ", ".join(f"{share}% {length:,.0f}" for share, length in zip((5, 50, 95), np.percentile(lengths, (5, 50, 95)), strict=True))
+    spread = ", ".join(
+        f"{share}% {length:,.0f}"
+        for share, length in zip((5, 50, 95), np.percentile(lengths, (5, 50, 95)), strict=True)
+    )
     lines = [
         f"{samples}: {len(samples.table):,} samples, {len(samples.table) - len(training):,} of them held out",
         f"pictures: {samples.table[:, PICTURES].sum():,} in {tiles:,} tiles; {(samples.table[:, PICTURES] == 0).sum():,} samples have none",
@@ -61,9 +91,18 @@ def describe_dataset(samples, weights, row, rate):
         f"trained: {trained:,} tokens, {trained / samples.table[:, LENGTH].sum():.1%} of all, {trained / ids:.1%} of the words",
     ]
     if (short := int((samples.table[:, LENGTH] > row).sum())) > 0:
-        return "\n".join([*lines, f"{short:,} samples do not fit into rows of {row:,} tokens: train with a longer --row, or prepare with this one"])
+        return "\n".join(
+            [
+                *lines,
+                f"{short:,} samples do not fit into rows of {row:,} tokens: train with a longer --row, or prepare with this one",
+            ]
+        )
     rows = sum(1 for _ in pack(lengths, row))
-    lines.append(f"an epoch: {len(drawn):,} samples, {lengths.sum():,} tokens in {rows:,} rows of {row:,}, {lengths.sum() / rows / row:.1%} full")
+    lines.append(
+        f"an epoch: {len(drawn):,} samples, {lengths.sum():,} tokens in {rows:,} rows of {row:,}, {lengths.sum() / rows / row:.1%} full"
+    )
     if rate:
-        lines.append(f"at {rate:,.0f} tokens a second: {datetime.timedelta(seconds=round(lengths.sum() / rate))}")
+        lines.append(
+            f"at {rate:,.0f} tokens a second: {datetime.timedelta(seconds=round(lengths.sum() / rate))}"
+        )
     return "\n".join(lines)

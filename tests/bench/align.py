@@ -10,6 +10,7 @@ Two settings are not the stage's own. --lr=1e-3 (LLaVA-1.5's): the preset 1.5e-4
 8 it names 68.0% (validation loss 0.23), 1e-3 names 88.7% (0.036). --shuffle=4 pools 4 × 4 patches: a row has 66 tokens, not 306, of which the
 brain, frozen but passed through forward and back, does all the work; an answer's 7 tokens are 11% of a row, and one of them names the thing.
 """
+
 import json
 import subprocess
 import sys
@@ -18,35 +19,74 @@ from pathlib import Path
 
 from photos import fetch
 
-from nanovlm import Mistake, cli
+from nanovlm import UserError, cli
 from nanovlm.data.chat_template import CAPTION_PROMPT
 
 
-def align(*,
+def align(
+    *,
     out: str = "out/align",  # a folder for everything
-    steps: int = 185,        # of 8 photographs: each once, but for those that prepare.py holds out to measure the loss
+    steps: int = 185,  # of 8 photographs: each once, but for those that prepare.py holds out to measure the loss
 ):
     """Stitch, prepare, align and examine by the doors, settings only."""
     out, doors = Path(out), Path(__file__).parents[2]
-    raw, shards, stitched, aligned, exam, other = (out / name for name in ("raw", "data", "stitched", "aligned", "exam.jsonl", "other.jsonl"))
+    raw, shards, stitched, aligned, exam, other = (
+        out / name for name in ("raw", "data", "stitched", "aligned", "exam.jsonl", "other.jsonl")
+    )
     eye, brain = doors / "data/real/dinov2", doors / "data/real/smollm2"
     if not (eye.is_dir() and brain.is_dir()):
-        raise Mistake(f"{eye.parent} does not hold dinov2 and smollm2: python -m pytest tests/test_real.py writes them")
+        raise UserError(
+            f"{eye.parent} does not hold dinov2 and smollm2: python -m pytest tests/test_real.py writes them"
+        )
     if not (raw / "test.json").exists():
         fetch(raw, 1500, 300)
     records = json.loads((raw / "test.json").read_text())
-    names = [f"A photo of a{'n' if r['label'][0] in 'aeiou' else ''} {r['label']}." for r in records]
+    names = [
+        f"A photo of a{'n' if r['label'][0] in 'aeiou' else ''} {r['label']}." for r in records
+    ]
     for path, shift in ((exam, 0), (other, 7)):
-        asked = [{"id": r["id"], "image": records[(i + shift) % len(records)]["image"], "question": CAPTION_PROMPT, "answers": [names[i]]}
-                 for i, r in enumerate(records)]
+        asked = [
+            {
+                "id": r["id"],
+                "image": records[(i + shift) % len(records)]["image"],
+                "question": CAPTION_PROMPT,
+                "answers": [names[i]],
+            }
+            for i, r in enumerate(records)
+        ]
         path.write_text("".join(json.dumps(question) + "\n" for question in asked))
     began, marks = time.time(), ["--max_tokens=12", f"--images={raw}/images"]
     for door, *settings in [
-        ("prepare.py", "stitch", f"--vision={eye}", f"--decoder={brain}", "--tile=224", "--fit=squash", "--shuffle=4", f"--out={stitched}"),
-        ("prepare.py", "data", f"--model={stitched}", f"--source={raw}/train.json", f"--images={raw}/images", f"--out={shards}"),
+        (
+            "prepare.py",
+            "stitch",
+            f"--vision={eye}",
+            f"--decoder={brain}",
+            "--tile=224",
+            "--fit=squash",
+            "--shuffle=4",
+            f"--out={stitched}",
+        ),
+        (
+            "prepare.py",
+            "data",
+            f"--model={stitched}",
+            f"--source={raw}/train.json",
+            f"--images={raw}/images",
+            f"--out={shards}",
+        ),
         ("sample.py", f"--model={stitched}", f"--questions={exam}", *marks),
-        ("train.py", "--stage=pretrain", f"--model={stitched}", f"--data={shards}", f"--out={aligned}", "--batch=8", "--row=66", f"--steps={steps}",
-         "--lr=1e-3"),
+        (
+            "train.py",
+            "--stage=pretrain",
+            f"--model={stitched}",
+            f"--data={shards}",
+            f"--out={aligned}",
+            "--batch=8",
+            "--row=66",
+            f"--steps={steps}",
+            "--lr=1e-3",
+        ),
         ("sample.py", f"--model={aligned}", f"--questions={exam}", *marks),
         ("sample.py", f"--model={aligned}", f"--questions={other}", *marks),
     ]:

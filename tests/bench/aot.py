@@ -8,6 +8,7 @@ A kernel that spills registers, or wants more shared memory than the card has, i
 Operators are called on small tensors of the true widths as if a card of that capability held them, and what they launch is compiled instead of run:
 so nothing is said here about blocks, warps and stages that the operator does not do. Triton brings ptxas and cuobjdump along.
 """
+
 import os
 import re
 import subprocess
@@ -25,11 +26,24 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
-from nanovlm import Mistake, attention, cli, decode, kernels, loss, rmsnorm  # noqa: E402
+from nanovlm import UserError, attention, cli, decode, kernels, loss, rmsnorm  # noqa: E402
 
-SHARED = {(8, 0): 163 * 1024, (9, 0): 227 * 1024, (10, 0): 227 * 1024}  # bytes that a program can have (CUDA C++ Programming Guide, table 30)
-TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64", torch.bool: "*i1"}
-PRODUCTS = re.compile(r"wgmma\.mma_async|tcgen05\.mma|mma\.sync")  # what multiplies matrices on 9.0, on 10.0, and on all of them
+SHARED = {
+    (8, 0): 163 * 1024,
+    (9, 0): 227 * 1024,
+    (10, 0): 227 * 1024,
+}  # bytes that a program can have (CUDA C++ Programming Guide, table 30)
+TYPES = {
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float32: "*fp32",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+    torch.bool: "*i1",
+}
+PRODUCTS = re.compile(
+    r"wgmma\.mma_async|tcgen05\.mma|mma\.sync"
+)  # what multiplies matrices on 9.0, on 10.0, and on all of them
 RESULTS = Path(__file__).parent / "results" / "aot.md"
 
 
@@ -41,21 +55,33 @@ def launches(call, capability):
         options = {name: named.pop(name) for name in list(named) if name not in kernel.arg_names}
         found.append((kernel, dict(zip(kernel.arg_names, args, strict=False)) | named, options))
 
-    with mock.patch.object(JITFunction, "run", catch), mock.patch.object(kernels, "capability", lambda device: capability), \
-            mock.patch.object(kernels, "choice", "triton"), mock.patch.object(kernels, "multiprocessors", lambda device: 132):
+    with (
+        mock.patch.object(JITFunction, "run", catch),
+        mock.patch.object(kernels, "capability", lambda device: capability),
+        mock.patch.object(kernels, "choice", "triton"),
+        mock.patch.object(kernels, "multiprocessors", lambda device: 132),
+    ):
         call()
     return found
 
 
 def specialised(parameter, x):
     """(type, constant or None, attributes) by Triton's own rules: an integer that is 1 is a constant; what 16 divides is known to be so."""
-    if parameter.is_constexpr or x is None or (isinstance(x, int) and not isinstance(x, bool) and x == 1):
+    if (
+        parameter.is_constexpr
+        or x is None
+        or (isinstance(x, int) and not isinstance(x, bool) and x == 1)
+    ):
         return "constexpr", (x,), []
     if isinstance(x, torch.Tensor):
         return TYPES[x.dtype], None, [["tt.divisibility", 16]] * (x.data_ptr() % 16 == 0)
     if isinstance(x, (bool, float)):
         return ("i1" if isinstance(x, bool) else "fp32"), None, []
-    return ("i32" if -(2**31) <= x < 2**31 else "i64"), None, [["tt.divisibility", 16]] * (x % 16 == 0)
+    return (
+        ("i32" if -(2**31) <= x < 2**31 else "i64"),
+        None,
+        [["tt.divisibility", 16]] * (x % 16 == 0),
+    )
 
 
 def compiled(kernel, arguments, options, capability):
@@ -67,42 +93,71 @@ def compiled(kernel, arguments, options, capability):
         constants |= {(i,): constant[0]} if constant else {}
         attributes |= {(i,): known} if known else {}
     target = GPUTarget("cuda", capability[0] * 10 + capability[1], 32)
-    done = triton.compile(ASTSource(kernel, signature, constants, attributes), target=target, options=options)
+    done = triton.compile(
+        ASTSource(kernel, signature, constants, attributes), target=target, options=options
+    )
     cuobjdump = triton.knobs.nvidia.cuobjdump.path
-    told = subprocess.run([cuobjdump, "--dump-resource-usage", next(Path(p) for p in done.metadata_group.values() if str(p).endswith(".cubin"))],
-                          capture_output=True, text=True, check=True).stdout
+    told = subprocess.run(
+        [
+            cuobjdump,
+            "--dump-resource-usage",
+            next(Path(p) for p in done.metadata_group.values() if str(p).endswith(".cubin")),
+        ],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
     usage = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", told)}
-    return SimpleNamespace(kernel=f"{Path(kernel.fn.__code__.co_filename).stem}.{kernel.__name__}", warps=done.metadata.num_warps,
-                           registers=usage["REG"], spilled=usage["STACK"] + usage["LOCAL"], shared=done.metadata.shared,
-                           products=", ".join(sorted(set(PRODUCTS.findall(done.asm["ptx"])))))
+    return SimpleNamespace(
+        kernel=f"{Path(kernel.fn.__code__.co_filename).stem}.{kernel.__name__}",
+        warps=done.metadata.num_warps,
+        registers=usage["REG"],
+        spilled=usage["STACK"] + usage["LOCAL"],
+        shared=done.metadata.shared,
+        products=", ".join(sorted(set(PRODUCTS.findall(done.asm["ptx"])))),
+    )
 
 
 # ---- what is compiled: {what: a call as the model makes it} ----
 
+
 def norm(width, x=torch.bfloat16, y=torch.bfloat16, add=True):
     """A norm, of a sum if `add`, and its gradients, of vectors x and y of these dtypes."""
+
     def call():
-        given, more, weight = torch.ones(48, width, dtype=x), torch.ones(48, width, dtype=y), torch.ones(width, dtype=x)
+        given, more, weight = (
+            torch.ones(48, width, dtype=x),
+            torch.ones(48, width, dtype=y),
+            torch.ones(width, dtype=x),
+        )
         rmsnorm.forward(given, more if add else None, weight, 1e-5, y)
         rmsnorm.backward(more, given if add else None, given, weight, torch.ones(48), True)
+
     return call
 
 
 def scores(vocabulary, dtype=torch.bfloat16):
-    return lambda: loss.fused_scores(torch.ones(16, vocabulary, dtype=dtype), torch.ones(16, dtype=torch.int64), True)
+    return lambda: loss.fused_scores(
+        torch.ones(16, vocabulary, dtype=dtype), torch.ones(16, dtype=torch.int64), True
+    )
 
 
 def heads(K, dtype=torch.bfloat16, documents=False, **rules):
     """Attention forward and backward, 4 query heads to a head of keys, and one new token's."""
+
     def call():
         q, k = torch.ones(1, 48, 8, K, dtype=dtype), torch.ones(1, 48, 2, K, dtype=dtype)
         documents_BS = torch.ones(1, 48, dtype=torch.int32) if documents else None
-        ends, window = attention.bounds(documents_BS) if documents else (None, None), rules.get("window")
+        ends, window = (
+            attention.bounds(documents_BS) if documents else (None, None),
+            rules.get("window"),
+        )
         rest = *ends, rules.get("causal", True), window
         out, lse = attention.forward(q, k, k, *rest)
         attention.backward(out, q, k, k, out, lse, *rest)
         if rules.get("causal", True):
             decode.decode(q[:, :1], k, k, documents_BS, None, window)
+
     return call
 
 
@@ -136,7 +191,9 @@ CASES = {
 }
 
 
-WGMMA = [what for what in CASES if re.match("heads of (64|72|80|96|128)", what) and "float32" not in what]  # their blocks are large enough for it
+WGMMA = [
+    what for what in CASES if re.match("heads of (64|72|80|96|128)", what) and "float32" not in what
+]  # their blocks are large enough for it
 
 
 def table(of):
@@ -155,26 +212,40 @@ def faults(found):
         for capability, done in cards.items():
             if done.spilled or done.shared > SHARED[capability]:
                 yield f"{kernel}, {what}, on {capability}: {done.spilled} bytes spilled, {done.shared:,} of {SHARED[capability]:,} shared"
-            if capability == (9, 0) and kernel.startswith("attention") and what in WGMMA and "wgmma" not in done.products:
+            if (
+                capability == (9, 0)
+                and kernel.startswith("attention")
+                and what in WGMMA
+                and "wgmma" not in done.products
+            ):
                 yield f"{kernel}, {what}, on {capability}: no wgmma, Hopper's own product"
 
 
-def aot(*,
-    of: str = "",             # only the cases of which the name holds this, a regular expression
+def aot(
+    *,
+    of: str = "",  # only the cases of which the name holds this, a regular expression
     out: str = str(RESULTS),  # the table goes here
 ):
     """Compile, print and keep the table, and say which kernels do not fit their card."""
     found = table(of)
-    cell = lambda done: f"{done.warps} · {done.registers} · {done.spilled} · {done.shared:,} {done.products}".rstrip()  # noqa: E731
-    lines = [f"Compiled by triton {triton.__version__} for compute capabilities of which no card was there: `python tests/bench/aot.py`. In a cell:\n"
-             "warps of a program · registers of a thread · bytes of them spilled · bytes of shared memory, and what multiplies matrices.\n",
-             f"| kernel | of | {' | '.join('.'.join(map(str, capability)) for capability in SHARED)} |", "|---|---|" + "---|" * len(SHARED)]
-    lines += [f"| `{kernel}` | {what} | {' | '.join(map(cell, cards.values()))} |" for (kernel, what), cards in found.items()]
+    cell = lambda done: (
+        f"{done.warps} · {done.registers} · {done.spilled} · {done.shared:,} {done.products}".rstrip()
+    )  # noqa: E731
+    lines = [
+        f"Compiled by triton {triton.__version__} for compute capabilities of which no card was there: `python tests/bench/aot.py`. In a cell:\n"
+        "warps of a program · registers of a thread · bytes of them spilled · bytes of shared memory, and what multiplies matrices.\n",
+        f"| kernel | of | {' | '.join('.'.join(map(str, capability)) for capability in SHARED)} |",
+        "|---|---|" + "---|" * len(SHARED),
+    ]
+    lines += [
+        f"| `{kernel}` | {what} | {' | '.join(map(cell, cards.values()))} |"
+        for (kernel, what), cards in found.items()
+    ]
     Path(out).parent.mkdir(exist_ok=True)
     Path(out).write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
     if wrong := list(faults(found)):
-        raise Mistake("; ".join(wrong))
+        raise UserError("; ".join(wrong))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@
 
 One core unless a line says otherwise. Photographs are drawn: soft shapes under noise, JPEG of quality 90, about 100 kB at 640 × 480.
 """
+
 import io
 import json
 import os
@@ -20,14 +21,24 @@ import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from nanovlm import IMAGE, cli  # noqa: E402
+from nanovlm import IMAGE_TOKEN_ID, cli  # noqa: E402
 from nanovlm.data import dataset, image_processing, packing  # noqa: E402
 
-POLICY = {"tile": 336, "patch": 14, "shuffle": 1, "fit": "crop", "resample": "bicubic", "mean": [0.5] * 3, "std": [0.5] * 3}
+POLICY = {
+    "tile": 336,
+    "patch": 14,
+    "shuffle": 1,
+    "fit": "crop",
+    "resample": "bicubic",
+    "mean": [0.5] * 3,
+    "std": [0.5] * 3,
+}
 
 
 def photograph(g, width=640, height=480):
-    soft = Image.fromarray(g.integers(256, size=(height // 40, width // 40, 3), dtype=np.uint8)).resize((width, height), Image.Resampling.BICUBIC)
+    soft = Image.fromarray(
+        g.integers(256, size=(height // 40, width // 40, 3), dtype=np.uint8)
+    ).resize((width, height), Image.Resampling.BICUBIC)
     noisy = np.asarray(soft).astype(int) + g.normal(0, 9, (height, width, 3)).astype(int)
     file = io.BytesIO()
     Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(file, "JPEG", quality=90)
@@ -38,9 +49,13 @@ def by_pillow(source, tile):
     """What a loop of Pillow does for CLIP: decode, the short side to `tile`, the middle square, channels first."""
     picture = Image.open(io.BytesIO(source)).convert("RGB")
     short = min(picture.size)
-    picture = picture.resize((picture.width * tile // short, picture.height * tile // short), Image.Resampling.BICUBIC)
+    picture = picture.resize(
+        (picture.width * tile // short, picture.height * tile // short), Image.Resampling.BICUBIC
+    )
     left, top = (picture.width - tile) // 2, (picture.height - tile) // 2
-    return np.ascontiguousarray(np.asarray(picture.crop((left, top, left + tile, top + tile))).transpose(2, 0, 1))
+    return np.ascontiguousarray(
+        np.asarray(picture.crop((left, top, left + tile, top + tile))).transpose(2, 0, 1)
+    )
 
 
 def seconds(rounds, **ways):
@@ -55,19 +70,29 @@ def seconds(rounds, **ways):
 
 
 def cutting(small, large, rounds):
-    for what, photographs, tile, draft in [*(("640 × 480", small, tile, False) for tile in (224, 336, 384)),
-                                           *(("2048 × 1536", large, 336, draft) for draft in (False, True))]:
+    for what, photographs, tile, draft in [
+        *(("640 × 480", small, tile, False) for tile in (224, 336, 384)),
+        *(("2048 × 1536", large, 336, draft) for draft in (False, True)),
+    ]:
         policy = {**POLICY, "tile": tile, "draft": draft}
-        took = seconds(rounds, pillow=lambda tile=tile, some=photographs: [by_pillow(source, tile) for source in some],
-                       ours=lambda policy=policy, some=photographs: [image_processing.load(source, policy) for source in some])
-        print(f"cut {what} to {tile}{', drafted' * draft}: {len(photographs) / took['ours']:,.0f} pictures/s a core, "
-              f"{took['pillow'] / took['ours']:.2f} times a loop of Pillow", flush=True)
+        took = seconds(
+            rounds,
+            pillow=lambda tile=tile, some=photographs: [by_pillow(source, tile) for source in some],
+            ours=lambda policy=policy, some=photographs: [
+                image_processing.load(source, policy) for source in some
+            ],
+        )
+        print(
+            f"cut {what} to {tile}{', drafted' * draft}: {len(photographs) / took['ours']:,.0f} pictures/s a core, "
+            f"{took['pillow'] / took['ours']:.2f} times a loop of Pillow",
+            flush=True,
+        )
 
 
 def samples_of(photographs, count):
     pictures = [image_processing.load(source, POLICY) for source in photographs]
     for number in range(count):
-        ids = [IMAGE, *range(40 + number % 60)]
+        ids = [IMAGE_TOKEN_ID, *range(40 + number % 60)]
         yield f"{number}", ids, [0] * 20 + [1] * (len(ids) - 20), [pictures[number % len(pictures)]]
 
 
@@ -82,8 +107,14 @@ def writing(folder, photographs, count, rounds):
             file.flush()
             os.fsync(file.fileno())
 
-    took = seconds(rounds, disk=plainly, ours=lambda: dataset.write_shard(folder / f"{next(number):05d}", POLICY, samples))
-    print(f"write: {len(block) / took['ours'] / 1e6:,.0f} MB/s of tiles, {took['disk'] / took['ours']:.2f} of the disk's own rate")
+    took = seconds(
+        rounds,
+        disk=plainly,
+        ours=lambda: dataset.write_shard(folder / f"{next(number):05d}", POLICY, samples),
+    )
+    print(
+        f"write: {len(block) / took['ours'] / 1e6:,.0f} MB/s of tiles, {took['disk'] / took['ours']:.2f} of the disk's own rate"
+    )
 
 
 class Decoding(torch.utils.data.Dataset):
@@ -96,44 +127,67 @@ class Decoding(torch.utils.data.Dataset):
         return self.count
 
     def __getitem__(self, number):
-        return torch.from_numpy(by_pillow(self.photographs[number % len(self.photographs)], POLICY["tile"]))
+        return torch.from_numpy(
+            by_pillow(self.photographs[number % len(self.photographs)], POLICY["tile"])
+        )
 
 
 def reading(folder, photographs, count, rounds):
     """Batches from a set on warm pages, beside a plain copy of as many bytes and a DataLoader that decodes on two processes."""
     dataset.write_shard(folder / "set/00000", POLICY, samples_of(photographs, count))
     receipt = json.loads((folder / "set/00000/receipt.json").read_text())
-    dataset.write_header(folder / "set", {"tokenizer": "none", "template": "none", "policy": POLICY}, [receipt["files"]])
+    dataset.write_header(
+        folder / "set",
+        {"tokenizer": "none", "template": "none", "policy": POLICY},
+        [receipt["files"]],
+    )
     samples = dataset.Samples(folder / "set")
     lots = np.array_split(np.arange(count), count // 16)
     source = samples.shards[0]["tiles"]
     target = np.ones_like(source)  # its pages are warm too
-    decoding = torch.utils.data.DataLoader(Decoding(photographs, count), batch_size=16, num_workers=2)
+    decoding = torch.utils.data.DataLoader(
+        Decoding(photographs, count), batch_size=16, num_workers=2
+    )
     found = [[samples.read(i)[2][0] for i in lot] for lot in lots]
 
     def one_after_another(things):
         for thing in things:  # each is let go before the next is made, as training does
             del thing
 
-    took = seconds(rounds, memcpy=lambda: np.copyto(target, source),
-                   tiles=lambda: one_after_another(packing.join(pictures, POLICY) for pictures in found),
-                   batches=lambda: one_after_another(packing.collate(samples, [[i] for i in lot]) for lot in lots),
-                   dataloader=lambda: one_after_another(decoding))
+    took = seconds(
+        rounds,
+        memcpy=lambda: np.copyto(target, source),
+        tiles=lambda: one_after_another(packing.join(pictures, POLICY) for pictures in found),
+        batches=lambda: one_after_another(
+            packing.collate(samples, [[i] for i in lot]) for lot in lots
+        ),
+        dataloader=lambda: one_after_another(decoding),
+    )
     size = count * source[0].nbytes / 1e9
-    print(f"read tiles: {size / took['tiles']:.1f} GB/s, {took['memcpy'] / took['tiles']:.2f} of memcpy's")
-    print(f"read whole batches, 600 ids beside each tile: {count / took['batches']:,.0f} samples/s, {took['memcpy'] / took['batches']:.2f} of "
-          f"memcpy's rate; {took['dataloader'] / took['batches']:.0f} times a DataLoader that decodes in two processes")
+    print(
+        f"read tiles: {size / took['tiles']:.1f} GB/s, {took['memcpy'] / took['tiles']:.2f} of memcpy's"
+    )
+    print(
+        f"read whole batches, 600 ids beside each tile: {count / took['batches']:,.0f} samples/s, {took['memcpy'] / took['batches']:.2f} of "
+        f"memcpy's rate; {took['dataloader'] / took['batches']:.0f} times a DataLoader that decodes in two processes"
+    )
 
 
 def llava_like(count=665_000, picture=576):
     """Lengths such as LLaVA's fine-tuning mix has (assumed: 94% with a picture, about 150 words beside it; long conversations without)."""
     g = np.random.default_rng(0)
-    told, chat = g.lognormal(5.0, 0.8, count).clip(20, 1470), g.lognormal(6.2, 0.7, count).clip(30, 2048)
+    told, chat = (
+        g.lognormal(5.0, 0.8, count).clip(20, 1470),
+        g.lognormal(6.2, 0.7, count).clip(30, 2048),
+    )
     return np.where(g.random(count) < 0.06, chat, told + picture).astype(int)
 
 
 def filling(out):
-    sets = {"LLaVA-like": (llava_like(), (2048, 4096, 8192)), "the same, 144 tokens a picture": (llava_like(picture=144), (2048, 4096, 8192))}
+    sets = {
+        "LLaVA-like": (llava_like(), (2048, 4096, 8192)),
+        "the same, 144 tokens a picture": (llava_like(picture=144), (2048, 4096, 8192)),
+    }
     if Path(out).exists():
         samples = dataset.Samples(out)
         sets[out] = samples.table[samples.split(False), dataset.LENGTH], (320, 640, 1280)
@@ -141,14 +195,17 @@ def filling(out):
         for row in rows:
             began = time.perf_counter()
             filled = sum(1 for _ in packing.pack(lengths, row))
-            print(f"pack {name}: {len(lengths):,} samples into rows of {row:,}: {lengths.sum() / filled / row:.1%} full, "
-                  f"planned in {time.perf_counter() - began:.1f} s")
+            print(
+                f"pack {name}: {len(lengths):,} samples into rows of {row:,}: {lengths.sum() / filled / row:.1%} full, "
+                f"planned in {time.perf_counter() - began:.1f} s"
+            )
 
 
-def bench(*,
-    rounds: int = 9,            # of each measurement
-    photographs: int = 48,      # drawn
-    samples: int = 512,         # in the set that is written and read
+def bench(
+    *,
+    rounds: int = 9,  # of each measurement
+    photographs: int = 48,  # drawn
+    samples: int = 512,  # in the set that is written and read
     chats: str = "data/chats",  # the demonstration's set, whose lengths are packed if it is there
 ):
     """Print every figure as a ratio to what stands beside it in the same run."""

@@ -9,6 +9,7 @@ Inputs are fresh and random, results NaN before a kernel fills them. All are tim
 is in the cache; a time is a median. Kernels are compiled before, on all cores at once. The bounds are this card's own rates, of the same run.
 Baselines of which the package is missing are told.
 """
+
 import contextlib
 import itertools
 import json
@@ -35,20 +36,34 @@ from triton.errors import TritonError  # noqa: E402
 from triton.runtime._async_compile import active_mode  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
-from nanovlm import Mistake, cli, generate, kernels, loss, rmsnorm  # noqa: E402
+from nanovlm import UserError, cli, generate, kernels, loss, rmsnorm  # noqa: E402
 from nanovlm.decoder import Decoder  # noqa: E402
 from nanovlm.evals import runner  # noqa: E402
 from nanovlm.model import VLM  # noqa: E402
 
 WARM = 3  # rounds before those that count
-HEAD_START = 2_000_000  # a card's cycles, 1 ms, in which Python makes its calls before the card gets to them
+HEAD_START = (
+    2_000_000  # a card's cycles, 1 ms, in which Python makes its calls before the card gets to them
+)
 MOST = 1e-2  # relative error of bfloat16
-MISTRAL = dict(vocabulary=32768, width=4096, layers=32, heads=32, kv_heads=8, ffn=14336, head_size=128, theta=1e6)  # 7B Instruct v0.3
-SMOLLM2 = dict(vocabulary=49152, width=576, layers=30, heads=9, kv_heads=3, ffn=1536, tied=True)  # 135M
+MISTRAL = dict(
+    vocabulary=32768,
+    width=4096,
+    layers=32,
+    heads=32,
+    kv_heads=8,
+    ffn=14336,
+    head_size=128,
+    theta=1e6,
+)  # 7B Instruct v0.3
+SMOLLM2 = dict(
+    vocabulary=49152, width=576, layers=30, heads=9, kv_heads=3, ffn=1536, tied=True
+)  # 135M
 BLIND = dict(tile=2, patch=1, width=4, layers=1, heads=1, ffn=1)  # nothing is looked at
 
 
 # ---- correct first ----
+
 
 def form(choice):
     return mock.patch.object(kernels, "choice", choice)
@@ -59,34 +74,53 @@ def poisoned():
     """What operators allocate is NaN until they fill it."""
     empty, like = torch.Tensor.new_empty, torch.empty_like
     fill = lambda x: x.fill_(math.nan) if x.is_floating_point() else x  # noqa: E731
-    with mock.patch.object(torch.Tensor, "new_empty", lambda *a, **k: fill(empty(*a, **k))), \
-            mock.patch.object(torch, "empty_like", lambda *a, **k: fill(like(*a, **k))):
+    with (
+        mock.patch.object(torch.Tensor, "new_empty", lambda *a, **k: fill(empty(*a, **k))),
+        mock.patch.object(torch, "empty_like", lambda *a, **k: fill(like(*a, **k))),
+    ):
         yield
 
 
 def results(function, inputs, choice, dtype=None):
     """What function(*inputs) is by this form, in this dtype if one is given, and the gradients that a fixed random pull gives the inputs."""
-    given = [x.detach().to(dtype or x.dtype).requires_grad_() if x.is_floating_point() else x for x in inputs]
+    given = [
+        x.detach().to(dtype or x.dtype).requires_grad_() if x.is_floating_point() else x
+        for x in inputs
+    ]
     with form(choice), poisoned() if dtype is None else contextlib.nullcontext():
         outputs = function(*given)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         if not outputs[0].requires_grad:
             return outputs
-        pull = [torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(out) for out in outputs]
-        return [*outputs, *torch.autograd.grad(outputs, [x for x in given if x.requires_grad], pull)]
+        pull = [
+            torch.randn(
+                out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64
+            ).to(out)
+            for out in outputs
+        ]
+        return [
+            *outputs,
+            *torch.autograd.grad(outputs, [x for x in given if x.requires_grad], pull),
+        ]
 
 
 def errors(function, inputs):
     """Of each result by kernels, relative to the formula's in float64."""
-    ours, truth = results(function, inputs, "triton"), results(function, inputs, "torch", torch.float64)
-    return [((mine.double() - true).norm() / true.norm()).item() for mine, true in zip(ours, truth, strict=True)]
+    ours, truth = (
+        results(function, inputs, "triton"),
+        results(function, inputs, "torch", torch.float64),
+    )
+    return [
+        ((mine.double() - true).norm() / true.norm()).item()
+        for mine, true in zip(ours, truth, strict=True)
+    ]
 
 
 def hold(what, function, inputs, most=MOST):
     """Raise unless function(*inputs) by kernels, and its gradients, are the formula's in float64."""
     for i, error in enumerate(errors(function, inputs)):
         if not error < most:
-            raise Mistake(f"{what}: result {i} is off by {error:.1e}, more than {most:.0e}")
+            raise UserError(f"{what}: result {i} is off by {error:.1e}, more than {most:.0e}")
     print(f"{what}: as in float64", flush=True)
 
 
@@ -99,7 +133,11 @@ def launch(what, function, inputs, most=MOST):
 def ahead():
     """Kernels that are launched within are compiled, on all cores at once, and not run: one after another they keep a card waiting for minutes."""
     run = JITFunction.run
-    with ThreadPoolExecutor(os.cpu_count()) as pool, triton.AsyncCompileMode(pool, ignore_errors=True) as mode:
+    with (
+        ThreadPoolExecutor(os.cpu_count()) as pool,
+        triton.AsyncCompileMode(pool, ignore_errors=True) as mode,
+    ):
+
         def compile_only(kernel, *args, grid, warmup, **named):
             token = active_mode.set(mode)  # autograd launches from a thread of its own
             try:
@@ -112,30 +150,55 @@ def ahead():
 
 
 def check_norms(run):
-    for shape in [(2, 3, 37), (1, 5, 577)] if run.dry else [(3, 577, 4096), (2, 33, 1031), (7, 129, 576), (1, 65, 16384)]:
+    for shape in (
+        [(2, 3, 37), (1, 5, 577)]
+        if run.dry
+        else [(3, 577, 4096), (2, 33, 1031), (7, 129, 576), (1, 65, 16384)]
+    ):
         x, y = run.random(*shape), run.random(shape[1], shape[0], shape[2]).transpose(0, 1)
         weight = run.random(shape[2])
         run.hold(f"RMSNorm {shape}", lambda x, w: rmsnorm.rmsnorm(x, w, 1e-5), (x, weight))
-        run.hold(f"RMSNorm of a sum {shape}", lambda x, y, w: rmsnorm.add_rmsnorm(x, y, w, 1e-5), (x, y, weight))
+        run.hold(
+            f"RMSNorm of a sum {shape}",
+            lambda x, y, w: rmsnorm.add_rmsnorm(x, y, w, 1e-5),
+            (x, y, weight),
+        )
 
 
 def check_loss(run):
     for N, D, V in [(9, 8, 37)] if run.dry else [(5000, 256, 32003), (300, 512, 131072)]:
         targets_N = torch.randint(V, (N,), device=run.device)
-        run.hold(f"loss of {N} tokens, {V} words", loss.linear_cross_entropy, (run.random(N, D), run.random(V, D) / D**0.5, targets_N))
+        run.hold(
+            f"loss of {N} tokens, {V} words",
+            loss.linear_cross_entropy,
+            (run.random(N, D), run.random(V, D) / D**0.5, targets_N),
+        )
 
 
 def check_model(run):
     """A whole decoder: what a kernel alone cannot get wrong, where it stands in the model can be."""
-    T, shapes = (9, dict(vocabulary=41, width=24, layers=2, heads=6, kv_heads=2, ffn=36, head_size=8)) if run.dry else (577, SMOLLM2)
+    T, shapes = (
+        (9, dict(vocabulary=41, width=24, layers=2, heads=6, kv_heads=2, ffn=36, head_size=8))
+        if run.dry
+        else (577, SMOLLM2)
+    )
     narrow, wide = (Decoder(**shapes).to(run.device, dtype) for dtype in (run.dtype, torch.float64))
     wide.load_state_dict(narrow.state_dict())
-    x_BTD, positions_BT = run.random(2, T, shapes["width"]), torch.arange(T, device=run.device).expand(2, -1)
+    x_BTD, positions_BT = (
+        run.random(2, T, shapes["width"]),
+        torch.arange(T, device=run.device).expand(2, -1),
+    )
     documents_BT = (positions_BT > T // 3).int()
-    run.hold("decoder", lambda x: (narrow if x.dtype == run.dtype else wide)(x, positions_BT, documents_BT), (x_BTD,), most=5e-2)
+    run.hold(
+        "decoder",
+        lambda x: (narrow if x.dtype == run.dtype else wide)(x, positions_BT, documents_BT),
+        (x_BTD,),
+        most=5e-2,
+    )
 
 
 # ---- then time ----
+
 
 def measure(contestants, rounds):
     """{name: median seconds, or why there is none}; a contestant is called with the number of the round."""
@@ -159,7 +222,11 @@ def measure(contestants, rounds):
                 failed[name] = f"does not run: {type(e).__name__}"
             events[name].append((began, ended))
     torch.cuda.synchronize()
-    return {name: failed.get(name) or statistics.median(a.elapsed_time(b) / 1000 for a, b in pairs[WARM:]) for name, pairs in events.items()}
+    return {
+        name: failed.get(name)
+        or statistics.median(a.elapsed_time(b) / 1000 for a, b in pairs[WARM:])
+        for name, pairs in events.items()
+    }
 
 
 def rates(run):
@@ -167,15 +234,37 @@ def rates(run):
     a, b = run.random(8192, 8192), run.random(8192, 8192)
     source = [torch.randn(2**29, device=run.device) for _ in range(2)]  # 2 GiB each
     target = torch.empty_like(source[0])
-    took = measure({"matmul": lambda i: a @ b, "copy": lambda i: target.copy_(source[i % 2]), "read": lambda i: source[i % 2].sum()}, run.rounds)
-    return {"matmul": 2 * 8192**3 / took["matmul"], "copy": 2**32 / took["copy"], "read": 2**31 / took["read"]}
+    took = measure(
+        {
+            "matmul": lambda i: a @ b,
+            "copy": lambda i: target.copy_(source[i % 2]),
+            "read": lambda i: source[i % 2].sum(),
+        },
+        run.rounds,
+    )
+    return {
+        "matmul": 2 * 8192**3 / took["matmul"],
+        "copy": 2**32 / took["copy"],
+        "read": 2**31 / took["read"],
+    }
 
 
 def row(what, took, bound, aim, **more):
     """ours, what of the card's rate that is, and how many times as fast as each of the others."""
     ours = took.pop("ours")
-    beside = {name: other if isinstance(other, str) else other / ours for name, other in took.items()} if isinstance(ours, float) else took
-    return dict(what=what, seconds=ours, of_bound=bound / ours if isinstance(ours, float) else None, beside=beside, aim=aim, **more)
+    beside = (
+        {name: other if isinstance(other, str) else other / ours for name, other in took.items()}
+        if isinstance(ours, float)
+        else took
+    )
+    return dict(
+        what=what,
+        seconds=ours,
+        of_bound=bound / ours if isinstance(ours, float) else None,
+        beside=beside,
+        aim=aim,
+        **more,
+    )
 
 
 def time_norms(run):
@@ -187,30 +276,68 @@ def time_norms(run):
 
     def liger(i):
         from liger_kernel.ops.fused_add_rms_norm import LigerFusedAddRMSNormFunction as Liger
+
         return Liger.apply(x[i % 3], y[i % 3], weight.detach(), 1e-5)
 
-    yield row("RMSNorm + residual, forward, 32k × 4096", measure({
-        "ours": lambda i: norms.rmsnorm(x[i % 3], y[i % 3], weight.detach(), 1e-5, run.dtype),
-        "F.rms_norm": lambda i: F.rms_norm(x[i % 3] + y[i % 3], (width,), weight.detach(), 1e-5), "Liger": liger}, run.rounds),
-        4 * size / run.rates["copy"], "0.95 of the copy rate")
+    yield row(
+        "RMSNorm + residual, forward, 32k × 4096",
+        measure(
+            {
+                "ours": lambda i: norms.rmsnorm(
+                    x[i % 3], y[i % 3], weight.detach(), 1e-5, run.dtype
+                ),
+                "F.rms_norm": lambda i: F.rms_norm(
+                    x[i % 3] + y[i % 3], (width,), weight.detach(), 1e-5
+                ),
+                "Liger": liger,
+            },
+            run.rounds,
+        ),
+        4 * size / run.rates["copy"],
+        "0.95 of the copy rate",
+    )
 
     leaves = [t.clone().requires_grad_() for t in x]
     theirs = [F.rms_norm(t, (width,), weight, 1e-5) for t in leaves]
-    pull = lambda out, i: torch.autograd.grad(out, (leaves[i % 3], weight), grad[i % 3], retain_graph=True)  # noqa: E731
+    pull = lambda out, i: torch.autograd.grad(
+        out, (leaves[i % 3], weight), grad[i % 3], retain_graph=True
+    )  # noqa: E731
     graphs = {}
 
     def liger_backward(i):
         from liger_kernel.ops.rms_norm import LigerRMSNormFunction as Liger
+
         graphs.setdefault(i % 3, Liger.apply(leaves[i % 3], weight, 1e-5, 0.0, "llama", False))
         return pull(graphs[i % 3], i)
 
-    yield row("RMSNorm, backward, 32k × 4096", measure({
-        "ours": lambda i: norms.rmsnorm_backward(grad[i % 3], None, x[i % 3], weight.detach(), scale, True),
-        "F.rms_norm": lambda i: pull(theirs[i % 3], i), "Liger": liger_backward}, run.rounds),
-        3 * size / run.rates["copy"], "0.75 of the copy rate, 2 × F.rms_norm, 1.5 × Liger")
-    yield row("RMSNorm + residual, backward, 32k × 4096", measure({
-        "ours": lambda i: norms.rmsnorm_backward(grad[i % 3], y[i % 3], x[i % 3], weight.detach(), scale, True)}, run.rounds),
-        4 * size / run.rates["copy"], "0.75 of the copy rate")
+    yield row(
+        "RMSNorm, backward, 32k × 4096",
+        measure(
+            {
+                "ours": lambda i: norms.rmsnorm_backward(
+                    grad[i % 3], None, x[i % 3], weight.detach(), scale, True
+                ),
+                "F.rms_norm": lambda i: pull(theirs[i % 3], i),
+                "Liger": liger_backward,
+            },
+            run.rounds,
+        ),
+        3 * size / run.rates["copy"],
+        "0.75 of the copy rate, 2 × F.rms_norm, 1.5 × Liger",
+    )
+    yield row(
+        "RMSNorm + residual, backward, 32k × 4096",
+        measure(
+            {
+                "ours": lambda i: norms.rmsnorm_backward(
+                    grad[i % 3], y[i % 3], x[i % 3], weight.detach(), scale, True
+                )
+            },
+            run.rounds,
+        ),
+        4 * size / run.rates["copy"],
+        "0.75 of the copy rate",
+    )
 
 
 def peak(call):
@@ -230,7 +357,10 @@ def full_logits(hidden_ND, head_VD, targets_N):
 
 
 def liger_loss(hidden_ND, head_VD, targets_N):
-    from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction as Liger
+    from liger_kernel.ops.fused_linear_cross_entropy import (
+        LigerFusedLinearCrossEntropyFunction as Liger,
+    )
+
     return Liger.apply(hidden_ND, head_VD, targets_N, None, None, -100, 0.0, 0.0, "sum")[0]
 
 
@@ -238,19 +368,37 @@ def trainer(function, inputs, choice="auto"):
     def call(i):
         hidden_ND, head_VD, targets_N = inputs[i % len(inputs)]
         with form(choice):
-            return torch.autograd.grad(function(hidden_ND, head_VD, targets_N), (hidden_ND, head_VD))
+            return torch.autograd.grad(
+                function(hidden_ND, head_VD, targets_N), (hidden_ND, head_VD)
+            )
+
     return call
 
 
 def time_loss(run):
     N, D = 32768, 4096
     for V in (32768, 131072):
-        inputs = [(run.random(N, D).requires_grad_(), (run.random(V, D) / D**0.5).requires_grad_(), torch.randint(V, (N,), device=run.device))
-                  for _ in range(2)]
-        contestants = {"ours": trainer(loss.linear_cross_entropy, inputs), "chunked PyTorch": trainer(loss.linear_cross_entropy, inputs, "torch"),
-                       "full logits": trainer(full_logits, inputs), "Liger": trainer(liger_loss, inputs)}
-        yield row(f"loss, 32k × {V:,}", measure(contestants, run.rounds), 6 * N * V * D / run.rates["matmul"],
-                  "a tenth of the memory at equal speed", bytes={name: peak(call) for name, call in contestants.items()})
+        inputs = [
+            (
+                run.random(N, D).requires_grad_(),
+                (run.random(V, D) / D**0.5).requires_grad_(),
+                torch.randint(V, (N,), device=run.device),
+            )
+            for _ in range(2)
+        ]
+        contestants = {
+            "ours": trainer(loss.linear_cross_entropy, inputs),
+            "chunked PyTorch": trainer(loss.linear_cross_entropy, inputs, "torch"),
+            "full logits": trainer(full_logits, inputs),
+            "Liger": trainer(liger_loss, inputs),
+        }
+        yield row(
+            f"loss, 32k × {V:,}",
+            measure(contestants, run.rounds),
+            6 * N * V * D / run.rates["matmul"],
+            "a tenth of the memory at equal speed",
+            bytes={name: peak(call) for name, call in contestants.items()},
+        )
 
 
 def blind(shapes, device, dtype):
@@ -268,15 +416,32 @@ def blind(shapes, device, dtype):
 
 def transformers_speaker(run):
     import transformers as hf
-    config = hf.MistralConfig(vocab_size=32768, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
-                              num_key_value_heads=8, head_dim=128, sliding_window=None)
+
+    config = hf.MistralConfig(
+        vocab_size=32768,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+        sliding_window=None,
+    )
     with torch.device(run.device):
         model = hf.AutoModelForCausalLM.from_config(config, dtype=run.dtype).eval()
 
     def speak(ids, count):
         arrived = []
-        streamer = SimpleNamespace(put=lambda ids: arrived.append(time.perf_counter()), end=lambda: None)
-        model.generate(torch.tensor([ids], device=run.device), max_new_tokens=count, min_new_tokens=count, do_sample=False, streamer=streamer)
+        streamer = SimpleNamespace(
+            put=lambda ids: arrived.append(time.perf_counter()), end=lambda: None
+        )
+        model.generate(
+            torch.tensor([ids], device=run.device),
+            max_new_tokens=count,
+            min_new_tokens=count,
+            do_sample=False,
+            streamer=streamer,
+        )
         return arrived
 
     return speak
@@ -285,12 +450,19 @@ def transformers_speaker(run):
 def time_decode(run):
     """Mistral 7B says 128 words after a prompt of 1,024; a token's time is the median of the gaps after the first half, when all is recorded."""
     model = blind(MISTRAL, run.device, run.dtype).eval()
-    read = sum(p.numel() * p.element_size() for name, p in model.decoder.named_parameters() if name != "embed.weight")
+    read = sum(
+        p.numel() * p.element_size()
+        for name, p in model.decoder.named_parameters()
+        if name != "embed.weight"
+    )
     cached = 2 * MISTRAL["layers"] * (1024 + 96) * MISTRAL["kv_heads"] * MISTRAL["head_size"] * 2
     generate.ready(model)
 
     def ours(ids, count):
-        return [time.perf_counter() for _ in model.generate([ids], torch.zeros(0), stop=set(), max_tokens=count)]
+        return [
+            time.perf_counter()
+            for _ in model.generate([ids], torch.zeros(0), stop=set(), max_tokens=count)
+        ]
 
     speakers, gaps = {"ours": ours}, {}
     try:
@@ -303,16 +475,29 @@ def time_decode(run):
         for name, speak in speakers.items():
             arrived = speak(torch.randint(32768, (1024,)).tolist(), 128)
             gaps.setdefault(name, []).extend(b - a for a, b in itertools.pairwise(arrived[64:]))
-    took = {name: found if isinstance(found, str) else statistics.median(found) for name, found in gaps.items()}
-    yield row("7B decode, one row", took, (read + cached) / run.rates["read"], "0.80 of the bound, 3 × transformers")
+    took = {
+        name: found if isinstance(found, str) else statistics.median(found)
+        for name, found in gaps.items()
+    }
+    yield row(
+        "7B decode, one row",
+        took,
+        (read + cached) / run.rates["read"],
+        "0.80 of the bound, 3 × transformers",
+    )
 
 
 def time_step(run):
     """Forward and backward of SmolLM2-135M's decoder over 8 rows of 2,048 tokens under autocast, by kernels and by formulas."""
     model, (B, T) = blind(SMOLLM2, run.device, torch.float32).train(), (8, 2048)
     ids_BT = torch.randint(49152, (B, T), device=run.device)
-    batch = dict(ids_BT=ids_BT, targets_BT=ids_BT.roll(-1, 1), positions_BT=torch.arange(T, device=run.device).expand(B, -1),
-                 documents_BT=torch.zeros_like(ids_BT), tiles_NCYX=torch.zeros(0, 3, 2, 2, dtype=torch.uint8, device=run.device))
+    batch = dict(
+        ids_BT=ids_BT,
+        targets_BT=ids_BT.roll(-1, 1),
+        positions_BT=torch.arange(T, device=run.device).expand(B, -1),
+        documents_BT=torch.zeros_like(ids_BT),
+        tiles_NCYX=torch.zeros(0, 3, 2, 2, dtype=torch.uint8, device=run.device),
+    )
 
     def by(choice):
         def call(i):
@@ -320,40 +505,70 @@ def time_step(run):
                 total = model(**batch)
             total.backward()
             model.zero_grad()
+
         return call
 
     numbers = sum(p.numel() for p in model.decoder.parameters())
-    yield row("training pass, SmolLM2-135M, 8 × 2,048", measure({"ours": by("auto"), "formulas": by("torch")}, run.rounds),
-              6 * numbers * B * T / run.rates["matmul"], "")
+    yield row(
+        "training pass, SmolLM2-135M, 8 × 2,048",
+        measure({"ours": by("auto"), "formulas": by("torch")}, run.rounds),
+        6 * numbers * B * T / run.rates["matmul"],
+        "",
+    )
 
 
 # ---- tables of blocks ----
 
+
 def tune_norms(run):
-    rows, weight, scale = [run.random(32768, 4096) for _ in range(3)], run.random(4096), torch.rand(32768, device=run.device)
+    rows, weight, scale = (
+        [run.random(32768, 4096) for _ in range(3)],
+        run.random(4096),
+        torch.rand(32768, device=run.device),
+    )
 
     def call(i):
         torch.ops.nanovlm.rmsnorm(rows[i % 3], rows[(i + 1) % 3], weight, 1e-5, run.dtype)
-        torch.ops.nanovlm.rmsnorm_backward(rows[i % 3], rows[(i + 1) % 3], rows[(i + 2) % 3], weight, scale, True)
+        torch.ops.nanovlm.rmsnorm_backward(
+            rows[i % 3], rows[(i + 1) % 3], rows[(i + 2) % 3], weight, scale, True
+        )
 
-    fit(rmsnorm, call, itertools.product((16, 32, 64), (16, 32, 64), (512, 768, 1024, 1536), (1, 2, 3)), run,
-        (lambda x, y, w: rmsnorm.add_rmsnorm(x, y, w, 1e-5), (rows[0][:512], rows[1][:512], weight)))
+    fit(
+        rmsnorm,
+        call,
+        itertools.product((16, 32, 64), (16, 32, 64), (512, 768, 1024, 1536), (1, 2, 3)),
+        run,
+        (
+            lambda x, y, w: rmsnorm.add_rmsnorm(x, y, w, 1e-5),
+            (rows[0][:512], rows[1][:512], weight),
+        ),
+    )
 
 
 def tune_loss(run):
     V, N, D = 131072, 256, 64
     logits_nV, targets_n = run.random(4096, V), torch.randint(V, (4096,), device=run.device)
-    fit(loss, lambda i: loss.fused_scores(logits_nV, targets_n, True), itertools.product((8192, 16384, 32768, 65536), (8, 16, 32), (1, 2, 3)), run,
-        (loss.linear_cross_entropy, (run.random(N, D), run.random(V, D) / D**0.5, targets_n[:N])))
+    fit(
+        loss,
+        lambda i: loss.fused_scores(logits_nV, targets_n, True),
+        itertools.product((8192, 16384, 32768, 65536), (8, 16, 32), (1, 2, 3)),
+        run,
+        (loss.linear_cross_entropy, (run.random(N, D), run.random(V, D) / D**0.5, targets_n[:N])),
+    )
 
 
 def fits(call):
     """Whether the kernels of a call fit the card and spill no registers."""
     launched, run = [], JITFunction.run
-    with mock.patch.object(JITFunction, "run", lambda *args, **named: launched.append(run(*args, **named))):
+    with mock.patch.object(
+        JITFunction, "run", lambda *args, **named: launched.append(run(*args, **named))
+    ):
         try:
             call(0)
-        except (TritonError, RuntimeError):  # too much of the card's memory; what this compiler does not manage
+        except (
+            TritonError,
+            RuntimeError,
+        ):  # too much of the card's memory; what this compiler does not manage
             return False
     return not any(kernel.n_spills for kernel in launched)
 
@@ -371,18 +586,30 @@ def fastest(what, table, key, candidates, call, check):
             if fits(call) and all(error < MOST for error in errors(*check)):
                 times[line] = measure({"it": call}, 5)["it"]
     order = sorted(times, key=times.get)
-    print(f"{what}: {len(times)} of {len(lines)} lines hold; {table[key]} took {times.get(table[key], math.nan) * 1e3:.3f} ms, the fastest:",
-          *(f"{line} {times[line] * 1e3:.3f}" for line in order[:4]), flush=True)
+    print(
+        f"{what}: {len(times)} of {len(lines)} lines hold; {table[key]} took {times.get(table[key], math.nan) * 1e3:.3f} ms, the fastest:",
+        *(f"{line} {times[line] * 1e3:.3f}" for line in order[:4]),
+        flush=True,
+    )
     return order[0] if order else table[key]
 
 
 def fit(module, call, candidates, run, check):
     capability = kernels.capability(run.device)
     if capability not in module.TABLE:
-        raise Mistake(f"{module.__name__}.TABLE has no line for {capability}, only for {', '.join(map(str, module.TABLE))}")
+        raise UserError(
+            f"{module.__name__}.TABLE has no line for {capability}, only for {', '.join(map(str, module.TABLE))}"
+        )
     best = fastest(module.__name__, module.TABLE, capability, candidates, call, check)
     path = Path(module.__file__)
-    path.write_text(re.sub(rf"^( +{re.escape(str(capability))}: )\(.*?\)", rf"\g<1>{best}", path.read_text(), flags=re.MULTILINE))
+    path.write_text(
+        re.sub(
+            rf"^( +{re.escape(str(capability))}: )\(.*?\)",
+            rf"\g<1>{best}",
+            path.read_text(),
+            flags=re.MULTILINE,
+        )
+    )
 
 
 PARTS = {  # name: (what checks it, what times it: rows of the table, in this order; what tunes it)
@@ -405,12 +632,19 @@ def bench(run, parts, out):
     for part in parts:
         try:
             PARTS[part][0](run)
-        except Mistake as e:
+        except UserError as e:
             wrong.append(f"{part}: {e}")
     told("checked")
     run.rates = rates(run)
-    found = {"card": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__,
-             "nanovlm": runner.versions()["nanovlm"], "wrong": wrong, "rates": run.rates, "rows": []}
+    found = {
+        "card": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "nanovlm": runner.versions()["nanovlm"],
+        "wrong": wrong,
+        "rates": run.rates,
+        "rows": [],
+    }
     for part in parts:
         found["rows"] += PARTS[part][1](run)
         torch.cuda.empty_cache()
@@ -418,42 +652,72 @@ def bench(run, parts, out):
         told(f"{part} timed")
     print_table(found)
     if wrong:
-        raise Mistake("; ".join(wrong))
+        raise UserError("; ".join(wrong))
 
 
 # ---- what is told ----
 
+
 def print_table(found):
-    print(f"\n{found['card']}, torch {torch.__version__}, triton {triton.__version__}: "
-          f"products {found['rates']['matmul'] / 1e12:.0f} TFLOP/s, copy {found['rates']['copy'] / 1e12:.2f} TB/s, "
-          f"read {found['rates']['read'] / 1e12:.2f} TB/s\n")
-    print("| | time | of this card's rate | times as fast as | memory | aim |\n|---|---|---|---|---|---|")
+    print(
+        f"\n{found['card']}, torch {torch.__version__}, triton {triton.__version__}: "
+        f"products {found['rates']['matmul'] / 1e12:.0f} TFLOP/s, copy {found['rates']['copy'] / 1e12:.2f} TB/s, "
+        f"read {found['rates']['read'] / 1e12:.2f} TB/s\n"
+    )
+    print(
+        "| | time | of this card's rate | times as fast as | memory | aim |\n|---|---|---|---|---|---|"
+    )
     for r in found["rows"]:
         unit = "" if r["of_bound"] else " s"  # where ours has no time, the others' own stand
-        beside = ", ".join(f"{name}: {ratio if isinstance(ratio, str) else f'{ratio:.2f}{unit}'}" for name, ratio in r["beside"].items())
-        memory = ", ".join(f"{name} {'?' if size is None else f'{size / 2**30:.1f} GiB'}" for name, size in r.get("bytes", {}).items())
-        ours = r["seconds"] if isinstance(r["seconds"], str) else f"{r['seconds'] * 1e3:.3f} ms | {r['of_bound']:.2f}"
-        print(f"| {r['what']} | {ours if '|' in ours else ours + ' | '} | {beside} | {memory} | {r['aim']} |")
+        beside = ", ".join(
+            f"{name}: {ratio if isinstance(ratio, str) else f'{ratio:.2f}{unit}'}"
+            for name, ratio in r["beside"].items()
+        )
+        memory = ", ".join(
+            f"{name} {'?' if size is None else f'{size / 2**30:.1f} GiB'}"
+            for name, size in r.get("bytes", {}).items()
+        )
+        ours = (
+            r["seconds"]
+            if isinstance(r["seconds"], str)
+            else f"{r['seconds'] * 1e3:.3f} ms | {r['of_bound']:.2f}"
+        )
+        print(
+            f"| {r['what']} | {ours if '|' in ours else ours + ' | '} | {beside} | {memory} | {r['aim']} |"
+        )
 
 
-def gpu(*,
-    rounds: int = 20,         # timings of each contestant
-    only: str = "",           # parts, all if empty: attention, rmsnorm, loss, decode, step
-    dry: bool = False,        # no times: small checks in Triton's interpreter
-    tune: bool = False,       # find the tables of blocks instead
+def gpu(
+    *,
+    rounds: int = 20,  # timings of each contestant
+    only: str = "",  # parts, all if empty: attention, rmsnorm, loss, decode, step
+    dry: bool = False,  # no times: small checks in Triton's interpreter
+    tune: bool = False,  # find the tables of blocks instead
     out: str = str(Path(__file__).parent / "results" / "gpu.json"),  # all figures go here
 ):
     """Check, time and tell."""
     parts = only.split(",") if only else list(PARTS)
     if strange := [part for part in parts if part not in PARTS]:
-        raise Mistake(f"--only={','.join(strange)} is none of {', '.join(PARTS)}")
+        raise UserError(f"--only={','.join(strange)} is none of {', '.join(PARTS)}")
     if dry and tune:
-        raise Mistake("--tune=true times, --dry=true does not")
+        raise UserError("--tune=true times, --dry=true does not")
     if not (dry or torch.cuda.is_available()):
-        raise Mistake("gpu.py wants a CUDA card, and none is here; --dry=true checks the kernels in Triton's interpreter")
+        raise UserError(
+            "gpu.py wants a CUDA card, and none is here; --dry=true checks the kernels in Triton's interpreter"
+        )
     device, dtype = torch.device("cpu" if dry else "cuda"), torch.float32 if dry else torch.bfloat16
-    run = SimpleNamespace(rounds=rounds, dry=dry, device=device, dtype=dtype, random=lambda *shape: torch.randn(shape, device=device, dtype=dtype),
-                          hold=hold, measure=measure, row=row, fastest=fastest, fit=fit)
+    run = SimpleNamespace(
+        rounds=rounds,
+        dry=dry,
+        device=device,
+        dtype=dtype,
+        random=lambda *shape: torch.randn(shape, device=device, dtype=dtype),
+        hold=hold,
+        measure=measure,
+        row=row,
+        fastest=fastest,
+        fit=fit,
+    )
     if not (dry or tune):
         return bench(run, parts, Path(out))
     for part in parts:

@@ -2,6 +2,7 @@
 
 `run` carries the card, what dtype to draw random inputs in, and gpu.py's own hold, measure, row, fastest and fit.
 """
+
 import inspect
 import itertools
 import re
@@ -24,33 +25,69 @@ def tensors(run, B, T, S, *, H, G, K):
 def packed(B, S, count, device):
     """Document numbers of rows that hold `count` samples each, of lengths that differ, and padding, -1."""
     starts = torch.rand(B, S, device=device).argsort(1)[:, : count - 1]
-    documents_BS = torch.zeros(B, S, dtype=torch.int32, device=device).scatter_(1, starts, 1).cumsum(1, dtype=torch.int32)
+    documents_BS = (
+        torch.zeros(B, S, dtype=torch.int32, device=device)
+        .scatter_(1, starts, 1)
+        .cumsum(1, dtype=torch.int32)
+    )
     documents_BS[:, S - S // 50 :] = -1
     return documents_BS
 
 
 # ---- correct first ----
 
+
 def check(run):
     sizes = (72,) if run.dry else (64, 72, 80, 96, 128, 256)
-    for K, (B, T, S) in itertools.product(sizes, [(1, 17, 37)] if run.dry else [(2, 577, 577), (1, 333, 1031), (3, 130, 130)]):
+    for K, (B, T, S) in itertools.product(
+        sizes, [(1, 17, 37)] if run.dry else [(2, 577, 577), (1, 333, 1031), (3, 130, 130)]
+    ):
         given = tensors(run, B, T, S, H=4, G=2, K=K)
         documents_BS = packed(B, S, 5, run.device)
-        for rules in ({}, {"causal": False}, {"window": 29}, {"documents_BS": documents_BS}, {"documents_BS": documents_BS, "window": 99}):
-            names = ", ".join(name if torch.is_tensor(rule) else f"{name} {rule}" for name, rule in rules.items()) or "causal"
-            run.hold(f"attention {B} × {T} of {S}, heads of {K}, {names}", lambda *x, rules=rules: attention.attention(*x, **rules), given)
+        for rules in (
+            {},
+            {"causal": False},
+            {"window": 29},
+            {"documents_BS": documents_BS},
+            {"documents_BS": documents_BS, "window": 99},
+        ):
+            names = (
+                ", ".join(
+                    name if torch.is_tensor(rule) else f"{name} {rule}"
+                    for name, rule in rules.items()
+                )
+                or "causal"
+            )
+            run.hold(
+                f"attention {B} × {T} of {S}, heads of {K}, {names}",
+                lambda *x, rules=rules: attention.attention(*x, **rules),
+                given,
+            )
     for K, S in itertools.product(sizes, (37,) if run.dry else (1, 301, 8193)):
-        check_decode(run, tensors(run, 3, 1, S, H=8, G=2, K=K), (torch.arange(S, device=run.device) >= S // 3).int().expand(3, -1))
+        check_decode(
+            run,
+            tensors(run, 3, 1, S, H=8, G=2, K=K),
+            (torch.arange(S, device=run.device) >= S // 3).int().expand(3, -1),
+        )
 
 
 @torch.no_grad()
 def check_decode(run, given, documents_BS):
     S, K = documents_BS.shape[1], given[0].shape[3]
-    for what, rules in (("", {}), (", documents", {"documents_BS": documents_BS}), (", window", {"window": 100})):
-        run.hold(f"decode over {S}, heads of {K}{what}", lambda *x, rules=rules: attention.attention(*x, **rules), given)
+    for what, rules in (
+        ("", {}),
+        (", documents", {"documents_BS": documents_BS}),
+        (", window", {"window": 100}),
+    ):
+        run.hold(
+            f"decode over {S}, heads of {K}{what}",
+            lambda *x, rules=rules: attention.attention(*x, **rules),
+            given,
+        )
 
 
 # ---- then time ----
+
 
 def heads_first(tensors):
     return [x.transpose(1, 2) for x in tensors]
@@ -58,12 +95,15 @@ def heads_first(tensors):
 
 def cudnn(q_BTHK, k_BSGK, v_BSGK):
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-        return F.scaled_dot_product_attention(*heads_first((q_BTHK, k_BSGK, v_BSGK)), is_causal=True, enable_gqa=True).transpose(1, 2)
+        return F.scaled_dot_product_attention(
+            *heads_first((q_BTHK, k_BSGK, v_BSGK)), is_causal=True, enable_gqa=True
+        ).transpose(1, 2)
 
 
 def flex(rule, B, T, device):
     """FlexAttention, compiled, of a rule (row, head, query, key) -> bool, whose mask of blocks is made beforehand."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
     torch._dynamo.reset()  # which compiles a function for so many shapes, no more
     compiled = torch.compile(flex_attention, dynamic=False)
     mask = create_block_mask(rule, B, None, T, T, device=device)
@@ -72,12 +112,21 @@ def flex(rule, B, T, device):
 
 def varlen(documents_BT):
     from torch.nn.attention.varlen import varlen_attn
-    flat = (documents_BT + torch.arange(len(documents_BT), device=documents_BT.device)[:, None] * (documents_BT.max() + 2)).flatten()
+
+    flat = (
+        documents_BT
+        + torch.arange(len(documents_BT), device=documents_BT.device)[:, None]
+        * (documents_BT.max() + 2)
+    ).flatten()
     lengths = flat.unique_consecutive(return_counts=True)[1]
     ends, most = F.pad(lengths.cumsum(0), (1, 0)).int(), int(lengths.max())
 
-    shared = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}  # torch 2.11 shares heads unasked
-    return lambda *x: varlen_attn(*(t.flatten(0, 1) for t in x), ends, ends, most, most, window_size=(-1, 0), **shared)
+    shared = (
+        {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+    )  # torch 2.11 shares heads unasked
+    return lambda *x: varlen_attn(
+        *(t.flatten(0, 1) for t in x), ends, ends, most, most, window_size=(-1, 0), **shared
+    )
 
 
 def pairs_seen(T, device, **rules):
@@ -88,7 +137,10 @@ def pairs_seen(T, device, **rules):
 def both_ways(run, what, functions, given, seconds, aims):
     """Two rows of the table: forward, and backward through what forward left; seconds: how long forward takes at the card's or a given rate."""
     with torch.no_grad():
-        took = run.measure({name: lambda i, f=f: f(*given[i % len(given)]) for name, f in functions.items()}, run.rounds)
+        took = run.measure(
+            {name: lambda i, f=f: f(*given[i % len(given)]) for name, f in functions.items()},
+            run.rounds,
+        )
     more = {name: bound for name, bound in seconds.items() if name != "card"}
     missing = {name: why for name, why in took.items() if isinstance(why, str)}
     yield run.row(f"attention forward, {what}", took | more, seconds["card"], aims[0])
@@ -104,10 +156,18 @@ def both_ways(run, what, functions, given, seconds, aims):
                 graphs[name][i] = functions[name](*leaves[i])
             out = graphs[name][i]
             return torch.autograd.grad(out, leaves[i], grads[i].view(out.shape), retain_graph=True)
+
         return call
 
-    took = run.measure({name: pull(name) for name in graphs}, run.rounds)  # 5 products for forward's 2
-    yield run.row(f"attention backward, {what}", took | missing | {name: 2.5 * bound for name, bound in more.items()}, 2.5 * seconds["card"], aims[1])
+    took = run.measure(
+        {name: pull(name) for name in graphs}, run.rounds
+    )  # 5 products for forward's 2
+    yield run.row(
+        f"attention backward, {what}",
+        took | missing | {name: 2.5 * bound for name, bound in more.items()},
+        2.5 * seconds["card"],
+        aims[1],
+    )
 
 
 def time_attention(run):
@@ -116,9 +176,21 @@ def time_attention(run):
         B = TOKENS // T
         given = [tensors(run, B, T, T, **HEADS) for _ in range(3)]
         work = 4 * HEADS["H"] * HEADS["K"] * B * T * (T + 1) / 2
-        functions = {"ours": attention.attention, "cuDNN": cudnn, "FlexAttention": flex(lambda b, h, q, k: q >= k, None, T, run.device)}
-        rows = list(both_ways(run, f"causal, {B} × {T:,}", functions, given, {"card": work / run.rates["matmul"]},
-                              ("0.80 × cuDNN, 1.5 × FlexAttention", "0.65 × cuDNN, 1.4 × FlexAttention")))
+        functions = {
+            "ours": attention.attention,
+            "cuDNN": cudnn,
+            "FlexAttention": flex(lambda b, h, q, k: q >= k, None, T, run.device),
+        }
+        rows = list(
+            both_ways(
+                run,
+                f"causal, {B} × {T:,}",
+                functions,
+                given,
+                {"card": work / run.rates["matmul"]},
+                ("0.80 × cuDNN, 1.5 × FlexAttention", "0.65 × cuDNN, 1.4 × FlexAttention"),
+            )
+        )
         own[T] = work / rows[0]["seconds"]
         yield from rows
 
@@ -127,9 +199,23 @@ def time_attention(run):
     given = [tensors(run, 1, T, T, **HEADS) for _ in range(3)]
     one = documents_BT[0]
     for what, rules, rule, more in [
-            ("24 documents in 16,384", dict(documents_BS=documents_BT), lambda b, h, q, k: (q >= k) & (one[q] == one[k]), {"varlen_attn": varlen}),
-            ("window of 2,048, 16,384", dict(window=window), lambda b, h, q, k: (q >= k) & (q - k < window), {})]:
-        functions = {"ours": lambda *x, rules=rules: attention.attention(*x, **rules), "FlexAttention": flex(rule, 1, T, run.device)}
+        (
+            "24 documents in 16,384",
+            dict(documents_BS=documents_BT),
+            lambda b, h, q, k: (q >= k) & (one[q] == one[k]),
+            {"varlen_attn": varlen},
+        ),
+        (
+            "window of 2,048, 16,384",
+            dict(window=window),
+            lambda b, h, q, k: (q >= k) & (q - k < window),
+            {},
+        ),
+    ]:
+        functions = {
+            "ours": lambda *x, rules=rules: attention.attention(*x, **rules),
+            "FlexAttention": flex(rule, 1, T, run.device),
+        }
         functions |= {name: make(documents_BT) for name, make in more.items()}
         work = 4 * HEADS["H"] * HEADS["K"] * pairs_seen(T, run.device, **rules)
         seconds = {"card": work / run.rates["matmul"], "own causal rate": work / own[T]}
@@ -143,13 +229,23 @@ def time_decode_attention(run):
     for B, S in ((1, 65536), (8, 16384), (64, 4096)):
         given = [tensors(run, B, 1, S, **HEADS) for _ in range(3)]
         size = 2 * B * S * HEADS["G"] * HEADS["K"] * 2
-        plain = lambda q, k, v: F.scaled_dot_product_attention(*heads_first((q, k, v)), enable_gqa=True)  # noqa: E731
-        runs = {name: lambda i, f=f, given=given: f(*given[i % 3]) for name, f in (("ours", attention.attention), ("SDPA", plain))}
-        yield run.row(f"decode attention, {B} × {S:,}, {size >> 20} MiB", run.measure(runs, run.rounds), size / run.rates["read"],
-                      "0.80 of the read rate")
+        plain = lambda q, k, v: F.scaled_dot_product_attention(
+            *heads_first((q, k, v)), enable_gqa=True
+        )  # noqa: E731
+        runs = {
+            name: lambda i, f=f, given=given: f(*given[i % 3])
+            for name, f in (("ours", attention.attention), ("SDPA", plain))
+        }
+        yield run.row(
+            f"decode attention, {B} × {S:,}, {size >> 20} MiB",
+            run.measure(runs, run.rounds),
+            size / run.rates["read"],
+            "0.80 of the read rate",
+        )
 
 
 # ---- the tables of blocks ----
+
 
 def blocks_to_try(K, place):
     """(T, S, warps, stages): a program keeps `own` queries, or, for the gradients of k and v, keys, and walks over the others."""
@@ -168,17 +264,33 @@ def tune(run):
         out_BTHK, lse_BHT = attention.forward(*given, *rest)
         grad_BTHK = torch.randn_like(out_BTHK)
         backward = lambda i, x=(grad_BTHK, *given, out_BTHK, lse_BHT, *rest): attention.backward(*x)  # noqa: E731
-        for place, call in enumerate((lambda i, x=(*given, *rest): attention.forward(*x), backward, backward)):
+        for place, call in enumerate(
+            (lambda i, x=(*given, *rest): attention.forward(*x), backward, backward)
+        ):
             row = table[K, 2]
             rows = [(*row[:place], block, *row[place + 1 :]) for block in blocks_to_try(K, place)]
-            table[K, 2] = run.fastest(f"attention, heads of {K}, place {place}", table, (K, 2), rows, call, (attention.attention, few))
+            table[K, 2] = run.fastest(
+                f"attention, heads of {K}, place {place}",
+                table,
+                (K, 2),
+                rows,
+                call,
+                (attention.attention, few),
+            )
         path = Path(attention.__file__)
         pattern = rf"({re.escape(str(capability))}: {{.*?{re.escape(str((K, 2)))}: )\(\(.*?\)\)"
-        path.write_text(re.sub(pattern, rf"\g<1>{table[K, 2]}", path.read_text(), count=1, flags=re.DOTALL))
+        path.write_text(
+            re.sub(pattern, rf"\g<1>{table[K, 2]}", path.read_text(), count=1, flags=re.DOTALL)
+        )
 
 
 @torch.no_grad()
 def tune_decode(run):
     given = tensors(run, 8, 1, 16384, **HEADS)
-    run.fit(decode, lambda i: attention.attention(*given), itertools.product((32, 64, 128), (1, 2, 3, 4), (2, 4, 8), (2, 3, 4)), run,
-            (attention.attention, given))
+    run.fit(
+        decode,
+        lambda i: attention.attention(*given),
+        itertools.product((32, 64, 128), (1, 2, 3, 4), (2, 4, 8), (2, 3, 4)),
+        run,
+        (attention.attention, given),
+    )

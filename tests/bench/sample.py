@@ -4,6 +4,7 @@
 
 The demonstration's model is at hand once `python train.py` has run, SmolLM2-135M-Instruct with its true weights after `python -m pytest -m real`.
 """
+
 import statistics
 import sys
 import time
@@ -14,7 +15,7 @@ import torch
 sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
 from bench.speech import speech  # noqa: E402
 
-from nanovlm import Mistake, cli, generate  # noqa: E402
+from nanovlm import UserError, cli, generate  # noqa: E402
 from nanovlm.checkpoints.checkpoint import load_checkpoint  # noqa: E402
 from nanovlm.evals import benchmarks, runner  # noqa: E402
 
@@ -22,7 +23,11 @@ from nanovlm.evals import benchmarks, runner  # noqa: E402
 def answers_per_s(checkpoint, questions, batch, max_tokens):
     """And the answers."""
     began = time.time()
-    said = sorted(pair for pairs in runner.answers(checkpoint, questions, batch=batch, max_tokens=max_tokens) for pair in pairs)
+    said = sorted(
+        pair
+        for pairs in runner.answers(checkpoint, questions, batch=batch, max_tokens=max_tokens)
+        for pair in pairs
+    )
     return len(questions) / (time.time() - began), [one.text for _, one in said]
 
 
@@ -33,31 +38,36 @@ def exam(model, questions, images, count, batch, max_tokens, rounds):
     checkpoint, speeds, same = load_checkpoint(model), [], 0
     generate.ready(checkpoint.model)
     for _ in range(rounds):
-        (alone, ones), (together, many) = (answers_per_s(checkpoint, asked, size, max_tokens) for size in (1, batch))
+        (alone, ones), (together, many) = (
+            answers_per_s(checkpoint, asked, size, max_tokens) for size in (1, batch)
+        )
         speeds.append((alone, together))
         same = sum(a == b for a, b in zip(ones, many, strict=True))
     ratio = statistics.median(together / alone for alone, together in speeds)
     alone, together = map(statistics.median, zip(*speeds, strict=True))
-    print(f"{len(asked)} questions: {alone:,.1f} answers/s one by one, {together:,.1f} in batches of {batch}, {ratio:.1f} times as many; "
-          f"{same} of {len(asked)} the same answers")
+    print(
+        f"{len(asked)} questions: {alone:,.1f} answers/s one by one, {together:,.1f} in batches of {batch}, {ratio:.1f} times as many; "
+        f"{same} of {len(asked)} the same answers"
+    )
 
 
-def sample(*,
-    speaker: str = "data/real/smollm2",            # the model that speaks, as Hugging Face has it
-    dtype: str = "bfloat16",                       # of its numbers: bfloat16, float16 or float32
-    threads: int = torch.get_num_threads(),        # of each who speaks or answers
-    tokens: int = 64,                              # said in a round
-    model: str = "out/sft",                        # the model that answers
-    questions: str = "data/fridge/exam.jsonl",     # its exam
-    images: str = "data/fridge/images",            # with these pictures
-    count: int = 192,                              # so many of the questions, from all parts of the exam
-    batch: int = 16,                               # at once
-    max_tokens: int = 64,                          # the longest answer
-    rounds: int = 5,                               # all in turns
+def sample(
+    *,
+    speaker: str = "data/real/smollm2",  # the model that speaks, as Hugging Face has it
+    dtype: str = "bfloat16",  # of its numbers: bfloat16, float16 or float32
+    threads: int = torch.get_num_threads(),  # of each who speaks or answers
+    tokens: int = 64,  # said in a round
+    model: str = "out/sft",  # the model that answers
+    questions: str = "data/fridge/exam.jsonl",  # its exam
+    images: str = "data/fridge/images",  # with these pictures
+    count: int = 192,  # so many of the questions, from all parts of the exam
+    batch: int = 16,  # at once
+    max_tokens: int = 64,  # the longest answer
+    rounds: int = 5,  # all in turns
 ):
     """Measure both; what is not there is said and left out."""
     if dtype not in ("bfloat16", "float16", "float32"):
-        raise Mistake(f"--dtype={dtype} is none of bfloat16, float16, float32")
+        raise UserError(f"--dtype={dtype} is none of bfloat16, float16, float32")
     torch.set_num_threads(threads)
     if Path(speaker).is_dir():
         speech(speaker, getattr(torch, dtype), threads, tokens, rounds)

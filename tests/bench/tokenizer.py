@@ -6,6 +6,7 @@
 One text after the other through each library in turn, medians of the rounds. Ids are compared before anything is timed. `tokenizers` reads no
 .model and no tekken.json: it gets them as transformers converts them. SmolLM2 is measured if `python -m pytest tests/test_real.py` has fetched it.
 """
+
 import base64
 import json
 import os
@@ -34,8 +35,10 @@ TEXTS = {
     "question": "What is in the fridge, and is there enough milk left to make pancakes for four?",
     "prose": (ROOT / "README.md").read_text()[:4000],
     "code": (ROOT / "nanovlm/tokenizer.py").read_text()[:4000],
-    "cjk": "日本の卵は新鮮で、冷蔵庫の一番下の引き出しに入っている。今天天气很好,我们去公园散步吧。안녕하세요, 오늘 날씨가 좋네요. " * 20,
-    "emoji": "👩\u200d🍳 is cooking 🥚🥚🍳 with 👨\u200d👩\u200d👧 and 🏳\ufe0f\u200d🌈 🇫🇷! 😂😂😂 " * 20,
+    "cjk": "日本の卵は新鮮で、冷蔵庫の一番下の引き出しに入っている。今天天气很好,我们去公园散步吧。안녕하세요, 오늘 날씨가 좋네요. "
+    * 20,
+    "emoji": "👩\u200d🍳 is cooking 🥚🥚🍳 with 👨\u200d👩\u200d👧 and 🏳\ufe0f\u200d🌈 🇫🇷! 😂😂😂 "
+    * 20,
     "arabic": "السلام عليكم ورحمة الله وبركاته. שָׁלוֹם עֲלֵיכֶם " * 20,
     "numbers": "".join(f"{i * 7919} {i * 0.37:.3f}, " for i in range(100)),
     "indent": "".join(f"{' ' * (i % 9) * 4}x\t= [{i}]\n\n" for i in range(200)),
@@ -47,10 +50,31 @@ def converted(model):
     """A SentencePiece .model as the tokenizer.json that transformers makes of it, in its older layout (Llama 2)."""
     pieces = SentencePieceProcessor(model_proto=model)
     vocabulary = {pieces.id_to_piece(i): i for i in range(pieces.vocab_size())}
-    scores = {name: pieces.get_score(i) for name, i in vocabulary.items() if not (pieces.is_control(i) or pieces.is_unknown(i) or pieces.is_byte(i))}
-    words = Reference(models.BPE(vocab=vocabulary, merges=generate_merges(vocabulary, scores), unk_token="<unk>", fuse_unk=True, byte_fallback=True))
-    words.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    words.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    scores = {
+        name: pieces.get_score(i)
+        for name, i in vocabulary.items()
+        if not (pieces.is_control(i) or pieces.is_unknown(i) or pieces.is_byte(i))
+    }
+    words = Reference(
+        models.BPE(
+            vocab=vocabulary,
+            merges=generate_merges(vocabulary, scores),
+            unk_token="<unk>",
+            fuse_unk=True,
+            byte_fallback=True,
+        )
+    )
+    words.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    words.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
     return words
 
 
@@ -59,7 +83,9 @@ def converted_tekken(source):
     spec = json.loads(source)
     size = spec["config"]["default_vocab_size"] - spec["config"]["default_num_special_tokens"]
     converter = TikTokenConverter(pattern=spec["config"]["pattern"])
-    converter.load_tiktoken_bpe = lambda _: {base64.b64decode(token["token_bytes"]): token["rank"] for token in spec["vocab"][:size]}
+    converter.load_tiktoken_bpe = lambda _: {
+        base64.b64decode(token["token_bytes"]): token["rank"] for token in spec["vocab"][:size]
+    }
     return converter.converted()
 
 
@@ -71,19 +97,46 @@ def ids_of(reference, text, shift=0):
 def kinds():
     """(name, {library: encode}) of every file; ours first."""
     if SMOLLM2.exists():
-        yield "SmolLM2", {"ours": Tokenizer({"tokenizer.json": SMOLLM2.read_bytes()}).encode,
-                          "tokenizers": partial(ids_of, Reference.from_file(str(SMOLLM2)))}
-    for name, file in [("Mistral v1", "tokenizer.model.v1"), ("Mistral v7", "mistral_instruct_tokenizer_241114.model.v7")]:
+        yield (
+            "SmolLM2",
+            {
+                "ours": Tokenizer({"tokenizer.json": SMOLLM2.read_bytes()}).encode,
+                "tokenizers": partial(ids_of, Reference.from_file(str(SMOLLM2))),
+            },
+        )
+    for name, file in [
+        ("Mistral v1", "tokenizer.model.v1"),
+        ("Mistral v7", "mistral_instruct_tokenizer_241114.model.v7"),
+    ]:
         source = (MISTRAL / file).read_bytes()
         spec = converted(source)
-        yield name, {"ours": Tokenizer({"tokenizer.model": source}).encode, "tokenizers": partial(ids_of, spec),
-                     "sentencepiece": SentencePieceProcessor(model_proto=source).encode}
-        yield f"{name}, json", {"ours": Tokenizer({"tokenizer.json": spec.to_str().encode()}).encode, "tokenizers": partial(ids_of, spec)}
+        yield (
+            name,
+            {
+                "ours": Tokenizer({"tokenizer.model": source}).encode,
+                "tokenizers": partial(ids_of, spec),
+                "sentencepiece": SentencePieceProcessor(model_proto=source).encode,
+            },
+        )
+        yield (
+            f"{name}, json",
+            {
+                "ours": Tokenizer({"tokenizer.json": spec.to_str().encode()}).encode,
+                "tokenizers": partial(ids_of, spec),
+            },
+        )
     path = MISTRAL / "tekken_240911.json"
     tekken = Tekkenizer.from_file(str(path))
-    yield "Tekken", {"ours": Tokenizer({"tekken.json": path.read_bytes()}).encode,
-                     "tokenizers": partial(ids_of, converted_tekken(path.read_bytes()), shift=tekken.num_special_tokens),
-                     "mistral-common": partial(tekken.encode, bos=False, eos=False)}
+    yield (
+        "Tekken",
+        {
+            "ours": Tokenizer({"tekken.json": path.read_bytes()}).encode,
+            "tokenizers": partial(
+                ids_of, converted_tekken(path.read_bytes()), shift=tekken.num_special_tokens
+            ),
+            "mistral-common": partial(tekken.encode, bos=False, eos=False),
+        },
+    )
 
 
 def measure(encoders, text, rounds):
@@ -98,7 +151,8 @@ def measure(encoders, text, rounds):
     return {name: statistics.median(each) for name, each in times.items()}
 
 
-def speed(*,
+def speed(
+    *,
     rounds: int = 25,  # of every text through every library
 ):
     """Encode the same texts with ours and with the references."""
@@ -107,8 +161,15 @@ def speed(*,
             ids = encoders["ours"](text)
             differ = [library for library, encode in encoders.items() if encode(text) != ids]
             took = measure(encoders, text, rounds)
-            ratios = "  ".join(f"{library} {each / took['ours']:4.2f}x" for library, each in took.items() if library != "ours")
-            print(f"{kind:16} {name:9} ours {took['ours']:7.1f} us  {ratios}{f'  other ids: {differ}' if differ else ''}", flush=True)
+            ratios = "  ".join(
+                f"{library} {each / took['ours']:4.2f}x"
+                for library, each in took.items()
+                if library != "ours"
+            )
+            print(
+                f"{kind:16} {name:9} ours {took['ours']:7.1f} us  {ratios}{f'  other ids: {differ}' if differ else ''}",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

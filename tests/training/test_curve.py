@@ -3,6 +3,7 @@
 Here samples are packed into rows and the loss is summed over micro-batches; there each stands in a row of its own, padded, in one batch, and
 transformers takes the mean. Freezing, schedule, clipping, weight decay and Adam are written out there as anyone would.
 """
+
 import json
 import math
 
@@ -15,7 +16,7 @@ from safetensors.torch import load_file
 from test_llava import IMAGE_ID, KINDS, publish
 
 import train as door
-from nanovlm import UNTRAINED
+from nanovlm import IGNORE_INDEX
 from nanovlm.checkpoints import llava
 from nanovlm.checkpoints.checkpoint import describe_checkpoint, load_checkpoint
 from nanovlm.data import dataset, image_processing, packing
@@ -32,7 +33,11 @@ def home(tmp_path_factory):
     publish(home / "llava", **KINDS["1.5"])
     ours, g, samples = describe_checkpoint(home / "llava"), np.random.default_rng(0), []
     for number in range(90):
-        pictures = [image_processing.Picture(g.integers(256, size=(1, 3, 28, 28), dtype=np.uint8), np.arange(PATCHES), (28, 28))] * (number % 3 > 0)
+        pictures = [
+            image_processing.Picture(
+                g.integers(256, size=(1, 3, 28, 28), dtype=np.uint8), np.arange(PATCHES), (28, 28)
+            )
+        ] * (number % 3 > 0)
         words = g.integers(0, 250, size=g.integers(6, 30)).tolist()
         ids = [ours.tokenizer.special["<s>"], *[-1] * len(pictures), *words]
         samples.append((f"{number}", ids, [0] * (len(ids) - 5) + [1] * 5, pictures))
@@ -43,29 +48,59 @@ def home(tmp_path_factory):
 def padded(samples, numbers, policy):
     """The arguments of LlavaForConditionalGeneration for samples of ours: a row each, padded on the right."""
     read = [samples.read(i) for i in numbers]
-    T, mean, std = max(len(ids) for ids, _, _ in read), *(torch.tensor(policy[name]).view(3, 1, 1) for name in ("mean", "std"))
-    batch = {"input_ids": torch.zeros(len(read), T, dtype=torch.int64), "labels": torch.full((len(read), T), -100),
-             "attention_mask": torch.zeros(len(read), T, dtype=torch.int64)}
+    T, mean, std = (
+        max(len(ids) for ids, _, _ in read),
+        *(torch.tensor(policy[name]).view(3, 1, 1) for name in ("mean", "std")),
+    )
+    batch = {
+        "input_ids": torch.zeros(len(read), T, dtype=torch.int64),
+        "labels": torch.full((len(read), T), -100),
+        "attention_mask": torch.zeros(len(read), T, dtype=torch.int64),
+    }
     for b, (ids, targets, _) in enumerate(read):
         batch["input_ids"][b, : len(ids)] = torch.from_numpy(np.where(ids < 0, IMAGE_ID, ids))
-        batch["labels"][b, 1 : len(ids)] = torch.from_numpy(np.where(targets == UNTRAINED, -100, targets))[:-1]
+        batch["labels"][b, 1 : len(ids)] = torch.from_numpy(
+            np.where(targets == IGNORE_INDEX, -100, targets)
+        )[:-1]
         batch["attention_mask"][b, : len(ids)] = 1
     tiles = [torch.from_numpy(picture.tiles) for _, _, pictures in read for picture in pictures]
-    return batch | ({"pixel_values": (torch.cat(tiles).float() / 255 - mean) / std} if tiles else {})
+    return batch | (
+        {"pixel_values": (torch.cat(tiles).float() / 255 - mean) / std} if tiles else {}
+    )
 
 
 def their_run(home, samples, trained, lr, floor, decay, clip, warmup):
     """(losses, gradient norms) of the plain loop, and the model that it leaves."""
-    model = hf.LlavaForConditionalGeneration.from_pretrained(home / "llava", attn_implementation="eager").float().train()
+    model = (
+        hf.LlavaForConditionalGeneration.from_pretrained(
+            home / "llava", attn_implementation="eager"
+        )
+        .float()
+        .train()
+    )
     for name, p in model.named_parameters():
         p.requires_grad_(any(part in name for part in trained))
     mine = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW([{"params": [p for p in mine if p.dim() > 1], "weight_decay": decay},
-                                   {"params": [p for p in mine if p.dim() == 1], "weight_decay": 0.0}], betas=(0.9, 0.95))
-    policy, loader, losses, norms = samples.policy, packing.Loader(samples, row=ROW, batch=BATCH, micro=BATCH, seed=0), [], []
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [p for p in mine if p.dim() > 1], "weight_decay": decay},
+            {"params": [p for p in mine if p.dim() == 1], "weight_decay": 0.0},
+        ],
+        betas=(0.9, 0.95),
+    )
+    policy, loader, losses, norms = (
+        samples.policy,
+        packing.Loader(samples, row=ROW, batch=BATCH, micro=BATCH, seed=0),
+        [],
+        [],
+    )
     for step in range(STEPS):
-        rate = lr * (step + 1) / warmup if step < warmup else \
-            floor + (lr - floor) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (STEPS - warmup)))
+        rate = (
+            lr * (step + 1) / warmup
+            if step < warmup
+            else floor
+            + (lr - floor) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (STEPS - warmup)))
+        )
         for group in optimizer.param_groups:
             group["lr"] = rate
         ((_, members),) = next(loader)
@@ -78,18 +113,42 @@ def their_run(home, samples, trained, lr, floor, decay, clip, warmup):
     return losses, norms, model
 
 
-@pytest.mark.parametrize("stage, trained", [("pretrain", ["multi_modal_projector"]), ("sft", ["multi_modal_projector", "language_model", "lm_head"])])
+@pytest.mark.parametrize(
+    "stage, trained",
+    [
+        ("pretrain", ["multi_modal_projector"]),
+        ("sft", ["multi_modal_projector", "language_model", "lm_head"]),
+    ],
+)
 def test_twenty_steps_are_those_of_transformers(home, tmp_path, stage, trained):
     how = dict(lr=3e-3, floor=3e-4, decay=0.1, clip=0.7)
     samples = dataset.Samples(home / "data")
     losses, norms, theirs = their_run(home, samples, trained, warmup=4, **how)
-    door.train(stage=stage, model=str(home / "llava"), data=str(home / "data"), out=str(tmp_path / "run"), steps=STEPS, row=ROW, batch=BATCH,
-               micro=1, warmup=0.2, log_every=1, validate_every=STEPS, device="cpu", **how)
+    door.train(
+        stage=stage,
+        model=str(home / "llava"),
+        data=str(home / "data"),
+        out=str(tmp_path / "run"),
+        steps=STEPS,
+        row=ROW,
+        batch=BATCH,
+        micro=1,
+        warmup=0.2,
+        log_every=1,
+        validate_every=STEPS,
+        device="cpu",
+        **how,
+    )
     lines = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
     assert [line["loss"] for line in lines] == pytest.approx(losses, abs=1e-4)
     assert [line["norm"] for line in lines] == pytest.approx(norms, rel=1e-3)
-    assert losses[-1] < losses[0] - 0.05 and max(norms) > how["clip"]  # it learns, and clipping has something to do
+    assert (
+        losses[-1] < losses[0] - 0.05 and max(norms) > how["clip"]
+    )  # it learns, and clipping has something to do
     theirs.save_pretrained(tmp_path / "theirs")
-    ours, theirs = llava.tensors_of(load_checkpoint(tmp_path / "run")), load_file(tmp_path / "theirs/model.safetensors")
+    ours, theirs = (
+        llava.tensors_of(load_checkpoint(tmp_path / "run")),
+        load_file(tmp_path / "theirs/model.safetensors"),
+    )
     assert ours.keys() == theirs.keys()
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=2e-4)  # a step of Adam's is up to 3e-3

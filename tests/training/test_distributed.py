@@ -2,6 +2,7 @@
 
 Everything that two ranks do is done in one launch of this file, and what four do in another, since most of a launch is waiting for torch.
 """
+
 import contextlib
 import io
 import itertools
@@ -20,27 +21,65 @@ import pytest
 import torch
 from conftest import ROOT, make_batch, make_samples
 from safetensors.torch import load_file
-from test_train import NO_CLOCK, TWO_RANKS, launch, log_of, make_home, peak_bytes, settings, words_of, write_exam, write_set
+from test_train import (
+    NO_CLOCK,
+    TWO_RANKS,
+    launch,
+    log_of,
+    make_home,
+    peak_bytes,
+    settings,
+    words_of,
+    write_exam,
+    write_set,
+)
 
 import sample
 import train as door
-from nanovlm import Mistake, distributed
+from nanovlm import UserError, distributed
 from nanovlm.checkpoints import sharded
-from nanovlm.checkpoints.checkpoint import build_model, list_checkpoints, load_checkpoint, save_checkpoint, saved_parameters
+from nanovlm.checkpoints.checkpoint import (
+    build_model,
+    list_checkpoints,
+    load_checkpoint,
+    save_checkpoint,
+    saved_parameters,
+)
 from nanovlm.data import dataset, packing
 from nanovlm.model import VLM
 from nanovlm.training import memory, resume
 
 CPU = torch.device("cpu")
-DEEP = {"vision": dict(tile=12, patch=3, width=80, layers=6, heads=5, ffn=200), "shuffle": 2,
-        "decoder": dict(vocabulary=800, width=96, layers=12, heads=6, kv_heads=2, ffn=250)}
-FREEZINGS = [(), ("vision",), ("decoder",), ("vision", "decoder"), ("vision", "projector")]  # none, and those of sft, eye, pretrain and brain
+DEEP = {
+    "vision": dict(tile=12, patch=3, width=80, layers=6, heads=5, ffn=200),
+    "shuffle": 2,
+    "decoder": dict(vocabulary=800, width=96, layers=12, heads=6, kv_heads=2, ffn=250),
+}
+FREEZINGS = [
+    (),
+    ("vision",),
+    ("decoder",),
+    ("vision", "decoder"),
+    ("vision", "projector"),
+]  # none, and those of sft, eye, pretrain and brain
 SETS = ["data", "every", "none"]  # every third sample has a picture, every one, none
 MANY = [(how, freeze, name) for how in ("ddp", "fsdp") for freeze in FREEZINGS for name in SETS]
 
 
-def learn(home, rank=0, world=1, how="none", freeze=(), name="data", model="model", micro=2, recompute="none", dtype=torch.float32, shard=0,
-          **beside):
+def learn(
+    home,
+    rank=0,
+    world=1,
+    how="none",
+    freeze=(),
+    name="data",
+    model="model",
+    micro=2,
+    recompute="none",
+    dtype=torch.float32,
+    shard=0,
+    **beside,
+):
     """Two steps of five rows: losses, gradients, their norms, the weights they lead to, and the bytes that all ranks hold together.
 
     Of five rows one of two ranks has three, the other two: in the second of its micro-batches it has none.
@@ -53,20 +92,34 @@ def learn(home, rank=0, world=1, how="none", freeze=(), name="data", model="mode
     distributed.compile_blocks(distributed.blocks(vlm) if beside.get("compile") else ())
     wrapped, mixed = distributed.wrap(vlm, how, CPU, dtype, shard, beside.get("offload", False))
     optimizer = door.make_optimizer(vlm, rates, 0.1, (0.9, 0.95))
-    loader = packing.Loader(dataset.Samples(home / name), row=22, batch=5, micro=micro, seed=0, rank=rank, world=world)
+    loader = packing.Loader(
+        dataset.Samples(home / name), row=22, batch=5, micro=micro, seed=0, rank=rank, world=world
+    )
     did = {"loss": [], "norm": [], "gradients": {}}
     for step in (1, 2):
-        loss = door.gradients(wrapped, next(loader), CPU, mixed, SimpleNamespace(asked=0), NO_CLOCK).loss
+        loss = door.gradients(
+            wrapped, next(loader), CPU, mixed, SimpleNamespace(asked=0), NO_CLOCK
+        ).loss
         grads = {parameter: p.grad for parameter, p in vlm.named_parameters() if p.grad is not None}
-        did["gradients"] |= {f"{step} {parameter}": distributed.whole(grad).clone() for parameter, grad in grads.items()}
+        did["gradients"] |= {
+            f"{step} {parameter}": distributed.whole(grad).clone()
+            for parameter, grad in grads.items()
+        }
         did["norm"] += distributed.clip(vlm, rates, 1.0).values()
         did["loss"].append(loss)
         door.set_rates(optimizer, step, SimpleNamespace(steps=9, warmup=0, floor=0, lr=1))
         optimizer.step()
-        held = [sum(distributed.mine(x).nbytes for x in some) for some in (vlm.parameters(), grads.values(), resume.moments(vlm, optimizer).values())]
+        held = [
+            sum(distributed.mine(x).nbytes for x in some)
+            for some in (vlm.parameters(), grads.values(), resume.moments(vlm, optimizer).values())
+        ]
         optimizer.zero_grad()
-    did["weights"] = {parameter: distributed.whole(x).clone() for parameter, x in saved_parameters(vlm).items()}
-    did["held"] = dict(zip(("weights", "gradients", "moments"), distributed.total(held, CPU), strict=True))
+    did["weights"] = {
+        parameter: distributed.whole(x).clone() for parameter, x in saved_parameters(vlm).items()
+    }
+    did["held"] = dict(
+        zip(("weights", "gradients", "moments"), distributed.total(held, CPU), strict=True)
+    )
     return did
 
 
@@ -74,17 +127,30 @@ def before_the_last(home, rank, world, how):
     """The norm of the gradient that each rank holds after a micro-batch which is not the step's last; None where it holds none yet."""
     vlm = load_checkpoint(home / "model", dtype=None).model.train()
     wrapped, _ = distributed.wrap(vlm, how, CPU, torch.float32)
-    batches = next(packing.Loader(dataset.Samples(home / "every"), row=22, batch=5, micro=2, seed=0, rank=rank, world=world))
+    batches = next(
+        packing.Loader(
+            dataset.Samples(home / "every"),
+            row=22,
+            batch=5,
+            micro=2,
+            seed=0,
+            rank=rank,
+            world=world,
+        )
+    )
     norms = []
     for last, (batch, _) in zip((False, True), batches, strict=True):
         with distributed.no_sync(wrapped, last):
             wrapped(**batch).backward()
         grads = [distributed.whole(p.grad) for p in vlm.parameters() if p.grad is not None]
-        norms.append(distributed.gather(torch.nn.utils.get_total_norm(grads).item() if grads else None))
+        norms.append(
+            distributed.gather(torch.nn.utils.get_total_norm(grads).item() if grads else None)
+        )
     return norms
 
 
 # ---- what ranks do ----
+
 
 def two(home, rank, world):
     did = {case: learn(home, rank, world, *case) for case in MANY}
@@ -95,9 +161,20 @@ def two(home, rank, world):
         did[how, "micro 5"] = learn(home, rank, world, how, micro=5)
         did[how, "bfloat16"] = learn(home, rank, world, how, dtype=torch.bfloat16)
     did["offload"] = learn(home, rank, world, "fsdp", offload=True)
-    did["compiled"] = [(learn(home, rank, world, "fsdp", (), name, micro=5, recompute="decoder", compile=True), distributed.graphs()) for name in SETS]
-    did["before the last"] = {how: before_the_last(home, rank, world, how) for how in ("ddp", "fsdp")}
-    did["choice"] = [distributed.choose(asked, needed, CPU) for asked, needed in [("auto", 10), ("auto", 2**60), ("ddp", 2**60), ("fsdp", 10)]]
+    did["compiled"] = [
+        (
+            learn(home, rank, world, "fsdp", (), name, micro=5, recompute="decoder", compile=True),
+            distributed.graphs(),
+        )
+        for name in SETS
+    ]
+    did["before the last"] = {
+        how: before_the_last(home, rank, world, how) for how in ("ddp", "fsdp")
+    }
+    did["choice"] = [
+        distributed.choose(asked, needed, CPU)
+        for asked, needed in [("auto", 10), ("auto", 2**60), ("ddp", 2**60), ("fsdp", 10)]
+    ]
     did["memory"] = {accumulates: foretold_and_taken(accumulates) for accumulates in (False, True)}
     did["fsdp"] = run(home, "fsdp", parallel="fsdp", keep=9)
     go_on_from(home, "fsdp", 3, "fsdp to fsdp", parallel="fsdp")
@@ -109,17 +186,25 @@ def two(home, rank, world):
         run(home, f"{source}, then {how} on 2", **next_stage(home, source), parallel=how)
     for how in ("ddp", "fsdp"):
         run(home, f"{how} with an exam", parallel=how, exam=str(home / "exam.jsonl"), exam_every=5)
-    did["full"], did["bent"], did["odd"] = (failing(home, broken) for broken in (full_on_rank_1, bent_on_rank_1, odd_on_rank_1))
+    did["full"], did["bent"], did["odd"] = (
+        failing(home, broken) for broken in (full_on_rank_1, bent_on_rank_1, odd_on_rank_1)
+    )
     return did
 
 
 def four(home, rank, world):
-    did = {"hsdp": learn(home, rank, world, "fsdp", shard=2), "fsdp": learn(home, rank, world, "fsdp", micro=1)}
+    did = {
+        "hsdp": learn(home, rank, world, "fsdp", shard=2),
+        "fsdp": learn(home, rank, world, "fsdp", micro=1),
+    }
     go_on_from(home, "fsdp", 3, "two to four", parallel="fsdp", shard=2)
     go_on_from(home, "fsdp to ddp", 6, "ddp to four", parallel="fsdp", shard=2)
     deep = load_checkpoint(home / "deep", dtype=None).model  # its numbers are in its file
     whole = sum(p.nbytes for p in deep.parameters())
-    did["loading"] = whole, distributed.gather(peak_bytes(lambda: distributed.wrap(deep, "fsdp", CPU, torch.float32)))
+    did["loading"] = (
+        whole,
+        distributed.gather(peak_bytes(lambda: distributed.wrap(deep, "fsdp", CPU, torch.float32))),
+    )
     return did
 
 
@@ -146,7 +231,13 @@ def run(home, out, **chosen):
 
 
 # What a stage can start from: a checkpoint that was never trained, or the end of a run.
-STARTS = {"none": "model", "ddp": "fsdp to ddp", "fsdp": "fsdp", "sharded only": "sharded only", "resumed": "fsdp to fsdp"}
+STARTS = {
+    "none": "model",
+    "ddp": "fsdp to ddp",
+    "fsdp": "fsdp",
+    "sharded only": "sharded only",
+    "resumed": "fsdp to fsdp",
+}
 
 
 def sharded_alone(home):
@@ -176,9 +267,11 @@ def failing(home, break_it):
         try:
             door.train(**settings(home, break_it.__name__, parallel="fsdp"))
             said = None
-        except (Mistake, SystemExit) as end:
+        except (UserError, SystemExit) as end:
             said = type(end).__name__, str(end)
-    return distributed.gather(said), sorted(path.name for path in (home / break_it.__name__).iterdir())
+    return distributed.gather(said), sorted(
+        path.name for path in (home / break_it.__name__).iterdir()
+    )
 
 
 @contextlib.contextmanager
@@ -233,22 +326,30 @@ def foretold_and_taken(accumulates):
     model = VLM(**DEEP).train()
     model.vision.requires_grad_(False)
     row = make_batch([make_samples(lengths=(40, 61), pictures=(1, 2))])
-    foretold = memory.estimate_memory(model, row, 6, CPU, torch.float32, how="fsdp", shards=2, accumulates=accumulates)
+    foretold = memory.estimate_memory(
+        model, row, 6, CPU, torch.float32, how="fsdp", shards=2, accumulates=accumulates
+    )
     distributed.wrap(model, "fsdp", CPU, torch.float32)
     optimizer = door.make_optimizer(model, {"projector": 1, "decoder": 1}, 0.1, (0.9, 0.95))
     batches = [({name: torch.cat([x] * 6) for name, x in row.items()}, [])] * (1 + accumulates)
 
     def step():
-        door.gradients(model, batches, CPU, contextlib.nullcontext(), SimpleNamespace(asked=0), NO_CLOCK)
+        door.gradients(
+            model, batches, CPU, contextlib.nullcontext(), SimpleNamespace(asked=0), NO_CLOCK
+        )
         optimizer.step()
 
     step()
     optimizer.zero_grad()
-    held = sum(distributed.mine(x).nbytes for x in [*model.parameters(), *resume.moments(model, optimizer).values()])
+    held = sum(
+        distributed.mine(x).nbytes
+        for x in [*model.parameters(), *resume.moments(model, optimizer).values()]
+    )
     return sum(foretold.values()), held + peak_bytes(step)
 
 
 # ---- and what they are to have done ----
+
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
@@ -260,13 +361,24 @@ def home(tmp_path_factory):
     shapes = checkpoint.shapes | {"decoder": checkpoint.shapes["decoder"] | {"tied": True}}
     torch.manual_seed(1)
     for name, sizes in [("tied", shapes), ("deep", DEEP)]:
-        save_checkpoint(checkpoint._replace(shapes=sizes, model=build_model(sizes, checkpoint.policy)), home / name)
+        save_checkpoint(
+            checkpoint._replace(shapes=sizes, model=build_model(sizes, checkpoint.policy)),
+            home / name,
+        )
     return home
 
 
 def ranks(home, count, do):
     """What that many processes do in this file's function of that name."""
-    torchrun = [sys.executable, "-W", "error", "-m", "torch.distributed.run", f"--nproc_per_node={count}", "--standalone"]
+    torchrun = [
+        sys.executable,
+        "-W",
+        "error",
+        "-m",
+        "torch.distributed.run",
+        f"--nproc_per_node={count}",
+        "--standalone",
+    ]
     return launch([*torchrun, __file__, str(home), do], {}, timeout=500)
 
 
@@ -290,33 +402,77 @@ def of_four(home, of_two):
 def alike(a, b, rtol=1e-4):
     """Losses, gradients, their norms and the weights that they lead to; but for the bias of a key, which adds the same to all scores of a query,
     so that its gradient is nothing but rounding, of which Adam makes steps."""
-    assert a["loss"] == pytest.approx(b["loss"], rel=rtol) and a["norm"] == pytest.approx(b["norm"], rel=rtol, abs=1e-12)
+    assert a["loss"] == pytest.approx(b["loss"], rel=rtol) and a["norm"] == pytest.approx(
+        b["norm"], rel=rtol, abs=1e-12
+    )
     torch.testing.assert_close(a["gradients"], b["gradients"], rtol=1e-3, atol=1e-5)
     for did in (a, b):
-        assert all(x.dtype == torch.float32 for kind in ("weights", "gradients") for x in did[kind].values())
-    a, b = ({name: x for name, x in did["weights"].items() if "key.bias" not in name} for did in (a, b))
+        assert all(
+            x.dtype == torch.float32
+            for kind in ("weights", "gradients")
+            for x in did[kind].values()
+        )
+    a, b = (
+        {name: x for name, x in did["weights"].items() if "key.bias" not in name} for did in (a, b)
+    )
     torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 
 
 def test_the_cases_are_what_they_are_said_to_be(home):
     """In `data` a step has a rank without pictures beside one with them, and a rank with fewer micro-batches than the other."""
-    for name, wanted in [("data", [True, False]), ("every", [True, True]), ("none", [False, False])]:
-        loaders = [packing.Loader(dataset.Samples(home / name), row=22, batch=5, micro=2, seed=0, rank=rank, world=2) for rank in (0, 1)]
+    for name, wanted in [
+        ("data", [True, False]),
+        ("every", [True, True]),
+        ("none", [False, False]),
+    ]:
+        loaders = [
+            packing.Loader(
+                dataset.Samples(home / name), row=22, batch=5, micro=2, seed=0, rank=rank, world=2
+            )
+            for rank in (0, 1)
+        ]
         steps = [[next(loader) for loader in loaders] for _ in range(2)]
-        assert wanted in [sorted([any(len(batch["tiles_NCYX"]) for batch, _ in step) for step in both], reverse=True) for both in steps]
-        assert all([[len(names) > 0 for _, names in batches] for batches in both] == [[True, True], [True, False]] for both in steps)
+        assert wanted in [
+            sorted(
+                [any(len(batch["tiles_NCYX"]) for batch, _ in step) for step in both], reverse=True
+            )
+            for both in steps
+        ]
+        assert all(
+            [[len(names) > 0 for _, names in batches] for batches in both]
+            == [[True, True], [True, False]]
+            for both in steps
+        )
 
 
 @pytest.mark.parametrize(("how", "freeze", "name"), MANY)
-def test_two_ranks_are_one_process_whatever_trains_and_whoever_has_pictures(home, of_two, how, freeze, name):
+def test_two_ranks_are_one_process_whatever_trains_and_whoever_has_pictures(
+    home, of_two, how, freeze, name
+):
     alone, both = learn(home, freeze=freeze, name=name), of_two[how, freeze, name]
     alike(both, alone)
-    trained = {f"{step} {parameter}" for step in (1, 2) for parameter in alone["weights"] if parameter.split(".")[0] not in freeze}
+    trained = {
+        f"{step} {parameter}"
+        for step in (1, 2)
+        for parameter in alone["weights"]
+        if parameter.split(".")[0] not in freeze
+    }
     assert both["gradients"].keys() == trained
     wholes = 1 if how == "fsdp" else 2
-    assert both["held"]["weights"] == wholes * alone["held"]["weights"]  # all ranks together hold every number once; with DDP each holds it
-    assert both["held"]["gradients"] == alone["held"]["gradients"] * wholes == 4 * wholes * sum(
-        x.numel() for parameter, x in alone["weights"].items() if parameter.split(".")[0] not in freeze), "frozen parts have none"
+    assert (
+        both["held"]["weights"] == wholes * alone["held"]["weights"]
+    )  # all ranks together hold every number once; with DDP each holds it
+    assert (
+        both["held"]["gradients"]
+        == alone["held"]["gradients"] * wholes
+        == 4
+        * wholes
+        * sum(
+            x.numel()
+            for parameter, x in alone["weights"].items()
+            if parameter.split(".")[0] not in freeze
+        )
+    ), "frozen parts have none"
     counters = 4 * len(trained) // 2  # AdamW's count of steps, of every parameter and on every rank
     assert both["held"]["moments"] == 2 * both["held"]["gradients"] + 2 * counters
 
@@ -345,10 +501,18 @@ def test_compiled_is_eager_and_other_sizes_are_no_reason_to_compile_again(home, 
 @pytest.mark.parametrize("how", ["ddp", "fsdp"])
 def test_bfloat16_is_of_the_products_alone(home, of_two, how):
     rough, exact = of_two[how, "bfloat16"], learn(home)
-    assert rough["loss"] == pytest.approx(exact["loss"], rel=0.02) and rough["loss"] != exact["loss"]
-    assert rough["held"]["weights"] * (2 if how == "fsdp" else 1) == 2 * exact["held"]["weights"]  # float32 masters
-    assert all(x.dtype == torch.float32 for x in [*rough["weights"].values(), *rough["gradients"].values()])
-    changed = [name for name, x in rough["weights"].items() if not torch.equal(x, x.bfloat16().float())]
+    assert (
+        rough["loss"] == pytest.approx(exact["loss"], rel=0.02) and rough["loss"] != exact["loss"]
+    )
+    assert (
+        rough["held"]["weights"] * (2 if how == "fsdp" else 1) == 2 * exact["held"]["weights"]
+    )  # float32 masters
+    assert all(
+        x.dtype == torch.float32 for x in [*rough["weights"].values(), *rough["gradients"].values()]
+    )
+    changed = [
+        name for name, x in rough["weights"].items() if not torch.equal(x, x.bfloat16().float())
+    ]
     assert set(changed) == set(rough["weights"])
 
 
@@ -367,9 +531,13 @@ def test_four_ranks_in_two_copies_of_two_are_one_process(home, of_four):
 
 def test_the_choice_is_by_what_fits(of_two):
     (small, _), (large, why), *asked = of_two["choice"]
-    assert (small, large) == ("ddp", "fsdp") and "1073741824.00 GiB whole" in why and asked == [("ddp", "as asked"), ("fsdp", "as asked")]
+    assert (
+        (small, large) == ("ddp", "fsdp")
+        and "1073741824.00 GiB whole" in why
+        and asked == [("ddp", "as asked"), ("fsdp", "as asked")]
+    )
     assert distributed.choose("auto", 2**60, CPU) == ("none", "one process")
-    with pytest.raises(Mistake, match="--parallel=fsdp is for several processes"):
+    with pytest.raises(UserError, match="--parallel=fsdp is for several processes"):
         distributed.choose("fsdp", 1, CPU)
 
 
@@ -382,11 +550,14 @@ def test_the_memory_foretold_of_a_part_is_the_memory_taken(of_two, accumulates):
 def test_no_rank_ever_holds_a_whole_model_while_it_loads_its_part(of_four):
     """But for what is gathered at once: of this model that is the embeddings, head and projector."""
     whole, peaks = of_four["loading"]
-    at_once = 4 * sum(p.numel() for name, p in VLM(**DEEP).named_parameters() if "layers" not in name)
+    at_once = 4 * sum(
+        p.numel() for name, p in VLM(**DEEP).named_parameters() if "layers" not in name
+    )
     assert whole / 4 < max(peaks) < whole / 4 + at_once < whole / 2
 
 
 # ---- a frozen part is not there ----
+
 
 def test_a_frozen_part_keeps_nothing_for_the_backward_pass(home):
     """A frozen eye nothing at all, for nobody asks; a frozen brain what its activations need to hand gradients on, and nothing for its weights."""
@@ -396,7 +567,10 @@ def test_a_frozen_part_keeps_nothing_for_the_backward_pass(home):
     for freeze in ((), ("vision",), ("vision", "decoder")):
         for part in door.PARTS:
             getattr(model, part).requires_grad_(part not in freeze)
-        kept[freeze] = memory.kept_for_backward(model, batch, CPU, torch.float32, False), saved_by(model.vision, model.see, batch["tiles_NCYX"])
+        kept[freeze] = (
+            memory.kept_for_backward(model, batch, CPU, torch.float32, False),
+            saved_by(model.vision, model.see, batch["tiles_NCYX"]),
+        )
     assert kept[()][1] > 0 and kept["vision",][1] == kept["vision", "decoder"][1] == 0
     assert kept[()][0] > kept["vision",][0] > kept["vision", "decoder"][0]
     x_D = torch.randn(7, 24, requires_grad=True)
@@ -417,7 +591,10 @@ def saved(run):
 def saved_by(part, run, *arguments):
     """How many tensors are kept while a part of what runs is called."""
     count, kept = [], []
-    hooks = [part.register_forward_pre_hook(lambda *_: count.append(len(kept))), part.register_forward_hook(lambda *_: count.append(len(kept)))]
+    hooks = [
+        part.register_forward_pre_hook(lambda *_: count.append(len(kept))),
+        part.register_forward_hook(lambda *_: count.append(len(kept))),
+    ]
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
         run(*arguments)
     for hook in hooks:
@@ -427,6 +604,7 @@ def saved_by(part, run, *arguments):
 
 # ---- a run goes on, however it lay before ----
 
+
 def lines_after(out, step):
     return [line for line in log_of(out) if line["step"] > step]
 
@@ -434,21 +612,39 @@ def lines_after(out, step):
 def same_to_rounding(a, b, after=0):
     for x, y in zip(lines_after(a, after), lines_after(b, after), strict=True):
         assert x == pytest.approx(y, rel=1e-4)
-    a, b = ({name: x for name, x in load_file(out / "step-000008" / "model.safetensors").items() if "key.bias" not in name} for out in (a, b))
+    a, b = (
+        {
+            name: x
+            for name, x in load_file(out / "step-000008" / "model.safetensors").items()
+            if "key.bias" not in name
+        }
+        for out in (a, b)
+    )
     torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 
 
 def test_a_sharded_run_is_one_process_and_says_the_same_of_itself(home, of_two):
     same_to_rounding(home / "fsdp", home / "whole")
     assert "parallel: fsdp, as asked" in of_two["fsdp"] and of_two["fsdp"].count("it says") == 4
-    steps = {step.name: sorted(path.name for path in step.iterdir()) for step in list_checkpoints(home / "fsdp")}
+    steps = {
+        step.name: sorted(path.name for path in step.iterdir())
+        for step in list_checkpoints(home / "fsdp")
+    }
     parts = ["nanovlm.json", "sharded", "tokenizer.json", "training.json"]
-    assert steps == {"step-000003": parts, "step-000006": parts, "step-000008": sorted([*parts, "model.safetensors"])}
+    assert steps == {
+        "step-000003": parts,
+        "step-000006": parts,
+        "step-000008": sorted([*parts, "model.safetensors"]),
+    }
 
 
 @pytest.mark.parametrize("how", ["ddp", "fsdp"])
 def test_an_exam_is_shared_by_all_ranks_each_question_once(home, of_two, how):
-    told = {line["step"]: line["exam"] for line in log_of(home / f"{how} with an exam") if "exam" in line}
+    told = {
+        line["step"]: line["exam"]
+        for line in log_of(home / f"{how} with an exam")
+        if "exam" in line
+    }
     assert told.keys() == {5, 8} and told[8] == pytest.approx(2 / 3)
 
 
@@ -457,12 +653,18 @@ def test_a_sharded_step_is_a_checkpoint_as_any_other(home, of_two):
     gathered = load_checkpoint(step).model.state_dict()
     shutil.copytree(step, home / "in parts alone")
     (home / "in parts alone" / "model.safetensors").unlink()
-    torch.testing.assert_close(load_checkpoint(home / "in parts alone").model.state_dict(), gathered, rtol=0, atol=0)
+    torch.testing.assert_close(
+        load_checkpoint(home / "in parts alone").model.state_dict(), gathered, rtol=0, atol=0
+    )
 
 
 def damaged(parts, damage):
     """A sharded folder in one of the ways in which it can be wrong."""
-    first, second, norm = parts / "rank-00000.safetensors", parts / "rank-00001.safetensors", "model.decoder.norm.weight"
+    first, second, norm = (
+        parts / "rank-00000.safetensors",
+        parts / "rank-00001.safetensors",
+        "model.decoder.norm.weight",
+    )
     match damage:
         case "cut short":
             second.write_bytes(second.read_bytes()[:-1])
@@ -490,33 +692,44 @@ def damaged(parts, damage):
 
 def rewrite(parts, change):
     """Put another set of tensors, each whole, in place of what two ranks wrote."""
-    state = {name: torch.empty(pieces[0].shape) for name, pieces in sharded.read_pieces(parts).items()}
+    state = {
+        name: torch.empty(pieces[0].shape) for name, pieces in sharded.read_pieces(parts).items()
+    }
     sharded.read_shards(state, parts)
     change(state)
     shutil.rmtree(parts)
     sharded.write_shards(state, parts)
 
 
-@pytest.mark.parametrize(("damage", "message"), [
-    ("cut short", "rank-00001.safetensors is broken, cut short or not ours"),
-    ("empty", "rank-00001.safetensors is broken, cut short or not ours"),
-    ("last rank is missing", r"sharded: \d+ rows of .* are there, of shape"),
-    ("first rank is missing", r"sharded: rows 0 to \d+ of .* are missing"),
-    ("a rank twice", r"sharded: rows \d+ to \d+ of .* are there twice"),
-    ("all ranks are missing", r"sharded holds no rank-\*.safetensors"),
-    ("older", "sharded was written by an older nanovlm: its .metadata is a pickle"),
-    ("a tensor is missing", "sharded: decoder.norm.weight is missing"),
-    ("a tensor too many", "sharded: odd is saved there, but the model has none"),
-    ("another shape", r"decoder.norm.weight is \[5\] torch.float32, the model has \[24\] torch.float32"),
-    ("another dtype", r"decoder.norm.weight is \[24\] torch.float16, the model has \[24\] torch.float32"),
-])
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ("cut short", "rank-00001.safetensors is broken, cut short or not ours"),
+        ("empty", "rank-00001.safetensors is broken, cut short or not ours"),
+        ("last rank is missing", r"sharded: \d+ rows of .* are there, of shape"),
+        ("first rank is missing", r"sharded: rows 0 to \d+ of .* are missing"),
+        ("a rank twice", r"sharded: rows \d+ to \d+ of .* are there twice"),
+        ("all ranks are missing", r"sharded holds no rank-\*.safetensors"),
+        ("older", "sharded was written by an older nanovlm: its .metadata is a pickle"),
+        ("a tensor is missing", "sharded: decoder.norm.weight is missing"),
+        ("a tensor too many", "sharded: odd is saved there, but the model has none"),
+        (
+            "another shape",
+            r"decoder.norm.weight is \[5\] torch.float32, the model has \[24\] torch.float32",
+        ),
+        (
+            "another dtype",
+            r"decoder.norm.weight is \[24\] torch.float16, the model has \[24\] torch.float32",
+        ),
+    ],
+)
 def test_a_sharded_checkpoint_that_is_not_whole_is_refused(home, of_two, tmp_path, damage, message):
     """By who samples from it, and by a stage that starts from it."""
     shutil.copytree(home / "sharded only", tmp_path / "model")
     damaged(tmp_path / "model" / "step-000008" / "sharded", damage)
-    with pytest.raises(Mistake, match=message):
+    with pytest.raises(UserError, match=message):
         load_checkpoint(tmp_path / "model")
-    with pytest.raises(Mistake, match=message):
+    with pytest.raises(UserError, match=message):
         door.train(**settings(home, "from a broken one", model=str(tmp_path / "model")))
 
 
@@ -525,31 +738,53 @@ def test_a_stage_starts_from_any_run_with_the_weights_that_the_run_ended_with(ho
     for source in STARTS:
         door.train(**settings(home, f"{source}, then one", **next_stage(home, source)))
         alone = log_of(home / f"{source}, then one")
-        assert len(alone) == 2 and all(math.isfinite(line["loss"]) and line["norm"] > 0 for line in alone)
+        assert len(alone) == 2 and all(
+            math.isfinite(line["loss"]) and line["norm"] > 0 for line in alone
+        )
         for how in ("ddp", "fsdp"):
             for line, same in zip(log_of(home / f"{source}, then {how} on 2"), alone, strict=True):
                 assert line == pytest.approx(same, rel=1e-4)
     for how in ("one", "ddp on 2", "fsdp on 2"):
-        untrained, ddp, *sharded_runs = (log_of(home / f"{source}, then {how}") for source in STARTS)
+        untrained, ddp, *sharded_runs = (
+            log_of(home / f"{source}, then {how}") for source in STARTS
+        )
         assert sharded_runs[0] == sharded_runs[1] == sharded_runs[2]
-        assert ddp[0] == pytest.approx(sharded_runs[0][0], rel=1e-3) and untrained[0]["loss"] > 1.1 * ddp[0]["loss"]
+        assert (
+            ddp[0] == pytest.approx(sharded_runs[0][0], rel=1e-3)
+            and untrained[0]["loss"] > 1.1 * ddp[0]["loss"]
+        )
 
 
 def test_sampling_and_an_evaluation_read_any_run(home, of_two, capsys):
     answers = {}
     for source in STARTS:
         sample.sample(model=str(home / STARTS[source]), prompt="a b", max_tokens=9, device="cpu")
-        sample.sample(model=str(home / STARTS[source]), questions=str(home / "exam.jsonl"), device="cpu")
+        sample.sample(
+            model=str(home / STARTS[source]), questions=str(home / "exam.jsonl"), device="cpu"
+        )
         answers[source] = re.sub(r"[\d,]+ tokens/s", "", capsys.readouterr().out)
-    assert answers["fsdp"] == answers["sharded only"] == answers["resumed"] == answers["ddp"] != answers["none"]
+    assert (
+        answers["fsdp"]
+        == answers["sharded only"]
+        == answers["resumed"]
+        == answers["ddp"]
+        != answers["none"]
+    )
 
 
 def test_a_parameter_that_is_never_loaded_is_nan_and_is_not_trained(home, of_two, monkeypatch):
     """However it came about: here the reader leaves one tensor out."""
     read = sharded.read_shards
     missing = "model.projector.up.bias"
-    monkeypatch.setattr(sharded, "read_shards", lambda state, folder: read({n: x for n, x in state.items() if n != missing}, folder))
-    with pytest.raises(Mistake, match="projector.up.bias holds NaN, or was never loaded; nothing is trained from there"):
+    monkeypatch.setattr(
+        sharded,
+        "read_shards",
+        lambda state, folder: read({n: x for n, x in state.items() if n != missing}, folder),
+    )
+    with pytest.raises(
+        UserError,
+        match="projector.up.bias holds NaN, or was never loaded; nothing is trained from there",
+    ):
         door.train(**settings(home, "from nowhere", model=str(home / "sharded only")))
     assert not (home / "from nowhere" / "log.jsonl").exists()
 
@@ -560,7 +795,10 @@ def test_resumed_on_as_many_ranks_it_is_the_same_to_the_bit(home, of_two):
     both = []
     for out in (a, b):
         parts = out / "step-000008" / "sharded"
-        state = {name: torch.empty(pieces[0].shape) for name, pieces in sharded.read_pieces(parts).items()}
+        state = {
+            name: torch.empty(pieces[0].shape)
+            for name, pieces in sharded.read_pieces(parts).items()
+        }
         sharded.read_shards(state, parts)
         both.append(state)
     assert any(name.startswith("optimizer.") for name in both[0])
@@ -585,19 +823,27 @@ def test_a_save_that_fails_on_one_rank_fails_on_all_and_leaves_the_one_before(of
     ends, left = of_two["full"]
     assert left == ["log.jsonl", "step-000003"]
     kind, said = ends[0]
-    assert kind == "Mistake" and "step-000006 could not be saved (No space left on device); " in said and "step-000003 is whole" in said
+    assert (
+        kind == "UserError"
+        and "step-000006 could not be saved (No space left on device); " in said
+        and "step-000003 is whole" in said
+    )
     assert ends[1] == ("SystemExit", "1")
 
 
 def test_what_is_no_number_on_one_rank_is_saved_by_none(of_two):
     said = "step 3: decoder.norm.weight holds what is no number, so it is not saved; no checkpoint is whole"
-    assert of_two["odd"] == ([("Mistake", said), ("SystemExit", "1")], ["log.jsonl"])
+    assert of_two["odd"] == ([("UserError", said), ("SystemExit", "1")], ["log.jsonl"])
 
 
 def test_a_rank_killed_while_it_saves_takes_the_others_along_and_the_run_goes_on(home, of_two):
     end = ranks(home, 2, "killed")
     assert end.returncode and "Signal 9 (SIGKILL)" in end.stderr
-    assert sorted(path.name for path in (home / "killed").iterdir()) == ["log.jsonl", "step-000003", "step-000006.tmp"]
+    assert sorted(path.name for path in (home / "killed").iterdir()) == [
+        "log.jsonl",
+        "step-000003",
+        "step-000006.tmp",
+    ]
     door.train(**settings(home, "killed", resume=True))
     same_to_rounding(home / "killed", home / "whole")
     assert [path.name for path in (home / "killed").glob("step*")] == ["step-000008"]
@@ -606,8 +852,14 @@ def test_a_rank_killed_while_it_saves_takes_the_others_along_and_the_run_goes_on
 def test_a_schedulers_sigterm_saves_on_all_ranks_within_the_step(home):
     """torchrun hands it on to its ranks, and each of them finishes the step that it is in."""
     chosen = settings(home, "evicted", steps=100_000, save_every=100_000, parallel="fsdp")
-    with subprocess.Popen([*TWO_RANKS, *words_of(chosen)], cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"}) as running:
+    with subprocess.Popen(
+        [*TWO_RANKS, *words_of(chosen)],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    ) as running:
         log = home / "evicted" / "log.jsonl"
         while running.poll() is None and not (log.exists() and log.read_text()):
             time.sleep(0.1)
@@ -621,33 +873,52 @@ def test_a_schedulers_sigterm_saves_on_all_ranks_within_the_step(home):
 
 def test_the_first_save_is_read_back(home, of_two, monkeypatch):
     ends, left = of_two["bent"]
-    assert left == ["log.jsonl"] and "step-000003 could not be saved (model.decoder.norm.weight was read back as other numbers)" in ends[0][1]
+    assert (
+        left == ["log.jsonl"]
+        and "step-000003 could not be saved (model.decoder.norm.weight was read back as other numbers)"
+        in ends[0][1]
+    )
     monkeypatch.setattr(resume, "write_tensors", bend)
-    with pytest.raises(Mistake, match=r"step-000003 could not be saved \(decoder.norm.weight/exp_avg was read back as other numbers\); no check"):
+    with pytest.raises(
+        UserError,
+        match=r"step-000003 could not be saved \(decoder.norm.weight/exp_avg was read back as other numbers\); no check",
+    ):
         door.train(**settings(home, "bent"))
 
 
 def bend(tensors, path, write=resume.write_tensors):
-    write(tensors | {"decoder.norm.weight/exp_avg": tensors["decoder.norm.weight/exp_avg"] + 1e-9}, path)
+    write(
+        tensors | {"decoder.norm.weight/exp_avg": tensors["decoder.norm.weight/exp_avg"] + 1e-9},
+        path,
+    )
 
 
 def test_the_best_step_stays_beside_the_newest(home):
     checkpoint = load_checkpoint(home / "model")
-    saved = resume.Saves(checkpoint, torch.optim.AdamW(checkpoint.model.parameters()), home / "kept", {}, keep=2)
+    saved = resume.Saves(
+        checkpoint, torch.optim.AdamW(checkpoint.model.parameters()), home / "kept", {}, keep=2
+    )
     for step, loss in enumerate([3.0, 1.0, 2.0, 4.0, None, 5.0], 1):
         saved.write(step, False, {} if loss is None else {"validation": loss, "blank": 9.0})
-    assert [step.name for step in list_checkpoints(home / "kept")] == ["step-000002", "step-000005", "step-000006"]
+    assert [step.name for step in list_checkpoints(home / "kept")] == [
+        "step-000002",
+        "step-000005",
+        "step-000006",
+    ]
 
 
-@pytest.mark.parametrize(("wrong", "message"), [
-    (dict(parallel="both"), "--parallel=both is none of auto, ddp, fsdp"),
-    (dict(recompute="some"), "--recompute=some is none of none, decoder, all"),
-    (dict(shard=2), "--shard=2 wants --parallel=fsdp, and to divide the 1 ranks"),
-    (dict(keep=0), "--keep=0 must be at least 1"),
-    (dict(parallel="ddp"), "--parallel=ddp is for several processes: start them with torchrun"),
-])
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (dict(parallel="both"), "--parallel=both is none of auto, ddp, fsdp"),
+        (dict(recompute="some"), "--recompute=some is none of none, decoder, all"),
+        (dict(shard=2), "--shard=2 wants --parallel=fsdp, and to divide the 1 ranks"),
+        (dict(keep=0), "--keep=0 must be at least 1"),
+        (dict(parallel="ddp"), "--parallel=ddp is for several processes: start them with torchrun"),
+    ],
+)
 def test_nonsense_is_refused(home, wrong, message):
-    with pytest.raises(Mistake, match=message):
+    with pytest.raises(UserError, match=message):
         door.train(**settings(home, "refused", **wrong))
     assert not (home / "refused").exists()
 

@@ -1,4 +1,5 @@
 """What a step is said to cost is what torch counts in one."""
+
 import json
 import subprocess
 import sys
@@ -6,64 +7,139 @@ import time
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT, SEVEN_BILLION, SEVEN_BILLION_POLICY, TOKENS, make_batch, make_samples, make_vlm
+from conftest import (
+    ROOT,
+    SEVEN_BILLION,
+    SEVEN_BILLION_POLICY,
+    TOKENS,
+    make_batch,
+    make_samples,
+    make_vlm,
+)
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from nanovlm import IMAGE, UNTRAINED
+from nanovlm import IGNORE_INDEX, IMAGE_TOKEN_ID
 from nanovlm.data import tokenizer
 from nanovlm.training import flops, memory
 
 
-@pytest.mark.parametrize("rates", [{"vision": 1, "projector": 1, "decoder": 1}, {"projector": 1}, {"projector": 1, "decoder": 1}, {"decoder": 1},
-                                   {"vision": 1, "projector": 1}, {"vision": 1}])
+@pytest.mark.parametrize(
+    "rates",
+    [
+        {"vision": 1, "projector": 1, "decoder": 1},
+        {"projector": 1},
+        {"projector": 1, "decoder": 1},
+        {"decoder": 1},
+        {"vision": 1, "projector": 1},
+        {"vision": 1},
+    ],
+)
 @pytest.mark.parametrize("vision", [{}, {"class_token": True, "read": -2}])
 def test_operations_are_those_that_torch_counts(rates, vision):
     """By products written out, which is how the counter sees attention too."""
     model = make_vlm(vision=vision).train()
     for part in ("vision", "projector", "decoder"):
         getattr(model, part).requires_grad_(part in rates)
-    batch = make_batch([[sample] for sample in make_samples(lengths=(13, 13, 9, 13), pictures=(1, 1, 2, 1))])
+    batch = make_batch(
+        [[sample] for sample in make_samples(lengths=(13, 13, 9, 13), pictures=(1, 1, 2, 1))]
+    )
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model(**batch).backward()
     rows, length = batch["ids_BT"].shape
     assert length == 13 + TOKENS
-    trained = int((batch["targets_BT"] != UNTRAINED).sum())
+    trained = int((batch["targets_BT"] != IGNORE_INDEX).sum())
     told = flops.flops(model, rates, rows, length, len(batch["tiles_NCYX"]), trained)
-    assert sum(told.values()) == counter.get_total_flops() == flops.of_batches(model, rates, [(batch, [])])
+    assert (
+        sum(told.values())
+        == counter.get_total_flops()
+        == flops.of_batches(model, rates, [(batch, [])])
+    )
     assert flops.of_batches(model, rates, [(batch, [])] * 3) == 3 * sum(told.values())
 
 
 def test_a_row_is_assumed_half_of_pictures():
     row, tiles, trained = flops.assumed_row(40, {"tile": 12, "patch": 3, "shuffle": 2})
-    assert (tiles, trained) == (5, 10) and int((row["ids_BT"] == IMAGE).sum()) == 5 * TOKENS == 20
-    assert int((row["targets_BT"] != UNTRAINED).sum()) == 10 and row["tiles_NCYX"].shape == (5, 3, 12, 12)
+    assert (tiles, trained) == (5, 10) and int(
+        (row["ids_BT"] == IMAGE_TOKEN_ID).sum()
+    ) == 5 * TOKENS == 20
+    assert int((row["targets_BT"] != IGNORE_INDEX).sum()) == 10 and row["tiles_NCYX"].shape == (
+        5,
+        3,
+        12,
+        12,
+    )
 
 
 def test_seven_billion_parameters_are_planned_for_without_any(tmp_path):
     """Mistral 7B and CLIP-L/14@336 by Megatron's recipe: no weight lies in the folder. 7.25 billion weights of 4 bytes, as much for gradients and
     twice for moments, are 108 GiB; 6 · parameters · tokens is 1.14e16 operations a step, recomputing a third more, attention the rest."""
-    meta = {"version": 1, "shapes": SEVEN_BILLION, "policy": SEVEN_BILLION_POLICY, "template": "mistral", "card": {}}
+    meta = {
+        "version": 1,
+        "shapes": SEVEN_BILLION,
+        "policy": SEVEN_BILLION_POLICY,
+        "template": "mistral",
+        "card": {},
+    }
     (tmp_path / "nanovlm.json").write_text(json.dumps(meta))
     tokenizer.learn(["a"], 256, ["<s>", "</s>", "[INST]", "[/INST]"]).save(tmp_path)
-    began, peak = time.time(), "print(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])"  # getrusage's would be our own, if larger
+    began, peak = (
+        time.time(),
+        "print(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])",
+    )  # getrusage's would be our own, if larger
     code = f"import sys, train; from nanovlm import cli; cli.run(train.train); {peak}"
-    words = ["--stage=sft", f"--model={tmp_path}", "--dry_run=true", "--micro=1", "--recompute=decoder", "--mfu=0.5", "--peak=1000"]
-    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    words = [
+        "--stage=sft",
+        f"--model={tmp_path}",
+        "--dry_run=true",
+        "--micro=1",
+        "--recompute=decoder",
+        "--mfu=0.5",
+        "--peak=1000",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words], capture_output=True, text=True, cwd=ROOT, timeout=120
+    )
     assert done.returncode == 0, done.stderr
     first, *_, one, eight, sixty_four, kilobytes = done.stdout.splitlines()
-    assert first == "sft: 20,000 steps of 128 rows of 2,048 tokens, 512 of them trained, and 1 tiles (assumed)"
-    assert "7,248,023,552" in done.stdout and "operations of a step: 1.5" in done.stdout and "e+16" in done.stdout
-    assert one.startswith("  1 card: 11") and one.endswith("7.3 days at 500 TFLOP/s a card") and "by fsdp" not in one
-    assert "GiB a card by ddp" in eight and "GiB by fsdp" in eight and sixty_four.endswith("0.1 days at 500 TFLOP/s a card")
-    assert int(kilobytes) < 2_000_000 and time.time() - began < 60  # on a busy machine; it takes a fifth of that alone
+    assert (
+        first
+        == "sft: 20,000 steps of 128 rows of 2,048 tokens, 512 of them trained, and 1 tiles (assumed)"
+    )
+    assert (
+        "7,248,023,552" in done.stdout
+        and "operations of a step: 1.5" in done.stdout
+        and "e+16" in done.stdout
+    )
+    assert (
+        one.startswith("  1 card: 11")
+        and one.endswith("7.3 days at 500 TFLOP/s a card")
+        and "by fsdp" not in one
+    )
+    assert (
+        "GiB a card by ddp" in eight
+        and "GiB by fsdp" in eight
+        and sixty_four.endswith("0.1 days at 500 TFLOP/s a card")
+    )
+    assert (
+        int(kilobytes) < 2_000_000 and time.time() - began < 60
+    )  # on a busy machine; it takes a fifth of that alone
 
 
 def test_cards_without_a_row_are_not_told_of(tmp_path, capsys):
     """Of nine rows a step, 64 cards would have none for most."""
     model, policy = make_vlm().train(), {"tile": 12, "patch": 3, "shuffle": 2}
-    run = SimpleNamespace(stage="sft", steps=7, batch=9, micro=2, row=40, dtype="float32", recompute="none", offload=False,
-                          rates={"projector": 1.0, "decoder": 1.0})
+    run = SimpleNamespace(
+        stage="sft",
+        steps=7,
+        batch=9,
+        micro=2,
+        row=40,
+        dtype="float32",
+        recompute="none",
+        offload=False,
+        rates={"projector": 1.0, "decoder": 1.0},
+    )
     model.vision.requires_grad_(False)
     memory.print_estimate(run, model, policy, speed=1e9)
     lines = capsys.readouterr().out.splitlines()

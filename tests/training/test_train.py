@@ -1,4 +1,5 @@
 """Training: the same numbers however the work is cut up, and nothing lost however it ends."""
+
 import gzip
 import itertools
 import json
@@ -20,17 +21,44 @@ from conftest import DECODER, ROOT, TOKENS, VISION, make_batch, make_samples
 from safetensors.torch import load_file
 
 import train as door
-from nanovlm import IMAGE, UNTRAINED, Mistake, cli, distributed, files
+from nanovlm import IGNORE_INDEX, IMAGE_TOKEN_ID, UserError, cli, distributed, files
 from nanovlm.checkpoints import checkpoint as weights
-from nanovlm.checkpoints.checkpoint import Checkpoint, build_model, list_checkpoints, load_checkpoint, save_checkpoint
+from nanovlm.checkpoints.checkpoint import (
+    Checkpoint,
+    build_model,
+    list_checkpoints,
+    load_checkpoint,
+    save_checkpoint,
+)
 from nanovlm.data import dataset, image_processing, packing, tokenizer
 from nanovlm.evals import benchmarks, runner
 from nanovlm.model import VLM
 from nanovlm.training import logger, memory, profiler, recipes, signals, validation
 
-POLICY = {"tile": 12, "patch": 3, "shuffle": 2, "fit": "squash", "resample": "bicubic", "mean": [0.5] * 3, "std": [0.5] * 3}
-SETTINGS = dict(stage="sft", freeze="none", steps=8, batch=5, micro=2, row=22, lr=1e-2, floor=1e-3, warmup=0.3, save_every=3, validate_every=4,
-                log_every=1, device="cpu")
+POLICY = {
+    "tile": 12,
+    "patch": 3,
+    "shuffle": 2,
+    "fit": "squash",
+    "resample": "bicubic",
+    "mean": [0.5] * 3,
+    "std": [0.5] * 3,
+}
+SETTINGS = dict(
+    stage="sft",
+    freeze="none",
+    steps=8,
+    batch=5,
+    micro=2,
+    row=22,
+    lr=1e-2,
+    floor=1e-3,
+    warmup=0.3,
+    save_every=3,
+    validate_every=4,
+    log_every=1,
+    device="cpu",
+)
 NO_CLOCK = profiler.Clock(False, None, torch.device("cpu"), "", 0)
 
 
@@ -52,7 +80,9 @@ def make_home(home):
     words = tokenizer.learn(["a b"], 256, ["<s>", "[INST]", "[/INST]", "</s>"])
     torch.manual_seed(0)
     shapes = {"vision": VISION, "decoder": DECODER | {"vocabulary": words.vocab_size}, "shuffle": 2}
-    checkpoint = Checkpoint(build_model(shapes, POLICY), words, shapes, POLICY, "mistral", {"newborn": "seed 0"})
+    checkpoint = Checkpoint(
+        build_model(shapes, POLICY), words, shapes, POLICY, "mistral", {"newborn": "seed 0"}
+    )
     save_checkpoint(checkpoint, home / "model")
     write_set(home / "data", checkpoint)
     door.train(**settings(home, "whole"))
@@ -69,34 +99,72 @@ def write_set(out, checkpoint, poison=None, held_out=5, count=60, every=3):
         if not left[dataset.held_out(name)]:
             continue
         left[dataset.held_out(name)] -= 1
-        pictures = [image_processing.Picture(g.integers(256, size=(1, 3, 12, 12), dtype=np.uint8), np.arange(TOKENS), (5, 7))] * (every > 0 and i % every == 0)
+        pictures = [
+            image_processing.Picture(
+                g.integers(256, size=(1, 3, 12, 12), dtype=np.uint8), np.arange(TOKENS), (5, 7)
+            )
+        ] * (every > 0 and i % every == 0)
         letters = g.integers(97, 123, size=g.integers(5, 17)).tolist()
         if not dataset.held_out(name) and left[False] == 40 and poison:
             letters[0], name = poison, "the poisoned one"
-        samples.append((name, [IMAGE] * len(pictures) + letters, [0] * (len(pictures) + len(letters) - 3) + [1] * 3, pictures))
+        samples.append(
+            (
+                name,
+                [IMAGE_TOKEN_ID] * len(pictures) + letters,
+                [0] * (len(pictures) + len(letters) - 3) + [1] * 3,
+                pictures,
+            )
+        )
 
 
 def settings(home, out, **others):
-    return {**SETTINGS, "model": str(home / "model"), "data": str(home / "data"), "out": str(home / out), **others}
+    return {
+        **SETTINGS,
+        "model": str(home / "model"),
+        "data": str(home / "data"),
+        "out": str(home / out),
+        **others,
+    }
 
 
 def words_of(chosen):
     return [f"--{name}={cli.show(value)}" for name, value in chosen.items()]
 
 
-TWO_RANKS = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", str(ROOT / "train.py")]
+TWO_RANKS = [
+    sys.executable,
+    "-m",
+    "torch.distributed.run",
+    "--nproc_per_node=2",
+    "--standalone",
+    str(ROOT / "train.py"),
+]
 
 
 def launch(command, chosen, timeout=100):
     """train.py in processes of its own, to be waited for."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run([*command, *words_of(chosen)], capture_output=True, text=True, timeout=timeout, cwd=ROOT, env=environment)
+    return subprocess.run(
+        [*command, *words_of(chosen)],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        cwd=ROOT,
+        env=environment,
+    )
 
 
 def log_of(out):
     """The lines of log.jsonl without what depends on the clock."""
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name not in ("tokens_per_s", "tflops", "waited", "left", "hours")} for line in lines]
+    return [
+        {
+            name: value
+            for name, value in line.items()
+            if name not in ("tokens_per_s", "tflops", "waited", "left", "hours")
+        }
+        for line in lines
+    ]
 
 
 def state_of(out):
@@ -114,11 +182,14 @@ def same_run_to_rounding(a, b):
     """The bias of a key adds the same to all scores of a query, which softmax does not see: its gradient is rounding, which Adam makes steps of."""
     for x, y in zip(log_of(a), log_of(b), strict=True):
         assert x == pytest.approx(y, rel=1e-4)
-    a, b = ({name: x for name, x in state_of(out).items() if "key.bias" not in name} for out in (a, b))
+    a, b = (
+        {name: x for name, x in state_of(out).items() if "key.bias" not in name} for out in (a, b)
+    )
     torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 
 
 # ---- the parts of the loop ----
+
 
 def test_the_rate_rises_in_a_line_and_falls_in_half_a_cosine():
     at = lambda step, floor=0.1: door.schedule(step, steps=100, warmup=10, floor=floor)  # noqa: E731
@@ -136,22 +207,51 @@ def test_the_rate_rises_in_a_line_and_falls_in_half_a_cosine():
 def test_a_recipe_sets_what_nobody_typed():
     """The table of LLaVA-1.5's own scripts beside Megatron's."""
     empty = {name: default for name, _, default, _ in cli.settings(door.train)}
-    names = ("lr", "floor", "steps", "batch", "row", "warmup", "decay", "clip", "beta1", "beta2", "freeze")
+    names = (
+        "lr",
+        "floor",
+        "steps",
+        "batch",
+        "row",
+        "warmup",
+        "decay",
+        "clip",
+        "beta1",
+        "beta2",
+        "freeze",
+    )
     for owner, stage, wanted in [
-        ("megatron", "pretrain", (1.5e-4, 1e-5, 20000, 256, 1024, 0.01, 0.01, 1.0, 0.9, 0.95, "vision,decoder")),
+        (
+            "megatron",
+            "pretrain",
+            (1.5e-4, 1e-5, 20000, 256, 1024, 0.01, 0.01, 1.0, 0.9, 0.95, "vision,decoder"),
+        ),
         ("megatron", "sft", (1e-6, 1e-7, 20000, 128, 2048, 0.01, 0.1, 0.5, 0.9, 0.95, "vision")),
-        ("llava", "pretrain", (1e-3, 0.0, 2181, 256, 2048, 0.03, 0.0, 1.0, 0.9, 0.999, "vision,decoder")),
+        (
+            "llava",
+            "pretrain",
+            (1e-3, 0.0, 2181, 256, 2048, 0.03, 0.0, 1.0, 0.9, 0.999, "vision,decoder"),
+        ),
         ("llava", "sft", (2e-5, 0.0, 5198, 128, 2048, 0.03, 0.0, 1.0, 0.9, 0.999, "vision")),
     ]:
         run = door.resolve(empty | {"stage": stage, "recipe": owner}, world=1)
         assert tuple(getattr(run, name) for name in names) == wanted
-        assert door.resolve(empty | {"stage": stage, "recipe": owner, "lr": 0.5, "beta2": 0.8}, world=1).beta2 == 0.8
+        assert (
+            door.resolve(
+                empty | {"stage": stage, "recipe": owner, "lr": 0.5, "beta2": 0.8}, world=1
+            ).beta2
+            == 0.8
+        )
 
 
 def test_matrices_decay_vectors_do_not_and_each_part_has_its_rate(vlm):
     optimizer = door.make_optimizer(vlm, {"projector": 0.3, "decoder": 0.2}, 0.1, (0.8, 0.7))
     name_of = {id(p): name for name, p in vlm.named_parameters()}
-    seen = {name_of[id(p)]: (p.dim(), group) for group in optimizer.param_groups for p in group["params"]}
+    seen = {
+        name_of[id(p)]: (p.dim(), group)
+        for group in optimizer.param_groups
+        for p in group["params"]
+    }
     assert seen.keys() == {name for name in name_of.values() if not name.startswith("vision")}
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(seen)
     for name, (dim, group) in seen.items():
@@ -161,35 +261,70 @@ def test_matrices_decay_vectors_do_not_and_each_part_has_its_rate(vlm):
 
 def test_a_run_is_the_textbook_loop(home):
     """Two steps by hand: mean loss over trained tokens, gradients cut to norm `clip`, AdamW."""
-    chosen = settings(home, "by-hand", steps=2, micro=5, clip=0.5, decay=0.2, beta1=0.8, beta2=0.9, projector_lr=3e-2, freeze="vision")
+    chosen = settings(
+        home,
+        "by-hand",
+        steps=2,
+        micro=5,
+        clip=0.5,
+        decay=0.2,
+        beta1=0.8,
+        beta2=0.9,
+        projector_lr=3e-2,
+        freeze="vision",
+    )
     door.train(**chosen)
     model = load_checkpoint(home / "model").model.train()
-    groups = [{"params": [p for p in getattr(model, part).parameters() if (p.dim() > 1) == matrix], "lr": lr, "weight_decay": 0.2 * matrix}
-              for part, lr in [("projector", 3e-2), ("decoder", 1e-2)] for matrix in (True, False)]
+    groups = [
+        {
+            "params": [p for p in getattr(model, part).parameters() if (p.dim() > 1) == matrix],
+            "lr": lr,
+            "weight_decay": 0.2 * matrix,
+        }
+        for part, lr in [("projector", 3e-2), ("decoder", 1e-2)]
+        for matrix in (True, False)
+    ]
     optimizer = torch.optim.AdamW(groups, betas=(0.8, 0.9))
     loader = packing.Loader(dataset.Samples(home / "data"), row=22, batch=5, micro=5, seed=0)
     model.vision.requires_grad_(False)
-    for line, share in zip(log_of(home / "by-hand"), (1, 1), strict=True):  # one step of warm-up, then the top of the cosine
+    for line, share in zip(
+        log_of(home / "by-hand"), (1, 1), strict=True
+    ):  # one step of warm-up, then the top of the cosine
         ((batch, _),) = next(loader)
-        loss = model(**batch) / (batch["targets_BT"] != UNTRAINED).sum()
+        loss = model(**batch) / (batch["targets_BT"] != IGNORE_INDEX).sum()
         loss.backward()
-        norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-        assert (line["loss"], line["norm"], line["rate"]) == pytest.approx((loss.item(), norm.item(), 1e-2 * share), rel=1e-4)
+        norm = torch.nn.utils.get_total_norm(
+            [p.grad for p in model.parameters() if p.grad is not None]
+        )
+        assert (line["loss"], line["norm"], line["rate"]) == pytest.approx(
+            (loss.item(), norm.item(), 1e-2 * share), rel=1e-4
+        )
         parts = [line[f"norm of {part}"] for part in ("projector", "decoder")]
-        assert math.hypot(*parts) == pytest.approx(line["norm"], rel=1e-5) and "norm of vision" not in line
+        assert (
+            math.hypot(*parts) == pytest.approx(line["norm"], rel=1e-5)
+            and "norm of vision" not in line
+        )
         for p in (p for p in model.parameters() if p.grad is not None):
             p.grad *= min(1, 0.5 / norm)
         optimizer.step()
         optimizer.zero_grad()
     ours = load_checkpoint(home / "by-hand").model
-    torch.testing.assert_close(dict(ours.named_parameters()), dict(model.named_parameters()), rtol=1e-3, atol=1e-4)  # a step is about 1e-2
+    torch.testing.assert_close(
+        dict(ours.named_parameters()), dict(model.named_parameters()), rtol=1e-3, atol=1e-4
+    )  # a step is about 1e-2
 
 
 def peak_bytes(run):
     """The most memory that was in use at once while `run` ran, above what was in use before."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profile:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
+    ) as profile:
         run()
-    events = [(e.start_ns(), e.nbytes()) for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    events = [
+        (e.start_ns(), e.nbytes())
+        for e in profile.profiler.kineto_results.events()
+        if e.name() == "[memory]"
+    ]
     return max(itertools.accumulate(size for _, size in sorted(events)))
 
 
@@ -198,18 +333,31 @@ def peak_bytes(run):
 @pytest.mark.parametrize("recompute", ["none", "decoder", "all"])
 def test_the_memory_foretold_is_the_memory_taken(rates, dtype, recompute):
     torch.manual_seed(0)
-    model = VLM(vision=dict(tile=24, patch=3, width=80, layers=3, heads=5, ffn=200),
-                decoder=dict(vocabulary=1500, width=96, layers=4, heads=6, kv_heads=2, ffn=250), shuffle=4).train()
+    model = VLM(
+        vision=dict(tile=24, patch=3, width=80, layers=3, heads=5, ffn=200),
+        decoder=dict(vocabulary=1500, width=96, layers=4, heads=6, kv_heads=2, ffn=250),
+        shuffle=4,
+    ).train()
     for part, module in model.named_children():
         module.requires_grad_(part in rates)
-    row, mixed = make_batch([make_samples(lengths=(40, 61), pictures=(1, 2))]), torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16)
+    row, mixed = (
+        make_batch([make_samples(lengths=(40, 61), pictures=(1, 2))]),
+        torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16),
+    )
     row["tiles_NCYX"] = row["tiles_NCYX"].repeat(1, 1, 2, 2)  # 64 patches, 4 tokens
-    optimizer, batch = door.make_optimizer(model, rates, 0.1, (0.9, 0.95)), {name: torch.cat([x] * 6) for name, x in row.items()}
-    foretold = memory.estimate_memory(model, row, 6, torch.device("cpu"), dtype, recompute=recompute)
+    optimizer, batch = (
+        door.make_optimizer(model, rates, 0.1, (0.9, 0.95)),
+        {name: torch.cat([x] * 6) for name, x in row.items()},
+    )
+    foretold = memory.estimate_memory(
+        model, row, 6, torch.device("cpu"), dtype, recompute=recompute
+    )
     distributed.recompute(distributed.blocks(model, recompute))
 
     def step():
-        door.gradients(model, [(batch, [])], torch.device("cpu"), mixed, SimpleNamespace(asked=0), NO_CLOCK)
+        door.gradients(
+            model, [(batch, [])], torch.device("cpu"), mixed, SimpleNamespace(asked=0), NO_CLOCK
+        )
         optimizer.step()
 
     step()
@@ -221,40 +369,74 @@ def test_the_memory_foretold_is_the_memory_taken(rates, dtype, recompute):
 
 def test_the_plan_says_what_trains_at_which_rate(home, capsys):
     door.train(**settings(home, "plan", freeze="vision", steps=1, projector_lr=0.02))
-    table = {words[0]: words[1:] for line in capsys.readouterr().out.splitlines() if (words := line.split())}
+    table = {
+        words[0]: words[1:]
+        for line in capsys.readouterr().out.splitlines()
+        if (words := line.split())
+    }
     model = load_checkpoint(home / "model").model
-    size = {part: f"{sum(p.numel() for p in module.parameters()):,}" for part, module in model.named_children()}
+    size = {
+        part: f"{sum(p.numel() for p in module.parameters()):,}"
+        for part, module in model.named_children()
+    }
     assert table["vision"] == [size["vision"], "0", "frozen"]
-    assert table["projector"] == [size["projector"]] * 2 + ["2.0e-02"] and table["decoder"] == [size["decoder"]] * 2 + ["1.0e-02"]
+    assert table["projector"] == [size["projector"]] * 2 + ["2.0e-02"] and table["decoder"] == [
+        size["decoder"]
+    ] * 2 + ["1.0e-02"]
 
 
 def test_validation_is_the_mean_loss_of_the_held_out_words_and_blank_hides_the_pictures(home):
     checkpoint, samples = load_checkpoint(home / "model"), dataset.Samples(home / "data")
-    looks = validation.validation_losses(checkpoint.model, samples, validation.pack_validation_set(samples, 22), torch.autocast("cpu", enabled=False))
+    looks = validation.validation_losses(
+        checkpoint.model,
+        samples,
+        validation.pack_validation_set(samples, 22),
+        torch.autocast("cpu", enabled=False),
+    )
     for name, hide in [("validation", False), ("blank", True)]:
         losses = []
         for ids_T, targets_T, pictures in (samples.read(i) for i in samples.split(validation=True)):
-            ids_T, targets_T, tiles = torch.from_numpy(ids_T), torch.from_numpy(targets_T), packing.join(pictures, POLICY)["tiles_NCYX"]
+            ids_T, targets_T, tiles = (
+                torch.from_numpy(ids_T),
+                torch.from_numpy(targets_T),
+                packing.join(pictures, POLICY)["tiles_NCYX"],
+            )
             tiles = torch.full_like(tiles, 128) if hide else tiles
             with torch.no_grad():
-                hidden = checkpoint.model.decoder(checkpoint.model.embed(ids_T[None], tiles), torch.arange(len(ids_T))[None])
+                hidden = checkpoint.model.decoder(
+                    checkpoint.model.embed(ids_T[None], tiles), torch.arange(len(ids_T))[None]
+                )
                 logits = checkpoint.model.decoder.head(hidden)[0].double()
-            losses.append(torch.nn.functional.cross_entropy(logits, targets_T, ignore_index=UNTRAINED, reduction="none")[targets_T != UNTRAINED])
+            losses.append(
+                torch.nn.functional.cross_entropy(
+                    logits, targets_T, ignore_index=IGNORE_INDEX, reduction="none"
+                )[targets_T != IGNORE_INDEX]
+            )
         assert looks[name] == pytest.approx(torch.cat(losses).mean().item(), rel=1e-5)
     assert looks["validation"] != pytest.approx(looks["blank"], rel=1e-5)
 
 
 def test_a_look_shows_the_answer_that_is_right(home, capsys):
     checkpoint, samples = load_checkpoint(home / "model"), dataset.Samples(home / "data")
-    validation.validate(checkpoint, samples, validation.pack_validation_set(samples, 22), 0, 1, torch.autocast("cpu", enabled=False))
+    validation.validate(
+        checkpoint,
+        samples,
+        validation.pack_validation_set(samples, 22),
+        0,
+        1,
+        torch.autocast("cpu", enabled=False),
+    )
     shown = capsys.readouterr().out.splitlines()
     for line, i in zip(shown, samples.split(validation=True), strict=False):
         ids_T, _, _ = samples.read(i)
-        assert samples.names[i] in line and line.endswith(f"right is {checkpoint.tokenizer.decode(ids_T[-3:-1].tolist())!r}")
+        assert samples.names[i] in line and line.endswith(
+            f"right is {checkpoint.tokenizer.decode(ids_T[-3:-1].tolist())!r}"
+        )
     assert len(shown) == 2
 
 
 # ---- the same numbers, however the work is cut up ----
+
 
 def test_accumulated_micro_batches_are_one_batch(home):
     door.train(**settings(home, "micro-5", micro=5))
@@ -265,10 +447,23 @@ def test_accumulated_micro_batches_are_one_batch(home):
 def test_two_ranks_are_one_even_where_one_of_them_has_no_picture(home):
     """With the eye trained, so that its gradients are waited for."""
     samples = dataset.Samples(home / "data")
-    steps = zip(*(itertools.islice(iter(lambda x=rank: next(x), None), 8) for rank in
-                  (packing.Loader(samples, row=22, batch=5, micro=2, seed=0, rank=r, world=2) for r in (0, 1))), strict=True)
-    pictures = [[sum(len(batch["tiles_NCYX"]) for batch, _ in batches) for batches in ranks] for ranks in steps]
-    assert any(0 in counts and sum(counts) for counts in pictures), "the test wants a step in which one rank alone has pictures"
+    steps = zip(
+        *(
+            itertools.islice(iter(lambda x=rank: next(x), None), 8)
+            for rank in (
+                packing.Loader(samples, row=22, batch=5, micro=2, seed=0, rank=r, world=2)
+                for r in (0, 1)
+            )
+        ),
+        strict=True,
+    )
+    pictures = [
+        [sum(len(batch["tiles_NCYX"]) for batch, _ in batches) for batches in ranks]
+        for ranks in steps
+    ]
+    assert any(0 in counts and sum(counts) for counts in pictures), (
+        "the test wants a step in which one rank alone has pictures"
+    )
     two = launch(TWO_RANKS, settings(home, "two"))
     assert two.returncode == 0, two.stderr
     same_run_to_rounding(home / "whole", home / "two")
@@ -277,7 +472,9 @@ def test_two_ranks_are_one_even_where_one_of_them_has_no_picture(home):
 def test_bfloat16_products_change_little(home):
     door.train(**settings(home, "bfloat16", dtype="bfloat16"))
     exact, rough = log_of(home / "whole"), log_of(home / "bfloat16")
-    assert [line["loss"] for line in rough] == pytest.approx([line["loss"] for line in exact], rel=0.02)
+    assert [line["loss"] for line in rough] == pytest.approx(
+        [line["loss"] for line in exact], rel=0.02
+    )
     assert rough[-1]["loss"] != exact[-1]["loss"]
     assert all(x.dtype == torch.float32 for x in state_of(home / "bfloat16").values())
 
@@ -285,19 +482,29 @@ def test_bfloat16_products_change_little(home):
 def test_looking_and_logging_change_nothing(home):
     door.train(**settings(home, "watched", validate_every=1, log_every=5, save_every=100))
     torch.testing.assert_close(state_of(home / "watched"), state_of(home / "whole"), rtol=0, atol=0)
-    assert [line["validation"] for line in log_of(home / "watched") if line["step"] in (4, 8)] == \
-        [line["validation"] for line in log_of(home / "whole") if "validation" in line]
+    assert [line["validation"] for line in log_of(home / "watched") if line["step"] in (4, 8)] == [
+        line["validation"] for line in log_of(home / "whole") if "validation" in line
+    ]
 
 
 def write_exam(home, out, right=(0, 2)):
     """Three questions, the second without a picture, of which a run's final model answers those that are `right`."""
-    image_processing.picture_of(np.random.default_rng(2).integers(256, size=(3, 12, 12), dtype=np.uint8)).save(home / "seen.png")
-    lines = [{"id": i, "image": ["seen.png"] * (i != 1), "question": text, "answers": ["?"]} for i, text in enumerate(("a b", "b a a", "b"))]
+    image_processing.picture_of(
+        np.random.default_rng(2).integers(256, size=(3, 12, 12), dtype=np.uint8)
+    ).save(home / "seen.png")
+    lines = [
+        {"id": i, "image": ["seen.png"] * (i != 1), "question": text, "answers": ["?"]}
+        for i, text in enumerate(("a b", "b a a", "b"))
+    ]
     path = home / "exam.jsonl"
     for known in (False, True):
         path.write_text("".join(json.dumps(line) + "\n" for line in lines))
         if not known:
-            said = runner.answers(load_checkpoint(list_checkpoints(home / out)[-1]), benchmarks.read("exact", path), max_tokens=256)
+            said = runner.answers(
+                load_checkpoint(list_checkpoints(home / out)[-1]),
+                benchmarks.read("exact", path),
+                max_tokens=256,
+            )
             for i, answer in (pair for pairs in said for pair in pairs):
                 lines[i]["answers"] = [answer.text + "!" * (i not in right)]
     return path
@@ -307,58 +514,91 @@ def test_an_exam_on_the_way_changes_nothing_and_gives_the_marks_of_one_afterward
     exam = write_exam(home, "whole")
     door.train(**settings(home, "examined", exam=str(exam), exam_every=5))
     lines = log_of(home / "examined")
-    assert [line["step"] for line in lines if "exam" in line] == [5, 8] and lines[-1]["exam"] == pytest.approx(2 / 3)
-    torch.testing.assert_close(state_of(home / "examined"), state_of(home / "whole"), rtol=0, atol=0)
-    for wrong, message in ((dict(exam="no.jsonl"), "no.jsonl"), (dict(exam_images="x"), "--exam_images=x changes nothing without --exam=FILE"),
-                           (dict(exam_every=7), "--exam_every=7 changes nothing"), (dict(benchmark="vqa"), "--benchmark=vqa changes nothing")):
-        with pytest.raises((Mistake, OSError), match=message):
+    assert [line["step"] for line in lines if "exam" in line] == [5, 8] and lines[-1][
+        "exam"
+    ] == pytest.approx(2 / 3)
+    torch.testing.assert_close(
+        state_of(home / "examined"), state_of(home / "whole"), rtol=0, atol=0
+    )
+    for wrong, message in (
+        (dict(exam="no.jsonl"), "no.jsonl"),
+        (dict(exam_images="x"), "--exam_images=x changes nothing without --exam=FILE"),
+        (dict(exam_every=7), "--exam_every=7 changes nothing"),
+        (dict(benchmark="vqa"), "--benchmark=vqa changes nothing"),
+    ):
+        with pytest.raises((UserError, OSError), match=message):
             door.train(**settings(home, "refused", **wrong))
 
 
 # ---- however it ends ----
 
+
 def test_profiling_changes_nothing_and_tells_where_the_seconds_went(home, capsys):
     door.train(**settings(home, "profiled", profile=True))
     lines = log_of(home / "profiled")
-    phases = {f"seconds of {phase}" for phase in ("data", "eye", "decoder", "optimizer", "between steps")}
+    phases = {
+        f"seconds of {phase}" for phase in ("data", "eye", "decoder", "optimizer", "between steps")
+    }
     assert set(lines[-1]) - set(log_of(home / "whole")[-1]) == phases
-    assert lines == [line | {name: pytest.approx(lines[i][name]) for name in phases & set(lines[i])} for i, line in enumerate(log_of(home / "whole"))]
-    torch.testing.assert_close(state_of(home / "profiled"), state_of(home / "whole"), rtol=0, atol=0)
+    assert lines == [
+        line | {name: pytest.approx(lines[i][name]) for name in phases & set(lines[i])}
+        for i, line in enumerate(log_of(home / "whole"))
+    ]
+    torch.testing.assert_close(
+        state_of(home / "profiled"), state_of(home / "whole"), rtol=0, atol=0
+    )
     with gzip.open(home / "profiled/trace.json.gz") as file:
         names = [event.get("name") for event in json.load(file)["traceEvents"]]
     assert names.count("Optimizer.step#AdamW.step") == profiler.Clock.TRACED
-    assert "    seconds a step: data " in (said := capsys.readouterr().out) and "communication was under way 0.000 s" in said
+    assert (
+        "    seconds a step: data " in (said := capsys.readouterr().out)
+        and "communication was under way 0.000 s" in said
+    )
 
 
 def test_a_run_says_what_it_came_to_over_all_its_stops(home, capsys):
     door.train(**settings(home, "in one go"))
     whole = capsys.readouterr().out.splitlines()[-1]
-    samples, tokens, hours, best = re.fullmatch(r"(\d+) samples, (\d+) tokens, (\S+) hours, best validation (\S+ at step \d)", whole).groups()
+    samples, tokens, hours, best = re.fullmatch(
+        r"(\d+) samples, (\d+) tokens, (\S+) hours, best validation (\S+ at step \d)", whole
+    ).groups()
     loader = packing.Loader(dataset.Samples(home / "data"), row=22, batch=5, micro=5, seed=0)
     batches = [next(loader)[0] for _ in range(8)]
     assert int(samples) == sum(len(members) for _, members in batches)
     assert int(tokens) == sum(int((batch["documents_BT"] >= 0).sum()) for batch, _ in batches)
-    seen = [(line["validation"], line["step"]) for line in log_of(home / "in one go") if "validation" in line]
+    seen = [
+        (line["validation"], line["step"])
+        for line in log_of(home / "in one go")
+        if "validation" in line
+    ]
     assert best == "{:.4f} at step {}".format(*min(seen))
 
 
 def test_curves_for_tensorboard_are_those_of_the_log(home, monkeypatch):
-    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    event_accumulator = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator"
+    )
     door.train(**settings(home, "board", tensorboard=True))
     curves = event_accumulator.EventAccumulator(str(home / "board")).Reload()
     lines = [json.loads(line) for line in (home / "board/log.jsonl").read_text().splitlines()]
     for name in ("loss", "validation", "norm of projector"):
         assert [(event.step, event.value) for event in curves.Scalars(name)] == [
-            (line["step"], pytest.approx(line[name])) for line in lines if name in line]
+            (line["step"], pytest.approx(line[name])) for line in lines if name in line
+        ]
     monkeypatch.setattr(recipes, "find_spec", {}.get)
-    with pytest.raises(Mistake, match="^--tensorboard=True needs tensorboard: pip install tensorboard$"):
+    with pytest.raises(
+        UserError, match="^--tensorboard=True needs tensorboard: pip install tensorboard$"
+    ):
         door.train(**settings(home, "no board", tensorboard=True))
     assert not (home / "no board").exists()
 
 
 def test_no_compiler_is_told_before_anything_is_written(home, monkeypatch):
     monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, "no-compiler"))
-    with pytest.raises(Mistake, match="^--compile=true: torch.compile does not work here: InvalidCxxCompiler: No working C"):
+    with pytest.raises(
+        UserError,
+        match="^--compile=true: torch.compile does not work here: InvalidCxxCompiler: No working C",
+    ):
         door.train(**settings(home, "not compiled", compile=True))
     assert not (home / "not compiled").exists()
 
@@ -410,7 +650,10 @@ def test_a_run_killed_while_it_saves_goes_on_from_the_checkpoint_before(home):
         weights.sync = kill_at_the_second_save
         train.cli.run(train.train)
     """
-    assert launch([sys.executable, "-c", killer], settings(home, "killed")).returncode == -signal.SIGKILL
+    assert (
+        launch([sys.executable, "-c", killer], settings(home, "killed")).returncode
+        == -signal.SIGKILL
+    )
     left = sorted(path.name for path in (home / "killed").iterdir())
     assert left == ["log.jsonl", "step-000003", "step-000006.tmp"]
     door.train(**settings(home, "killed", resume=True))
@@ -420,17 +663,26 @@ def test_a_run_killed_while_it_saves_goes_on_from_the_checkpoint_before(home):
 
 def test_a_full_disk_leaves_the_last_checkpoint_and_one_message_from_all_ranks(home, monkeypatch):
     """No file may grow over 128 blocks (of 512 or 1024 bytes): rank 0 cannot save, and rank 1 does not wait for it."""
-    monkeypatch.setattr(logger.Log, "line", lambda log, step, *_, **__: os.kill(os.getpid(), signal.SIGINT) if step == 3 else None)
+    monkeypatch.setattr(
+        logger.Log,
+        "line",
+        lambda log, step, *_, **__: os.kill(os.getpid(), signal.SIGINT) if step == 3 else None,
+    )
     with pytest.raises(SystemExit) as end:
         door.train(**settings(home, "full"))
     assert end.value.code == 130
     (kept,) = list_checkpoints(home / "full")
     before = {path.name: path.read_bytes() for path in kept.iterdir()}
-    full = launch(["sh", "-c", 'ulimit -f 128 && exec "$@"', "sh", *TWO_RANKS], settings(home, "full", resume=True))
+    full = launch(
+        ["sh", "-c", 'ulimit -f 128 && exec "$@"', "sh", *TWO_RANKS],
+        settings(home, "full", resume=True),
+    )
     assert full.returncode == 1
     (error,) = [line for line in full.stderr.splitlines() if line.startswith("error: ")]
     assert "step-000006 could not be saved" in error and f"{kept} is whole" in error
-    assert "nanovlm" not in full.stderr.replace(str(ROOT), "").partition("Traceback")[2], "a traceback of ours"
+    assert "nanovlm" not in full.stderr.replace(str(ROOT), "").partition("Traceback")[2], (
+        "a traceback of ours"
+    )
     assert [path.name for path in (home / "full").glob("step-*")] == [kept.name]
     assert before == {path.name: path.read_bytes() for path in kept.iterdir()}
 
@@ -440,21 +692,42 @@ def test_a_loss_that_is_no_number_names_its_step_and_sample_and_changes_nothing(
     checkpoint = load_checkpoint(home / "model")
     with torch.no_grad():
         checkpoint.model.decoder.embed.weight[poison] = math.nan
-    monkeypatch.setattr(weights, "load_checkpoint", lambda *_, **__: checkpoint)  # what is in a file is never NaN
+    monkeypatch.setattr(
+        weights, "load_checkpoint", lambda *_, **__: checkpoint
+    )  # what is in a file is never NaN
     write_set(home / "poisoned-data", checkpoint, poison)
-    chosen = settings(home, "nan", data=str(home / "poisoned-data"), steps=40, micro=1, save_every=1, row=21, freeze="decoder")
+    chosen = settings(
+        home,
+        "nan",
+        data=str(home / "poisoned-data"),
+        steps=40,
+        micro=1,
+        save_every=1,
+        row=21,
+        freeze="decoder",
+    )
     loader = packing.Loader(dataset.Samples(chosen["data"]), row=21, batch=5, micro=1, seed=0)
     names = loader.samples.names
-    step, row = next((step, members) for step, batches in enumerate(iter(lambda: next(loader), None), 1)
-                     for _, members in batches if "the poisoned one" in [names[i] for i in members])
+    step, row = next(
+        (step, members)
+        for step, batches in enumerate(iter(lambda: next(loader), None), 1)
+        for _, members in batches
+        if "the poisoned one" in [names[i] for i in members]
+    )
     assert step > 1
-    with pytest.raises(Mistake, match=f"^step {step}: loss nan.* Samples: {', '.join(names[i] for i in row)}. Look at one: python prepare.py show"):
+    with pytest.raises(
+        UserError,
+        match=f"^step {step}: loss nan.* Samples: {', '.join(names[i] for i in row)}. Look at one: python prepare.py show",
+    ):
         door.train(**chosen)
     assert [path.name for path in list_checkpoints(home / "nan")] == [f"step-{step - 1:06d}"]
     kept = dataset.Samples(home / "nan" / f"not-finite-{step:06d}")
     for k, i in enumerate(row):
         assert kept.names[k] == names[i]
-        assert all(np.array_equal(a, b) for a, b in zip(kept.read(k)[:2], loader.samples.read(i)[:2], strict=True))
+        assert all(
+            np.array_equal(a, b)
+            for a, b in zip(kept.read(k)[:2], loader.samples.read(i)[:2], strict=True)
+        )
 
 
 def test_a_finished_run_says_so(home, capsys):
@@ -467,9 +740,18 @@ def test_a_finished_run_says_so(home, capsys):
 # ---- what is refused ----
 
 REFUSED = [
-    (dict(micro=0, batch=-1, row=0), "--micro=0 must be at least 1; --row=0 must be at least 1; --batch=-1 must be at least 1, a row for each rank"),
-    (dict(steps=0, save_every=0, log_every=0, validate_every=0), "--steps=0 .*--save_every=0 .*--validate_every=0 .*--log_every=0 must"),
-    (dict(lr=0, clip=-1.0, projector_lr=0), "--lr=0 must be above 0; --projector_lr=0 .*--clip=-1.0 must"),
+    (
+        dict(micro=0, batch=-1, row=0),
+        "--micro=0 must be at least 1; --row=0 must be at least 1; --batch=-1 must be at least 1, a row for each rank",
+    ),
+    (
+        dict(steps=0, save_every=0, log_every=0, validate_every=0),
+        "--steps=0 .*--save_every=0 .*--validate_every=0 .*--log_every=0 must",
+    ),
+    (
+        dict(lr=0, clip=-1.0, projector_lr=0),
+        "--lr=0 must be above 0; --projector_lr=0 .*--clip=-1.0 must",
+    ),
     (dict(floor=0.02), "--floor=0.02 must be between 0 and --lr=0.01"),
     (dict(warmup=1.0, beta1=-0.1, beta2=1), "--warmup=1.0 .*--beta1=-0.1 .*--beta2=1 must"),
     (dict(decay=-0.1, seed=-1), "--decay=-0.1 must be at least 0; --seed=-1 must"),
@@ -478,12 +760,21 @@ REFUSED = [
     (dict(device="cuda:99"), "card 99.* sees 0"),
     (dict(freeze="vision,eyes"), "'eyes' is none of vision, projector, decoder"),
     (dict(freeze="vision,projector,decoder"), "leaves nothing to train"),
-    (dict(freeze="vision", vision_lr=0.1), "--vision_lr=0.1 is for a part that --freeze=vision holds still"),
-    (dict(offload=True), "--offload=True wants --parallel=fsdp"), (dict(kernels="mine"), "--kernels=mine is none of auto, torch"),
-    (dict(mfu=0.5), "--mfu=0.5 is for --dry_run=true"), (dict(dry_run=True), "--data=.* changes nothing in a dry run"),
+    (
+        dict(freeze="vision", vision_lr=0.1),
+        "--vision_lr=0.1 is for a part that --freeze=vision holds still",
+    ),
+    (dict(offload=True), "--offload=True wants --parallel=fsdp"),
+    (dict(kernels="mine"), "--kernels=mine is none of auto, torch"),
+    (dict(mfu=0.5), "--mfu=0.5 is for --dry_run=true"),
+    (dict(dry_run=True), "--data=.* changes nothing in a dry run"),
     (dict(dry_run=True, mfu=1.5), "--mfu=1.5 must be above 0 and at most 1"),
-    (dict(stage="stf"), "--stage=stf is not known"), (dict(recipe="lava"), "--recipe=lava has no --stage=sft: megatron has brain, eye"),
-    (dict(recipe="llava", stage="eye"), "--recipe=llava has no --stage=eye: .*; llava has pretrain, sft"),
+    (dict(stage="stf"), "--stage=stf is not known"),
+    (dict(recipe="lava"), "--recipe=lava has no --stage=sft: megatron has brain, eye"),
+    (
+        dict(recipe="llava", stage="eye"),
+        "--recipe=llava has no --stage=eye: .*; llava has pretrain, sft",
+    ),
     (dict(data="no/data"), "no/data is no prepared data"),
     (dict(model="no/model"), "no such model: no/model"),
     (dict(row=12), r"sample sample-\d+ takes 20 tokens, a row holds --row=12"),
@@ -496,26 +787,49 @@ REFUSED = [
 def test_nonsense_is_refused_in_one_line_before_anything_is_written(home, wrong, message):
     if wrong.get("device") == "cuda:99" and torch.cuda.is_available():
         pytest.skip("there are cards here")
-    with pytest.raises(Mistake, match=message) as mistake:
+    with pytest.raises(UserError, match=message) as mistake:
         door.train(**settings(home, "refused", **wrong))
     assert "\n" not in str(mistake.value) and not (home / "refused").exists()
 
 
-OTHERS = dict(stage="eye", model="elsewhere", steps=9, batch=6, row=23, freeze="vision", lr=2e-2, vision_lr=1e-2, projector_lr=1e-2, decoder_lr=1e-2,
-              floor=2e-3, warmup=0.4, decay=0.2, clip=2.0, beta1=0.8, beta2=0.9, seed=1, dtype="float32")
+OTHERS = dict(
+    stage="eye",
+    model="elsewhere",
+    steps=9,
+    batch=6,
+    row=23,
+    freeze="vision",
+    lr=2e-2,
+    vision_lr=1e-2,
+    projector_lr=1e-2,
+    decoder_lr=1e-2,
+    floor=2e-3,
+    warmup=0.4,
+    decay=0.2,
+    clip=2.0,
+    beta1=0.8,
+    beta2=0.9,
+    seed=1,
+    dtype="float32",
+)
 
 
-@pytest.mark.parametrize("name", [name for name, *_ in cli.settings(door.train) if name not in door.FREE])
+@pytest.mark.parametrize(
+    "name", [name for name, *_ in cli.settings(door.train) if name not in door.FREE]
+)
 def test_a_run_goes_on_only_with_the_settings_it_had(home, name):
-    with pytest.raises(Mistake, match=rf"--{name} was .*, now {OTHERS[name]}"):
+    with pytest.raises(UserError, match=rf"--{name} was .*, now {OTHERS[name]}"):
         door.train(**settings(home, "whole", resume=True, **{name: OTHERS[name]}))
 
 
 def test_a_held_out_sample_must_fit_into_a_row_as_well(home):
-    samples = [(name, [97] * length, [1] * length, []) for name, length in [("sample-33", 23), ("short", 7)]]
+    samples = [
+        (name, [97] * length, [1] * length, [])
+        for name, length in [("sample-33", 23), ("short", 7)]
+    ]
     conftest.write_set(home / "long", load_checkpoint(home / "model").fingerprint(), samples)
     assert dataset.held_out("sample-33")
-    with pytest.raises(Mistake, match="sample sample-33 takes 23 tokens, a row holds --row=22"):
+    with pytest.raises(UserError, match="sample sample-33 takes 23 tokens, a row holds --row=22"):
         door.train(**settings(home, "refused", data=str(home / "long")))
 
 
@@ -524,24 +838,29 @@ def test_a_run_goes_on_only_with_the_data_it_had_wherever_that_lies(home, capsys
     door.train(**settings(home, "whole", resume=True, data=str(home / "moved")))
     assert "has all of its 8 steps" in capsys.readouterr().out
     write_set(home / "other", load_checkpoint(home / "model"), count=61)
-    with pytest.raises(Mistake, match=r"--data was 65 samples of .*, now 66 samples of"):
+    with pytest.raises(UserError, match=r"--data was 65 samples of .*, now 66 samples of"):
         door.train(**settings(home, "whole", resume=True, data=str(home / "other")))
 
 
 def test_an_earlier_run_is_moved_aside_and_other_folders_are_left_alone(home, capsys):
     door.train(**settings(home, "again", steps=1))
     door.train(**settings(home, "again", steps=2))
-    assert [line["step"] for line in log_of(home / "again.1")] == [1] and [line["step"] for line in log_of(home / "again")] == [1, 2]
-    with pytest.raises(Mistake, match="data is there already, and is no run"):
+    assert [line["step"] for line in log_of(home / "again.1")] == [1] and [
+        line["step"] for line in log_of(home / "again")
+    ] == [1, 2]
+    with pytest.raises(UserError, match="data is there already, and is no run"):
         door.train(**settings(home, "data"))
-    with pytest.raises(Mistake, match="lies in --out"):
+    with pytest.raises(UserError, match="lies in --out"):
         door.train(**settings(home, "again", model=str(home / "again")))
 
 
 def test_a_folder_is_one_runs(home):
     """Neither is a run moved aside while it is alive, nor does another go on from it."""
     door.train(**settings(home, "alive", steps=1))
-    before, refused = (home / "alive/log.jsonl").read_bytes(), pytest.raises(Mistake, match="alive is being written by another process$")
+    before, refused = (
+        (home / "alive/log.jsonl").read_bytes(),
+        pytest.raises(UserError, match="alive is being written by another process$"),
+    )
     with files.claim(home / "alive"):
         with refused:
             door.train(**settings(home, "alive", steps=2))
@@ -551,15 +870,21 @@ def test_a_folder_is_one_runs(home):
 
 
 def test_weights_that_are_no_numbers_are_not_saved(home):
-    with pytest.raises(Mistake, match=r"^step 1: \S+ holds what is no number, so it is not saved; no checkpoint is whole$"):
+    with pytest.raises(
+        UserError,
+        match=r"^step 1: \S+ holds what is no number, so it is not saved; no checkpoint is whole$",
+    ):
         door.train(**settings(home, "absurd", lr=1e39, floor=0.0, save_every=1))
     assert not list_checkpoints(home / "absurd")
 
 
-@pytest.mark.parametrize(("content", "message"), [("", "is not JSON"), ("[]", r"is no object: \[\]"), ("{}", "holds no step")])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("", "is not JSON"), ("[]", r"is no object: \[\]"), ("{}", "holds no step")],
+)
 def test_a_step_whose_json_is_odd_is_named(tmp_path, content, message):
     (tmp_path / "training.json").write_text(content)
-    with pytest.raises(Mistake, match=f"training.json {message}"):
+    with pytest.raises(UserError, match=f"training.json {message}"):
         door.step_of(tmp_path, {})
 
 
@@ -571,7 +896,10 @@ def test_stages_chain_by_default(home, tmp_path, monkeypatch):
     door.train(stage="pretrain", model=str(home / "model"), steps=1, batch=1, row=22)
     door.train(stage="sft", steps=1, batch=1, row=22)
     start, end = load_checkpoint("out/pretrain"), load_checkpoint("out/sft")
-    assert end.card["sft"] == "1 steps from out/pretrain on data/chats" and end.card["pretrain"] == start.card["pretrain"]
+    assert (
+        end.card["sft"] == "1 steps from out/pretrain on data/chats"
+        and end.card["pretrain"] == start.card["pretrain"]
+    )
     assert torch.equal(end.model.vision.positions, start.model.vision.positions)
     assert not torch.equal(end.model.decoder.embed.weight, start.model.decoder.embed.weight)
 
@@ -579,8 +907,14 @@ def test_stages_chain_by_default(home, tmp_path, monkeypatch):
 def test_the_command_to_go_on_is_what_was_typed(monkeypatch):
     everything = {name: default for name, _, default, _ in cli.settings(door.train)}
     monkeypatch.setattr(sys, "argv", ["train.py", "--stage=sft"])
-    assert door.how_to_go_on(everything | {"stage": "sft", "out": "out/my run"}) == "python train.py --stage=sft '--out=out/my run' --resume=true"
+    assert (
+        door.how_to_go_on(everything | {"stage": "sft", "out": "out/my run"})
+        == "python train.py --stage=sft '--out=out/my run' --resume=true"
+    )
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
-    assert door.how_to_go_on(everything | {"stage": "sft", "resume": True}) == "torchrun --nproc_per_node=8 train.py --stage=sft --resume=true"
+    assert (
+        door.how_to_go_on(everything | {"stage": "sft", "resume": True})
+        == "torchrun --nproc_per_node=8 train.py --stage=sft --resume=true"
+    )
     monkeypatch.setattr(sys, "argv", ["train.py"])
     assert door.how_to_go_on(everything | {"stage": "sft"}) == "python train.py"
