@@ -94,13 +94,13 @@ def new(
         "draft": draft,
         **tiling(fit, tiles, thumbnail, tile_choice, tile_tags),
     }
-    pictures.check_policy(policy)
+    pictures.check_image_config(policy)
     random_init.create_model(
         readers.read_texts(source),
         out=out,
         vocabulary=vocabulary,
         template=template,
-        policy=policy,
+        image_config=policy,
         seed=seed,
         vision={
             "tile": tile,
@@ -174,8 +174,8 @@ def tiling(fit, tiles, thumbnail, tile_choice, tile_tags):
         ),
         (tiles is None or tiles >= 1, f"--tiles={tiles} must be at least 1"),
         (
-            tile_choice in pictures.GRIDS,
-            f"--tile_choice={tile_choice} is not known: {', '.join(pictures.GRIDS)}",
+            tile_choice in pictures.GRID_CHOICES,
+            f"--tile_choice={tile_choice} is not known: {', '.join(pictures.GRID_CHOICES)}",
         ),
         (
             tiles is not None or not any(beside.values()),
@@ -347,9 +347,9 @@ def export(
     check_template(template)
     owner = load_checkpoint(model, dtype=None, template=template)
     export_checkpoint(owner, out)
-    kind = "LLaVA-NeXT" if owner.policy["fit"] == "anyres" else "LLaVA"
+    kind = "LLaVA-NeXT" if owner.image_config["fit"] == "anyres" else "LLaVA"
     cli.status(
-        f"{out}: a {kind} folder of {sum(file.stat().st_size for file in Path(out).iterdir()):,} bytes, its template {owner.template}"
+        f"{out}: a {kind} folder of {sum(file.stat().st_size for file in Path(out).iterdir()):,} bytes, its template {owner.chat_template}"
     )
 
 

@@ -24,7 +24,7 @@ from nanovlm import kernels as forms
 from nanovlm.checkpoints.checkpoint import load_checkpoint
 from nanovlm.data import chat_template, image_processing, packing
 from nanovlm.evals import benchmarks, runner
-from nanovlm.evals.runner import LONGEST, check_lengths, prompt_ids
+from nanovlm.evals.runner import MAX_SEQUENCE, check_prompt_lengths, encode_prompt
 
 DTYPES = {
     "auto": None,
@@ -51,7 +51,7 @@ def say(*words):
     print(*words, file=sys.stderr, flush=True)
 
 
-def place_pictures(text, pictures):
+def place_images(text, pictures):
     """What a user says, with an <image> for each picture: where the text has them, else all in front of it."""
     typed = text.count("<image>")
     if typed not in (0, pictures):
@@ -67,27 +67,27 @@ def place_pictures(text, pictures):
     return text if typed else "<image>\n" * pictures + text
 
 
-def load_pictures(paths, policy):
-    return [image_processing.load(path, policy) for path in paths]
+def load_images(paths, policy):
+    return [image_processing.load_image(path, policy) for path in paths]
 
 
-def stream(checkpoint, turns, pictures, **choices):
+def stream_answer(checkpoint, turns, pictures, **choices):
     """The answer to a conversation, a piece of text for each token and a last one for what was held back; ends at the end token."""
-    text, ids = checkpoint.tokenizer.stream(), prompt_ids(checkpoint, turns, pictures)
-    check_lengths(checkpoint, [len(ids)], choices["max_tokens"])
-    stop = {chat_template.end_id(checkpoint.tokenizer, checkpoint.template)}
+    text, ids = checkpoint.tokenizer.stream(), encode_prompt(checkpoint, turns, pictures)
+    check_prompt_lengths(checkpoint, [len(ids)], choices["max_tokens"])
+    stop = {chat_template.end_token_id(checkpoint.tokenizer, checkpoint.chat_template)}
     for (next_id,) in checkpoint.model.generate(
-        [ids], **packing.join(pictures, checkpoint.policy), stop=stop, **choices
+        [ids], **packing.join(pictures, checkpoint.image_config), stop=stop, **choices
     ):
         if next_id not in stop:
             yield text.push(next_id)
     yield text.flush()
 
 
-def answer(checkpoint, turns, pictures, **choices):
+def print_answer(checkpoint, turns, pictures, **choices):
     """Print the answer to a conversation as it comes; return the whole of it."""
     began, parts = time.time(), []
-    for part in stream(checkpoint, turns, pictures, **choices):
+    for part in stream_answer(checkpoint, turns, pictures, **choices):
         parts.append(part)
         print(part, end="", flush=True)
     print(flush=True)
@@ -97,7 +97,7 @@ def answer(checkpoint, turns, pictures, **choices):
     return "".join(parts)
 
 
-def question(prompt, pictures):
+def read_question(prompt, pictures):
     """What is asked: what was typed, else what is piped in, else, of a picture, the demonstration's question."""
     if not prompt.strip() and sys.stdin and not sys.stdin.isatty():
         prompt = sys.stdin.read()
@@ -105,10 +105,10 @@ def question(prompt, pictures):
         raise UserError(
             "there is nothing to answer: give a --prompt, an --image, or --chat=true for a conversation"
         )
-    return place_pictures(prompt.strip() or "What is in the fridge?", pictures)
+    return place_images(prompt.strip() or "What is in the fridge?", pictures)
 
 
-def lines(first):
+def read_lines(first):
     """What a user says: `first` if it is not empty, then line after line of standard input until that ends."""
     while True:
         if first.strip():
@@ -119,22 +119,22 @@ def lines(first):
             return say()
 
 
-def converse(checkpoint, pictures, prompt, **choices):
+def chat_in_terminal(checkpoint, pictures, prompt, **choices):
     """A conversation in the terminal, an answer to each line; the pictures belong to the first."""
     turns = []
-    for line in lines(prompt):
+    for line in read_lines(prompt):
         try:
-            asked = place_pictures(line, 0 if turns else len(pictures))
+            asked = place_images(line, 0 if turns else len(pictures))
         except UserError as mistake:
             say(f"error: {mistake}")
             continue
         turns.append(("user", asked))
-        turns.append(("assistant", answer(checkpoint, turns, pictures, **choices)))
+        turns.append(("assistant", print_answer(checkpoint, turns, pictures, **choices)))
 
 
-def check_over(name, path, start):
+def check_overwrite(name, path, start):
     """Raise UserError for a file that is there, and does not begin as what the setting `name` would write over it does."""
-    if runner.is_begun(path) and not (
+    if runner.has_content(path) and not (
         Path(path).is_file() and Path(path).read_bytes().startswith(start)
     ):
         raise UserError(f"--{name}={path} is there, and is something else: name another")
@@ -148,7 +148,7 @@ def check_files(typed):
         if (path := getattr(typed, name))
     ]
     named += [
-        (f"the table beside --{name}", runner.beside(path))
+        (f"the table beside --{name}", runner.metadata_path(path))
         for name in ("score", "out")
         if (path := getattr(typed, name))
     ]
@@ -157,7 +157,7 @@ def check_files(typed):
         if Path(path).resolve() == Path(same).resolve() and not {one, other} <= read:
             raise UserError(f"{other} and {one} are one file, {path}: name another")
     if typed.report:
-        check_over("report", typed.report, b"<!doctype html>")
+        check_overwrite("report", typed.report, b"<!doctype html>")
 
 
 def check_exam(typed):
@@ -205,30 +205,30 @@ def check_idle(typed):
         cli.refuse_idle(sample, vars(typed), vars(typed).keys() - idle, "at --temperature=0")
 
 
-def exam(typed, choices):
+def run_evaluation(typed, choices):
     """Sit an exam, or mark its answers again, and tell how it went."""
     device = distributed.pick_device(typed.device)
-    rank, world = distributed.start(device)
-    with distributed.together():
-        about = runner.told(typed.score) if typed.score else {"asked": {"benchmark": "exact"}}
+    rank, world = distributed.init_distributed(device)
+    with distributed.raise_on_all_ranks():
+        about = runner.read_metadata(typed.score) if typed.score else {"asked": {"benchmark": "exact"}}
         if not (benchmark := typed.benchmark or (about and about["asked"]["benchmark"])):
             raise UserError(
-                f"no {runner.beside(typed.score)} says by which rules {typed.score} is to be marked: give --benchmark"
+                f"no {runner.metadata_path(typed.score)} says by which rules {typed.score} is to be marked: give --benchmark"
             )
-        benchmarks.named(benchmark)
+        benchmarks.find_benchmark(benchmark)
         if typed.out:
-            runner.check_out(typed.out, about.get("asked", {}) if typed.score else None)
+            runner.check_output(typed.out, about.get("asked", {}) if typed.score else None)
         if typed.submission:
-            benchmarks.submission(
+            benchmarks.format_submission(
                 benchmark, []
             )  # refused now, not after the exam, where its owner takes none
-            check_over(
+            check_overwrite(
                 "submission",
                 typed.submission,
-                f'[{{"{benchmarks.named(benchmark).submission[0]}": '.encode(),
+                f'[{{"{benchmarks.find_benchmark(benchmark).submission[0]}": '.encode(),
             )
         questions = (
-            benchmarks.read(
+            benchmarks.load_questions(
                 benchmark, typed.questions, typed.annotations, typed.images, typed.prompt
             )
             if typed.questions
@@ -238,17 +238,17 @@ def exam(typed, choices):
             None if typed.score else load_checkpoint(typed.model, device, DTYPES[typed.dtype])
         )
         rows = (
-            runner.mark_again(typed.score, questions, benchmark)
+            runner.rescore(typed.score, questions, benchmark)
             if typed.score and rank == 0
             else []
         )
-    with runner.held(typed.out, rank):
+    with runner.lock_output(typed.out, rank):
         if not typed.score:
             generate.ready(checkpoint.model)
             how = dict(benchmark=benchmark, prompt=typed.prompt, out=typed.out, batch=typed.batch)
-            rows, about = runner.sit(checkpoint, questions, rank, world, **how, **choices)
+            rows, about = runner.run_benchmark(checkpoint, questions, rank, world, **how, **choices)
         if rank == 0:
-            runner.conclude(
+            runner.summarize(
                 rows,
                 about,
                 questions,
@@ -293,7 +293,7 @@ def sample(
         "max_tokens": max_tokens,
         "seed": seed,
     }
-    check(choices)
+    check_ranges(choices)
     if dtype not in DTYPES:
         raise UserError(f"--dtype={dtype} is none of {', '.join(DTYPES)}")
     if kernels not in ("auto", "torch"):
@@ -306,24 +306,24 @@ def sample(
     check_exam(typed)
     check_idle(typed)
     if questions or score:
-        return exam(typed, choices)
-    asked = "" if chat else question(prompt, len(image))
+        return run_evaluation(typed, choices)
+    asked = "" if chat else read_question(prompt, len(image))
     checkpoint = load_checkpoint(model, distributed.pick_device(device), DTYPES[dtype])
     generate.ready(checkpoint.model)
-    pictures = load_pictures(image, checkpoint.policy)
+    pictures = load_images(image, checkpoint.image_config)
     if chat:
-        converse(checkpoint, pictures, prompt, **choices)
+        chat_in_terminal(checkpoint, pictures, prompt, **choices)
     else:
-        answer(checkpoint, [("user", asked)], pictures, **choices)
+        print_answer(checkpoint, [("user", asked)], pictures, **choices)
 
 
-def check(choices):
+def check_ranges(choices):
     """One UserError that names every choice out of its range."""
     rules = {  # where float32 could make a quotient infinite or a share 0, torch would draw from nothing
         "temperature": ("0 or from 0.001 to 1000", lambda x: x == 0 or 0.001 <= x <= 1000),
         "top_p": ("from 0.001 to 1", lambda x: 0.001 <= x <= 1),
         "top_k": ("at least 0 and below 2^31", lambda x: 0 <= x < 2**31),
-        "max_tokens": (f"from 1 to {LONGEST:,}", lambda x: 1 <= x <= LONGEST),
+        "max_tokens": (f"from 1 to {MAX_SEQUENCE:,}", lambda x: 1 <= x <= MAX_SEQUENCE),
         "seed": ("at least 0 and below 2^63", lambda x: 0 <= x < 2**63),
     }
     wrong = [

@@ -93,7 +93,7 @@ def to_train(folder, run):
     """A checkpoint whose card says what it is to become, and whose frozen parts hold still. Its numbers stay in their file until it is known which
     rank needs which."""
     checkpoint = load_checkpoint(folder, dtype=None, late=True)
-    checkpoint.card[run.stage] = f"{run.steps} steps from {run.model} on {run.data}"
+    checkpoint.history[run.stage] = f"{run.steps} steps from {run.model} on {run.data}"
     hold_still(checkpoint.model.train(), run.rates)
     kernels.choice = run.kernels
     return checkpoint
@@ -158,7 +158,7 @@ def lay_out(run, model, row, device, rank, world):
     products = torch.bfloat16 if narrow else torch.float32
     how = dict(recompute=run.recompute, accumulates=run.micro * world < run.batch)
     sizes = estimate_memory(model, row, run.micro, device, products, **how)
-    run.parallel, why = ranks.choose(run.parallel, sum(sizes.values()), device)
+    run.parallel, why = ranks.choose_parallelism(run.parallel, sum(sizes.values()), device)
     if run.parallel == "fsdp":
         sizes = estimate_memory(
             model,
@@ -172,7 +172,7 @@ def lay_out(run, model, row, device, rank, world):
             **how,
         )
     if run.compile:
-        with ranks.together():
+        with ranks.raise_on_all_ranks():
             ranks.check_compiler(device)
     if rank == 0:
         print(f"parallel: {run.parallel}, {why}")
@@ -190,7 +190,7 @@ def read_exam(run):
             "without --exam=FILE",
         )
         return []
-    questions = benchmarks.read(run.benchmark, run.exam, images=run.exam_images)
+    questions = benchmarks.load_questions(run.benchmark, run.exam, images=run.exam_images)
     if secret := [q["id"] for q in questions if not q["answers"]]:
         raise UserError(f"--exam={run.exam}: question {secret[0]} has no answer to be marked by")
     return questions
@@ -205,8 +205,8 @@ def look(run, done, checkpoint, samples, held_out, questions, mixed, rank, world
         else {}
     )
     if questions and (last or done % run.exam_every == 0):
-        marks = runner.ask(checkpoint, questions, rank, world, benchmark=run.benchmark, mixed=mixed)
-        (seen["exam"],) = ranks.total(
+        marks = runner.evaluate(checkpoint, questions, rank, world, benchmark=run.benchmark, mixed=mixed)
+        (seen["exam"],) = ranks.all_reduce_sum(
             [0.0 if marks is None else marks[-1].score], checkpoint.model.mean_C11.device
         )
     return seen
@@ -214,9 +214,9 @@ def look(run, done, checkpoint, samples, held_out, questions, mixed, rank, world
 
 def spread(run, model, device, products):
     """The model over the ranks as it was settled: what is to be called in its place, and the context to call it in."""
-    ranks.recompute(ranks.blocks(model, run.recompute))
-    ranks.compile_blocks(ranks.blocks(model) if run.compile else ())
-    return ranks.wrap(model, run.parallel, device, products, run.shard, run.offload)
+    ranks.checkpoint_activations(ranks.transformer_blocks(model, run.recompute))
+    ranks.compile_blocks(ranks.transformer_blocks(model) if run.compile else ())
+    return ranks.wrap_model(model, run.parallel, device, products, run.shard, run.offload)
 
 
 def foretell(run, typed):
@@ -224,10 +224,10 @@ def foretell(run, typed):
     cli.refuse_idle(train, typed, DRY, "in a dry run")
     told = describe_checkpoint(run.model)
     with torch.device("meta"):
-        model = build_model(told.shapes, told.policy).train()
+        model = build_model(told.shapes, told.image_config).train()
     hold_still(model, run.rates)
     print_estimate(
-        run, model, told.policy, speed=(run.peak or 989) * 1e12 * (run.mfu or 0.4)
+        run, model, told.image_config, speed=(run.peak or 989) * 1e12 * (run.mfu or 0.4)
     )  # 989: an H100 in bfloat16, by NVIDIA's data sheet
 
 
@@ -288,8 +288,8 @@ def train(
     if dry_run:
         return foretell(resolve(typed, 1), typed)
     device = ranks.pick_device(device)
-    rank, world = ranks.start(device)
-    with ranks.together():
+    rank, world = ranks.init_distributed(device)
+    with ranks.raise_on_all_ranks():
         # ---- what to train: the checkpoint, its frozen parts ----
         run = resolve(typed, world)
         found = to_go_on_from(run)
@@ -324,7 +324,7 @@ def train(
 
     # ---- on what: one process, or several that each hold the model, or a part of it ----
     products = lay_out(run, vlm, one_row, device, rank, world)
-    with ranks.together():
+    with ranks.raise_on_all_ranks():
         if rank == 0:
             make_room(run)
     wrapped, mixed = spread(run, vlm, device, products)
@@ -350,7 +350,7 @@ def train(
             coming = reader.submit(next, loader)
             share = set_rates(optimizer, done, run)
             step = gradients(wrapped, batches, device, mixed, stopper, clock)
-            norms = ranks.clip(vlm, run.rates, run.clip)
+            norms = ranks.clip_grad_norm(vlm, run.rates, run.clip)
             done += 1
             check_finite(done, step, norms["norm"], batches, samples, run.out)
             optimizer.step()
@@ -399,7 +399,7 @@ def gradients(wrapped, batches, device, mixed, stopper, clock):
             strict=True,
         )
     ]
-    trained, tokens, samples, world = ranks.total([*counts, 1], device)
+    trained, tokens, samples, world = ranks.all_reduce_sum([*counts, 1], device)
     sums = []
     for number, (batch, _) in enumerate(batches, 1):
         with ranks.no_sync(wrapped, last=number == len(batches)):
@@ -414,7 +414,7 @@ def gradients(wrapped, batches, device, mixed, stopper, clock):
             clock.mark("eye")
         sums.append(loss.detach())
     sums = torch.stack(sums).tolist()
-    loss, asked = ranks.total([sum(sums), stopper.asked > 0], device)
+    loss, asked = ranks.all_reduce_sum([sum(sums), stopper.asked > 0], device)
     return SimpleNamespace(
         loss=loss / trained if trained else math.nan,
         sums=sums,
@@ -437,11 +437,11 @@ def check_finite(done, step, norm, batches, samples, out):
         if not math.isfinite(x)
         for i in members
     ]
-    everyone = ranks.gather((blamed, mine))
+    everyone = ranks.all_gather_object((blamed, mine))
     members = [i for some, _ in everyone for i in some] or [i for _, some in everyone for i in some]
     kept = Path(out) / f"not-finite-{done:06d}"
-    with ranks.together():
-        ranks.first(dataset.write_some, samples, members, kept)
+    with ranks.raise_on_all_ranks():
+        ranks.on_rank_0(dataset.write_some, samples, members, kept)
         raise UserError(
             f"step {done}: loss {step.loss}, gradient norm {norm}; what is saved is untouched. Samples: "
             f"{', '.join(samples.names[i] for i in members[:50])}{f' and {len(members) - 50} more' if len(members) > 50 else ''}. "

@@ -1,6 +1,7 @@
-"""Several processes as one: launch, wrapping, and the collectives the training loop needs. The model does not know that this file exists.
+"""Distributed training: process group, DDP and FSDP2, and the collectives of the training loop.
 
-One process is the case of one rank: there is nobody to wait for, add up with or share a model with, so train.py needs no second path.
+The model does not know this file. Without torchrun there is one rank: the collectives return what
+they are given and the model is not wrapped, so train.py needs no second path.
 """
 
 import atexit
@@ -20,130 +21,154 @@ from torch.utils.checkpoint import checkpoint
 
 from . import UserError
 
-ROOM = 0.8  # of a device's memory may be spoken for by an estimate; the rest is for what fragments, and for libraries
+# An estimate may use this share of a device's memory; the rest is for fragmentation and libraries.
+MEMORY_SHARE = 0.8
 
 
 def pick_device(name):
-    """ "auto" takes CUDA, then Apple's MPS, then the CPU; under torchrun a rank takes the card of its number on its machine."""
+    """Return the torch.device of --device. "auto" takes CUDA, then Apple's MPS, then the CPU.
+
+    Under torchrun, "auto" and "cuda" take the GPU with the local rank's number. Raises UserError if
+    there is no such device.
+    """
     if name == "auto":
-        name = (
-            "cuda"
-            if torch.cuda.is_available()
-            else "mps"
-            if torch.backends.mps.is_available()
-            else "cpu"
-        )
+        if torch.cuda.is_available():
+            name = "cuda"
+        else:
+            name = "mps" if torch.backends.mps.is_available() else "cpu"
     kind, _, number = name.partition(":")
-    if kind not in ("cpu", "cuda", "mps") or (
-        number and not (kind == "cuda" and number.isdecimal())
-    ):
+    has_number = kind == "cuda" and number.isdecimal()
+    if kind not in ("cpu", "cuda", "mps") or (number and not has_number):
         raise UserError(
-            f"--device={name} is none of auto, cpu, cuda, cuda:1 (or another card's number) and mps"
+            f"--device={name} is none of auto, cpu, cuda, cuda:1 (or another GPU's number) and mps"
         )
     if kind == "mps" and not torch.backends.mps.is_available():
-        raise UserError(f"--device={name}, but PyTorch {torch.__version__} sees no Apple GPU here")
+        raise UserError(f"--device={name}, but PyTorch {torch.__version__} finds no Apple GPU here")
     if kind != "cuda":
         return torch.device(kind)
-    number, cards = int(number or os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
-    if number >= cards:
+    number, gpus = int(number or os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if number >= gpus:
         raise UserError(
-            f"--device={name} wants CUDA card {number}, but PyTorch {torch.__version__} sees {cards} here"
+            f"--device={name} needs GPU {number}, "
+            f"but PyTorch {torch.__version__} finds {gpus} GPUs here"
         )
     return torch.device("cuda", number)
 
 
-def make_current(device):
-    """Streams, recordings and NCCL work on the current card, whichever holds the tensors. From here on a card's memory is touched."""
+def set_current_device(device):
+    """Make a GPU the current one: streams, CUDA graphs and NCCL use it.
+
+    No GPU memory is used before this call.
+    """
     if device.type == "cuda":
         torch.cuda.set_device(device)
 
 
-def start(device):
-    """(rank, world): under torchrun its processes meet here; without it, (0, 1). What lies on a CPU travels by gloo, also where cards are: so ranks
-    can agree that settings are wrong before a card's memory is touched, and NCCL takes its share only when a first tensor on a card travels."""
+def init_distributed(device):
+    """Start the process group under torchrun; returns (rank, world size).
+
+    Without torchrun it starts nothing and returns (0, 1).
+
+    CPU tensors use gloo, even if the model is on GPUs. So the ranks can agree that a setting is
+    wrong before they use any GPU memory. NCCL starts with the first collective of a GPU tensor.
+    """
     if "RANK" not in os.environ:
         return 0, 1
     if not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-        atexit.register(leave)
+        atexit.register(destroy_process_group)
     return dist.get_rank(), dist.get_world_size()
 
 
-def rank():
+def get_rank():
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def leave():
-    """Part from the other ranks. gloo's threads need the interpreter once more to let go of the last collective's tensors, and abort the process
-    if it is gone by then (pytorch/pytorch#190489): sleeping lends it to them."""
+def destroy_process_group():
+    """Leave the process group.
+
+    gloo's threads need the interpreter once more to free the last collective's tensors, and abort
+    the process if it has ended by then (pytorch/pytorch#190489). The sleep gives them that time.
+    """
     dist.destroy_process_group()
     time.sleep(0.1)
 
 
-# ---- how a model lies over the ranks ----
+# ---- DDP or FSDP ----
 
 
-def choose(asked, needed, device):
-    """(how, why) for --parallel=auto, ddp or fsdp; needed: bytes that a rank takes where it holds everything, as estimate_memory tells."""
+def choose_parallelism(parallel, needed, device):
+    """Return (method, reason) for --parallel=auto, ddp or fsdp.
+
+    needed: bytes of a rank that holds the whole model, as `estimate_memory` returns them.
+    """
     if not dist.is_initialized():
-        if asked != "auto":
+        if parallel != "auto":
             raise UserError(
-                f"--parallel={asked} is for several processes: start them with torchrun"
+                f"--parallel={parallel} is for several processes: start them with torchrun"
             )
         return "none", "one process"
-    if asked != "auto":
-        return asked, "as asked"
-    has, most = min(gather(memory_of(device))), max(gather(needed))
-    sizes = f"a rank takes about {most / 2**30:.2f} GiB whole, and has {has / 2**30:.2f} GiB"
-    return (
-        ("ddp", sizes)
-        if most <= ROOM * has
-        else ("fsdp", f"{sizes}, of which {ROOM:.0%} may be spoken for")
+    if parallel != "auto":
+        return parallel, "as requested"
+    available = min(all_gather_object(available_memory(device)))
+    needed = max(all_gather_object(needed))
+    sizes = (
+        f"the whole model takes about {needed / 2**30:.2f} GiB on each rank, "
+        f"which has {available / 2**30:.2f} GiB"
     )
+    if needed <= MEMORY_SHARE * available:
+        return "ddp", sizes
+    return "fsdp", f"{sizes}; at most {MEMORY_SHARE:.0%} of it may be used"
 
 
-def memory_of(device):
-    """Bytes that a rank may use: its card's, or its share of the machine's."""
+def available_memory(device):
+    """Bytes that a rank may use: its GPU's memory, or its share of the machine's."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    return (
-        os.sysconf("SC_PAGE_SIZE")
-        * os.sysconf("SC_PHYS_PAGES")
-        // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    )
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return total // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
-def blocks(model, which="all"):
-    """The blocks that --recompute=none, decoder or all names."""
+def transformer_blocks(model, which="all"):
+    """The blocks that --activation_checkpointing=none, decoder or all names."""
     return [
         *(model.vision.layers if which == "all" else ()),
         *(model.decoder.layers if which != "none" else ()),
     ]
 
 
-def recompute(some):
-    """Have blocks keep only what enters them, and compute the rest again when the backward pass comes by (Chen et al. 2016): about a third more
-    work. There is no randomness in them to repeat."""
-    for block in some:
+def checkpoint_activations(blocks):
+    """Activation checkpointing (Chen et al. 2016): blocks keep only their inputs.
+
+    The backward pass computes the rest again, which costs about a third more. Blocks have no
+    dropout, so there is no random state to preserve.
+    """
+    for block in blocks:
         block.forward = functools.partial(
             checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False
         )
 
 
-def compile_blocks(some):
-    """Have torch.compile join what blocks compute into fewer passes over memory. Sizes are symbols from the start (dynamic): another number of
-    tiles, rows or tokens is no reason to compile again."""
-    for block in some:
+def compile_blocks(blocks):
+    """Compile blocks with torch.compile.
+
+    Shapes are dynamic from the start: another number of tiles, sequences or tokens does not
+    compile again.
+    """
+    for block in blocks:
         block.compile(dynamic=True)
 
 
-def graphs():
-    """How many pieces torch.compile has compiled in this process."""
+def count_compiled_graphs():
+    """The number of graphs that torch.compile has made in this process."""
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
 def check_compiler(device):
-    """Raise UserError unless torch.compile works here: it wants a C++ compiler for a CPU, triton for a card."""
+    """Raise UserError unless torch.compile works here.
+
+    It needs a C++ compiler for a CPU, triton for a GPU.
+    """
     try:
         torch.compile(lambda x: x + 1, dynamic=True)(torch.zeros(2, device=device))
     except torch._dynamo.exc.TorchDynamoException as error:
@@ -152,77 +177,87 @@ def check_compiler(device):
         ) from None
 
 
-def units(model):
-    """What FSDP gathers at once: a block, and from the start of a pass to its end what is left (embeddings, head, norms, projector)."""
-    return [*blocks(model), model]
+def fsdp_units(model):
+    """The modules that FSDP gathers one by one: each block, then the rest as one unit.
 
-
-def wrap(model, how, device, dtype, shard=0, offload=False):
-    """(wrapped, mixed): a module whose gradients are averaged over ranks, calling it being calling the model, and the context to call it in.
-
-    how: none, ddp or fsdp. Parameters come from their file (mmap) or from nowhere (meta), and become float32 on `device`, where the optimizer
-    works; products are of `dtype`. fsdp: a unit after another is cut over the ranks, so that no rank ever holds more than one whole; shard: over
-    so many ranks, and held in as many copies as there are such groups (HSDP: within a node is fast), 0: over all; offload: parameters, gradients
-    and the optimizer's work are the host's, and a card holds what it gathers.
+    The rest (embeddings, head, norms, projector) stays gathered for a whole pass.
     """
-    make_current(device)
-    if how != "fsdp":
+    return [*transformer_blocks(model), model]
+
+
+def wrap_model(model, parallel, device, dtype, hsdp_shard_size=0, cpu_offload=False):
+    """Put the model on a device under DDP, FSDP2 or neither; returns (wrapped, autocast).
+
+    Calling `wrapped` calls the model and averages gradients over the ranks; `autocast` is the
+    context to call it in. parallel: none, ddp or fsdp. Parameters come from a file (mmap) or from
+    the meta device, and become float32 on `device`; matrix products are in `dtype`.
+
+    FSDP shards one unit after another, so that no rank ever holds more than one whole unit.
+    hsdp_shard_size: ranks that share one copy of the model (HSDP); 0 means all ranks.
+    cpu_offload: parameters, gradients and optimizer state stay in host memory.
+    """
+    set_current_device(device)
+    if parallel != "fsdp":
         for p in model.parameters():
-            settle(p, device)
+            materialize(p, device)
         model.to(device)
-        wrapped = (
-            DistributedDataParallel(model, gradient_as_bucket_view=True) if how == "ddp" else model
-        )
+        wrapped = model
+        if parallel == "ddp":
+            wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
         return wrapped, torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
-    world, narrow = dist.get_world_size(), dtype if dtype != torch.float32 else None
-    shape, names = (
-        ((world // shard, shard), ("replicate", "shard")) if shard else ((world,), ("shard",))
-    )
+    shape, names = (dist.get_world_size(),), ("shard",)
+    if hsdp_shard_size:
+        shape = (dist.get_world_size() // hsdp_shard_size, hsdp_shard_size)
+        names = ("replicate", "shard")
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
-    policy = MixedPrecisionPolicy(
-        param_dtype=narrow, reduce_dtype=torch.float32, cast_forward_inputs=False
-    )  # RoPE's angles stay float32
-    rest = {"offload_policy": CPUOffloadPolicy(pin_memory=device.type == "cuda")} if offload else {}
-    for unit in units(model):
+    mixed_precision = MixedPrecisionPolicy(
+        param_dtype=dtype if dtype != torch.float32 else None,
+        reduce_dtype=torch.float32,
+        cast_forward_inputs=False,  # RoPE's angles stay float32
+    )
+    options = {}
+    if cpu_offload:
+        options["offload_policy"] = CPUOffloadPolicy(pin_memory=device.type == "cuda")
+    for unit in fsdp_units(model):
         for p in [p for p in unit.parameters() if not isinstance(p, DTensor)]:
-            settle(p, device)
-        fully_shard(unit, mesh=mesh, mp_policy=policy, **rest)
+            materialize(p, device)
+        fully_shard(unit, mesh=mesh, mp_policy=mixed_precision, **options)
     return model, contextlib.nullcontext()
 
 
-def settle(p, device):
-    """Give a parameter float32 memory of its own on a device, so that nobody writes into its file. From the meta device it comes as NaN: what is
-    never loaded then cannot be taken for a weight (weights.finish_loading)."""
-    fresh = torch.full(p.shape, torch.nan, dtype=torch.float32, device=device)
+def materialize(p, device):
+    """Give a parameter its own float32 memory on a device, so that nothing writes into its file.
+
+    A parameter on the meta device becomes NaN: `finish_loading` refuses what is never loaded.
+    """
+    values = torch.full(p.shape, torch.nan, dtype=torch.float32, device=device)
     if not p.is_meta:
-        fresh.copy_(p.detach())
-    torch.utils.swap_tensors(p, torch.nn.Parameter(fresh, p.requires_grad))
+        values.copy_(p.detach())
+    torch.utils.swap_tensors(p, torch.nn.Parameter(values, p.requires_grad))
 
 
 def no_sync(wrapped, last):
-    """Gradients travel once a step, with the last micro-batch."""
+    """Average gradients over the ranks only with the last micro-batch of a step."""
     if isinstance(wrapped, FSDPModule):
         wrapped.set_requires_gradient_sync(last)
-    return (
-        wrapped.no_sync()
-        if isinstance(wrapped, DistributedDataParallel) and not last
-        else contextlib.nullcontext()
-    )
+    if isinstance(wrapped, DistributedDataParallel) and not last:
+        return wrapped.no_sync()
+    return contextlib.nullcontext()
 
 
-def clip(model, parts, most):
-    """Cut the gradient of the parts that train down to the norm `most`; returns {"norm": its own before that, "norm of vision": …, each part's},
-    over all ranks and what each of them holds."""
-    found = {
-        part: [p.grad for p in getattr(model, part).parameters() if p.grad is not None]
-        for part in parts
-    }
-    each = {
-        f"norm of {part}": whole(torch.nn.utils.get_total_norm(gradients)).item()
-        for part, gradients in found.items()
-    }
-    norm = torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], most)
-    return {"norm": whole(norm).item(), **each}
+def clip_grad_norm(model, parts, max_norm):
+    """Clip the gradient norm; returns {"grad_norm": …, "grad_norm_PART": …} before clipping.
+
+    parts: the names of the trained parts. The norms are over all ranks and their shards.
+    """
+    norms = {}
+    for part in parts:
+        gradients = [p.grad for p in getattr(model, part).parameters() if p.grad is not None]
+        part_norm = torch.nn.utils.get_total_norm(gradients)
+        norms[f"grad_norm_{part}"] = full_tensor(part_norm).item()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    norm = torch.nn.utils.clip_grad_norm_(trained, max_norm)
+    return {"grad_norm": full_tensor(norm).item(), **norms}
 
 
 def is_sharded(model):
@@ -230,9 +265,12 @@ def is_sharded(model):
 
 
 @contextlib.contextmanager
-def gathered(model):
-    """Hold what a sharded model gathers at the start of a pass, to use it by other ways than a call: all ranks must do the same within. Blocks
-    that are compiled for training run as they are written: of a cache that grows, each length would be compiled anew."""
+def unsharded(model):
+    """Gather the weights of a sharded model for other uses than a forward pass, such as generate.
+
+    All ranks must make the same calls inside. Compiled blocks run eagerly inside: with a growing
+    KV cache, each length would be compiled anew.
+    """
     with torch.compiler.set_stance("force_eager"):
         if is_sharded(model):
             model.unshard()
@@ -241,54 +279,57 @@ def gathered(model):
             model.reshard()
 
 
-def whole(tensor):
-    """A tensor of which each rank may hold a part, on all of them."""
+def full_tensor(tensor):
+    """The whole tensor on every rank, if it is sharded."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def mine(tensor):
-    """The part of it that this rank holds."""
+def local_tensor(tensor):
+    """This rank's shard of a tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def local_rows(tensor):
-    """(the rows of a tensor that this rank holds, the number of the first of them, whether this rank is the first that holds them)."""
+    """Return (rows that this rank holds, index of the first of them, is_first).
+
+    is_first: this is the first rank that holds these rows (other replicas hold them, too).
+    """
     if not isinstance(tensor, DTensor):
-        return tensor, 0, rank() == 0
-    mesh, (*copies, shard) = tensor.device_mesh, tensor.placements
-    if shard != Shard(0) or not all(placement.is_replicate() for placement in copies):
+        return tensor, 0, get_rank() == 0
+    mesh, (*replicas, shard) = tensor.device_mesh, tensor.placements
+    if shard != Shard(0) or not all(placement.is_replicate() for placement in replicas):
         raise ValueError(f"only rows are sharded here, not {tensor.placements}")
-    *group, place = mesh.get_coordinate()
-    first = min(place * -(-len(tensor) // mesh.size(mesh.ndim - 1)), len(tensor))
-    return tensor.to_local(), first, not any(group)
+    *replica, index = mesh.get_coordinate()
+    start = min(index * -(-len(tensor) // mesh.size(mesh.ndim - 1)), len(tensor))
+    return tensor.to_local(), start, not any(replica)
 
 
-def on_first(tensors):
-    """{name: tensor} whole in the memory of rank 0, gathered one after another; None on the others."""
-    found = {}
+def gather_to_rank_0(tensors):
+    """{name: whole tensor} on rank 0's CPU, gathered one by one; None on the other ranks."""
+    gathered = {}
     for name, tensor in tensors.items():
-        tensor = whole(tensor.detach())
-        if rank() == 0:
-            found[name] = tensor.cpu()
-    return found if rank() == 0 else None
+        tensor = full_tensor(tensor.detach())
+        if get_rank() == 0:
+            gathered[name] = tensor.cpu()
+    return gathered if get_rank() == 0 else None
 
 
 @torch.no_grad()
-def fill(tensor, source):
-    """Copy a whole tensor, which every rank has at hand, into one of which each rank may hold a part."""
+def copy_into(tensor, source):
+    """Copy a whole tensor, which every rank has, into a tensor that may be sharded."""
     if isinstance(tensor, DTensor):
-        cut = distribute_tensor(
+        sharded = distribute_tensor(
             source.to(tensor.device), tensor.device_mesh, tensor.placements, src_data_rank=None
         )
-        tensor, source = mine(tensor), mine(cut)
+        tensor, source = local_tensor(tensor), local_tensor(sharded)
     tensor.copy_(source)
 
 
 # ---- collectives ----
 
 
-def total(numbers, device):
-    """A list of numbers summed over all ranks, as floats (float64: exact up to 2^53 tokens)."""
+def all_reduce_sum(numbers, device):
+    """Sum each number over all ranks; returns floats (float64: exact up to 2^53 tokens)."""
     if not dist.is_initialized():
         return [float(x) for x in numbers]
     sums = torch.tensor(numbers, dtype=torch.float64, device=device)
@@ -296,39 +337,40 @@ def total(numbers, device):
     return sums.tolist()
 
 
-def gather(thing):
-    """What each rank holds, as a list in their order; anything that pickle takes."""
+def all_gather_object(value):
+    """The list of all ranks' values, in rank order; for anything that pickle accepts."""
     if not dist.is_initialized():
-        return [thing]
-    things = [None] * dist.get_world_size()
-    dist.all_gather_object(things, thing)
-    return things
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
-def first(do, *arguments):
-    """What rank 0 alone does, the others waiting; a full disk, or another OSError, is raised on all of them."""
-    trouble = None
-    if rank() == 0:
+def on_rank_0(function, *arguments):
+    """Call a function on rank 0 while the others wait; its OSError is raised on all ranks."""
+    error = None
+    if get_rank() == 0:
         try:
-            do(*arguments)
-        except OSError as error:
-            trouble = error
-    if trouble := gather(trouble)[0]:
-        raise trouble
+            function(*arguments)
+        except OSError as caught:
+            error = caught
+    if error := all_gather_object(error)[0]:
+        raise error
 
 
 @contextlib.contextmanager
-def together():
-    """What fails here on one rank fails on all: the first that failed says why, the others leave without a word, and nobody waits for the gone."""
-    trouble = None
+def raise_on_all_ranks():
+    """An exception on one rank ends all ranks, so that none waits for a rank that has ended.
+
+    The first rank that failed raises its exception; the others exit without a message.
+    """
+    error = None
     try:
         yield
-    except (
-        Exception
-    ) as error:  # of whatever kind: it is raised again as soon as all ranks know of it
-        trouble = error
-    failed = gather(trouble is not None)
-    if trouble and not any(failed[: rank()]):
-        raise trouble
+    except Exception as caught:  # of any kind: it is raised again once all ranks know of it
+        error = caught
+    failed = all_gather_object(error is not None)
+    if error and not any(failed[: get_rank()]):
+        raise error
     if any(failed):
         sys.exit(1)

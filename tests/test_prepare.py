@@ -138,7 +138,7 @@ def test_what_is_prepared_is_what_the_source_says(world, door, tmp_path, capsys)
     read.check_fingerprint(model.fingerprint())
     assert read.names == ["egg", "7", "pair", "egg"]
     pixels = {
-        name: image_processing.load(world / "pictures" / name, model.policy).tiles
+        name: image_processing.load_image(world / "pictures" / name, model.image_config).tiles
         for name in ("egg.png", "deep/milk.jpg")
     }
     for i, names in enumerate([["egg.png"], [], ["egg.png", "deep/milk.jpg"], ["egg.png"]]):
@@ -256,7 +256,7 @@ def test_a_newborn_sees_tiles_where_it_is_told_to(door, tmp_path):
         )
         is None
     )
-    plain, tiled = (load_checkpoint(tmp_path / name).policy for name in ("plain", "tiled"))
+    plain, tiled = (load_checkpoint(tmp_path / name).image_config for name in ("plain", "tiled"))
     assert plain == {
         "tile": 12,
         "patch": 3,

@@ -170,7 +170,7 @@ def check_settings(line, door, argv):
     if function is train.train:
         return [train.resolve(typed, 1).out]
     if function is sample.sample:
-        sample.check(
+        sample.check_ranges(
             {name: typed[name] for name in ("temperature", "top_p", "top_k", "max_tokens", "seed")}
         )
     return [typed["out"]] if typed.get("out") else []

@@ -188,19 +188,19 @@ def test_every_tile_of_a_tagged_picture_stands_behind_its_tag(checkpoint):
         checkpoint.tokenizer,
         checkpoint.shapes,
         policy,
-        checkpoint.template,
-        checkpoint.card,
+        checkpoint.chat_template,
+        checkpoint.history,
     )
     g = np.random.default_rng(0)
     shown = [
-        image_processing.plan(size, policy)._replace(
+        image_processing.plan_image(size, policy)._replace(
             tiles=g.integers(256, size=(count, 3, 12, 12), dtype=np.uint8)
         )
         for size, count in [((24, 12), 3), ((12, 12), 1)]
     ]
     place, ids = (
         [IMAGE_TOKEN_ID] * TOKENS,
-        door.prompt_ids(tagged, [("user", "a<image>b<image>")], shown),
+        door.encode_prompt(tagged, [("user", "a<image>b<image>")], shown),
     )
     assert ids == [
         START,
@@ -222,9 +222,9 @@ def test_every_tile_of_a_tagged_picture_stands_behind_its_tag(checkpoint):
     torch.testing.assert_close(
         x_BTD[torch.tensor([ids]) == IMAGE_TOKEN_ID], tagged.model.see(tiles_NCYX)
     )
-    together = runner.answer(tagged, [("a<image>b<image>", shown), ("hm", [])], max_tokens=5)
+    together = runner.generate_answers(tagged, [("a<image>b<image>", shown), ("hm", [])], max_tokens=5)
     assert together[0].text == "".join(
-        door.stream(tagged, [("user", "a<image>b<image>")], shown, max_tokens=5)
+        door.stream_answer(tagged, [("user", "a<image>b<image>")], shown, max_tokens=5)
     )
 
 
@@ -268,7 +268,7 @@ def test_a_letter_in_several_tokens_is_shown_once_it_is_whole():
 
     said = Checkpoint(Speaker(), words, {}, POLICY, "mistral", {"folder": "nowhere"})
     words.special |= {"<s>": 257, "[INST]": 258, "[/INST]": 259}
-    parts = list(door.stream(said, [("user", "x")], [], max_tokens=99))
+    parts = list(door.stream_answer(said, [("user", "x")], [], max_tokens=99))
     assert parts == ["", "é", "", "", "", "🍎", "a", "", "", "\ufffd"]
 
 
@@ -713,7 +713,7 @@ def test_an_exam_that_is_being_sat_is_closed_to_others_and_ctrl_c_says_how_it_go
     _, err = process.communicate(timeout=60)
     said = b"\nwhat is answered stays in sat.jsonl, and the same command goes on with the rest\n"
     assert process.returncode == 130 and err.endswith(said) and b"Traceback" not in err
-    assert 2 <= len(list(runner.read_rows(home / "sat.jsonl"))) < 500
+    assert 2 <= len(list(runner.read_results(home / "sat.jsonl"))) < 500
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals as POSIX has them")

@@ -417,9 +417,9 @@ def test_no_known_escape_from_jinjas_sandbox_runs(sentinel):
 
 @pytest.mark.parametrize("template", TOO_MUCH)
 def test_a_template_that_takes_all_time_or_memory_is_stopped(template, words, monkeypatch):
-    monkeypatch.setattr(chat_template, "SECONDS", 1)
+    monkeypatch.setattr(chat_template, "JINJA_SECONDS", 1)
     with refused("the folder: its chat template could not be tried within 1 s and 1024 MiB"):
-        chat_template.recognise(template, {}, words, "the folder")
+        chat_template.identify_template(template, {}, words, "the folder")
 
 
 @pytest.mark.parametrize("template", ODD, ids=range(len(ODD)))
@@ -812,7 +812,7 @@ def test_a_record_names_no_picture_outside_its_folder_and_none_is_fetched(
             {"id": 1, "image": name, "question": "What?", "answers": ["x"]},
         )
         with refused("climbs out|no such picture"):
-            benchmarks.read("exact", str(exam), images=beside.get("images", ""))
+            benchmarks.load_questions("exact", str(exam), images=beside.get("images", ""))
 
 
 def add_member(tar, name, content=b"", **fields):
@@ -857,7 +857,7 @@ def test_a_zip_of_questions_unpacks_nothing_and_reads_nothing_outside(tmp_path):
         pack.writestr("a/exam.jsonl", json.dumps(exam))
         pack.writestr("../evil.png", b"")
     with refused("no such picture|climbs out"):
-        benchmarks.read("exact", str(tmp_path / "exam.zip"))
+        benchmarks.load_questions("exact", str(tmp_path / "exam.zip"))
     assert not list(tmp_path.parent.glob("evil.png"))
 
 
@@ -911,7 +911,7 @@ def test_a_list_written_as_python_is_read_and_never_run(text, tmp_path, sentinel
         "image_1": "egg.png",
     }
     with refused("a.json"):
-        benchmarks.read("mmmu", str(put(tmp_path / "a.json", [record])))
+        benchmarks.load_questions("mmmu", str(put(tmp_path / "a.json", [record])))
 
 
 # ---- a folder of somebody's answers ----

@@ -176,10 +176,10 @@ def everything(folder):
     Image.fromarray(g.integers(65536, size=(29, 23), dtype=np.uint16)).save(folder / "grey.png")
     Image.fromarray(g.integers(256, size=(23, 29, 3), dtype=np.uint8)).save(folder / "colour.png")
     for fit in image_processing.FITS:
-        image_processing.load(folder / "colour.png", POLICY | {"fit": fit})
+        image_processing.load_image(folder / "colour.png", POLICY | {"fit": fit})
     anyres = POLICY | {"fit": "anyres", "pinpoints": [[18, 36], [36, 18]]}
-    image_processing.load(folder / "colour.png", anyres)
-    image_processing.load(
+    image_processing.load_image(folder / "colour.png", anyres)
+    image_processing.load_image(
         folder / "colour.png",
         POLICY | {"fit": "tiles", "tiles": 4, "choice": "aspect", "thumbnail": True, "tags": True},
     )
@@ -189,9 +189,9 @@ def everything(folder):
         torch.arange(10) - 1,
     )
     colour, grey = (
-        image_processing.load(folder / name, POLICY) for name in ("colour.png", "grey.png")
+        image_processing.load_image(folder / name, POLICY) for name in ("colour.png", "grey.png")
     )
-    image_processing.picture_of(grey.tiles[0])
+    image_processing.tile_to_image(grey.tiles[0])
     (folder / "deep.png").write_bytes(base64.b64decode(DEEP))
     image_files.read(folder / "deep.png")
 
@@ -245,9 +245,9 @@ def everything(folder):
         ("<image><image>two", [colour, grey]),
     ]
     for how in ({"temperature": 1.0, "top_k": 50}, {}):
-        runner.answer(checkpoint, questions, max_tokens=5, **how)
-    runner.answer(checkpoint, questions, blank=True, max_tokens=2)
-    list(sample.stream(checkpoint, [("user", "<image>x")], [colour], max_tokens=3))
+        runner.generate_answers(checkpoint, questions, max_tokens=5, **how)
+    runner.generate_answers(checkpoint, questions, blank=True, max_tokens=2)
+    list(sample.stream_answer(checkpoint, [("user", "<image>x")], [colour], max_tokens=3))
     spoken = generate.ready(load_checkpoint(folder / "model").model)
     list(
         spoken.generate(

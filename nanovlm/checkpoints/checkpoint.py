@@ -38,10 +38,10 @@ class Checkpoint(NamedTuple):
     model: VLM | None  # None where no weights were asked for (describe)
     tokenizer: Tokenizer
     shapes: dict  # the arguments of VLM: vision, decoder, shuffle
-    policy: dict  # how pictures become tiles (images.py)
-    template: str  # how conversations become text (chat.py)
-    card: dict  # where each part came from
-    spare: dict = {}  # tensors of the eye that are not read, by their public names
+    image_config: dict  # how pictures become tiles (images.py)
+    chat_template: str  # how conversations become text (chat.py)
+    history: dict  # where each part came from
+    unused_vision_tensors: dict = {}  # tensors of the eye that are not read, by their public names
     sharded: Path | None = (
         None  # the folder in which the weights still lie (load(late=True)); None once they are in the model
     )
@@ -95,7 +95,7 @@ def describe_checkpoint(folder):
     """What load gives, with no model, and none of the weights read: enough to prepare data for it."""
     if is_public(folder):
         return Checkpoint(**llava.read(folder, tensors=False))._replace(
-            card={"folder": str(folder)}
+            history={"folder": str(folder)}
         )
     folder = newest_checkpoint(folder)
     where = folder / "nanovlm.json"
@@ -119,25 +119,25 @@ def load_checkpoint(folder, device="cpu", dtype=torch.float32, template=None, la
     """The newest Checkpoint in a folder, or a published LLaVA (llava.py), its model in eval mode on `device`; dtype: of all its parameters, None
     for as they were saved; template: for a published LLaVA whose own is not known; late: leave sharded weights where they are, the model on the meta
     device, until it is known which of them a rank needs (finish_loading)."""
-    distributed.make_current(torch.device(device))
+    distributed.set_current_device(torch.device(device))
     if is_public(folder):
         found = llava.read(folder, dtype, template)
         return Checkpoint(**found)._replace(
-            model=found["model"].to(device), card=found["card"] | {"folder": str(folder)}
+            model=found["model"].to(device), history=found["card"] | {"folder": str(folder)}
         )
     if template is not None:
         raise UserError(f"--template={template} is for a published LLaVA; {folder} has settled it")
     found = describe_checkpoint(folder)
     path, parts, spare = (
-        Path(found.card["folder"]) / name
+        Path(found.history["folder"]) / name
         for name in ("model.safetensors", "sharded", "spare.safetensors")
     )
     with torch.device("meta"):
-        model = build_model(found.shapes, found.policy)
+        model = build_model(found.shapes, found.image_config)
     is_sharded = parts.is_dir() and not path.is_file()
     if late and is_sharded:
         return found._replace(
-            model=model, sharded=parts, spare=read_tensors(spare) if spare.is_file() else {}
+            model=model, sharded=parts, unused_vision_tensors=read_tensors(spare) if spare.is_file() else {}
         )
     shapes = {name: tensor.shape for name, tensor in saved_parameters(model).items()}
     tensors = (
@@ -152,7 +152,7 @@ def load_checkpoint(folder, device="cpu", dtype=torch.float32, template=None, la
     if tied:
         model.decoder.head.weight = model.decoder.embed.weight
     return found._replace(
-        model=model.to(device).eval(), spare=read_tensors(spare) if spare.is_file() else {}
+        model=model.to(device).eval(), unused_vision_tensors=read_tensors(spare) if spare.is_file() else {}
     )
 
 
@@ -177,16 +177,16 @@ def fill_from_shards(parameters, parts):
     sharded.read_shards({f"model.{name}": tensor for name, tensor in parameters.items()}, parts)
 
 
-@distributed.together()
+@distributed.raise_on_all_ranks()
 def finish_loading(checkpoint):
     """Read the weights that load(late=True) left in their files, each rank its own rows, once the model lies in memory (parallel.wrap); call it
     on all ranks. Afterwards no parameter is NaN, which one is that nobody loaded."""
     if checkpoint.sharded is not None:
         fill_from_shards(saved_parameters(checkpoint.model), checkpoint.sharded)
     for name, tensor in saved_parameters(checkpoint.model).items():
-        if distributed.mine(tensor.detach()).isnan().any():
+        if distributed.local_tensor(tensor.detach()).isnan().any():
             raise UserError(
-                f"{checkpoint.card['folder']}: {name} holds NaN, or was never loaded; nothing is trained from there"
+                f"{checkpoint.history['folder']}: {name} holds NaN, or was never loaded; nothing is trained from there"
             )
 
 
@@ -203,7 +203,7 @@ def write_checkpoint_files(checkpoint, folder, tensors):
         "version": CHECKPOINT_VERSION,
         **{name: getattr(checkpoint, name) for name in CHECKPOINT_FIELDS},
     }
-    meta["card"] = {name: origin for name, origin in checkpoint.card.items() if name != "folder"}
+    meta["card"] = {name: origin for name, origin in checkpoint.history.items() if name != "folder"}
     if tensors is not None:
         write_tensors(
             {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
@@ -211,9 +211,9 @@ def write_checkpoint_files(checkpoint, folder, tensors):
         )
     (folder / "nanovlm.json").write_text(json.dumps(meta, indent=1))
     checkpoint.tokenizer.save(folder)
-    if checkpoint.spare:
+    if checkpoint.unused_vision_tensors:
         write_tensors(
-            {name: tensor.contiguous() for name, tensor in checkpoint.spare.items()},
+            {name: tensor.contiguous() for name, tensor in checkpoint.unused_vision_tensors.items()},
             folder / "spare.safetensors",
         )
 

@@ -401,11 +401,11 @@ class Part(NamedTuple):
 
     model: SimpleNamespace | None  # .vision or .decoder; None where no weights were asked for
     shapes: dict
-    card: dict
-    policy: dict | None = None
+    history: dict
+    image_config: dict | None = None
     tokenizer: Tokenizer | None = None
-    template: str | None = None
-    spare: dict = {}  # tensors of an eye that are not read, by their own names: a LLaVA folder must hold them
+    chat_template: str | None = None
+    unused_vision_tensors: dict = {}  # tensors of an eye that are not read, by their own names: a LLaVA folder must hold them
 
 
 def picture_policy(folder, tile, fit):
@@ -509,7 +509,7 @@ def eye(name, *, tile=None, fit=None, read=None, shuffle=1, tensors=True, **more
         raise UserError(
             f"--shuffle={shuffle} does not divide the {side} patches across a tile of {policy['tile']} pixels"
         )
-    part = Part(None, {"vision": shapes, "shuffle": shuffle}, {}, policy=policy)
+    part = Part(None, {"vision": shapes, "shuffle": shuffle}, {}, image_config=policy)
     if not tensors:
         return part
     files = weight_files(folder)
@@ -529,7 +529,7 @@ def eye(name, *, tile=None, fit=None, read=None, shuffle=1, tensors=True, **more
         n: t for n, (t, _) in found.items() if n.startswith("head.")
     }
     return part._replace(
-        model=SimpleNamespace(vision=vision.eval()), card=origin(name, folder, files), spare=spare
+        model=SimpleNamespace(vision=vision.eval()), history=origin(name, folder, files), unused_vision_tensors=spare
     )
 
 
@@ -545,11 +545,11 @@ def brain(name, *, template=None, usual=None, tensors=True):
     template = (
         template
         or (usual if jinja is None else None)
-        or chat_template.recognise(jinja, tokens, tokenizer, folder)
+        or chat_template.identify_template(jinja, tokens, tokenizer, folder)
     )
-    chat_template.end_id(tokenizer, template)  # or a UserError
+    chat_template.end_token_id(tokenizer, template)  # or a UserError
     check_vocabulary(tokenizer, shapes, where)
-    part = Part(None, {"decoder": shapes}, {}, tokenizer=tokenizer, template=template)
+    part = Part(None, {"decoder": shapes}, {}, tokenizer=tokenizer, chat_template=template)
     if not tensors:
         return part
     files = weight_files(folder)
@@ -567,7 +567,7 @@ def brain(name, *, template=None, usual=None, tensors=True):
         decoder.head.weight = decoder.embed.weight
     card = origin(name, folder, files)
     card["folder"]["max_position_embeddings"] = config["max_position_embeddings"]
-    return part._replace(model=SimpleNamespace(decoder=decoder), card=card)
+    return part._replace(model=SimpleNamespace(decoder=decoder), history=card)
 
 
 def check_vocabulary(tokenizer, shapes, where):

@@ -68,23 +68,23 @@ def read(name, dtype=None, template=None, tensors=True):
         config["model_type"] == "llava_next",
         config.get("image_grid_pinpoints") or huggingface.PINPOINTS,
     )
-    if (eye.policy["fit"] == "anyres") != anyres or (
-        anyres and eye.policy["pinpoints"] != pinpoints
+    if (eye.image_config["fit"] == "anyres") != anyres or (
+        anyres and eye.image_config["pinpoints"] != pinpoints
     ):
         raise UserError(
-            f"{folder}: image_grid_pinpoints are {eye.policy.get('pinpoints')} for its preprocessor, "
+            f"{folder}: image_grid_pinpoints are {eye.image_config.get('pinpoints')} for its preprocessor, "
             f"{pinpoints if anyres else None} in config.json"
         )
-    image_processing.check_policy(eye.policy)
+    image_processing.check_image_config(eye.image_config)
     shapes = {**eye.shapes, **brain.shapes}
     told = dict(
         model=None,
         tokenizer=brain.tokenizer,
         shapes=shapes,
-        policy=eye.policy,
-        template=brain.template,
+        policy=eye.image_config,
+        template=brain.chat_template,
         card={},
-        spare=eye.spare,
+        spare=eye.unused_vision_tensors,
     )
     if not tensors:
         return told
@@ -92,7 +92,7 @@ def read(name, dtype=None, template=None, tensors=True):
     if dtype is not None:
         model.to(dtype)
     return told | dict(
-        model=model, card={"llava": brain.card["folder"] | {"vision_names": spelling}}
+        model=model, card={"llava": brain.history["folder"] | {"vision_names": spelling}}
     )
 
 
@@ -113,8 +113,8 @@ def join(eye, brain, shapes, anyres, folder):
             vision=shapes["vision"],
             decoder=small,
             shuffle=1,
-            mean=eye.policy["mean"],
-            std=eye.policy["std"],
+            mean=eye.image_config["mean"],
+            std=eye.image_config["std"],
             newline=anyres,
         )
         model.vision = model.decoder = torch.nn.Identity()
@@ -134,14 +134,14 @@ def write(checkpoint, folder):
     vocabulary = tensors["language_model.model.embed_tokens.weight"].shape[0]
     files = {
         "config.json": config_of(checkpoint, image_id, vocabulary),
-        "preprocessor_config.json": preprocessor_of(checkpoint.policy),
+        "preprocessor_config.json": preprocessor_of(checkpoint.image_config),
         "processor_config.json": processor_of(checkpoint),
         "generation_config.json": generation_of(checkpoint, image_id),
         "tokenizer_config.json": tokenizer_of(checkpoint, image_id),
     }
     for name, content in files.items():
         (folder / name).write_text(json.dumps(content, indent=2) + "\n")
-    (folder / "chat_template.jinja").write_text(jinja_of(checkpoint.template, checkpoint.tokenizer))
+    (folder / "chat_template.jinja").write_text(jinja_of(checkpoint.chat_template, checkpoint.tokenizer))
     save_tokenizer(checkpoint, folder)
     write_shards(tensors, folder)
 
@@ -153,7 +153,7 @@ def check(checkpoint):
         wrong.append(
             f"pixel shuffle by {checkpoint.shapes['shuffle']}: stitch a public eye without --shuffle"
         )
-    if checkpoint.policy["fit"] == "tiles":
+    if checkpoint.image_config["fit"] == "tiles":
         wrong.append("InternVL's tiles: stitch without --tiles")
     if eye_kind(vision) is None:
         wrong.append(
@@ -163,15 +163,15 @@ def check(checkpoint):
         wrong.append(
             "an eye whose last layer is normed: stitch a public CLIP or SigLIP folder with --read=-2, the last layer but one"
         )
-    elif not checkpoint.spare:
+    elif not checkpoint.unused_vision_tensors:
         wrong.append("an eye without the layers after the one that is read: stitch it again")
     if "tekken.json" in checkpoint.tokenizer.files:
         wrong.append(
             "a tekken.json: stitch with a --decoder folder whose only tokenizer is tokenizer.json"
         )
-    if chat_template.TEMPLATES[checkpoint.template].get("mute"):
+    if chat_template.TEMPLATES[checkpoint.chat_template].get("mute"):
         wrong.append(
-            f"the template {checkpoint.template}, which asks nothing: stitch with the --template that the brain chats by"
+            f"the template {checkpoint.chat_template}, which asks nothing: stitch with the --template that the brain chats by"
         )
     if wrong:
         raise UserError(f"a LLaVA folder cannot say {'; nor '.join(wrong)}")
@@ -191,7 +191,7 @@ def eye_kind(vision):
 
 def tensors_of(checkpoint):
     """{name: tensor} as the layout names them; a tied head is not written twice, as transformers writes it."""
-    prefix = checkpoint.card.get("llava", {}).get("vision_names", "vision_tower.vision_model.")
+    prefix = checkpoint.history.get("llava", {}).get("vision_names", "vision_tower.vision_model.")
     tensors, decoder = {}, checkpoint.model.decoder
     for name, tensor in checkpoint.model.state_dict().items():
         part, _, rest = name.partition(".")
@@ -201,7 +201,7 @@ def tensors_of(checkpoint):
             tensors[theirs(name, JOINT)] = tensor
         elif rest != "head.weight" or decoder.head.weight is not decoder.embed.weight:
             tensors[f"language_model.{theirs(rest, huggingface.LLAMA)}"] = tensor
-    tensors |= {prefix + name: tensor for name, tensor in checkpoint.spare.items()}
+    tensors |= {prefix + name: tensor for name, tensor in checkpoint.unused_vision_tensors.items()}
     return tensors
 
 
@@ -219,7 +219,7 @@ def add_image_token(image_id, checkpoint, tensors):
 
 def start_id(checkpoint):
     """The special token that a conversation begins with."""
-    special, names = checkpoint.tokenizer.special, chat_template.special_names(checkpoint.template)
+    special, names = checkpoint.tokenizer.special, chat_template.special_token_names(checkpoint.chat_template)
     return next(special[name] for name in names if name in special)
 
 
@@ -252,10 +252,10 @@ def write_shards(tensors, folder):
 # ---- what each file says ----
 def config_of(checkpoint, image_id, vocabulary):
     anyres, clip = (
-        checkpoint.policy["fit"] == "anyres",
+        checkpoint.image_config["fit"] == "anyres",
         eye_kind(checkpoint.shapes["vision"]) == "clip_vision_model",
     )
-    grid = {"image_grid_pinpoints": checkpoint.policy["pinpoints"]} if anyres else {}
+    grid = {"image_grid_pinpoints": checkpoint.image_config["pinpoints"]} if anyres else {}
     return {
         "architectures": [
             "LlavaNextForConditionalGeneration" if anyres else "LlavaForConditionalGeneration"
@@ -263,7 +263,7 @@ def config_of(checkpoint, image_id, vocabulary):
         "model_type": "llava_next" if anyres else "llava",
         "dtype": str(checkpoint.model.decoder.embed.weight.dtype).removeprefix("torch."),
         "image_token_index": image_id,
-        "image_seq_length": image_processing.tokens_per_tile(checkpoint.policy),
+        "image_seq_length": image_processing.tokens_per_tile(checkpoint.image_config),
         **grid,
         "projector_hidden_act": "gelu",
         "multimodal_projector_bias": True,
@@ -283,7 +283,7 @@ def vision_config_of(checkpoint):
     head = (
         {}
         if eye_kind(vision) == "clip_vision_model"
-        else {"vision_use_head": any(name.startswith("head.") for name in checkpoint.spare)}
+        else {"vision_use_head": any(name.startswith("head.") for name in checkpoint.unused_vision_tensors)}
     )
     return {
         "model_type": eye_kind(vision),
@@ -312,11 +312,11 @@ def text_config_of(checkpoint, vocabulary):
         windows["layer_types"] = [
             "full_attention" if w is None else "sliding_attention" for w in window
         ]
-    origin = checkpoint.card.get("decoder", checkpoint.card.get("llava", {}))
+    origin = checkpoint.history.get("decoder", checkpoint.history.get("llava", {}))
     longest = origin.get(
         "max_position_embeddings", 32768
     )  # RoPE has no table: it only tells servers how much to reserve
-    start = chat_template.TEMPLATES[checkpoint.template]["start"]
+    start = chat_template.TEMPLATES[checkpoint.chat_template]["start"]
     return {
         "model_type": kind,
         "vocab_size": vocabulary,
@@ -336,7 +336,7 @@ def text_config_of(checkpoint, vocabulary):
             **(brain.get("scaling") or {"rope_type": "default"}),
         },
         "bos_token_id": checkpoint.tokenizer.special.get(start),
-        "eos_token_id": chat_template.end_id(checkpoint.tokenizer, checkpoint.template),
+        "eos_token_id": chat_template.end_token_id(checkpoint.tokenizer, checkpoint.chat_template),
     }
 
 
@@ -372,10 +372,10 @@ def processor_of(checkpoint):
     clip = eye_kind(checkpoint.shapes["vision"]) == "clip_vision_model"
     return {
         "processor_class": "LlavaNextProcessor"
-        if checkpoint.policy["fit"] == "anyres"
+        if checkpoint.image_config["fit"] == "anyres"
         else "LlavaProcessor",
         "image_token": "<image>",
-        "patch_size": checkpoint.policy["patch"],
+        "patch_size": checkpoint.image_config["patch"],
         "vision_feature_select_strategy": "default" if clip else "full",
         "num_additional_image_tokens": int(clip),
     }
@@ -384,11 +384,11 @@ def processor_of(checkpoint):
 def generation_of(checkpoint, image_id):
     special, end = (
         checkpoint.tokenizer.special,
-        chat_template.end_id(checkpoint.tokenizer, checkpoint.template),
+        chat_template.end_token_id(checkpoint.tokenizer, checkpoint.chat_template),
     )
     unsaid = {} if "<image>" in special else {"suppress_tokens": [image_id]}
     return {
-        "bos_token_id": special.get(chat_template.TEMPLATES[checkpoint.template]["start"]),
+        "bos_token_id": special.get(chat_template.TEMPLATES[checkpoint.chat_template]["start"]),
         "eos_token_id": end,
         "pad_token_id": special.get("<pad>", end),
         **unsaid,
@@ -397,7 +397,7 @@ def generation_of(checkpoint, image_id):
 
 def tokenizer_of(checkpoint, image_id):
     """add_bos_token: what llama.cpp's converter asks whether a start token goes before a prompt; the template writes it."""
-    form, special = chat_template.TEMPLATES[checkpoint.template], checkpoint.tokenizer.special
+    form, special = chat_template.TEMPLATES[checkpoint.chat_template], checkpoint.tokenizer.special
     flags = {
         "lstrip": False,
         "rstrip": False,
@@ -429,7 +429,7 @@ def save_tokenizer(checkpoint, folder):
     prompt, unless the template begins with it."""
     checkpoint.tokenizer.save(folder)
     source = checkpoint.tokenizer.files.get("tokenizer.json", b"")
-    if b'"SpecialToken"' in source and not chat_template.TEMPLATES[checkpoint.template]["start"]:
+    if b'"SpecialToken"' in source and not chat_template.TEMPLATES[checkpoint.chat_template]["start"]:
         (folder / "tokenizer.json").write_text(
             json.dumps(json.loads(source) | {"post_processor": None}, ensure_ascii=False)
         )
@@ -518,7 +518,7 @@ def gap(left, right, tokenizer, form):
     name = max((name for name in tokenizer.special if left.endswith(name)), key=len, default=None)
     if name is None or right.startswith(tuple(tokenizer.special)):
         return False
-    return chat_template.space_before([tokenizer.special[name]], False, tokenizer, form) is True
+    return chat_template.prepend_space([tokenizer.special[name]], False, tokenizer, form) is True
 
 
 def with_spaces(text, tokenizer, form):
@@ -534,7 +534,7 @@ def with_spaces(text, tokenizer, form):
 def answer_gap(opening, tokenizer, form):
     """The same before an answer, which transformers reads in one text with the words before it, if no special token comes between: a tokenizer that
     puts a space before every text puts none there."""
-    space = chat_template.space_before(
+    space = chat_template.prepend_space(
         [None], True, tokenizer, form
     )  # None: any token but the end token, with which no opening ends
     return (

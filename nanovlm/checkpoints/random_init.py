@@ -7,21 +7,21 @@ from ..data import chat_template, image_processing, tokenizer
 from .checkpoint import Checkpoint, build_model, save_checkpoint
 
 
-def create_model(texts, *, out, vocabulary, template, policy, vision, decoder, seed):
+def create_model(texts, *, out, vocabulary, template, image_config, vision, decoder, seed):
     """Write a checkpoint into `out`. texts: strings from which a tokenizer of `vocabulary` tokens is learnt, and the special tokens of
     `template` beside them; vision, decoder: the numbers of their constructors."""
-    words = tokenizer.learn(texts, vocabulary, chat_template.special_names(template))
+    words = tokenizer.learn(texts, vocabulary, chat_template.special_token_names(template))
     shapes = {
         "vision": vision,
         "decoder": {"vocabulary": words.vocab_size, **decoder},
-        "shuffle": policy["shuffle"],
+        "shuffle": image_config["shuffle"],
     }
     torch.manual_seed(seed)
-    model = build_model(shapes, policy)
+    model = build_model(shapes, image_config)
     save_checkpoint(
-        Checkpoint(model, words, shapes, policy, template, {"newborn": f"seed {seed}"}), out
+        Checkpoint(model, words, shapes, image_config, template, {"newborn": f"seed {seed}"}), out
     )
     cli.status(
         f"{out}: {sum(p.numel() for p in model.parameters()):,} random parameters, {words.vocab_size} tokens, "
-        f"{image_processing.picture_tokens((policy['tile'],) * 2, policy)} tokens a picture"
+        f"{image_processing.image_token_count((image_config['tile'],) * 2, image_config)} tokens a picture"
     )

@@ -37,7 +37,7 @@ def write_shards(state, folder):
         write_rank(state, Path(folder))
     except OSError as failure:
         error = failure
-    for failure in distributed.gather(error):
+    for failure in distributed.all_gather_object(error):
         if failure is not None:
             raise failure
 
@@ -52,7 +52,7 @@ def write_rank(state, folder):
             header[name] = [first, *tensor.shape]
     folder.mkdir(exist_ok=True)
     write_tensors(
-        tensors, folder / f"rank-{distributed.rank():05d}.safetensors", {HEADER: json.dumps(header)}
+        tensors, folder / f"rank-{distributed.get_rank():05d}.safetensors", {HEADER: json.dumps(header)}
     )
 
 

@@ -38,25 +38,25 @@ def stitch_parts(vision, decoder, seed):
     }
     torch.manual_seed(seed)
     model = build_model(
-        shapes | {"decoder": shapes["decoder"] | {"layers": 0, "vocabulary": 1}}, vision.policy
+        shapes | {"decoder": shapes["decoder"] | {"layers": 0, "vocabulary": 1}}, vision.image_config
     )  # a brain may be too large to have twice
     model.vision, model.decoder = vision.model.vision, decoder.model.decoder
     card = {
-        "vision": vision.card["folder"],
-        "decoder": decoder.card["folder"],
+        "vision": vision.history["folder"],
+        "decoder": decoder.history["folder"],
         "projector": f"fresh, seed {seed}",
     }
     return Checkpoint(
-        model.eval(), decoder.tokenizer, shapes, vision.policy, decoder.template, card, vision.spare
+        model.eval(), decoder.tokenizer, shapes, vision.image_config, decoder.chat_template, card, vision.unused_vision_tensors
     )
 
 
 @torch.no_grad()
 def outputs_of_parts(vision, decoder):
     """What an eye sees by itself in a picture of noise, and the logits of a brain by itself over eight tokens: (features_NPD, logits_BTV)."""
-    tiles_NCYX, ids_BT, positions_BT = example_input(vision.policy, decoder.shapes)
+    tiles_NCYX, ids_BT, positions_BT = example_input(vision.image_config, decoder.shapes)
     mean_C11, std_C11 = (
-        torch.tensor(vision.policy[name]).view(3, 1, 1) for name in ("mean", "std")
+        torch.tensor(vision.image_config[name]).view(3, 1, 1) for name in ("mean", "std")
     )
     eye, brain = vision.model.vision, decoder.model.decoder
     normal_NCYX = ((tiles_NCYX.float() / 255 - mean_C11) / std_C11).to(eye.patches.weight.dtype)
@@ -66,7 +66,7 @@ def outputs_of_parts(vision, decoder):
 @torch.no_grad()
 def outputs_of_model(checkpoint):
     """The same of a whole model: the features that reach its projector, and its logits."""
-    tiles_NCYX, ids_BT, positions_BT = example_input(checkpoint.policy, checkpoint.shapes)
+    tiles_NCYX, ids_BT, positions_BT = example_input(checkpoint.image_config, checkpoint.shapes)
     vlm, features = checkpoint.model, []
     hook = vlm.projector.register_forward_pre_hook(lambda _, inputs: features.append(inputs[0]))
     vlm.see(tiles_NCYX)

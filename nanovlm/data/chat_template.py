@@ -108,11 +108,11 @@ TEMPLATES = {
         "mute": True,
     },
 }
-SECONDS, MEMORY = (
+JINJA_SECONDS, JINJA_BYTES = (
     10,
     1 << 30,
 )  # of a core, and bytes, that a stranger's template may take over all probes; published ones take hundredths of a second
-HALF = re.compile("[\ud800-\udfff]")  # JSON can write one half of a UTF-16 pair, UTF-8 cannot
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can write one half of a UTF-16 pair, UTF-8 cannot
 CAPTION_PROMPT = "Give a brief description of this image in one sentence."  # where a caption's data asks nothing; Megatron's COCO prompt
 SHORT_PROMPT = "Answer the question using a single word or phrase."  # after a question: VQAv2, ChartQA, POPE, MME
 LETTER_PROMPT = "Answer with the option's letter from the given choices directly."  # after a question and its choices: AI2D, MMMU, MMStar
@@ -141,7 +141,7 @@ def read_turns(record, name):
                 f"{name}: a turn is said by one of {', '.join(roles)}, and is a text, not {str(turn)[:80]}",
                 "no conversation",
             )
-        if HALF.search(text):
+        if LONE_SURROGATE.search(text):
             raise UserError(
                 f"{name}: a turn has half a character (a lone surrogate): {text!a:.80}",
                 "half a character",
@@ -180,7 +180,7 @@ def check_turns(turns, pictures, name):
             )
 
 
-def shown(text, is_asked):
+def drop_caption_prompt(text, is_asked):
     """The pictures of what a user says, without the words: in captions' data these only ask for a caption, each time in others, and LLaVA leaves them
     out. But a question that waits for its answer (is_asked) was meant: UserError."""
     words = text.replace("<image>", "").strip()
@@ -191,13 +191,13 @@ def shown(text, is_asked):
     return "<image>" * text.count("<image>")
 
 
-def trimmed(text, role, form):
+def trim_text(text, role, form):
     if form.get("trim") == "all":
         return text.strip()
     return text.rstrip(" ") if form.get("trim") == "answer" and role == "assistant" else text
 
 
-def pieces(turns, template):
+def conversation_segments(turns, template):
     """(text, how, trained) in order; how: "special" for template text in which names are special tokens, "said" for what somebody said."""
     form, system = TEMPLATES[template], ""
     if "default" in form and turns[0][0] != "system":
@@ -206,7 +206,7 @@ def pieces(turns, template):
     last = max((i for i, (role, _) in enumerate(turns) if role == "user"), default=None)
     for i, (role, text) in enumerate(turns):
         if role == "assistant":
-            yield form.get("answer", "{}").replace("{}", trimmed(text, role, form)), "said", True
+            yield form.get("answer", "{}").replace("{}", trim_text(text, role, form)), "said", True
             yield form["end"], "special", True
             yield form["after"], "special", False
             continue
@@ -216,16 +216,16 @@ def pieces(turns, template):
             continue
         yield before, "special", False
         if form.get("mute") and "<image>" in text:
-            text = shown(text, is_asked=i == len(turns) - 1)
+            text = drop_caption_prompt(text, is_asked=i == len(turns) - 1)
         if role == "user" and (i == last or form.get("inside") == "first"):
             text, system = system + text, ""
-        yield trimmed(text, role, form), "said", False
+        yield trim_text(text, role, form), "said", False
         yield after, "special", False
 
 
-def render(turns, tokenizer, template):
+def render_conversation(turns, tokenizer, template):
     """[(role, text)] -> (ids, trained), lists of equal length; ids hold IMAGE once a picture. Ends in a user's turn: a prompt to be answered."""
-    written = list(pieces(turns, template))
+    written = list(conversation_segments(turns, template))
     names = [
         name
         for name in tokenizer.special
@@ -248,7 +248,7 @@ def render(turns, tokenizer, template):
     for content, trained in runs:
         is_text = isinstance(content, str)
         new = (
-            tokenizer.encode(content, space_before(ids, trained, tokenizer, TEMPLATES[template]))
+            tokenizer.encode(content, prepend_space(ids, trained, tokenizer, TEMPLATES[template]))
             if is_text
             else [content]
         )
@@ -257,7 +257,7 @@ def render(turns, tokenizer, template):
     return ids, mask
 
 
-def space_before(ids, is_answer, tokenizer, form):
+def prepend_space(ids, is_answer, tokenizer, form):
     """Whether SentencePiece's space stands before the text that comes after `ids`; None: as the tokenizer does by itself.
 
     One that puts it first in a conversation alone (Metaspace's "first": Mistral v0.3, LLaVA-1.5) leaves the others to the template, and published
@@ -272,7 +272,7 @@ def space_before(ids, is_answer, tokenizer, form):
     )
 
 
-def end_id(tokenizer, template):
+def end_token_id(tokenizer, template):
     """The id that ends the assistant's turn; UserError if the tokenizer does not know the special tokens that the template begins and ends with."""
     start, end = (TEMPLATES[template][name] for name in ("start", "end"))
     for name in filter(None, (start, end)):
@@ -283,7 +283,7 @@ def end_id(tokenizer, template):
     return tokenizer.special[end]
 
 
-def special_names(template):
+def special_token_names(template):
     """The special tokens a template needs, for a tokenizer that is learnt for it."""
     parts = [TEMPLATES[template][name] for name in ("start", "system", "user", "end", "after")]
     return list(dict.fromkeys(re.findall(r"<\|\w+\|>|</?s>|\[/?\w+\]", "".join(parts))))
@@ -297,7 +297,7 @@ PROBES = [  # conversations that any two templates write differently; the first 
 ]
 
 
-def recognise(jinja, tokens, tokenizer, where):
+def identify_template(jinja, tokens, tokenizer, where):
     """The name of the template that writes what a published one in Jinja writes, over every probe that it accepts; UserError if there is none.
 
     Templates of LLaVA folders want what is said in parts, and are compared by a first question alone: they leave the start token to the tokenizer,
@@ -310,7 +310,7 @@ def recognise(jinja, tokens, tokenizer, where):
         raise UserError(f"{where} states no chat template; {choices}")
     own_space = tokenizer.bytes_of[tokenizer.encode("a")[0]].startswith(b" ")
     optional = f"({'|'.join(map(re.escape, tokenizer.special))}) " if own_space else "()(?!)"
-    *written, asked = write_jinja(
+    *written, asked = render_jinja(
         jinja, tokens, [*((turns, False) for turns in PROBES), (PROBES[1], True)], where
     )
     wanted = {
@@ -318,12 +318,12 @@ def recognise(jinja, tokens, tokenizer, where):
     }
     for name, space in itertools.product(TEMPLATES, ["", " "] if own_space else [""]):
         if 0 in wanted and wanted == {
-            i: re.sub(optional, r"\1", write(PROBES[i], tokenizer, name, space)) for i in wanted
+            i: re.sub(optional, r"\1", render_text(PROBES[i], tokenizer, name, space)) for i in wanted
         }:
             return name
     if asked is not None:
         for name in TEMPLATES:
-            ours = re.sub(optional, r"\1", write(PROBES[1], tokenizer, name)).removeprefix(
+            ours = re.sub(optional, r"\1", render_text(PROBES[1], tokenizer, name)).removeprefix(
                 TEMPLATES[name]["start"]
             )
             if ours == re.sub(optional, r"\1", asked).removeprefix(TEMPLATES[name]["start"]):
@@ -333,17 +333,17 @@ def recognise(jinja, tokens, tokenizer, where):
     )
 
 
-def write(turns, tokenizer, template, space=""):
+def render_text(turns, tokenizer, template, space=""):
     """A conversation as one text, with `space` before every part that is tokenised by itself."""
     stub = SimpleNamespace(
         special={name: (name,) for name in tokenizer.special},
         encode=lambda text, _: [space + text],
         front=None,
     )
-    return "".join("".join(piece) for piece in render(turns, stub, template)[0])
+    return "".join("".join(piece) for piece in render_conversation(turns, stub, template)[0])
 
 
-def write_jinja(jinja, tokens, asked, where):
+def render_jinja(jinja, tokens, asked, where):
     """What a template in Jinja writes of each of `asked`, (turns, parts) as jinja.py has them; None for what it refuses. UserError if it takes more
     than it may."""
     given = json.dumps({"jinja": jinja, "tokens": tokens, "asked": asked})
@@ -351,19 +351,19 @@ def write_jinja(jinja, tokens, asked, where):
         sys.executable,
         "-P",
         str(Path(__file__).with_name("jinja.py")),
-        str(SECONDS),
-        str(MEMORY),
+        str(JINJA_SECONDS),
+        str(JINJA_BYTES),
     ]
     done = subprocess.run(command, input=given, capture_output=True, text=True)
     if done.returncode:
         raise UserError(
-            f"{where}: its chat template could not be tried within {SECONDS} s and {MEMORY >> 20} MiB: "
+            f"{where}: its chat template could not be tried within {JINJA_SECONDS} s and {JINJA_BYTES >> 20} MiB: "
             f"{(done.stderr.strip().splitlines() or ['it was stopped'])[-1]:.200}"
         )
     return json.loads(done.stdout)
 
 
-def tag_pictures(ids, trained, pictures, tokenizer, policy):
+def add_tile_tags(ids, trained, pictures, tokenizer, policy):
     """What render gave and the images.Picture each that its IMAGE stand for, as NVLM shows them (Dai et al. 2024) where the policy has tags: before
     each tile a text that numbers it, which nobody trains, and each tile a picture of its own. Else as they are."""
     if not policy.get("tags"):
@@ -379,10 +379,10 @@ def tag_pictures(ids, trained, pictures, tokenizer, policy):
             picture = next(remaining)
             new = [
                 x
-                for text in image_processing.tags(len(picture.tiles), policy)
+                for text in image_processing.tile_tags(len(picture.tiles), policy)
                 for x in (*tokenizer.encode(text), IMAGE_TOKEN_ID)
             ]
-            one = image_processing.places(picture.size, policy, 1)
+            one = image_processing.image_feature_index(picture.size, policy, 1)
             tiles += [
                 picture._replace(tiles=picture.tiles[n : n + 1], places=one)
                 for n in range(len(picture.tiles))

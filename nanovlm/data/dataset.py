@@ -55,8 +55,8 @@ def fingerprint(owner):
     """What a prepared set must share with the model that reads it; owner: whatever has a tokenizer, a template and a picture policy."""
     return {
         "tokenizer": owner.tokenizer.fingerprint,
-        "template": owner.template,
-        "policy": owner.policy,
+        "template": owner.chat_template,
+        "policy": owner.image_config,
     }
 
 
@@ -158,7 +158,7 @@ def check_sample(name, ids, trained, pictures, policy):
             raise UserError(
                 f"{name}: tiles are {tiles_NCYX.dtype} {list(tiles_NCYX.shape[1:])}, the set's uint8 {tile}"
             )
-        if len(places) != (want := len(image_processing.places(size, policy, len(tiles_NCYX)))):
+        if len(places) != (want := len(image_processing.image_feature_index(size, policy, len(tiles_NCYX)))):
             raise UserError(
                 f"{name}: a picture of {size} takes {len(places)} tokens, by its policy {want}"
             )
@@ -212,7 +212,7 @@ def read_header(folder):
     if missing := [key for key in HEADER if key not in header]:
         raise UserError(f"{path} does not say its {', '.join(missing)}: prepare it again")
     try:
-        image_processing.check_policy(header["fingerprint"]["policy"])
+        image_processing.check_image_config(header["fingerprint"]["policy"])
         kinds = [
             {kind: [*map(type, numbers)] for kind, numbers in files.items()}
             for files in header["shards"]
@@ -275,7 +275,7 @@ class Samples:
                 raise UserError(
                     f"{folder} and {self.folders[0]} were prepared for different models: {'; '.join(wrong)}"
                 )
-        self.policy = self.fingerprint["policy"]
+        self.image_config = self.fingerprint["policy"]
         paths = [
             (folder / f"{number:05d}", files)
             for folder, header in zip(self.folders, headers, strict=True)
@@ -299,7 +299,7 @@ class Samples:
         return ", ".join(map(str, self.folders))
 
     def _map(self, path, files):
-        shapes = {"tiles": (3, self.policy["tile"], self.policy["tile"]), **SHAPES}
+        shapes = {"tiles": (3, self.image_config["tile"], self.image_config["tile"]), **SHAPES}
         return {
             kind: map_file(
                 path / kind, np.dtype(dtype).newbyteorder("<"), files[kind][0], shapes.get(kind, ())
@@ -326,9 +326,9 @@ class Samples:
         span = slice(row[FIRST_ID], row[FIRST_ID] + row[IDS])
         rows = shard["pictures"][row[FIRST_PICTURE] : row[FIRST_PICTURE] + row[PICTURES]].tolist()
         pictures = [
-            image_processing.Picture(
+            image_processing.ProcessedImage(
                 shard["tiles"][first : first + n],
-                image_processing.places(size, self.policy, n),
+                image_processing.image_feature_index(size, self.image_config, n),
                 tuple(size),
             )
             for first, n, *size in rows
@@ -354,7 +354,7 @@ def write_some(samples, members, folder):
     folder = Path(folder)
     shutil.rmtree(folder, ignore_errors=True)  # of an earlier attempt at the same step
     write_shard(
-        folder / "00000", samples.policy, ((samples.names[i], *samples.stored(i)) for i in members)
+        folder / "00000", samples.image_config, ((samples.names[i], *samples.stored(i)) for i in members)
     )
     for path in samples.folders[0].iterdir():
         if path.is_file() and path.name not in ("header.json", "skipped.jsonl"):

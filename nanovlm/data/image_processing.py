@@ -28,12 +28,12 @@ from .. import UserError
 from . import image_files
 
 FITS = ("squash", "pad", "crop")  # that make one tile of any picture
-FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
-SMALL = 1 << 16  # pixels of a picture on which half a millisecond of Pillow's may be spent
-NEWLINE = -1  # among places: the vector that a model has learnt for the end of a row
+RESAMPLE_FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+SMALL_IMAGE_PIXELS = 1 << 16  # pixels of a picture on which half a millisecond of Pillow's may be spent
+IMAGE_NEWLINE = -1  # among places: the vector that a model has learnt for the end of a row
 
 
-class Picture(NamedTuple):
+class ProcessedImage(NamedTuple):
     """A picture cut for a model."""
 
     tiles: np.ndarray  # (N, C, Y, X), uint8
@@ -44,7 +44,7 @@ class Picture(NamedTuple):
 # ---- the policy ----
 
 
-def check_policy(policy):
+def check_image_config(policy):
     """Raise UserError unless a policy has each of its parts, nothing else, and numbers that go together."""
 
     def whole(x):
@@ -76,7 +76,7 @@ def check_policy(policy):
             lambda x: x in (*FITS, "tiles", "anyres"),
             f"is none of {', '.join(FITS)}, tiles, anyres",
         ),
-        "resample": (lambda x: x in FILTERS, f"is none of {', '.join(FILTERS)}"),
+        "resample": (lambda x: x in RESAMPLE_FILTERS, f"is none of {', '.join(RESAMPLE_FILTERS)}"),
         "mean": (lambda x: shares(x, 0), "is not three numbers from 0 to 1"),
         "std": (lambda x: shares(x, 1e-6), "is not three numbers above 0, at most 1"),
     }
@@ -86,7 +86,7 @@ def check_policy(policy):
     if policy.get("fit") == "tiles":
         rules |= {
             "tiles": rules["tile"],
-            "choice": (lambda x: x in GRIDS, f"is none of {', '.join(GRIDS)}"),
+            "choice": (lambda x: x in GRID_CHOICES, f"is none of {', '.join(GRID_CHOICES)}"),
             "thumbnail": truth,
             "tags": truth,
         }
@@ -117,7 +117,7 @@ def tokens_per_tile(policy):
 
 
 @functools.cache
-def grids_of(most):
+def candidate_grids(most):
     """Every (columns, rows) of at most so many tiles, the fewest tiles first; of as many, in the order of a Python set, as InternVL's code has
     them: among the grids that show a large square equally well, GRIDS["area"] takes the first."""
     pairs = {
@@ -130,7 +130,7 @@ def grids_of(most):
     return sorted(pairs, key=math.prod)
 
 
-def closest(size, tile, grids):
+def closest_aspect_ratio(size, tile, grids):
     """The grid whose width / height is closest to the picture's; of several, the largest of which the picture covers more than half, else the
     smallest (InternVL's `find_closest_aspect_ratio`)."""
 
@@ -149,7 +149,7 @@ def closest(size, tile, grids):
     )
 
 
-def closest_and_large(size, tile, grids):
+def closest_area_weighted_aspect_ratio(size, tile, grids):
     """The grid with the best product of how much of the picture's area it has, 0.6 being enough, and how well the shapes agree (Megatron-LM's
     examples/multimodal, `find_closest_area_weighted_aspect_ratio`)."""
     aspect, area = size[0] / size[1], math.prod(size)
@@ -161,17 +161,17 @@ def closest_and_large(size, tile, grids):
     return max(grids, key=merit)
 
 
-GRIDS = {"aspect": closest, "area": closest_and_large}
+GRID_CHOICES = {"aspect": closest_aspect_ratio, "area": closest_area_weighted_aspect_ratio}
 
 
-def grid(size, policy, limit=None):
+def tile_grid(size, policy, limit=None):
     """The (rows, columns) of tiles that a picture of `size` (width, height) is cut into where fit is tiles; limit: at most so many tiles."""
     most = policy["tiles"] if limit is None else min(limit, policy["tiles"])
-    columns, rows = GRIDS[policy["choice"]](size, policy["tile"], grids_of(most))
+    columns, rows = GRID_CHOICES[policy["choice"]](size, policy["tile"], candidate_grids(most))
     return rows, columns
 
 
-def pinpoint(size, policy):
+def select_best_resolution(size, policy):
     """The (height, width), of the policy's, that shows most of a picture of `size` (width, height), and of these the one that wastes least."""
 
     def merit(edges):
@@ -185,13 +185,13 @@ def pinpoint(size, policy):
 def tile_count(size, policy, limit=None):
     """How many tiles a picture of `size` (width, height) makes; limit: as for `grid`."""
     if policy["fit"] == "anyres":
-        height, width = pinpoint(size, policy)
+        height, width = select_best_resolution(size, policy)
         return 1 + height // policy["tile"] * (width // policy["tile"])
-    count = math.prod(grid(size, policy, limit)) if policy["fit"] == "tiles" else 1
+    count = math.prod(tile_grid(size, policy, limit)) if policy["fit"] == "tiles" else 1
     return count + (count > 1 and policy["thumbnail"])
 
 
-def places(size, policy, tiles):
+def image_feature_index(size, policy, tiles):
     """Which tokens of its tiles are read of a picture of `size` (width, height), in order: an array of places, NEWLINE among them after a row.
 
     anyres: the first tile's tokens, then the grid's, row by row across its tiles, without the rows or columns that show only black
@@ -202,7 +202,7 @@ def places(size, policy, tiles):
         return np.arange(tiles * tokens)
     side, (rows, columns) = (
         math.isqrt(tokens),
-        (edge // policy["tile"] for edge in pinpoint(size, policy)),
+        (edge // policy["tile"] for edge in select_best_resolution(size, policy)),
     )
     numbers = np.arange(tokens, tokens * tiles).reshape(rows, columns, side, side)
     grid_YX = numbers.transpose(0, 2, 1, 3).reshape(rows * side, columns * side)
@@ -214,16 +214,16 @@ def places(size, policy, tiles):
         black = (width - int(round(size[0] * (height / size[1]), 7))) // 2
         grid_YX = grid_YX[:, black : width - black]
     return np.concatenate(
-        [np.arange(tokens), np.pad(grid_YX, ((0, 0), (0, 1)), constant_values=NEWLINE).ravel()]
+        [np.arange(tokens), np.pad(grid_YX, ((0, 0), (0, 1)), constant_values=IMAGE_NEWLINE).ravel()]
     )
 
 
-def picture_tokens(size, policy, limit=None):
+def image_token_count(size, policy, limit=None):
     """How many tokens a picture of `size` (width, height) takes; everyone who counts, counts with this or with the places themselves."""
-    return len(plan(size, policy, limit).places)
+    return len(plan_image(size, policy, limit).places)
 
 
-def tags(tiles, policy):
+def tile_tags(tiles, policy):
     """NVLM's texts before a picture's tiles, one each, the whole picture's last; None for a policy without."""
     if not policy.get("tags"):
         return None
@@ -234,7 +234,7 @@ def tags(tiles, policy):
 # ---- cutting ----
 
 
-def resize(pixels, size, resample):
+def resize_image(pixels, size, resample):
     """Pillow's antialiased resize of (Y, X, C) uint8 to `size` (width, height), as a new (C, Y, X): about five times as fast in narrowing.
 
     What is promised is Pillow's number or one level beside it. torch rounds a filter's weights to 16 bits, Pillow to 32, and both round to whole
@@ -247,13 +247,13 @@ def resize(pixels, size, resample):
         columns == 1
     ):  # torch 2.13, if the CPU has no AVX2, makes all rows of such a picture the first
         return (
-            np.asarray(Image.fromarray(pixels).resize(size, FILTERS[resample]))
+            np.asarray(Image.fromarray(pixels).resize(size, RESAMPLE_FILTERS[resample]))
             .transpose(2, 0, 1)
             .copy()
         )
     first = (width, rows) if height - rows > max(2 * (width - columns), 0) else (columns, height)
-    if columns > width or width * height < SMALL:
-        pixels = np.asarray(Image.fromarray(pixels).resize(first, FILTERS[resample]))
+    if columns > width or width * height < SMALL_IMAGE_PIXELS:
+        pixels = np.asarray(Image.fromarray(pixels).resize(first, RESAMPLE_FILTERS[resample]))
     step = functools.partial(F.interpolate, mode=resample, antialias=True)
     with warnings.catch_warnings(
         action="ignore"
@@ -266,17 +266,17 @@ def resize(pixels, size, resample):
     return step(pixels_1CYX, size[::-1])[0].contiguous().numpy()
 
 
-def target(size, policy, limit=None):
+def resized_size(size, policy, limit=None):
     """The (width, height) that the whole of a picture of `size` is resized to before it is cut; without the bars of pad."""
     tile, fit = policy["tile"], policy["fit"]
     if fit in ("crop", "pad"):  # as CLIP: the short side becomes `tile`; as LLaVA-1.5: the long one
         edge = min(size) if fit == "crop" else max(size)
         return max(size[0] * tile // edge, 1), max(size[1] * tile // edge, 1)
-    rows, columns = grid(size, policy, limit) if fit == "tiles" else (1, 1)
+    rows, columns = tile_grid(size, policy, limit) if fit == "tiles" else (1, 1)
     return columns * tile, rows * tile
 
 
-def squares(pixels_CYX, tile):
+def split_into_tiles(pixels_CYX, tile):
     """(C, Y, X) cut into its tiles, row by row, as (N, C, tile, tile)."""
     C, Y, X = pixels_CYX.shape
     return (
@@ -286,7 +286,7 @@ def squares(pixels_CYX, tile):
     )
 
 
-def cut(picture, policy, limit=None, size=None):
+def cut_into_tiles(picture, policy, limit=None, size=None):
     """An RGB picture as tiles_NCYX (uint8); limit: as for `grid`; size: its own before it was drafted."""
     pixels, tile, fit, resample = (
         np.asarray(picture),
@@ -296,23 +296,23 @@ def cut(picture, policy, limit=None, size=None):
     )
     if fit == "anyres":
         whole, enlarged = (
-            resize(pixels, (tile, tile), resample),
-            enlarge(pixels, pinpoint(picture.size, policy), resample),
+            resize_image(pixels, (tile, tile), resample),
+            resize_and_pad(pixels, select_best_resolution(picture.size, policy), resample),
         )
-        return np.concatenate([whole[None], squares(enlarged, tile)])
+        return np.concatenate([whole[None], split_into_tiles(enlarged, tile)])
     if fit == "pad":
-        return resize(on_square(pixels, policy["mean"]), (tile, tile), resample)[None]
-    resized = resize(pixels, target(size or picture.size, policy, limit), resample)
+        return resize_image(expand_to_square(pixels, policy["mean"]), (tile, tile), resample)[None]
+    resized = resize_image(pixels, resized_size(size or picture.size, policy, limit), resample)
     if fit == "crop":
         top, left = (resized.shape[1] - tile) // 2, (resized.shape[2] - tile) // 2
         resized = np.ascontiguousarray(resized[:, top : top + tile, left : left + tile])
-    cut = squares(resized, tile)
+    cut = split_into_tiles(resized, tile)
     if len(cut) > 1 and policy["thumbnail"]:
-        cut = np.concatenate([cut, resize(pixels, (tile, tile), resample)[None]])
+        cut = np.concatenate([cut, resize_image(pixels, (tile, tile), resample)[None]])
     return cut
 
 
-def on_square(pixels_YXC, mean):
+def expand_to_square(pixels_YXC, mean):
     """A picture in the middle of a square of the mean colour (`expand2square` of LLaVA-1.5)."""
     height, width, _ = pixels_YXC.shape
     side = max(height, width)
@@ -323,11 +323,11 @@ def on_square(pixels_YXC, mean):
     return square
 
 
-def enlarge(pixels_YXC, edges, resample):
+def resize_and_pad(pixels_YXC, edges, resample):
     """A picture in the middle of (height, width) pixels, as large as fits, black around it (`get_patch_output_size` of transformers); (C, Y, X)."""
     (height, width), (rows, columns) = edges, pixels_YXC.shape[:2]
     scale = min(width / columns, height / rows)
-    inner = resize(
+    inner = resize_image(
         pixels_YXC,
         (min(math.ceil(columns * scale), width), min(math.ceil(rows * scale), height)),
         resample,
@@ -338,28 +338,28 @@ def enlarge(pixels_YXC, edges, resample):
     return padded
 
 
-def needed(policy):
+def required_size(policy):
     """What opening.read may spare: the size to which a picture is resized, as a function of its own; None for all of it."""
     return (
-        functools.partial(target, policy=policy)
+        functools.partial(resized_size, policy=policy)
         if policy.get("draft") and policy["fit"] != "anyres"
         else None
     )
 
 
-def plan(size, policy, limit=None):
+def plan_image(size, policy, limit=None):
     """The Picture that one of `size` (width, height) becomes, before it is cut: its tiles are blank and take no memory."""
     tiles = tile_count(size, policy, limit)
     blank_NCYX = np.broadcast_to(np.uint8(0), (tiles, 3, policy["tile"], policy["tile"]))
-    return Picture(blank_NCYX, places(size, policy, tiles), size)
+    return ProcessedImage(blank_NCYX, image_feature_index(size, policy, tiles), size)
 
 
-def load(source, policy, limit=None, name=None):
+def load_image(source, policy, limit=None, name=None):
     """A picture, a path or its bytes, as a Picture, by the model's own policy; limit: at most so many tiles, where fit is tiles."""
-    picture, size = image_files.read(source, name, needed(policy))
-    return plan(size, policy, limit)._replace(tiles=cut(picture, policy, limit, size))
+    picture, size = image_files.read(source, name, required_size(policy))
+    return plan_image(size, policy, limit)._replace(tiles=cut_into_tiles(picture, policy, limit, size))
 
 
-def picture_of(tile_CYX):
+def tile_to_image(tile_CYX):
     """A tile as a picture to look at."""
     return Image.fromarray(np.ascontiguousarray(tile_CYX.transpose(1, 2, 0)))

@@ -103,8 +103,8 @@ def join(pictures, policy, pin=False):
         tiles_NCYX.numpy()[before : before + len(tiles_nCYX)] = tiles_nCYX
         read.append(
             np.where(
-                places == image_processing.NEWLINE,
-                image_processing.NEWLINE,
+                places == image_processing.IMAGE_NEWLINE,
+                image_processing.IMAGE_NEWLINE,
                 places + before * tokens,
             )
         )
@@ -144,7 +144,7 @@ def collate(samples, rows, pin=False):
     }
     pictures = join(
         [picture for row in read for _, _, pictures in row for picture in pictures],
-        samples.policy,
+        samples.image_config,
         pin,
     )
     return batch | pictures, [int(i) for members in rows for i in members]

@@ -41,7 +41,7 @@ def exam(model, questions, blank=False):
     checkpoint = load_checkpoint(model, distributed.pick_device("auto"))
     return [
         line[:3]
-        for line in runner.ask(
+        for line in runner.evaluate(
             checkpoint, questions, benchmark="exact", batch=100, blank=blank, max_tokens=64
         )
     ]
@@ -80,8 +80,8 @@ def run(train):
         read_texts(["data/fridge/text.json"]),
         out="out/newborn",
         vocabulary=512,
-        template="mistral",
-        policy=POLICY,
+        chat_template="mistral",
+        image_config=POLICY,
         seed=0,
         **SIZES,
     )
@@ -110,7 +110,7 @@ def run(train):
         out="out/stitched",
         seed=0,
     )
-    questions = benchmarks.read("exact", "data/fridge/exam.jsonl", images="data/fridge/images")
+    questions = benchmarks.load_questions("exact", "data/fridge/exam.jsonl", images="data/fridge/images")
     readings = [q for q in questions if q["kind"] == "reading"]
     before = exam("out/stitched", readings)[-1][2]
     stage(

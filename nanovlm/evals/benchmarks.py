@@ -33,7 +33,7 @@ from .formats import (
 WORD_PROMPT = (
     "Answer the question using a single word, phrase, or number."  # TextVQA, DocVQA, InfoVQA
 )
-COMPARED = (
+TEXT_METRICS = (
     "vqa",
     "textvqa",
     "anls",
@@ -184,7 +184,7 @@ BENCHMARKS = {
 }
 
 
-def read(name, questions, annotations="", images="", prompt=""):
+def load_questions(name, questions, annotations="", images="", prompt=""):
     """[{id, kind, image (refs), question (what is put to the model, <image> where a picture belongs), answers (golds; none if they are secret),
     choices (none unless it is a matter of choosing), and what else the score needs}] of a benchmark.
 
@@ -193,7 +193,7 @@ def read(name, questions, annotations="", images="", prompt=""):
     questions, in their place. Raises UserError, naming the question, for what cannot be read or marked, a picture that is missing, an id that comes
     again.
     """
-    benchmark = named(name)
+    benchmark = find_benchmark(name)
     if annotations and not benchmark.notes:
         raise UserError(
             f"--annotations={annotations}: of {name}, the answers are with the questions"
@@ -205,9 +205,9 @@ def read(name, questions, annotations="", images="", prompt=""):
         )
     rows, seen, paths = [], {}, 0
     for sheet in sheets(questions, benchmark.files):
-        for number, record in enumerate(records(name, sheet, notes, annotations), 1):
+        for number, record in enumerate(read_benchmark(name, sheet, notes, annotations), 1):
             where = f"{sheet.name}, question {number}"
-            row = question(benchmark, record, len(rows), prompt, where)
+            row = make_question(benchmark, record, len(rows), prompt, where)
             if (before := seen.setdefault(str(row["id"]), where)) != where:
                 raise UserError(f"{where}: the id {row['id']} comes again, after {before}")
             paths += sum(isinstance(value, str) for value in row["image"])
@@ -234,13 +234,13 @@ def read(name, questions, annotations="", images="", prompt=""):
     return rows
 
 
-def named(name):
+def find_benchmark(name):
     if name not in BENCHMARKS:
         raise UserError(f"--benchmark={name} is not known: {', '.join(BENCHMARKS)}")
     return BENCHMARKS[name]
 
 
-def records(name, sheet, notes, annotations):
+def read_benchmark(name, sheet, notes, annotations):
     """Of a file, in the benchmark's layout; UserError if it is in no such."""
     try:
         yield from BENCHMARKS[name].layout(document(sheet), sheet, notes)
@@ -251,7 +251,7 @@ def records(name, sheet, notes, annotations):
         ) from None
 
 
-def question(benchmark, record, count, prompt, where):
+def make_question(benchmark, record, count, prompt, where):
     """A row of `read`, its pictures still as the record has them."""
     if not isinstance(record, dict):
         raise UserError(f"{where} is not an object: {record!r:.80}")
@@ -282,18 +282,18 @@ def question(benchmark, record, count, prompt, where):
         raise UserError(f"{where}: no {', '.join(missing)}; it has {', '.join(record)}")
     choices, answers = (
         [] if record.get("choices") is None else record["choices"],
-        golds(benchmark, told["answers"]),
+        read_references(benchmark, told["answers"]),
     )
     kind = "all" if told["kind"] in (None, "") else told["kind"]
-    check_names(where, id=told["id"], kind=kind)
-    check(where, question=told["question"])
-    check(
+    check_labels(where, id=told["id"], kind=kind)
+    check_texts(where, question=told["question"])
+    check_texts(
         where,
-        not benchmark.mine and benchmark.score in COMPARED,
+        not benchmark.mine and benchmark.score in TEXT_METRICS,
         answers=answers or [None] * benchmark.mine,
     )
-    check(where, True, choices=choices)
-    text = whole or wording(
+    check_texts(where, True, choices=choices)
+    text = whole or format_question(
         benchmark,
         told["question"],
         choices,
@@ -315,11 +315,11 @@ def question(benchmark, record, count, prompt, where):
         **more,
     }
     if answers:
-        metrics.check(benchmark.score, row, where)
+        metrics.check_reference(benchmark.score, row, where)
     return row
 
 
-def golds(benchmark, told):
+def read_references(benchmark, told):
     """The answers as a list of texts, of which VQAv2 has each in an object; none where the test's are secret."""
     if benchmark.mine:
         return told
@@ -332,7 +332,7 @@ def golds(benchmark, told):
     return [str(text) if isinstance(text, int | float) else text for text in texts]
 
 
-def check(where, may_be_blank=False, **parts):
+def check_texts(where, may_be_blank=False, **parts):
     """Raise UserError for a question that is no text, and for answers and choices that are no list of texts."""
     for name, value in parts.items():
         wanted, texts = (
@@ -341,18 +341,18 @@ def check(where, may_be_blank=False, **parts):
             else ("a list of texts that say", value)
         )
         if not isinstance(texts, list) or not all(
-            is_text(text) and (may_be_blank or text.replace("<image>", "").strip())
+            is_valid_text(text) and (may_be_blank or text.replace("<image>", "").strip())
             for text in texts
         ):
             raise UserError(f"{where}: `{name}` should be {wanted} something, not {value!r:.80}")
 
 
-def is_text(value):
+def is_valid_text(value):
     """Half a character of UTF-16, which JSON can spell, cannot be written or read by a tokenizer."""
     return isinstance(value, str) and not re.search(r"[\ud800-\udfff]", value)
 
 
-def check_names(where, **names):
+def check_labels(where, **names):
     for part, name in names.items():
         if (
             isinstance(name, bool)
@@ -364,7 +364,7 @@ def check_names(where, **names):
             )
 
 
-def wording(benchmark, asked, choices, prompt):
+def format_question(benchmark, asked, choices, prompt):
     """A question, its choices if these decide, a line each, and how to answer unless it says so already."""
     if len(choices) > len(LETTERS):
         raise UserError(
@@ -375,9 +375,9 @@ def wording(benchmark, asked, choices, prompt):
     return "\n".join(lines if not prompt or asked.endswith(prompt) else [*lines, prompt])
 
 
-def submission(name, rows):
+def format_submission(name, rows):
     """What is handed in where the answers are secret, as JSON; rows: an id and an answer each."""
-    names = named(name).submission
+    names = find_benchmark(name).submission
     if not names:
         known = ", ".join(other for other, benchmark in BENCHMARKS.items() if benchmark.submission)
         raise UserError(f"--submission: {name} has no form of its own; {known} have")

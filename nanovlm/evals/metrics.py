@@ -15,14 +15,14 @@ from .. import UserError
 from .cider import cider
 
 NUMBER = r"[-+]?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+|(?=\.\d))(?:\.\d*)?(?:[eE][-+]?\d+)?"  # 1,000 is a number, as are .5, -3 and 1e3; 1,00 is none
-DIGITS = {
+NUMBER_WORDS = {
     word: str(i)
     for i, word in enumerate(
         ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
     )
 }
-DIGITS["none"] = "0"
-FULL = """
+NUMBER_WORDS["none"] = "0"
+FULL_FORMS = """
     ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've he's how'd how'll how's
     isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've needn't not've o'clock oughtn't 'ow's'at shan't she'd've
     should've shouldn't shouldn't've somebody'd've somebody'll somebody's someone'd someone'd've someone'll someone's something'd something'd've
@@ -32,7 +32,7 @@ FULL = """
 # vqaEval.py's table: each as it is written with one apostrophe left out; the last pair is its own slip
 CONTRACTIONS = {
     full[:i] + full[i + 1 :]: full
-    for full in FULL.split()
+    for full in FULL_FORMS.split()
     for i in range(len(full))
     if full[i] == "'"
 } | {"somebody'd": "somebodyd"}
@@ -41,12 +41,12 @@ CONTRACTIONS = {
 # ---- by comparing texts ----
 
 
-def exact(answer, golds, question=None):
+def exact_match(answer, golds, question=None):
     """1.0 if the answer is one of the golds letter for letter, white space at the ends aside."""
     return float(answer.strip() in [gold.strip() for gold in golds])
 
 
-def contains(answer, golds, question=None):
+def contains_reference(answer, golds, question=None):
     """1.0 if one of the golds stands in the answer as whole words, whatever their case: "a photo of a cat." names a cat, "a catfish" does not."""
     return float(
         any(
@@ -57,7 +57,7 @@ def contains(answer, golds, question=None):
     )
 
 
-def vqa(answer, golds, question=None):
+def vqa_accuracy(answer, golds, question=None):
     """VQA accuracy (GT-Vision-Lab/VQA, vqaEval.py): for each of the ten people min(1, matches among the other nine / 3), averaged.
 
     Texts are normalised only where the people do not all say the same: a question about written text is to be answered as it is written.
@@ -66,26 +66,26 @@ def vqa(answer, golds, question=None):
         text.replace("\n", " ").replace("\t", " ").strip() for text in (answer, *golds)
     )
     if len(set(golds)) > 1:
-        answer, *golds = map(plain, (answer, *golds))
-    return consensus(answer, golds)
+        answer, *golds = map(normalize_vqa, (answer, *golds))
+    return vote_accuracy(answer, golds)
 
 
-def textvqa(answer, golds, question=None):
+def textvqa_accuracy(answer, golds, question=None):
     """VQA accuracy as TextVQA's owners mark it (Pythia, m4c_evaluators.py): always normalised, and `,`, `?` and a possessive 's taken off first."""
     tidy = (
         text.lower().replace(",", "").replace("?", "").replace("'s", " 's")
         for text in (answer, *golds)
     )
-    answer, *golds = (plain(text.replace("\n", " ").replace("\t", " ").strip()) for text in tidy)
-    return consensus(answer, golds)
+    answer, *golds = (normalize_vqa(text.replace("\n", " ").replace("\t", " ").strip()) for text in tidy)
+    return vote_accuracy(answer, golds)
 
 
-def consensus(answer, golds):
+def vote_accuracy(answer, golds):
     n = golds.count(answer)  # of these, each sees n - 1 among the others, and everybody else n
     return (n * min(1, (n - 1) / 3) + (len(golds) - n) * min(1, n / 3)) / len(golds)
 
 
-def plain(text):
+def normalize_vqa(text):
     """A text after the VQA script's normalisation: punctuation, then case, number words, articles, contractions."""
     glued, kept = re.search(r"\d,\d", text), text
     for mark in ';/[]"{}()=+\\_-><@`,?!':
@@ -93,20 +93,20 @@ def plain(text):
     kept = re.sub(
         r"\.(?!\d)", "", kept, count=32
     )  # the script hands re.UNICODE, which is 32, to where the count belongs
-    spoken = (DIGITS.get(word, word) for word in kept.lower().split())
+    spoken = (NUMBER_WORDS.get(word, word) for word in kept.lower().split())
     return " ".join(
         CONTRACTIONS.get(word, word) for word in spoken if word not in ("a", "an", "the")
     )
 
 
-def relaxed(answer, golds, question=None):
+def relaxed_accuracy(answer, golds, question=None):
     """ChartQA's relaxed accuracy: a number within 5% of a gold that is one, else the same text whatever its case. 50% is 0.5; a year is a number.
 
     As in pix2struct's metrics.py, where a gold of 0 is a text. Thousands may have commas there as here.
     """
 
     def right(said, gold):
-        value, wanted = number(said), number(gold)
+        value, wanted = parse_number(said), parse_number(gold)
         return (
             abs(value - wanted) / abs(wanted) <= 0.05
             if value is not None and wanted
@@ -116,18 +116,18 @@ def relaxed(answer, golds, question=None):
     return float(any(right(answer.strip(), gold.strip()) for gold in golds))
 
 
-def number(text):
+def parse_number(text):
     found = re.fullmatch(rf"({NUMBER})\s*(%?)", text)
     return float(found[1].replace(",", "")) / (100 if found[2] else 1) if found else None
 
 
-def anls(answer, golds, question=None):
+def levenshtein_score(answer, golds, question=None):
     """Average normalised Levenshtein similarity (DocVQA, InfoVQA): 1 - NL if NL < 0.5 else 0, the best over golds; case and ends aside, no more."""
     answer = answer.strip().lower()
-    return max((similarity(answer, gold.strip().lower()) for gold in golds), default=0.0)
+    return max((levenshtein_similarity(answer, gold.strip().lower()) for gold in golds), default=0.0)
 
 
-def similarity(left, right):
+def levenshtein_similarity(left, right):
     longer = max(len(left), len(right))
     if (
         2 * abs(len(left) - len(right)) >= longer > 0
@@ -142,7 +142,7 @@ def similarity(left, right):
     return 1 - distance if distance < 0.5 else 0.0
 
 
-def ocrbench(answer, golds, question):
+def ocrbench_score(answer, golds, question):
     """1.0 if the answer contains a gold, whatever their case; of a formula (dataset_name HME100k) with its case and without its spaces."""
     formula = question["dataset_name"] == "HME100k"
 
@@ -156,36 +156,36 @@ def ocrbench(answer, golds, question):
 # ---- by reading what was chosen ----
 
 
-def yesno(answer, golds, question=None):
+def pope_score(answer, golds, question=None):
     """POPE: whether the answer says what the gold says (see `said`)."""
     return (
         None
-        if (word := said(answer)) is None
+        if (word := parse_yes_no(answer)) is None
         else float(word in [gold.strip().lower() for gold in golds])
     )
 
 
-def said(answer):
+def parse_yes_no(answer):
     """ "no" if the first sentence has the word no or not, else "yes" if it has the word yes, else None (which POPE's own script takes for yes)."""
     spoken = re.findall(r"\w+", answer.partition(".")[0].lower())
     return "no" if {"no", "not"} & set(spoken) else "yes" if "yes" in spoken else None
 
 
-def mme(answer, golds, question=None):
+def mme_score(answer, golds, question=None):
     """MME: the answer's first word, yes or no (its script looks at four letters, and finds a no in "not" and in "noti")."""
     word = re.match(r"\W*(yes|no)(?!\w)", answer.lower())
     return float(word[1] in [gold.strip().lower() for gold in golds]) if word else None
 
 
-def letters(answer, golds, question):
+def letter_score(answer, golds, question):
     """Multiple choice: 1.0 if the letter that the answer names is a gold. Golds that are no letters are compared as texts, whatever their case."""
     if not all(re.fullmatch("[A-Z]", gold.strip()) for gold in golds):
-        return float(bare(answer) in map(bare, golds))
-    letter = chosen(answer, question.get("choices") or [])
+        return float(strip_punctuation(answer) in map(strip_punctuation, golds))
+    letter = extract_choice(answer, question.get("choices") or [])
     return None if letter is None else float(letter in [gold.strip() for gold in golds])
 
 
-def chosen(answer, choices):
+def extract_choice(answer, choices):
     """The letter that an answer names, or None. The first of these that finds any decides, and names none where it finds two:
 
     nothing but a letter (B, b, "B.", (B)); one after the word answer, option or choice (the answer is B, "Answer: (B)"); one in brackets, or one that
@@ -204,37 +204,37 @@ def chosen(answer, choices):
     for found in ([letter.upper() for letter in alone], told, marked):
         if found:
             return found[0] if len(set(found)) == 1 and found[0] in known else None
-    said_so = bare(
+    said_so = strip_punctuation(
         re.sub(r"^(?:the )?(?:correct )?answer(?: is:?|:)\s+", "", text, flags=re.IGNORECASE)
     )
     own = [
-        letter for letter, choice in zip(known, choices, strict=False) if bare(choice) == said_so
+        letter for letter, choice in zip(known, choices, strict=False) if strip_punctuation(choice) == said_so
     ]
     return own[0] if len(own) == 1 else None
 
 
-def bare(text):
+def strip_punctuation(text):
     """Lower case, without quotes, brackets and the end of a sentence around it."""
     return text.strip().strip("\"'`()[]").rstrip(".!?;:,").strip().lower()
 
 
-FIGURES = (
+MMMU_NUMBERS = (
     r"-?\b\d{1,3}(?:,\d{3})+\b",
     r"-?\d+(?:\.\d+)?[eE][+-]?\d+",
     r"-?(?:\d+\.\d+|\.\d+|\d+\b)(?![eE][+-]?\d+)(?![,\d])",
 )  # MMMU's numbers
 
 
-def mmmu(answer, golds, question):
+def mmmu_score(answer, golds, question):
     """MMMU (its eval_utils.py): letters where there are choices; else open, right if a part of the answer holds a gold or a number in it is one."""
     if question.get("choices"):
-        return letters(answer, golds, question)
-    parts = tails(answer.strip().strip(".").lower())
+        return letter_score(answer, golds, question)
+    parts = extract_responses(answer.strip().strip(".").lower())
     figures = [
-        found for part in parts for pattern in FIGURES for found in re.findall(pattern, part)
+        found for part in parts for pattern in MMMU_NUMBERS for found in re.findall(pattern, part)
     ]
     wanted, given = (
-        [form for text in texts for form in forms(text)] for texts in (golds, parts + figures)
+        [form for text in texts for form in normalize_mmmu(text)] for texts in (golds, parts + figures)
     )
     held = any(
         gold in part
@@ -245,7 +245,7 @@ def mmmu(answer, golds, question):
     return float(held or any(part in wanted for part in given if isinstance(part, float)))
 
 
-def tails(answer):
+def extract_responses(answer):
     """Of each line the shortest text after a word that announces an answer; the whole answer if there is none."""
     lines, found = answer.split("\n"), []
     signs = ["could be ", "so ", "is ", "thus ", "therefore ", "final ", "answer ", "result "]
@@ -258,7 +258,7 @@ def tails(answer):
     return found or [answer]
 
 
-def forms(text):
+def normalize_mmmu(text):
     """A number to two places; or the text in lower case, and if it is one letter, with the space on either side that keeps it a word."""
     text = text.strip()
     try:
@@ -267,7 +267,7 @@ def forms(text):
         return [f" {text.lower()}", f"{text.lower()} "] if len(text) == 1 else [text.lower()]
 
 
-def mathvista(answer, golds, question):
+def mathvista_score(answer, golds, question):
     """MathVista, whose owners let a language model extract the answer; here it is read, and None where it cannot be.
 
     With choices: the choice that `chosen` finds. Else the number (answer_type integer: its whole part; float: to `precision` places) or the list in
@@ -275,20 +275,20 @@ def mathvista(answer, golds, question):
     """
     gold, text, choices = golds[0].strip(), answer.strip(), question.get("choices") or []
     if choices:
-        letter = chosen(text, choices)
+        letter = extract_choice(text, choices)
         return None if letter is None else float(choices[ord(letter) - 65].strip() == gold)
     kind = question["answer_type"]
     if kind == "text":
-        return float(bare(text) == bare(gold))
+        return float(strip_punctuation(text) == strip_punctuation(gold))
     pattern = r"\[[^\[\]]*\]" if kind == "list" else rf"(?<![\w.]){NUMBER}(?!\w)"
     ways = (rf"answer(?:\s+is|\s*:)+\s*\$?({pattern})", rf"=\s*\$?({pattern})\W*$", pattern)
     found = next(
         (found for way in ways if (found := set(re.findall(way, text, re.IGNORECASE)))), ()
     )
-    return None if len(found) != 1 else float(as_stored(found.pop(), kind, question) == gold)
+    return None if len(found) != 1 else float(format_number(found.pop(), kind, question) == gold)
 
 
-def as_stored(found, kind, question):
+def format_number(found, kind, question):
     if kind == "list":
         try:
             return str(json.loads(found))
@@ -298,35 +298,35 @@ def as_stored(found, kind, question):
     return str(int(value)) if kind == "integer" else str(round(value, int(question["precision"])))
 
 
-SCORES = {
-    "exact": exact,
-    "contains": contains,
-    "vqa": vqa,
-    "textvqa": textvqa,
-    "relaxed": relaxed,
-    "anls": anls,
-    "ocrbench": ocrbench,
-    "yesno": yesno,
-    "mme": mme,
-    "letters": letters,
-    "mmmu": mmmu,
-    "mathvista": mathvista,
+METRICS = {
+    "exact": exact_match,
+    "contains": contains_reference,
+    "vqa": vqa_accuracy,
+    "textvqa": textvqa_accuracy,
+    "relaxed": relaxed_accuracy,
+    "anls": levenshtein_score,
+    "ocrbench": ocrbench_score,
+    "yesno": pope_score,
+    "mme": mme_score,
+    "letters": letter_score,
+    "mmmu": mmmu_score,
+    "mathvista": mathvista_score,
 }
 
 
-def mark(score, answers, questions):
+def score_answers(score, answers, questions):
     """The scores of answers to questions: each by SCORES[score]; captions per picture, by `cider` over all. UserError for what cannot be marked so."""
     if score == "captions":
         return cider(answers, [question["answers"] for question in questions])[1]
     for question in questions:
-        check(score, question, f"question {question.get('id')}")
+        check_reference(score, question, f"question {question.get('id')}")
     return [
-        SCORES[score](answer, question["answers"], question)
+        METRICS[score](answer, question["answers"], question)
         for answer, question in zip(answers, questions, strict=True)
     ]
 
 
-def check(score, question, where):
+def check_reference(score, question, where):
     """Raise UserError for a question that a score cannot mark, or of which a right answer would never be marked as one."""
     golds, letters = (
         [gold.strip() for gold in question["answers"]],
@@ -362,7 +362,7 @@ def check(score, question, where):
 
 # ---- over all ----
 
-MEANS = {
+MEAN_NAMES = {
     "docvqa": "ANLS",
     "infovqa": "ANLS",
     "chartqa": "relaxed accuracy",
@@ -406,39 +406,39 @@ COGNITION = (
 )  # MME's; its other ten kinds are perception
 
 
-def mean(scores):
+def mean_score(scores):
     return sum(score or 0 for score in scores) / len(scores)
 
 
-def interval(scores, seed=0, samples=1000):
+def confidence_interval(scores, seed=0, samples=1000):
     """The middle 95% of the means of `samples` draws of as many questions, with replacement. Of captions the words' weights are held as they are."""
     marks, rng = np.array([score or 0 for score in scores], float), np.random.default_rng(seed)
     means = [marks[rng.integers(len(marks), size=len(marks))].mean() for _ in range(samples)]
     return tuple(float(edge) for edge in np.quantile(means, (0.025, 0.975)))
 
 
-def summary(name, questions, answers, scores):
+def benchmark_metrics(name, questions, answers, scores):
     """{figure: value} as a benchmark's owners report it; `unparsed`: the share of answers that no rule could read."""
     unparsed = {"unparsed": sum(score is None for score in scores) / len(scores)}
     match name:
         case "coco" | "captions":
             return {
-                f"CIDEr-D as pycocoevalcap gives it (words weighed over these {len(scores):,} pictures)": mean(
+                f"CIDEr-D as pycocoevalcap gives it (words weighed over these {len(scores):,} pictures)": mean_score(
                     scores
                 )
             }
         case "pope":
-            return pope(questions, answers) | unparsed
+            return pope_metrics(questions, answers) | unparsed
         case "mme":
             return mme_sums(questions, scores) | unparsed
         case "ocrbench":
-            return ocr_sums(questions, scores)
+            return ocrbench_metrics(questions, scores)
         case "mmmu":
-            return {"accuracy": mean(scores)} | by_discipline(questions, scores) | unparsed
-    return {MEANS.get(name, "accuracy"): mean(scores)} | unparsed
+            return {"accuracy": mean_score(scores)} | by_discipline(questions, scores) | unparsed
+    return {MEAN_NAMES.get(name, "accuracy"): mean_score(scores)} | unparsed
 
 
-def pope(questions, answers):
+def pope_metrics(questions, answers):
     """Of all and of each of its files. Yes is the positive; what cannot be read is wrong and no yes: it lowers accuracy and recall, not precision."""
     kinds = {"": list(zip(questions, answers, strict=True))}
     for question, answer in kinds[""]:
@@ -447,13 +447,13 @@ def pope(questions, answers):
         f"{kind}{name}": value
         for kind, pairs in kinds.items()
         if len(kinds) > 2 or not kind
-        for name, value in rates(pairs).items()
+        for name, value in yes_no_metrics(pairs).items()
     }
 
 
-def rates(pairs):
+def yes_no_metrics(pairs):
     counts = Counter(
-        (said(answer), question["answers"][0].strip().lower()) for question, answer in pairs
+        (parse_yes_no(answer), question["answers"][0].strip().lower()) for question, answer in pairs
     )
     hits, yes = counts["yes", "yes"], counts["yes", "yes"] + counts["yes", "no"]
     wanted = sum(count for (_, gold), count in counts.items() if gold == "yes")
@@ -467,7 +467,7 @@ def rates(pairs):
     }
 
 
-def ocr_sums(questions, scores):
+def ocrbench_metrics(questions, scores):
     """Right answers: all, of text recognition, of each kind."""
     kinds = Counter()
     for question, score in zip(questions, scores, strict=True):
@@ -487,7 +487,7 @@ def by_discipline(questions, scores):
         ]
         for field, subjects in DISCIPLINES.items()
     }
-    return {field: mean(part) for field, part in parts.items() if part}
+    return {field: mean_score(part) for field, part in parts.items() if part}
 
 
 def mme_sums(questions, scores):
@@ -498,9 +498,9 @@ def mme_sums(questions, scores):
             score or 0
         )
     for kind, pictures in kinds.items():
-        sums[kind] = 100 * mean(
+        sums[kind] = 100 * mean_score(
             [mark for marks in pictures.values() for mark in marks]
-        ) + 100 * mean([min(marks) for marks in pictures.values()])
+        ) + 100 * mean_score([min(marks) for marks in pictures.values()])
     thought = sum(value for kind, value in sums.items() if kind in COGNITION)
     odd = sum(len(marks) != 2 for pictures in kinds.values() for marks in pictures.values())
     return {

@@ -81,7 +81,7 @@ class Progress:
 
 def is_of_all(benchmark):
     """Whether a score needs all answers at once, as CIDEr's idf does."""
-    return benchmarks.BENCHMARKS[benchmark].score not in metrics.SCORES
+    return benchmarks.BENCHMARKS[benchmark].score not in metrics.METRICS
 
 
 def table(rows, seed=0):
@@ -100,8 +100,8 @@ def line(kind, rows, seed):
     )
     told = (
         (
-            metrics.mean(marks),
-            *metrics.interval(marks, seed),
+            metrics.mean_score(marks),
+            *metrics.confidence_interval(marks, seed),
             sum(mark is None for mark in marks) / len(marks),
         )
         if marks
@@ -119,7 +119,7 @@ def show(lines, figures, benchmark, tokens_per_s=None):
     """Print a table, how fast it was come by if that is known, and what else the benchmark's owners report (`figures`, of scores.summary)."""
     wide, name = (
         max(10, *(len(line.kind) for line in lines)),
-        "CIDEr-D" if is_of_all(benchmark) else metrics.MEANS.get(benchmark, "right"),
+        "CIDEr-D" if is_of_all(benchmark) else metrics.MEAN_NAMES.get(benchmark, "right"),
     )
     for line in lines:
         told = [f"{line.kind:{wide}} {line.questions:5} questions"]

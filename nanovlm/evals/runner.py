@@ -27,11 +27,11 @@ from .. import IMAGE_TOKEN_ID, UserError, distributed, files
 from ..data import chat_template, dataset, image_files, image_processing, image_refs, packing
 from . import benchmarks, metrics, report
 
-LONGEST = (
+MAX_SEQUENCE = (
     1 << 20
 )  # tokens of prompt and answer together; the cache takes memory for all of them before the first is read
-SAMPLED = 4096  # places of a file of weights at which so many bytes are read to know it again: of 5 GB, one every MB
-FIELDS = {
+HASH_BLOCK = 4096  # places of a file of weights at which so many bytes are read to know it again: of 5 GB, one every MB
+RESULT_FIELDS = {
     "id": str | int,
     "kind": str,
     "prompt": str,
@@ -42,7 +42,7 @@ FIELDS = {
 }  # of a line that is read again
 
 
-class Said(NamedTuple):
+class Answer(NamedTuple):
     """An answer."""
 
     text: str
@@ -54,18 +54,18 @@ class Said(NamedTuple):
 # ---- asking ----
 
 
-def prompt_ids(checkpoint, turns, pictures):
+def encode_prompt(checkpoint, turns, pictures):
     """The ids of a conversation that waits for its answer, every picture expanded; pictures: images.Picture each."""
-    ids, trained = chat_template.render(turns, checkpoint.tokenizer, checkpoint.template)
-    ids, _, pictures = chat_template.tag_pictures(
-        ids, trained, pictures, checkpoint.tokenizer, checkpoint.policy
+    ids, trained = chat_template.render_conversation(turns, checkpoint.tokenizer, checkpoint.chat_template)
+    ids, _, pictures = chat_template.add_tile_tags(
+        ids, trained, pictures, checkpoint.tokenizer, checkpoint.image_config
     )
     return dataset.expand(ids, [len(picture.places) for picture in pictures]).tolist()
 
 
-def rendered(checkpoint, turns):
+def render_prompt(checkpoint, turns):
     """The same in letters, <image> for each picture."""
-    ids, _ = chat_template.render(turns, checkpoint.tokenizer, checkpoint.template)
+    ids, _ = chat_template.render_conversation(turns, checkpoint.tokenizer, checkpoint.chat_template)
     parts = [
         (is_image, list(part))
         for is_image, part in itertools.groupby(ids, lambda i: i == IMAGE_TOKEN_ID)
@@ -76,43 +76,43 @@ def rendered(checkpoint, turns):
     )
 
 
-def answer(checkpoint, asked, *, blank=False, mixed=None, **choices):
+def generate_answers(checkpoint, asked, *, blank=False, mixed=None, **choices):
     """What a model Said to each (text with an <image> for each picture, [images.Picture]), all of them at once.
 
     blank: every picture is grey instead; mixed: a context to call the model in; choices: of VLM.generate. A model that lies in parts is called by
     all ranks equally often: until the last of all their answers has ended.
     """
-    model, end = checkpoint.model, chat_template.end_id(checkpoint.tokenizer, checkpoint.template)
+    model, end = checkpoint.model, chat_template.end_token_id(checkpoint.tokenizer, checkpoint.chat_template)
     turns = [[("user", text)] for text, _ in asked]
     prompts = [
-        prompt_ids(checkpoint, turn, pictures)
+        encode_prompt(checkpoint, turn, pictures)
         for turn, (_, pictures) in zip(turns, asked, strict=True)
     ]
     seen = packing.join(
-        [picture for _, pictures in asked for picture in pictures], checkpoint.policy
+        [picture for _, pictures in asked for picture in pictures], checkpoint.image_config
     )
     if blank:
         seen["tiles_NCYX"].fill_(128)
     together, said = distributed.is_sharded(model), [[] for _ in asked]
-    with mixed or contextlib.nullcontext(), distributed.gathered(model):
+    with mixed or contextlib.nullcontext(), distributed.unsharded(model):
         for step in model.generate(prompts, **seen, stop=set() if together else {end}, **choices):
             for ids, i in zip(said, step, strict=True):
                 ids += [i] if not ids or ids[-1] != end else []
             if (
                 together
-                and not distributed.total(
+                and not distributed.all_reduce_sum(
                     [sum(ids[-1] != end for ids in said)], model.mean_C11.device
                 )[0]
             ):
                 break
     texts = [checkpoint.tokenizer.decode([i for i in ids if i != end]) for ids in said]
     return [
-        Said(text, len(ids), ids[-1] != end, rendered(checkpoint, turn))
+        Answer(text, len(ids), ids[-1] != end, render_prompt(checkpoint, turn))
         for text, ids, turn in zip(texts, said, turns, strict=True)
     ]
 
 
-def size(ref):
+def read_image_size(ref):
     """(width, height) of a picture as its file begins: nearly always what it has once it is opened, and enough to sort by."""
     content, name = (None, ref.path) if isinstance(ref, image_refs.File) else image_refs.load(ref)
     with (
@@ -125,27 +125,27 @@ def size(ref):
         return picture.size
 
 
-def lengths_of(checkpoint, questions):
+def prompt_lengths(checkpoint, questions):
     """How many tokens each question's prompt takes."""
-    sizes, policy = {}, checkpoint.policy
+    sizes, policy = {}, checkpoint.image_config
 
     def length(question):
         for ref in question["image"]:
             sizes[ref] = sizes.get(ref) or (
-                (1, 1) if policy["fit"] in image_processing.FITS else size(ref)
+                (1, 1) if policy["fit"] in image_processing.FITS else read_image_size(ref)
             )
-        pictures = [image_processing.plan(sizes[ref], policy) for ref in question["image"]]
-        return len(prompt_ids(checkpoint, [("user", question["question"])], pictures))
+        pictures = [image_processing.plan_image(sizes[ref], policy) for ref in question["image"]]
+        return len(encode_prompt(checkpoint, [("user", question["question"])], pictures))
 
     return list(map(length, questions))
 
 
-def check_lengths(checkpoint, lengths, max_tokens):
+def check_prompt_lengths(checkpoint, lengths, max_tokens):
     """Refuse what no memory holds; warn of prompts longer than all that the model was trained on."""
-    longest, path = max(lengths, default=0), Path(checkpoint.card["folder"]) / "training.json"
-    if longest + max_tokens > LONGEST:
+    longest, path = max(lengths, default=0), Path(checkpoint.history["folder"]) / "training.json"
+    if longest + max_tokens > MAX_SEQUENCE:
         raise UserError(
-            f"{longest:,} tokens of prompt and --max_tokens={max_tokens} make more than {LONGEST:,}"
+            f"{longest:,} tokens of prompt and --max_tokens={max_tokens} make more than {MAX_SEQUENCE:,}"
         )
     row = files.read_json(path, "row")["row"] if path.is_file() else longest
     if longest > row:
@@ -162,13 +162,13 @@ def check_lengths(checkpoint, lengths, max_tokens):
         )
 
 
-def in_batches(lengths, batch):
+def batches_by_length(lengths, batch):
     """The numbers of the questions, `batch` at a time, the shortest prompts first: neighbours need hardly any padding."""
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
     return [order[i : i + batch] for i in range(0, len(order), batch)]
 
 
-def answers(checkpoint, questions, rank=0, world=1, *, batch=16, done=(), lengths=None, **how):
+def answer_questions(checkpoint, questions, rank=0, world=1, *, batch=16, done=(), lengths=None, **how):
     """The answers, as they come: on every rank, round after round, a list of (number of the question, Said) that all ranks gave together.
 
     done: numbers of questions that were answered before. Batches are those of the whole exam, without them, so that one which goes on gives the
@@ -176,11 +176,11 @@ def answers(checkpoint, questions, rank=0, world=1, *, batch=16, done=(), length
     known. how: as for `answer`.
     """
     known = set(done)
-    with distributed.together():
-        lengths = lengths or lengths_of(checkpoint, questions)
+    with distributed.raise_on_all_ranks():
+        lengths = lengths or prompt_lengths(checkpoint, questions)
         batches = [
             left
-            for members in reversed(in_batches(lengths, batch))
+            for members in reversed(batches_by_length(lengths, batch))
             if (left := [i for i in members if i not in known])
         ]
     rounds = [batches[i : i + world] for i in range(0, len(batches), world)]
@@ -189,7 +189,7 @@ def answers(checkpoint, questions, rank=0, world=1, *, batch=16, done=(), length
         return [
             (
                 questions[i]["question"],
-                [opened(ref, checkpoint.policy) for ref in questions[i]["image"]],
+                [load_image(ref, checkpoint.image_config) for ref in questions[i]["image"]],
             )
             for i in members
         ]
@@ -201,37 +201,37 @@ def answers(checkpoint, questions, rank=0, world=1, *, batch=16, done=(), length
     with ThreadPoolExecutor(1) as reader:
         coming = reader.submit(load, mine[0]) if mine else None
         for number, members in enumerate(mine):
-            with distributed.together():
+            with distributed.raise_on_all_ranks():
                 asked = coming.result()
             coming = reader.submit(load, mine[number + 1]) if number + 1 < len(mine) else None
             said = (
-                answer(checkpoint, asked, **how)
+                generate_answers(checkpoint, asked, **how)
                 if not idle[number] or distributed.is_sharded(checkpoint.model)
                 else []
             )
             pairs = [] if idle[number] else list(zip(members, said, strict=True))
-            yield [pair for some in distributed.gather(pairs) for pair in some]
+            yield [pair for some in distributed.all_gather_object(pairs) for pair in some]
 
 
-def opened(ref, policy):
+def load_image(ref, policy):
     content, name = image_refs.load(ref)
-    return image_processing.load(content, policy, name=name)
+    return image_processing.load_image(content, policy, name=name)
 
 
-def ask(checkpoint, questions, rank=0, world=1, *, benchmark="exact", **how):
+def evaluate(checkpoint, questions, rank=0, world=1, *, benchmark="exact", **how):
     """The table of an exam's marks, on rank 0, None on the others; while a model trains, too (see `answer`). how: as for `answers`."""
-    check_marks(questions, benchmark)
-    rows = [pair for pairs in answers(checkpoint, questions, rank, world, **how) for pair in pairs]
+    check_questions(questions, benchmark)
+    rows = [pair for pairs in answer_questions(checkpoint, questions, rank, world, **how) for pair in pairs]
     if rank == 0:
         return report.table(
-            marked([row_of(questions[i], said) for i, said in sorted(rows)], benchmark)
+            score_results([make_result(questions[i], said) for i, said in sorted(rows)], benchmark)
         )
 
 
 # ---- marking ----
 
 
-def row_of(question, said):
+def make_result(question, said):
     """A line of answers.jsonl, still without its score."""
     kept = {name: value for name, value in question.items() if name != "question"}
     shown = [
@@ -248,11 +248,11 @@ def row_of(question, said):
     }
 
 
-def marked(rows, benchmark):
+def score_results(rows, benchmark):
     """Rows with their scores; None where an answer cannot be parsed, or no right one is known."""
     known = [row for row in rows if row["answers"]]
     marks = (
-        metrics.mark(
+        metrics.score_answers(
             benchmarks.BENCHMARKS[benchmark].score, [row["answer"] for row in known], known
         )
         if known
@@ -262,11 +262,11 @@ def marked(rows, benchmark):
     return [{**row, "score": next(given) if row["answers"] else None} for row in rows]
 
 
-def check_marks(questions, benchmark):
+def check_questions(questions, benchmark):
     """Raise UserError, before anything is asked, for a question that its benchmark's rule could not mark."""
     for question in questions:
         if question["answers"]:
-            metrics.check(
+            metrics.check_reference(
                 benchmarks.BENCHMARKS[benchmark].score, question, f"question {question['id']}"
             )
 
@@ -274,19 +274,19 @@ def check_marks(questions, benchmark):
 # ---- a whole exam, and its files ----
 
 
-def beside(out):
+def metadata_path(out):
     return Path(out).with_suffix(".json")
 
 
-def write_rows(path, rows):
+def write_results(path, rows):
     files.write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
-def identity(checkpoint, questions, benchmark, prompt, choices):
+def evaluation_settings(checkpoint, questions, benchmark, prompt, choices):
     """What must stay the same for an exam to go on: the model by what its files hold, wherever they lie, the questions by what they say."""
-    asked = sha([[question["id"], question["question"]] for question in questions])
+    asked = short_hash([[question["id"], question["question"]] for question in questions])
     model, dtype = (
-        sha([weights_in(checkpoint.card["folder"]), checkpoint.fingerprint()]),
+        short_hash([hash_weights(checkpoint.history["folder"]), checkpoint.fingerprint()]),
         next(checkpoint.model.parameters()).dtype,
     )
     return {
@@ -299,11 +299,11 @@ def identity(checkpoint, questions, benchmark, prompt, choices):
     }
 
 
-def sha(thing):
+def short_hash(thing):
     return hashlib.sha256(json.dumps(thing).encode()).hexdigest()[:8]
 
 
-def weights_in(model):
+def hash_weights(model):
     """[name, size, hash of a sample of the bytes] of each file of weights in a model's folder: training changes bytes everywhere, a copy none."""
     folder, found = Path(files.cached(model) or model), []
     for path in sorted(
@@ -311,16 +311,16 @@ def weights_in(model):
     ):
         digest, size = hashlib.sha256(), path.stat().st_size
         with open(path, "rb") as file:
-            for place in range(0, size, max(SAMPLED, size // SAMPLED)):
+            for place in range(0, size, max(HASH_BLOCK, size // HASH_BLOCK)):
                 file.seek(place)
-                digest.update(file.read(SAMPLED))
+                digest.update(file.read(HASH_BLOCK))
         found.append([path.name, size, digest.hexdigest()])
     return found
 
 
-def versions():
+def package_versions():
     """Of what answers depend on; ours: a hash of the package's files."""
-    ours = sha(
+    ours = short_hash(
         [
             [path.name, path.read_text(encoding="utf-8")]
             for path in sorted(Path(__file__).parent.glob("*.py"))
@@ -338,11 +338,11 @@ def versions():
     }
 
 
-def told(path):
+def read_metadata(path):
     """What the JSON beside an answers.jsonl says; nothing if there is none. UserError if it is something else."""
-    if not beside(path).exists():
+    if not metadata_path(path).exists():
         return {}
-    kept = files.read_json(beside(path))
+    kept = files.read_json(metadata_path(path))
     asked, card = kept.get("asked"), kept.get("card", {})
     if not (
         isinstance(asked, dict)
@@ -350,32 +350,32 @@ def told(path):
         and isinstance(card, dict)
     ):
         raise UserError(
-            f"{beside(path)}, where the table of {path} belongs, is something else: name other answers"
+            f"{metadata_path(path)}, where the table of {path} belongs, is something else: name other answers"
         )
     return kept
 
 
-def check_out(path, asked=None):
+def check_output(path, asked=None):
     """Raise UserError for a file that is there, and that no exam has left; asked: of answers that are marked again, which may go over their own."""
-    was = told(path).get("asked")
-    if not was and is_begun(path):
+    was = read_metadata(path).get("asked")
+    if not was and has_content(path):
         raise UserError(
-            f"--out={path} is there, but no {beside(path)} that says what was asked: name another"
+            f"--out={path} is there, but no {metadata_path(path)} that says what was asked: name another"
         )
     if was and asked is not None and was | {"benchmark": ""} != asked | {"benchmark": ""}:
         raise UserError(f"--out={path} holds answers of another exam: name another")
 
 
-def is_begun(path):
+def has_content(path):
     """Whether there are answers; an empty file has nothing to lose."""
     return os.path.lexists(path) and not (Path(path).is_file() and os.path.getsize(path) == 0)
 
 
 @contextlib.contextmanager
-def held(out, rank):
+def lock_output(out, rank):
     """Keep other processes out of a file of answers as long as this one writes there, and tell of it who stops that; rank 0 does, for all."""
     with contextlib.ExitStack() as claims:
-        with distributed.together():
+        with distributed.raise_on_all_ranks():
             if out and rank == 0:
                 open(out, "a").close()  # only what is there can be claimed
                 claims.enter_context(files.claim(out))
@@ -391,11 +391,11 @@ def held(out, rank):
             raise
 
 
-def begin(out, questions, asked, about):
+def resume_answers(out, questions, asked, about):
     """{number of a question: Said} of the answers that an exam which was stopped has left in `out`; it is made ready to go on."""
-    kept = told(out)
-    if not is_begun(out):
-        files.write_text(beside(out), json.dumps({"asked": asked, **about}, indent=1))
+    kept = read_metadata(out)
+    if not has_content(out):
+        files.write_text(metadata_path(out), json.dumps({"asked": asked, **about}, indent=1))
         return {}
     was = kept.get("asked", {})
     wrong = [
@@ -411,25 +411,25 @@ def begin(out, questions, asked, about):
     os.truncate(out, Path(out).read_bytes().rfind(b"\n") + 1)  # the last line may have been torn
     numbers, rows = (
         {str(question["id"]): i for i, question in enumerate(questions)},
-        list(read_rows(out)),
+        list(read_results(out)),
     )
     if strange := [row["id"] for row in rows if str(row["id"]) not in numbers]:
         raise UserError(
             f"{out} answers question {strange[0]}, which is none of these: name another --out"
         )
     return {
-        numbers[str(row["id"])]: Said(row["answer"], row["tokens"], row["cut"], row["prompt"])
+        numbers[str(row["id"])]: Answer(row["answer"], row["tokens"], row["cut"], row["prompt"])
         for row in rows
     }
 
 
-def read_rows(path):
+def read_results(path):
     """The lines of an answers.jsonl; UserError, naming the line, for what is none."""
     seen = set()
     for number, row in enumerate(files.read_log(path), 1):
         wrong = [
             name
-            for name, kind in FIELDS.items()
+            for name, kind in RESULT_FIELDS.items()
             if not isinstance(row, dict) or not isinstance(row.get(name), kind)
         ]
         if wrong or not all(isinstance(text, str) for text in row["answers"]):
@@ -442,37 +442,37 @@ def read_rows(path):
         yield row
 
 
-def sit(
+def run_benchmark(
     checkpoint, questions, rank=0, world=1, *, benchmark, prompt="", out="", batch=16, **choices
 ):
     """Answer all questions, of which `out` may hold some already, and write the answers there as they come: (rows, on rank 0; what answers.json says
     of them). Other ranks get None for both."""
-    asked = identity(checkpoint, questions, benchmark, prompt, choices)
+    asked = evaluation_settings(checkpoint, questions, benchmark, prompt, choices)
     about = {
         "command": shlex.join(sys.argv),
-        "card": checkpoint.card,
+        "card": checkpoint.history,
         "ranks": world,
         "batch": batch,
         "device": str(checkpoint.model.mean_C11.device),
-        "versions": versions(),
+        "versions": package_versions(),
     }
-    with distributed.together():
-        check_marks(questions, benchmark)
-        said = begin(out, questions, asked, about) if out and rank == 0 else {}
-        lengths = lengths_of(checkpoint, questions)
+    with distributed.raise_on_all_ranks():
+        check_questions(questions, benchmark)
+        said = resume_answers(out, questions, asked, about) if out and rank == 0 else {}
+        lengths = prompt_lengths(checkpoint, questions)
         if rank == 0:
-            check_lengths(checkpoint, lengths, choices["max_tokens"])
-    progress, known = report.Progress(len(questions), len(said)), distributed.gather(list(said))[0]
+            check_prompt_lengths(checkpoint, lengths, choices["max_tokens"])
+    progress, known = report.Progress(len(questions), len(said)), distributed.all_gather_object(list(said))[0]
     with (
         open(out, "a", encoding="utf-8") if out and rank == 0 else contextlib.nullcontext() as file
     ):
-        for pairs in answers(
+        for pairs in answer_questions(
             checkpoint, questions, rank, world, batch=batch, done=known, lengths=lengths, **choices
         ):
             said |= pairs
-            rows = [row_of(questions[i], one) | {"score": None} for i, one in pairs]
-            rows = rows if report.is_of_all(benchmark) else marked(rows, benchmark)
-            with distributed.together():
+            rows = [make_result(questions[i], one) | {"score": None} for i, one in pairs]
+            rows = rows if report.is_of_all(benchmark) else score_results(rows, benchmark)
+            with distributed.raise_on_all_ranks():
                 if file:
                     file.write("".join(json.dumps(row) + "\n" for row in rows))
                     file.flush()
@@ -480,15 +480,15 @@ def sit(
                 progress.tell(rows, benchmark)
     if rank > 0:
         return None, None
-    rows = marked([row_of(question, said[i]) for i, question in enumerate(questions)], benchmark)
+    rows = score_results([make_result(question, said[i]) for i, question in enumerate(questions)], benchmark)
     if out and not progress.done:  # all was answered before: how, is known already
-        return rows, told(out)
+        return rows, read_metadata(out)
     return rows, {"asked": asked, **about, **progress.speeds()}
 
 
-def mark_again(path, questions, benchmark):
+def rescore(path, questions, benchmark):
     """The rows of an answers.jsonl, marked anew, by the right answers that `questions` have, if there are any, else by its own."""
-    rows = list(read_rows(path))
+    rows = list(read_results(path))
     if questions:
         found = {str(row["id"]): row for row in rows}
         missing = [question["id"] for question in questions if str(question["id"]) not in found]
@@ -498,20 +498,20 @@ def mark_again(path, questions, benchmark):
                 f"{f'; not answered is {missing[0]}' if missing else ''}"
             )
         rows = [
-            row_of(q, Said(row["answer"], row["tokens"], row["cut"], row["prompt"]))
+            make_result(q, Answer(row["answer"], row["tokens"], row["cut"], row["prompt"]))
             for q in questions
             for row in [found[str(q["id"])]]
         ]
     if not rows:
         raise UserError(f"{path} holds no answers")
-    return marked(rows, benchmark)
+    return score_results(rows, benchmark)
 
 
-def conclude(rows, about, questions, benchmark, seed=0, *, out="", page="", submission=""):
+def summarize(rows, about, questions, benchmark, seed=0, *, out="", page="", submission=""):
     """Print the table and what else the benchmark is known by, and write the files that were asked for."""
     lines, known = report.table(rows, seed), [row for row in rows if row["answers"]]
     figures = (
-        metrics.summary(
+        metrics.benchmark_metrics(
             benchmark, known, [row["answer"] for row in known], [row["score"] for row in known]
         )
         if known
@@ -521,12 +521,12 @@ def conclude(rows, about, questions, benchmark, seed=0, *, out="", page="", subm
     about = {**about, "asked": {**about.get("asked", {}), "benchmark": benchmark}}
     if out:
         files.write_text(
-            beside(out),
+            metadata_path(out),
             json.dumps(
                 {**about, "table": [line._asdict() for line in lines], "figures": figures}, indent=1
             ),
         )
-        write_rows(out, rows)  # last, since the file that is held goes with it
+        write_results(out, rows)  # last, since the file that is held goes with it
     if page:
         files.write_text(
             page,
@@ -535,4 +535,4 @@ def conclude(rows, about, questions, benchmark, seed=0, *, out="", page="", subm
             ),
         )
     if submission:
-        files.write_text(submission, benchmarks.submission(benchmark, rows))
+        files.write_text(submission, benchmarks.format_submission(benchmark, rows))

@@ -50,8 +50,8 @@ class Recipe(NamedTuple):
     """How records become samples; small, for it goes to every worker."""
 
     tokenizer: Tokenizer
-    template: str
-    policy: dict
+    chat_template: str
+    image_config: dict
     row: int  # the most tokens of a sample
     pictures: str  # the folder or zip that records name their pictures from
 
@@ -174,15 +174,15 @@ def cut_shard(folder, raws, recipe):
                 )
 
     dataset.write_shard(
-        folder, recipe.policy, samples(), lambda: {"records": len(raws), "skipped": skipped}
+        folder, recipe.image_config, samples(), lambda: {"records": len(raws), "skipped": skipped}
     )
     return len(raws), (folder / "tiles").stat().st_size
 
 
 def prepared(sample, recipe):
     """A sources.Sample as write_shard takes it: name, ids, trained, pictures. Pictures are cut into fewer tiles until the sample fits its row."""
-    ids, trained = chat_template.render(sample.turns, recipe.tokenizer, recipe.template)
-    least = len(ids) + len(sample.pictures) * (image_processing.tokens_per_tile(recipe.policy) - 1)
+    ids, trained = chat_template.render_conversation(sample.turns, recipe.tokenizer, recipe.chat_template)
+    least = len(ids) + len(sample.pictures) * (image_processing.tokens_per_tile(recipe.image_config) - 1)
     if (
         least > recipe.row
     ):  # a sample of a thousand pictures would not only fit no row, but no memory either
@@ -190,22 +190,22 @@ def prepared(sample, recipe):
             f"{sample.where}: at least {least:,} tokens, --row={recipe.row}", "longer than a row"
         )
     opened = [
-        image_files.read(*image_refs.load(ref), image_processing.needed(recipe.policy))
+        image_files.read(*image_refs.load(ref), image_processing.required_size(recipe.image_config))
         for ref in sample.pictures
     ]
-    for limit in limits(recipe.policy):
-        planned = [image_processing.plan(size, recipe.policy, limit) for _, size in opened]
-        tagged, _, pictures = chat_template.tag_pictures(
-            ids, trained, planned, recipe.tokenizer, recipe.policy
+    for limit in limits(recipe.image_config):
+        planned = [image_processing.plan_image(size, recipe.image_config, limit) for _, size in opened]
+        tagged, _, pictures = chat_template.add_tile_tags(
+            ids, trained, planned, recipe.tokenizer, recipe.image_config
         )
         length = int(dataset.repeats(tagged, [len(picture.places) for picture in pictures]).sum())
         if length <= recipe.row:
             cut = [
-                blank._replace(tiles=image_processing.cut(picture, recipe.policy, limit, size))
+                blank._replace(tiles=image_processing.cut_into_tiles(picture, recipe.image_config, limit, size))
                 for blank, (picture, size) in zip(planned, opened, strict=True)
             ]
-            return sample.name, *chat_template.tag_pictures(
-                ids, trained, cut, recipe.tokenizer, recipe.policy
+            return sample.name, *chat_template.add_tile_tags(
+                ids, trained, cut, recipe.tokenizer, recipe.image_config
             )
     raise UserError(f"{sample.where}: {length:,} tokens, --row={recipe.row}", "longer than a row")
 
@@ -383,8 +383,8 @@ def table(skipped):
 def prepare_dataset(*, model, source, images, out, row, workers=0, max_skipped=0.01):
     """Prepare the set `out` from the sources for the tokenizer, template and image policy of `model`; the settings are those of `prepare.py data`."""
     owner, began = describe_checkpoint(model), time.time()
-    chat_template.end_id(owner.tokenizer, owner.template)
-    recipe = Recipe(owner.tokenizer, owner.template, owner.policy, row, images)
+    chat_template.end_token_id(owner.tokenizer, owner.chat_template)
+    recipe = Recipe(owner.tokenizer, owner.chat_template, owner.image_config, row, images)
     skipped = gather(source, out, recipe, workers or len(os.sched_getaffinity(0)), max_skipped)
     rows = dataset.Samples(out).table
     cli.status(

@@ -31,7 +31,7 @@ class Log:
         )
         self.claim = contextlib.ExitStack()
 
-    @distributed.together()
+    @distributed.raise_on_all_ranks()
     def __enter__(self):
         if self.rank == 0:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -77,7 +77,7 @@ class Log:
         ):
             self.best = {"validation": line["validation"], "step": line["step"]}
 
-    @distributed.together()  # rank 0 alone writes; where it cannot (a full disk), the others must hear of it
+    @distributed.raise_on_all_ranks()  # rank 0 alone writes; where it cannot (a full disk), the others must hear of it
     def line(self, step, looks, **numbers):
         """One line of numbers; looks: what `validate` returned at this step, {} if it did not look."""
         now = time.time()
@@ -129,7 +129,7 @@ class Log:
             return
         spent = datetime.timedelta(seconds=round(time.time() - self.began))
         compiled = (
-            f", torch.compile made {graphs} graphs" if (graphs := distributed.graphs()) else ""
+            f", torch.compile made {graphs} graphs" if (graphs := distributed.count_compiled_graphs()) else ""
         )
         best = f"{self.best['validation']:.4f} at step {self.best['step']}" if self.best else "none"
         print(

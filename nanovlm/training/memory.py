@@ -91,7 +91,7 @@ def estimate_memory(
     """
 
     def activations(blocks):
-        distributed.recompute(blocks)
+        distributed.checkpoint_activations(blocks)
         one, two = (
             kept_for_backward(
                 model,
@@ -106,7 +106,7 @@ def estimate_memory(
             del block.forward
         return one + (micro - 1) * (two - one)
 
-    again = distributed.blocks(model, recompute)
+    again = distributed.transformer_blocks(model, recompute)
     kept = activations(again)
     block = activations(again[:-1]) - kept
     size = {
@@ -131,7 +131,7 @@ def estimate_memory(
 
 def bytes_gathered(model, dtype):
     """Bytes that FSDP gathers at once: what is held all along, a block and the next one, and the gradients of one of them and of the rest."""
-    *layers, _ = distributed.units(model)
+    *layers, _ = distributed.fsdp_units(model)
     numbers = [
         (
             sum(p.numel() for p in block.parameters()),

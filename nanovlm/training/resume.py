@@ -56,7 +56,7 @@ def make_moments(model, optimizer, names, where):
         }
 
 
-@distributed.together()
+@distributed.raise_on_all_ranks()
 def restore(step, model, optimizer):
     """Fill the optimizer from a step of any run of this model."""
     parts, where = step / "sharded", step / "training.safetensors"
@@ -76,7 +76,7 @@ def restore(step, model, optimizer):
 def put_optimizer(model, optimizer, tensors, where):
     make_moments(model, optimizer, tensors, where)
     for name, tensor in moments(model, optimizer).items():
-        distributed.fill(tensor, tensors[name])
+        distributed.copy_into(tensor, tensors[name])
 
 
 def everything(model, optimizer):
@@ -100,7 +100,7 @@ class Saves:
         )
         self.compared = False
 
-    @distributed.together()
+    @distributed.raise_on_all_ranks()
     def write(self, step, last, looks={}):
         """Write out/step-…, on all ranks together; those before it stay, with a UserError that says so, if it cannot be written or holds what is no
         number. last: weights that lie in parts are gathered, a tensor after another, into the memory of rank 0. The first time, all is read back
@@ -109,10 +109,10 @@ class Saves:
         odd = [
             name
             for name, p in self.checkpoint.model.named_parameters()
-            if p.requires_grad and not distributed.mine(p).isfinite().all()
+            if p.requires_grad and not distributed.local_tensor(p).isfinite().all()
         ]
         if wrong := [
-            name for names in distributed.gather(odd) for name in names
+            name for names in distributed.all_gather_object(odd) for name in names
         ]:  # of whichever rank
             raise UserError(
                 f"step {step}: {wrong[0]} holds what is no number, so it is not saved; {self.newest()} is whole"
@@ -121,15 +121,15 @@ class Saves:
             name: looks[name] for name in ("validation",) if name in looks
         }
         try:
-            distributed.first(begin_folder, folder)
+            distributed.on_rank_0(begin_folder, folder)
             self.fill(Path(f"{folder}.tmp"), training, last)
-            distributed.first(finish_folder, folder)
+            distributed.on_rank_0(finish_folder, folder)
         except OSError as error:
-            distributed.first(drop_unfinished, folder)
+            distributed.on_rank_0(drop_unfinished, folder)
             raise UserError(
                 f"{folder} could not be saved ({error.strerror or error}); {self.newest()} is whole"
             ) from None
-        distributed.first(self.prune, folder)
+        distributed.on_rank_0(self.prune, folder)
 
     def newest(self):
         kept = list_checkpoints(self.out)
@@ -141,12 +141,12 @@ class Saves:
         is_sharded = distributed.is_sharded(model)
         if is_sharded:
             sharded.write_shards(everything(model, optimizer), tmp / "sharded")
-            tensors, state = distributed.on_first(tensors) if last else None, None
-        distributed.first(write, self.checkpoint, tmp, training, tensors, state)
+            tensors, state = distributed.gather_to_rank_0(tensors) if last else None, None
+        distributed.on_rank_0(write, self.checkpoint, tmp, training, tensors, state)
         if not self.compared:
-            distributed.first(compare, tmp, tensors, state)
+            distributed.on_rank_0(compare, tmp, tensors, state)
             odd = differ(tmp / "sharded", everything(model, optimizer)) if is_sharded else []
-            trouble = [name for names in distributed.gather(odd) for name in names]
+            trouble = [name for names in distributed.all_gather_object(odd) for name in names]
             if trouble:
                 raise OSError(f"{trouble[0]} was read back as other numbers")
         self.compared = True
@@ -199,7 +199,7 @@ def differ(parts, state):
     wrong, some, size = [], {}, 0
     for number, (name, tensor) in enumerate(state.items(), 1):
         some[name] = tensor.detach()
-        size += distributed.mine(some[name]).nbytes
+        size += distributed.local_tensor(some[name]).nbytes
         if size > 2**30 or number == len(state):
             wrong += differ_among(some, parts)
             some, size = {}, 0
@@ -215,5 +215,5 @@ def differ_among(state, parts):
     return [
         name
         for name, tensor in state.items()
-        if not same(distributed.mine(tensor), distributed.mine(again[name]))
+        if not same(distributed.local_tensor(tensor), distributed.local_tensor(again[name]))
     ]

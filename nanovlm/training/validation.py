@@ -42,7 +42,7 @@ def validation_losses(model, samples, rows, mixed):
             sums[0] += model(**batch).item()
             sums[1] += model(**grey).item()
         sums[2] += int((batch["targets_BT"] != IGNORE_INDEX).sum())
-    loss, blank, count = distributed.total(sums, device)
+    loss, blank, count = distributed.all_reduce_sum(sums, device)
     return {"validation": loss / count, "blank": blank / count} if count else {}
 
 
@@ -67,10 +67,10 @@ def show_answer(checkpoint, samples, i, mixed, aloud):
     stop = (
         set() if distributed.is_sharded(model) else {end}
     )  # ranks that differed in a last bit would wait for one another
-    with mixed, distributed.gathered(model):
+    with mixed, distributed.unsharded(model):
         answer = model.generate(
             [ids_T[:first].tolist()],
-            **join(pictures[:seen], samples.policy),
+            **join(pictures[:seen], samples.image_config),
             stop=stop,
             max_tokens=64,
         )

@@ -55,7 +55,7 @@ def tile_mosaic(tiles_NCYX, across=6):
     sheet = Image.new("RGB", (across * (width + GAP) - GAP, down * (height + GAP) - GAP), "white")
     for n, tile_CYX in enumerate(tiles_NCYX):
         place = n % across * (width + GAP), n // across * (height + GAP)
-        sheet.paste(image_processing.picture_of(tile_CYX), place)
+        sheet.paste(image_processing.tile_to_image(tile_CYX), place)
     return sheet
 
 

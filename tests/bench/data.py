@@ -79,7 +79,7 @@ def cutting(small, large, rounds):
             rounds,
             pillow=lambda tile=tile, some=photographs: [by_pillow(source, tile) for source in some],
             ours=lambda policy=policy, some=photographs: [
-                image_processing.load(source, policy) for source in some
+                image_processing.load_image(source, policy) for source in some
             ],
         )
         print(
@@ -90,7 +90,7 @@ def cutting(small, large, rounds):
 
 
 def samples_of(photographs, count):
-    pictures = [image_processing.load(source, POLICY) for source in photographs]
+    pictures = [image_processing.load_image(source, POLICY) for source in photographs]
     for number in range(count):
         ids = [IMAGE_TOKEN_ID, *range(40 + number % 60)]
         yield f"{number}", ids, [0] * 20 + [1] * (len(ids) - 20), [pictures[number % len(pictures)]]

@@ -139,7 +139,7 @@ def peak_bytes(run):
 
 def compare(name, lengths, rounds, mixed, joined):
     theirs, ours = two_models()
-    distributed.compile_blocks(distributed.blocks(ours) if joined else ())
+    distributed.compile_blocks(distributed.transformer_blocks(ours) if joined else ())
     samples, (adam, our_adam) = (
         samples_of(lengths),
         [

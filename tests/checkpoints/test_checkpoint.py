@@ -66,12 +66,12 @@ def test_what_is_saved_is_what_is_loaded(words, tmp_path, tied):
     same_tensors(loaded.model.state_dict(), saved.model.state_dict())
     assert (loaded.model.decoder.head.weight is loaded.model.decoder.embed.weight) == tied
     assert ("decoder.head.weight" in load_file(tmp_path / "a" / "model.safetensors")) != tied
-    assert (loaded.shapes, loaded.policy, loaded.template) == (
+    assert (loaded.shapes, loaded.image_config, loaded.chat_template) == (
         saved.shapes,
-        saved.policy,
-        saved.template,
+        saved.image_config,
+        saved.chat_template,
     )
-    assert loaded.fingerprint() == saved.fingerprint() and loaded.card == {
+    assert loaded.fingerprint() == saved.fingerprint() and loaded.history == {
         "born": "seed 0",
         "folder": str(tmp_path / "a"),
     }
@@ -118,11 +118,11 @@ def test_a_description_is_all_but_the_model_and_reads_no_weights(words, tmp_path
         told.model is None
         and told.fingerprint() == loaded.fingerprint() == make_checkpoint(words).fingerprint()
     )
-    assert (told.shapes, told.policy, told.template, told.card) == (
+    assert (told.shapes, told.image_config, told.chat_template, told.history) == (
         loaded.shapes,
-        loaded.policy,
-        loaded.template,
-        loaded.card,
+        loaded.image_config,
+        loaded.chat_template,
+        loaded.history,
     )
     assert told.tokenizer.encode("a b") == words.encode("a b")
 
@@ -304,12 +304,12 @@ def test_stitching_changes_no_number_and_the_brain_says_what_it_said_alone(words
         make_checkpoint(words, seed=1),
         make_checkpoint(words, seed=2, template="chatml", policy={**POLICY, "fit": "crop"}),
     )
-    eye.card["folder"], brain.card["folder"] = "an/eye", "a/brain"
+    eye.history["folder"], brain.history["folder"] = "an/eye", "a/brain"
     stitched = stitch.stitch_parts(eye, brain, seed=3)
     same_tensors(stitched.model.vision.state_dict(), eye.model.vision.state_dict())
     same_tensors(stitched.model.decoder.state_dict(), brain.model.decoder.state_dict())
-    assert (stitched.policy, stitched.template, stitched.tokenizer) == (eye.policy, "chatml", words)
-    assert stitched.card == {"vision": "an/eye", "decoder": "a/brain", "projector": "fresh, seed 3"}
+    assert (stitched.image_config, stitched.chat_template, stitched.tokenizer) == (eye.image_config, "chatml", words)
+    assert stitched.history == {"vision": "an/eye", "decoder": "a/brain", "projector": "fresh, seed 3"}
     ids_BT = torch.randint(words.vocab_size, (2, 9))
     positions_BT, none = torch.arange(9).expand(2, -1), torch.zeros(0, 3, 12, 12, dtype=torch.uint8)
     with torch.no_grad():

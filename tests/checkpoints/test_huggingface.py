@@ -723,7 +723,7 @@ def test_an_owner_and_name_is_looked_up_in_the_cache(
     (folder / "README.md").write_text("---\ntags:\n- text\nlicense: apache-2.0\n---\n# A brain\n")
     part = huggingface.brain("someone/brain")
     same(part.model.decoder, huggingface.brain(published[1]).model.decoder)
-    card, shards = part.card["folder"], sorted(folder.glob("*.safetensors"))
+    card, shards = part.history["folder"], sorted(folder.glob("*.safetensors"))
     assert (card["from"], card["revision"], card["licence"]) == (
         "someone/brain",
         "0123abc",
@@ -832,7 +832,7 @@ BIT = NEW_CLIP | {"size": {"shortest_edge": 32}}  # DINOv2's enlarges to 256 and
 def test_pictures_are_treated_as_the_folder_says(config, choices, fit, tile, resample, eye_folder):
     (eye_folder / "preprocessor_config.json").write_text(json.dumps(config))
     part = huggingface.eye(eye_folder, **choices)
-    assert part.policy == {
+    assert part.image_config == {
         "tile": tile,
         "patch": 7,
         "shuffle": 1,
@@ -841,7 +841,7 @@ def test_pictures_are_treated_as_the_folder_says(config, choices, fit, tile, res
         "mean": config["image_mean"],
         "std": config["image_std"],
     }
-    assert len(part.model.vision.positions) == 1 + image_processing.tokens_per_tile(part.policy)
+    assert len(part.model.vision.positions) == 1 + image_processing.tokens_per_tile(part.image_config)
 
 
 @pytest.mark.parametrize(
@@ -966,7 +966,7 @@ def test_a_template_is_known_by_what_it_writes(name, tmp_path):
     words = tokenizer.learn(["hello goodbye"], 258, special)
     mine = SentencePiece(words.special) if name in SENTENCEPIECE else words
     assert (
-        chat_template.recognise(*huggingface.their_template(tmp_path), mine, tmp_path)
+        chat_template.identify_template(*huggingface.their_template(tmp_path), mine, tmp_path)
         == name.split(",")[0]
     )
 
@@ -988,11 +988,11 @@ def test_our_ids_are_those_of_apply_chat_template(name, tmp_path):
         expected = theirs.apply_chat_template(
             messages, add_generation_prompt=True, tokenize=True, return_dict=False
         )
-        assert chat_template.render(conversation, words, name.split(",")[0])[0] == expected
+        assert chat_template.render_conversation(conversation, words, name.split(",")[0])[0] == expected
 
 
 def test_vicuna_as_fastchat_writes_it():
-    written = chat_template.write(
+    written = chat_template.render_text(
         [("user", "Hello"), ("assistant", "Hi"), ("user", "Bye")],
         SentencePiece({"<s>": 1, "</s>": 2}),
         "vicuna",
@@ -1018,7 +1018,7 @@ def test_a_template_is_found_where_transformers_has_put_it(place, brain_folder):
         )
         path = brain_folder / ("tokenizer_config.json" if place == "list" else place)
         path.write_text(json.dumps({"chat_template": value, "eos_token": "<|im_end|>"}))
-    assert huggingface.brain(brain_folder).template == "chatml"
+    assert huggingface.brain(brain_folder).chat_template == "chatml"
 
 
 @pytest.mark.parametrize(
@@ -1041,7 +1041,7 @@ def test_an_unknown_template_must_be_said(template, said, brain_folder):
     edit(brain_folder / "tokenizer_config.json", chat_template=template)
     with pytest.raises(UserError, match=said):
         huggingface.brain(brain_folder)
-    assert huggingface.brain(brain_folder, template="smollm2").template == "smollm2"
+    assert huggingface.brain(brain_folder, template="smollm2").chat_template == "smollm2"
     with pytest.raises(
         UserError, match="llama3 writes <.begin_of_text.>, which is no special token"
     ):
@@ -1064,8 +1064,8 @@ def test_stitched_it_sees_and_says_what_its_parts_do_alone(tmp_path, capsys):
         part: next(getattr(made.model, part).parameters()).dtype
         for part in ("vision", "projector", "decoder")
     } == {"vision": torch.float16, "projector": torch.float32, "decoder": torch.bfloat16}
-    assert made.card["vision"]["from"] == str(tmp_path / "eye") and set(
-        made.card["decoder"]["files"]
+    assert made.history["vision"]["from"] == str(tmp_path / "eye") and set(
+        made.history["decoder"]["files"]
     ) == {"model.safetensors"}
     assert (tmp_path / "out/tokenizer.json").read_bytes() == (
         tmp_path / "brain/tokenizer.json"
@@ -1098,7 +1098,7 @@ def test_an_eye_of_ours_and_a_brain_of_theirs(published, tmp_path):
     prepare.stitch(vision=out, decoder=public[1], out=str(tmp_path / "second"))
     first, second = load_checkpoint(out), load_checkpoint(tmp_path / "second")
     same(second.model, first.model)
-    assert first.shapes == second.shapes and first.policy == second.policy
+    assert first.shapes == second.shapes and first.image_config == second.image_config
     with pytest.raises(UserError, match="--tile=42 is for a public model's folder"):
         prepare.stitch(vision=out, decoder=public[1], tile=42)
 

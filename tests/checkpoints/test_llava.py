@@ -184,7 +184,7 @@ def ask(question, count=1):
 
 def seen_by_both(ours, shown, theirs):
     """What join gives of our pictures, with the pixels of transformers in it, which may differ by a level each and by no more."""
-    seen = packing.join(shown, ours.policy)
+    seen = packing.join(shown, ours.image_config)
     tiles_NCYX = (
         (theirs["pixel_values"].flatten(0, -4) * ours.model.std_C11 + ours.model.mean_C11) * 255
     ).round()
@@ -199,11 +199,11 @@ def test_a_published_folder_sees_and_says_what_transformers_says(kind, size, fol
     model, processor = whole(folders[kind])
     ours = load_checkpoint(folders[kind], dtype=None)
     picture(SIZES[size]).save(tmp_path / "a.png")
-    shown = [image_processing.load(tmp_path / "a.png", ours.policy)]
+    shown = [image_processing.load_image(tmp_path / "a.png", ours.image_config)]
 
     prompt = processor.apply_chat_template(ask("a cat?"), add_generation_prompt=True)
     theirs = processor(text=f"<s>{prompt}", images=[picture(SIZES[size])], return_tensors="pt")
-    ids = sample.prompt_ids(ours, [("user", sample.place_pictures("a cat?", 1))], shown)
+    ids = sample.encode_prompt(ours, [("user", sample.place_images("a cat?", 1))], shown)
     assert [IMAGE_ID if i == IMAGE_TOKEN_ID else i for i in ids] == theirs["input_ids"][0].tolist()
 
     seen = seen_by_both(ours, shown, theirs)
@@ -342,7 +342,7 @@ def stitched(home, template, eye="clip", vocabulary=None, decoder={}, words=None
     words = words or tokenizer.learn(
         ["a cat, a catalogue, the category of cats. Is it kind?"],
         280,
-        chat_template.special_names(template),
+        chat_template.special_token_names(template),
     )
     sizes = BRAIN | {"vocab_size": vocabulary or words.vocab_size} | decoder
     model, config = (
@@ -381,8 +381,8 @@ def assert_the_same(ours, folder, turns, paths):
     """transformers, given the folder and its own chat template, reads the same ids, computes the same logits and says the same as our checkpoint."""
     model, processor = whole(folder)
     ours = load_checkpoint(ours)
-    shown = [image_processing.load(path, ours.policy) for path in paths]
-    ids = sample.prompt_ids(ours, turns, shown)
+    shown = [image_processing.load_image(path, ours.image_config) for path in paths]
+    ids = sample.encode_prompt(ours, turns, shown)
     prompt = processor.apply_chat_template(messages(turns), add_generation_prompt=True)
     theirs = processor(
         text=prompt,
@@ -394,7 +394,7 @@ def assert_the_same(ours, folder, turns, paths):
     assert [image_id if i == IMAGE_TOKEN_ID else i for i in ids] == theirs["input_ids"][0].tolist()
     seen, end = (
         seen_by_both(ours, shown, theirs),
-        chat_template.end_id(ours.tokenizer, ours.template),
+        chat_template.end_token_id(ours.tokenizer, ours.chat_template),
     )
     logits_BTV = ours.model.decoder.head(
         ours.model.decoder(
@@ -488,7 +488,7 @@ def sentencepiece(layout, names):
 
 def names_of(template):
     """The special tokens of tokenizers that a template is used with: every one that it writes; <s> and </s> alone, if it can end with those."""
-    every = tuple(dict.fromkeys(["<s>", "</s>", *chat_template.special_names(template)]))
+    every = tuple(dict.fromkeys(["<s>", "</s>", *chat_template.special_token_names(template)]))
     return (
         dict.fromkeys([every, every[:2]])
         if chat_template.TEMPLATES[template]["end"] == "</s>"
@@ -518,7 +518,7 @@ def test_an_exported_template_puts_spaces_where_render_does(
 ):
     """By the tokenizer, and by the processor with its pictures, which must not put a start token before a prompt; and the template is known again."""
     ours, out = (
-        whole_model._replace(tokenizer=sentencepiece(layout, names), template=template),
+        whole_model._replace(tokenizer=sentencepiece(layout, names), chat_template=template),
         tmp_path / "out",
     )
     export_checkpoint(ours, out)
@@ -528,24 +528,24 @@ def test_an_exported_template_puts_spaces_where_render_does(
         picture((28, 28)),
     )
     photo.save(tmp_path / "a.png")
-    shown = image_processing.load(tmp_path / "a.png", ours.policy)
+    shown = image_processing.load_image(tmp_path / "a.png", ours.image_config)
     how = dict(add_generation_prompt=True, return_dict=False)
     for turns in [*SPOKEN.values(), AMID]:
         ids = [
             image_id if i == IMAGE_TOKEN_ID else i
-            for i in chat_template.render(turns, ours.tokenizer, template)[0]
+            for i in chat_template.render_conversation(turns, ours.tokenizer, template)[0]
         ]
         said = [{"role": role, "content": text} for role, text in turns]
         assert processor.tokenizer.apply_chat_template(said, **how) == ids
     for turns in SPOKEN.values():
         asked = messages(turns, image=photo)
-        ids = sample.prompt_ids(
+        ids = sample.encode_prompt(
             ours, turns, [shown] * sum(text.count("<image>") for _, text in turns)
         )
         assert processor.apply_chat_template(asked, tokenize=True, **how)[0] == [
             image_id if i == IMAGE_TOKEN_ID else i for i in ids
         ]
-    assert describe_checkpoint(out).template == template
+    assert describe_checkpoint(out).chat_template == template
 
 
 @pytest.mark.parametrize(
@@ -565,7 +565,7 @@ def test_llama_cpp_is_told_to_put_no_start_token_before_a_prompt(whole_model, tm
     for template, layout in (("zephyr", "first"), ("zephyr", "model"), ("mistral", "first")):
         export_checkpoint(
             whole_model._replace(
-                tokenizer=sentencepiece(layout, ("<s>", "</s>")), template=template
+                tokenizer=sentencepiece(layout, ("<s>", "</s>")), chat_template=template
             ),
             tmp_path / "out",
         )
@@ -636,7 +636,7 @@ def test_the_grid_is_the_one_that_transformers_chooses():
             random.permutation(PINPOINTS).tolist(),
         )
         theirs = hf.image_processing_utils.select_best_resolution(size[::-1], pinpoints)
-        assert image_processing.pinpoint(size, {"pinpoints": pinpoints}) == list(theirs)
+        assert image_processing.select_best_resolution(size, {"pinpoints": pinpoints}) == list(theirs)
 
 
 @pytest.mark.parametrize(
@@ -660,8 +660,8 @@ def test_what_the_layout_cannot_say_is_refused_with_the_setting_to_train_with(
 
 def test_a_public_eye_takes_tiles_and_one_of_ours_has_settled_it(tmp_path):
     ours = stitched(tmp_path, "chatml", tiles=4, tile_choice="area", tile_tags=True, draft=True)
-    policy = load_checkpoint(ours).policy
-    image_processing.check_policy(policy)
+    policy = load_checkpoint(ours).image_config
+    image_processing.check_image_config(policy)
     assert {
         name: policy[name] for name in ("fit", "tiles", "thumbnail", "choice", "tags", "draft")
     } == {
@@ -782,9 +782,9 @@ def test_a_tensor_that_is_missing_or_not_used_is_named(old, new, said, tmp_path)
 def test_a_folder_that_states_no_template_gets_the_one_of_its_kind(tmp_path):
     for kind, template in (("1.5", "llava"), ("1.6 mistral", "mistral-v1")):
         folder = publish(tmp_path / kind, **KINDS[kind])
-        assert load_checkpoint(folder).template == template
+        assert load_checkpoint(folder).chat_template == template
         (folder / "chat_template.jinja").unlink()
-        assert load_checkpoint(folder).template == template
+        assert load_checkpoint(folder).chat_template == template
 
 
 def test_a_template_that_nobody_knows_is_said_to_export_which_stores_it(tmp_path):
@@ -798,7 +798,7 @@ def test_a_template_that_nobody_knows_is_said_to_export_which_stores_it(tmp_path
     with pytest.raises(UserError, match="--template=odd is not known: mistral"):
         prepare.export(model=str(folder), out=str(tmp_path / "out"), template="odd")
     prepare.export(model=str(folder), out=str(tmp_path / "out"), template="vicuna")
-    assert load_checkpoint(tmp_path / "out").template == "vicuna"
+    assert load_checkpoint(tmp_path / "out").chat_template == "vicuna"
     save_checkpoint(load_checkpoint(tmp_path / "out"), tmp_path / "ours")
     with pytest.raises(
         UserError, match="--template=llava is for a published LLaVA; .*ours has settled it"
@@ -825,18 +825,18 @@ def test_many_pictures_of_many_sizes_at_once_are_answered_as_one_by_one(folders,
     ours = load_checkpoint(folders["1.6 vicuna"])
     for name, size in SIZES.items():
         picture(size).save(tmp_path / f"{name}.png")
-    shown = {name: image_processing.load(tmp_path / f"{name}.png", ours.policy) for name in SIZES}
+    shown = {name: image_processing.load_image(tmp_path / f"{name}.png", ours.image_config) for name in SIZES}
     questions = [
         ("a cat?", [shown["wide"]]),
         ("or", [shown["tall"], shown["square"]]),
         ("no", []),
         ("b", [shown["a pixel off"]]),
     ]
-    questions = [(sample.place_pictures(text, len(seen)), seen) for text, seen in questions]
+    questions = [(sample.place_images(text, len(seen)), seen) for text, seen in questions]
     for said, (text, seen) in zip(
-        runner.answer(ours, questions, max_tokens=8), questions, strict=True
+        runner.generate_answers(ours, questions, max_tokens=8), questions, strict=True
     ):
-        assert said.text == "".join(sample.stream(ours, [("user", text)], seen, max_tokens=8))
+        assert said.text == "".join(sample.stream_answer(ours, [("user", text)], seen, max_tokens=8))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -874,10 +874,10 @@ def test_numbers_stay_as_their_files_have_them(dtype, folders, tmp_path):
     } == {torch.float32}
     picture((90, 31)).save(tmp_path / "a.png")
     list(
-        sample.stream(
+        sample.stream_answer(
             kept,
             [("user", "<image>a")],
-            [image_processing.load(tmp_path / "a.png", kept.policy)],
+            [image_processing.load_image(tmp_path / "a.png", kept.image_config)],
             max_tokens=3,
         )
     )
@@ -902,13 +902,13 @@ def test_a_llava_next_is_prepared_for_with_pictures_of_any_size(folders, tmp_pat
     prepare.data(model=folder, source=[str(tmp_path / "x.json")], out=str(tmp_path / "set"))
     samples = dataset.Samples(tmp_path / "set")
     batch, _ = packing.collate(samples, [[0, 1]])
-    shown = [image_processing.load(tmp_path / f"{number}.png", ours.policy) for number in (0, 1)]
-    joined = packing.join(shown, ours.policy)
+    shown = [image_processing.load_image(tmp_path / f"{number}.png", ours.image_config) for number in (0, 1)]
+    joined = packing.join(shown, ours.image_config)
     assert len(shown[0].places) != len(shown[1].places) and all(
         batch[name].equal(joined[name]) for name in joined
     )
     for number in (0, 1):
-        asked = sample.prompt_ids(ours, [("user", "<image>\nWhat?")], [shown[number]])
+        asked = sample.encode_prompt(ours, [("user", "<image>\nWhat?")], [shown[number]])
         assert samples.read(number)[0][: len(asked)].tolist() == asked
     ours.model.train()(**batch).backward()
     assert ours.model.projector.newline.grad.abs().sum() > 0

@@ -109,7 +109,7 @@ def test_stitched_and_asked_without_a_picture_it_says_token_for_token_what_the_b
         hf.AutoTokenizer.from_pretrained(parts[1]),
     )
     turns = [("user", "What is the capital of France?")]
-    ids, _ = chat_template.render(turns, stitched.tokenizer, stitched.template)
+    ids, _ = chat_template.render_conversation(turns, stitched.tokenizer, stitched.chat_template)
     messages = [{"role": role, "content": text} for role, text in turns]
     assert ids == words.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
     ours = [
@@ -117,7 +117,7 @@ def test_stitched_and_asked_without_a_picture_it_says_token_for_token_what_the_b
         for (i,) in stitched.model.generate(
             [ids],
             torch.zeros(0),
-            stop={chat_template.end_id(stitched.tokenizer, stitched.template)},
+            stop={chat_template.end_token_id(stitched.tokenizer, stitched.chat_template)},
             max_tokens=30,
         )
     ]
@@ -166,14 +166,14 @@ def test_its_ids_are_those_of_its_tokenizer(parts, stitched):
 
 @torch.no_grad()
 def test_a_chat_in_english_makes_sense(stitched):
-    turns, end = [], chat_template.end_id(stitched.tokenizer, stitched.template)
+    turns, end = [], chat_template.end_token_id(stitched.tokenizer, stitched.chat_template)
     for asked, expected in [
         ("What is the capital of France?", "Paris"),
         ("And what is the capital of Italy?", "Rome"),
         ("Which of the two cities has the Eiffel Tower?", "Paris"),
     ]:
         turns.append(("user", asked))
-        ids, _ = chat_template.render(turns, stitched.tokenizer, stitched.template)
+        ids, _ = chat_template.render_conversation(turns, stitched.tokenizer, stitched.chat_template)
         said = [
             i for (i,) in stitched.model.generate([ids], torch.zeros(0), stop={end}, max_tokens=60)
         ]
@@ -202,7 +202,7 @@ def test_it_sees_in_photographs_what_dinov2_sees(parts, stitched, photographs):
         pixels = processor(Image.open(path), return_tensors="pt")["pixel_values"]
         wanted = theirs(pixels).last_hidden_state[:, 1:]
         close = (stitched.model.vision(pixels) - wanted).norm() / wanted.norm()
-        tiles_NCYX = torch.tensor(image_processing.load(path, stitched.policy).tiles)
+        tiles_NCYX = torch.tensor(image_processing.load_image(path, stitched.image_config).tiles)
         seen = stitched.model.vision(
             (tiles_NCYX / 255 - stitched.model.mean_C11) / stitched.model.std_C11
         )

@@ -20,7 +20,7 @@ from nanovlm import IMAGE_TOKEN_ID, UserError
 from nanovlm.data import chat_template, image_processing, tokenizer
 
 NAMES = sorted(
-    {name for template in chat_template.TEMPLATES for name in chat_template.special_names(template)}
+    {name for template in chat_template.TEMPLATES for name in chat_template.special_token_names(template)}
 )
 WORDS = tokenizer.learn(
     ["What is in the fridge? two eggs and some milk\n\nassistant user system"] * 3, 300, NAMES
@@ -44,7 +44,7 @@ ASKING = pytest.mark.parametrize(
 
 
 def render(turns, template="mistral"):
-    return chat_template.render(turns, WORDS, template)
+    return chat_template.render_conversation(turns, WORDS, template)
 
 
 # ---- what is trained ----
@@ -62,7 +62,7 @@ def test_trained_are_the_assistants_words_and_the_end_of_its_turn_and_nothing_el
     assert len(ids) == len(trained)
     form = chat_template.TEMPLATES[template]
     want = "".join(
-        form.get("answer", "{}").replace("{}", chat_template.trimmed(answer, "assistant", form))
+        form.get("answer", "{}").replace("{}", chat_template.trim_text(answer, "assistant", form))
         + form["end"]
         for answer in answers
     )
@@ -70,7 +70,7 @@ def test_trained_are_the_assistants_words_and_the_end_of_its_turn_and_nothing_el
         WORDS.decode([i for i, is_trained in zip(ids, trained, strict=True) if is_trained]) == want
     )
     assert [i for i, is_trained in zip(ids, trained, strict=True) if is_trained].count(
-        chat_template.end_id(WORDS, template)
+        chat_template.end_token_id(WORDS, template)
     ) == len(answers)
 
 
@@ -118,7 +118,7 @@ def test_of_two_special_names_the_longest_is_meant_as_in_hugging_face(tmp_path):
         "<s>[INST] a [/INST]"
     )["input_ids"]
     assert (
-        chat_template.render([("user", "a")], words, "llama2")[0] == theirs
+        chat_template.render_conversation([("user", "a")], words, "llama2")[0] == theirs
         and theirs[0] == words.special["<s>[INST]"]
     )
 
@@ -131,7 +131,7 @@ def test_a_tokenizer_without_the_templates_tokens_is_refused_by_name(template):
         with pytest.raises(
             UserError, match=f"template {template} writes .*, which is no special token"
         ):
-            chat_template.end_id(words, template)
+            chat_template.end_token_id(words, template)
 
 
 # ---- the published templates ----
@@ -276,7 +276,7 @@ def test_ids_are_those_of_mistral_common(kind, template, speeches):
     turns = conversation(speeches)
     request = ChatCompletionRequest(messages=[message[role](content=text) for role, text in turns])
     assert (
-        chat_template.render(turns, ours, template)[0]
+        chat_template.render_conversation(turns, ours, template)[0]
         == theirs.encode_chat_completion(request).tokens
     )
 
@@ -347,7 +347,7 @@ def test_ids_are_those_of_apply_chat_template_with_a_converted_sentencepiece(nam
         messages, chat_template=jinja, add_generation_prompt=True, return_dict=False
     )
     assert (
-        chat_template.render(turns, ours, template)[0]
+        chat_template.render_conversation(turns, ours, template)[0]
         == [ours.special["<s>"]] * (name == "vicuna, first") + wanted
     )
 
@@ -364,7 +364,7 @@ def test_after_a_picture_a_tokenizer_with_its_space_first_has_none():
         "USER: <image>\nWhat is it? ASSISTANT: An egg.</s>USER: And <image>there? ASSISTANT:",
         add_special_tokens=False,
     )["input_ids"]
-    image, ids = ours.special["<image>"], chat_template.render(turns, ours, "llava")[0]
+    image, ids = ours.special["<image>"], chat_template.render_conversation(turns, ours, "llava")[0]
     assert [image if i == IMAGE_TOKEN_ID else i for i in ids] == [ours.special["<s>"], *wanted]
 
 
@@ -376,12 +376,12 @@ def test_plain_is_a_picture_and_its_caption():
     theirs, ours = of_mistral("v1")[1].files["tokenizer.model"], of_mistral("v1")[1]
     caption = SentencePieceProcessor(model_proto=theirs).encode("Two eggs.")
     turns = [("user", "Render a summary of the photo.\n<image>"), ("assistant", "Two eggs.")]
-    ids, trained = chat_template.render(turns, ours, "plain")
+    ids, trained = chat_template.render_conversation(turns, ours, "plain")
     assert ids == [1, IMAGE_TOKEN_ID, *caption, 2] and trained == [False] * 2 + [True] * (
         len(caption) + 1
     )
     for question in ("<image>", f"<image>\n{chat_template.CAPTION_PROMPT}"):
-        assert chat_template.render([("user", question)], ours, "plain")[0] == ids[:2]
+        assert chat_template.render_conversation([("user", question)], ours, "plain")[0] == ids[:2]
     assert (
         WORDS.decode(render([("user", "Two eggs"), ("assistant", " and milk.")], "plain")[0])
         == "<s>Two eggs and milk.</s>"
@@ -390,7 +390,7 @@ def test_plain_is_a_picture_and_its_caption():
         UserError,
         match="plain shows a picture and asks nothing: it cannot ask 'Any milk.', only 'Give a brief",
     ):
-        chat_template.render([("user", "<image>\nAny milk?")], ours, "plain")
+        chat_template.render_conversation([("user", "<image>\nAny milk?")], ours, "plain")
 
 
 @ASKING
@@ -556,11 +556,11 @@ def test_tags_are_untrained_text_before_each_tile_which_is_a_picture_of_its_own(
         tokenizer.learn(["a b"], 256, ["</s>"]),
         {"tile": 12, "patch": 3, "shuffle": 2, "fit": "tiles", "tiles": 4, "thumbnail": True},
     )
-    wide = image_processing.plan((24, 12), policy | {"choice": "aspect"})._replace(
+    wide = image_processing.plan_image((24, 12), policy | {"choice": "aspect"})._replace(
         tiles=np.arange(3)
     )
     ids, trained = [97, IMAGE_TOKEN_ID, 98, 99], [False, False, False, True]
-    tagged, mask, pictures = chat_template.tag_pictures(
+    tagged, mask, pictures = chat_template.add_tile_tags(
         ids, trained, [wide], words, policy | {"tags": True}
     )
     assert tagged == [
@@ -578,10 +578,10 @@ def test_tags_are_untrained_text_before_each_tile_which_is_a_picture_of_its_own(
     assert [(p.tiles.tolist(), p.places.tolist(), p.size) for p in pictures] == [
         ([n], [0, 1, 2, 3], (24, 12)) for n in range(3)
     ]
-    assert chat_template.tag_pictures(ids, trained, [wide], words, policy | {"tags": False}) == (
+    assert chat_template.add_tile_tags(ids, trained, [wide], words, policy | {"tags": False}) == (
         ids,
         trained,
         [wide],
     )
     with pytest.raises(UserError, match="1 places for pictures but 2 pictures"):
-        chat_template.tag_pictures(ids, trained, [wide, wide], words, policy | {"tags": True})
+        chat_template.add_tile_tags(ids, trained, [wide, wide], words, policy | {"tags": True})

@@ -33,7 +33,7 @@ FINGERPRINT = {"tokenizer": "abc", "template": "mistral", "policy": POLICY}
 
 def make_picture(g, tiles):
     tiles_NCYX = g.integers(256, size=(tiles, 3, TILE, TILE), dtype=np.uint8)
-    return image_processing.Picture(
+    return image_processing.ProcessedImage(
         tiles_NCYX, np.arange(tiles * TOKENS), (int(g.integers(9, 99)), int(g.integers(9, 99)))
     )
 
@@ -174,7 +174,7 @@ def test_a_full_disk_leaves_nothing(tmp_path):
     assert not os.listdir(tmp_path)
 
 
-PICTURE = image_processing.Picture(
+PICTURE = image_processing.ProcessedImage(
     np.zeros((1, 3, TILE, TILE), np.uint8), np.arange(TOKENS), (5, 7)
 )
 

@@ -502,7 +502,7 @@ def test_jpegs_of_every_mode_are_what_pillow_makes_of_them_upright(name):
             if turn > 1
             else stored.convert("RGB")
         )
-    found = image_processing.load(content, POLICY)
+    found = image_processing.load_image(content, POLICY)
     assert found.size == upright.size == ((70, 96) if turn >= 5 else (96, 70))
     assert np.array_equal(np.asarray(image_files.read(content)[0]), np.asarray(upright))
 
@@ -513,7 +513,7 @@ def test_bytes_are_read_as_their_file_is(tmp_path, name):
     path.write_bytes(FILES[name])
     assert np.array_equal(np.asarray(image_files.read(FILES[name])[0]), pixels(path))
     assert np.array_equal(
-        image_processing.load(FILES[name], POLICY).tiles, image_processing.load(path, POLICY).tiles
+        image_processing.load_image(FILES[name], POLICY).tiles, image_processing.load_image(path, POLICY).tiles
     )
 
 
@@ -545,7 +545,7 @@ def test_a_transparent_16_bit_png_is_read_from_bytes_too(tmp_path):
 def test_a_mistake_about_bytes_names_whose_they_are(content, said, reason):
     for name in (None, "a.tar, 000012.jpg"):
         with pytest.raises(UserError, match=f"^{name or 'the picture'} .*{said}") as caught:
-            image_processing.load(content, POLICY, name=name)
+            image_processing.load_image(content, POLICY, name=name)
         assert caught.value.reason == reason
 
 
@@ -579,16 +579,16 @@ def test_a_draft_is_twice_what_it_is_resized_to_and_looks_the_same(fit, to, orie
     stored = photo(*wide) if orientation == 1 else photo(*wide).transpose(Image.Transpose.ROTATE_90)
     content = turned_jpeg(stored, orientation)
     whole, drafted = (
-        image_processing.load(content, policy),
-        image_processing.load(content, policy | {"draft": True}),
+        image_processing.load_image(content, policy),
+        image_processing.load_image(content, policy | {"draft": True}),
     )
     assert whole.size == drafted.size == wide and np.array_equal(whole.places, drafted.places)
     assert near(
         drafted.tiles, whole.tiles, levels=20 if fit == "pad" else 4
     ) and not np.array_equal(drafted.tiles, whole.tiles)
-    assert image_processing.target(wide, policy) == to
+    assert image_processing.resized_size(wide, policy) == to
     across, down = image_files.read(
-        content, needed=image_processing.needed(policy | {"draft": True})
+        content, needed=image_processing.required_size(policy | {"draft": True})
     )[0].size
     assert across < wide[0] and across >= 2 * to[0] and down >= 2 * to[1]
 
@@ -601,7 +601,7 @@ def test_a_draft_leaves_alone_what_has_no_dct_and_what_is_not_large_enough():
     ]:
         picture.save(file := io.BytesIO(), how)
         whole, drafted = (
-            image_processing.load(file.getvalue(), policy | {"draft": draft})
+            image_processing.load_image(file.getvalue(), policy | {"draft": draft})
             for draft in (False, True)
         )
         assert np.array_equal(whole.tiles, drafted.tiles)
@@ -618,7 +618,7 @@ def test_a_tile_takes_its_patches_shuffled():
         image_processing.tokens_per_tile({"tile": 448, "patch": 14, "shuffle": 2}) == 256
     )  # InternVL
     assert image_processing.tokens_per_tile({"tile": 64, "patch": 8, "shuffle": 2}) == 16
-    assert image_processing.picture_tokens((50, 40), POLICY) == 9
+    assert image_processing.image_token_count((50, 40), POLICY) == 9
 
 
 def internvls_choice(size, tile, most, area_weighted=False):
@@ -677,7 +677,7 @@ EDGES = [
 ]
 
 
-@pytest.mark.parametrize("choice", image_processing.GRIDS)
+@pytest.mark.parametrize("choice", image_processing.GRID_CHOICES)
 @pytest.mark.parametrize("most", [12, 8, 6, 4, 2, 1])
 def test_a_grid_is_the_reference_rules(choice, most):
     for tile in (336, 448):
@@ -685,11 +685,11 @@ def test_a_grid_is_the_reference_rules(choice, most):
         for size in [(width, height) for width in EDGES for height in EDGES]:
             columns, rows = internvls_choice(size, tile, most, choice == "area")
             assert (
-                image_processing.grid(size, policy | {"tiles": most})
-                == image_processing.grid(size, policy, limit=most)
+                image_processing.tile_grid(size, policy | {"tiles": most})
+                == image_processing.tile_grid(size, policy, limit=most)
                 == (rows, columns)
             ), size
-            assert image_processing.grid(size, policy | {"tiles": most}, limit=20) == (
+            assert image_processing.tile_grid(size, policy | {"tiles": most}, limit=20) == (
                 rows,
                 columns,
             )  # a limit never raises the policy's own
@@ -706,14 +706,14 @@ def test_every_token_of_every_tile_is_counted_and_read(tmp_path):
             POLICY | TILES | change,
             saved(tmp_path / "a.png", Image.fromarray(noise(60, 40))),
         )
-        picture = image_processing.load(path, policy, limit)
+        picture = image_processing.load_image(path, policy, limit)
         assert image_processing.tile_count((60, 40), policy, limit) == tiles == len(picture.tiles)
         assert (
             picture.places.tolist() == list(range(tiles * 9))
-            and image_processing.picture_tokens((60, 40), policy, limit) == tiles * 9
+            and image_processing.image_token_count((60, 40), policy, limit) == tiles * 9
         )
         assert picture.size == (60, 40)
-        planned = image_processing.plan(
+        planned = image_processing.plan_image(
             (60, 40), policy, limit
         )  # what a picture will be is known from its size
         assert (
@@ -725,14 +725,14 @@ def test_every_token_of_every_tile_is_counted_and_read(tmp_path):
 
 def test_tags_number_the_tiles_and_name_the_whole_picture():
     policy = POLICY | TILES | {"tags": True}
-    assert image_processing.tags(3, policy) == ["<tile_1>", "<tile_2>", "<tile_global_thumbnail>"]
-    assert image_processing.tags(1, policy) == [
+    assert image_processing.tile_tags(3, policy) == ["<tile_1>", "<tile_2>", "<tile_global_thumbnail>"]
+    assert image_processing.tile_tags(1, policy) == [
         "<tile_global_thumbnail>"
     ]  # as NVLM has it: one tile is the whole picture
-    assert image_processing.tags(2, policy | {"thumbnail": False}) == ["<tile_1>", "<tile_2>"]
+    assert image_processing.tile_tags(2, policy | {"thumbnail": False}) == ["<tile_1>", "<tile_2>"]
     assert (
-        image_processing.tags(3, policy | {"tags": False}) is None
-        and image_processing.tags(1, POLICY) is None
+        image_processing.tile_tags(3, policy | {"tags": False}) is None
+        and image_processing.tile_tags(1, POLICY) is None
     )
 
 
@@ -766,11 +766,11 @@ def test_tags_number_the_tiles_and_name_the_whole_picture():
 )
 def test_a_policy_that_means_nothing_is_refused(change, said):
     for good in (POLICY, POLICY | {"draft": True}, POLICY | TILES):
-        image_processing.check_policy(good)
+        image_processing.check_image_config(good)
     with pytest.raises(UserError, match=said):
-        image_processing.check_policy(POLICY | change)
+        image_processing.check_image_config(POLICY | change)
     with pytest.raises(UserError, match="fit is missing"):
-        image_processing.check_policy(
+        image_processing.check_image_config(
             {name: value for name, value in POLICY.items() if name != "fit"}
         )
 
@@ -778,28 +778,28 @@ def test_a_policy_that_means_nothing_is_refused(change, said):
 # ---- cutting ----
 
 
-@pytest.mark.parametrize("resample", image_processing.FILTERS)
+@pytest.mark.parametrize("resample", image_processing.RESAMPLE_FILTERS)
 @pytest.mark.parametrize("size", SHAPES)
 def test_crop_is_clips(size, resample):
     picture, tile = Image.fromarray(noise(*size)), POLICY["tile"]
     clip = CLIPImageProcessorPil(
         size={"shortest_edge": tile},
         crop_size={"height": tile, "width": tile},
-        resample=image_processing.FILTERS[resample],
+        resample=image_processing.RESAMPLE_FILTERS[resample],
         do_rescale=False,
         do_normalize=False,
     )
     want = clip(picture, return_tensors="np")["pixel_values"]
-    assert near(image_processing.cut(picture, POLICY | {"fit": "crop", "resample": resample}), want)
+    assert near(image_processing.cut_into_tiles(picture, POLICY | {"fit": "crop", "resample": resample}), want)
 
 
-@pytest.mark.parametrize("resample", image_processing.FILTERS)
+@pytest.mark.parametrize("resample", image_processing.RESAMPLE_FILTERS)
 @pytest.mark.parametrize("size", SHAPES)
 def test_pad_is_llavas(size, resample):
     picture, tile, kind = (
         Image.fromarray(noise(*size)),
         POLICY["tile"],
-        image_processing.FILTERS[resample],
+        image_processing.RESAMPLE_FILTERS[resample],
     )
     llava = LlavaImageProcessorPil(
         size={"shortest_edge": tile},
@@ -810,19 +810,19 @@ def test_pad_is_llavas(size, resample):
         do_normalize=False,
         image_mean=POLICY["mean"],
     )
-    found = image_processing.cut(picture, POLICY | {"fit": "pad", "resample": resample})
+    found = image_processing.cut_into_tiles(picture, POLICY | {"fit": "pad", "resample": resample})
     assert near(found, llava(picture, return_tensors="np")["pixel_values"])
     square = Image.new("RGB", (max(size),) * 2, (122, 116, 104))  # LLaVA-1.5's grey
     square.paste(picture, ((max(size) - size[0]) // 2, (max(size) - size[1]) // 2))
     assert near(found[0], np.asarray(square.resize((tile, tile), kind)).transpose(2, 0, 1))
 
 
-@pytest.mark.parametrize("resample", image_processing.FILTERS)
+@pytest.mark.parametrize("resample", image_processing.RESAMPLE_FILTERS)
 @pytest.mark.parametrize("size", SHAPES)
 def test_squash_is_a_plain_resize(size, resample):
     picture = Image.fromarray(noise(*size))
-    want = np.asarray(picture.resize((24, 24), image_processing.FILTERS[resample]))
-    found = image_processing.cut(picture, POLICY | {"resample": resample})
+    want = np.asarray(picture.resize((24, 24), image_processing.RESAMPLE_FILTERS[resample]))
+    found = image_processing.cut_into_tiles(picture, POLICY | {"resample": resample})
     assert near(found, want.transpose(2, 0, 1)[None])
 
 
@@ -832,12 +832,12 @@ def test_tiles_are_one_uint8_array_that_shows_the_file(tmp_path, fit):
         saved(tmp_path / "a.png", Image.fromarray(noise(24, 24))),
         POLICY | TILES | {"fit": fit},
     )
-    tiles_NCYX = image_processing.load(path, policy).tiles
+    tiles_NCYX = image_processing.load_image(path, policy).tiles
     assert tiles_NCYX.shape == (1, 3, 24, 24) and tiles_NCYX.dtype == np.uint8
     assert (
         tiles_NCYX.flags.c_contiguous and tiles_NCYX.flags.writeable
     )  # torch.from_numpy takes it without a copy or a warning
-    assert np.array_equal(np.asarray(image_processing.picture_of(tiles_NCYX[0])), noise(24, 24))
+    assert np.array_equal(np.asarray(image_processing.tile_to_image(tiles_NCYX[0])), noise(24, 24))
 
 
 def test_resampling_matters():
@@ -845,9 +845,9 @@ def test_resampling_matters():
     assert (
         len(
             {
-                image_processing.cut(picture, POLICY | {"fit": f, "resample": r}).tobytes()
+                image_processing.cut_into_tiles(picture, POLICY | {"fit": f, "resample": r}).tobytes()
                 for f in image_processing.FITS
-                for r in image_processing.FILTERS
+                for r in image_processing.RESAMPLE_FILTERS
             }
         )
         == 6
@@ -858,26 +858,26 @@ EDGE = st.sampled_from([1, 2, 3, 5, 17, 24, 64, 101, 224, 333, 600])
 
 
 @settings(max_examples=150, deadline=None, derandomize=True, database=None)
-@given(EDGE, EDGE, EDGE, EDGE, st.sampled_from(sorted(image_processing.FILTERS)))
+@given(EDGE, EDGE, EDGE, EDGE, st.sampled_from(sorted(image_processing.RESAMPLE_FILTERS)))
 def test_resizing_is_pillows_to_a_level(width, height, columns, rows, resample):
     """Narrowed or widened, down or across first, lines of one pixel: noise is the worst case."""
     picture = noise(width, height)
-    want = Image.fromarray(picture).resize((columns, rows), image_processing.FILTERS[resample])
+    want = Image.fromarray(picture).resize((columns, rows), image_processing.RESAMPLE_FILTERS[resample])
     assert near(
-        image_processing.resize(picture, (columns, rows), resample),
+        image_processing.resize_image(picture, (columns, rows), resample),
         np.asarray(want).transpose(2, 0, 1),
     )
 
 
 @pytest.mark.parametrize("width", [1, 5])
-@pytest.mark.parametrize("resample", image_processing.FILTERS)
+@pytest.mark.parametrize("resample", image_processing.RESAMPLE_FILTERS)
 def test_resizing_to_a_width_of_one_is_left_to_pillow(width, resample, monkeypatch):
     """torch's way if the CPU has no AVX2 gets it wrong; ATEN_CPU_CAPABILITY=default shows it on any."""
     monkeypatch.setattr(image_processing.F, "interpolate", None)
     picture = noise(width, 9)
-    want = Image.fromarray(picture).resize((1, 4), image_processing.FILTERS[resample])
+    want = Image.fromarray(picture).resize((1, 4), image_processing.RESAMPLE_FILTERS[resample])
     assert np.array_equal(
-        image_processing.resize(picture, (1, 4), resample), np.asarray(want).transpose(2, 0, 1)
+        image_processing.resize_image(picture, (1, 4), resample), np.asarray(want).transpose(2, 0, 1)
     )
 
 
@@ -887,7 +887,7 @@ def test_resizing_is_the_same_on_any_count_of_threads_and_in_a_batch(size):
     found = []
     for threads in (1, 2, 5):
         torch.set_num_threads(threads)
-        found.append(image_processing.resize(pixels_YXC, (336, 336), "bicubic"))
+        found.append(image_processing.resize_image(pixels_YXC, (336, 336), "bicubic"))
     torch.set_num_threads(before)
     assert np.array_equal(found[0], found[1]) and np.array_equal(found[0], found[2])
     if size == (640, 480):  # which goes across first, as F.interpolate does
@@ -898,7 +898,7 @@ def test_resizing_is_the_same_on_any_count_of_threads_and_in_a_batch(size):
         assert np.array_equal(together[1].numpy(), found[0])
 
 
-@pytest.mark.parametrize("resample", image_processing.FILTERS)
+@pytest.mark.parametrize("resample", image_processing.RESAMPLE_FILTERS)
 @pytest.mark.parametrize("size", SHAPES)
 def test_tiles_are_pillows_resize_and_crop(size, resample):
     """InternVL's `dynamic_preprocess`: squashed to the grid, cut row by row, the whole picture last if there are several."""
@@ -909,17 +909,17 @@ def test_tiles_are_pillows_resize_and_crop(size, resample):
     )
     columns, rows = internvls_choice(size, tile, 12)
     squashed, parts = (
-        picture.resize((columns * tile, rows * tile), image_processing.FILTERS[resample]),
+        picture.resize((columns * tile, rows * tile), image_processing.RESAMPLE_FILTERS[resample]),
         [],
     )
     for i in range(columns * rows):
         left, top = i % columns * tile, i // columns * tile
         parts.append(squashed.crop((left, top, left + tile, top + tile)))
-    parts += [picture.resize((tile, tile), image_processing.FILTERS[resample])] * (len(parts) > 1)
+    parts += [picture.resize((tile, tile), image_processing.RESAMPLE_FILTERS[resample])] * (len(parts) > 1)
     want = np.stack([np.asarray(part).transpose(2, 0, 1) for part in parts])
-    assert near(image_processing.cut(picture, policy), want)
+    assert near(image_processing.cut_into_tiles(picture, policy), want)
     assert near(
-        image_processing.cut(picture, policy | {"thumbnail": False}), want[: columns * rows]
+        image_processing.cut_into_tiles(picture, policy | {"thumbnail": False}), want[: columns * rows]
     )
 
 
@@ -936,7 +936,7 @@ def test_tiles_are_those_of_internvl_in_transformers(size):
         do_normalize=False,
     )
     assert near(
-        image_processing.cut(picture, POLICY | TILES),
+        image_processing.cut_into_tiles(picture, POLICY | TILES),
         theirs(picture, return_tensors="np")["pixel_values"],
     )
 
@@ -944,8 +944,8 @@ def test_tiles_are_those_of_internvl_in_transformers(size):
 def test_a_limit_makes_fewer_tiles_of_the_same_picture():
     picture, policy = Image.fromarray(noise(96, 72)), POLICY | TILES
     assert [
-        len(image_processing.cut(picture, policy, limit)) for limit in (None, 12, 8, 6, 4, 2, 1)
+        len(image_processing.cut_into_tiles(picture, policy, limit)) for limit in (None, 12, 8, 6, 4, 2, 1)
     ] == [13, 13, 7, 7, 5, 1, 1]
     assert np.array_equal(
-        image_processing.cut(picture, policy, 1), image_processing.cut(picture, POLICY)
+        image_processing.cut_into_tiles(picture, policy, 1), image_processing.cut_into_tiles(picture, POLICY)
     )  # one tile is the picture, squashed

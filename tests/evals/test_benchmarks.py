@@ -76,7 +76,7 @@ def read(tmp_path, text, name="exact", **how):
     (tmp_path / "exam.json").write_text(text, encoding="utf-8")
     for name_of_picture in ("a.jpg", "b.jpg"):
         (tmp_path / name_of_picture).write_bytes(jpeg())
-    return benchmarks.read(name, tmp_path / "exam.json", **how)
+    return benchmarks.load_questions(name, tmp_path / "exam.json", **how)
 
 
 def test_json_lines_a_list_and_llavas_format_are_the_same_exam(tmp_path):
@@ -289,14 +289,14 @@ def test_a_zip_that_is_none_is_called_so(tmp_path):
                 UserError,
                 match=f"^{tmp_path}/{number}.zip is neither a folder nor a zip: (File is not|Bad magic)",
             ):
-                benchmarks.read("exact", f"{tmp_path}/{number}.zip{part}")
+                benchmarks.load_questions("exact", f"{tmp_path}/{number}.zip{part}")
     lay(tmp_path, {"folder.zip/exam.jsonl": lines([GOOD]), "folder.zip/a.jpg": None})
-    assert benchmarks.read("exact", tmp_path / "folder.zip")[0]["image"] == [
+    assert benchmarks.load_questions("exact", tmp_path / "folder.zip")[0]["image"] == [
         image_refs.File(f"{tmp_path}/folder.zip/a.jpg")
     ]
     with pytest.raises(UserError, match="^.*empty holds no [*].jsonl and no [*].json$"):
         (tmp_path / "empty").mkdir()
-        benchmarks.read("exact", tmp_path / "empty")
+        benchmarks.load_questions("exact", tmp_path / "empty")
 
 
 def test_names_may_be_in_any_script(tmp_path):
@@ -308,12 +308,12 @@ def test_names_may_be_in_any_script(tmp_path):
         },
     )
     for questions in (folder, folder / "exäm*.jsonl"):
-        assert benchmarks.read("exact", questions)[0]["image"] == [
+        assert benchmarks.load_questions("exact", questions)[0]["image"] == [
             image_refs.File(f"{folder}/圖 {{0}}.jpg")
         ]
     archive = pack(folder)
     for questions in (archive, f"{archive}/exäm*.jsonl"):
-        (row,) = benchmarks.read("exact", questions)
+        (row,) = benchmarks.load_questions("exact", questions)
         assert row["image"] == [image_refs.Member(archive, "圖 {0}.jpg")] and (
             row["id"],
             row["kind"],
@@ -341,7 +341,7 @@ def test_a_question_that_lost_its_picture_is_not_asked_without_it(tmp_path):
         ):
             read(tmp_path, json.dumps(blind | empty), "captions")
     with pytest.raises(UserError, match="question 1: no image; it has id, question"):
-        benchmarks.read(
+        benchmarks.load_questions(
             "mmmu", lay(tmp_path, {"validation-0.parquet": [mmmu(options="['x', 'y']")]})
         )
 
@@ -364,18 +364,18 @@ def test_annotations_that_say_nothing_of_the_questions_are_refused(tmp_path):
                 UserError,
                 match=f"{questions} and .*{number}.json are not laid out as {name}'s owner does it: (Key|Type)Error",
             ):
-                benchmarks.read(
+                benchmarks.load_questions(
                     name,
                     tmp_path / questions,
                     lay(tmp_path, {f"{number}.json": json.dumps(wrong)}) / f"{number}.json",
                 )
         with pytest.raises(UserError, match="notes.csv are not laid out as"):
-            benchmarks.read(name, tmp_path / questions, tmp_path / "notes.csv")
+            benchmarks.load_questions(name, tmp_path / questions, tmp_path / "notes.csv")
     with pytest.raises(
         UserError,
         match=r"question 1: `answers` should be a list of texts that say something, not \[None\]",
     ):
-        benchmarks.read(
+        benchmarks.load_questions(
             "coco",
             tmp_path / "q.json",
             lay(tmp_path, {"none.json": {"annotations": []}}) / "none.json",
@@ -383,7 +383,7 @@ def test_annotations_that_say_nothing_of_the_questions_are_refused(tmp_path):
     with pytest.raises(
         UserError, match="--annotations=.*a are 2 files: name the one that goes with the questions"
     ):
-        benchmarks.read("coco", tmp_path / "q.json", tmp_path / "a")
+        benchmarks.load_questions("coco", tmp_path / "q.json", tmp_path / "a")
 
 
 def test_an_exam_may_be_a_zip_or_a_part_of_one(tmp_path):
@@ -403,21 +403,21 @@ def test_an_exam_may_be_a_zip_or_a_part_of_one(tmp_path):
         ("one-more", "one-more"),
         ("", "one-more"),
     ):
-        (row,) = benchmarks.read("exact", f"{archive}/{part}")
+        (row,) = benchmarks.load_questions("exact", f"{archive}/{part}")
         assert row["image"] == [image_refs.Member(archive, f"{wanted}/a.jpg")], (
             "lines are asked before a list, and what a Mac adds never"
         )
     with pytest.raises(UserError, match=re.escape(f"{archive}/two holds no *.jsonl and no *.json")):
-        benchmarks.read("exact", f"{archive}/two")
+        benchmarks.load_questions("exact", f"{archive}/two")
 
 
 def test_what_does_not_go_together_is_named(tmp_path):
     with pytest.raises(UserError, match="no such file: nowhere.json"):
-        benchmarks.read("exact", "nowhere.json")
+        benchmarks.load_questions("exact", "nowhere.json")
     with pytest.raises(UserError, match="--benchmark=extact is not known: exact, contains, vqa"):
-        benchmarks.read("extact", tmp_path)
+        benchmarks.load_questions("extact", tmp_path)
     with pytest.raises(UserError, match=f"{tmp_path} holds no coco_pope_"):
-        benchmarks.read("pope", tmp_path)
+        benchmarks.load_questions("pope", tmp_path)
     with pytest.raises(
         UserError, match=r"question 1: its answers, \['C'\], are not letters of its 2 choices"
     ):
@@ -436,7 +436,7 @@ def test_what_does_not_go_together_is_named(tmp_path):
         )
     (tmp_path / "exam.json").write_bytes(b"\xff\xfe")
     with pytest.raises(UserError, match="exam.json is not text in UTF-8"):
-        benchmarks.read("exact", tmp_path / "exam.json")
+        benchmarks.load_questions("exact", tmp_path / "exam.json")
     lay(
         tmp_path,
         {
@@ -448,7 +448,7 @@ def test_what_does_not_go_together_is_named(tmp_path):
     with pytest.raises(
         UserError, match="question 1: no answers; it has question_id, image, text, kind, id"
     ):
-        benchmarks.read("pope", tmp_path / "pope")
+        benchmarks.load_questions("pope", tmp_path / "pope")
 
 
 # ---- owners' layouts ----
@@ -503,7 +503,7 @@ def test_coco_in_karpathys_split_in_blips_and_in_its_own(tmp_path):
             **{f"val2014/COCO_val2014_{i:012d}.jpg": None for i in (391895, 522418)},
         },
     )
-    rows = benchmarks.read("coco", tmp_path)
+    rows = benchmarks.load_questions("coco", tmp_path)
     assert [row["id"] for row in rows] == [391895, 522418] and rows[0]["answers"] == [
         "A cat, sitting.",
         "A cat, asleep.",
@@ -511,20 +511,20 @@ def test_coco_in_karpathys_split_in_blips_and_in_its_own(tmp_path):
     assert rows[0]["question"] == asked(CAPTION_PROMPT) and rows[1]["image"] == [
         image_refs.File(f"{tmp_path}/val2014/COCO_val2014_000000522418.jpg")
     ]
-    assert benchmarks.read(
+    assert benchmarks.load_questions(
         "coco", tmp_path / "dataset_coco.json", images=f"{tmp_path}/val2014", prompt="Say."
     )[1]["question"] == asked("Say.")
-    assert benchmarks.read("coco", tmp_path / "coco_karpathy_test.json")[0] == {
+    assert benchmarks.load_questions("coco", tmp_path / "coco_karpathy_test.json")[0] == {
         **rows[0],
         "answers": ["One.", "Two."],
     }
     seen = [f"Seen {k} times" for k in range(3)]
-    assert benchmarks.read("coco", tmp_path / "captions_val2014.json")[1] == {
+    assert benchmarks.load_questions("coco", tmp_path / "captions_val2014.json")[1] == {
         **rows[1],
         "answers": seen,
     }
     assert (
-        benchmarks.read("coco", tmp_path / "dataset_coco.json", tmp_path / "captions_val2014.json")[
+        benchmarks.load_questions("coco", tmp_path / "dataset_coco.json", tmp_path / "captions_val2014.json")[
             0
         ]["answers"]
         == seen
@@ -532,13 +532,13 @@ def test_coco_in_karpathys_split_in_blips_and_in_its_own(tmp_path):
     with pytest.raises(
         UserError, match="other.json is not laid out as coco's owner does it: KeyError"
     ):
-        benchmarks.read("coco", tmp_path / "other.json")
+        benchmarks.load_questions("coco", tmp_path / "other.json")
     lay(
         tmp_path,
         {"captions_val2014.json": CAPTIONS | {"annotations": CAPTIONS["annotations"][::2]}},
     )  # those of the first picture
     with pytest.raises(UserError, match="question 2: `answers` should be a list of texts"):
-        benchmarks.read("coco", tmp_path / "dataset_coco.json", tmp_path / "captions_val2014.json")
+        benchmarks.load_questions("coco", tmp_path / "dataset_coco.json", tmp_path / "captions_val2014.json")
 
 
 def vqav2(split):
@@ -587,7 +587,7 @@ def test_vqav2_with_its_annotations_and_its_secret_test(tmp_path):
             "test2015/COCO_test2015_000000262148.jpg": None,
         },
     )
-    rows = benchmarks.read("vqav2", pack(tmp_path / "q"), pack(tmp_path / "a"), str(tmp_path))
+    rows = benchmarks.load_questions("vqav2", pack(tmp_path / "q"), pack(tmp_path / "a"), str(tmp_path))
     assert rows[1] == {
         "id": 262148001,
         "kind": "other",
@@ -599,12 +599,12 @@ def test_vqav2_with_its_annotations_and_its_secret_test(tmp_path):
     with pytest.raises(
         UserError, match="the answers of val2014 are published: give them as --annotations"
     ):
-        benchmarks.read("vqav2", tmp_path / "q", images=str(tmp_path))
+        benchmarks.load_questions("vqav2", tmp_path / "q", images=str(tmp_path))
     with pytest.raises(
         UserError,
         match="questions.json and .*questions.json are not laid out as vqav2's owner does it: KeyError: 'annotations'",
     ):
-        benchmarks.read(
+        benchmarks.load_questions(
             "vqav2",
             tmp_path / "q",
             tmp_path / "q/v2_OpenEnded_mscoco_val2014_questions.json",
@@ -615,7 +615,7 @@ def test_vqav2_with_its_annotations_and_its_secret_test(tmp_path):
         {"v2_mscoco_val2014_annotations.json": NOTES | {"annotations": NOTES["annotations"][:1]}},
     )
     with pytest.raises(UserError, match="the annotations have no answers to question 262148001"):
-        benchmarks.read("vqav2", tmp_path / "q", tmp_path / "a", str(tmp_path))
+        benchmarks.load_questions("vqav2", tmp_path / "q", tmp_path / "a", str(tmp_path))
     lay(
         tmp_path / "t",
         {
@@ -627,14 +627,14 @@ def test_vqav2_with_its_annotations_and_its_secret_test(tmp_path):
         pack(tmp_path / "t"),
         f"{tmp_path}/t.zip/v2_OpenEnded_mscoco_test-dev2015_questions.json",
     ):
-        rows = benchmarks.read("vqav2", path, images=str(tmp_path))
+        rows = benchmarks.load_questions("vqav2", path, images=str(tmp_path))
         assert (
             len(rows) == 2
             and rows[0]["answers"] == []
             and rows[0]["image"][0].path.endswith("test2015/COCO_test2015_000000262148.jpg")
         )
     handed = json.loads(
-        benchmarks.submission("vqav2", [row | {"answer": f" {k}\n"} for k, row in enumerate(rows)])
+        benchmarks.format_submission("vqav2", [row | {"answer": f" {k}\n"} for k, row in enumerate(rows)])
     )
     assert handed == [
         {"question_id": 262148000, "answer": "0"},
@@ -670,7 +670,7 @@ def test_textvqa(tmp_path):
         },
     )
     images = pack(lay(tmp_path / "train_val_images", {"train_images/003a8ae2ef43b901.jpg": None}))
-    (row,) = benchmarks.read("textvqa", tmp_path, images=images)
+    (row,) = benchmarks.load_questions("textvqa", tmp_path, images=images)
     assert row == {
         "id": 34602,
         "kind": "all",
@@ -679,7 +679,7 @@ def test_textvqa(tmp_path):
         "choices": [],
         "question": asked("what is the brand?", benchmarks.WORD_PROMPT),
     }
-    assert benchmarks.read("textvqa", tmp_path / "TextVQA_0.5.1_test.json", images=images) == [
+    assert benchmarks.load_questions("textvqa", tmp_path / "TextVQA_0.5.1_test.json", images=images) == [
         {**row, "answers": []}
     ]
 
@@ -700,7 +700,7 @@ def test_chartqa_of_both_kinds_out_of_the_zip_as_downloaded(tmp_path):
         {part: [record, record] for part in parts} | {"test/png/41699051005347.png": None},
     )
     archive = pack(tmp_path / "c")
-    rows = benchmarks.read("chartqa", archive)
+    rows = benchmarks.load_questions("chartqa", archive)
     assert [row["id"] for row in rows] == ["augmented/0", "augmented/1", "human/0", "human/1"]
     assert rows[2] == {
         "id": "human/0",
@@ -711,12 +711,12 @@ def test_chartqa_of_both_kinds_out_of_the_zip_as_downloaded(tmp_path):
         "question": asked(record["query"], SHORT_PROMPT),
     }
     assert image_refs.load(rows[2]["image"][0])[0] == jpeg()
-    assert benchmarks.read("chartqa", tmp_path / "c" / "ChartQA Dataset")[3]["image"][
+    assert benchmarks.load_questions("chartqa", tmp_path / "c" / "ChartQA Dataset")[3]["image"][
         0
     ].path.endswith("/test/png/41699051005347.png")
-    assert len(benchmarks.read("chartqa", f"{archive}/ChartQA Dataset/test/test_human.json")) == 2
+    assert len(benchmarks.load_questions("chartqa", f"{archive}/ChartQA Dataset/test/test_human.json")) == 2
     with pytest.raises(UserError, match="test_augmented.json, question 1: no such picture"):
-        benchmarks.read("chartqa", archive, images=str(tmp_path))
+        benchmarks.load_questions("chartqa", archive, images=str(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -763,7 +763,7 @@ def test_docvqa_and_infovqa(tmp_path, name, file, record, image):
         }
         | {image: None},
     )
-    (row,) = benchmarks.read(name, tmp_path)
+    (row,) = benchmarks.load_questions(name, tmp_path)
     assert row == {
         "id": 337,
         "kind": "all",
@@ -772,12 +772,12 @@ def test_docvqa_and_infovqa(tmp_path, name, file, record, image):
         "choices": [],
         "question": asked("what is the date?", benchmarks.WORD_PROMPT),
     }
-    (row,) = benchmarks.read(
+    (row,) = benchmarks.load_questions(
         name, tmp_path / file.format("test", ""), images=str(tmp_path / image.split("/")[0])
     )
     assert (
         row["answers"] == []
-        and benchmarks.submission(name, [row | {"answer": "1/8/93"}])
+        and benchmarks.format_submission(name, [row | {"answer": "1/8/93"}])
         == '[{"questionId": 337, "answer": "1/8/93"}]'
     )
 
@@ -806,7 +806,7 @@ def test_ai2d_letters_stand_in_the_places_of_the_labels(tmp_path):
     Image.new("RGB", (90, 80), (0, 0, 255)).save(tmp_path / "ai2d/images/0.png")
     lay(tmp_path, {"ai2d/images/10.png": None})
     for questions in (tmp_path, pack(tmp_path)):
-        lettered, plain = benchmarks.read("ai2d", questions, tmp_path / "ai2d_test_ids.csv")
+        lettered, plain = benchmarks.load_questions("ai2d", questions, tmp_path / "ai2d_test_ids.csv")
         assert plain["question"] == asked(
             "Which one hears?", "A. ears", "B. nose", "C. A", "D. face", LETTER_PROMPT
         )
@@ -829,12 +829,12 @@ def test_ai2d_letters_stand_in_the_places_of_the_labels(tmp_path):
         ) < 99
     (tmp_path / "ai2d_test_ids.csv").write_text("3\n")
     with pytest.raises(UserError, match="holds no questions"):
-        benchmarks.read("ai2d", tmp_path, tmp_path / "ai2d_test_ids.csv")
+        benchmarks.load_questions("ai2d", tmp_path, tmp_path / "ai2d_test_ids.csv")
     with pytest.raises(
         UserError,
         match="AI2D is asked of the test's diagrams alone: give their list, ai2d_test_ids.csv, as --annotations",
     ):
-        benchmarks.read("ai2d", tmp_path)
+        benchmarks.load_questions("ai2d", tmp_path)
     (tmp_path / "ai2d_test_ids.csv").write_text("0\n")
     for wrong in (4, -1):
         asks = {"Which?": {"abcLabel": False, "questionId": "q", **told, "correctAnswer": wrong}}
@@ -843,11 +843,11 @@ def test_ai2d_letters_stand_in_the_places_of_the_labels(tmp_path):
             UserError,
             match=r"0.png.json, question 1: its answers, \['[EZ]'\], are not letters of its 4 choices",
         ):
-            benchmarks.read("ai2d", tmp_path, tmp_path / "ai2d_test_ids.csv")
+            benchmarks.load_questions("ai2d", tmp_path, tmp_path / "ai2d_test_ids.csv")
     lay(tmp_path, {"ai2d/questions/0.png.json": sheet})
     (tmp_path / "ai2d/annotations/0.png.json").unlink()
     with pytest.raises(UserError, match="annotations/0.png.json: No such file"):
-        benchmarks.read("ai2d", tmp_path, tmp_path / "ai2d_test_ids.csv")
+        benchmarks.load_questions("ai2d", tmp_path, tmp_path / "ai2d_test_ids.csv")
 
 
 def shown(name, width):
@@ -898,7 +898,7 @@ def test_mmmu_has_each_picture_where_it_is_named(tmp_path):
             ],
         },
     )
-    first, count, music = benchmarks.read("mmmu", tmp_path)
+    first, count, music = benchmarks.load_questions("mmmu", tmp_path)
     assert (
         first["question"]
         == f"<image>\nOf <image>, which is it?\nA. <image>\nB. it's <image>\n{LETTER_PROMPT}"
@@ -919,14 +919,14 @@ def test_mmmu_has_each_picture_where_it_is_named(tmp_path):
         "Music",
         asked("Where?", "A. x", "B. y", LETTER_PROMPT),
     )
-    (test,) = benchmarks.read("mmmu", f"{tmp_path}/*/test-*.parquet")
+    (test,) = benchmarks.load_questions("mmmu", f"{tmp_path}/*/test-*.parquet")
     assert (test["id"], test["answers"]) == ("test_Music_1", [])
     for answer, want in (
         ("[0, 5)", ["[0, 5)"]),
         ("[1, 2]", ["[1, 2]"]),
         ("['(1, 2]', '1']", ["(1, 2]", "1"]),
     ):
-        (row,) = benchmarks.read(
+        (row,) = benchmarks.load_questions(
             "mmmu",
             lay(
                 tmp_path, {"open/validation-0.parquet": [mmmu(answer=answer, image_1=shown(1, 20))]}
@@ -945,19 +945,19 @@ def test_mmmu_has_each_picture_where_it_is_named(tmp_path):
     with pytest.raises(
         UserError, match=r"question 1: its answers, \['D'\], are not letters of its 2 choices"
     ):
-        benchmarks.read("mmmu", tmp_path / "open")
+        benchmarks.load_questions("mmmu", tmp_path / "open")
     for options in ("{'x': 1}", "['x', 2]", "['x'", "-" * 50_000 + "1"):
         lay(tmp_path, {"open/validation-0.parquet": [mmmu(options=options, image_1=shown(1, 20))]})
         with pytest.raises(
             UserError, match="as mmmu's owner does it: ValueError: options are no list of texts: "
         ) as mistake:
-            benchmarks.read("mmmu", tmp_path / "open")
+            benchmarks.load_questions("mmmu", tmp_path / "open")
         assert len(str(mistake.value)) < 500
     lay(tmp_path, {"bad/validation-0.parquet": [mmmu(question="<image 4>?", image_1=shown(1, 20))]})
     with pytest.raises(UserError, match="validation-0.parquet, question 1: `image` should be text"):
-        benchmarks.read("mmmu", tmp_path / "bad")
+        benchmarks.load_questions("mmmu", tmp_path / "bad")
     with pytest.raises(UserError, match="is not read out of a zip: unpack"):
-        benchmarks.read("mmmu", pack(tmp_path / "bad"))
+        benchmarks.load_questions("mmmu", pack(tmp_path / "bad"))
 
 
 def test_mmstar_has_its_choices_in_the_question(tmp_path):
@@ -976,7 +976,7 @@ def test_mmstar_has_its_choices_in_the_question(tmp_path):
         "question": "Hint: Choose.\nQuestion: Which?\nChoices:\n(A) 3,\n4\n(B) 5",
     }
     odd = {**record, "index": 2, "question": "Which?\nOptions: B: 3, A: 4"}
-    first, second, third = benchmarks.read(
+    first, second, third = benchmarks.load_questions(
         "mmstar", lay(tmp_path, {"mmstar.parquet": [record, lined, odd]})
     )
     assert first["choices"] == ["A book, on B.", "The cat.", "None"] and (
@@ -1005,7 +1005,7 @@ def test_mmstar_has_its_choices_in_the_question(tmp_path):
         ]
     ):
         text = f"Which?\nOptions: {said}"
-        (row,) = benchmarks.read(
+        (row,) = benchmarks.load_questions(
             "mmstar",
             lay(tmp_path, {f"{number}.parquet": [{**record, "question": text, "answer": answer}]})
             / f"{number}.parquet",
@@ -1039,7 +1039,7 @@ def test_ocrbench_in_both_editions(tmp_path):
     ]
     lay(tmp_path, {"OCRBench/OCRBench.json": records, "OCRBench/FullTest.json": 3})
     lay(tmp_path, {"OCRBench_Images/IIIT5K/1.png": None, "OCRBench_Images/HME/1.png": None})
-    rows = benchmarks.read("ocrbench", tmp_path)
+    rows = benchmarks.load_questions("ocrbench", tmp_path)
     assert rows[1] == {
         "id": 1,
         "kind": "Handwritten",
@@ -1059,7 +1059,7 @@ def test_ocrbench_in_both_editions(tmp_path):
         }
         for r in records
     ]
-    again = benchmarks.read(
+    again = benchmarks.load_questions(
         "ocrbench", lay(tmp_path / "hub", {"data/test-00000-of-00001.parquet": table})
     )
     assert without_pictures(again) == without_pictures(rows)
@@ -1083,7 +1083,7 @@ def test_popes_three_files_begin_their_ids_anew(tmp_path):
         }
         | {"val2014/COCO_val2014_000000310196.jpg": None},
     )
-    rows = benchmarks.read("pope", tmp_path)
+    rows = benchmarks.load_questions("pope", tmp_path)
     assert [row["id"] for row in rows] == [
         f"{kind}/{k}" for kind in kinds for k in (1, 2)
     ] and rows[3]["answers"] == ["no"]
@@ -1091,7 +1091,7 @@ def test_popes_three_files_begin_their_ids_anew(tmp_path):
         "popular",
         asked(record["text"], SHORT_PROMPT),
     )
-    assert rows == benchmarks.read("pope", tmp_path / "output", images=str(tmp_path / "val2014"))
+    assert rows == benchmarks.load_questions("pope", tmp_path / "output", images=str(tmp_path / "val2014"))
 
 
 def test_mme_in_both_of_its_folders_layouts(tmp_path):
@@ -1108,7 +1108,7 @@ def test_mme_in_both_of_its_folders_layouts(tmp_path):
         },
     )
     archive = pack(tmp_path / "m")
-    rows = benchmarks.read("mme", archive)
+    rows = benchmarks.load_questions("mme", archive)
     assert [row["id"] for row in rows] == [
         "artwork/9/1",
         "artwork/9/2",
@@ -1125,13 +1125,13 @@ def test_mme_in_both_of_its_folders_layouts(tmp_path):
     }
     assert rows[0]["image"] == [image_refs.Member(archive, "M/MME_Benchmark/artwork/images/9.png")]
     folder = tmp_path / "m" / "M" / "MME_Benchmark"
-    assert without_pictures(benchmarks.read("mme", folder)) == without_pictures(rows)
-    assert without_pictures(benchmarks.read("mme", folder / "artwork")) == without_pictures(
+    assert without_pictures(benchmarks.load_questions("mme", folder)) == without_pictures(rows)
+    assert without_pictures(benchmarks.load_questions("mme", folder / "artwork")) == without_pictures(
         rows[:2]
     )
     (folder / "color" / "0001.jpg").unlink()
     with pytest.raises(UserError, match="color/0001.txt: no such picture: .*0001"):
-        benchmarks.read("mme", folder)
+        benchmarks.load_questions("mme", folder)
 
 
 def test_mathvista_in_both_editions(tmp_path):
@@ -1157,7 +1157,7 @@ def test_mathvista_in_both_editions(tmp_path):
         "precision": None,
     }
     lay(tmp_path / "j", {"annot_testmini.json": {"1": record, "2": choose}, "images/1.jpg": None})
-    rows = benchmarks.read("mathvista", tmp_path / "j")
+    rows = benchmarks.load_questions("mathvista", tmp_path / "j")
     query = (
         "Hint: Please answer the question requiring a floating-point number with one decimal place and provide the final value, "
         "e.g., 1.2, 1.3, 1.4, at the end.\nQuestion: how far? (Unit: cm)"
@@ -1184,15 +1184,15 @@ def test_mathvista_in_both_editions(tmp_path):
             "data/test-00000-of-00002-6b.parquet": [table[0] | {"answer": ""}],
         },
     )
-    again = benchmarks.read("mathvista", tmp_path / "p")
+    again = benchmarks.load_questions("mathvista", tmp_path / "p")
     assert without_pictures(again) == without_pictures(
         [rows[0], rows[1] | {"question": asked(query)}]
     ), "what the owner asks is asked as it stands"
     assert isinstance(again[0]["image"][0], image_refs.Bytes)
-    assert benchmarks.read("mathvista", f"{tmp_path}/p/data/test-*.parquet")[0]["answers"] == []
+    assert benchmarks.load_questions("mathvista", f"{tmp_path}/p/data/test-*.parquet")[0]["answers"] == []
     del record["answer"]
     assert (
-        benchmarks.read(
+        benchmarks.load_questions(
             "mathvista", lay(tmp_path / "j", {"test.json": {"1": record}}) / "test.json"
         )[0]["answers"]
         == []
@@ -1217,7 +1217,7 @@ def test_realworldqa_in_both_editions(tmp_path):
         tmp_path / "z", {"annotations.jsonl": lines(records), "images/0.webp": None, "1.webp": None}
     )
     archive = pack(tmp_path / "z")
-    rows = benchmarks.read("realworldqa", archive)
+    rows = benchmarks.load_questions("realworldqa", archive)
     assert rows == [
         {
             "id": k,
@@ -1234,7 +1234,7 @@ def test_realworldqa_in_both_editions(tmp_path):
         for k, record in enumerate(records)
     }
     assert without_pictures(
-        benchmarks.read("realworldqa", lay(tmp_path / "p", shards))
+        benchmarks.load_questions("realworldqa", lay(tmp_path / "p", shards))
     ) == without_pictures(rows)
 
 
@@ -1246,19 +1246,19 @@ def test_prompts_can_be_replaced_and_submissions_are_known(tmp_path):
             "1.png": None,
         },
     )
-    assert benchmarks.read("chartqa", tmp_path, prompt="Be brief.")[0]["question"] == asked(
+    assert benchmarks.load_questions("chartqa", tmp_path, prompt="Be brief.")[0]["question"] == asked(
         "How many?", "Be brief."
     )
-    assert benchmarks.read("chartqa", tmp_path)[0]["answers"] == ["14"]
+    assert benchmarks.load_questions("chartqa", tmp_path)[0]["answers"] == ["14"]
     assert (
-        benchmarks.submission("coco", [{"id": 42, "answer": "A cat."}])
+        benchmarks.format_submission("coco", [{"id": 42, "answer": "A cat."}])
         == '[{"image_id": 42, "caption": "A cat."}]'
     )
     with pytest.raises(
         UserError,
         match="--submission: pope has no form of its own; coco, vqav2, docvqa, infovqa have",
     ):
-        benchmarks.submission("pope", [])
+        benchmarks.format_submission("pope", [])
 
 
 @pytest.mark.parametrize(
@@ -1465,7 +1465,7 @@ def test_answers_are_secret_of_all_questions_or_of_none(tmp_path):
         with pytest.raises(
             UserError, match="q.json: the annotations have no answers to question 262148000"
         ):
-            benchmarks.read("vqav2", tmp_path / "q.json", tmp_path / "n.json")
+            benchmarks.load_questions("vqav2", tmp_path / "q.json", tmp_path / "n.json")
 
 
 def test_a_person_who_said_nothing_is_one_of_the_ten(tmp_path):
@@ -1481,7 +1481,7 @@ def test_every_benchmark_of_the_issue_is_here_and_uses_only_what_is_there():
             re.fullmatch(r"(?:[\w.*-]+/)?[\w.*-]+", pattern)
             for pattern in benchmark.files + benchmark.notes
         ), name
-        assert benchmark.score in {*metrics.SCORES, "captions"}, name
+        assert benchmark.score in {*metrics.METRICS, "captions"}, name
 
 
 def test_a_right_answer_to_a_row_is_marked_right_by_its_benchmarks_score(tmp_path):
@@ -1531,7 +1531,7 @@ def test_a_right_answer_to_a_row_is_marked_right_by_its_benchmarks_score(tmp_pat
         ("mme", ["Yes."]),
         ("realworldqa", ["yes"]),
     ):
-        rows = benchmarks.read(name, tmp_path)
-        assert metrics.mark(benchmarks.BENCHMARKS[name].score, answers, rows) == [1.0] * len(
+        rows = benchmarks.load_questions(name, tmp_path)
+        assert metrics.score_answers(benchmarks.BENCHMARKS[name].score, answers, rows) == [1.0] * len(
             answers
         ), name

@@ -82,7 +82,7 @@ def make_home(home):
     write_exam(home, asked)
     said = answers(
         load_checkpoint(home / "model"),
-        benchmarks.read("exact", str(home / "exam.jsonl")),
+        benchmarks.load_questions("exact", str(home / "exam.jsonl")),
         max_tokens=12,
     )
     for i in (4, 5, 9, 13, 14, 17):  # what is right of these
@@ -107,24 +107,24 @@ def checkpoint(home):
 
 @pytest.fixture(scope="module")
 def questions(home):
-    return benchmarks.read("contains", str(home / "exam.jsonl"))
+    return benchmarks.load_questions("contains", str(home / "exam.jsonl"))
 
 
 def tiled(checkpoint):
     """A model that cuts its pictures into tiles, so that these take as many tokens as their shape asks for."""
-    return checkpoint._replace(policy=TILES)
+    return checkpoint._replace(image_config=TILES)
 
 
 def alone(checkpoint, question, **choices):
     """The answer as sample.py gives it, and its tokens."""
-    pictures = [image_processing.load(ref.path, checkpoint.policy) for ref in question["image"]]
-    parts = list(sample.stream(checkpoint, [("user", question["question"])], pictures, **choices))
+    pictures = [image_processing.load_image(ref.path, checkpoint.image_config) for ref in question["image"]]
+    parts = list(sample.stream_answer(checkpoint, [("user", question["question"])], pictures, **choices))
     return "".join(parts)
 
 
 def answers(checkpoint, questions, **how):
     """In the order of the questions."""
-    found = sorted(pair for pairs in runner.answers(checkpoint, questions, **how) for pair in pairs)
+    found = sorted(pair for pairs in runner.answer_questions(checkpoint, questions, **how) for pair in pairs)
     assert [i for i, _ in found] == list(range(len(questions)))
     return [said for _, said in found]
 
@@ -168,13 +168,13 @@ def test_an_answer_is_cut_off_if_it_has_not_ended_and_its_tokens_count_the_end(
 
 def test_blank_hides_the_pictures_and_nothing_else(checkpoint):
     def seen(color):
-        return image_processing.Picture(
+        return image_processing.ProcessedImage(
             np.full((1, 3, 12, 12), color, np.uint8), np.arange(4), (12, 12)
         )
 
     asked = [("<image>x", [seen(3)]), ("<image>x", [seen(250)]), ("y", [])]
     texts, blind, grey = (
-        [one.text for one in runner.answer(checkpoint, what, max_tokens=20, **how)]
+        [one.text for one in runner.generate_answers(checkpoint, what, max_tokens=20, **how)]
         for what, how in [(asked, {}), (asked, {"blank": True}), ([("<image>x", [seen(128)])], {})]
     )
     assert texts[0] != texts[1] and blind[0] == blind[1] == grey[0] and blind[2] == texts[2]
@@ -198,12 +198,12 @@ def test_neighbours_in_length_share_a_batch(checkpoint, questions, cut):
     checkpoint = cut(checkpoint)
     lengths = []
     for question in questions:
-        pictures = [image_processing.load(ref.path, checkpoint.policy) for ref in question["image"]]
+        pictures = [image_processing.load_image(ref.path, checkpoint.image_config) for ref in question["image"]]
         lengths.append(
-            len(runner.prompt_ids(checkpoint, [("user", question["question"])], pictures))
+            len(runner.encode_prompt(checkpoint, [("user", question["question"])], pictures))
         )
-    assert runner.lengths_of(checkpoint, questions) == lengths
-    batches = runner.in_batches(lengths, 4)
+    assert runner.prompt_lengths(checkpoint, questions) == lengths
+    batches = runner.batches_by_length(lengths, 4)
     assert [len(members) for members in batches] == [4] * 5 + [3]
     assert sum(batches, []) == sorted(range(23), key=lambda i: (lengths[i], i)) != list(range(23))
 
@@ -211,8 +211,8 @@ def test_neighbours_in_length_share_a_batch(checkpoint, questions, cut):
 def test_sizes_are_read_of_files_zips_and_bytes_alike(home, tmp_path):
     content = (home / "b.png").read_bytes()
     assert (
-        runner.size(image_refs.File(str(home / "b.png")))
-        == runner.size(image_refs.Bytes("b", content))
+        runner.read_image_size(image_refs.File(str(home / "b.png")))
+        == runner.read_image_size(image_refs.Bytes("b", content))
         == (50, 13)
     )
     for ref in (
@@ -223,7 +223,7 @@ def test_sizes_are_read_of_files_zips_and_bytes_alike(home, tmp_path):
         with pytest.raises(
             UserError, match="b is no picture|exam.jsonl is no picture|none.png: No such file"
         ):
-            runner.size(ref)
+            runner.read_image_size(ref)
 
 
 # ---- marking ----
@@ -254,7 +254,7 @@ def test_the_interval_is_as_wide_as_theory_says():
 
 
 def test_what_has_no_right_answer_is_not_marked():
-    rows = runner.marked(
+    rows = runner.score_results(
         [
             {**row(None, answers=()), "answer": "x"},
             {**row(None), "answer": "x"},
@@ -269,8 +269,8 @@ def test_what_has_no_right_answer_is_not_marked():
 
 
 def test_what_no_rule_could_mark_is_refused_before_it_is_asked(checkpoint, questions, monkeypatch):
-    monkeypatch.setattr(runner, "answer", None)
-    for begin in (runner.sit, runner.ask):
+    monkeypatch.setattr(runner, "generate_answers", None)
+    for begin in (runner.run_benchmark, runner.evaluate):
         with pytest.raises(UserError, match="question n0 has 1 right answers"):
             begin(checkpoint, questions, benchmark="vqa", max_tokens=3)
 
@@ -285,7 +285,7 @@ def test_captions_are_marked_all_at_once(capsys):
             ("nothing", ["a house", "some house"]),
         ]
     ]
-    rows = runner.marked(rows, "captions")
+    rows = runner.score_results(rows, "captions")
     marks = [one["score"] for one in rows]
     assert marks[0] > marks[1] > marks[2] == 0
     assert report.is_of_all("captions") and not report.is_of_all("vqa")
@@ -306,9 +306,9 @@ def answering(monkeypatch, say):
     """A model that gives the answer say(text of the question) and sees nothing."""
     monkeypatch.setattr(
         runner,
-        "answer",
+        "generate_answers",
         lambda checkpoint, asked, **how: [
-            runner.Said(say(text), 2, False, text) for text, _ in asked
+            runner.Answer(say(text), 2, False, text) for text, _ in asked
         ],
     )
 
@@ -334,10 +334,10 @@ def test_a_benchmark_is_told_by_its_owners_figures(home, checkpoint, tmp_path, m
         (tmp_path / path).write_bytes((text and text.encode()) or (home / "a.png").read_bytes())
     told = {}
     for name in ("pope", "mme"):
-        questions = benchmarks.read(name, str(tmp_path / name))
+        questions = benchmarks.load_questions(name, str(tmp_path / name))
         answering(monkeypatch, lambda text: "Yes.")
-        rows, about = runner.sit(checkpoint, questions, benchmark=name, max_tokens=9)
-        runner.conclude(rows, about, questions, name)
+        rows, about = runner.run_benchmark(checkpoint, questions, benchmark=name, max_tokens=9)
+        runner.summarize(rows, about, questions, name)
         told[name] = capsys.readouterr().out.splitlines()
     assert [line.split()[:5] for line in told["pope"][:3]] == [
         [kind, count, "questions", "50.0%", "right"]
@@ -353,10 +353,10 @@ def test_a_secret_test_is_handed_in_unmarked(home, checkpoint, tmp_path, monkeyp
         for i, text in ((7, "What?"), (8, "When?"))
     ]
     (tmp_path / "test_v1.0.json").write_text(json.dumps({"data": asked}))
-    questions = benchmarks.read("docvqa", str(tmp_path / "test_v1.0.json"), images=str(home))
+    questions = benchmarks.load_questions("docvqa", str(tmp_path / "test_v1.0.json"), images=str(home))
     answering(monkeypatch, lambda text: " 1993" if "When" in text else "milk\n")
-    rows, about = runner.sit(checkpoint, questions, benchmark="docvqa", max_tokens=9)
-    runner.conclude(
+    rows, about = runner.run_benchmark(checkpoint, questions, benchmark="docvqa", max_tokens=9)
+    runner.summarize(
         rows,
         about,
         questions,
@@ -381,14 +381,14 @@ def without_speed(table):
 
 
 def sit(checkpoint, questions, out, **how):
-    rows, about = runner.sit(
+    rows, about = runner.run_benchmark(
         checkpoint,
         questions,
         benchmark="contains",
         out=str(out),
         **{"max_tokens": 12, "batch": 4, **how},
     )
-    runner.conclude(rows, about, questions, "contains", out=str(out))
+    runner.summarize(rows, about, questions, "contains", out=str(out))
     return rows
 
 
@@ -397,7 +397,7 @@ def test_an_exam_that_is_stopped_goes_on_to_the_same_bytes_and_asks_nothing_twic
 ):
     sit(checkpoint, questions, tmp_path / "whole.jsonl")
     table = without_speed(capsys.readouterr().out)
-    answer, asked = runner.answer, []
+    answer, asked = runner.generate_answers, []
 
     def until(most):
         def counted(checkpoint, some, **how):
@@ -410,7 +410,7 @@ def test_an_exam_that_is_stopped_goes_on_to_the_same_bytes_and_asks_nothing_twic
 
     out = tmp_path / "stopped.jsonl"
     for most in (8, 15):
-        monkeypatch.setattr(runner, "answer", until(most))
+        monkeypatch.setattr(runner, "generate_answers", until(most))
         with pytest.raises(KeyboardInterrupt):
             sit(checkpoint, questions, out)
         assert (
@@ -419,7 +419,7 @@ def test_an_exam_that_is_stopped_goes_on_to_the_same_bytes_and_asks_nothing_twic
         )
         with open(out, "a") as file:
             file.write('{"id": "n0", "answer": "to')  # a line that was torn
-    monkeypatch.setattr(runner, "answer", until(100))
+    monkeypatch.setattr(runner, "generate_answers", until(100))
     capsys.readouterr()
     sit(checkpoint, questions, out)
     assert sorted(asked) == sorted(question["question"] for question in questions)
@@ -452,11 +452,11 @@ def test_an_exam_goes_on_behind_the_last_line_that_is_whole_in_the_same_file(tmp
     whole = json.dumps(ROW | {"id": "y"}) + "\n"
     out.write_text(whole + torn)
     with open(out, "a") as writer:
-        assert list(runner.begin(out, [question, question | {"id": "y"}], asked, {})) == [1]
+        assert list(runner.resume_answers(out, [question, question | {"id": "y"}], asked, {})) == [1]
         writer.write("more")
     assert out.read_text() == whole + "more"
     with pytest.raises(UserError, match=f"{out} answers question y, which is none of these"):
-        runner.begin(out, [question], asked, {})
+        runner.resume_answers(out, [question], asked, {})
 
 
 @pytest.mark.parametrize(
@@ -476,17 +476,17 @@ def test_what_is_no_table_of_an_exam_is_named(tmp_path, kept):
         UserError,
         match=f"^{tmp_path}/answers.json(, where the table of .* belongs, is something else| is no object)",
     ):
-        runner.told(tmp_path / "answers.jsonl")
+        runner.read_metadata(tmp_path / "answers.jsonl")
 
 
 def test_a_line_is_written_as_soon_as_it_is_answered(checkpoint, questions, tmp_path, monkeypatch):
-    out, seen, answer = tmp_path / "answers.jsonl", [], runner.answer
+    out, seen, answer = tmp_path / "answers.jsonl", [], runner.generate_answers
 
     def watched(*arguments, **how):
         seen.append(len(out.read_text().splitlines()))
         return answer(*arguments, **how)
 
-    monkeypatch.setattr(runner, "answer", watched)
+    monkeypatch.setattr(runner, "generate_answers", watched)
     sit(checkpoint, questions, out)
     assert seen == [0, 3, 7, 11, 15, 19], "the longest first: the batch of three"
 
@@ -537,16 +537,16 @@ def test_the_table_ends_with_the_speed_where_it_is_known(capsys):
 
 
 def test_versions_know_our_own_files_and_what_a_picture_passes_through(tmp_path, monkeypatch):
-    told = runner.versions()
+    told = runner.package_versions()
     assert (
         told["torch"] == torch.__version__ and told["numpy"] == np.__version__ and "pillow" in told
     )
     shutil.copytree(Path(runner.__file__).parent, tmp_path / "nanovlm")
     monkeypatch.setattr(runner, "__file__", str(tmp_path / "nanovlm" / "evaluate.py"))
-    assert runner.versions() == told
+    assert runner.package_versions() == told
     with open(tmp_path / "nanovlm" / "chat.py", "a") as file:
         file.write("\n")
-    assert [name for name, version in runner.versions().items() if version != told[name]] == [
+    assert [name for name, version in runner.package_versions().items() if version != told[name]] == [
         "nanovlm"
     ]
 
@@ -555,12 +555,12 @@ def test_a_model_is_known_by_what_its_files_hold_and_not_by_where_they_lie_and_s
     home, checkpoint, tmp_path
 ):
     def known(folder, **change):
-        there = checkpoint._replace(card={"folder": str(folder)}, **change)
-        return runner.identity(there, [], "exact", "", {})["model"]
+        there = checkpoint._replace(history={"folder": str(folder)}, **change)
+        return runner.evaluation_settings(there, [], "exact", "", {})["model"]
 
     copied = tmp_path / "copy"
     shutil.copytree(home / "model", copied, copy_function=shutil.copyfile)
-    assert known(copied) == known(home / "model") != known(copied, template="plain")
+    assert known(copied) == known(home / "model") != known(copied, chat_template="plain")
     model = load_checkpoint(copied)
     with torch.no_grad():
         for number in (
@@ -581,7 +581,7 @@ def test_of_a_large_file_of_weights_a_sample_is_read_that_no_layer_slips_through
     tmp_path, monkeypatch, name
 ):
     """Of 1,000 bytes the first 8 of every 125 are read here."""
-    monkeypatch.setattr(runner, "SAMPLED", 8)
+    monkeypatch.setattr(runner, "HASH_BLOCK", 8)
     (tmp_path / "sharded").mkdir()
     content, known = bytearray(range(250)) * 4, []
     for place in (None, 0, 7, 8, 124, 125, 999):
@@ -589,18 +589,18 @@ def test_of_a_large_file_of_weights_a_sample_is_read_that_no_layer_slips_through
         if place is not None:
             changed[place] ^= 1
         (tmp_path / name).write_bytes(changed)
-        known.append(runner.weights_in(str(tmp_path)))
+        known.append(runner.hash_weights(str(tmp_path)))
     assert [one != known[0] for one in known[1:]] == [True, True, False, False, True, False]
     (tmp_path / name).write_bytes(content[:-1])
-    assert runner.weights_in(str(tmp_path)) != known[0]
+    assert runner.hash_weights(str(tmp_path)) != known[0]
 
 
 def test_prompts_longer_than_anything_the_model_was_trained_on_are_warned_of_before_they_are_asked(
     checkpoint, questions, tmp_path, capsys
 ):
     lengths, checkpoint = (
-        runner.lengths_of(checkpoint, questions),
-        checkpoint._replace(card={"folder": str(tmp_path)}),
+        runner.prompt_lengths(checkpoint, questions),
+        checkpoint._replace(history={"folder": str(tmp_path)}),
     )
     longest, row = max(lengths), sorted(lengths)[-4]
     long = sum(length > row for length in lengths)
@@ -614,16 +614,16 @@ def test_prompts_longer_than_anything_the_model_was_trained_on_are_warned_of_bef
         ),
     ):
         (tmp_path / "training.json").write_text(json.dumps({"row": trained}))
-        runner.sit(checkpoint, questions, benchmark="contains", max_tokens=1)
+        runner.run_benchmark(checkpoint, questions, benchmark="contains", max_tokens=1)
         assert capsys.readouterr().err == said
     (tmp_path / "training.json").write_text("{}")
     with pytest.raises(UserError, match="training.json holds no row"):
-        runner.check_lengths(checkpoint, lengths, 1)
+        runner.check_prompt_lengths(checkpoint, lengths, 1)
     with pytest.raises(
         UserError,
         match=f"^{longest} tokens of prompt and --max_tokens=1048576 make more than 1,048,576$",
     ):
-        runner.sit(checkpoint, questions, benchmark="contains", max_tokens=1 << 20)
+        runner.run_benchmark(checkpoint, questions, benchmark="contains", max_tokens=1 << 20)
 
 
 @pytest.mark.parametrize(
@@ -650,27 +650,27 @@ def test_prompts_longer_than_anything_the_model_was_trained_on_are_warned_of_bef
 def test_what_is_no_file_of_answers_is_named(tmp_path, text, said):
     (tmp_path / "answers.jsonl").write_text(text)
     with pytest.raises(UserError, match=said):
-        runner.mark_again(tmp_path / "answers.jsonl", [], "exact")
+        runner.rescore(tmp_path / "answers.jsonl", [], "exact")
 
 
 def test_answers_are_marked_again_by_the_right_answers_that_questions_have_now(
     checkpoint, questions, tmp_path
 ):
     rows = sit(checkpoint, questions, tmp_path / "answers.jsonl")
-    assert runner.mark_again(tmp_path / "answers.jsonl", [], "contains") == rows
+    assert runner.rescore(tmp_path / "answers.jsonl", [], "contains") == rows
     taught = [
         question | {"answers": [row["answer"]]}
         for question, row in zip(questions, rows, strict=True)
     ]
     assert [
-        row["score"] for row in runner.mark_again(tmp_path / "answers.jsonl", taught, "exact")
+        row["score"] for row in runner.rescore(tmp_path / "answers.jsonl", taught, "exact")
     ] == [1.0] * 23
     with pytest.raises(UserError, match="has 23 answers, --questions 22 questions$"):
-        runner.mark_again(tmp_path / "answers.jsonl", questions[1:], "exact")
+        runner.rescore(tmp_path / "answers.jsonl", questions[1:], "exact")
     with pytest.raises(
         UserError, match="has 23 answers, --questions 23 questions; not answered is new"
     ):
-        runner.mark_again(
+        runner.rescore(
             tmp_path / "answers.jsonl", [*questions[1:], questions[0] | {"id": "new"}], "exact"
         )
 
@@ -687,7 +687,7 @@ def pictures_in(page):
 
 def test_the_page_shows_the_worst_first_and_needs_nothing_but_itself(home, questions, monkeypatch):
     rows = [
-        runner.row_of(question, runner.Said(f"<b>{i}", 3, i == 1, question["question"]))
+        runner.make_result(question, runner.Answer(f"<b>{i}", 3, i == 1, question["question"]))
         | {"score": [None, 0.5, 0.0, 1.0, 0.25][i % 5]}
         for i, question in enumerate(questions)
     ]
@@ -723,40 +723,40 @@ def two(home, rank, world):
     """What two ranks do; the table that each of them gets is None but for the first."""
     checkpoint = load_checkpoint(home / "model")
     questions, did, how = (
-        benchmarks.read("contains", str(home / "exam.jsonl")),
+        benchmarks.load_questions("contains", str(home / "exam.jsonl")),
         {},
         dict(benchmark="contains", max_tokens=12),
     )
     for count, out in ((23, home / "two.jsonl"), (3, home / "few.jsonl")):
-        rows, about = runner.sit(
+        rows, about = runner.run_benchmark(
             checkpoint, questions[:count], rank, world, out=str(out), batch=4, **how
         )
         if rank == 0:
-            runner.conclude(rows, about, questions[:count], "contains", out=str(out))
-        did[out.stem, "rows"] = distributed.gather(rows and len(rows))
-    did["ask"] = distributed.gather(runner.ask(checkpoint, questions, rank, world, batch=4, **how))
+            runner.summarize(rows, about, questions[:count], "contains", out=str(out))
+        did[out.stem, "rows"] = distributed.all_gather_object(rows and len(rows))
+    did["ask"] = distributed.all_gather_object(runner.evaluate(checkpoint, questions, rank, world, batch=4, **how))
     sharded = load_checkpoint(home / "model", dtype=None)
-    model, mixed = distributed.wrap(sharded.model.train(), "fsdp", CPU, torch.float32)
+    model, mixed = distributed.wrap_model(sharded.model.train(), "fsdp", CPU, torch.float32)
     for batch in (4, 100):  # with a batch for one of two in the last round; with one in all
-        did["fsdp", batch] = distributed.gather(
-            runner.ask(sharded, questions, rank, world, mixed=mixed, batch=batch, **how)
+        did["fsdp", batch] = distributed.all_gather_object(
+            runner.evaluate(sharded, questions, rank, world, mixed=mixed, batch=batch, **how)
         )
     broken = [questions[0], questions[5] | {"image": [image_refs.Bytes("torn.png", b"\x89PNG")]}]
     try:
-        runner.ask(checkpoint, broken, rank, world, batch=1, **how)
+        runner.evaluate(checkpoint, broken, rank, world, batch=1, **how)
     except (UserError, SystemExit) as end:
-        did["broken"] = distributed.gather((type(end).__name__, str(end)))
+        did["broken"] = distributed.all_gather_object((type(end).__name__, str(end)))
     with disk.claim(home / "two.jsonl") if rank == 0 else contextlib.nullcontext():
-        did["held"] = distributed.gather(sitting(home / "two.jsonl", rank))
-    did["score"] = distributed.gather(marking_again(home, "few"))
-    did["no answers"] = distributed.gather(marking_again(home, "none"))
+        did["held"] = distributed.all_gather_object(sitting(home / "two.jsonl", rank))
+    did["score"] = distributed.all_gather_object(marking_again(home, "few"))
+    did["no answers"] = distributed.all_gather_object(marking_again(home, "none"))
     return did
 
 
 def sitting(out, rank):
     """What a rank ends with that would write answers to `out`."""
     try:
-        with runner.held(out, rank):
+        with runner.lock_output(out, rank):
             return "it writes"
     except (UserError, SystemExit) as end:
         return type(end).__name__
@@ -805,7 +805,7 @@ def test_a_model_in_training_that_lies_in_parts_gets_the_same_table(
 ):
     table, other = ranks[how]
     assert (
-        table == runner.ask(checkpoint, questions, benchmark="contains", max_tokens=12)
+        table == runner.evaluate(checkpoint, questions, benchmark="contains", max_tokens=12)
         and other is None
     )
     assert 0 < table[-1].score < 1
@@ -832,6 +832,6 @@ def test_answers_are_marked_again_once_however_many_ranks_there_are(ranks):
 
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
-    did = two(folder, *distributed.start(CPU))
+    did = two(folder, *distributed.init_distributed(CPU))
     if distributed.dist.get_rank() == 0:
         torch.save(did, folder / "two.pt")

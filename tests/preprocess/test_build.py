@@ -108,7 +108,7 @@ def test_what_is_in_a_set_is_what_the_source_says(home, tmp_path):
         assert trained == "Yes.</s>" and f"{i}?" in said
         for picture in pictures:
             assert np.array_equal(
-                picture.tiles, image_processing.load(home / f"{i % 4}.png", POLICY).tiles
+                picture.tiles, image_processing.load_image(home / f"{i % 4}.png", POLICY).tiles
             )
 
 
@@ -216,11 +216,11 @@ def test_killed_at_its_very_end_it_ends_the_same(home, tmp_path, monkeypatch, at
     [
         (dict(recipe=RECIPE._replace(row=61)), "its row is 60, now 61"),
         (
-            dict(recipe=RECIPE._replace(policy=POLICY | {"tiles": 4})),
+            dict(recipe=RECIPE._replace(image_config=POLICY | {"tiles": 4})),
             "its fingerprint policy tiles is 6, now 4",
         ),
         (
-            dict(recipe=RECIPE._replace(template="mistral-v1")),
+            dict(recipe=RECIPE._replace(chat_template="mistral-v1")),
             "its fingerprint template is mistral, now mistral-v1",
         ),
         (dict(), "good.json is"),

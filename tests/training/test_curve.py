@@ -34,7 +34,7 @@ def home(tmp_path_factory):
     ours, g, samples = describe_checkpoint(home / "llava"), np.random.default_rng(0), []
     for number in range(90):
         pictures = [
-            image_processing.Picture(
+            image_processing.ProcessedImage(
                 g.integers(256, size=(1, 3, 28, 28), dtype=np.uint8), np.arange(PATCHES), (28, 28)
             )
         ] * (number % 3 > 0)
@@ -89,7 +89,7 @@ def their_run(home, samples, trained, lr, floor, decay, clip, warmup):
         betas=(0.9, 0.95),
     )
     policy, loader, losses, norms = (
-        samples.policy,
+        samples.image_config,
         packing.Loader(samples, row=ROW, batch=BATCH, micro=BATCH, seed=0),
         [],
         [],

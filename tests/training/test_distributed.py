@@ -88,9 +88,9 @@ def learn(
     rates = {part: 1e-2 for part in door.PARTS if part not in freeze}
     for part in freeze:
         getattr(vlm, part).requires_grad_(False)
-    distributed.recompute(distributed.blocks(vlm, recompute))
-    distributed.compile_blocks(distributed.blocks(vlm) if beside.get("compile") else ())
-    wrapped, mixed = distributed.wrap(vlm, how, CPU, dtype, shard, beside.get("offload", False))
+    distributed.checkpoint_activations(distributed.transformer_blocks(vlm, recompute))
+    distributed.compile_blocks(distributed.transformer_blocks(vlm) if beside.get("compile") else ())
+    wrapped, mixed = distributed.wrap_model(vlm, how, CPU, dtype, shard, beside.get("offload", False))
     optimizer = door.make_optimizer(vlm, rates, 0.1, (0.9, 0.95))
     loader = packing.Loader(
         dataset.Samples(home / name), row=22, batch=5, micro=micro, seed=0, rank=rank, world=world
@@ -102,23 +102,23 @@ def learn(
         ).loss
         grads = {parameter: p.grad for parameter, p in vlm.named_parameters() if p.grad is not None}
         did["gradients"] |= {
-            f"{step} {parameter}": distributed.whole(grad).clone()
+            f"{step} {parameter}": distributed.full_tensor(grad).clone()
             for parameter, grad in grads.items()
         }
-        did["norm"] += distributed.clip(vlm, rates, 1.0).values()
+        did["norm"] += distributed.clip_grad_norm(vlm, rates, 1.0).values()
         did["loss"].append(loss)
         door.set_rates(optimizer, step, SimpleNamespace(steps=9, warmup=0, floor=0, lr=1))
         optimizer.step()
         held = [
-            sum(distributed.mine(x).nbytes for x in some)
+            sum(distributed.local_tensor(x).nbytes for x in some)
             for some in (vlm.parameters(), grads.values(), resume.moments(vlm, optimizer).values())
         ]
         optimizer.zero_grad()
     did["weights"] = {
-        parameter: distributed.whole(x).clone() for parameter, x in saved_parameters(vlm).items()
+        parameter: distributed.full_tensor(x).clone() for parameter, x in saved_parameters(vlm).items()
     }
     did["held"] = dict(
-        zip(("weights", "gradients", "moments"), distributed.total(held, CPU), strict=True)
+        zip(("weights", "gradients", "moments"), distributed.all_reduce_sum(held, CPU), strict=True)
     )
     return did
 
@@ -126,7 +126,7 @@ def learn(
 def before_the_last(home, rank, world, how):
     """The norm of the gradient that each rank holds after a micro-batch which is not the step's last; None where it holds none yet."""
     vlm = load_checkpoint(home / "model", dtype=None).model.train()
-    wrapped, _ = distributed.wrap(vlm, how, CPU, torch.float32)
+    wrapped, _ = distributed.wrap_model(vlm, how, CPU, torch.float32)
     batches = next(
         packing.Loader(
             dataset.Samples(home / "every"),
@@ -142,9 +142,9 @@ def before_the_last(home, rank, world, how):
     for last, (batch, _) in zip((False, True), batches, strict=True):
         with distributed.no_sync(wrapped, last):
             wrapped(**batch).backward()
-        grads = [distributed.whole(p.grad) for p in vlm.parameters() if p.grad is not None]
+        grads = [distributed.full_tensor(p.grad) for p in vlm.parameters() if p.grad is not None]
         norms.append(
-            distributed.gather(torch.nn.utils.get_total_norm(grads).item() if grads else None)
+            distributed.all_gather_object(torch.nn.utils.get_total_norm(grads).item() if grads else None)
         )
     return norms
 
@@ -164,7 +164,7 @@ def two(home, rank, world):
     did["compiled"] = [
         (
             learn(home, rank, world, "fsdp", (), name, micro=5, recompute="decoder", compile=True),
-            distributed.graphs(),
+            distributed.count_compiled_graphs(),
         )
         for name in SETS
     ]
@@ -172,7 +172,7 @@ def two(home, rank, world):
         how: before_the_last(home, rank, world, how) for how in ("ddp", "fsdp")
     }
     did["choice"] = [
-        distributed.choose(asked, needed, CPU)
+        distributed.choose_parallelism(asked, needed, CPU)
         for asked, needed in [("auto", 10), ("auto", 2**60), ("ddp", 2**60), ("fsdp", 10)]
     ]
     did["memory"] = {accumulates: foretold_and_taken(accumulates) for accumulates in (False, True)}
@@ -203,7 +203,7 @@ def four(home, rank, world):
     whole = sum(p.nbytes for p in deep.parameters())
     did["loading"] = (
         whole,
-        distributed.gather(peak_bytes(lambda: distributed.wrap(deep, "fsdp", CPU, torch.float32))),
+        distributed.all_gather_object(peak_bytes(lambda: distributed.wrap_model(deep, "fsdp", CPU, torch.float32))),
     )
     return did
 
@@ -252,7 +252,7 @@ def next_stage(home, source):
 
 def go_on_from(home, out, step, to, **chosen):
     """A run that goes on, in a folder of its own, from a step that another has left."""
-    distributed.first(copy_step, home / out, step, home / to)
+    distributed.on_rank_0(copy_step, home / out, step, home / to)
     return run(home, to, resume=True, **chosen)
 
 
@@ -269,7 +269,7 @@ def failing(home, break_it):
             said = None
         except (UserError, SystemExit) as end:
             said = type(end).__name__, str(end)
-    return distributed.gather(said), sorted(
+    return distributed.all_gather_object(said), sorted(
         path.name for path in (home / break_it.__name__).iterdir()
     )
 
@@ -281,7 +281,7 @@ def full_on_rank_1():
 
     def write_until_full(tensors, path, header):
         calls.append(path)
-        if len(calls) > 1 and distributed.rank() == 1:
+        if len(calls) > 1 and distributed.get_rank() == 1:
             raise OSError(28, "No space left on device")
         write(tensors, path, header)
 
@@ -297,8 +297,8 @@ def bent_on_rank_1():
 
     def read_shards(state, folder):
         read(state, folder)
-        if distributed.rank() == 1 and "model.decoder.norm.weight" in state:
-            distributed.mine(state["model.decoder.norm.weight"])[-1] += 1e-6
+        if distributed.get_rank() == 1 and "model.decoder.norm.weight" in state:
+            distributed.local_tensor(state["model.decoder.norm.weight"])[-1] += 1e-6
 
     sharded.read_shards = read_shards
     yield
@@ -312,7 +312,7 @@ def odd_on_rank_1():
 
     def write_odd(self, *arguments):
         if distributed.dist.get_rank() == 1:
-            distributed.mine(self.checkpoint.model.decoder.norm.weight.detach())[-1] = torch.inf
+            distributed.local_tensor(self.checkpoint.model.decoder.norm.weight.detach())[-1] = torch.inf
         write(self, *arguments)
 
     resume.Saves.write = write_odd
@@ -329,7 +329,7 @@ def foretold_and_taken(accumulates):
     foretold = memory.estimate_memory(
         model, row, 6, CPU, torch.float32, how="fsdp", shards=2, accumulates=accumulates
     )
-    distributed.wrap(model, "fsdp", CPU, torch.float32)
+    distributed.wrap_model(model, "fsdp", CPU, torch.float32)
     optimizer = door.make_optimizer(model, {"projector": 1, "decoder": 1}, 0.1, (0.9, 0.95))
     batches = [({name: torch.cat([x] * 6) for name, x in row.items()}, [])] * (1 + accumulates)
 
@@ -342,7 +342,7 @@ def foretold_and_taken(accumulates):
     step()
     optimizer.zero_grad()
     held = sum(
-        distributed.mine(x).nbytes
+        distributed.local_tensor(x).nbytes
         for x in [*model.parameters(), *resume.moments(model, optimizer).values()]
     )
     return sum(foretold.values()), held + peak_bytes(step)
@@ -362,7 +362,7 @@ def home(tmp_path_factory):
     torch.manual_seed(1)
     for name, sizes in [("tied", shapes), ("deep", DEEP)]:
         save_checkpoint(
-            checkpoint._replace(shapes=sizes, model=build_model(sizes, checkpoint.policy)),
+            checkpoint._replace(shapes=sizes, model=build_model(sizes, checkpoint.image_config)),
             home / name,
         )
     return home
@@ -536,9 +536,9 @@ def test_the_choice_is_by_what_fits(of_two):
         and "1073741824.00 GiB whole" in why
         and asked == [("ddp", "as asked"), ("fsdp", "as asked")]
     )
-    assert distributed.choose("auto", 2**60, CPU) == ("none", "one process")
+    assert distributed.choose_parallelism("auto", 2**60, CPU) == ("none", "one process")
     with pytest.raises(UserError, match="--parallel=fsdp is for several processes"):
-        distributed.choose("fsdp", 1, CPU)
+        distributed.choose_parallelism("fsdp", 1, CPU)
 
 
 @pytest.mark.parametrize("accumulates", [False, True])
@@ -925,7 +925,7 @@ def test_nonsense_is_refused(home, wrong, message):
 
 if __name__ == "__main__":
     folder, do = Path(sys.argv[1]), sys.argv[2]
-    rank, world = distributed.start(CPU)
+    rank, world = distributed.init_distributed(CPU)
     did = {"two": two, "four": four, "killed": killed}[do](folder, rank, world)
     if rank == 0:
         torch.save(did, folder / f"{do}.pt")

@@ -100,7 +100,7 @@ def write_set(out, checkpoint, poison=None, held_out=5, count=60, every=3):
             continue
         left[dataset.held_out(name)] -= 1
         pictures = [
-            image_processing.Picture(
+            image_processing.ProcessedImage(
                 g.integers(256, size=(1, 3, 12, 12), dtype=np.uint8), np.arange(TOKENS), (5, 7)
             )
         ] * (every > 0 and i % every == 0)
@@ -352,7 +352,7 @@ def test_the_memory_foretold_is_the_memory_taken(rates, dtype, recompute):
     foretold = memory.estimate_memory(
         model, row, 6, torch.device("cpu"), dtype, recompute=recompute
     )
-    distributed.recompute(distributed.blocks(model, recompute))
+    distributed.checkpoint_activations(distributed.transformer_blocks(model, recompute))
 
     def step():
         door.gradients(
@@ -489,7 +489,7 @@ def test_looking_and_logging_change_nothing(home):
 
 def write_exam(home, out, right=(0, 2)):
     """Three questions, the second without a picture, of which a run's final model answers those that are `right`."""
-    image_processing.picture_of(
+    image_processing.tile_to_image(
         np.random.default_rng(2).integers(256, size=(3, 12, 12), dtype=np.uint8)
     ).save(home / "seen.png")
     lines = [
@@ -500,9 +500,9 @@ def write_exam(home, out, right=(0, 2)):
     for known in (False, True):
         path.write_text("".join(json.dumps(line) + "\n" for line in lines))
         if not known:
-            said = runner.answers(
+            said = runner.answer_questions(
                 load_checkpoint(list_checkpoints(home / out)[-1]),
-                benchmarks.read("exact", path),
+                benchmarks.load_questions("exact", path),
                 max_tokens=256,
             )
             for i, answer in (pair for pairs in said for pair in pairs):
@@ -897,8 +897,8 @@ def test_stages_chain_by_default(home, tmp_path, monkeypatch):
     door.train(stage="sft", steps=1, batch=1, row=22)
     start, end = load_checkpoint("out/pretrain"), load_checkpoint("out/sft")
     assert (
-        end.card["sft"] == "1 steps from out/pretrain on data/chats"
-        and end.card["pretrain"] == start.card["pretrain"]
+        end.history["sft"] == "1 steps from out/pretrain on data/chats"
+        and end.history["pretrain"] == start.history["pretrain"]
     )
     assert torch.equal(end.model.vision.positions, start.model.vision.positions)
     assert not torch.equal(end.model.decoder.embed.weight, start.model.decoder.embed.weight)
