@@ -241,7 +241,7 @@ def show(
         raise UserError(
             f"prepare.py show needs --data=data/NAME, and an --out that ends in .png: --data={data} --out={out}"
         )
-    samples = shards.Samples(data)
+    samples = shards.PreparedDataset(data)
     numbers = [number for number, name in enumerate(samples.names) if name == sample]
     if not numbers:
         near = difflib.get_close_matches(sample, samples.names[:100_000], 3) or samples.names[:3]
@@ -266,9 +266,9 @@ def check(
         raise UserError(
             f"prepare.py check needs --data=data/NAME, --row={row} at least 1, --rate={rate} at least 0"
         )
-    folders, shares = packing.read_blend(data)
-    samples = shards.Samples(*folders)
-    if wrong := [said for folder in folders for said in shards.damaged(folder)]:
+    folders, shares = packing.parse_dataset_weights(data)
+    samples = shards.PreparedDataset(*folders)
+    if wrong := [said for folder in folders for said in shards.verify_checksums(folder)]:
         raise UserError(
             f"{'; '.join(wrong[:3])}{f'; and {len(wrong) - 3} more files' if wrong[3:] else ''}: prepare it again"
         )

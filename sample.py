@@ -77,7 +77,7 @@ def stream_answer(checkpoint, turns, pictures, **choices):
     check_prompt_lengths(checkpoint, [len(ids)], choices["max_tokens"])
     stop = {chat_template.end_token_id(checkpoint.tokenizer, checkpoint.chat_template)}
     for (next_id,) in checkpoint.model.generate(
-        [ids], **packing.join(pictures, checkpoint.image_config), stop=stop, **choices
+        [ids], **packing.collate_images(pictures, checkpoint.image_config), stop=stop, **choices
     ):
         if next_id not in stop:
             yield text.push(next_id)
@@ -299,7 +299,7 @@ def sample(
     if kernels not in ("auto", "torch"):
         raise UserError(f"--kernels={kernels} is none of auto, torch")
     forms.choice = kernels
-    if not (score or Path(model).exists() or files.is_name(model)):
+    if not (score or Path(model).exists() or files.is_repo_id(model)):
         raise UserError(
             f"no such model: {model}; `python train.py` makes out/sft, the demonstration's"
         )

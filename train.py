@@ -27,8 +27,8 @@ from nanovlm.checkpoints.checkpoint import (
     load_checkpoint,
 )
 from nanovlm.data import dataset
-from nanovlm.data.dataset import LENGTH, Samples
-from nanovlm.data.packing import Loader, read_blend
+from nanovlm.data.dataset import LENGTH, PreparedDataset
+from nanovlm.data.packing import PackedDataLoader, parse_dataset_weights
 from nanovlm.demo import run as demonstration
 from nanovlm.evals import benchmarks, runner
 from nanovlm.training import flops
@@ -115,7 +115,7 @@ def make_room(run):
             f"--out={out} is there already, and is no run that could be moved aside: name another"
         )
     number = next(n for n in itertools.count(1) if not Path(f"{out}.{n}").exists())
-    with files.claim(out):
+    with files.lock_path(out):
         os.rename(out, f"{out}.{number}")
     print(f"{out} holds an earlier run: moved to {out}.{number}")
 
@@ -131,8 +131,8 @@ def identity(run, samples):
 
 def to_train_on(run, checkpoint, found):
     """The samples, prepared for this very model; what must stay the same for a run to go on; the step to begin with."""
-    folders, run.weights = read_blend(run.data)
-    samples = Samples(*folders)
+    folders, run.weights = parse_dataset_weights(run.data)
+    samples = PreparedDataset(*folders)
     samples.check_fingerprint(checkpoint.fingerprint())
     must_agree = identity(run, samples)
     return samples, must_agree, step_of(found, must_agree) if found else 0
@@ -305,7 +305,7 @@ def train(
                 else None
             )
         how = dict(row=run.row, seed=run.seed, weights=run.weights)
-        loader = Loader(
+        loader = PackedDataLoader(
             samples,
             batch=run.batch,
             micro=run.micro,
@@ -316,7 +316,7 @@ def train(
             **how,
         )
         held_out, questions = pack_validation_set(samples, run.row), read_exam(run)
-        ((one_row, _),) = next(Loader(samples, batch=1, micro=1, **how))
+        ((one_row, _),) = next(PackedDataLoader(samples, batch=1, micro=1, **how))
         if rank == 0:
             print(
                 f"{stage}: {run.steps} steps of {run.batch} rows on {world} × {device}, from {found or run.model} on {run.data}"
@@ -441,7 +441,7 @@ def check_finite(done, step, norm, batches, samples, out):
     members = [i for some, _ in everyone for i in some] or [i for _, some in everyone for i in some]
     kept = Path(out) / f"not-finite-{done:06d}"
     with ranks.raise_on_all_ranks():
-        ranks.on_rank_0(dataset.write_some, samples, members, kept)
+        ranks.on_rank_0(dataset.write_subset, samples, members, kept)
         raise UserError(
             f"step {done}: loss {step.loss}, gradient norm {norm}; what is saved is untouched. Samples: "
             f"{', '.join(samples.names[i] for i in members[:50])}{f' and {len(members) - 50} more' if len(members) > 50 else ''}. "

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from . import UserError
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def read_json(path, *names):
@@ -42,7 +42,7 @@ def read_json(path, *names):
 
 
 @contextlib.contextmanager
-def claim(path):
+def lock_path(path):
     """Keep other processes out of a file or folder as long as it is written to: UserError if one of them does. A claim ends with its process."""
     handle = os.open(path, os.O_RDONLY)
     try:
@@ -81,7 +81,7 @@ def read_log(path):
 
 
 # ---- where a public folder lies ----
-def is_name(name):
+def is_repo_id(name):
     """Whether a text may be an owner/name, as Hugging Face has them, and not a path into a folder that is here."""
     return (
         re.fullmatch(r"(?!out/)\w[\w.-]*/[\w.-]+", str(name)) is not None
@@ -89,7 +89,7 @@ def is_name(name):
     )
 
 
-def cache_of(name):
+def repo_cache(name):
     home = os.environ.get("HF_HOME") or "~/.cache/huggingface"
     return (
         Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub").expanduser()
@@ -97,35 +97,35 @@ def cache_of(name):
     )
 
 
-def cached(name):
+def cached_snapshot(name):
     """The folder in which the local Hugging Face cache holds owner/name, or None."""
-    main = cache_of(name) / "refs" / "main"
-    if is_name(name) and main.is_file():
-        folder = cache_of(name) / "snapshots" / main.read_text().strip()
+    main = repo_cache(name) / "refs" / "main"
+    if is_repo_id(name) and main.is_file():
+        folder = repo_cache(name) / "snapshots" / main.read_text().strip()
         return folder if (folder / "config.json").is_file() else None
 
 
-def find(name):
+def find_pretrained(name):
     """The folder of a public model: the one that is named, or the one that the Hugging Face cache holds of owner/name; fetched if it can be."""
     if Path(name).is_dir():
         if not (Path(name) / "config.json").is_file():
             raise UserError(f"{name} holds neither a nanovlm checkpoint nor a config.json")
         return Path(name)
-    if not is_name(name):
+    if not is_repo_id(name):
         raise UserError(f"no such folder: {name}")
-    if folder := cached(name):
+    if folder := cached_snapshot(name):
         return folder
     try:
         import huggingface_hub
     except ImportError:
         raise UserError(
-            f"{name} is neither a folder nor in {cache_of(name).parent}; to fetch it: "
+            f"{name} is neither a folder nor in {repo_cache(name).parent}; to fetch it: "
             f"pip install huggingface_hub && hf download {name} --exclude 'consolidated*'"
         ) from None
-    return fetch(name, huggingface_hub)
+    return download_pretrained(name, huggingface_hub)
 
 
-def fetch(name, hub):
+def download_pretrained(name, hub):
     """Download what we read of owner/name: of its weights only one spelling."""
     try:
         files = hub.list_repo_files(name)
@@ -146,7 +146,7 @@ def fetch(name, hub):
         ) from None
 
 
-def origin(name, folder, files):
+def weights_source(name, folder, files):
     """Where a part came from: name, licence if its README states one, and the sha256 of each of its weight files."""
     card = {"from": str(name), "files": {}}
     if folder.parent.name == "snapshots":
@@ -165,7 +165,7 @@ def origin(name, folder, files):
 
 
 # ---- tensors ----
-def weight_files(folder):
+def list_weight_files(folder):
     """{file: the tensors that an index says it holds, or None without an index}, as transformers chooses among the files of a folder;
     consolidated.safetensors is another format."""
     for single in ("model.safetensors", "pytorch_model.bin"):
@@ -173,13 +173,13 @@ def weight_files(folder):
             return {folder / single: None}
         index = folder / f"{single}.index.json"
         if index.is_file():
-            return indexed(index)
+            return read_weight_index(index)
     raise UserError(
         f"{folder} holds neither model.safetensors nor pytorch_model.bin, whole or in shards with an index"
     )
 
 
-def indexed(index):
+def read_weight_index(index):
     listed, files = read_json(index).get("weight_map"), {}
     if (
         not listed
@@ -247,7 +247,7 @@ def read_weights(files, wrapped):
     return found
 
 
-def matched(shapes, found, unread, files):
+def match_tensors(shapes, found, unread, files):
     """{name: tensor} for {name: shape}, out of what read_weights found in files. Every name, shape and kind of number must match, or one UserError
     lists those that do not; unread: a pattern of names that may be left over."""
     wrong = [f"{name} is missing" for name in shapes if name not in found]
@@ -267,19 +267,19 @@ def matched(shapes, found, unread, files):
             wrong.append(
                 f"{name} in {path.name} is {list(tensor.shape)}, the model wants {list(shapes[name])}"
             )
-        elif tensor.dtype not in FLOATS:
+        elif tensor.dtype not in FLOAT_DTYPES:
             wrong.append(
-                f"{name} in {path.name} is of {tensor.dtype}, only {', '.join(map(str, FLOATS))} are known here"
+                f"{name} in {path.name} is of {tensor.dtype}, only {', '.join(map(str, FLOAT_DTYPES))} are known here"
             )
         fitting[name] = tensor
-    refuse(wrong, files)
+    raise_problems(wrong, files)
     return fitting
 
 
-def checked(shapes, found, unread, files):
+def match_finite_tensors(shapes, found, unread, files):
     """The same, all numbers finite."""
-    fitting = matched(shapes, found, unread, files)
-    refuse(
+    fitting = match_tensors(shapes, found, unread, files)
+    raise_problems(
         [
             f"{name} in {found[name][1].name} holds a number that is not finite"
             for name, tensor in fitting.items()
@@ -290,7 +290,7 @@ def checked(shapes, found, unread, files):
     return fitting
 
 
-def refuse(wrong, files):
+def raise_problems(wrong, files):
     if wrong:
         path, more = next(iter(files)), f" and {len(wrong) - 10} more" if len(wrong) > 10 else ""
         raise UserError(

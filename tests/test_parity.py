@@ -60,7 +60,7 @@ def dinov2(**other):
 def test_an_eye(make, tile, tmp_path):
     """CLIP is read before its last layer as LLaVA does, the others at their normed end; larger pictures by interpolated positions."""
     theirs = make()
-    ours = huggingface.eye(publish(theirs, tmp_path), tile=tile).model.vision
+    ours = huggingface.read_vision_encoder(publish(theirs, tmp_path), tile=tile).model.vision
     assert len(ours.layers) == (2 if make is clip else 3)
     tiles_NCYX = torch.randn(2, 3, tile, tile)
     larger = {"interpolate_pos_encoding": True} if make is not dinov2 else {}
@@ -74,7 +74,7 @@ def test_an_eye(make, tile, tmp_path):
 def test_an_eye_read_elsewhere(read, tmp_path):
     """--read counts as transformers counts hidden states; the class token is dropped, and no norm applied."""
     theirs = clip(hidden_act="gelu")
-    ours = huggingface.eye(publish(theirs, tmp_path), read=read).model.vision
+    ours = huggingface.read_vision_encoder(publish(theirs, tmp_path), read=read).model.vision
     tiles_NCYX = torch.randn(2, 3, 28, 28)
     close(ours(tiles_NCYX), theirs(tiles_NCYX, output_hidden_states=True).hidden_states[read][:, 1:])
 
@@ -85,7 +85,7 @@ def test_an_eye_whose_patches_do_not_fill_the_picture(tmp_path):
     theirs = siglip(image_size=33)
     (publish(theirs, tmp_path) / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR | {"size": {"height": 33, "width": 33}}))
     tiles_NCYX = torch.randn(2, 3, 33, 33)
-    close(huggingface.eye(tmp_path).model.vision(tiles_NCYX), theirs(tiles_NCYX).last_hidden_state)
+    close(huggingface.read_vision_encoder(tmp_path).model.vision(tiles_NCYX), theirs(tiles_NCYX).last_hidden_state)
 
 
 DEFAULT = {"rope_type": "default"}
@@ -113,7 +113,7 @@ BRAINS = {  # every kind in its own way: a head size, a window shorter than the 
 def test_a_brain(kind, tmp_path):
     model, config, own = BRAINS[kind]
     theirs = shake(model(config(**BRAIN | own)), 4)
-    ours = huggingface.brain(publish(theirs, tmp_path)).model.decoder
+    ours = huggingface.read_decoder(publish(theirs, tmp_path)).model.decoder
     assert (ours.head.weight is ours.embed.weight) == (kind == "smollm2")
     ids_BT = torch.randint(301, (2, 45), generator=torch.Generator().manual_seed(5))
     close(ours.head(ours(ours.embed(ids_BT), torch.arange(45).expand(2, -1))), theirs(ids_BT).logits)
@@ -147,11 +147,11 @@ FULL_SIZE = {  # the numbers of the published config.json, and the bytes of its 
 def test_the_plan_of_a_full_size_brain(name):
     """Names and shapes as transformers has them and the published bytes, without a byte of them in memory."""
     config, size = FULL_SIZE[name]
-    shapes = huggingface.brain_shapes(huggingface.section(config, "text_config", huggingface.BRAINS, name), name)
+    shapes = huggingface.decoder_shapes(huggingface.model_config(config, "text_config", huggingface.DECODER_TYPES, name), name)
     with torch.device("meta"):
         ours = Decoder(**shapes)
         theirs = hf.AutoModelForCausalLM.from_config(hf.AutoConfig.for_model(**config))
-    plan = {huggingface.theirs(n, huggingface.LLAMA): tensor.shape for n, tensor in ours.state_dict().items()}
+    plan = {huggingface.published_name(n, huggingface.LLAMA): tensor.shape for n, tensor in ours.state_dict().items()}
     assert plan == {n: tensor.shape for n, tensor in theirs.state_dict().items()}
     assert sum(2 * shape.numel() for shape in plan.values()) == size
 
@@ -163,7 +163,7 @@ def test_the_plan_of_a_full_size_brain(name):
                                 num_attention_heads=16, image_size=384, patch_size=14)),
     (hf.Dinov2Model, dict(model_type="dinov2", hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, image_size=518, patch_size=14))])
 def test_the_plan_of_a_full_size_eye(model, config):
-    shapes = huggingface.eye_shapes(huggingface.DEFAULTS[config["model_type"]] | config, config["image_size"], None, "here")
+    shapes = huggingface.vision_shapes(huggingface.DEFAULTS[config["model_type"]] | config, config["image_size"], None, "here")
     table = huggingface.DINOV2 if model is hf.Dinov2Model else huggingface.CLIP
     with torch.device("meta"):
         ours, theirs = Vision(**shapes), model(model.config_class(**config))
@@ -171,6 +171,6 @@ def test_the_plan_of_a_full_size_eye(model, config):
     if model is hf.Dinov2Model:  # in memory transformers 5 calls them otherwise than on disk
         assert sum(p.numel() for p in ours.state_dict().values()) == sum(published.values()) - published["embeddings.mask_token"]
         return
-    plan = {huggingface.theirs(n, table): p.numel() for n, p in ours.state_dict().items()}
+    plan = {huggingface.published_name(n, table): p.numel() for n, p in ours.state_dict().items()}
     assert plan.items() <= published.items()
     assert {n.split(".")[0] for n in published.keys() - plan.keys()} <= {"head", "encoder", "post_layernorm"}

@@ -134,7 +134,7 @@ def source(folder, records):
 
 def test_what_is_prepared_is_what_the_source_says(world, door, tmp_path, capsys):
     assert door("data") is None
-    model, read = load_checkpoint(world / "model"), dataset.Samples(tmp_path / "set")
+    model, read = load_checkpoint(world / "model"), dataset.PreparedDataset(tmp_path / "set")
     read.check_fingerprint(model.fingerprint())
     assert read.names == ["egg", "7", "pair", "egg"]
     pixels = {
@@ -172,7 +172,7 @@ def test_conversations_about_one_picture_are_held_out_together(world, door, tmp_
         for number in range(400)
     ]
     assert door("data", source=source(tmp_path, records)) is None
-    held_out = dataset.Samples(tmp_path / "set").table[:, dataset.HELD_OUT].tolist()
+    held_out = dataset.PreparedDataset(tmp_path / "set").table[:, dataset.IS_VALIDATION].tolist()
     assert held_out[:200] == held_out[200:] and 0 < sum(held_out) < 40
 
 

@@ -136,7 +136,7 @@ def check_command(line):
             case ["pip", "install", "-r", file]:
                 assert (ROOT / file).is_file(), f"{line}: no file {file}"
             case ["hf", "download", name]:
-                assert files.is_name(name), f"{line}: {name} is no owner/name"
+                assert files.is_repo_id(name), f"{line}: {name} is no owner/name"
             case ["python", "-m", "pytest", *_] | ["pip", "install", *_] | ["echo", *_]:
                 pass
             case ["python", script] if script not in DOORS:
@@ -260,7 +260,7 @@ def astray(road):
             for name in ("model", "data")
             if typed.get(name) and function is not prepare.stitch
         ]
-        if not all(map(files.is_name, public)) or not set(wanted) <= there:
+        if not all(map(files.is_repo_id, public)) or not set(wanted) <= there:
             yield line
         there.add(typed["out"])
 

@@ -217,7 +217,7 @@ def test_every_tile_of_a_tagged_picture_stands_behind_its_tag(checkpoint):
         *place,
         CLOSE,
     ]
-    x_BTD = tagged.model.embed(torch.tensor([ids]), **packing.join(shown, policy))
+    x_BTD = tagged.model.embed(torch.tensor([ids]), **packing.collate_images(shown, policy))
     tiles_NCYX = torch.from_numpy(np.concatenate([picture.tiles for picture in shown]))
     torch.testing.assert_close(
         x_BTD[torch.tensor([ids]) == IMAGE_TOKEN_ID], tagged.model.see(tiles_NCYX)

@@ -211,7 +211,7 @@ def test_a_pickle_among_the_weights_of_a_llava_does_not_run(write, mine, tmp_pat
 def test_no_way_to_call_a_function_in_a_pickle_runs(way, mine, sentinel):
     spoil_weights(bad := mine("brain"), as_zip, WAYS[way](sentinel))
     with refused("holds more than tensors"):
-        huggingface.brain(bad)
+        huggingface.read_decoder(bad)
 
 
 @pytest.mark.parametrize(
@@ -233,7 +233,7 @@ def test_an_index_that_names_a_file_outside_the_folder_is_refused(name, mine, tm
         {"weight_map": {"lm_head.weight": name.format(folder=bad)}},
     )
     with refused("for lm_head.weight, which is not in the folder"):
-        huggingface.brain(bad)
+        huggingface.read_decoder(bad)
 
 
 def spoil_shards(step, sentinel):
@@ -430,7 +430,7 @@ def test_a_template_that_fails_in_its_own_way_is_one_that_refuses(template):
 def test_a_template_that_is_no_text_is_refused(mine):
     as_jinja_file(bad := mine("brain"), b"\xff\xfe{{")
     with refused("as none of ours does"):
-        huggingface.brain(bad, tensors=False)
+        huggingface.read_decoder(bad, tensors=False)
 
 
 @pytest.mark.parametrize(
@@ -446,7 +446,7 @@ def test_a_template_that_is_no_text_is_refused(mine):
 def test_a_tokenizers_config_of_the_wrong_kinds_is_harmless_or_refused(fields, mine):
     test_huggingface.edit((bad := mine("brain")) / "tokenizer_config.json", **fields)
     with contextlib.suppress(UserError):
-        huggingface.brain(bad, tensors=False)
+        huggingface.read_decoder(bad, tensors=False)
 
 
 # ---- tokenizers ----
@@ -524,13 +524,13 @@ TWISTED = {
 def test_a_json_that_is_nested_too_deep_or_is_none_is_refused_wherever_it_lies(twist, world, mine):
     eye, brain, ours = mine("eye"), mine("brain"), mine("model")
     for read, folder, name in [
-        (huggingface.eye, eye, "preprocessor_config.json"),
-        (huggingface.eye, eye, "config.json"),
-        (huggingface.brain, brain, "tokenizer_config.json"),
-        (huggingface.brain, brain, "tokenizer.json"),
-        (huggingface.brain, brain, "config.json"),
+        (huggingface.read_vision_encoder, eye, "preprocessor_config.json"),
+        (huggingface.read_vision_encoder, eye, "config.json"),
+        (huggingface.read_decoder, brain, "tokenizer_config.json"),
+        (huggingface.read_decoder, brain, "tokenizer.json"),
+        (huggingface.read_decoder, brain, "config.json"),
         (describe_checkpoint, ours, "nanovlm.json"),
-        (dataset.Samples, mine("data"), "header.json"),
+        (dataset.PreparedDataset, mine("data"), "header.json"),
     ]:
         put(folder / name, TWISTED[twist])
         with refused(name):
@@ -548,19 +548,19 @@ def test_an_index_that_is_nested_too_deep_is_refused(mine):
     (bad := mine("brain")).joinpath("model.safetensors").unlink()
     put(bad / "model.safetensors.index.json", TWISTED["nested"])
     with refused("index.json is not JSON"):
-        huggingface.brain(bad)
+        huggingface.read_decoder(bad)
 
 
 def test_a_config_of_a_billion_layers_is_refused_before_they_are_built(mine):
     test_huggingface.edit((bad := mine("brain")) / "config.json", num_hidden_layers=10**9)
     with refused("num_hidden_layers 1000000000 is more than"):
-        huggingface.brain(bad)
+        huggingface.read_decoder(bad)
 
 
 # ---- prepared sets ----
 
 
-@pytest.mark.parametrize("kind", [*dataset.KINDS, "header.json"])
+@pytest.mark.parametrize("kind", [*dataset.FILE_DTYPES, "header.json"])
 def test_an_array_of_pickled_objects_in_place_of_a_file_of_a_set_does_not_run(kind, mine, sentinel):
     bad = mine("data")
     path = bad / kind if kind == "header.json" else bad / "00000" / kind
@@ -954,5 +954,5 @@ def test_a_model_of_somebodys_is_never_fetched_with_code():
             lambda name, allow_patterns: asked.extend(allow_patterns) or "."
         )
 
-    disk.fetch("some/body", Hub)
+    disk.download_pretrained("some/body", Hub)
     assert asked == ["config.json", "model.safetensors"]

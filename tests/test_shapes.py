@@ -170,7 +170,7 @@ def everything(folder):
     checkpoint = load_checkpoint(folder / "model")
     save_checkpoint(stitch.stitch_parts(checkpoint, checkpoint, 0), folder / "stitched")
     stitch.verify_stitch(folder / "stitched", stitch.outputs_of_parts(checkpoint, checkpoint))
-    huggingface.resize_positions(torch.randn(37, 20), 8, leading=1)
+    huggingface.resize_position_embeddings(torch.randn(37, 20), 8, leading=1)
 
     g = np.random.default_rng(0)
     Image.fromarray(g.integers(65536, size=(29, 23), dtype=np.uint16)).save(folder / "grey.png")
@@ -207,8 +207,8 @@ def everything(folder):
     checkpoint.tokenizer.save(folder / "set")
     prepare.show(data=str(folder / "set"), sample="sample 3", out=str(folder / "tiles.png"))
     flops.assumed_row(51, POLICY)
-    samples = dataset.Samples(folder / "set")
-    (batch, _), *_ = next(packing.Loader(samples, row=51, batch=7, micro=7, seed=1))
+    samples = dataset.PreparedDataset(folder / "set")
+    (batch, _), *_ = next(packing.PackedDataLoader(samples, row=51, batch=7, micro=7, seed=1))
     model.train()(**batch).backward()
     memory.estimate_memory(model, batch, 1, torch.device("cpu"), torch.float32)
     none = packing.collate(samples, [[i] for i in range(300) if i % 3][:7])[0]

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 
 from .. import UserError, distributed, files
-from ..data.dataset import fingerprint, sync
+from ..data.dataset import make_fingerprint, fsync_path
 from ..data.tokenizer import Tokenizer
 from ..files import read_json, read_tensors, write_tensors
 from ..model import VLM
@@ -47,7 +47,7 @@ class Checkpoint(NamedTuple):
     )
 
     def fingerprint(self):
-        return fingerprint(self)
+        return make_fingerprint(self)
 
 
 def build_model(shapes, policy):
@@ -70,7 +70,7 @@ def newest_checkpoint(folder):
     if (folder / "nanovlm.json").is_file():
         return folder
     if not (found := list_checkpoints(folder)):
-        hint = f"; to fetch it: hf download {folder}" if files.is_name(folder) else ""
+        hint = f"; to fetch it: hf download {folder}" if files.is_repo_id(folder) else ""
         raise UserError(
             f"{folder} holds no nanovlm checkpoint"
             if folder.exists()
@@ -88,7 +88,7 @@ def saved_parameters(model):
 
 
 def is_public(folder):
-    return (Path(folder) / "config.json").is_file() or files.cached(folder) is not None
+    return (Path(folder) / "config.json").is_file() or files.cached_snapshot(folder) is not None
 
 
 def describe_checkpoint(folder):
@@ -107,7 +107,7 @@ def describe_checkpoint(folder):
     if missing := [name for name in CHECKPOINT_FIELDS if name not in meta]:
         raise UserError(f"{where} does not say its {', '.join(missing)}")
     tokenizer = Tokenizer.load(folder)
-    huggingface.check_vocabulary(tokenizer, meta["shapes"]["decoder"], where)
+    huggingface.check_vocab_size(tokenizer, meta["shapes"]["decoder"], where)
     card = {
         **meta["card"],
         "folder": str(folder),
@@ -143,7 +143,7 @@ def load_checkpoint(folder, device="cpu", dtype=torch.float32, template=None, la
     tensors = (
         read_sharded_weights(shapes, parts) if is_sharded else files.read_weights({path: None}, [])
     )
-    tensors = files.checked(shapes, tensors, "(?!)", [path])
+    tensors = files.match_finite_tensors(shapes, tensors, "(?!)", [path])
     if dtype is not None:  # else they stay in the file until they are used
         tensors = {name: tensor.to(dtype, copy=True) for name, tensor in tensors.items()}
     if tied := "decoder.head.weight" not in shapes:
@@ -249,12 +249,12 @@ def finish_folder(folder):
     for path in tmp.rglob("*"):
         if path.is_file():
             shutil.copymode(mode, path)  # safetensors hides its files from everyone else
-        sync(path)
-    sync(tmp)
+        fsync_path(path)
+    fsync_path(tmp)
     if folder.exists():
         os.rename(folder, old)
     os.rename(tmp, folder)
-    sync(folder.parent)
+    fsync_path(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 

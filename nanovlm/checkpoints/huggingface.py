@@ -20,7 +20,7 @@ from .. import UserError
 from ..data import chat_template
 from ..data.tokenizer import Tokenizer
 from ..decoder import Decoder
-from ..files import checked, find, origin, read_json, read_weights, weight_files
+from ..files import match_finite_tensors, find_pretrained, weights_source, read_json, read_weights, list_weight_files
 from ..vision import Vision
 
 # ---- names: ours to theirs; * is the number of a layer. A name of a module stands for its weight and bias ----
@@ -70,20 +70,20 @@ LLAMA = {
     "layers.*.down": "model.layers.*.mlp.down_proj",
 }
 # What stands in front of those names where the part belongs to something larger, in the spellings of transformers 4 and 5.
-EYE_WRAPPED = [(r"^(model\.)?(vision_tower\.)?(vision_model\.|dinov2\.)?", "")]
-BRAIN_WRAPPED = [
+VISION_PREFIXES = [(r"^(model\.)?(vision_tower\.)?(vision_model\.|dinov2\.)?", "")]
+DECODER_PREFIXES = [
     (r"^(model\.)?language_model\.(model\.)?(?!lm_head)", "model."),
     (r"^language_model\.(?=lm_head)", ""),
 ]
 # What a folder may hold that a part does not read: the other parts, heads for other tasks, tables that are computed.
-EYE_UNREAD = (
+VISION_IGNORED = (
     r"text_model\.|(text|visual)_projection\.|logit_(scale|bias)$|head\.|classifier\.|embeddings\.(position_ids|mask_token)$|"
     r"multi_modal_projector\.|language_model\.|lm_head\.|image_newline$"
 )
-BRAIN_UNREAD = r".*rotary_emb\.inv_freq$|(model\.)?(vision_tower|vision_model|multi_modal_projector)\.|(model\.)?image_newline$"
+DECODER_IGNORED = r".*rotary_emb\.inv_freq$|(model\.)?(vision_tower|vision_model|multi_modal_projector)\.|(model\.)?image_newline$"
 
 
-def theirs(name, table):
+def published_name(name, table):
     """Their name of our parameter: "layers.3.query.weight" -> "model.layers.3.self_attn.q_proj.weight"."""
     key, number = re.sub(r"\.\d+\.", ".*.", name), re.search(r"\.(\d+)\.", name)
     module, _, kind = key.rpartition(".")
@@ -150,11 +150,11 @@ DEFAULTS = {
     ),
 }
 DEFAULTS["ministral"] = DEFAULTS["mistral"]
-EYES, BRAINS = (
+VISION_TYPES, DECODER_TYPES = (
     ("clip_vision_model", "siglip_vision_model", "dinov2"),
     ("llama", "mistral", "ministral"),
 )
-EYE_MUST = dict(
+VISION_REQUIRED = dict(
     num_channels=3,
     qkv_bias=True,
     use_swiglu_ffn=False,
@@ -162,7 +162,7 @@ EYE_MUST = dict(
     apply_layernorm=True,
     head_dim=None,
 )
-BRAIN_MUST = dict(
+DECODER_REQUIRED = dict(
     hidden_act="silu",
     hidden_activation="silu",
     attention_bias=False,
@@ -191,8 +191,8 @@ BRAIN_MUST = dict(
     use_parallel_residual=False,
     add_cross_attention=False,
 )
-MOST_LAYERS = 1024  # each is built, without its numbers, before they are missed
-PICTURE_MUST = dict(do_resize=True, do_rescale=True, do_normalize=True, do_image_splitting=False)
+MAX_LAYERS = 1024  # each is built, without its numbers, before they are missed
+IMAGE_REQUIRED = dict(do_resize=True, do_rescale=True, do_normalize=True, do_image_splitting=False)
 PINPOINTS = [
     [336, 672],
     [672, 336],
@@ -201,7 +201,7 @@ PINPOINTS = [
     [336, 1008],
 ]  # where a LLaVA-NeXT says none
 ACTIVATION = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
-ROPE = {  # what each kind of stretching needs, and what it may leave out
+ROPE_FIELDS = {  # what each kind of stretching needs, and what it may leave out
     "default": {},
     "linear": dict(factor=...),
     "llama3": dict(
@@ -220,7 +220,7 @@ ROPE = {  # what each kind of stretching needs, and what it may leave out
 }
 
 
-def insist(config, must, where):
+def check_fields(config, must, where):
     """Raise UserError where a field says something else than what is computed here; null says nothing."""
     for field, value in must.items():
         if config.get(field) not in (None, value):
@@ -229,9 +229,9 @@ def insist(config, must, where):
             )
 
 
-def section(config, inner, kinds, where):
+def model_config(config, inner, kinds, where):
     """The part of a config that describes an eye or a brain, with what transformers would assume filled in."""
-    insist(config, dict(auto_map=None, quantization_config=None), where)
+    check_fields(config, dict(auto_map=None, quantization_config=None), where)
     if config.get("model_type") not in kinds and isinstance(config.get(inner), dict):
         outer = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}.get(
             config.get("model_type")
@@ -258,17 +258,17 @@ def section(config, inner, kinds, where):
             and (type(config[field]) is not int or config[field] < 1)
         ):
             raise UserError(f"{where}: {field} {config[field]!r} is no whole number from 1 on")
-    if config["num_hidden_layers"] > MOST_LAYERS:
+    if config["num_hidden_layers"] > MAX_LAYERS:
         raise UserError(
-            f"{where}: num_hidden_layers {config['num_hidden_layers']} is more than the {MOST_LAYERS} that are allowed"
+            f"{where}: num_hidden_layers {config['num_hidden_layers']} is more than the {MAX_LAYERS} that are allowed"
         )
     return config
 
 
-def eye_shapes(config, tile, read, where):
+def vision_shapes(config, tile, read, where):
     """The arguments of Vision for an eye of its own tile size unless `tile` says another, and its own layer unless `read` does."""
     kind, layers, patch = config["model_type"], config["num_hidden_layers"], config["patch_size"]
-    insist(config, EYE_MUST, where)
+    check_fields(config, VISION_REQUIRED, where)
     if config["hidden_act"] not in ACTIVATION:
         raise UserError(
             f"{where}: hidden_act {config['hidden_act']} is not known here, only {', '.join(ACTIVATION)}"
@@ -302,7 +302,7 @@ def eye_shapes(config, tile, read, where):
     )
 
 
-def rope(config, where):
+def rope_config(config, where):
     """(theta, scaling): the arguments of Decoder, from rope_parameters (transformers 5) or rope_theta and rope_scaling (4)."""
     given = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
     theta, kind = (
@@ -310,23 +310,23 @@ def rope(config, where):
         given.pop("rope_type", given.get("type", "default")),
     )
     given.pop("type", None)
-    insist(given, dict(partial_rotary_factor=1.0), where)
+    check_fields(given, dict(partial_rotary_factor=1.0), where)
     given.pop("partial_rotary_factor", None)
-    if kind not in ROPE:
-        raise UserError(f"{where}: RoPE of type {kind} is not known here, only {', '.join(ROPE)}")
-    if odd := given.keys() - ROPE[kind].keys():
+    if kind not in ROPE_FIELDS:
+        raise UserError(f"{where}: RoPE of type {kind} is not known here, only {', '.join(ROPE_FIELDS)}")
+    if odd := given.keys() - ROPE_FIELDS[kind].keys():
         raise UserError(
             f"{where}: RoPE of type {kind} is not known to have {', '.join(sorted(odd))}"
         )
     if absent := [
-        name for name, value in ROPE[kind].items() if value is ... and given.get(name) is None
+        name for name, value in ROPE_FIELDS[kind].items() if value is ... and given.get(name) is None
     ]:
         raise UserError(f"{where}: RoPE of type {kind} needs {', '.join(absent)}")
     if kind == "default":
         return theta, None
     scaling = {
         "rope_type": kind,
-        **ROPE[kind],
+        **ROPE_FIELDS[kind],
         **{name: value for name, value in given.items() if value is not None},
     }
     if kind != "linear":
@@ -346,14 +346,14 @@ def rope(config, where):
     return theta, scaling
 
 
-def brain_shapes(config, where):
+def decoder_shapes(config, where):
     """The arguments of Decoder."""
-    insist(
+    check_fields(
         config,
-        BRAIN_MUST | (dict(sliding_window=None) if config["model_type"] == "llama" else {}),
+        DECODER_REQUIRED | (dict(sliding_window=None) if config["model_type"] == "llama" else {}),
         where,
     )
-    theta, scaling = rope(config, where)
+    theta, scaling = rope_config(config, where)
     layers, window = config["num_hidden_layers"], config.get("sliding_window")
     usual = ["full_attention" if window is None else "sliding_attention"] * layers
     kinds = config.get("layer_types") or usual
@@ -384,12 +384,12 @@ def brain_shapes(config, where):
     )
 
 
-def take(module, table, found, unread, files):
+def load_published_tensors(module, table, found, unread, files):
     """Put tensors into a module built on the meta device, without a copy; strict as disk.checked is."""
-    own = {theirs(name, table): name for name in module.state_dict()}
+    own = {published_name(name, table): name for name in module.state_dict()}
     shapes = {theirname: module.get_parameter(name).shape for theirname, name in own.items()}
     module.load_state_dict(
-        {own[name]: tensor for name, tensor in checked(shapes, found, unread, files).items()},
+        {own[name]: tensor for name, tensor in match_finite_tensors(shapes, found, unread, files).items()},
         assign=True,
     )
     return module.eval()
@@ -408,7 +408,7 @@ class Part(NamedTuple):
     unused_vision_tensors: dict = {}  # tensors of an eye that are not read, by their own names: a LLaVA folder must hold them
 
 
-def picture_policy(folder, tile, fit):
+def read_image_config(folder, tile, fit):
     """How the folder's own preprocessor treats a picture, as images.py says it; tile and fit override it."""
     path = next(
         (
@@ -424,7 +424,7 @@ def picture_policy(folder, tile, fit):
         )
     config = read_json(path)
     config = config.get("image_processor", config)
-    insist(config, PICTURE_MUST, path)
+    check_fields(config, IMAGE_REQUIRED, path)
     resample, rescale = (
         {2: "bilinear", 3: "bicubic"}.get(config.get("resample", 3)),
         config.get("rescale_factor", 1 / 255),
@@ -467,7 +467,7 @@ def picture_policy(folder, tile, fit):
     elif llava and config.get("do_pad"):
         own_fit = own_fit and "pad"
     else:
-        insist(config, dict(do_pad=False), path)
+        check_fields(config, dict(do_pad=False), path)
     if not (fit or own_fit):  # DINOv2's own enlarges to 256 and cuts 224 out of the middle
         raise UserError(
             f"{path}: its way with pictures, size {size}, crop {crop}, is not known here: say --fit, squash, pad or crop"
@@ -482,7 +482,7 @@ def picture_policy(folder, tile, fit):
     }
 
 
-def resize_positions(positions_PD, side, leading):
+def resize_position_embeddings(positions_PD, side, leading):
     """The embeddings of a square grid of places, made into side × side by the bicubic filter that transformers uses; `leading` ones stay."""
     grid_pD = positions_PD[leading:]
     old = math.isqrt(len(grid_pD))
@@ -495,15 +495,15 @@ def resize_positions(positions_PD, side, leading):
     return torch.cat([positions_PD[:leading], resized.to(positions_PD.dtype)])
 
 
-def eye(name, *, tile=None, fit=None, read=None, shuffle=1, tensors=True, **more):
+def read_vision_encoder(name, *, tile=None, fit=None, read=None, shuffle=1, tensors=True, **more):
     """The eye of a CLIP, SigLIP or DINOv2 folder. tile: pixels, other than its own; fit: as images.py; read: a layer's output, un-normed;
     tensors: False for all but the model; more: what its picture policy has besides, as images.py says it."""
-    folder = find(name)
+    folder = find_pretrained(name)
     where = folder / "config.json"
-    config = section(read_json(where), "vision_config", EYES, where)
+    config = model_config(read_json(where), "vision_config", VISION_TYPES, where)
     own, patch = config["image_size"] // config["patch_size"], config["patch_size"]
-    policy = picture_policy(folder, tile, fit) | {"patch": patch, "shuffle": shuffle, **more}
-    shapes = eye_shapes(config, policy["tile"], read, where)
+    policy = read_image_config(folder, tile, fit) | {"patch": patch, "shuffle": shuffle, **more}
+    shapes = vision_shapes(config, policy["tile"], read, where)
     side = policy["tile"] // patch
     if side % shuffle:
         raise UserError(
@@ -512,48 +512,48 @@ def eye(name, *, tile=None, fit=None, read=None, shuffle=1, tensors=True, **more
     part = Part(None, {"vision": shapes, "shuffle": shuffle}, {}, image_config=policy)
     if not tensors:
         return part
-    files = weight_files(folder)
+    files = list_weight_files(folder)
     table, found = (
         DINOV2 if config["model_type"] == "dinov2" else CLIP,
-        read_weights(files, EYE_WRAPPED),
+        read_weights(files, VISION_PREFIXES),
     )
-    places, leading = theirs("positions", table), int("class_token" in shapes)
+    places, leading = published_name("positions", table), int("class_token" in shapes)
     tensor, path = found.get(places, (torch.empty(0, 0), None))
     if side != own and tensor.shape[-2] == leading + own**2:
-        found[places] = resize_positions(tensor.flatten(0, -2), side, leading), path
+        found[places] = resize_position_embeddings(tensor.flatten(0, -2), side, leading), path
     with torch.device("meta"):
         whole, vision = Vision(**shapes | {"read": -1, "post_norm": True}), Vision(**shapes)
-    after = take(whole, table, found, EYE_UNREAD, files).state_dict()
+    after = load_published_tensors(whole, table, found, VISION_IGNORED, files).state_dict()
     vision.load_state_dict({name: after.pop(name) for name in vision.state_dict()}, assign=True)
-    spare = {theirs(name, table): tensor for name, tensor in after.items()} | {
+    spare = {published_name(name, table): tensor for name, tensor in after.items()} | {
         n: t for n, (t, _) in found.items() if n.startswith("head.")
     }
     return part._replace(
-        model=SimpleNamespace(vision=vision.eval()), history=origin(name, folder, files), unused_vision_tensors=spare
+        model=SimpleNamespace(vision=vision.eval()), history=weights_source(name, folder, files), unused_vision_tensors=spare
     )
 
 
-def brain(name, *, template=None, usual=None, tensors=True):
+def read_decoder(name, *, template=None, usual=None, tensors=True):
     """The brain of a Llama or Mistral folder with its tokenizer. template: a name of chat.TEMPLATES, where the folder's own is not known;
     usual: one for a folder that states none; tensors: False for all but the model."""
-    folder = find(name)
+    folder = find_pretrained(name)
     where = folder / "config.json"
-    config = section(read_json(where), "text_config", BRAINS, where)
-    shapes = brain_shapes(config, where)
+    config = model_config(read_json(where), "text_config", DECODER_TYPES, where)
+    shapes = decoder_shapes(config, where)
     tokenizer = Tokenizer.load(folder)
-    jinja, tokens = their_template(folder)
+    jinja, tokens = read_chat_template(folder)
     template = (
         template
         or (usual if jinja is None else None)
         or chat_template.identify_template(jinja, tokens, tokenizer, folder)
     )
     chat_template.end_token_id(tokenizer, template)  # or a UserError
-    check_vocabulary(tokenizer, shapes, where)
+    check_vocab_size(tokenizer, shapes, where)
     part = Part(None, {"decoder": shapes}, {}, tokenizer=tokenizer, chat_template=template)
     if not tensors:
         return part
-    files = weight_files(folder)
-    found = read_weights(files, BRAIN_WRAPPED)
+    files = list_weight_files(folder)
+    found = read_weights(files, DECODER_PREFIXES)
     if shapes["tied"] and "model.embed_tokens.weight" in found:
         embed = found["model.embed_tokens.weight"]
         if not torch.equal(found.setdefault("lm_head.weight", embed)[0], embed[0]):
@@ -562,15 +562,15 @@ def brain(name, *, template=None, usual=None, tensors=True):
             )
     with torch.device("meta"):
         decoder = Decoder(**shapes)
-    take(decoder, LLAMA, found, BRAIN_UNREAD, files)
+    load_published_tensors(decoder, LLAMA, found, DECODER_IGNORED, files)
     if shapes["tied"]:
         decoder.head.weight = decoder.embed.weight
-    card = origin(name, folder, files)
+    card = weights_source(name, folder, files)
     card["folder"]["max_position_embeddings"] = config["max_position_embeddings"]
     return part._replace(model=SimpleNamespace(decoder=decoder), history=card)
 
 
-def check_vocabulary(tokenizer, shapes, where):
+def check_vocab_size(tokenizer, shapes, where):
     """Raise UserError unless the brain has a row for every token."""
     if tokenizer.vocab_size > shapes["vocabulary"]:
         raise UserError(
@@ -578,7 +578,7 @@ def check_vocabulary(tokenizer, shapes, where):
         )
 
 
-def their_template(folder):
+def read_chat_template(folder):
     """(Jinja text or None, {bos_token, eos_token}) of a folder; transformers has written it into three files over the years."""
     config = (
         read_json(folder / "tokenizer_config.json")

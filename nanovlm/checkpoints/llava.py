@@ -20,7 +20,7 @@ from ..data import chat_template, image_processing
 from ..files import read_json
 from ..model import VLM
 from . import huggingface
-from .huggingface import insist, theirs
+from .huggingface import check_fields, published_name
 
 JOINT = {
     "projector.up": "multi_modal_projector.linear_1",
@@ -35,7 +35,7 @@ SHARD_BYTES = 5_000_000_000  # transformers' own
 def read(name, dtype=None, template=None, tensors=True):
     """A published LLaVA-1.5 or LLaVA-NeXT folder, or owner/name, as the fields of a Checkpoint; dtype: of all parameters, None for their own;
     template: where the folder's own is not known; tensors: False for all but the model."""
-    folder = disk.find(name)
+    folder = disk.find_pretrained(name)
     where = folder / "config.json"
     config = read_json(where)
     if config.get("model_type") not in KINDS:
@@ -46,13 +46,13 @@ def read(name, dtype=None, template=None, tensors=True):
     layer = config.get("vision_feature_layer", -2)
     if not isinstance(layer, int):
         raise UserError(f"{where}: vision_feature_layer {layer} is not known here, only one layer")
-    eye = huggingface.eye(name, read=layer, tensors=tensors)
-    brain = huggingface.brain(
+    eye = huggingface.read_vision_encoder(name, read=layer, tensors=tensors)
+    brain = huggingface.read_decoder(
         name, template=template, usual=usual_template(config), tensors=tensors
     )
     config.setdefault("vision_feature_select_strategy", "default")
     strategy = "default" if eye.shapes["vision"].get("class_token") else "full"
-    insist(
+    check_fields(
         config,
         dict(
             projector_hidden_act="gelu",
@@ -105,7 +105,7 @@ def usual_template(config):
 
 def join(eye, brain, shapes, anyres, folder):
     """The VLM of two parts and what a folder holds between them, and how the folder begins the names of its eye."""
-    paths = disk.weight_files(folder)
+    paths = disk.list_weight_files(folder)
     found = disk.read_weights(paths, [(r"^model\.", "")])
     small = shapes["decoder"] | {"layers": 0, "vocabulary": 1}
     with torch.device("meta"):
@@ -118,7 +118,7 @@ def join(eye, brain, shapes, anyres, folder):
             newline=anyres,
         )
         model.vision = model.decoder = torch.nn.Identity()
-    huggingface.take(model, JOINT, found, r"(?!multi_modal_projector|image_newline)", paths)
+    huggingface.load_published_tensors(model, JOINT, found, r"(?!multi_modal_projector|image_newline)", paths)
     model.vision, model.decoder = eye.model.vision, brain.model.decoder
     inner = any(name.startswith("vision_tower.vision_model.") for name in found)
     return model.eval(), f"vision_tower.{'vision_model.' * inner}"
@@ -196,11 +196,11 @@ def tensors_of(checkpoint):
     for name, tensor in checkpoint.model.state_dict().items():
         part, _, rest = name.partition(".")
         if part == "vision":
-            tensors[prefix + theirs(rest, huggingface.CLIP)] = tensor
+            tensors[prefix + published_name(rest, huggingface.CLIP)] = tensor
         elif part != "decoder":
-            tensors[theirs(name, JOINT)] = tensor
+            tensors[published_name(name, JOINT)] = tensor
         elif rest != "head.weight" or decoder.head.weight is not decoder.embed.weight:
-            tensors[f"language_model.{theirs(rest, huggingface.LLAMA)}"] = tensor
+            tensors[f"language_model.{published_name(rest, huggingface.LLAMA)}"] = tensor
     tensors |= {prefix + name: tensor for name, tensor in checkpoint.unused_vision_tensors.items()}
     return tensors
 

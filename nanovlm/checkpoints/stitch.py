@@ -11,12 +11,12 @@ from .checkpoint import Checkpoint, build_model, list_checkpoints, load_checkpoi
 
 def load_vision_encoder(name, **how):
     """The eye of a checkpoint of ours, or of a public model's folder with `how`, the choices of huggingface.eye."""
-    return load_part(name, huggingface.eye, how)
+    return load_part(name, huggingface.read_vision_encoder, how)
 
 
 def load_decoder(name, **how):
     """The brain, tokenizer and template of a checkpoint of ours, or of a public model's folder with `how`, the choices of huggingface.brain."""
-    return load_part(name, huggingface.brain, how)
+    return load_part(name, huggingface.read_decoder, how)
 
 
 def load_part(name, public, how):

@@ -35,11 +35,11 @@ import torch
 from .. import IGNORE_INDEX, IMAGE_TOKEN_ID, UserError
 from . import image_processing
 
-VERSION = 2
-COLUMNS = FIRST_ID, IDS, FIRST_PICTURE, PICTURES, LENGTH, HELD_OUT = range(
+DATASET_VERSION = 2
+COLUMNS = FIRST_ID, ID_COUNT, FIRST_IMAGE, IMAGE_COUNT, LENGTH, IS_VALIDATION = range(
     6
 )  # LENGTH counts tokens with every picture expanded
-KINDS = {
+FILE_DTYPES = {
     "tiles": np.uint8,
     "pictures": np.int64,
     "ids": np.int32,
@@ -47,11 +47,11 @@ KINDS = {
     "samples": np.int64,
     "names": np.uint8,
 }
-SHAPES = {"pictures": (4,), "samples": (len(COLUMNS),)}  # of a row; a tile's is the policy's
-HEADER = ("version", "fingerprint", "shards")
+ROW_SHAPES = {"pictures": (4,), "samples": (len(COLUMNS),)}  # of a row; a tile's is the policy's
+HEADER_KEYS = ("version", "fingerprint", "shards")
 
 
-def fingerprint(owner):
+def make_fingerprint(owner):
     """What a prepared set must share with the model that reads it; owner: whatever has a tokenizer, a template and a picture policy."""
     return {
         "tokenizer": owner.tokenizer.fingerprint,
@@ -60,18 +60,18 @@ def fingerprint(owner):
     }
 
 
-def held_out(name, share=1 / 64):
+def is_validation(name, share=1 / 64):
     """Whether a sample is for validation: a fixed hash of its id, so that it is the same in every set and every run."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little") < share * 2**64
 
 
-def check_name(name):
+def check_sample_name(name):
     """Raise UserError unless an id can be written as one line of UTF-8."""
     if name.splitlines() != [name] or any("\ud800" <= letter <= "\udfff" for letter in name):
         raise UserError(f"the id {name!r} is not one line of text", "id is not one line of text")
 
 
-def repeats(ids, counts):
+def token_repeats(ids, counts):
     """How often each of ids stands in a row: IMAGE as often as its picture has tokens (`counts`, in order), a word once."""
     places = np.asarray(ids) == IMAGE_TOKEN_ID
     if places.sum() != len(counts):
@@ -84,12 +84,12 @@ def repeats(ids, counts):
     return found
 
 
-def expand(ids, counts):
+def expand_image_tokens(ids, counts):
     """Each IMAGE repeated as often as its picture has tokens (`counts`, in order); ids: (tokens,) array -> int64 array."""
-    return np.repeat(np.asarray(ids, np.int64), repeats(ids, counts))
+    return np.repeat(np.asarray(ids, np.int64), token_repeats(ids, counts))
 
 
-def sync(path):
+def fsync_path(path):
     """Ask the disk to hold a file, or a folder's list of names, before we go on."""
     handle = os.open(path, os.O_RDONLY)
     os.fsync(handle)
@@ -105,19 +105,19 @@ def write_shard(folder, policy, samples, receipt=dict):
     folder = Path(folder)
     tmp = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
     tmp.mkdir(parents=True)
-    rows, sums = dict.fromkeys(KINDS, 0), dict.fromkeys(KINDS, 0)
+    rows, sums = dict.fromkeys(FILE_DTYPES, 0), dict.fromkeys(FILE_DTYPES, 0)
     try:
         with ExitStack() as stack:
-            files = {kind: stack.enter_context(open(tmp / kind, "wb")) for kind in KINDS}
+            files = {kind: stack.enter_context(open(tmp / kind, "wb")) for kind in FILE_DTYPES}
 
             def put(kind, array):
-                array = np.ascontiguousarray(array, np.dtype(KINDS[kind]).newbyteorder("<"))
+                array = np.ascontiguousarray(array, np.dtype(FILE_DTYPES[kind]).newbyteorder("<"))
                 files[kind].write(array.data)
                 rows[kind], sums[kind] = rows[kind] + len(array), zlib.crc32(array.data, sums[kind])
 
             for name, ids, trained, pictures in samples:
                 counts = check_sample(name, ids, trained, pictures, policy)
-                length = int(repeats(ids, counts).sum())
+                length = int(token_repeats(ids, counts).sum())
                 put(
                     "samples",
                     [
@@ -127,7 +127,7 @@ def write_shard(folder, policy, samples, receipt=dict):
                             rows["pictures"],
                             len(pictures),
                             length,
-                            held_out(name),
+                            is_validation(name),
                         ]
                     ],
                 )
@@ -137,19 +137,19 @@ def write_shard(folder, policy, samples, receipt=dict):
                 put("ids", ids)
                 put("trained", trained)
                 put("names", np.frombuffer(f"{name}\n".encode(), np.uint8))
-        files = {kind: [rows[kind], sums[kind]] for kind in KINDS}
+        files = {kind: [rows[kind], sums[kind]] for kind in FILE_DTYPES}
         (tmp / "receipt.json").write_text(json.dumps({**receipt(), "files": files}))
         for path in tmp.iterdir():
-            sync(path)
+            fsync_path(path)
         os.rename(tmp, folder)
-        sync(folder.parent)
+        fsync_path(folder.parent)
     finally:
         shutil.rmtree(tmp, ignore_errors=True)
 
 
 def check_sample(name, ids, trained, pictures, policy):
     """How many tokens each picture of a sample takes; UserError unless the sample could be read back."""
-    check_name(name)
+    check_sample_name(name)
     if len(ids) != len(trained):
         raise UserError(f"{name}: {len(ids)} ids but {len(trained)} marks of what is trained")
     tile = [3, policy["tile"], policy["tile"]]
@@ -170,22 +170,22 @@ def write_header(folder, fingerprint, shards):
     path = Path(folder) / "header.json"
     half = path.with_suffix(".tmp")
     half.write_text(
-        json.dumps({"version": VERSION, "fingerprint": fingerprint, "shards": shards}, indent=1)
+        json.dumps({"version": DATASET_VERSION, "fingerprint": fingerprint, "shards": shards}, indent=1)
     )
-    sync(half)
+    fsync_path(half)
     os.rename(half, path)
 
 
 # ---- reading ----
 
 
-def differences(theirs, ours, what, whose="the model's"):
+def list_differences(theirs, ours, what, whose="the model's"):
     """What differs between two values, or in which keys two nested dicts do, with both values: a list of sentences."""
     if isinstance(theirs, dict) and isinstance(ours, dict):
         return [
             said
             for key in theirs | ours
-            for said in differences(theirs.get(key), ours.get(key), f"{what} {key}", whose)
+            for said in list_differences(theirs.get(key), ours.get(key), f"{what} {key}", whose)
         ]
     return [] if theirs == ours else [f"{what} is {theirs}, {whose} {ours}"]
 
@@ -205,11 +205,11 @@ def read_header(folder):
         raise UserError(
             f"{path} is broken ({type(error).__name__}: {error}): prepare it again"
         ) from None
-    if version != VERSION:
+    if version != DATASET_VERSION:
         raise UserError(
-            f"{folder}: written in format {version}, this reads {VERSION}: prepare it again"
+            f"{folder}: written in format {version}, this reads {DATASET_VERSION}: prepare it again"
         )
-    if missing := [key for key in HEADER if key not in header]:
+    if missing := [key for key in HEADER_KEYS if key not in header]:
         raise UserError(f"{path} does not say its {', '.join(missing)}: prepare it again")
     try:
         image_processing.check_image_config(header["fingerprint"]["policy"])
@@ -221,9 +221,9 @@ def read_header(folder):
         raise UserError(
             f"{path} is broken ({type(error).__name__}: {error}): prepare it again"
         ) from None
-    if any(kind != dict.fromkeys(KINDS, [int, int]) for kind in kinds):
+    if any(kind != dict.fromkeys(FILE_DTYPES, [int, int]) for kind in kinds):
         raise UserError(
-            f"{path} does not give two numbers for each of {', '.join(KINDS)} of each shard: prepare it again"
+            f"{path} does not give two numbers for each of {', '.join(FILE_DTYPES)} of each shard: prepare it again"
         )
     if not sum(files["samples"][0] for files in header["shards"]):
         raise UserError(f"{folder} holds no samples")
@@ -249,8 +249,8 @@ def check_spans(path, shard):
     """Raise UserError unless what the table of a shard says of its ids and pictures, and these of their tiles, lies in their files."""
     table, pictures = shard["samples"], shard["pictures"]
     spans = [
-        (table[:, FIRST_ID], table[:, IDS], len(shard["ids"])),
-        (table[:, FIRST_PICTURE], table[:, PICTURES], len(pictures)),
+        (table[:, FIRST_ID], table[:, ID_COUNT], len(shard["ids"])),
+        (table[:, FIRST_IMAGE], table[:, IMAGE_COUNT], len(pictures)),
         (pictures[:, 0], pictures[:, 1], len(shard["tiles"])),
     ]
     if any(
@@ -260,7 +260,7 @@ def check_spans(path, shard):
         raise UserError(f"{path} has samples that lie outside its files: altered; prepare it again")
 
 
-class Samples:
+class PreparedDataset:
     """The samples of one set or of several, one after another; tiles and ids are read from memory maps.
 
     table: (samples, COLUMNS); names: of each, its id in the source; set_of: of each, the number of its set.
@@ -271,7 +271,7 @@ class Samples:
         headers = [read_header(folder) for folder in self.folders]
         self.fingerprint = headers[0]["fingerprint"]
         for folder, header in zip(self.folders, headers, strict=True):
-            if wrong := differences(header["fingerprint"], self.fingerprint, "its"):
+            if wrong := list_differences(header["fingerprint"], self.fingerprint, "its"):
                 raise UserError(
                     f"{folder} and {self.folders[0]} were prepared for different models: {'; '.join(wrong)}"
                 )
@@ -299,12 +299,12 @@ class Samples:
         return ", ".join(map(str, self.folders))
 
     def _map(self, path, files):
-        shapes = {"tiles": (3, self.image_config["tile"], self.image_config["tile"]), **SHAPES}
+        shapes = {"tiles": (3, self.image_config["tile"], self.image_config["tile"]), **ROW_SHAPES}
         return {
             kind: map_file(
                 path / kind, np.dtype(dtype).newbyteorder("<"), files[kind][0], shapes.get(kind, ())
             )
-            for kind, dtype in KINDS.items()
+            for kind, dtype in FILE_DTYPES.items()
         }
 
     def _names(self, path, letters, want):
@@ -317,14 +317,14 @@ class Samples:
 
     def check_fingerprint(self, fingerprint):
         """Raise UserError unless the sets were prepared with this tokenizer, template and picture policy; says which part differs."""
-        if wrong := differences(self.fingerprint, fingerprint, "its"):
+        if wrong := list_differences(self.fingerprint, fingerprint, "its"):
             raise UserError(f"{self} was prepared for another model: {'; '.join(wrong)}")
 
     def stored(self, i):
         """Sample i as it was written: ids with IMAGE once a picture, marks of what is trained, pictures."""
         shard, row = self.shards[self.shard_of[i]], self.table[i]
-        span = slice(row[FIRST_ID], row[FIRST_ID] + row[IDS])
-        rows = shard["pictures"][row[FIRST_PICTURE] : row[FIRST_PICTURE] + row[PICTURES]].tolist()
+        span = slice(row[FIRST_ID], row[FIRST_ID] + row[ID_COUNT])
+        rows = shard["pictures"][row[FIRST_IMAGE] : row[FIRST_IMAGE] + row[IMAGE_COUNT]].tolist()
         pictures = [
             image_processing.ProcessedImage(
                 shard["tiles"][first : first + n],
@@ -338,7 +338,7 @@ class Samples:
     def read(self, i):
         """Sample i: its expanded ids (T,), targets (T,), and its pictures, images.Picture each, the tiles still in their file."""
         ids, trained, pictures = self.stored(i)
-        times = repeats(ids, [len(picture.places) for picture in pictures])
+        times = token_repeats(ids, [len(picture.places) for picture in pictures])
         ids_T, trained_T = np.repeat(ids.astype(np.int64), times), np.repeat(trained, times)
         targets_T = np.full_like(ids_T, IGNORE_INDEX)
         targets_T[:-1] = np.where(trained_T[1:], ids_T[1:], IGNORE_INDEX)
@@ -346,10 +346,10 @@ class Samples:
 
     def split(self, validation):
         """The numbers of the samples for validation, or of the others."""
-        return np.flatnonzero(self.table[:, HELD_OUT] == int(validation))
+        return np.flatnonzero(self.table[:, IS_VALIDATION] == int(validation))
 
 
-def write_some(samples, members, folder):
+def write_subset(samples, members, folder):
     """Some of the samples, by their numbers, as a set of their own with the tokenizer's files of the set that they come from."""
     folder = Path(folder)
     shutil.rmtree(folder, ignore_errors=True)  # of an earlier attempt at the same step
@@ -366,7 +366,7 @@ def write_some(samples, members, folder):
     )
 
 
-def damaged(folder):
+def verify_checksums(folder):
     """[a sentence for each file of a set whose bytes are not those that were written], by their checksums."""
     folder, wrong = Path(folder), []
     for number, files in enumerate(read_header(folder)["shards"]):

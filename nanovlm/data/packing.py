@@ -16,12 +16,12 @@ from .. import IGNORE_INDEX, UserError
 from . import image_processing
 from .dataset import LENGTH
 
-WINDOW = (
+PACKING_WINDOW = (
     1024  # samples: enough to fill their rows to the brim, few enough to leave the order random
 )
 
 
-def read_blend(text):
+def parse_dataset_weights(text):
     """The folders and weights of "a:0.7,b:0.3" (shares of the samples that are read), or of "a,b", whose weights are None: each sample once."""
     folders, weights = [], []
     for part in text.split(","):
@@ -47,7 +47,7 @@ def read_blend(text):
     return folders, [number / sum(numbers) for number in numbers]
 
 
-def draw(set_of, weights, seed, epoch):
+def epoch_samples(set_of, weights, seed, epoch):
     """The samples of an epoch, in order of their numbers: every one once; or by the weights of their sets, as many as there are in all.
 
     A set is walked through in permutations, one after another, and each epoch takes up where the one before left off.
@@ -65,7 +65,7 @@ def draw(set_of, weights, seed, epoch):
     return np.sort(np.concatenate(drawn))
 
 
-def pack(lengths, row, window=WINDOW):
+def pack_sequences(lengths, row, window=PACKING_WINDOW):
     """Positions in `lengths` put into rows of at most `row` tokens: of each `window` of them the longest first, into the fullest row that has room
     (best fit decreasing, Johnson 1973). Rows come in the order of their first members, so that a shuffled order stays one."""
     lengths = np.asarray(lengths)
@@ -79,17 +79,17 @@ def pack(lengths, row, window=WINDOW):
         yield from sorted(sorted(members) for _, _, members in rows)
 
 
-def rows_forever(lengths, row, seed, set_of=None, weights=None):
+def packed_sequences(lengths, row, seed, set_of=None, weights=None):
     """Packed rows without end, an epoch after another, each in an order of its own: a function of (seed, number of the row) and nothing else."""
     set_of = np.zeros(len(lengths), int) if set_of is None else set_of
     for epoch in itertools.count():
-        drawn = draw(set_of, weights, seed, epoch)
+        drawn = epoch_samples(set_of, weights, seed, epoch)
         order = drawn[np.random.default_rng([seed, epoch]).permutation(len(drawn))]
-        for members in pack(lengths[order], row):
+        for members in pack_sequences(lengths[order], row):
             yield order[members]
 
 
-def join(pictures, policy, pin=False):
+def collate_images(pictures, policy, pin=False):
     """Pictures, or none, as the model takes them: all their tiles as one uint8 tensor (N, C, Y, X), and which of all their tokens are read; pin:
     in memory that a GPU can fetch from by itself."""
     count, tile, tokens = (
@@ -142,7 +142,7 @@ def collate(samples, rows, pin=False):
         name: torch.from_numpy(a).pin_memory() if pin else torch.from_numpy(a)
         for name, a in arrays.items()
     }
-    pictures = join(
+    pictures = collate_images(
         [picture for row in read for _, _, pictures in row for picture in pictures],
         samples.image_config,
         pin,
@@ -150,7 +150,7 @@ def collate(samples, rows, pin=False):
     return batch | pictures, [int(i) for members in rows for i in members]
 
 
-class Loader:
+class PackedDataLoader:
     """Step after step, the micro-batches of one rank: a function of (seed, step), whatever the number of ranks and micro-batches.
 
     Every rank gets as many micro-batches, for each is a call of the model that under FSDP all take part in; the last may be one blank row.
@@ -175,7 +175,7 @@ class Loader:
                 f"{folder}: sample {samples.names[longest]} takes {samples.table[longest, LENGTH]} tokens, a row holds --row={row}"
             )
         self.rows = (
-            training[members] for members in rows_forever(lengths, row, seed, set_of, weights)
+            training[members] for members in packed_sequences(lengths, row, seed, set_of, weights)
         )
         self.rows = itertools.islice(self.rows, start * batch, None)
         self.batch = batch

@@ -60,7 +60,7 @@ def encode_prompt(checkpoint, turns, pictures):
     ids, _, pictures = chat_template.add_tile_tags(
         ids, trained, pictures, checkpoint.tokenizer, checkpoint.image_config
     )
-    return dataset.expand(ids, [len(picture.places) for picture in pictures]).tolist()
+    return dataset.expand_image_tokens(ids, [len(picture.places) for picture in pictures]).tolist()
 
 
 def render_prompt(checkpoint, turns):
@@ -88,7 +88,7 @@ def generate_answers(checkpoint, asked, *, blank=False, mixed=None, **choices):
         encode_prompt(checkpoint, turn, pictures)
         for turn, (_, pictures) in zip(turns, asked, strict=True)
     ]
-    seen = packing.join(
+    seen = packing.collate_images(
         [picture for _, pictures in asked for picture in pictures], checkpoint.image_config
     )
     if blank:
@@ -305,7 +305,7 @@ def short_hash(thing):
 
 def hash_weights(model):
     """[name, size, hash of a sample of the bytes] of each file of weights in a model's folder: training changes bytes everywhere, a copy none."""
-    folder, found = Path(files.cached(model) or model), []
+    folder, found = Path(files.cached_snapshot(model) or model), []
     for path in sorted(
         path for kind in ("*.safetensors", "*.bin", "sharded/*") for path in folder.glob(kind)
     ):
@@ -378,7 +378,7 @@ def lock_output(out, rank):
         with distributed.raise_on_all_ranks():
             if out and rank == 0:
                 open(out, "a").close()  # only what is there can be claimed
-                claims.enter_context(files.claim(out))
+                claims.enter_context(files.lock_path(out))
         try:
             yield
         except KeyboardInterrupt:

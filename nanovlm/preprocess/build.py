@@ -66,7 +66,7 @@ def gather(paths, out, recipe, workers, max_skipped):
     tmp = out.with_name(f"{out.name}.tmp")
     tmp.mkdir(parents=True, exist_ok=True)
     try:
-        with files.claim(tmp):
+        with files.lock_path(tmp):
             begin(tmp, plan_of(paths, recipe))
             if not (
                 tmp / "header.json"
@@ -78,7 +78,7 @@ def gather(paths, out, recipe, workers, max_skipped):
                 settle(tmp, count, recipe, max_skipped)
             tidy(tmp)
             os.rename(tmp, out)
-            dataset.sync(out.parent)
+            dataset.fsync_path(out.parent)
         return [json.loads(line) for line in (out / "skipped.jsonl").read_text().splitlines()]
     except BrokenProcessPool:
         raise UserError(
@@ -102,10 +102,10 @@ def plan_of(paths, recipe):
     return json.loads(
         json.dumps(
             {
-                "version": dataset.VERSION,
+                "version": dataset.DATASET_VERSION,
                 "shard": [SHARD, CARRIED],
                 "row": recipe.row,
-                "fingerprint": dataset.fingerprint(recipe),
+                "fingerprint": dataset.make_fingerprint(recipe),
                 "images": recipe.pictures,
                 "sources": stamps,
                 "order of sources": list(stamps),
@@ -116,7 +116,7 @@ def plan_of(paths, recipe):
 
 def check_plan(tmp, plan):
     """Raise UserError unless the set in `tmp` was begun by the same plan."""
-    if wrong := dataset.differences(
+    if wrong := dataset.list_differences(
         json.loads((tmp / "plan.json").read_text()), plan, "its", "now"
     ):
         raise UserError(f"{tmp} was begun otherwise: {'; '.join(wrong)}; remove it to begin anew")
@@ -198,7 +198,7 @@ def prepared(sample, recipe):
         tagged, _, pictures = chat_template.add_tile_tags(
             ids, trained, planned, recipe.tokenizer, recipe.image_config
         )
-        length = int(dataset.repeats(tagged, [len(picture.places) for picture in pictures]).sum())
+        length = int(dataset.token_repeats(tagged, [len(picture.places) for picture in pictures]).sum())
         if length <= recipe.row:
             cut = [
                 blank._replace(tiles=image_processing.cut_into_tiles(picture, recipe.image_config, limit, size))
@@ -362,9 +362,9 @@ def settle(tmp, count, recipe, max_skipped):
         )
     recipe.tokenizer.save(tmp)
     for path in tmp.iterdir():
-        dataset.sync(path)
+        dataset.fsync_path(path)
     dataset.write_header(
-        tmp, dataset.fingerprint(recipe), [receipt["files"] for receipt in receipts]
+        tmp, dataset.make_fingerprint(recipe), [receipt["files"] for receipt in receipts]
     )
 
 
@@ -372,7 +372,7 @@ def tidy(tmp):
     """Remove what was of use to the workers alone."""
     for path in (*tmp.glob("*/receipt.json"), tmp / "plan.json"):
         path.unlink()
-    dataset.sync(tmp)
+    dataset.fsync_path(tmp)
 
 
 def table(skipped):
@@ -386,9 +386,9 @@ def prepare_dataset(*, model, source, images, out, row, workers=0, max_skipped=0
     chat_template.end_token_id(owner.tokenizer, owner.chat_template)
     recipe = Recipe(owner.tokenizer, owner.chat_template, owner.image_config, row, images)
     skipped = gather(source, out, recipe, workers or len(os.sched_getaffinity(0)), max_skipped)
-    rows = dataset.Samples(out).table
+    rows = dataset.PreparedDataset(out).table
     cli.status(
-        f"{out}: {len(rows):,} samples, {rows[:, dataset.HELD_OUT].sum():,} of them held out, the longest of "
+        f"{out}: {len(rows):,} samples, {rows[:, dataset.IS_VALIDATION].sum():,} of them held out, the longest of "
         f"{rows[:, dataset.LENGTH].max():,} tokens, in {time.time() - began:.0f} s"
     )
     for reason, times in table(skipped):

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .. import UserError, cli
-from ..data.dataset import check_name
+from ..data.dataset import check_sample_name
 from ..data.image_refs import Bytes, Span, archive, find, load, one_line, printable
 from . import records
 from .records import UNKNOWN
@@ -416,7 +416,7 @@ def named(raw):
         )
     name = raw.name if own is None else str(own)
     try:
-        check_name(name)
+        check_sample_name(name)
     except UserError as mistake:
         raise UserError(f"{raw.where}: {mistake}", "id is not one line of text") from None
     return name, raw.where if own is None else f"{raw.where} ({name})"

@@ -1,8 +1,9 @@
-"""What training costs, before it is paid.
+"""Floating-point operations of a training step.
 
-A product of (n, a) and (a, b) is 2·n·a·b floating-point operations. A layer's backward pass is one more such product for the gradient of what
-goes in, and one for the gradient of its weight: each is spared where nobody trains what would read it. Attention is two products, and four
-backward, over all pairs of tokens of a row: as if every row were one sample (the convention of PaLM, appendix B; masks save time, not count).
+A product of (n, a) and (a, b) takes 2·n·a·b operations. The backward pass of a layer takes as many
+for the gradient of its input, and as many for the gradient of its weight; it skips a gradient that
+no trained parameter needs. Attention is two products forward and four backward over all pairs of
+tokens of a sequence, as in PaLM, appendix B: masks save time, but not operations in this count.
 """
 
 import torch
@@ -12,94 +13,118 @@ from .. import IGNORE_INDEX, IMAGE_TOKEN_ID
 from ..data import image_processing
 
 
-def products(module, positions, *, into, own):
-    """Operations of all weights of a module on so many positions; into: whether gradients go on to what went in; own: whether it trains."""
+def linear_flops(module, positions, *, input_grad, weight_grad):
+    """Operations of a module's linear layers on so many positions.
+
+    input_grad, weight_grad: whether the backward pass computes these gradients.
+    """
     weights = sum(
         part.weight.numel() for part in module.modules() if isinstance(part, nn.Linear | nn.Conv2d)
     )
-    return 2 * weights * positions * (1 + into + own)
+    return 2 * weights * positions * (1 + input_grad + weight_grad)
 
 
-def attended(layers, heads, head_size, rows, length, backward):
-    """Operations of queries · keys and weights · values in all layers."""
-    return layers * rows * 4 * heads * head_size * length**2 * (3 if backward else 1)
+def attention_flops(layers, heads, head_dim, sequences, length, backward):
+    """Operations of query · key and weights · value in all layers."""
+    return layers * sequences * 4 * heads * head_dim * length**2 * (3 if backward else 1)
 
 
-def flops(model, rates, rows, length, tiles, trained, recompute="none"):
-    """{part: operations} of a training step over `rows` rows of `length` tokens with `tiles` tiles in all, of which `trained` tokens are trained.
-
-    rates: {part that trains: its rate}; recompute: which blocks run once more in the backward pass: none, decoder or all.
-    """
-    sees, speaks = "vision" in rates, "decoder" in rates
-    vision, decoder = model.vision, model.decoder
+def vision_flops(model, tiles, trains, checkpointing):
+    """Operations of the vision encoder on so many tiles."""
+    vision = model.vision
+    layers, heads = vision.layers, vision.layers[0].heads
+    head_dim = vision.positions.shape[1] // heads
     patches = (model.tile // vision.patches.weight.shape[-1]) ** 2
-    seen = patches + (vision.class_token is not None)
-    look, block = vision.layers[0], decoder.layers[0]
-    eye = products(vision.patches, tiles * patches, into=False, own=sees) + products(
-        vision.layers, tiles * seen, into=sees, own=sees
+    length = patches + (vision.class_token is not None)
+    flops = linear_flops(
+        vision.patches, tiles * patches, input_grad=False, weight_grad=trains
+    ) + linear_flops(layers, tiles * length, input_grad=trains, weight_grad=trains)
+    flops += attention_flops(len(layers), heads, head_dim, tiles, length, trains)
+    if checkpointing and trains:  # the forward pass once more
+        flops += linear_flops(layers, tiles * length, input_grad=False, weight_grad=False)
+        flops += attention_flops(len(layers), heads, head_dim, tiles, length, False)
+    return flops
+
+
+def projector_flops(model, tiles, trains, vision_trains):
+    """Operations of the projector on the features of so many tiles."""
+    patches = (model.tile // model.vision.patches.weight.shape[-1]) ** 2
+    tokens = tiles * patches // model.projector.shuffle**2
+    up, down = model.projector.up, model.projector.down
+    return linear_flops(up, tokens, input_grad=vision_trains, weight_grad=trains) + linear_flops(
+        down, tokens, input_grad=vision_trains or trains, weight_grad=trains
     )
-    eye += attended(
-        len(vision.layers), look.heads, vision.positions.shape[1] // look.heads, tiles, seen, sees
+
+
+def decoder_flops(model, sequences, length, trains, checkpointing):
+    """Operations of the decoder's blocks on sequences of one length."""
+    layers, heads, head_dim = (
+        model.decoder.layers,
+        model.decoder.layers[0].heads,
+        model.decoder.layers[0].head_size,
     )
-    read, joins = tiles * patches // model.projector.shuffle**2, "projector" in rates
-    between = products(model.projector.up, read, into=sees, own=joins) + products(
-        model.projector.down, read, into=sees or joins, own=joins
-    )
-    brain = products(decoder.layers, rows * length, into=True, own=speaks)
-    brain += attended(len(decoder.layers), block.heads, block.head_size, rows, length, True)
-    if recompute == "all" and sees:
-        eye += products(vision.layers, tiles * seen, into=False, own=False)
-        eye += attended(
-            len(vision.layers),
-            look.heads,
-            vision.positions.shape[1] // look.heads,
-            tiles,
-            seen,
-            False,
-        )
-    if recompute != "none":
-        brain += products(decoder.layers, rows * length, into=False, own=False)
-        brain += attended(len(decoder.layers), block.heads, block.head_size, rows, length, False)
+    flops = linear_flops(layers, sequences * length, input_grad=True, weight_grad=trains)
+    flops += attention_flops(len(layers), heads, head_dim, sequences, length, True)
+    if checkpointing:  # the forward pass once more
+        flops += linear_flops(layers, sequences * length, input_grad=False, weight_grad=False)
+        flops += attention_flops(len(layers), heads, head_dim, sequences, length, False)
+    return flops
+
+
+def step_flops(
+    model, rates, sequences, length, tiles, labelled_tokens, activation_checkpointing="none"
+):
+    """{part: operations} of a training step over sequences of one length.
+
+    rates: {trained part: its learning rate}; tiles: of all sequences; labelled_tokens: tokens with
+    a label, for which the head computes logits; activation_checkpointing: none, decoder or all.
+    """
+    vision, projector, decoder = (part in rates for part in ("vision", "projector", "decoder"))
     return {
-        "vision": eye,
-        "projector": between,
-        "decoder": brain,
-        "head": products(decoder.head, trained, into=True, own=speaks),
+        "vision": vision_flops(model, tiles, vision, activation_checkpointing == "all"),
+        "projector": projector_flops(model, tiles, projector, vision),
+        "decoder": decoder_flops(
+            model, sequences, length, decoder, activation_checkpointing != "none"
+        ),
+        "head": linear_flops(
+            model.decoder.head, labelled_tokens, input_grad=True, weight_grad=decoder
+        ),
     }
 
 
-def of_batches(model, rates, batches):
-    """Operations of a training step over micro-batches as packing.Loader gives them; what is computed a second time is no use, and not counted."""
-    return sum(
-        sum(
-            flops(
-                model,
-                rates,
-                *batch["ids_BT"].shape,
-                len(batch["tiles_NCYX"]),
-                int((batch["targets_BT"] != IGNORE_INDEX).sum()),
-            ).values()
+def micro_batch_flops(model, rates, batches):
+    """Operations of a training step over the micro-batches that packing.Loader returns.
+
+    The second forward pass of activation checkpointing is not counted: it does no useful work.
+    """
+    total = 0
+    for batch, _ in batches:
+        labelled_tokens = int((batch["targets_BT"] != IGNORE_INDEX).sum())
+        sequences, length = batch["ids_BT"].shape
+        parts = step_flops(
+            model, rates, sequences, length, len(batch["tiles_NCYX"]), labelled_tokens
         )
-        for batch, _ in batches
-    )
+        total += sum(parts.values())
+    return total
 
 
-def assumed_row(length, policy):
-    """(batch of one, its tiles, its trained tokens) for a row of which nothing is known but its length: half of it is pictures, a quarter is
-    trained, which is about what LLaVA's mix comes to."""
-    tokens, tile, trained = image_processing.tokens_per_tile(policy), policy["tile"], length // 4
+def assumed_sequence(length, image_config):
+    """Return (batch of one sequence, its tiles, its labelled tokens) if only the length is known.
+
+    Half of the tokens are image tokens and a quarter have labels, about as in LLaVA's data.
+    """
+    tile, labelled_tokens = image_config["tile"], length // 4
+    tokens = image_processing.tokens_per_tile(image_config)
     tiles = max(length // 2 // tokens, 1)
-    ids_BT, targets_BT = (
-        torch.zeros(1, length, dtype=torch.int64),
-        torch.full((1, length), IGNORE_INDEX),
-    )
+    ids_BT = torch.zeros(1, length, dtype=torch.int64)
+    targets_BT = torch.full((1, length), IGNORE_INDEX)
     ids_BT[:, : tiles * tokens] = IMAGE_TOKEN_ID
-    targets_BT[:, length - trained :] = 0
-    row = {
+    targets_BT[:, length - labelled_tokens :] = 0
+    batch = {
         "ids_BT": ids_BT,
         "targets_BT": targets_BT,
         "positions_BT": torch.arange(length)[None],
         "documents_BT": torch.zeros_like(ids_BT),
         "tiles_NCYX": torch.zeros(tiles, 3, tile, tile, dtype=torch.uint8),
     }
-    return row, tiles, trained
+    return batch, tiles, labelled_tokens

@@ -1,4 +1,21 @@
-"""What a run prints and writes while it trains: lines on the terminal, in log.jsonl and, if asked, for tensorboard."""
+"""The log of a run: lines on the terminal, in log.jsonl and, with --tensorboard, for tensorboard.
+
+A line of log.jsonl holds:
+
+    step                       optimizer steps so far
+    loss                       mean over the labelled tokens of this step
+    lr                         learning rate of --lr at this step; parts with their own scale alike
+    label_fraction             labelled tokens of this step, as a share of all its tokens
+    grad_norm                  before clipping; grad_norm_vision, …: of each trained part
+    val_loss, blank_image_loss on the held-out samples, with their images and with grey images
+    eval_score                 mean score on --eval_questions
+    tokens_per_s               over all ranks, since the last line
+    tflops                     10^12 operations a second of one rank
+    data_wait                  share of the time in which this rank waited for a batch
+    eta_s                      seconds to the end of the run
+    samples, tokens, hours     so far, over all stops and resumes
+    seconds_data, …            seconds of a step in each phase, with --profile
+"""
 
 import contextlib
 import datetime
@@ -6,134 +23,127 @@ import json
 import time
 from pathlib import Path
 
-from .. import distributed
-from ..files import claim, read_log, write_text
+from ..distributed import count_compiled_graphs, raise_on_all_ranks
+from ..files import lock_path, read_log, write_text
 
 
-class Log:
-    """Progress lines on the terminal, in out/log.jsonl and, if asked, for tensorboard. They go on where a resumed run does; rank 0 alone writes.
-    As long as a log is open, no other process runs in its folder."""
+class Logger:
+    """Progress lines on the terminal, in out/log.jsonl and, with --tensorboard, for tensorboard.
+
+    A resumed run continues the file; only rank 0 writes. While a logger is open, no other process
+    may train in its folder.
+    """
 
     def __init__(self, out, start, steps, rank, tensorboard=False):
-        self.path, self.start, self.steps, self.rank, self.tensorboard = (
-            Path(out) / "log.jsonl",
-            start,
-            steps,
-            rank,
-            tensorboard,
-        )
-        self.waited, self.tokens, self.operations, self.began = 0.0, 0, 0, time.time()
-        self.told, self.totals, self.best, self.board = (
-            self.began,
-            {"samples": 0, "tokens": 0, "hours": 0.0},
-            None,
-            None,
-        )
-        self.claim = contextlib.ExitStack()
+        self.path = Path(out) / "log.jsonl"
+        self.start, self.steps, self.rank, self.tensorboard = start, steps, rank, tensorboard
+        self.start_time = self.line_time = time.time()
+        self.wait_seconds, self.tokens, self.flops = 0.0, 0, 0  # since the last line
+        self.totals = {"samples": 0, "tokens": 0, "hours": 0.0}
+        self.best = self.writer = None
+        self.lock = contextlib.ExitStack()
 
-    @distributed.raise_on_all_ranks()
+    @raise_on_all_ranks()
     def __enter__(self):
         if self.rank == 0:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.claim.enter_context(claim(self.path.parent))
-            self.go_on()
+            self.lock.enter_context(lock_path(self.path.parent))
+            self.read_earlier_lines()
         return self
 
     def __exit__(self, *_):
-        self.claim.close()
+        self.lock.close()
 
-    def go_on(self):
+    def read_earlier_lines(self):
+        """Keep the lines up to the step that the run resumes from, and their totals."""
         if self.tensorboard:
-            from torch.utils.tensorboard import (
-                SummaryWriter,
-            )  # a second of imports, and a package that not everybody has
+            # Imported here: it takes a second, and not everybody has the package.
+            from torch.utils.tensorboard import SummaryWriter
 
-            self.board = SummaryWriter(self.path.parent, purge_step=self.start + 1)
-        before = [
-            line
-            for line in (read_log(self.path) if self.path.exists() else [])
-            if line["step"] <= self.start
-        ]
-        write_text(self.path, "".join(json.dumps(line) + "\n" for line in before))
-        for line in before:
+            self.writer = SummaryWriter(self.path.parent, purge_step=self.start + 1)
+        lines = read_log(self.path) if self.path.exists() else []
+        lines = [line for line in lines if line["step"] <= self.start]
+        write_text(self.path, "".join(json.dumps(line) + "\n" for line in lines))
+        for line in lines:
             self.totals |= {name: line[name] for name in self.totals if name in line}
-            self.note_best(line)
+            self.update_best(line)
 
     def wait(self, future):
-        asked = time.time()
+        """The result of a future; the time is counted as waiting for data."""
+        start = time.time()
         result = future.result()
-        self.waited += time.time() - asked
+        self.wait_seconds += time.time() - start
         return result
 
-    def did(self, step, operations):
-        """Count a step over all ranks, as train.gradients tells of it, and this rank's operations in it."""
-        self.tokens, self.operations = self.tokens + step.tokens, self.operations + operations
+    def count_step(self, step, flops):
+        """Count a step, as train.compute_gradients returns it, and this rank's operations in it."""
+        self.tokens, self.flops = self.tokens + step.tokens, self.flops + flops
         self.totals["samples"] += int(step.samples)
         self.totals["tokens"] += int(step.tokens)
 
-    def note_best(self, line):
-        if "validation" in line and (
-            self.best is None or line["validation"] < self.best["validation"]
-        ):
-            self.best = {"validation": line["validation"], "step": line["step"]}
+    def update_best(self, line):
+        if "val_loss" not in line:
+            return
+        if self.best is None or line["val_loss"] < self.best["val_loss"]:
+            self.best = {"val_loss": line["val_loss"], "step": line["step"]}
 
-    @distributed.raise_on_all_ranks()  # rank 0 alone writes; where it cannot (a full disk), the others must hear of it
-    def line(self, step, looks, **numbers):
-        """One line of numbers; looks: what `validate` returned at this step, {} if it did not look."""
+    @raise_on_all_ranks()  # if the disk is full, rank 0 cannot write, and all ranks must stop
+    def log(self, step, metrics, **numbers):
+        """Write one line; metrics: what train.run_validation returned at this step."""
         now = time.time()
-        took, left = now - self.told, (now - self.began) / (step - self.start) * (self.steps - step)
-        self.totals["hours"] += took / 3600
-        speed = {
-            "tokens_per_s": self.tokens / took,
-            "tflops": self.operations / took / 1e12,
-        }  # the second of a card, to be held beside its peak
-        numbers = {
+        seconds = now - self.line_time
+        seconds_left = (now - self.start_time) / (step - self.start) * (self.steps - step)
+        self.totals["hours"] += seconds / 3600
+        line = {
             "step": step,
             **numbers,
-            **looks,
-            **speed,
-            "waited": self.waited / took,
-            "left": left,
+            **metrics,
+            "tokens_per_s": self.tokens / seconds,
+            "tflops": self.flops / seconds / 1e12,
+            "data_wait": self.wait_seconds / seconds,
+            "eta_s": seconds_left,
             **self.totals,
         }
-        self.told, self.waited, self.tokens, self.operations = now, 0.0, 0, 0
-        self.note_best(numbers)
+        self.line_time, self.wait_seconds, self.tokens, self.flops = now, 0.0, 0, 0
+        self.update_best(line)
         if self.rank:
             return
         with open(self.path, "a") as file:
-            file.write(json.dumps(numbers) + "\n")
-        for name in numbers if self.board else ():
-            self.board.add_scalar(name, numbers[name], step)
-        seen = "".join(f" | {name} {value:.4f}" for name, value in looks.items())
+            file.write(json.dumps(line) + "\n")
+        for name in line if self.writer else ():
+            self.writer.add_scalar(name, line[name], step)
+        self.print_line(line, metrics)
+
+    def print_line(self, line, metrics):
+        scores = "".join(f" | {name} {value:.4f}" for name, value in metrics.items())
         print(
-            f"step {step:5d}/{self.steps} | loss {numbers['loss']:.4f}{seen} | rate {numbers['rate']:.1e} | norm {numbers['norm']:.2f} | "
-            f"{numbers['tokens_per_s']:,.0f} tokens/s, {numbers['tflops']:,.2f} TFLOP/s, {numbers['trained']:.0%} trained, "
-            f"{numbers['waited']:.0%} waiting | {datetime.timedelta(seconds=round(left))} left",
+            f"step {line['step']:5d}/{self.steps} | loss {line['loss']:.4f}{scores} | "
+            f"lr {line['lr']:.1e} | grad_norm {line['grad_norm']:.2f} | "
+            f"{line['tokens_per_s']:,.0f} tokens/s, {line['tflops']:,.2f} TFLOP/s, "
+            f"{line['label_fraction']:.0%} labelled, {line['data_wait']:.0%} data wait | "
+            f"{datetime.timedelta(seconds=round(line['eta_s']))} left",
             flush=True,
         )
-        if seconds := {
-            name.removeprefix("seconds of "): value
-            for name, value in numbers.items()
-            if name.startswith("seconds of ")
-        }:
-            print(
-                f"    seconds a step: {', '.join(f'{phase} {value:.3f}' for phase, value in seconds.items())}",
-                flush=True,
-            )
+        phases = []
+        for name, value in line.items():
+            if name.startswith("seconds_"):
+                phases.append(f"{name.removeprefix('seconds_')} {value:.3f}")
+        if phases:
+            print(f"    seconds a step: {', '.join(phases)}", flush=True)
 
-    def end(self, step, name):
-        """What a run came to, over all its stops and starts."""
-        if self.board:
-            self.board.close()
+    def print_summary(self, step, name):
+        """Print the totals of a run, over all its stops and resumes."""
+        if self.writer:
+            self.writer.close()
         if self.rank:
             return
-        spent = datetime.timedelta(seconds=round(time.time() - self.began))
-        compiled = (
-            f", torch.compile made {graphs} graphs" if (graphs := distributed.count_compiled_graphs()) else ""
-        )
-        best = f"{self.best['validation']:.4f} at step {self.best['step']}" if self.best else "none"
+        seconds = datetime.timedelta(seconds=round(time.time() - self.start_time))
+        graphs = count_compiled_graphs()
+        compiled = f", torch.compile made {graphs} graphs" if graphs else ""
+        best = f"{self.best['val_loss']:.4f} at step {self.best['step']}" if self.best else "none"
         print(
-            f"{name}: step {step} of {self.steps} after {spent}, in {self.path.parent}\n{self.totals['samples']:,} samples, "
-            f"{self.totals['tokens']:,} tokens, {self.totals['hours']:.2f} hours, best validation {best}{compiled}",
+            f"{name}: step {step} of {self.steps} after {seconds}, in {self.path.parent}\n"
+            f"{self.totals['samples']:,} samples, {self.totals['tokens']:,} tokens, "
+            f"{self.totals['hours']:.2f} hours, best val_loss {best}{compiled}",
             flush=True,
         )

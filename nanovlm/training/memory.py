@@ -1,22 +1,23 @@
-"""Memory that a training step takes on one rank, estimated from shapes before any weight is read."""
+"""Memory of a training step on one rank, estimated from shapes before any weight is read."""
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode  # what torch.compile plans with
+from torch._subclasses.fake_tensor import FakeTensorMode  # torch.compile plans with it, too
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from .. import IGNORE_INDEX, IMAGE_TOKEN_ID, distributed
+from .. import IGNORE_INDEX, IMAGE_TOKEN_ID
+from ..distributed import checkpoint_activations, fsdp_units, transformer_blocks
 from ..loss import CHUNK, linear_cross_entropy
-from . import flops as cost
+from .flops import assumed_sequence, step_flops
 
 
-class Shapes(torch.nn.Module):
-    """What VLM.forward does, where there are shapes and no numbers to count: `words` tokens are trained."""
+class FakeForward(torch.nn.Module):
+    """VLM.forward for fake tensors, which have no values to count: `labels` tokens have a label."""
 
     def __init__(self, model):
         super().__init__()
         self.model = model
 
-    def forward(self, batch, words):
+    def forward(self, batch, labels):
         model, tiles = self.model, batch["tiles_NCYX"]
         features = model.see(tiles if len(tiles) else tiles.new_empty(1, 3, model.tile, model.tile))
         x_BTD = model.decoder.embed(batch["ids_BT"].clamp(min=0))
@@ -25,190 +26,199 @@ class Shapes(torch.nn.Module):
         x_BTD = x_BTD.masked_scatter(
             (batch["ids_BT"] == IMAGE_TOKEN_ID)[..., None], features.to(x_BTD.dtype)
         )
-        hidden_BTD = model.decoder(
-            x_BTD, batch["positions_BT"], None
-        )  # who sees whom is no tensor that is kept
+        # No attention mask: the backward pass keeps none.
+        hidden_BTD = model.decoder(x_BTD, batch["positions_BT"], None)
         return linear_cross_entropy(
-            hidden_BTD.flatten(0, 1)[:words],
+            hidden_BTD.flatten(0, 1)[:labels],
             model.decoder.head.weight,
-            batch["targets_BT"].flatten()[:words],
+            batch["targets_BT"].flatten()[:labels],
         )
 
 
-def kept_for_backward(model, batch, device, dtype, narrow):
-    """Bytes that the forward pass of a batch keeps for the backward pass, the parameters themselves aside. Nothing is computed nor held: the
-    model may be of any size, and on the meta device. narrow: its parameters are of `dtype`, and not only its products."""
-    shapes, words, kept = Shapes(model), int((batch["targets_BT"] != IGNORE_INDEX).sum()), {}
-    mixed = torch.autocast(device.type, dtype, enabled=dtype != torch.float32 and not narrow)
+def saved_activation_bytes(model, batch, device, dtype, low_precision_weights):
+    """Bytes that the forward pass of a batch saves for the backward pass, without the parameters.
 
-    def note(tensor):
+    It computes nothing and allocates nothing: the model may have any size, and be on the meta
+    device. low_precision_weights: parameters are in `dtype`, not only the matrix products.
+    """
+    forward, saved = FakeForward(model), {}
+    labels = int((batch["targets_BT"] != IGNORE_INDEX).sum())
+    autocast = torch.autocast(
+        device.type, dtype, enabled=dtype != torch.float32 and not low_precision_weights
+    )
+
+    def pack_hook(tensor):
         storage = tensor.untyped_storage()
-        kept[storage._cdata] = (
-            storage.nbytes(),
-            StorageWeakRef(storage),
-        )  # a frozen block that would be computed again keeps nothing in the end
+        # The weak reference tells later whether it is still alive: a frozen block under activation
+        # checkpointing keeps nothing.
+        saved[storage._cdata] = storage.nbytes(), StorageWeakRef(storage)
         return tensor
 
+    def fake(x, dtype):
+        return torch.empty(x.shape, dtype=dtype, device=device)
+
     with FakeTensorMode():
-        new = lambda x, dtype: torch.empty(x.shape, dtype=dtype, device=device)  # noqa: E731
-        weights = {
-            name: new(p, dtype if narrow else torch.float32).requires_grad_(p.requires_grad)
-            for name, p in shapes.named_parameters()
-        }
-        rest = {name: new(x, x.dtype) for name, x in shapes.named_buffers()}
-        batch = {name: new(x, x.dtype) for name, x in batch.items()}
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), mixed:
-            loss = torch.func.functional_call(shapes, weights | rest, (batch, words))
+        weights, weight_dtype = {}, dtype if low_precision_weights else torch.float32
+        for name, p in forward.named_parameters():
+            weights[name] = fake(p, weight_dtype).requires_grad_(p.requires_grad)
+        buffers = {name: fake(x, x.dtype) for name, x in forward.named_buffers()}
+        batch = {name: fake(x, x.dtype) for name, x in batch.items()}
+        with torch.autograd.graph.saved_tensors_hooks(pack_hook, lambda tensor: tensor), autocast:
+            loss = torch.func.functional_call(forward, weights | buffers, (batch, labels))
         own = {p.untyped_storage()._cdata for p in weights.values()}
-        total = sum(
-            size
-            for pointer, (size, storage) in kept.items()
-            if pointer not in own and not storage.expired()
-        )
-        del loss  # held until we have counted
+        total = 0
+        for pointer, (size, storage) in saved.items():
+            if pointer not in own and not storage.expired():
+                total += size
+        del loss  # it keeps the saved tensors alive until they are counted
     return total
 
 
 def estimate_memory(
     model,
-    row,
-    micro,
+    sequence,
+    micro_batch_size,
     device,
     dtype,
     *,
-    how="none",
+    parallel="none",
     shards=1,
-    recompute="none",
+    activation_checkpointing="none",
     accumulates=False,
-    offload=False,
+    cpu_offload=False,
 ):
-    """{what: bytes} of a rank at the height of a training step, `micro` rows like `row`, a batch of one, at once; how: as parallel.wrap has it.
+    """{purpose: bytes} at the peak of a training step on one rank.
 
-    One row and the same row twice are looked at, for a part of what is kept (bfloat16 copies of the weights) does not grow with the rows.
-    recompute: blocks keep what enters them; the backward pass holds one of them whole at a time, and no logits any more. fsdp: a rank holds its
-    share, and gathers what it works on; accumulates: gradients of several micro-batches add up whole, and are cut at the end of the step;
-    offload: that share lies in the host's memory, and is not counted.
+    sequence: a batch of one; the micro-batch has `micro_batch_size` of them. The estimate runs one
+    and two sequences, since a part of the activations (bfloat16 copies of weights) does not grow
+    with their number.
+
+    activation_checkpointing: blocks keep their inputs; the backward pass holds all activations of
+    one block at a time, but no logits any more. parallel="fsdp": a rank holds its shard and gathers
+    what it works on; accumulates: it also holds whole gradients until the last micro-batch of a
+    step; cpu_offload: its shard is in host memory, which is not counted.
     """
 
     def activations(blocks):
-        distributed.checkpoint_activations(blocks)
-        one, two = (
-            kept_for_backward(
-                model,
-                {name: torch.cat([x] * n) for name, x in row.items()},
-                device,
-                dtype,
-                how == "fsdp",
-            )
-            for n in (1, 2)
-        )
+        checkpoint_activations(blocks)
+        sizes = []
+        for count in (1, 2):
+            batch = {name: torch.cat([x] * count) for name, x in sequence.items()}
+            sizes.append(saved_activation_bytes(model, batch, device, dtype, parallel == "fsdp"))
         for block in blocks:
             del block.forward
-        return one + (micro - 1) * (two - one)
+        return sizes[0] + (micro_batch_size - 1) * (sizes[1] - sizes[0])
 
-    again = distributed.transformer_blocks(model, recompute)
-    kept = activations(again)
-    block = activations(again[:-1]) - kept
-    size = {
-        on: 4 * sum(p.numel() for p in model.parameters() if p.requires_grad is on)
-        for on in (True, False)
-    }
-    words = min(CHUNK, micro * int((row["targets_BT"] != IGNORE_INDEX).sum()))
-    logits = 2 * words * model.decoder.head.weight.shape[0] * 4  # they and their gradient, float32
+    blocks = transformer_blocks(model, activation_checkpointing)
+    saved = activations(blocks)
+    block = activations(blocks[:-1]) - saved  # what one block saves without checkpointing
+    trained, frozen = 4 * count_parameters(model, True), 4 * count_parameters(model, False)
+    labels = micro_batch_size * int((sequence["targets_BT"] != IGNORE_INDEX).sum())
+    # Logits of a chunk and their gradient, in float32.
+    logits = 2 * min(CHUNK, labels) * model.decoder.head.weight.shape[0] * 4
     sizes = {
-        "weights": (size[True] + size[False]) // shards,
-        "gradients": size[True] // shards,
-        "optimizer": 2 * size[True] // shards,
-        "activations": kept + max(0, block - logits),
+        "weights": (trained + frozen) // shards,
+        "gradients": trained // shards,
+        "optimizer": 2 * trained // shards,
+        "activations": saved + max(0, block - logits),
         "logits": logits,
     }
-    if offload:
+    if cpu_offload:
         sizes = {name: size for name, size in sizes.items() if name in ("activations", "logits")}
-    if how == "fsdp":
-        sizes["gathered"] = bytes_gathered(model, dtype) + accumulates * size[True]
+    if parallel == "fsdp":
+        sizes["gathered"] = gathered_bytes(model, dtype) + accumulates * trained
     return sizes
 
 
-def bytes_gathered(model, dtype):
-    """Bytes that FSDP gathers at once: what is held all along, a block and the next one, and the gradients of one of them and of the rest."""
-    *layers, _ = distributed.fsdp_units(model)
-    numbers = [
-        (
-            sum(p.numel() for p in block.parameters()),
-            sum(p.numel() for p in block.parameters() if p.requires_grad),
-        )
-        for block in layers
-    ]
-    every = (
-        sum(p.numel() for p in model.parameters()),
-        sum(p.numel() for p in model.parameters() if p.requires_grad),
-    )
-    rest, largest = (
-        [total - sum(sizes), max(sizes)]
-        for total, sizes in zip(every, zip(*numbers, strict=True), strict=True)
-    )
-    return (rest[0] + 2 * largest[0] + rest[1] + largest[1]) * dtype.itemsize
+def count_parameters(module, trained):
+    """The number of parameters that are trained, or of those that are frozen."""
+    return sum(p.numel() for p in module.parameters() if p.requires_grad is trained)
+
+
+def gathered_bytes(model, dtype):
+    """Bytes that FSDP gathers at once.
+
+    These are the weights of a block and of the unit around the blocks, the gradients of a block and
+    twice those of that unit.
+    """
+    *blocks, _ = fsdp_units(model)
+    trained = [count_parameters(block, True) for block in blocks]
+    weights = [count_parameters(block, True) + count_parameters(block, False) for block in blocks]
+    all_trained = count_parameters(model, True)
+    all_weights = all_trained + count_parameters(model, False)
+    numbers = all_weights - sum(weights) + max(weights)
+    numbers += max(trained) + 2 * (all_trained - sum(trained))
+    return numbers * dtype.itemsize
 
 
 def print_plan(model, rates, sizes):
-    """What trains at which rate (a frozen part has none), and how much memory a rank will take, as `estimate_memory` has it."""
-    print(f"{'part':10} {'parameters':>13} {'trained':>13} {'rate':>9}")
+    """Print the peak learning rate of each part, and the estimated memory of a rank.
+
+    sizes: as `estimate_memory` returns them.
+    """
+    print(f"{'part':10} {'parameters':>13} {'trained':>13} {'peak lr':>9}")
     for part, module in model.named_children():
         count = sum(p.numel() for p in module.parameters())
-        print(
-            f"{part:10} {count:13,} {count if part in rates else 0:13,} {f'{rates[part]:.1e}' if part in rates else 'frozen':>9}",
-            flush=True,
-        )
+        trained = count if part in rates else 0
+        rate = f"{rates[part]:.1e}" if part in rates else "frozen"
+        print(f"{part:10} {count:13,} {trained:13,} {rate:>9}", flush=True)
     sizes = sizes | {"in all": sum(sizes.values())}
+    memory = ", ".join(f"{purpose} {size / 2**20:,.0f} MiB" for purpose, size in sizes.items())
+    print(f"memory, about: {memory}", flush=True)
+
+
+def print_estimate(run, model, image_config, speed):
+    """Print operations, memory and days of a run on 1, 8 and 64 GPUs.
+
+    run: as load_settings returns it; model: on the meta device; speed: operations a second that one
+    GPU reaches.
+    """
+    sequence, tiles, labels = assumed_sequence(run.seq_len, image_config)
+    batch = run.global_batch_size
     print(
-        "memory, about: "
-        + ", ".join(f"{what} {size / 2**20:,.0f} MiB" for what, size in sizes.items()),
-        flush=True,
+        f"{run.stage}: {run.steps:,} steps of {batch} sequences of {run.seq_len:,} tokens; "
+        f"assumed: {labels:,} labelled tokens and {tiles} tiles in each"
     )
-
-
-def print_estimate(run, model, policy, speed):
-    """Print what a training step would take on 1, 8 and 64 cards, and how long the run; run: the settings of train.py; model: on the meta device;
-    speed: operations a second of a card."""
-    row, tiles, trained = cost.assumed_row(run.row, policy)
-    products = torch.float32 if run.dtype == "float32" else torch.bfloat16
-
-    def needed(how, cards):
-        micro = min(run.micro, -(-run.batch // cards))
-        return estimate_memory(
-            model,
-            row,
-            micro,
-            torch.device("cpu"),
-            products,
-            how=how,
-            shards=cards if how == "fsdp" else 1,
-            recompute=run.recompute,
-            accumulates=micro * cards < run.batch,
-            offload=run.offload and how == "fsdp",
-        )
-
-    print(
-        f"{run.stage}: {run.steps:,} steps of {run.batch} rows of {run.row:,} tokens, {trained:,} of them trained, and {tiles} tiles (assumed)"
+    print_plan(model, run.rates, gpu_memory(run, model, sequence, "none", 1))
+    flops = step_flops(
+        model,
+        run.rates,
+        batch,
+        run.seq_len,
+        batch * tiles,
+        batch * labels,
+        run.activation_checkpointing,
     )
-    print_plan(model, run.rates, needed("none", 1))
-    flops = cost.flops(
-        model, run.rates, run.batch, run.row, run.batch * tiles, run.batch * trained, run.recompute
-    )
-    print(
-        f"operations of a step: {sum(flops.values()):.2e} ({', '.join(f'{part} {count:.1e}' for part, count in flops.items())})"
-    )
-    for cards in (cards for cards in (1, 8, 64) if cards <= run.batch):  # each needs a row
-        ways = (
-            {" a card by ddp": "ddp", " by fsdp": "fsdp"}
-            if cards > 1
-            else {"": "fsdp" if run.offload else "none"}
-        )
-        told = ",".join(
-            f" {sum(needed(how, cards).values()) / 2**30:,.0f} GiB{way}"
-            for way, how in ways.items()
-        )
+    parts = ", ".join(f"{part} {count:.1e}" for part, count in flops.items())
+    print(f"operations of a step: {sum(flops.values()):.2e} ({parts})")
+    for gpus in [gpus for gpus in (1, 8, 64) if gpus <= batch]:  # each needs a sequence
+        if gpus == 1:
+            methods = {"": "fsdp" if run.cpu_offload else "none"}
+        else:
+            methods = {" a GPU by ddp": "ddp", " by fsdp": "fsdp"}
+        memory = []
+        for text, parallel in methods.items():
+            size = sum(gpu_memory(run, model, sequence, parallel, gpus).values())
+            memory.append(f" {size / 2**30:,.0f} GiB{text}")
+        days = sum(flops.values()) * run.steps / speed / gpus / 86400
         print(
-            f"{cards:3} card{'s' * (cards > 1)}:{told}; {sum(flops.values()) * run.steps / speed / cards / 86400:,.1f} days at "
-            f"{speed / 1e12:,.0f} TFLOP/s a card"
+            f"{gpus:3} GPU{'s' * (gpus > 1)}:{','.join(memory)}; "
+            f"{days:,.1f} days at {speed / 1e12:,.0f} TFLOP/s a GPU"
         )
+
+
+def gpu_memory(run, model, sequence, parallel, gpus):
+    """`estimate_memory` for the settings of a run on so many GPUs."""
+    micro_batch_size = min(run.micro_batch_size, -(-run.global_batch_size // gpus))
+    return estimate_memory(
+        model,
+        sequence,
+        micro_batch_size,
+        torch.device("cpu"),
+        torch.float32 if run.dtype == "float32" else torch.bfloat16,
+        parallel=parallel,
+        shards=gpus if parallel == "fsdp" else 1,
+        activation_checkpointing=run.activation_checkpointing,
+        accumulates=micro_batch_size * gpus < run.global_batch_size,
+        cpu_offload=run.cpu_offload and parallel == "fsdp",
+    )

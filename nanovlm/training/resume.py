@@ -1,12 +1,14 @@
-"""What a training run leaves to go on from: on any number of ranks, and however the model lies over them.
+"""The checkpoints of a training run, and how it resumes from them, on any number of ranks.
 
-    out/NAME/step-000200     a checkpoint (weights.py), and in it
-      training.json          the step, what must stay the same to go on, and the validation loss if it was looked at
-      training.safetensors   the optimizer's state by the names of the parameters, "decoder.norm.weight/exp_avg"
-      sharded/               under FSDP instead: the weights and that state, of which each rank wrote its own rows (sharded.py);
-                             model.safetensors comes with the last step alone
+    out/NAME/step-000200     a checkpoint (checkpoints/checkpoint.py), and in it
+      training.json          the step, the settings that must stay the same, and its val_loss
+      training.safetensors   the optimizer state, as "decoder.norm.weight/exp_avg"
+      sharded/               under FSDP instead: weights and optimizer state, of which each rank has
+                             written its own rows (checkpoints/sharded.py); only the last step has a
+                             model.safetensors, too
 
-A step gets its name once it is whole and flushed, and only then older ones go: whatever happens, there is a good one.
+A step's folder gets its name after it is complete and flushed to disk. Older steps are deleted
+after that: there is always a complete checkpoint.
 """
 
 import json
@@ -16,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from .. import UserError, distributed
+from .. import UserError
 from ..checkpoints import sharded
 from ..checkpoints.checkpoint import (
     begin_folder,
@@ -26,194 +28,203 @@ from ..checkpoints.checkpoint import (
     saved_parameters,
     write_checkpoint_files,
 )
+from ..distributed import (
+    all_gather_object,
+    copy_into,
+    gather_to_rank_0,
+    is_sharded,
+    local_tensor,
+    on_rank_0,
+    raise_on_all_ranks,
+)
 from ..files import read_json, read_tensors, write_tensors
 
 
-def moments(model, optimizer):
-    """The optimizer's state, {"decoder.norm.weight/exp_avg": tensor}, of which each rank may hold a part."""
-    return {
-        f"{name}/{key}": value
-        for name, p in model.named_parameters()
-        for key, value in optimizer.state.get(p, {}).items()
-    }
+def optimizer_state(model, optimizer):
+    """{"decoder.norm.weight/exp_avg": tensor} of all trained parameters, sharded or whole."""
+    state = {}
+    for name, p in model.named_parameters():
+        for key, value in optimizer.state.get(p, {}).items():
+            state[f"{name}/{key}"] = value
+    return state
 
 
-def make_moments(model, optimizer, names, where):
-    """Room for a state of those names; every trained parameter must find its own, and every state its parameter."""
-    found = {}
+def allocate_optimizer_state(model, optimizer, names, path):
+    """Allocate the optimizer state of those names.
+
+    Raises UserError unless each trained parameter has its state, and each state its parameter.
+    """
+    kinds = {}
     for name in names:
         parameter, _, kind = name.rpartition("/")
-        found.setdefault(parameter, []).append(kind)
+        kinds.setdefault(parameter, []).append(kind)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if wrong := sorted(found.keys() ^ trained.keys()):
-        raise UserError(
-            f"{where}: {wrong[0]} {'is trained, but has no' if wrong[0] in trained else 'is frozen, but has a'} state of the optimizer"
-        )
-    for name, p in trained.items():  # AdamW counts its steps in float32 where the parameter is
-        optimizer.state[p] = {
-            kind: torch.zeros((), device=p.device) if kind == "step" else torch.zeros_like(p)
-            for kind in found[name]
-        }
+    if wrong := sorted(kinds.keys() ^ trained.keys()):
+        has = "is trained, but has no" if wrong[0] in trained else "is frozen, but has an"
+        raise UserError(f"{path}: {wrong[0]} {has} optimizer state")
+    for name, p in trained.items():
+        state = {kind: torch.zeros_like(p) for kind in kinds[name] if kind != "step"}
+        if "step" in kinds[name]:  # AdamW's step count is a float32 scalar
+            state["step"] = torch.zeros((), device=p.device)
+        optimizer.state[p] = {kind: state[kind] for kind in kinds[name]}
 
 
-@distributed.raise_on_all_ranks()
-def restore(step, model, optimizer):
-    """Fill the optimizer from a step of any run of this model."""
-    parts, where = step / "sharded", step / "training.safetensors"
-    if not parts.is_dir():
-        return put_optimizer(model, optimizer, read_tensors(where), where)
-    names = [
-        name.removeprefix("optimizer.")
-        for name in sharded.read_pieces(parts)
-        if name.startswith("optimizer.")
-    ]
-    make_moments(model, optimizer, names, parts)
-    sharded.read_shards(
-        {f"optimizer.{name}": tensor for name, tensor in moments(model, optimizer).items()}, parts
-    )
+@raise_on_all_ranks()
+def load_optimizer(step, model, optimizer):
+    """Load the optimizer state of a step's folder, which any number of ranks may have written."""
+    shards, path = step / "sharded", step / "training.safetensors"
+    if not shards.is_dir():
+        return copy_optimizer_state(model, optimizer, read_tensors(path), path)
+    names = []
+    for name in sharded.read_pieces(shards):
+        if name.startswith("optimizer."):
+            names.append(name.removeprefix("optimizer."))
+    allocate_optimizer_state(model, optimizer, names, shards)
+    state = optimizer_state(model, optimizer)
+    sharded.read_shards({f"optimizer.{name}": tensor for name, tensor in state.items()}, shards)
 
 
-def put_optimizer(model, optimizer, tensors, where):
-    make_moments(model, optimizer, tensors, where)
-    for name, tensor in moments(model, optimizer).items():
-        distributed.copy_into(tensor, tensors[name])
+def copy_optimizer_state(model, optimizer, tensors, path):
+    allocate_optimizer_state(model, optimizer, tensors, path)
+    for name, tensor in optimizer_state(model, optimizer).items():
+        copy_into(tensor, tensors[name])
 
 
-def everything(model, optimizer):
-    """Weights and the optimizer's state, as they lie in sharded/."""
+def sharded_state(model, optimizer):
+    """Weights and optimizer state by the names that they have in sharded/."""
+    weights, state = saved_parameters(model), optimizer_state(model, optimizer)
     return {
-        **{f"model.{name}": tensor for name, tensor in saved_parameters(model).items()},
-        **{f"optimizer.{name}": tensor for name, tensor in moments(model, optimizer).items()},
+        **{f"model.{name}": tensor for name, tensor in weights.items()},
+        **{f"optimizer.{name}": tensor for name, tensor in state.items()},
     }
 
 
-class Saves:
-    """The steps of one run. keep: how many of the newest stay; where that is more than one, the step with the best validation loss does too."""
+class Saver:
+    """Writes the checkpoints of one run.
 
-    def __init__(self, checkpoint, optimizer, out, must_agree, keep):
-        self.checkpoint, self.optimizer, self.out, self.must_agree, self.keep = (
-            checkpoint,
-            optimizer,
-            Path(out),
-            must_agree,
-            keep,
-        )
-        self.compared = False
+    keep_checkpoints: how many of the newest to keep; from 2 on, the step with the best validation
+    loss is kept as well. must_agree: the settings that must stay the same for a resume.
+    """
 
-    @distributed.raise_on_all_ranks()
-    def write(self, step, last, looks={}):
-        """Write out/step-…, on all ranks together; those before it stay, with a UserError that says so, if it cannot be written or holds what is no
-        number. last: weights that lie in parts are gathered, a tensor after another, into the memory of rank 0. The first time, all is read back
-        and compared."""
+    def __init__(self, checkpoint, optimizer, out, must_agree, keep_checkpoints):
+        self.checkpoint, self.optimizer, self.out = checkpoint, optimizer, Path(out)
+        self.must_agree, self.keep_checkpoints = must_agree, keep_checkpoints
+        self.is_verified = False
+
+    @raise_on_all_ranks()
+    def save(self, step, is_last, metrics={}):
+        """Write out/step-…; all ranks call this.
+
+        Raises UserError, and keeps the earlier steps, if it cannot be written or a weight is NaN or
+        infinite. is_last: rank 0 also writes sharded weights whole, gathered one by one. The first
+        checkpoint is read back and compared.
+        """
         folder = self.out / f"step-{step:06d}"
-        odd = [
-            name
-            for name, p in self.checkpoint.model.named_parameters()
-            if p.requires_grad and not distributed.local_tensor(p).isfinite().all()
-        ]
-        if wrong := [
-            name for names in distributed.all_gather_object(odd) for name in names
-        ]:  # of whichever rank
+        not_finite = []
+        for name, p in self.checkpoint.model.named_parameters():
+            if p.requires_grad and not local_tensor(p).isfinite().all():
+                not_finite.append(name)
+        if names := [name for names in all_gather_object(not_finite) for name in names]:
             raise UserError(
-                f"step {step}: {wrong[0]} holds what is no number, so it is not saved; {self.newest()} is whole"
+                f"step {step}: {names[0]} is NaN or infinite, so it is not saved; "
+                f"{self.newest()} is complete"
             )
-        training = {"step": step, **self.must_agree} | {
-            name: looks[name] for name in ("validation",) if name in looks
-        }
+        training = {"step": step, **self.must_agree}
+        if "val_loss" in metrics:
+            training["val_loss"] = metrics["val_loss"]
         try:
-            distributed.on_rank_0(begin_folder, folder)
-            self.fill(Path(f"{folder}.tmp"), training, last)
-            distributed.on_rank_0(finish_folder, folder)
+            on_rank_0(begin_folder, folder)
+            self.write_files(Path(f"{folder}.tmp"), training, is_last)
+            on_rank_0(finish_folder, folder)
         except OSError as error:
-            distributed.on_rank_0(drop_unfinished, folder)
+            on_rank_0(drop_unfinished, folder)
             raise UserError(
-                f"{folder} could not be saved ({error.strerror or error}); {self.newest()} is whole"
+                f"{folder} could not be saved ({error.strerror or error}); "
+                f"{self.newest()} is complete"
             ) from None
-        distributed.on_rank_0(self.prune, folder)
+        on_rank_0(self.delete_old, folder)
 
     def newest(self):
-        kept = list_checkpoints(self.out)
-        return kept[-1] if kept else "no checkpoint"
+        folders = list_checkpoints(self.out)
+        return folders[-1] if folders else "no checkpoint"
 
-    def fill(self, tmp, training, last):
+    def write_files(self, tmp, training, is_last):
         model, optimizer = self.checkpoint.model, self.optimizer
-        tensors, state = saved_parameters(model), moments(model, optimizer)
-        is_sharded = distributed.is_sharded(model)
-        if is_sharded:
-            sharded.write_shards(everything(model, optimizer), tmp / "sharded")
-            tensors, state = distributed.gather_to_rank_0(tensors) if last else None, None
-        distributed.on_rank_0(write, self.checkpoint, tmp, training, tensors, state)
-        if not self.compared:
-            distributed.on_rank_0(compare, tmp, tensors, state)
-            odd = differ(tmp / "sharded", everything(model, optimizer)) if is_sharded else []
-            trouble = [name for names in distributed.all_gather_object(odd) for name in names]
-            if trouble:
-                raise OSError(f"{trouble[0]} was read back as other numbers")
-        self.compared = True
+        weights, state = saved_parameters(model), optimizer_state(model, optimizer)
+        if is_sharded(model):
+            sharded.write_shards(sharded_state(model, optimizer), tmp / "sharded")
+            weights, state = gather_to_rank_0(weights) if is_last else None, None
+        on_rank_0(write_files, self.checkpoint, tmp, training, weights, state)
+        if not self.is_verified:
+            on_rank_0(verify_files, tmp, weights, state)
+            wrong = []
+            if is_sharded(model):
+                wrong = wrong_shards(tmp / "sharded", sharded_state(model, optimizer))
+            if names := [name for names in all_gather_object(wrong) for name in names]:
+                raise OSError(f"{names[0]} has other values when read back")
+        self.is_verified = True
 
-    def prune(self, newest):
-        kept = list_checkpoints(self.out)
-        stay = {newest, *kept[-self.keep :]}
-        if self.keep > 1:
-            stay.add(
-                min(
-                    kept,
-                    key=lambda step: read_json(step / "training.json").get("validation", math.inf),
-                )
-            )
-        for old in self.out.glob("step-*"):
-            if old not in stay:
-                shutil.rmtree(old)
+    def delete_old(self, newest):
+        folders = list_checkpoints(self.out)
+        kept = {newest, *folders[-self.keep_checkpoints :]}
+        if self.keep_checkpoints > 1:
+            kept.add(min(folders, key=saved_val_loss))
+        for folder in self.out.glob("step-*"):
+            if folder not in kept:
+                shutil.rmtree(folder)
 
 
-def write(checkpoint, tmp, training, tensors, state):
-    write_checkpoint_files(checkpoint, tmp, tensors)
+def saved_val_loss(folder):
+    return read_json(folder / "training.json").get("val_loss", math.inf)
+
+
+def write_files(checkpoint, tmp, training, weights, state):
+    write_checkpoint_files(checkpoint, tmp, weights)
     if state is not None:
-        write_tensors(
-            {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()},
-            tmp / "training.safetensors",
-        )
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+        write_tensors(tensors, tmp / "training.safetensors")
     (tmp / "training.json").write_text(json.dumps(training, indent=1))
 
 
-def compare(tmp, tensors, state):
-    """Read back what `write` wrote; OSError where it is not what was meant."""
-    for file, meant in (("model.safetensors", tensors), ("training.safetensors", state)):
-        found = read_tensors(tmp / file) if meant is not None else {}
-        for name, tensor in (meant or {}).items():
-            if not same(found[name], tensor.detach().cpu()):
-                raise OSError(f"{name} was read back as other numbers")
+def verify_files(tmp, weights, state):
+    """Read back what `write_files` wrote; raises OSError if a tensor differs."""
+    for file, tensors in (("model.safetensors", weights), ("training.safetensors", state)):
+        written = read_tensors(tmp / file) if tensors is not None else {}
+        for name, tensor in (tensors or {}).items():
+            if not bitwise_equal(written[name], tensor.detach().cpu()):
+                raise OSError(f"{name} has other values when read back")
 
 
-def same(a, b):
-    """To the bit, NaN or not."""
-    return (
-        a.shape == b.shape
-        and a.dtype == b.dtype
-        and torch.equal(*(x.reshape(-1).view(torch.uint8) for x in (a, b)))
-    )
+def bitwise_equal(a, b):
+    """Equal to the bit, also if NaN."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    return torch.equal(*(x.reshape(-1).view(torch.uint8) for x in (a, b)))
 
 
-def differ(parts, state):
-    """The names of what this rank reads back as other numbers than it holds; a GiB at a time, as there may be no room for two of all."""
-    wrong, some, size = [], {}, 0
+def wrong_shards(folder, state):
+    """The names of this rank's tensors that differ from what is read back.
+
+    It reads one GiB at a time, since memory may not hold all tensors twice.
+    """
+    wrong, part, size = [], {}, 0
     for number, (name, tensor) in enumerate(state.items(), 1):
-        some[name] = tensor.detach()
-        size += distributed.local_tensor(some[name]).nbytes
+        part[name] = tensor.detach()
+        size += local_tensor(part[name]).nbytes
         if size > 2**30 or number == len(state):
-            wrong += differ_among(some, parts)
-            some, size = {}, 0
+            wrong += wrong_tensors(part, folder)
+            part, size = {}, 0
     return wrong
 
 
-def differ_among(state, parts):
-    again = {name: torch.empty_like(tensor) for name, tensor in state.items()}
+def wrong_tensors(state, folder):
+    written = {name: torch.empty_like(tensor) for name, tensor in state.items()}
     try:
-        sharded.read_shards(again, parts)
-    except UserError:  # the other ranks wait to hear of it
+        sharded.read_shards(written, folder)
+    except UserError:  # the caller tells the other ranks
         return list(state)
     return [
         name
         for name, tensor in state.items()
-        if not same(distributed.local_tensor(tensor), distributed.local_tensor(again[name]))
+        if not bitwise_equal(local_tensor(tensor), local_tensor(written[name]))
     ]

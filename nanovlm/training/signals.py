@@ -1,40 +1,44 @@
-"""Ctrl-C and SIGTERM: the step is finished and saved, then the program ends."""
+"""Ctrl-C and SIGTERM: the run finishes its step, saves, and ends."""
 
 import os
 import signal
 import sys
 
 
-class Stopper:
-    """Ctrl-C and SIGTERM set `asked` to their number; the loop finishes its step and saves. A second Ctrl-C stops at once."""
+class SignalHandler:
+    """Stores the number of Ctrl-C (SIGINT) or SIGTERM in `received`; the training loop reads it.
+
+    A second Ctrl-C stops at once.
+    """
 
     def __init__(self, rank):
-        self.asked, self.rank = 0, rank
+        self.received, self.rank = 0, rank
 
     def __enter__(self):
-        self.before = {
-            number: signal.signal(number, self.ask) for number in (signal.SIGINT, signal.SIGTERM)
-        }
+        self.handlers = {}
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self.handlers[number] = signal.signal(number, self.receive)
         return self
 
-    def ask(self, number, frame):
-        if self.asked and number == signal.SIGINT:
+    def receive(self, number, frame):
+        if self.received and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.asked = number
+        self.received = number
         if self.rank == 0:
-            hurry = (
-                ", if torchrun waits for it: its --shutdown-timeout, or 30 s"
-                if "TORCHELASTIC_RUN_ID" in os.environ
-                else ""
-            )
-            print(f"\nfinishing this step, then saving{hurry}", file=sys.stderr, flush=True)
+            timeout = ""
+            if "TORCHELASTIC_RUN_ID" in os.environ:
+                timeout = "; torchrun waits 30 s for it, or its --shutdown-timeout"
+            print(f"\nfinishing this step, then saving{timeout}", file=sys.stderr, flush=True)
 
-    def leave(self, command):
-        """End the program as a signal would, once everything is saved: 130 for Ctrl-C, 143 for SIGTERM (another rank's, if not ours)."""
+    def exit(self, command):
+        """End the process after saving, with exit code 130 for Ctrl-C and 143 for SIGTERM.
+
+        If another rank received the signal, the exit code is 143. command: how to resume the run.
+        """
         if self.rank == 0:
-            print(f"stopped and saved; to go on:\n{command}", file=sys.stderr, flush=True)
-        sys.exit(128 + (self.asked or signal.SIGTERM))
+            print(f"stopped and saved; to resume:\n{command}", file=sys.stderr, flush=True)
+        sys.exit(128 + (self.received or signal.SIGTERM))
 
     def __exit__(self, *_):
-        for number, handler in self.before.items():
+        for number, handler in self.handlers.items():
             signal.signal(number, handler)

@@ -8,8 +8,8 @@ from PIL import Image
 
 from .. import IGNORE_INDEX, IMAGE_TOKEN_ID, UserError
 from ..data import image_processing
-from ..data.dataset import LENGTH, PICTURES
-from ..data.packing import draw, pack
+from ..data.dataset import LENGTH, IMAGE_COUNT
+from ..data.packing import epoch_samples, pack_sequences
 
 GAP = 4  # pixels between tiles
 
@@ -67,7 +67,7 @@ def describe_dataset(samples, weights, row, rate):
             raise UserError(
                 f"{folder}: all of its {(samples.set_of == number).sum():,} samples are held out, none is left to train on"
             )
-    drawn = training[draw(samples.set_of[training], weights, seed=0, epoch=0)]
+    drawn = training[epoch_samples(samples.set_of[training], weights, seed=0, epoch=0)]
     lengths, tiles = (
         samples.table[drawn, LENGTH],
         sum(len(shard["tiles"]) for shard in samples.shards),
@@ -86,7 +86,7 @@ def describe_dataset(samples, weights, row, rate):
     )
     lines = [
         f"{samples}: {len(samples.table):,} samples, {len(samples.table) - len(training):,} of them held out",
-        f"pictures: {samples.table[:, PICTURES].sum():,} in {tiles:,} tiles; {(samples.table[:, PICTURES] == 0).sum():,} samples have none",
+        f"pictures: {samples.table[:, IMAGE_COUNT].sum():,} in {tiles:,} tiles; {(samples.table[:, IMAGE_COUNT] == 0).sum():,} samples have none",
         f"tokens of a sample: {spread}, the longest {samples.table[longest, LENGTH]:,} ({samples.names[longest]})",
         f"trained: {trained:,} tokens, {trained / samples.table[:, LENGTH].sum():.1%} of all, {trained / ids:.1%} of the words",
     ]
@@ -97,7 +97,7 @@ def describe_dataset(samples, weights, row, rate):
                 f"{short:,} samples do not fit into rows of {row:,} tokens: train with a longer --row, or prepare with this one",
             ]
         )
-    rows = sum(1 for _ in pack(lengths, row))
+    rows = sum(1 for _ in pack_sequences(lengths, row))
     lines.append(
         f"an epoch: {len(drawn):,} samples, {lengths.sum():,} tokens in {rows:,} rows of {row:,}, {lengths.sum() / rows / row:.1%} full"
     )

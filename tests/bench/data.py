@@ -141,7 +141,7 @@ def reading(folder, photographs, count, rounds):
         {"tokenizer": "none", "template": "none", "policy": POLICY},
         [receipt["files"]],
     )
-    samples = dataset.Samples(folder / "set")
+    samples = dataset.PreparedDataset(folder / "set")
     lots = np.array_split(np.arange(count), count // 16)
     source = samples.shards[0]["tiles"]
     target = np.ones_like(source)  # its pages are warm too
@@ -157,7 +157,7 @@ def reading(folder, photographs, count, rounds):
     took = seconds(
         rounds,
         memcpy=lambda: np.copyto(target, source),
-        tiles=lambda: one_after_another(packing.join(pictures, POLICY) for pictures in found),
+        tiles=lambda: one_after_another(packing.collate_images(pictures, POLICY) for pictures in found),
         batches=lambda: one_after_another(
             packing.collate(samples, [[i] for i in lot]) for lot in lots
         ),
@@ -189,12 +189,12 @@ def filling(out):
         "the same, 144 tokens a picture": (llava_like(picture=144), (2048, 4096, 8192)),
     }
     if Path(out).exists():
-        samples = dataset.Samples(out)
+        samples = dataset.PreparedDataset(out)
         sets[out] = samples.table[samples.split(False), dataset.LENGTH], (320, 640, 1280)
     for name, (lengths, rows) in sets.items():
         for row in rows:
             began = time.perf_counter()
-            filled = sum(1 for _ in packing.pack(lengths, row))
+            filled = sum(1 for _ in packing.pack_sequences(lengths, row))
             print(
                 f"pack {name}: {len(lengths):,} samples into rows of {row:,}: {lengths.sum() / filled / row:.1%} full, "
                 f"planned in {time.perf_counter() - began:.1f} s"

@@ -25,7 +25,7 @@ from conftest import make_batch  # noqa: E402
 
 from nanovlm import IGNORE_INDEX, IMAGE_TOKEN_ID, cli, distributed  # noqa: E402
 from nanovlm.checkpoints.checkpoint import load_checkpoint  # noqa: E402
-from nanovlm.data.packing import pack  # noqa: E402
+from nanovlm.data.packing import pack_sequences  # noqa: E402
 from nanovlm.data.tokenizer import learn  # noqa: E402
 
 EYE = dict(
@@ -112,7 +112,7 @@ def for_them(samples):
 
 
 def for_us(samples):
-    rows = pack([len(ids) for ids, _, _ in samples], ROW)
+    rows = pack_sequences([len(ids) for ids, _, _ in samples], ROW)
     return make_batch([[samples[i] for i in members] for members in rows])
 
 

@@ -159,7 +159,7 @@ def in_a_llava_of_transformers_5(folder):
 def test_every_spelling_of_a_brain_is_the_same_brain(spell, brain_folder, published):
     spell(brain_folder)
     same(
-        huggingface.brain(brain_folder).model.decoder, huggingface.brain(published[1]).model.decoder
+        huggingface.read_decoder(brain_folder).model.decoder, huggingface.read_decoder(published[1]).model.decoder
     )
 
 
@@ -189,7 +189,7 @@ def test_every_spelling_of_an_eye_is_the_same_eye(prefix, eye_folder, published)
         tensors | beside | {f"{prefix}embeddings.position_ids": torch.arange(17)},
         eye_folder / "model.safetensors",
     )
-    same(huggingface.eye(eye_folder).model.vision, huggingface.eye(published[0]).model.vision)
+    same(huggingface.read_vision_encoder(eye_folder).model.vision, huggingface.read_vision_encoder(published[0]).model.vision)
 
 
 def test_an_eye_of_a_whole_clip_and_of_a_whole_siglip(tmp_path):
@@ -211,8 +211,8 @@ def test_an_eye_of_a_whole_clip_and_of_a_whole_siglip(tmp_path):
         inner = getattr(whole.vision_model, "vision_model", whole.vision_model)
         inner.load_state_dict(make().state_dict())
         same(
-            huggingface.eye(publish(whole, tmp_path / make.__name__)).model.vision,
-            huggingface.eye(alone).model.vision,
+            huggingface.read_vision_encoder(publish(whole, tmp_path / make.__name__)).model.vision,
+            huggingface.read_vision_encoder(alone).model.vision,
         )
 
 
@@ -221,18 +221,18 @@ def test_rope_as_older_and_newer_folders_write_it():
     old = {"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 2.0}}
     new = {"rope_parameters": {"rope_theta": 5e5, "rope_type": "linear", "factor": 2.0}}
     assert (
-        huggingface.rope(base | old, "here")
-        == huggingface.rope(base | new, "here")
+        huggingface.rope_config(base | old, "here")
+        == huggingface.rope_config(base | new, "here")
         == (5e5, {"rope_type": "linear", "factor": 2.0})
     )
-    yarn = huggingface.rope(base | {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "here")[
+    yarn = huggingface.rope_config(base | {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "here")[
         1
     ]
     assert (
         yarn["original_max_position_embeddings"] == 2048
     )  # where it is left out, the longest text of all
-    assert huggingface.rope(base, "here") == (10000.0, None)
-    assert huggingface.rope(base | {"rope_theta": 1e6, "rope_scaling": None}, "here") == (1e6, None)
+    assert huggingface.rope_config(base, "here") == (10000.0, None)
+    assert huggingface.rope_config(base | {"rope_theta": 1e6, "rope_scaling": None}, "here") == (1e6, None)
 
 
 def test_clips_first_spelling_stands_above_its_second():
@@ -243,7 +243,7 @@ def test_clips_first_spelling_stands_above_its_second():
         "vision_config_dict": {"hidden_size": 60, "patch_size": 14},
     }
     ours, theirs = (
-        huggingface.section(config, "vision_config", huggingface.EYES, "here"),
+        huggingface.model_config(config, "vision_config", huggingface.VISION_TYPES, "here"),
         hf.CLIPConfig(**config).vision_config.to_dict(),
     )
     assert {name: theirs[name] for name in huggingface.DEFAULTS["clip_vision_model"]} == {
@@ -282,7 +282,7 @@ def test_a_brain_that_computes_something_else_is_refused_by_name(field, value, b
         else field.split("_type")[0]
     )
     with pytest.raises(UserError, match=f"config.json: .*{said}"):
-        huggingface.brain(brain_folder)
+        huggingface.read_decoder(brain_folder)
 
 
 @pytest.mark.parametrize(
@@ -298,7 +298,7 @@ def test_a_brain_that_computes_something_else_is_refused_by_name(field, value, b
 def test_an_eye_that_computes_something_else_is_refused_by_name(make, field, value, tmp_path):
     edit(publish(make(), tmp_path) / "config.json", **{field: value})
     with pytest.raises(UserError, match=value if field == "model_type" else f"{field} {value}"):
-        huggingface.eye(tmp_path)
+        huggingface.read_vision_encoder(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -377,11 +377,11 @@ def test_every_field_that_transformers_knows_is_read_or_changes_nothing(kind):
     config = kind(**{"sliding_window": 9} if kind is hf.MinistralConfig else {}).to_dict()
     read, is_eye = (
         Read(huggingface.DEFAULTS[kind.model_type] | config),
-        kind.model_type in huggingface.EYES,
+        kind.model_type in huggingface.VISION_TYPES,
     )
-    huggingface.eye_shapes(
+    huggingface.vision_shapes(
         read, read["image_size"], None, "here"
-    ) if is_eye else huggingface.brain_shapes(read, "here")
+    ) if is_eye else huggingface.decoder_shapes(read, "here")
     own = config.keys() - hf.PretrainedConfig().to_dict().keys()
     assert len(own) > 8 and own - read.asked == own & HARMLESS
 
@@ -566,7 +566,7 @@ def keep_no_weights(folder):
 def test_a_broken_folder_is_told_by_file_and_tensor(change, said, brain_folder):
     change(brain_folder)
     with pytest.raises(UserError, match=said) as mistake:
-        huggingface.brain(brain_folder)
+        huggingface.read_decoder(brain_folder)
     assert "\n" not in str(mistake.value) and not (brain_folder / "ran").exists()
 
 
@@ -592,7 +592,7 @@ def test_of_an_eye_the_layers_that_are_not_read_must_be_whole_too(name, eye_fold
             eye_folder / "model.safetensors",
         )
         with pytest.raises(UserError, match=said):
-            huggingface.eye(eye_folder)
+            huggingface.read_vision_encoder(eye_folder)
 
 
 # ---- a full-size folder ----
@@ -654,18 +654,18 @@ def resident():
 def test_a_full_size_mistral_is_planned_without_a_number_of_it(tmp_path):
     """14.5 GB in name only: names, shapes and bytes are held against the config, and nothing is allocated. A wrong one is told as soon."""
     folder = mistral_7b(tmp_path)
-    files, where = disk.weight_files(folder), folder / "config.json"
-    shapes = huggingface.brain_shapes(
-        huggingface.section(disk.read_json(where), "text_config", huggingface.BRAINS, where), where
+    files, where = disk.list_weight_files(folder), folder / "config.json"
+    shapes = huggingface.decoder_shapes(
+        huggingface.model_config(disk.read_json(where), "text_config", huggingface.DECODER_TYPES, where), where
     )
     with torch.device("meta"):
         wanted = {
-            huggingface.theirs(name, huggingface.LLAMA): t.shape
+            huggingface.published_name(name, huggingface.LLAMA): t.shape
             for name, t in huggingface.Decoder(**shapes).state_dict().items()
         }
     before = resident()
-    plan = disk.matched(
-        wanted, disk.read_weights(files, huggingface.BRAIN_WRAPPED), huggingface.BRAIN_UNREAD, files
+    plan = disk.match_tensors(
+        wanted, disk.read_weights(files, huggingface.DECODER_PREFIXES), huggingface.DECODER_IGNORED, files
     )
     total = json.loads((folder / "model.safetensors.index.json").read_text())["metadata"][
         "total_size"
@@ -687,11 +687,11 @@ def test_a_full_size_mistral_is_planned_without_a_number_of_it(tmp_path):
         match=r"self_attn.k_proj.weight in model-0000.-of-00003.safetensors is \[1024, 4096\], the model wants \[512, 4096\];"
         ".* and 54 more",
     ):
-        huggingface.take(
+        huggingface.load_published_tensors(
             other,
             huggingface.LLAMA,
-            disk.read_weights(files, huggingface.BRAIN_WRAPPED),
-            huggingface.BRAIN_UNREAD,
+            disk.read_weights(files, huggingface.DECODER_PREFIXES),
+            huggingface.DECODER_IGNORED,
             files,
         )
     assert resident() - before < 20e6
@@ -721,8 +721,8 @@ def test_an_owner_and_name_is_looked_up_in_the_cache(
     as_shards(brain_folder)
     folder = cached(tmp_path, "someone/brain", brain_folder)
     (folder / "README.md").write_text("---\ntags:\n- text\nlicense: apache-2.0\n---\n# A brain\n")
-    part = huggingface.brain("someone/brain")
-    same(part.model.decoder, huggingface.brain(published[1]).model.decoder)
+    part = huggingface.read_decoder("someone/brain")
+    same(part.model.decoder, huggingface.read_decoder(published[1]).model.decoder)
     card, shards = part.history["folder"], sorted(folder.glob("*.safetensors"))
     assert (card["from"], card["revision"], card["licence"]) == (
         "someone/brain",
@@ -741,9 +741,9 @@ def test_what_is_nowhere_comes_with_the_command_that_fetches_it(tmp_path, monkey
     with pytest.raises(
         UserError, match="to fetch it: pip install huggingface_hub && hf download some/one"
     ):
-        huggingface.brain("some/one")
+        huggingface.read_decoder("some/one")
     with pytest.raises(UserError, match="no such folder: out/some/one"):
-        huggingface.brain("out/some/one")
+        huggingface.read_decoder("out/some/one")
 
 
 class Hub:
@@ -773,20 +773,20 @@ def test_only_what_is_read_is_fetched(tmp_path):
         "tokenizer.model",
     ]
     hub = Hub(files, tmp_path)
-    assert disk.fetch("a/b", hub) == tmp_path and hub.asked == [
+    assert disk.download_pretrained("a/b", hub) == tmp_path and hub.asked == [
         "README.md",
         "config.json",
         "model-1.safetensors",
         "tokenizer.model",
     ]
     hub.files = ["config.json", "pytorch_model.bin", "flax_model.msgpack"]
-    disk.fetch("a/b", hub)
+    disk.download_pretrained("a/b", hub)
     assert hub.asked == ["config.json", "pytorch_model.bin"]
     with pytest.raises(
         UserError,
         match="a/b is no folder here and could not be fetched: ConnectionError no route to host",
     ):
-        disk.fetch("a/b", Hub(files, None))
+        disk.download_pretrained("a/b", Hub(files, None))
 
 
 # ---- pictures ----
@@ -831,7 +831,7 @@ BIT = NEW_CLIP | {"size": {"shortest_edge": 32}}  # DINOv2's enlarges to 256 and
 )
 def test_pictures_are_treated_as_the_folder_says(config, choices, fit, tile, resample, eye_folder):
     (eye_folder / "preprocessor_config.json").write_text(json.dumps(config))
-    part = huggingface.eye(eye_folder, **choices)
+    part = huggingface.read_vision_encoder(eye_folder, **choices)
     assert part.image_config == {
         "tile": tile,
         "patch": 7,
@@ -860,7 +860,7 @@ def test_pictures_that_would_come_out_otherwise_are_refused(change, said, eye_fo
     (eye_folder / "preprocessor_config.json").write_text(json.dumps(NEW_CLIP))
     edit(eye_folder / "preprocessor_config.json", **change)
     with pytest.raises(UserError, match=said):
-        huggingface.eye(eye_folder)
+        huggingface.read_vision_encoder(eye_folder)
 
 
 @pytest.mark.parametrize(
@@ -874,7 +874,7 @@ def test_pictures_that_would_come_out_otherwise_are_refused(change, said, eye_fo
 )
 def test_choices_that_do_not_fit_an_eye(choices, said, published):
     with pytest.raises(UserError, match=said):
-        huggingface.eye(published[0], **choices)
+        huggingface.read_vision_encoder(published[0], **choices)
 
 
 # ---- chat templates, as published with the models named; of the longer ones the part that writes a conversation without tools ----
@@ -966,7 +966,7 @@ def test_a_template_is_known_by_what_it_writes(name, tmp_path):
     words = tokenizer.learn(["hello goodbye"], 258, special)
     mine = SentencePiece(words.special) if name in SENTENCEPIECE else words
     assert (
-        chat_template.identify_template(*huggingface.their_template(tmp_path), mine, tmp_path)
+        chat_template.identify_template(*huggingface.read_chat_template(tmp_path), mine, tmp_path)
         == name.split(",")[0]
     )
 
@@ -1018,7 +1018,7 @@ def test_a_template_is_found_where_transformers_has_put_it(place, brain_folder):
         )
         path = brain_folder / ("tokenizer_config.json" if place == "list" else place)
         path.write_text(json.dumps({"chat_template": value, "eos_token": "<|im_end|>"}))
-    assert huggingface.brain(brain_folder).chat_template == "chatml"
+    assert huggingface.read_decoder(brain_folder).chat_template == "chatml"
 
 
 @pytest.mark.parametrize(
@@ -1040,12 +1040,12 @@ def test_a_template_is_found_where_transformers_has_put_it(place, brain_folder):
 def test_an_unknown_template_must_be_said(template, said, brain_folder):
     edit(brain_folder / "tokenizer_config.json", chat_template=template)
     with pytest.raises(UserError, match=said):
-        huggingface.brain(brain_folder)
-    assert huggingface.brain(brain_folder, template="smollm2").chat_template == "smollm2"
+        huggingface.read_decoder(brain_folder)
+    assert huggingface.read_decoder(brain_folder, template="smollm2").chat_template == "smollm2"
     with pytest.raises(
         UserError, match="llama3 writes <.begin_of_text.>, which is no special token"
     ):
-        huggingface.brain(brain_folder, template="llama3")
+        huggingface.read_decoder(brain_folder, template="llama3")
 
 
 # ---- the door ----
@@ -1124,7 +1124,7 @@ def test_a_brain_is_in_memory_once(tmp_path):
             vocabulary=264, width=512, layers=8, heads=8, kv_heads=8, ffn=2048
         )
     tensors = {
-        huggingface.theirs(n, huggingface.LLAMA): torch.zeros(t.shape).uniform_(-0.1, 0.1)
+        huggingface.published_name(n, huggingface.LLAMA): torch.zeros(t.shape).uniform_(-0.1, 0.1)
         for n, t in decoder.state_dict().items()
     }
     large = copy(publish(llama(), tmp_path / "small"), tmp_path / "large")
@@ -1153,7 +1153,7 @@ def test_a_brain_is_in_memory_once(tmp_path):
 
 
 def test_a_stitch_that_changed_a_number_is_found_out(published, tmp_path):
-    eye, brain = huggingface.eye(published[0]), huggingface.brain(published[1])
+    eye, brain = huggingface.read_vision_encoder(published[0]), huggingface.read_decoder(published[1])
     alone = stitch.outputs_of_parts(eye, brain)
     save_checkpoint(stitch.stitch_parts(eye, brain, 0), tmp_path / "out")
     assert stitch.verify_stitch(tmp_path / "out", alone) < 1e-4

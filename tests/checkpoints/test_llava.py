@@ -184,7 +184,7 @@ def ask(question, count=1):
 
 def seen_by_both(ours, shown, theirs):
     """What join gives of our pictures, with the pixels of transformers in it, which may differ by a level each and by no more."""
-    seen = packing.join(shown, ours.image_config)
+    seen = packing.collate_images(shown, ours.image_config)
     tiles_NCYX = (
         (theirs["pixel_values"].flatten(0, -4) * ours.model.std_C11 + ours.model.mean_C11) * 255
     ).round()
@@ -900,10 +900,10 @@ def test_a_llava_next_is_prepared_for_with_pictures_of_any_size(folders, tmp_pat
         records.append({"id": str(number), "image": f"{number}.png", "conversations": said})
     (tmp_path / "x.json").write_text(json.dumps(records))
     prepare.data(model=folder, source=[str(tmp_path / "x.json")], out=str(tmp_path / "set"))
-    samples = dataset.Samples(tmp_path / "set")
+    samples = dataset.PreparedDataset(tmp_path / "set")
     batch, _ = packing.collate(samples, [[0, 1]])
     shown = [image_processing.load_image(tmp_path / f"{number}.png", ours.image_config) for number in (0, 1)]
-    joined = packing.join(shown, ours.image_config)
+    joined = packing.collate_images(shown, ours.image_config)
     assert len(shown[0].places) != len(shown[1].places) and all(
         batch[name].equal(joined[name]) for name in joined
     )

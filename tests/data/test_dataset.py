@@ -56,7 +56,7 @@ def make_samples(count=30, seed=0, longest=12):
 
 
 def write(out, *shards):
-    return dataset.Samples(write_set(out, FINGERPRINT, *shards))
+    return dataset.PreparedDataset(write_set(out, FINGERPRINT, *shards))
 
 
 def expanded(ids, pictures):
@@ -93,7 +93,7 @@ def test_a_set_read_back_is_what_was_written_in_one_shard_or_in_many_some_of_the
 def test_several_sets_are_read_one_after_another(tmp_path):
     first, second = make_samples(5), make_samples(7, seed=1)
     write(tmp_path / "a", first[:2], first[2:]), write(tmp_path / "b", second)
-    read = dataset.Samples(tmp_path / "b", tmp_path / "a")
+    read = dataset.PreparedDataset(tmp_path / "b", tmp_path / "a")
     assert (
         read.names == [name for name, *_ in second + first]
         and read.set_of.tolist() == [0] * 7 + [1] * 5
@@ -139,13 +139,13 @@ def test_a_set_may_have_more_shards_than_a_process_may_have_open_files(tmp_path)
 def test_expanding_repeats_each_picture_by_its_own_count(counts, words):
     ids = [x for _ in counts for x in (*range(words), IMAGE_TOKEN_ID)]
     want = [x for count in counts for x in (*range(words), *[IMAGE_TOKEN_ID] * count)]
-    assert dataset.expand(ids, counts).tolist() == want
+    assert dataset.expand_image_tokens(ids, counts).tolist() == want
 
 
 @pytest.mark.parametrize("places, counts", [(2, [4]), (0, [4]), (1, []), (1, [4, 4])])
 def test_places_and_pictures_that_differ_in_number_are_told_with_both(places, counts):
     with pytest.raises(UserError, match=f"{places} places for pictures but {len(counts)} pictures"):
-        dataset.expand([5, *[IMAGE_TOKEN_ID] * places], counts)
+        dataset.expand_image_tokens([5, *[IMAGE_TOKEN_ID] * places], counts)
 
 
 # ---- a shard is whole or not there ----
@@ -217,7 +217,7 @@ def test_a_sample_that_could_not_be_read_back_is_not_written(tmp_path, sample, s
 # ---- a set that is not as it was written is refused ----
 
 
-@pytest.mark.parametrize("kind", dataset.KINDS)
+@pytest.mark.parametrize("kind", dataset.FILE_DTYPES)
 @pytest.mark.parametrize("how", ["cut", "grown", "gone"])
 def test_a_file_of_another_size_is_named_with_both_sizes(tmp_path, kind, how):
     write(tmp_path / "set", make_samples(2), make_samples(5))
@@ -228,18 +228,18 @@ def test_a_file_of_another_size_is_named_with_both_sizes(tmp_path, kind, how):
     with pytest.raises(
         UserError, match=f"{path} has {len(after)} bytes, its header says {len(before)}"
     ):
-        dataset.Samples(tmp_path / "set")
+        dataset.PreparedDataset(tmp_path / "set")
 
 
-@pytest.mark.parametrize("kind", dataset.KINDS)
+@pytest.mark.parametrize("kind", dataset.FILE_DTYPES)
 def test_a_single_altered_bit_is_named_by_its_file(tmp_path, kind):
     write(tmp_path / "set", make_samples(2), make_samples(5))
-    assert dataset.damaged(tmp_path / "set") == []
+    assert dataset.verify_checksums(tmp_path / "set") == []
     path = tmp_path / "set" / "00001" / kind
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 4
     path.write_bytes(content)
-    (said,) = dataset.damaged(tmp_path / "set")
+    (said,) = dataset.verify_checksums(tmp_path / "set")
     assert str(path) in said
 
 
@@ -251,10 +251,10 @@ def test_a_single_altered_bit_is_named_by_its_file(tmp_path, kind):
         ("[]", "header.json is broken"),
         ("{}", "header.json is broken"),
         ("\xff", "header.json is broken"),
-        (json.dumps({"version": 1}), f"format 1, this reads {dataset.VERSION}"),
-        (json.dumps({"version": dataset.VERSION}), "does not say its fingerprint, shards"),
+        (json.dumps({"version": 1}), f"format 1, this reads {dataset.DATASET_VERSION}"),
+        (json.dumps({"version": dataset.DATASET_VERSION}), "does not say its fingerprint, shards"),
         (
-            json.dumps({"version": dataset.VERSION, "fingerprint": FINGERPRINT, "shards": []}),
+            json.dumps({"version": dataset.DATASET_VERSION, "fingerprint": FINGERPRINT, "shards": []}),
             "holds no samples",
         ),
     ],
@@ -262,7 +262,7 @@ def test_a_single_altered_bit_is_named_by_its_file(tmp_path, kind):
 def test_a_header_that_is_broken_or_of_another_version(tmp_path, text, said):
     (tmp_path / "header.json").write_bytes(text.encode("latin-1"))
     with pytest.raises(UserError, match=said):
-        dataset.Samples(tmp_path)
+        dataset.PreparedDataset(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -283,7 +283,7 @@ def test_a_header_of_which_a_letter_was_altered_is_named(tmp_path, letters, othe
     assert letters in text
     path.write_text(text.replace(letters, other, 1))
     with pytest.raises(UserError, match=f"{path}.*{said}.*: prepare it again"):
-        dataset.Samples(tmp_path / "set")
+        dataset.PreparedDataset(tmp_path / "set")
 
 
 @pytest.mark.parametrize(
@@ -291,7 +291,7 @@ def test_a_header_of_which_a_letter_was_altered_is_named(tmp_path, letters, othe
 )
 def test_a_folder_that_is_no_set(tmp_path, folder, said):
     with pytest.raises(UserError, match=said):
-        dataset.Samples(tmp_path / folder)
+        dataset.PreparedDataset(tmp_path / folder)
 
 
 @pytest.mark.parametrize(
@@ -331,7 +331,7 @@ def test_sets_of_different_models_do_not_go_together(tmp_path):
     with pytest.raises(
         UserError, match="b and .*a were prepared for different models: its template is chatml"
     ):
-        dataset.Samples(tmp_path / "a", tmp_path / "b")
+        dataset.PreparedDataset(tmp_path / "a", tmp_path / "b")
 
 
 # ---- the held-out part ----
@@ -344,16 +344,16 @@ def test_held_out_is_a_hash_of_the_id_and_the_same_in_every_set(tmp_path):
     )
     held = [{samples.names[i] for i in samples.split(validation=True)} for samples in (read, other)]
     assert (
-        held[0] == held[1] == {name for name in read.names if dataset.held_out(name)}
+        held[0] == held[1] == {name for name in read.names if dataset.is_validation(name)}
         and 0 < len(held[0]) < 20
     )
     assert set(read.split(False)) | set(read.split(True)) == set(range(300))
 
 
 def test_one_sample_in_64_is_held_out():
-    share = np.mean([dataset.held_out(f"{number}") for number in range(64_000)])
+    share = np.mean([dataset.is_validation(f"{number}") for number in range(64_000)])
     assert abs(share - 1 / 64) < 4 * (1 / 64 / 64_000) ** 0.5  # four standard deviations
-    these = [number for number in range(300) if dataset.held_out(f"{number}")]
+    these = [number for number in range(300) if dataset.is_validation(f"{number}")]
     assert these == [
         9,
         79,

@@ -27,7 +27,7 @@ LENGTHS = st.lists(st.integers(1, 30), max_size=80)
 
 @given(LENGTHS, st.integers(30, 60), st.integers(1, 9))
 def test_packing_splits_and_drops_nothing_and_fits(lengths, row, window):
-    rows = list(packing.pack(lengths, row, window))
+    rows = list(packing.pack_sequences(lengths, row, window))
     assert sorted(i for members in rows for i in members) == list(range(len(lengths)))
     assert all(sum(lengths[i] for i in members) <= row for members in rows)
     assert all(members == sorted(members) for members in rows)  # in order within a row
@@ -47,12 +47,12 @@ def test_packing_is_best_fit_decreasing(lengths, row):
             rows[min(fits, key=lambda b: (room[b], b))].append(i)
         else:
             rows.append([i])
-    assert list(packing.pack(lengths, row, window=len(lengths) + 1)) == sorted(map(sorted, rows))
+    assert list(packing.pack_sequences(lengths, row, window=len(lengths) + 1)) == sorted(map(sorted, rows))
 
 
 def test_packing_fills_rows():
     lengths = np.random.default_rng(0).integers(20, 300, size=2000)
-    assert lengths.sum() / (512 * sum(1 for _ in packing.pack(lengths, 512))) > 0.97
+    assert lengths.sum() / (512 * sum(1 for _ in packing.pack_sequences(lengths, 512))) > 0.97
 
 
 # ---- rows become tensors ----
@@ -95,7 +95,7 @@ def test_places_of_several_pictures_count_on_from_the_tiles_before_and_newlines_
     g = np.random.default_rng(0)
     first = make_picture(g, 3)._replace(places=np.array([0, 11, image_processing.IMAGE_NEWLINE]))
     second = make_picture(g, 2)._replace(places=np.array([7, image_processing.IMAGE_NEWLINE, 1]))
-    assert packing.join([first, second], POLICY)["places"].tolist() == [
+    assert packing.collate_images([first, second], POLICY)["places"].tolist() == [
         0,
         11,
         -1,
@@ -109,7 +109,7 @@ def test_places_of_several_pictures_count_on_from_the_tiles_before_and_newlines_
 
 
 def loader(samples, **how):
-    return packing.Loader(samples, **{"row": 64, "batch": 7, "micro": 2, "seed": 0, **how})
+    return packing.PackedDataLoader(samples, **{"row": 64, "batch": 7, "micro": 2, "seed": 0, **how})
 
 
 def steps_of(samples, count, **how):
@@ -170,7 +170,7 @@ def test_every_sample_is_read_once_an_epoch_and_each_epoch_in_another_order(writ
         written.split(validation=False),
         written.table[written.split(validation=False), dataset.LENGTH],
     )
-    rows = packing.rows_forever(lengths, 64, seed=3)
+    rows = packing.packed_sequences(lengths, 64, seed=3)
     epochs = []
     for _ in range(3):
         seen = []
@@ -192,7 +192,7 @@ def test_seeds_differ(written):
 
 def test_the_order_is_pinned():
     """A run that is resumed under another version of numpy must go on in the same order; this fails if numpy ever changes it."""
-    rows = packing.rows_forever(np.array([3, 1, 4, 1, 5, 9, 2, 6]), 10, seed=0)
+    rows = packing.packed_sequences(np.array([3, 1, 4, 1, 5, 9, 2, 6]), 10, seed=0)
     assert [row.tolist() for row in itertools.islice(rows, 8)] == [
         [2, 7],
         [4, 6, 0],
@@ -203,7 +203,7 @@ def test_the_order_is_pinned():
         [7, 2],
         [6, 0, 4],
     ]
-    rows = packing.rows_forever(
+    rows = packing.packed_sequences(
         np.array([3, 1, 4, 1, 5, 9, 2, 6]), 10, 0, np.array([0, 0, 0, 1, 1, 1, 1, 1]), [0.75, 0.25]
     )
     assert [row.tolist() for row in itertools.islice(rows, 8)] == [
@@ -220,7 +220,7 @@ def test_the_order_is_pinned():
 
 def test_nobody_who_is_held_out_is_trained_on(written):
     seen = {written.names[i] for step in steps_of(written, 60) for i in members_of(step)}
-    assert seen == {name for name in written.names if not dataset.held_out(name)}
+    assert seen == {name for name in written.names if not dataset.is_validation(name)}
 
 
 # ---- blends ----
@@ -239,7 +239,7 @@ def blended(tmp_path_factory):
     ]
     for name, samples in zip("abc", sets, strict=True):
         write(folder / name, samples)
-    return dataset.Samples(*(folder / name for name in "abc"))
+    return dataset.PreparedDataset(*(folder / name for name in "abc"))
 
 
 def test_a_blend_gives_each_set_its_share_at_every_length_of_run(blended):
@@ -249,7 +249,7 @@ def test_a_blend_gives_each_set_its_share_at_every_length_of_run(blended):
     set_of, weights = blended.set_of[training], [0.5, 0.3, 0.2]
     seen = Counter()
     for epoch in range(9):
-        drawn = packing.draw(set_of, weights, 4, epoch)
+        drawn = packing.epoch_samples(set_of, weights, 4, epoch)
         seen.update(drawn.tolist())
         for number, weight in enumerate(weights):
             assert sum(seen[i] for i in np.flatnonzero(set_of == number)) == int(
@@ -293,13 +293,13 @@ def test_without_weights_each_sample_of_all_sets_is_read_once(blended):
     ],
 )
 def test_a_blend_as_it_is_typed(text, folders, weights):
-    assert packing.read_blend(text) == (folders, weights)
+    assert packing.parse_dataset_weights(text) == (folders, weights)
 
 
 def test_a_colon_may_belong_to_a_folders_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run:2").mkdir()
-    assert packing.read_blend("run:2") == (["run:2"], None)
+    assert packing.parse_dataset_weights("run:2") == (["run:2"], None)
 
 
 @pytest.mark.parametrize(
@@ -319,7 +319,7 @@ def test_a_colon_may_belong_to_a_folders_name(tmp_path, monkeypatch):
 )
 def test_a_blend_that_means_nothing(text, said):
     with pytest.raises(UserError, match=said):
-        packing.read_blend(text)
+        packing.parse_dataset_weights(text)
 
 
 # ---- what a loader refuses ----
@@ -336,9 +336,9 @@ def test_a_sample_longer_than_a_row_is_named_with_both_numbers(written):
 
 
 def test_a_set_whose_every_sample_is_held_out_trains_nothing(tmp_path):
-    name = next(f"{number}" for number in itertools.count() if dataset.held_out(f"{number}"))
+    name = next(f"{number}" for number in itertools.count() if dataset.is_validation(f"{number}"))
     write(tmp_path / "set", [(name, [1, 2], [0, 1], [])])
     write(tmp_path / "good", make_samples(9))
     for sets in (["set"], ["good", "set"]):
         with pytest.raises(UserError, match="set holds no training samples"):
-            loader(dataset.Samples(*(tmp_path / name for name in sets)))
+            loader(dataset.PreparedDataset(*(tmp_path / name for name in sets)))

@@ -746,7 +746,7 @@ def two(home, rank, world):
         runner.evaluate(checkpoint, broken, rank, world, batch=1, **how)
     except (UserError, SystemExit) as end:
         did["broken"] = distributed.all_gather_object((type(end).__name__, str(end)))
-    with disk.claim(home / "two.jsonl") if rank == 0 else contextlib.nullcontext():
+    with disk.lock_path(home / "two.jsonl") if rank == 0 else contextlib.nullcontext():
         did["held"] = distributed.all_gather_object(sitting(home / "two.jsonl", rank))
     did["score"] = distributed.all_gather_object(marking_again(home, "few"))
     did["no answers"] = distributed.all_gather_object(marking_again(home, "none"))

@@ -93,12 +93,12 @@ def test_any_number_of_workers_writes_the_same_bytes(home, tmp_path):
         "skipped.jsonl",
         "tokenizer.json",
     ]
-    assert dataset.Samples(tmp_path / "1").names == [f"id {number}" for number in range(23)]
+    assert dataset.PreparedDataset(tmp_path / "1").names == [f"id {number}" for number in range(23)]
 
 
 def test_what_is_in_a_set_is_what_the_source_says(home, tmp_path):
     make(tmp_path / "set", home / "good.json")
-    samples = dataset.Samples(tmp_path / "set")
+    samples = dataset.PreparedDataset(tmp_path / "set")
     for i in range(23):
         ids_T, targets_T, pictures = samples.read(i)
         assert len(pictures) == (i % 3 > 0)
@@ -280,7 +280,7 @@ def test_a_source_that_changes_while_it_is_read_makes_no_set(home, tmp_path, mon
 
 def test_a_slash_behind_its_name_is_no_other_set(home, tmp_path):
     make(f"{tmp_path}/set/", home / "good.json")
-    assert os.listdir(tmp_path) == ["set"] and len(dataset.Samples(tmp_path / "set").names) == 23
+    assert os.listdir(tmp_path) == ["set"] and len(dataset.PreparedDataset(tmp_path / "set").names) == 23
 
 
 def test_time_left_is_told_of_what_is_left_whatever_an_earlier_run_has_left_out(
@@ -325,7 +325,7 @@ def test_a_full_disk_keeps_what_is_whole_and_says_how_to_go_on(home, tmp_path, m
 
 def test_a_disk_that_is_full_at_the_very_last_file_spoils_nothing(home, tmp_path, monkeypatch):
     make(tmp_path / "whole", home / "good.json")
-    real = dataset.sync
+    real = dataset.fsync_path
 
     def full(path):
         if "header" in str(path):
@@ -333,10 +333,10 @@ def test_a_disk_that_is_full_at_the_very_last_file_spoils_nothing(home, tmp_path
             raise OSError(28, "No space left on device")
         real(path)
 
-    monkeypatch.setattr(dataset, "sync", full)
+    monkeypatch.setattr(dataset, "fsync_path", full)
     with pytest.raises(OSError):
         make(tmp_path / "set", home / "good.json")
-    monkeypatch.setattr(dataset, "sync", real)
+    monkeypatch.setattr(dataset, "fsync_path", real)
     make(tmp_path / "set", home / "good.json")
     assert content(tmp_path / "set") == content(tmp_path / "whole")
 
@@ -402,7 +402,7 @@ def test_each_kind_of_dirt_is_skipped_counted_and_listed(home, tmp_path):
         *(f"id {n}" for n in range(1, 8)),
         "id 100",
     }
-    assert dataset.Samples(tmp_path / "set").names == [
+    assert dataset.PreparedDataset(tmp_path / "set").names == [
         "id 100",
         *(f"id {200 + n}" for n in range(8)),
     ]
@@ -439,7 +439,7 @@ def test_tiles_step_down_until_the_sample_fits(home, tmp_path, row, tiles):
     (tmp_path / "one.json").write_text(json.dumps([record(1, str(home / "wide.png"))]))
     Image.new("RGB", (240, 40)).save(home / "wide.png")
     make(tmp_path / "set", tmp_path / "one.json", RECIPE._replace(row=row))
-    ids_T, _, (picture,) = dataset.Samples(tmp_path / "set").read(0)
+    ids_T, _, (picture,) = dataset.PreparedDataset(tmp_path / "set").read(0)
     assert len(picture.tiles) == tiles and len(ids_T) == 11 + 4 * tiles <= row
 
 

@@ -384,7 +384,7 @@ def test_captions_are_asked_for_in_llavas_eleven_ways_by_the_id_alone():
     """Each as often as the others, among those held out as well: the hash is not the one that holds out."""
     names = [str(name) for name in range(20_000)]
     asked = {name: turns_of({"caption": "An egg."}, 1, name)[0][1] for name in names}
-    for chosen in (names, [name for name in names if dataset.held_out(name)]):
+    for chosen in (names, [name for name in names if dataset.is_validation(name)]):
         counts = collections.Counter(asked[name] for name in chosen)
         assert (
             set(counts) == {f"<image>\n{prompt}" for prompt in records.CAPTION_PROMPTS}

@@ -90,7 +90,7 @@ def their_run(home, samples, trained, lr, floor, decay, clip, warmup):
     )
     policy, loader, losses, norms = (
         samples.image_config,
-        packing.Loader(samples, row=ROW, batch=BATCH, micro=BATCH, seed=0),
+        packing.PackedDataLoader(samples, row=ROW, batch=BATCH, micro=BATCH, seed=0),
         [],
         [],
     )
@@ -122,7 +122,7 @@ def their_run(home, samples, trained, lr, floor, decay, clip, warmup):
 )
 def test_twenty_steps_are_those_of_transformers(home, tmp_path, stage, trained):
     how = dict(lr=3e-3, floor=3e-4, decay=0.1, clip=0.7)
-    samples = dataset.Samples(home / "data")
+    samples = dataset.PreparedDataset(home / "data")
     losses, norms, theirs = their_run(home, samples, trained, warmup=4, **how)
     door.train(
         stage=stage,

@@ -92,8 +92,8 @@ def learn(
     distributed.compile_blocks(distributed.transformer_blocks(vlm) if beside.get("compile") else ())
     wrapped, mixed = distributed.wrap_model(vlm, how, CPU, dtype, shard, beside.get("offload", False))
     optimizer = door.make_optimizer(vlm, rates, 0.1, (0.9, 0.95))
-    loader = packing.Loader(
-        dataset.Samples(home / name), row=22, batch=5, micro=micro, seed=0, rank=rank, world=world
+    loader = packing.PackedDataLoader(
+        dataset.PreparedDataset(home / name), row=22, batch=5, micro=micro, seed=0, rank=rank, world=world
     )
     did = {"loss": [], "norm": [], "gradients": {}}
     for step in (1, 2):
@@ -128,8 +128,8 @@ def before_the_last(home, rank, world, how):
     vlm = load_checkpoint(home / "model", dtype=None).model.train()
     wrapped, _ = distributed.wrap_model(vlm, how, CPU, torch.float32)
     batches = next(
-        packing.Loader(
-            dataset.Samples(home / "every"),
+        packing.PackedDataLoader(
+            dataset.PreparedDataset(home / "every"),
             row=22,
             batch=5,
             micro=2,
@@ -426,8 +426,8 @@ def test_the_cases_are_what_they_are_said_to_be(home):
         ("none", [False, False]),
     ]:
         loaders = [
-            packing.Loader(
-                dataset.Samples(home / name), row=22, batch=5, micro=2, seed=0, rank=rank, world=2
+            packing.PackedDataLoader(
+                dataset.PreparedDataset(home / name), row=22, batch=5, micro=2, seed=0, rank=rank, world=2
             )
             for rank in (0, 1)
         ]
@@ -561,7 +561,7 @@ def test_no_rank_ever_holds_a_whole_model_while_it_loads_its_part(of_four):
 
 def test_a_frozen_part_keeps_nothing_for_the_backward_pass(home):
     """A frozen eye nothing at all, for nobody asks; a frozen brain what its activations need to hand gradients on, and nothing for its weights."""
-    model, samples = load_checkpoint(home / "model").model.train(), dataset.Samples(home / "every")
+    model, samples = load_checkpoint(home / "model").model.train(), dataset.PreparedDataset(home / "every")
     batch = packing.collate(samples, [[0]])[0]
     kept = {}
     for freeze in ((), ("vision",), ("vision", "decoder")):

@@ -96,16 +96,16 @@ def write_set(out, checkpoint, poison=None, held_out=5, count=60, every=3):
         name = f"sample-{i}"
         if not any(left.values()):
             return conftest.write_set(out, checkpoint.fingerprint(), samples[:40], samples[40:])
-        if not left[dataset.held_out(name)]:
+        if not left[dataset.is_validation(name)]:
             continue
-        left[dataset.held_out(name)] -= 1
+        left[dataset.is_validation(name)] -= 1
         pictures = [
             image_processing.ProcessedImage(
                 g.integers(256, size=(1, 3, 12, 12), dtype=np.uint8), np.arange(TOKENS), (5, 7)
             )
         ] * (every > 0 and i % every == 0)
         letters = g.integers(97, 123, size=g.integers(5, 17)).tolist()
-        if not dataset.held_out(name) and left[False] == 40 and poison:
+        if not dataset.is_validation(name) and left[False] == 40 and poison:
             letters[0], name = poison, "the poisoned one"
         samples.append(
             (
@@ -285,7 +285,7 @@ def test_a_run_is_the_textbook_loop(home):
         for matrix in (True, False)
     ]
     optimizer = torch.optim.AdamW(groups, betas=(0.8, 0.9))
-    loader = packing.Loader(dataset.Samples(home / "data"), row=22, batch=5, micro=5, seed=0)
+    loader = packing.PackedDataLoader(dataset.PreparedDataset(home / "data"), row=22, batch=5, micro=5, seed=0)
     model.vision.requires_grad_(False)
     for line, share in zip(
         log_of(home / "by-hand"), (1, 1), strict=True
@@ -386,7 +386,7 @@ def test_the_plan_says_what_trains_at_which_rate(home, capsys):
 
 
 def test_validation_is_the_mean_loss_of_the_held_out_words_and_blank_hides_the_pictures(home):
-    checkpoint, samples = load_checkpoint(home / "model"), dataset.Samples(home / "data")
+    checkpoint, samples = load_checkpoint(home / "model"), dataset.PreparedDataset(home / "data")
     looks = validation.validation_losses(
         checkpoint.model,
         samples,
@@ -399,7 +399,7 @@ def test_validation_is_the_mean_loss_of_the_held_out_words_and_blank_hides_the_p
             ids_T, targets_T, tiles = (
                 torch.from_numpy(ids_T),
                 torch.from_numpy(targets_T),
-                packing.join(pictures, POLICY)["tiles_NCYX"],
+                packing.collate_images(pictures, POLICY)["tiles_NCYX"],
             )
             tiles = torch.full_like(tiles, 128) if hide else tiles
             with torch.no_grad():
@@ -417,7 +417,7 @@ def test_validation_is_the_mean_loss_of_the_held_out_words_and_blank_hides_the_p
 
 
 def test_a_look_shows_the_answer_that_is_right(home, capsys):
-    checkpoint, samples = load_checkpoint(home / "model"), dataset.Samples(home / "data")
+    checkpoint, samples = load_checkpoint(home / "model"), dataset.PreparedDataset(home / "data")
     validation.validate(
         checkpoint,
         samples,
@@ -446,12 +446,12 @@ def test_accumulated_micro_batches_are_one_batch(home):
 
 def test_two_ranks_are_one_even_where_one_of_them_has_no_picture(home):
     """With the eye trained, so that its gradients are waited for."""
-    samples = dataset.Samples(home / "data")
+    samples = dataset.PreparedDataset(home / "data")
     steps = zip(
         *(
             itertools.islice(iter(lambda x=rank: next(x), None), 8)
             for rank in (
-                packing.Loader(samples, row=22, batch=5, micro=2, seed=0, rank=r, world=2)
+                packing.PackedDataLoader(samples, row=22, batch=5, micro=2, seed=0, rank=r, world=2)
                 for r in (0, 1)
             )
         ),
@@ -562,7 +562,7 @@ def test_a_run_says_what_it_came_to_over_all_its_stops(home, capsys):
     samples, tokens, hours, best = re.fullmatch(
         r"(\d+) samples, (\d+) tokens, (\S+) hours, best validation (\S+ at step \d)", whole
     ).groups()
-    loader = packing.Loader(dataset.Samples(home / "data"), row=22, batch=5, micro=5, seed=0)
+    loader = packing.PackedDataLoader(dataset.PreparedDataset(home / "data"), row=22, batch=5, micro=5, seed=0)
     batches = [next(loader)[0] for _ in range(8)]
     assert int(samples) == sum(len(members) for _, members in batches)
     assert int(tokens) == sum(int((batch["documents_BT"] >= 0).sum()) for batch, _ in batches)
@@ -706,7 +706,7 @@ def test_a_loss_that_is_no_number_names_its_step_and_sample_and_changes_nothing(
         row=21,
         freeze="decoder",
     )
-    loader = packing.Loader(dataset.Samples(chosen["data"]), row=21, batch=5, micro=1, seed=0)
+    loader = packing.PackedDataLoader(dataset.PreparedDataset(chosen["data"]), row=21, batch=5, micro=1, seed=0)
     names = loader.samples.names
     step, row = next(
         (step, members)
@@ -721,7 +721,7 @@ def test_a_loss_that_is_no_number_names_its_step_and_sample_and_changes_nothing(
     ):
         door.train(**chosen)
     assert [path.name for path in list_checkpoints(home / "nan")] == [f"step-{step - 1:06d}"]
-    kept = dataset.Samples(home / "nan" / f"not-finite-{step:06d}")
+    kept = dataset.PreparedDataset(home / "nan" / f"not-finite-{step:06d}")
     for k, i in enumerate(row):
         assert kept.names[k] == names[i]
         assert all(
@@ -828,7 +828,7 @@ def test_a_held_out_sample_must_fit_into_a_row_as_well(home):
         for name, length in [("sample-33", 23), ("short", 7)]
     ]
     conftest.write_set(home / "long", load_checkpoint(home / "model").fingerprint(), samples)
-    assert dataset.held_out("sample-33")
+    assert dataset.is_validation("sample-33")
     with pytest.raises(UserError, match="sample sample-33 takes 23 tokens, a row holds --row=22"):
         door.train(**settings(home, "refused", data=str(home / "long")))
 
@@ -861,7 +861,7 @@ def test_a_folder_is_one_runs(home):
         (home / "alive/log.jsonl").read_bytes(),
         pytest.raises(UserError, match="alive is being written by another process$"),
     )
-    with files.claim(home / "alive"):
+    with files.lock_path(home / "alive"):
         with refused:
             door.train(**settings(home, "alive", steps=2))
         with refused:

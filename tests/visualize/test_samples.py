@@ -81,7 +81,7 @@ def test_settings_of_check_that_cannot_be_are_told(told, settings, said):
 
 def test_a_set_of_which_all_is_held_out_is_told(tmp_path):
     samples = make_samples(200)
-    held = [sample for sample in samples if dataset.held_out(sample[0])]
+    held = [sample for sample in samples if dataset.is_validation(sample[0])]
     write(tmp_path / "held", held)
     write(tmp_path / "all", samples)
     for text in (f"{tmp_path}/held", f"{tmp_path}/all:0.5,{tmp_path}/held:0.5"):
@@ -107,7 +107,7 @@ def test_a_report_counts_what_is_there(tmp_path, capsys):
     write(tmp_path / "set", samples[:90], samples[90:])
     prepare.check(data=str(tmp_path / "set"), row=64, rate=1000.0)
     said = capsys.readouterr().out
-    training = [sample for sample in samples if not dataset.held_out(sample[0])]
+    training = [sample for sample in samples if not dataset.is_validation(sample[0])]
     tiles = sum(len(picture.tiles) for *_, pictures in samples for picture in pictures)
     length = sum(
         len(ids) + sum(len(picture.tiles) * TOKENS - 1 for picture in pictures)
@@ -127,7 +127,7 @@ def test_a_report_counts_what_is_there(tmp_path, capsys):
 
 def test_a_row_too_short_and_a_damaged_byte_are_told(tmp_path, capsys):
     write(tmp_path / "set", make_samples(20))
-    longest = dataset.Samples(tmp_path / "set").table[:, dataset.LENGTH].max()
+    longest = dataset.PreparedDataset(tmp_path / "set").table[:, dataset.LENGTH].max()
     prepare.check(data=str(tmp_path / "set"), row=int(longest) - 1)
     assert f"do not fit into rows of {longest - 1:,} tokens" in capsys.readouterr().out
     path = tmp_path / "set/00000/tiles"
