@@ -19,12 +19,14 @@ from types import SimpleNamespace
 
 import torch
 
-from nanovlm import UserError, cli, distributed, files, generate
-from nanovlm import kernels as forms
+from nanovlm import UserError, cli, distributed, files
 from nanovlm.checkpoints.checkpoint import load_checkpoint
 from nanovlm.data import chat_template, image_processing, packing
 from nanovlm.evals import benchmarks, runner
 from nanovlm.evals.runner import MAX_SEQUENCE, check_prompt_lengths, encode_prompt
+from nanovlm.inference.generate import generate
+from nanovlm.inference.optimize import optimize
+from nanovlm.kernels import dispatch
 
 DTYPES = {
     "auto": None,
@@ -76,7 +78,7 @@ def stream_answer(checkpoint, turns, pictures, **choices):
     text, ids = checkpoint.tokenizer.stream(), encode_prompt(checkpoint, turns, pictures)
     check_prompt_lengths(checkpoint, [len(ids)], choices["max_tokens"])
     stop = {chat_template.end_token_id(checkpoint.tokenizer, checkpoint.chat_template)}
-    for (next_id,) in checkpoint.model.generate(
+    for (next_id,) in generate(checkpoint.model, 
         [ids], **packing.collate_images(pictures, checkpoint.image_config), stop=stop, **choices
     ):
         if next_id not in stop:
@@ -244,7 +246,7 @@ def run_evaluation(typed, choices):
         )
     with runner.lock_output(typed.out, rank):
         if not typed.score:
-            generate.ready(checkpoint.model)
+            optimize(checkpoint.model)
             how = dict(benchmark=benchmark, prompt=typed.prompt, out=typed.out, batch=typed.batch)
             rows, about = runner.run_benchmark(checkpoint, questions, rank, world, **how, **choices)
         if rank == 0:
@@ -298,7 +300,7 @@ def sample(
         raise UserError(f"--dtype={dtype} is none of {', '.join(DTYPES)}")
     if kernels not in ("auto", "torch"):
         raise UserError(f"--kernels={kernels} is none of auto, torch")
-    forms.choice = kernels
+    dispatch.choice = kernels
     if not (score or Path(model).exists() or files.is_repo_id(model)):
         raise UserError(
             f"no such model: {model}; `python train.py` makes out/sft, the demonstration's"
@@ -309,7 +311,7 @@ def sample(
         return run_evaluation(typed, choices)
     asked = "" if chat else read_question(prompt, len(image))
     checkpoint = load_checkpoint(model, distributed.pick_device(device), DTYPES[dtype])
-    generate.ready(checkpoint.model)
+    optimize(checkpoint.model)
     pictures = load_images(image, checkpoint.image_config)
     if chat:
         chat_in_terminal(checkpoint, pictures, prompt, **choices)

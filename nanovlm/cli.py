@@ -1,4 +1,8 @@
-"""Settings from the command line: the keyword-only parameters of a function are its settings, the remark behind each its explanation."""
+"""The command line: a script's settings are the keyword-only parameters of one function.
+
+The comment behind a parameter is its help. A comment line above, such as `# --- optimization`,
+starts a group of the help.
+"""
 
 import ast
 import difflib
@@ -12,7 +16,7 @@ import typing
 
 from . import UserError
 
-WORDS = {
+BOOLEANS = {
     "true": True,
     "1": True,
     "yes": True,
@@ -22,32 +26,76 @@ WORDS = {
     "no": False,
     "off": False,
 }
+# Names of older versions, of settings, commands and stages: "did you mean" suggests the first new
+# name that the script has. Saved settings are read by the first name.
+OLD_SETTINGS = {
+    "batch": ("global_batch_size", "batch_size"),
+    "benchmark": ("eval_benchmark",),
+    "brain": ("decoder",),
+    "clip": ("grad_clip",),
+    "decay": ("weight_decay",),
+    "dry_run": ("python prepare.py estimate",),
+    "exam": ("eval_questions", "eval_scenes"),
+    "exam_every": ("eval_every",),
+    "exam_images": ("eval_images",),
+    "eye": ("vision",),
+    "ffn": ("intermediate_size",),
+    "floor": ("min_lr",),
+    "keep": ("keep_checkpoints",),
+    "mfu": ("python prepare.py estimate",),
+    "micro": ("micro_batch_size",),
+    "new": ("random_init",),
+    "offload": ("cpu_offload",),
+    "peak": ("peak_tflops", "python prepare.py estimate"),
+    "rate": ("tokens_per_s",),
+    "read": ("vision_feature_layer",),
+    "recompute": ("activation_checkpointing",),
+    "row": ("seq_len",),
+    "shard": ("hsdp_shard_size",),
+    "vision_ffn": ("vision_intermediate_size",),
+    "vocabulary": ("vocab_size",),
+    "warmup": ("warmup_ratio",),
+}
+WIDTH = 100  # of the help, in columns
 
 
 def settings(function):
-    """[(name, type, default, remark)] of a function's keyword-only parameters; the remark is the comment on the parameter's line."""
+    """[(name, type, default, remark)] of a function's keyword-only parameters."""
     source = textwrap.dedent(inspect.getsource(function))
     lines, hints = source.splitlines(), typing.get_type_hints(function)
     arguments = ast.parse(source).body[0].args.kwonlyargs
     remarks = {a.arg: lines[a.end_lineno - 1].partition("  # ")[2].strip() for a in arguments}
-    found = inspect.signature(function).parameters.values()
     return [
         (p.name, hints[p.name], p.default, remarks[p.name])
-        for p in found
+        for p in inspect.signature(function).parameters.values()
         if p.kind is p.KEYWORD_ONLY
     ]
 
 
-def convert(text, kind):
-    """A setting's text as its type; ValueError if it is none. `float | None` also takes "none"."""
+def setting_groups(function):
+    """{first setting of a group: the group's title}, from the `# --- title` lines."""
+    source = textwrap.dedent(inspect.getsource(function))
+    lines, groups = source.splitlines(), {}
+    for a in ast.parse(source).body[0].args.kwonlyargs:
+        line = lines[a.lineno - 2].strip()
+        if line.startswith("# --- "):
+            groups[a.arg] = line.removeprefix("# --- ")
+    return groups
+
+
+def convert_value(text, kind):
+    """The value of a setting's text. Raises ValueError if it has another type.
+
+    `float | None` also takes "none".
+    """
     if isinstance(kind, types.UnionType):
         if text.lower() == "none":
             return None
         kind = next(k for k in kind.__args__ if k is not type(None))
     if kind is bool:
-        if text.lower() not in WORDS:
+        if text.lower() not in BOOLEANS:
             raise ValueError("true or false")
-        return WORDS[text.lower()]
+        return BOOLEANS[text.lower()]
     if kind is int:
         number = float(text.replace("_", ""))
         if not math.isfinite(number) or number != int(number):
@@ -61,17 +109,17 @@ def convert(text, kind):
     return kind(text)
 
 
-WANTED = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+TYPE_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
 
 
-def wanted(kind):
+def type_name(kind):
     if isinstance(kind, types.UnionType):
-        return " or ".join("none" if k is type(None) else WANTED[k] for k in kind.__args__)
-    return WANTED.get(kind, "a text")
+        return " or ".join("none" if k is type(None) else TYPE_NAMES[k] for k in kind.__args__)
+    return TYPE_NAMES.get(kind, "a text")
 
 
-def pairs(argv, known):
-    """(name, text or None) for each setting typed; a word that belongs to none comes as (None, word)."""
+def split_arguments(argv, types):
+    """Yield (name, text or None) for each setting; (None, word) for a word without a setting."""
     words = list(argv)
     while words:
         word = words.pop(0)
@@ -85,136 +133,148 @@ def pairs(argv, known):
         elif words and not words[0].startswith("--"):
             yield name, words.pop(0)
         else:
-            yield name, "true" if known.get(name) is bool else None
+            yield name, "true" if types.get(name) is bool else None
 
 
-def parse(function, argv):
-    """The settings typed in argv as keyword arguments; one UserError names everything that is wrong.
+def parse_arguments(function, argv):
+    """The settings in argv, as keyword arguments. One UserError names everything that is wrong.
 
-    Words that stand alone belong to the first setting, if that is a list: plot out/*/log.jsonl.
+    If the first setting is a list, words without a setting belong to it: plot out/*/log.jsonl.
     """
-    rows = settings(function)
-    known = {name: kind for name, kind, _, _ in rows}
-    empty = {
-        name for name, _, default, _ in rows if default == ""
-    }  # elsewhere nothing is a shell's unset variable, not a wish
-    first = next(iter(known), None)
-    chosen, wrong = {}, []
-    for name, text in pairs(argv, known):
-        if name is None and known.get(first) == list[str] and not text.startswith("-"):
-            chosen.setdefault(first, []).append(text)
+    known = settings(function)
+    types = {name: kind for name, kind, _, _ in known}
+    # Only these settings may be empty: elsewhere an empty text is an unset variable of the shell.
+    may_be_empty = {name for name, _, default, _ in known if default == ""}
+    first = next(iter(types), None)
+    values, wrong = {}, []
+    for name, text in split_arguments(argv, types):
+        if name is None and types.get(first) == list[str] and not text.startswith("-"):
+            values.setdefault(first, []).append(text)
         elif name is None:
-            wrong.append(
-                f"{text!r} belongs to no setting{suggestion(text.lstrip('-').split('=')[0], known, '--')}"
-            )
-        elif name not in known:
-            wrong.append(f"--{name} is no setting{suggestion(name, known, '--')}")
-        elif text is None or (not text and name not in empty):
-            wrong.append(f"--{name} needs a value, {wanted(known[name])}")
-        elif known[name] == list[str]:
-            chosen.setdefault(name, []).append(text)
-        elif name in chosen:
+            hint = did_you_mean(text.lstrip("-").split("=")[0], types, "--")
+            wrong.append(f"{text!r} belongs to no setting{hint}")
+        elif name not in types:
+            wrong.append(f"--{name} is no setting{did_you_mean(name, types, '--')}")
+        elif text is None or (not text and name not in may_be_empty):
+            wrong.append(f"--{name} needs a value, {type_name(types[name])}")
+        elif types[name] == list[str]:
+            values.setdefault(name, []).append(text)
+        elif name in values:
             wrong.append(f"--{name}={text} comes after another --{name}")
         else:
             try:
-                chosen[name] = convert(text, known[name])
+                values[name] = convert_value(text, types[name])
             except ValueError:
-                wrong.append(f"--{name}={text} is not {wanted(known[name])}")
+                wrong.append(f"--{name}={text} is not {type_name(types[name])}")
     if wrong:
         raise UserError("; ".join(wrong))
-    return chosen
+    return values
 
 
-def suggestion(word, known, dashes=""):
-    near = difflib.get_close_matches(word, known, 1)
-    return f", did you mean {dashes}{near[0]}?" if near else ""
+def did_you_mean(word, known, dashes=""):
+    """", did you mean --NAME?" for the name of an older version or a similar one, else ""."""
+    for name in OLD_SETTINGS.get(word, ()):
+        if name in known:
+            return f", did you mean {dashes}{name}?"
+        if " " in name:  # a command
+            return f", did you mean `{name}`?"
+    similar = difflib.get_close_matches(word, known, 1)
+    return f", did you mean {dashes}{similar[0]}?" if similar else ""
 
 
-def status(*words):
+def print_status(*words):
     """Print to standard error, at once."""
     print(*words, file=sys.stderr, flush=True)
 
 
-def show(value):
-    return (
-        ",".join(value)
-        if isinstance(value, list)
-        else str(value).lower()
-        if value is None or isinstance(value, bool)
-        else str(value)
-    )
+def format_value(value):
+    """A value as a user types it."""
+    if isinstance(value, list):
+        return ",".join(value)
+    if value is None or isinstance(value, bool):
+        return str(value).lower()
+    return str(value)
 
 
-def changed(function, typed):
+def changed_settings(function, values):
     """{setting: value} of those that are not at their defaults."""
     return {
-        name: typed[name] for name, _, default, _ in settings(function) if typed[name] != default
+        name: values[name] for name, _, default, _ in settings(function) if values[name] != default
     }
 
 
-def refuse_idle(function, typed, heeded, where):
-    """Raise UserError for a setting that was changed but is not heeded; where: that is so."""
-    for name, value in changed(function, typed).items():
-        if name not in heeded:
-            raise UserError(f"--{name}={show(value)} changes nothing {where}")
+def refuse_unused_settings(function, values, used, condition):
+    """Raise UserError for a changed setting that has no effect under a condition."""
+    for name, value in changed_settings(function, values).items():
+        if name not in used:
+            raise UserError(f"--{name}={format_value(value)} changes nothing {condition}")
 
 
-def show_help(function):
-    rows = [(f"--{name}", show(default), remark) for name, _, default, remark in settings(function)]
+def print_help(function):
+    rows = []
+    for name, _, default, remark in settings(function):
+        rows.append((f"--{name}", format_value(default), remark))
     widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
+    indent = 2 + widths[0] + 2 + widths[1] + 2
+    groups = setting_groups(function)
     print(inspect.getdoc(function) + "\n")
-    for name, default, remark in rows:
-        print(f"  {name:{widths[0]}}  {default:{widths[1]}}  {remark}")
+    for number, (name, default, remark) in enumerate(rows):
+        if name.removeprefix("--") in groups:
+            print("\n" * (number > 0) + groups[name.removeprefix("--")])
+        first, *more = textwrap.wrap(remark, WIDTH - indent, break_long_words=False) or [""]
+        print(f"  {name:{widths[0]}}  {default:{widths[1]}}  {first}".rstrip())
+        for line in more:
+            print(" " * indent + line)
 
 
-def choose(functions, argv):
-    """The function that the first word names, and the rest of argv."""
-    ask = f"the first word says what to do ({', '.join(functions)})"
+def choose_command(functions, argv):
+    """Return the function that the first word names, and the rest of argv."""
+    expected = f"the first word is a command ({', '.join(functions)})"
     if not argv:
-        raise UserError(f"{ask}: there is none")
+        raise UserError(f"{expected}: there is none")
     if argv[0] not in functions:
-        raise UserError(f"{ask}: {argv[0]!r} is none of them{suggestion(argv[0], functions)}")
+        hint = did_you_mean(argv[0], functions)
+        raise UserError(f"{expected}: {argv[0]!r} is none of them{hint}")
     return functions[argv[0]], argv[1:]
 
 
-def call(functions, argv):
-    """Call a function, or of several the one that the first word names, with the settings in argv; or print its help."""
+def call_with_arguments(functions, argv):
+    """Call a function with the settings in argv, or print its help.
+
+    functions: one function, or {command: function}, of which the first word names one.
+    """
     helps = {"--help", "-h"}
     if isinstance(functions, dict):
         if argv and argv[0] in helps:
-            return print(
-                "\n".join(
-                    f"{name}: {inspect.getdoc(function).splitlines()[0]}"
-                    for name, function in functions.items()
-                )
-            )
-        functions, argv = choose(functions, argv)
+            for name, function in functions.items():
+                print(f"{name}: {inspect.getdoc(function).splitlines()[0]}")
+            return
+        functions, argv = choose_command(functions, argv)
     if helps & set(argv):
-        return show_help(functions)
-    functions(**parse(functions, argv))
+        return print_help(functions)
+    functions(**parse_arguments(functions, argv))
 
 
-def run(functions):
-    """A door: settings in, and every end a user may meet told in one line. Exit codes: 1 a mistake, 130 Ctrl-C, 141 a reader who left.
+def run_script(functions):
+    """Run a script with the settings in sys.argv; a user's error ends it with one line.
 
-    Bytes that are no text come in as argv's do, as surrogates; letters that the terminal does not have go out as escapes, and stop nothing.
+    Exit codes: 1 user error, 130 Ctrl-C, 141 closed pipe. Standard input that is not text is read
+    as surrogates, as Python does for argv. Characters that the terminal lacks are escaped.
     """
     for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "backslashreplace")):
         if stream:
             stream.reconfigure(errors=errors)
     try:
-        call(functions, sys.argv[1:])
+        call_with_arguments(functions, sys.argv[1:])
         print(end="", flush=True)
-    except UserError as mistake:
-        sys.exit(f"error: {mistake}")
-    except (
-        BrokenPipeError
-    ):  # `python sample.py … | head -1` is no error; what is left in the buffer has nowhere to go
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    except BrokenPipeError:
+        # `python sample.py … | head -1` is no error; the rest of the buffer goes to /dev/null.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except OSError as error:
-        sys.exit(
-            f"error: {f'{error.filename}: ' if error.filename else ''}{error.strerror or error}"
-        )
+        file = f"{error.filename}: " if error.filename else ""
+        sys.exit(f"error: {file}{error.strerror or error}")
     except KeyboardInterrupt:
         sys.exit(130)

@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from . import UserError
+from .kernels import dispatch
 
 # An estimate may use this share of a device's memory; the rest is for fragmentation and libraries.
 MEMORY_SHARE = 0.8
@@ -62,6 +63,7 @@ def set_current_device(device):
     """
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    dispatch.enable(device)
 
 
 def init_distributed(device):

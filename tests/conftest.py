@@ -23,7 +23,7 @@ torch.set_num_threads(
 
 from nanovlm import IGNORE_INDEX, IMAGE_TOKEN_ID  # noqa: E402
 from nanovlm.data import dataset  # noqa: E402
-from nanovlm.model import VLM  # noqa: E402
+from nanovlm.models.vlm import VLM  # noqa: E402
 
 VISION = dict(tile=12, patch=3, width=20, layers=2, heads=5, ffn=28)  # 16 patches
 DECODER = dict(vocabulary=41, width=24, layers=3, heads=6, kv_heads=2, ffn=36, head_size=8)

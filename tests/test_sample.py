@@ -19,6 +19,7 @@ from nanovlm import IMAGE_TOKEN_ID, cli
 from nanovlm.checkpoints.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from nanovlm.data import image_processing, packing, tokenizer
 from nanovlm.evals import runner
+from nanovlm.inference.generate import generate
 
 POLICY = {
     "tile": 12,
@@ -98,7 +99,7 @@ def expected(checkpoint, ids, tiles, max_tokens=256, **how):
     )
     said = [
         i
-        for (i,) in checkpoint.model.generate(
+        for (i,) in generate(checkpoint.model, 
             [ids], tiles_NCYX, stop={END}, max_tokens=max_tokens, **how
         )
     ]
@@ -220,7 +221,7 @@ def test_every_tile_of_a_tagged_picture_stands_behind_its_tag(checkpoint):
     x_BTD = tagged.model.embed(torch.tensor([ids]), **packing.collate_images(shown, policy))
     tiles_NCYX = torch.from_numpy(np.concatenate([picture.tiles for picture in shown]))
     torch.testing.assert_close(
-        x_BTD[torch.tensor([ids]) == IMAGE_TOKEN_ID], tagged.model.see(tiles_NCYX)
+        x_BTD[torch.tensor([ids]) == IMAGE_TOKEN_ID], tagged.model.encode_images(tiles_NCYX)
     )
     together = runner.generate_answers(tagged, [("a<image>b<image>", shown), ("hm", [])], max_tokens=5)
     assert together[0].text == "".join(

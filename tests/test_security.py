@@ -902,7 +902,7 @@ PYTHON = [
 
 @pytest.mark.parametrize("text", PYTHON, ids=range(len(PYTHON)))
 def test_a_list_written_as_python_is_read_and_never_run(text, tmp_path, sentinel):
-    assert formats.spelled(text.replace("PATH", str(sentinel))) is None
+    assert formats.parse_python_list(text.replace("PATH", str(sentinel))) is None
     record = {
         "id": "test_Art_1",
         "question": "What?",

@@ -22,12 +22,15 @@ from PIL import Image
 import nanovlm
 import prepare
 import sample
-from nanovlm import IMAGE_TOKEN_ID, generate, kernels
-from nanovlm.attention import attention
+from nanovlm import IMAGE_TOKEN_ID
 from nanovlm.checkpoints import huggingface, stitch
 from nanovlm.checkpoints.checkpoint import Checkpoint, build_model, load_checkpoint, save_checkpoint
 from nanovlm.data import dataset, image_files, image_processing, packing, tokenizer
 from nanovlm.evals import runner
+from nanovlm.inference.generate import CAPTURE_AFTER, generate
+from nanovlm.inference.optimize import optimize
+from nanovlm.kernels import dispatch
+from nanovlm.models.attention import attention
 from nanovlm.training import flops, memory, validation
 
 ALPHABET = "".join(
@@ -214,7 +217,7 @@ def everything(folder):
     none = packing.collate(samples, [[i] for i in range(300) if i % 3][:7])[0]
     model(**none).backward()
     with mock.patch.object(
-        kernels, "choice", "triton"
+        dispatch, "choice", "triton"
     ):  # three short rows: an interpreter that is looked at, line by line, is slow
         one = make_vlm(vision=EYE, decoder=BRAIN | {"layers": 1, "window": 14}).decoder
         one(
@@ -248,14 +251,15 @@ def everything(folder):
         runner.generate_answers(checkpoint, questions, max_tokens=5, **how)
     runner.generate_answers(checkpoint, questions, blank=True, max_tokens=2)
     list(sample.stream_answer(checkpoint, [("user", "<image>x")], [colour], max_tokens=3))
-    spoken = generate.ready(load_checkpoint(folder / "model").model)
+    spoken = optimize(load_checkpoint(folder / "model").model)
     list(
-        spoken.generate(
+        generate(
+            spoken,
             [[3, 4, 5], [6, 7]],
             torch.zeros(0, 3, 18, 18),
             stop=set(),
-            max_tokens=generate.PATIENCE + 4,
-            record=("cpu",),
+            max_tokens=CAPTURE_AFTER + 4,
+            cuda_graph=("cpu",),
         )
     )
     validation.validate(

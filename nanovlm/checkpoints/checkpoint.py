@@ -19,10 +19,10 @@ from typing import NamedTuple
 import torch
 
 from .. import UserError, distributed, files
-from ..data.dataset import make_fingerprint, fsync_path
+from ..data.dataset import fsync_path, make_fingerprint
 from ..data.tokenizer import Tokenizer
 from ..files import read_json, read_tensors, write_tensors
-from ..model import VLM
+from ..models.vlm import VLM
 from . import huggingface, llava, sharded
 
 CHECKPOINT_VERSION = 1
@@ -94,7 +94,7 @@ def is_public(folder):
 def describe_checkpoint(folder):
     """What load gives, with no model, and none of the weights read: enough to prepare data for it."""
     if is_public(folder):
-        return Checkpoint(**llava.read(folder, tensors=False))._replace(
+        return Checkpoint(**llava.read_llava(folder, tensors=False))._replace(
             history={"folder": str(folder)}
         )
     folder = newest_checkpoint(folder)
@@ -121,7 +121,7 @@ def load_checkpoint(folder, device="cpu", dtype=torch.float32, template=None, la
     device, until it is known which of them a rank needs (finish_loading)."""
     distributed.set_current_device(torch.device(device))
     if is_public(folder):
-        found = llava.read(folder, dtype, template)
+        found = llava.read_llava(folder, dtype, template)
         return Checkpoint(**found)._replace(
             model=found["model"].to(device), history=found["card"] | {"folder": str(folder)}
         )
@@ -221,7 +221,7 @@ def write_checkpoint_files(checkpoint, folder, tensors):
 def export_checkpoint(checkpoint, folder):
     """Write a checkpoint as a LLaVA folder (llava.py), whole or not at all."""
     with written_whole(folder) as tmp:
-        llava.write(checkpoint, tmp)
+        llava.write_llava(checkpoint, tmp)
 
 
 @contextlib.contextmanager

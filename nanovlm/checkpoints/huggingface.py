@@ -19,9 +19,16 @@ import torch.nn.functional as F
 from .. import UserError
 from ..data import chat_template
 from ..data.tokenizer import Tokenizer
-from ..decoder import Decoder
-from ..files import match_finite_tensors, find_pretrained, weights_source, read_json, read_weights, list_weight_files
-from ..vision import Vision
+from ..files import (
+    find_pretrained,
+    list_weight_files,
+    match_finite_tensors,
+    read_json,
+    read_weights,
+    weights_source,
+)
+from ..models.decoder import Decoder
+from ..models.vision_encoder import VisionEncoder
 
 # ---- names: ours to theirs; * is the number of a layer. A name of a module stands for its weight and bias ----
 CLIP = {
@@ -266,7 +273,7 @@ def model_config(config, inner, kinds, where):
 
 
 def vision_shapes(config, tile, read, where):
-    """The arguments of Vision for an eye of its own tile size unless `tile` says another, and its own layer unless `read` does."""
+    """The arguments of VisionEncoder for an eye of its own tile size unless `tile` says another, and its own layer unless `read` does."""
     kind, layers, patch = config["model_type"], config["num_hidden_layers"], config["patch_size"]
     check_fields(config, VISION_REQUIRED, where)
     if config["hidden_act"] not in ACTIVATION:
@@ -522,7 +529,7 @@ def read_vision_encoder(name, *, tile=None, fit=None, read=None, shuffle=1, tens
     if side != own and tensor.shape[-2] == leading + own**2:
         found[places] = resize_position_embeddings(tensor.flatten(0, -2), side, leading), path
     with torch.device("meta"):
-        whole, vision = Vision(**shapes | {"read": -1, "post_norm": True}), Vision(**shapes)
+        whole, vision = VisionEncoder(**shapes | {"read": -1, "post_norm": True}), VisionEncoder(**shapes)
     after = load_published_tensors(whole, table, found, VISION_IGNORED, files).state_dict()
     vision.load_state_dict({name: after.pop(name) for name in vision.state_dict()}, assign=True)
     spare = {published_name(name, table): tensor for name, tensor in after.items()} | {

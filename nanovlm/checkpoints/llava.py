@@ -18,29 +18,29 @@ from .. import UserError
 from .. import files as disk
 from ..data import chat_template, image_processing
 from ..files import read_json
-from ..model import VLM
+from ..models.vlm import VLM
 from . import huggingface
 from .huggingface import check_fields, published_name
 
-JOINT = {
+LLAVA = {
     "projector.up": "multi_modal_projector.linear_1",
     "projector.down": "multi_modal_projector.linear_2",
     "projector.newline": "image_newline",
 }
-KINDS = ("llava", "llava_next")
+LLAVA_TYPES = ("llava", "llava_next")
 SHARD_BYTES = 5_000_000_000  # transformers' own
 
 
 # ---- reading ----
-def read(name, dtype=None, template=None, tensors=True):
+def read_llava(name, dtype=None, template=None, tensors=True):
     """A published LLaVA-1.5 or LLaVA-NeXT folder, or owner/name, as the fields of a Checkpoint; dtype: of all parameters, None for their own;
     template: where the folder's own is not known; tensors: False for all but the model."""
     folder = disk.find_pretrained(name)
     where = folder / "config.json"
     config = read_json(where)
-    if config.get("model_type") not in KINDS:
+    if config.get("model_type") not in LLAVA_TYPES:
         raise UserError(
-            f"{where}: a model of type {config.get('model_type')} is no LLaVA ({', '.join(KINDS)}); "
+            f"{where}: a model of type {config.get('model_type')} is no LLaVA ({', '.join(LLAVA_TYPES)}); "
             "an eye and a brain are joined by prepare.py stitch"
         )
     layer = config.get("vision_feature_layer", -2)
@@ -48,7 +48,7 @@ def read(name, dtype=None, template=None, tensors=True):
         raise UserError(f"{where}: vision_feature_layer {layer} is not known here, only one layer")
     eye = huggingface.read_vision_encoder(name, read=layer, tensors=tensors)
     brain = huggingface.read_decoder(
-        name, template=template, usual=usual_template(config), tensors=tensors
+        name, template=template, usual=default_template(config), tensors=tensors
     )
     config.setdefault("vision_feature_select_strategy", "default")
     strategy = "default" if eye.shapes["vision"].get("class_token") else "full"
@@ -88,7 +88,7 @@ def read(name, dtype=None, template=None, tensors=True):
     )
     if not tensors:
         return told
-    model, spelling = join(eye, brain, shapes, anyres, folder)
+    model, spelling = join_parts(eye, brain, shapes, anyres, folder)
     if dtype is not None:
         model.to(dtype)
     return told | dict(
@@ -96,14 +96,14 @@ def read(name, dtype=None, template=None, tensors=True):
     )
 
 
-def usual_template(config):
+def default_template(config):
     """The template of published LLaVA folders that state none; None where that is not known."""
     return {"mistral": "mistral-v1", "llama": "llava"}.get(
         config.get("text_config", {}).get("model_type", "llama")
     )
 
 
-def join(eye, brain, shapes, anyres, folder):
+def join_parts(eye, brain, shapes, anyres, folder):
     """The VLM of two parts and what a folder holds between them, and how the folder begins the names of its eye."""
     paths = disk.list_weight_files(folder)
     found = disk.read_weights(paths, [(r"^model\.", "")])
@@ -118,35 +118,35 @@ def join(eye, brain, shapes, anyres, folder):
             newline=anyres,
         )
         model.vision = model.decoder = torch.nn.Identity()
-    huggingface.load_published_tensors(model, JOINT, found, r"(?!multi_modal_projector|image_newline)", paths)
+    huggingface.load_published_tensors(model, LLAVA, found, r"(?!multi_modal_projector|image_newline)", paths)
     model.vision, model.decoder = eye.model.vision, brain.model.decoder
     inner = any(name.startswith("vision_tower.vision_model.") for name in found)
     return model.eval(), f"vision_tower.{'vision_model.' * inner}"
 
 
 # ---- writing ----
-def write(checkpoint, folder):
+def write_llava(checkpoint, folder):
     """Write a checkpoint into an empty folder. Raises UserError where the layout cannot say what the model does."""
-    check(checkpoint)
+    check_exportable(checkpoint)
     image_id, tensors = add_image_token(
-        checkpoint.tokenizer.special.get("<image>"), checkpoint, tensors_of(checkpoint)
+        checkpoint.tokenizer.special.get("<image>"), checkpoint, llava_tensors(checkpoint)
     )
     vocabulary = tensors["language_model.model.embed_tokens.weight"].shape[0]
     files = {
-        "config.json": config_of(checkpoint, image_id, vocabulary),
-        "preprocessor_config.json": preprocessor_of(checkpoint.image_config),
-        "processor_config.json": processor_of(checkpoint),
-        "generation_config.json": generation_of(checkpoint, image_id),
-        "tokenizer_config.json": tokenizer_of(checkpoint, image_id),
+        "config.json": llava_config(checkpoint, image_id, vocabulary),
+        "preprocessor_config.json": preprocessor_config(checkpoint.image_config),
+        "processor_config.json": processor_config(checkpoint),
+        "generation_config.json": generation_config(checkpoint, image_id),
+        "tokenizer_config.json": tokenizer_config(checkpoint, image_id),
     }
     for name, content in files.items():
         (folder / name).write_text(json.dumps(content, indent=2) + "\n")
-    (folder / "chat_template.jinja").write_text(jinja_of(checkpoint.chat_template, checkpoint.tokenizer))
+    (folder / "chat_template.jinja").write_text(jinja_template(checkpoint.chat_template, checkpoint.tokenizer))
     save_tokenizer(checkpoint, folder)
-    write_shards(tensors, folder)
+    write_safetensors(tensors, folder)
 
 
-def check(checkpoint):
+def check_exportable(checkpoint):
     """Raise UserError, naming the settings to train with, unless the layout can say all that a checkpoint does."""
     vision, wrong = checkpoint.shapes["vision"], []
     if checkpoint.shapes["shuffle"] != 1:
@@ -155,7 +155,7 @@ def check(checkpoint):
         )
     if checkpoint.image_config["fit"] == "tiles":
         wrong.append("InternVL's tiles: stitch without --tiles")
-    if eye_kind(vision) is None:
+    if vision_type(vision) is None:
         wrong.append(
             "an eye that is neither CLIP's nor SigLIP's: stitch with --vision of one of these"
         )
@@ -177,7 +177,7 @@ def check(checkpoint):
         raise UserError(f"a LLaVA folder cannot say {'; nor '.join(wrong)}")
 
 
-def eye_kind(vision):
+def vision_type(vision):
     """ "clip_vision_model", "siglip_vision_model", or None for another: by what tells them apart in the arguments of Vision."""
     given = (
         vision.get("class_token", False),
@@ -189,7 +189,7 @@ def eye_kind(vision):
     return "clip_vision_model" if given[0] else "siglip_vision_model"
 
 
-def tensors_of(checkpoint):
+def llava_tensors(checkpoint):
     """{name: tensor} as the layout names them; a tied head is not written twice, as transformers writes it."""
     prefix = checkpoint.history.get("llava", {}).get("vision_names", "vision_tower.vision_model.")
     tensors, decoder = {}, checkpoint.model.decoder
@@ -198,7 +198,7 @@ def tensors_of(checkpoint):
         if part == "vision":
             tensors[prefix + published_name(rest, huggingface.CLIP)] = tensor
         elif part != "decoder":
-            tensors[published_name(name, JOINT)] = tensor
+            tensors[published_name(name, LLAVA)] = tensor
         elif rest != "head.weight" or decoder.head.weight is not decoder.embed.weight:
             tensors[f"language_model.{published_name(rest, huggingface.LLAMA)}"] = tensor
     tensors |= {prefix + name: tensor for name, tensor in checkpoint.unused_vision_tensors.items()}
@@ -210,20 +210,20 @@ def add_image_token(image_id, checkpoint, tensors):
     a copy of the row of the token that starts a text, so that it is never said before that one."""
     if image_id is not None:
         return image_id, tensors
-    image_id, start = checkpoint.tokenizer.vocab_size, start_id(checkpoint)
+    image_id, start = checkpoint.tokenizer.vocab_size, bos_token_id(checkpoint)
     for name in ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight"):
         if name in tensors and len(tensors[name]) <= image_id:
             tensors = tensors | {name: torch.cat([tensors[name], tensors[name][start : start + 1]])}
     return image_id, tensors
 
 
-def start_id(checkpoint):
+def bos_token_id(checkpoint):
     """The special token that a conversation begins with."""
     special, names = checkpoint.tokenizer.special, chat_template.special_token_names(checkpoint.chat_template)
     return next(special[name] for name in names if name in special)
 
 
-def write_shards(tensors, folder):
+def write_safetensors(tensors, folder):
     """One model.safetensors, or several of at most SHARD_BYTES and their index."""
     shards, size = [{}], 0
     for name, tensor in tensors.items():
@@ -250,10 +250,10 @@ def write_shards(tensors, folder):
 
 
 # ---- what each file says ----
-def config_of(checkpoint, image_id, vocabulary):
+def llava_config(checkpoint, image_id, vocabulary):
     anyres, clip = (
         checkpoint.image_config["fit"] == "anyres",
-        eye_kind(checkpoint.shapes["vision"]) == "clip_vision_model",
+        vision_type(checkpoint.shapes["vision"]) == "clip_vision_model",
     )
     grid = {"image_grid_pinpoints": checkpoint.image_config["pinpoints"]} if anyres else {}
     return {
@@ -270,23 +270,23 @@ def config_of(checkpoint, image_id, vocabulary):
         "vision_feature_layer": checkpoint.shapes["vision"]["read"],
         "vision_feature_select_strategy": "default" if clip else "full",
         "tie_word_embeddings": checkpoint.shapes["decoder"].get("tied", False),
-        "vision_config": vision_config_of(checkpoint),
-        "text_config": text_config_of(checkpoint, vocabulary),
+        "vision_config": vision_config(checkpoint),
+        "text_config": text_config(checkpoint, vocabulary),
     }
 
 
-def vision_config_of(checkpoint):
+def vision_config(checkpoint):
     vision = checkpoint.shapes["vision"]
     activation = {ours: published for published, ours in huggingface.ACTIVATION.items()}[
         vision.get("activation", "gelu_tanh")
     ]
     head = (
         {}
-        if eye_kind(vision) == "clip_vision_model"
+        if vision_type(vision) == "clip_vision_model"
         else {"vision_use_head": any(name.startswith("head.") for name in checkpoint.unused_vision_tensors)}
     )
     return {
-        "model_type": eye_kind(vision),
+        "model_type": vision_type(vision),
         "hidden_size": vision["width"],
         "intermediate_size": vision["ffn"],
         "num_hidden_layers": vision["layers"],
@@ -299,7 +299,7 @@ def vision_config_of(checkpoint):
     }
 
 
-def text_config_of(checkpoint, vocabulary):
+def text_config(checkpoint, vocabulary):
     brain = checkpoint.shapes["decoder"]
     window, layers = brain.get("window"), brain["layers"]
     kind = "ministral" if isinstance(window, list) else "llama" if window is None else "mistral"
@@ -340,7 +340,7 @@ def text_config_of(checkpoint, vocabulary):
     }
 
 
-def preprocessor_of(policy):
+def preprocessor_config(policy):
     tile, fit = policy["tile"], policy["fit"]
     kind = {"pad": "LlavaImageProcessor", "anyres": "LlavaNextImageProcessor"}.get(
         fit, "CLIPImageProcessor"
@@ -368,8 +368,8 @@ def preprocessor_of(policy):
     }
 
 
-def processor_of(checkpoint):
-    clip = eye_kind(checkpoint.shapes["vision"]) == "clip_vision_model"
+def processor_config(checkpoint):
+    clip = vision_type(checkpoint.shapes["vision"]) == "clip_vision_model"
     return {
         "processor_class": "LlavaNextProcessor"
         if checkpoint.image_config["fit"] == "anyres"
@@ -381,7 +381,7 @@ def processor_of(checkpoint):
     }
 
 
-def generation_of(checkpoint, image_id):
+def generation_config(checkpoint, image_id):
     special, end = (
         checkpoint.tokenizer.special,
         chat_template.end_token_id(checkpoint.tokenizer, checkpoint.chat_template),
@@ -395,7 +395,7 @@ def generation_of(checkpoint, image_id):
     }
 
 
-def tokenizer_of(checkpoint, image_id):
+def tokenizer_config(checkpoint, image_id):
     """add_bos_token: what llama.cpp's converter asks whether a start token goes before a prompt; the template writes it."""
     form, special = chat_template.TEMPLATES[checkpoint.chat_template], checkpoint.tokenizer.special
     flags = {
@@ -419,7 +419,7 @@ def tokenizer_of(checkpoint, image_id):
         "eos_token": form["end"],
         "pad_token": "<pad>" if "<pad>" in special else form["end"],
         "clean_up_tokenization_spaces": False,
-        "processor_class": processor_of(checkpoint)["processor_class"],
+        "processor_class": processor_config(checkpoint)["processor_class"],
         **added,
     }
 
@@ -435,7 +435,7 @@ def save_tokenizer(checkpoint, folder):
         )
 
 
-SAID = """\
+JINJA_MACROS = """\
 {%- macro said(content) %}{% if content is string %}{{ content }}{% else %}
 {%- for part in content if part['type'] == 'image' %}{{ '<image>\\n' }}{% endfor %}
 {%- for part in content if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}{% endif %}{% endmacro %}
@@ -443,7 +443,7 @@ SAID = """\
 {%- set state = namespace(last=0, system='', gap=«start_user») %}
 {%- for message in messages if message['role'] == 'user' %}{%- set state.last = loop.index0 %}{%- endfor %}
 """
-TURNS = """\
+JINJA_TURNS = """\
 {{- «start» }}
 {%- for message in messages %}
 {%- if message['role'] == 'user' %}
@@ -459,8 +459,8 @@ TURNS = """\
 {%- endif %}
 {%- endfor %}
 """
-DEFAULT = "{%- if messages[0]['role'] != 'system' %}{{- «default» }}{%- set state.gap = «after_user» %}{%- endif %}\n"
-SEAMS = [
+JINJA_DEFAULT = "{%- if messages[0]['role'] != 'system' %}{{- «default» }}{%- set state.gap = «after_user» %}{%- endif %}\n"
+BOUNDARIES = [
     ("start", "system"),
     ("system", "said"),
     ("start", "user"),
@@ -470,7 +470,7 @@ SEAMS = [
 ]
 
 
-def jinja_of(template, tokenizer):
+def jinja_template(template, tokenizer):
     """A template of chat.py in Jinja. What a message says is a text, or parts of which the pictures come first, each on a line, as sample.py asks."""
     form = chat_template.TEMPLATES[template]
     (system, after), (user, opening), (answer, tail) = (
@@ -487,13 +487,13 @@ def jinja_of(template, tokenizer):
         tail=tail,
         end=end,
     )
-    slots = {name: with_spaces(part, tokenizer, form) for name, part in parts.items()}
+    slots = {name: insert_spaces(part, tokenizer, form) for name, part in parts.items()}
     slots |= {
-        f"{left}_{right}": gap(parts[left], parts.get(right, ""), tokenizer, form)
-        for left, right in SEAMS
+        f"{left}_{right}": needs_space(parts[left], parts.get(right, ""), tokenizer, form)
+        for left, right in BOUNDARIES
     }
     slots |= dict(
-        opening_answer=answer_gap(opening, tokenizer, form),
+        opening_answer=answer_needs_space(opening, tokenizer, form),
         bare=" " if tokenizer.front == "missing" else "<image>",
         inside=bool(inside),
         first=inside == "first",
@@ -501,18 +501,18 @@ def jinja_of(template, tokenizer):
     heard, told = {"all": ("|trim", "|trim"), "answer": ("", ".rstrip(' ')")}.get(
         form.get("trim"), ("", "")
     )  # as chat.trimmed
-    source = SAID + TURNS.replace("|heard", heard).replace("|told", told)
+    source = JINJA_MACROS + JINJA_TURNS.replace("|heard", heard).replace("|told", told)
     if "default" in form:
         source = source.replace(
-            "{%- for message in messages %}\n", DEFAULT + "{%- for message in messages %}\n"
+            "{%- for message in messages %}\n", JINJA_DEFAULT + "{%- for message in messages %}\n"
         )
-        slots["default"] = with_spaces(
+        slots["default"] = insert_spaces(
             start + system + form["default"] + after, tokenizer, form
         ).removeprefix(start)
     return re.sub("«(\\w+)»", lambda slot: json.dumps(slots[slot[1]], ensure_ascii=False), source)
 
 
-def gap(left, right, tokenizer, form):
+def needs_space(left, right, tokenizer, form):
     """Whether a space stands between `left`, which a template writes, and the text `right`: after a special token, SentencePiece's, which some
     tokenizers leave to the template (chat.space_before)."""
     name = max((name for name in tokenizer.special if left.endswith(name)), key=len, default=None)
@@ -521,17 +521,17 @@ def gap(left, right, tokenizer, form):
     return chat_template.prepend_space([tokenizer.special[name]], False, tokenizer, form) is True
 
 
-def with_spaces(text, tokenizer, form):
+def insert_spaces(text, tokenizer, form):
     """What a template writes, with a space in every gap."""
     names = "|".join(map(re.escape, sorted(tokenizer.special, key=len, reverse=True)))
     pieces = [piece for piece in re.split(f"({names})", text) if piece]
     return "".join(
-        " " * gap(left, right, tokenizer, form) + right
+        " " * needs_space(left, right, tokenizer, form) + right
         for left, right in zip(["", *pieces], pieces, strict=False)
     )
 
 
-def answer_gap(opening, tokenizer, form):
+def answer_needs_space(opening, tokenizer, form):
     """The same before an answer, which transformers reads in one text with the words before it, if no special token comes between: a tokenizer that
     puts a space before every text puts none there."""
     space = chat_template.prepend_space(

@@ -69,7 +69,7 @@ def outputs_of_model(checkpoint):
     tiles_NCYX, ids_BT, positions_BT = example_input(checkpoint.image_config, checkpoint.shapes)
     vlm, features = checkpoint.model, []
     hook = vlm.projector.register_forward_pre_hook(lambda _, inputs: features.append(inputs[0]))
-    vlm.see(tiles_NCYX)
+    vlm.encode_images(tiles_NCYX)
     hook.remove()
     return features[0], vlm.decoder.head(
         vlm.decoder(vlm.embed(ids_BT, tiles_NCYX[:0]), positions_BT)

@@ -109,7 +109,7 @@ def collate_images(pictures, policy, pin=False):
             )
         )
         before += len(tiles_nCYX)
-    return {"tiles_NCYX": tiles_NCYX, "places": torch.from_numpy(np.concatenate(read))}
+    return {"tiles_NCYX": tiles_NCYX, "image_feature_index": torch.from_numpy(np.concatenate(read))}
 
 
 def collate(samples, rows, pin=False):

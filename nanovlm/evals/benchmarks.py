@@ -11,23 +11,23 @@ from typing import NamedTuple
 from .. import UserError
 from ..data.chat_template import CAPTION_PROMPT, LETTER_PROMPT, SHORT_PROMPT
 from ..data.image_refs import one_line
-from ..preprocess.records import LETTERS, field
+from ..preprocess.records import LETTERS, first_field
 from . import metrics
 from .formats import (
-    ai2d,
-    anybodys,
-    by_file,
-    coco,
-    document,
-    listed,
-    mathvista,
-    mme,
-    mmmu,
-    mmstar,
-    picture,
-    realworldqa,
-    sheets,
-    vqav2,
+    parse_ai2d,
+    parse_user_questions,
+    parse_split_files,
+    parse_coco,
+    read_document,
+    parse_records,
+    parse_mathvista,
+    parse_mme,
+    parse_mmmu,
+    parse_mmstar,
+    find_image,
+    parse_realworldqa,
+    find_question_files,
+    parse_vqav2,
 )
 
 WORD_PROMPT = (
@@ -47,7 +47,7 @@ class Benchmark(NamedTuple):
     score: str  # its name in scores.py
     prompt: str = ""  # stands after the question
     files: tuple = ("*.jsonl", "*.json")  # of a folder or a zip: the first pattern that matches any
-    layout: Callable = listed
+    layout: Callable = parse_records
     notes: tuple = ()  # likewise of the annotations, if they are apart
     id: str = "id"  # "": questions are counted
     image: str = "image"
@@ -66,15 +66,15 @@ class Benchmark(NamedTuple):
 
 
 BENCHMARKS = {
-    "exact": Benchmark("exact", layout=anybodys, mine=True),
-    "contains": Benchmark("contains", layout=anybodys, mine=True),
-    "vqa": Benchmark("vqa", SHORT_PROMPT, layout=anybodys, mine=True),
-    "letters": Benchmark("letters", LETTER_PROMPT, layout=anybodys, mine=True),
-    "captions": Benchmark("captions", layout=anybodys, mine=True),
+    "exact": Benchmark("exact", layout=parse_user_questions, mine=True),
+    "contains": Benchmark("contains", layout=parse_user_questions, mine=True),
+    "vqa": Benchmark("vqa", SHORT_PROMPT, layout=parse_user_questions, mine=True),
+    "letters": Benchmark("letters", LETTER_PROMPT, layout=parse_user_questions, mine=True),
+    "captions": Benchmark("captions", layout=parse_user_questions, mine=True),
     "coco": Benchmark(
         "captions",
         files=("dataset_coco.json", "coco_karpathy_test.json", "captions_val2014.json"),
-        layout=coco,
+        layout=parse_coco,
         notes=("captions_val2014.json",),
         forms=("val2014/{name}", "{name}"),
         mine=True,
@@ -84,7 +84,7 @@ BENCHMARKS = {
         "vqa",
         SHORT_PROMPT,
         ("*val2014_questions.json", "*test2015_questions.json"),
-        vqav2,
+        parse_vqav2,
         ("*val2014_annotations.json",),
         id="question_id",
         forms=("val2014/{}", "test2015/{}", "{}"),
@@ -104,7 +104,7 @@ BENCHMARKS = {
         "relaxed",
         SHORT_PROMPT,
         ("test_*.json",),
-        by_file,
+        parse_split_files,
         image="imgname",
         forms=("png/{}", "{}"),
         question="query",
@@ -130,18 +130,18 @@ BENCHMARKS = {
         submission=("questionId", "answer"),
     ),
     "ai2d": Benchmark(
-        "letters", LETTER_PROMPT, ("questions/*.json",), ai2d, ("ai2d_test_ids.csv",)
+        "letters", LETTER_PROMPT, ("questions/*.json",), parse_ai2d, ("ai2d_test_ids.csv",)
     ),
     "mmmu": Benchmark(
         "mmmu",
         LETTER_PROMPT,
         ("validation-*.parquet", "test-*.parquet"),
-        mmmu,
+        parse_mmmu,
         secret=("?",),
         openly=SHORT_PROMPT,
     ),
     "mmstar": Benchmark(
-        "letters", LETTER_PROMPT, ("mmstar.parquet",), mmstar, id="index", kind="category"
+        "letters", LETTER_PROMPT, ("mmstar.parquet",), parse_mmstar, id="index", kind="category"
     ),
     "ocrbench": Benchmark(
         "ocrbench",
@@ -156,16 +156,16 @@ BENCHMARKS = {
         "yesno",
         SHORT_PROMPT,
         ("coco_pope_*.json",),
-        by_file,
+        parse_split_files,
         forms=("val2014/{}", "{}"),
         question="text",
         answers="label",
     ),
-    "mme": Benchmark("mme", SHORT_PROMPT, ("MME_Benchmark/*.txt", "*.txt"), mme),
+    "mme": Benchmark("mme", SHORT_PROMPT, ("MME_Benchmark/*.txt", "*.txt"), parse_mme),
     "mathvista": Benchmark(
         "mathvista",
         files=("testmini*.parquet", "*testmini.json"),
-        layout=mathvista,
+        layout=parse_mathvista,
         id="pid",
         image="decoded_image image",
         forms=("{}", "{name}"),
@@ -176,7 +176,7 @@ BENCHMARKS = {
     "realworldqa": Benchmark(
         "letters",
         files=("annotations.json*", "test-*.parquet"),
-        layout=realworldqa,
+        layout=parse_realworldqa,
         id="",
         forms=("images/{}", "{}"),
         spoken=True,
@@ -198,13 +198,13 @@ def load_questions(name, questions, annotations="", images="", prompt=""):
         raise UserError(
             f"--annotations={annotations}: of {name}, the answers are with the questions"
         )
-    notes, *more = map(document, sheets(annotations, benchmark.notes)) if annotations else [None]
+    notes, *more = map(read_document, find_question_files(annotations, benchmark.notes)) if annotations else [None]
     if more:
         raise UserError(
             f"--annotations={annotations} are {1 + len(more)} files: name the one that goes with the questions"
         )
     rows, seen, paths = [], {}, 0
-    for sheet in sheets(questions, benchmark.files):
+    for sheet in find_question_files(questions, benchmark.files):
         for number, record in enumerate(read_benchmark(name, sheet, notes, annotations), 1):
             where = f"{sheet.name}, question {number}"
             row = make_question(benchmark, record, len(rows), prompt, where)
@@ -215,7 +215,7 @@ def load_questions(name, questions, annotations="", images="", prompt=""):
                 row
                 | {
                     "image": [
-                        picture(value, benchmark.forms, sheet, images, where)
+                        find_image(value, benchmark.forms, sheet, images, where)
                         for value in row["image"]
                     ]
                 }
@@ -243,7 +243,7 @@ def find_benchmark(name):
 def read_benchmark(name, sheet, notes, annotations):
     """Of a file, in the benchmark's layout; UserError if it is in no such."""
     try:
-        yield from BENCHMARKS[name].layout(document(sheet), sheet, notes)
+        yield from BENCHMARKS[name].layout(read_document(sheet), sheet, notes)
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         files = f"{sheet.name} and {annotations} are" if annotations else f"{sheet.name} is"
         raise UserError(
@@ -256,7 +256,7 @@ def make_question(benchmark, record, count, prompt, where):
     if not isinstance(record, dict):
         raise UserError(f"{where} is not an object: {record!r:.80}")
     told = {
-        part: field(record, *getattr(benchmark, part).split())
+        part: first_field(record, *getattr(benchmark, part).split())
         for part in ("id", "image", "question", "answers", "kind")
     }
     whole = prompt if benchmark.mine else ""
@@ -304,7 +304,7 @@ def make_question(benchmark, record, count, prompt, where):
             f"{where}: {text.count('<image>')} <image> in its text but {len(image)} pictures"
         )
     text = text if "<image>" in text else "<image>\n" * len(image) + text
-    more = {names.split()[0]: field(record, *names.split()) for names in benchmark.keep}
+    more = {names.split()[0]: first_field(record, *names.split()) for names in benchmark.keep}
     row = {
         "id": told["id"],
         "kind": str(kind),

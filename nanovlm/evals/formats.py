@@ -21,7 +21,7 @@ from ..preprocess import readers
 from ..preprocess.records import LETTERS
 
 
-class Sheet(NamedTuple):
+class QuestionFile(NamedTuple):
     """A file of questions, by its path in a folder or in a zip."""
 
     root: str
@@ -37,10 +37,10 @@ class Sheet(NamedTuple):
 
     def beside(self, path):
         """The sheet at a path that is told from this one's folder."""
-        return Sheet(self.root, os.path.normpath(os.path.join(os.path.dirname(self.path), path)))
+        return QuestionFile(self.root, os.path.normpath(os.path.join(os.path.dirname(self.path), path)))
 
 
-def sheets(path, patterns):
+def find_question_files(path, patterns):
     """The files that `path` is or holds: a file, a folder, a zip, a part of a zip (all.zip/val.json) or a pattern (MMMU/*/test-*.parquet).
 
     Of a folder and a zip, all that match the first of `patterns` that matches any.
@@ -57,7 +57,7 @@ def sheets(path, patterns):
     )
     if pack:
         within = path[len(pack) + 1 :]
-        names = members(pack, within)
+        names = list_zip(pack, within)
         patterns = ["*"] if names == [within] else patterns
     elif os.path.isdir(path):
         names = [
@@ -73,16 +73,16 @@ def sheets(path, patterns):
         )
         if not found:
             raise UserError(f"no such file: {path}")
-        return [Sheet(*os.path.split(file)) for file in found]
+        return [QuestionFile(*os.path.split(file)) for file in found]
     for pattern in patterns:
         if found := sorted(
             name for name in names if fnmatch.fnmatchcase(f"/{name}", f"*/{pattern}")
         ):
-            return [Sheet(pack or path, name) for name in found]
+            return [QuestionFile(pack or path, name) for name in found]
     raise UserError(f"{path} holds no {' and no '.join(patterns)}")
 
 
-def members(pack, within):
+def list_zip(pack, within):
     """The files of a zip that lie in a folder of it, or the one of that name."""
     try:
         names = archive(pack, os.getpid()).namelist()
@@ -96,7 +96,7 @@ def members(pack, within):
     )
 
 
-def document(sheet):
+def read_document(sheet):
     """What a file says: the rows of a parquet, a text, or what JSON or the lines of it hold."""
     if sheet.path.endswith(".parquet"):
         if sheet.zipped:
@@ -108,10 +108,10 @@ def document(sheet):
         text = load(Member(*sheet) if sheet.zipped else File(sheet.name))[0].decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{sheet.name} is not text in UTF-8: {error}") from None
-    return text if sheet.path.endswith((".txt", ".csv")) else parse(text, sheet.name)
+    return text if sheet.path.endswith((".txt", ".csv")) else parse_json(text, sheet.name)
 
 
-def parse(text, name):
+def parse_json(text, name):
     """A JSON list or object, or the list that JSON lines are."""
     try:
         whole = readers.parse(text)
@@ -132,7 +132,7 @@ def parse(text, name):
     return records
 
 
-def picture(value, forms, sheet, images, where):
+def find_image(value, forms, sheet, images, where):
     """A ref to a picture that came along, or that is named: looked for under each form of its path, in `images`, else beside its question or
     from where the questions were found."""
     if isinstance(value, Bytes | File | Member):
@@ -166,11 +166,11 @@ def picture(value, forms, sheet, images, where):
 # ---- layouts: what a file says, the sheet, and the annotations if they are apart, as records ----
 
 
-def listed(said, sheet, notes):
+def parse_records(said, sheet, notes):
     return said.get("data", [said]) if isinstance(said, dict) else said
 
 
-FIELDS = (
+USER_FIELDS = (
     "id",
     "image",
     "question",
@@ -181,12 +181,12 @@ FIELDS = (
 )  # of anybody's questions
 
 
-def anybodys(said, sheet, notes):
+def parse_user_questions(said, sheet, notes):
     """Records as they are, or in LLaVA's format, of which the first turn is the question, the reply to it the answer, and a label the kind.
 
     The former have no other FIELDS: a question whose picture is called `img` would be asked without it.
     """
-    for number, record in enumerate(listed(said, sheet, notes), 1):
+    for number, record in enumerate(parse_records(said, sheet, notes), 1):
         match record:
             case {
                 "conversations": [
@@ -205,15 +205,15 @@ def anybodys(said, sheet, notes):
                 raise UserError(
                     f"{sheet.name}, question {number}: its first two turns are no question and answer"
                 )
-            case dict() if unknown := [name for name in record if name not in FIELDS]:
+            case dict() if unknown := [name for name in record if name not in USER_FIELDS]:
                 raise UserError(
-                    f"{sheet.name}, question {number}: nobody reads its {', '.join(unknown)}; known are {', '.join(FIELDS)}"
+                    f"{sheet.name}, question {number}: nobody reads its {', '.join(unknown)}; known are {', '.join(USER_FIELDS)}"
                 )
             case _:
                 yield record
 
 
-def coco(said, sheet, notes):
+def parse_coco(said, sheet, notes):
     """Karpathy's split, of which the test images count, its test set as BLIP cut it out (a list), or COCO's own captions, which are also what
     --annotations may be."""
     captions = defaultdict(list)
@@ -251,7 +251,7 @@ def coco(said, sheet, notes):
         )
 
 
-def vqav2(said, sheet, notes):
+def parse_vqav2(said, sheet, notes):
     """The picture's name follows from the set's, but test-dev2015 is a part of test2015."""
     split = said["data_subtype"].replace("-dev", "")
     golds = (
@@ -275,16 +275,16 @@ def vqav2(said, sheet, notes):
         }
 
 
-def by_file(said, sheet, notes):
+def parse_split_files(said, sheet, notes):
     """The kind is the last word of the file's name; ids begin anew in each."""
     kind = Path(sheet.path).stem.rpartition("_")[2]
     return [
         {**record, "kind": kind, "id": f"{kind}/{record.get('question_id', number)}"}
-        for number, record in enumerate(listed(said, sheet, notes))
+        for number, record in enumerate(parse_records(said, sheet, notes))
     ]
 
 
-def ai2d(said, sheet, notes):
+def parse_ai2d(said, sheet, notes):
     """A file for each diagram, of which the annotations list the test's. Some questions ask of letters in the places of the labels."""
     if notes is None:
         raise UserError(
@@ -292,12 +292,12 @@ def ai2d(said, sheet, notes):
         )
     if said["imageName"].split(".")[0] not in notes.split():
         return
-    plain = picture(said["imageName"], ("../images/{}",), sheet, "", sheet.name)
+    plain = find_image(said["imageName"], ("../images/{}",), sheet, "", sheet.name)
     letters = None
     for asked, told in said["questions"].items():
         if told["abcLabel"] and not letters:
-            letters = lettered(
-                plain, document(sheet.beside(f"../annotations/{said['imageName']}.json"))
+            letters = draw_letters(
+                plain, read_document(sheet.beside(f"../annotations/{said['imageName']}.json"))
             )
         yield {
             "id": told["questionId"],
@@ -308,7 +308,7 @@ def ai2d(said, sheet, notes):
         }
 
 
-def lettered(ref, labels):
+def draw_letters(ref, labels):
     """A picture of AI2D with each label covered by its letter, as a PNG."""
     content, name = load(ref)
     drawn, _ = image_files.read(content, name)
@@ -328,10 +328,10 @@ def lettered(ref, labels):
     return Bytes(f"{name}, lettered", png.getvalue())
 
 
-def mmmu(said, sheet, notes):
+def parse_mmmu(said, sheet, notes):
     """Up to seven pictures, each in the place of its <image 2>; a list of choices or of answers is written as Python's; the id tells the subject."""
     for record in said:
-        choices, answer = spelled(record["options"]), record["answer"]
+        choices, answer = parse_python_list(record["options"]), record["answer"]
         if choices is None:
             raise ValueError(f"options are no list of texts: {record['options']!r:.80}")
         marks = re.findall(r"<image (\d)>", "\n".join([record["question"], *choices]))
@@ -349,11 +349,11 @@ def mmmu(said, sheet, notes):
             "choices": choices,
             "image": [record[f"image_{number}"] for number in (*first, *marks)],
             "kind": re.sub(r"^[a-z]+_|_\d+$", "", record["id"]),
-            "answers": spelled(answer) or answer,
+            "answers": parse_python_list(answer) or answer,
         }
 
 
-def spelled(text):
+def parse_python_list(text):
     """The list of texts that is written in Python; None for something else, such as "[0, 5)"."""
     try:
         texts = ast.literal_eval(text)
@@ -370,7 +370,7 @@ def spelled(text):
     )
 
 
-def mmstar(said, sheet, notes):
+def parse_mmstar(said, sheet, notes):
     """Its choices stand behind the question, as "Options: A: one, B: two" or on a line each, "(A) one", under "Choices:".
 
     The record is kept as it stands if they are not the last that it says, for which the line tells where the last ends.
@@ -382,22 +382,22 @@ def mmstar(said, sheet, notes):
             "".join(options).strip(),
             re.DOTALL,
         )
-        choices = [] if pairs and "\n" in pairs[-1][1] else in_order(pairs, record["answer"])
+        choices = [] if pairs and "\n" in pairs[-1][1] else ordered_choices(pairs, record["answer"])
         yield {**record, "question": asked, "choices": choices} if choices else record
 
 
-def realworldqa(said, sheet, notes):
+def parse_realworldqa(said, sheet, notes):
     """Most questions have choices, a line each; all end with how to answer."""
-    for record in listed(said, sheet, notes):
+    for record in parse_records(said, sheet, notes):
         yield {
             **record,
-            "choices": in_order(
+            "choices": ordered_choices(
                 re.findall(r"^([A-Z])\. (.*)", record["question"], re.MULTILINE), record["answer"]
             ),
         }
 
 
-def in_order(lettered, answer):
+def ordered_choices(lettered, answer):
     """The texts of (letter, text) pairs; none unless the letters are A, B, C, ... and the answer is one of them."""
     letters = "".join(letter for letter, _ in lettered)
     return (
@@ -407,13 +407,13 @@ def in_order(lettered, answer):
     )
 
 
-def mme(said, sheet, notes):
+def parse_mme(said, sheet, notes):
     """A text for each picture, a question and its answer on a line; the picture lies beside it, or in the next folder."""
     folder, stem = (
         os.path.dirname(sheet.name).removesuffix("/questions_answers_YN"),
         Path(sheet.path).stem,
     )
-    ref = picture(
+    ref = find_image(
         stem,
         [form.format(f"{{}}.{end}") for form in ("{}", "../images/{}") for end in ("jpg", "png")],
         sheet,
@@ -450,17 +450,17 @@ HINTS = {  # MathVista's build_query.py, by the kind of answer and how many plac
 }
 
 
-def mathvista(said, sheet, notes):
+def parse_mathvista(said, sheet, notes):
     """The kind is the task. In the JSON edition the query is still to be made."""
     for record in said.values() if isinstance(said, dict) else said:
         yield {
             **record,
-            "query": record.get("query") or query(record),
+            "query": record.get("query") or mathvista_query(record),
             "kind": record["metadata"]["task"],
         }
 
 
-def query(record):
+def mathvista_query(record):
     """What MathVista asks: a hint of how to answer, the question and its choices."""
     hint = HINTS[
         record["answer_type"], record["precision"] if record["answer_type"] == "float" else None

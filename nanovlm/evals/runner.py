@@ -25,6 +25,7 @@ from PIL import Image
 
 from .. import IMAGE_TOKEN_ID, UserError, distributed, files
 from ..data import chat_template, dataset, image_files, image_processing, image_refs, packing
+from ..inference.generate import generate
 from . import benchmarks, metrics, report
 
 MAX_SEQUENCE = (
@@ -95,7 +96,7 @@ def generate_answers(checkpoint, asked, *, blank=False, mixed=None, **choices):
         seen["tiles_NCYX"].fill_(128)
     together, said = distributed.is_sharded(model), [[] for _ in asked]
     with mixed or contextlib.nullcontext(), distributed.unsharded(model):
-        for step in model.generate(prompts, **seen, stop=set() if together else {end}, **choices):
+        for step in generate(model, prompts, **seen, stop=set() if together else {end}, **choices):
             for ids, i in zip(said, step, strict=True):
                 ids += [i] if not ids or ids[-1] != end else []
             if (

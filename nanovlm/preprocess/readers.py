@@ -26,7 +26,7 @@ from .. import UserError, cli
 from ..data.dataset import check_sample_name
 from ..data.image_refs import Bytes, Span, archive, find, load, one_line, printable
 from . import records
-from .records import UNKNOWN
+from .records import UNKNOWN_KIND
 
 PICTURES = (
     "jpg",
@@ -155,10 +155,10 @@ def check_first(raws):
     begin = list(itertools.islice(raws(), 10))
     if not begin:
         raise UserError(f"{raws.args[0]} holds no samples")
-    first = next((raw for raw in begin if not raw.fault or raw.fault[0] == UNKNOWN), begin[0])
+    first = next((raw for raw in begin if not raw.fault or raw.fault[0] == UNKNOWN_KIND), begin[0])
     if first.fault:
         raise UserError(first.fault[1], first.fault[0])
-    records.kind_of(first.record, first.where)
+    records.require_kind(first.record, first.where)
 
 
 def parse(text):
@@ -186,7 +186,7 @@ def made(where, record, name, pictures=(), folder=None):
             f"{where} has more than {MAX_DEPTH} lists and objects in one another",
         )
     if not isinstance(record, dict):
-        return fault(where, name, UNKNOWN, f"{where} is no object: {record!r:.200}")
+        return fault(where, name, UNKNOWN_KIND, f"{where} is no object: {record!r:.200}")
     return Raw(where, record, list(pictures), None, name, folder)
 
 
@@ -360,7 +360,7 @@ def tar_group(file, key, members):
 def tar_text(where, key, texts, pictures):
     """The record that a json or a txt among the members is; a json that is none (notes about the picture) gives way to the txt beside it."""
     if not texts:
-        return fault(where, key, UNKNOWN, f"{where} has neither a json nor a txt among its members")
+        return fault(where, key, UNKNOWN_KIND, f"{where} has neither a json nor a txt among its members")
     if large := next((span for span in texts.values() if span.size > MAX_TEXT), None):
         return fault(
             where,
@@ -370,7 +370,7 @@ def tar_text(where, key, texts, pictures):
         )
     if "json" in texts:
         told = parsed(load(texts["json"])[0], where, key, pictures=pictures)
-        if told.fault or "txt" not in texts or records.known(told.record):
+        if told.fault or "txt" not in texts or records.find_kind(told.record):
             return told
     try:
         return made(where, {"caption": load(texts["txt"])[0].decode()}, key, pictures)
@@ -402,13 +402,13 @@ def conversation(raw):
     if raw.fault:
         raise UserError(raw.fault[1], raw.fault[0])
     name, where = named(raw)
-    paths = [] if raw.pictures else records.paths(raw.record, where)
-    return name, where, records.turns(raw.record, name, len(raw.pictures or paths), where), paths
+    paths = [] if raw.pictures else records.image_paths(raw.record, where)
+    return name, where, records.record_turns(raw.record, name, len(raw.pictures or paths), where), paths
 
 
 def named(raw):
     """A sample's id, and where it is, for messages."""
-    own = records.own_id(raw.record)
+    own = records.stated_id(raw.record)
     if isinstance(own, bool) or not isinstance(own, str | int | float | None):
         raise UserError(
             f"{raw.where}: its id is neither a text nor a number: {own!r:.80}",
@@ -424,7 +424,7 @@ def named(raw):
 
 def id_of(raw):
     """The id under which a record is listed, whether it can be used or not."""
-    own = records.own_id(raw.record or {})
+    own = records.stated_id(raw.record or {})
     return printable(str(own)) if isinstance(own, str | int | float) else printable(raw.name)
 
 
@@ -439,8 +439,8 @@ def identity(raw):
         for ref in raw.pictures
     ]
     place = [
-        raw.name if records.own_id(record) is None else None,
-        raw.folder if records.field(record, "image", "images") else None,
+        raw.name if records.stated_id(record) is None else None,
+        raw.folder if records.first_field(record, "image", "images") else None,
     ]
     return hashlib.sha256(
         json.dumps([*place, raw.fault, record, shown], sort_keys=True, default=repr).encode()

@@ -33,58 +33,58 @@ CAPTION_PROMPTS = (
     "Create a compact narrative representing the image presented.",
 )
 LETTERS = string.ascii_uppercase
-UNKNOWN = "no known kind of record"
+UNKNOWN_KIND = "no known kind of record"
 
 
-def field(record, *names):
+def first_field(record, *names):
     """The first that a record has of several names for one thing."""
     return next((record[name] for name in names if record.get(name) is not None), None)
 
 
-def own_id(record):
-    return field(record, "id", "question_id")
+def stated_id(record):
+    return first_field(record, "id", "question_id")
 
 
-def known(record):
+def find_kind(record):
     """The function that makes a conversation of such a record; None if there is none."""
     return next(
         (
             kind
-            for kind, *things in KINDS
-            if all(field(record, *names) is not None for names in things)
+            for kind, *things in RECORD_KINDS
+            if all(first_field(record, *names) is not None for names in things)
         ),
         None,
     )
 
 
-def kind_of(record, where):
-    if not (kind := known(record)):
+def require_kind(record, where):
+    if not (kind := find_kind(record)):
         raise UserError(
-            f"{where} is {UNKNOWN} (of a conversation, a question with answers or choices, a caption): {record!r:.200}",
-            UNKNOWN,
+            f"{where} is {UNKNOWN_KIND} (of a conversation, a question with answers or choices, a caption): {record!r:.200}",
+            UNKNOWN_KIND,
         )
     return kind
 
 
-def turns(record, name, pictures, where):
+def record_turns(record, name, pictures, where):
     """[(role, text)] of a record, checked; name: its id; pictures: how many it has. Raises UserError."""
-    kind = kind_of(record, where)
+    kind = require_kind(record, where)
     try:
         said = kind(record, name)
     except UserError as mistake:
         raise UserError(f"{where}: {mistake}", mistake.reason) from None
-    if kind is caption and not pictures:
+    if kind is caption_question and not pictures:
         raise UserError(f"{where}: a caption, but no picture", "no picture")
     said = chat_template.read_turns(
-        {"conversations": said if kind is conversation else dialogue(said, pictures)}, where
+        {"conversations": said if kind is conversation_turns else alternate_turns(said, pictures)}, where
     )
     chat_template.check_turns(said, pictures, where)
     return said
 
 
-def paths(record, where):
+def image_paths(record, where):
     """Of the pictures that a record names."""
-    value = field(record, "image", "images") or []
+    value = first_field(record, "image", "images") or []
     listed = [value] if isinstance(value, str) else value
     if not isinstance(listed, list) or not all(isinstance(path, str) for path in listed):
         raise UserError(
@@ -94,21 +94,21 @@ def paths(record, where):
     return listed
 
 
-def dialogue(texts, pictures):
+def alternate_turns(texts, pictures):
     """What a user and an assistant say in turn; the pictures come first unless the user says where."""
     if texts and not any("<image>" in text for text in texts[::2]):
         texts = ["<image>\n" * pictures + texts[0], *texts[1:]]
     return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
 
 
-def words(value, what):
+def as_text(value, what):
     """A text, or a number as one."""
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise UserError(f"its {what} is no text: {value!r:.80}", f"{what} is no text")
     return str(value).strip()
 
 
-def chance(what, name):
+def hash_fraction(what, name):
     """A number from 0 up to 1 for a sample, another for everything that is drawn."""
     return int.from_bytes(hashlib.sha256(f"{what} {name}".encode()).digest()[:6], "little") / 2**48
 
@@ -116,14 +116,14 @@ def chance(what, name):
 # ---- kinds: what user and assistant say in turn ----
 
 
-def conversation(record, name):
+def conversation_turns(record, name):
     said = record.get("conversations") or record.get("messages") or []
-    return [one_text(turn) for turn in said] if isinstance(said, list) else said
+    return [join_parts(turn) for turn in said] if isinstance(said, list) else said
 
 
-def one_text(turn):
+def join_parts(turn):
     """A turn in parts as one text, a line for each, <image> where a picture is; as it was if it has other parts."""
-    parts = field(turn, "value", "content") if isinstance(turn, dict) else None
+    parts = first_field(turn, "value", "content") if isinstance(turn, dict) else None
     lines = []
     for part in parts if isinstance(parts, list) else [None]:
         match part:
@@ -133,22 +133,22 @@ def one_text(turn):
                 lines.append("<image>")
             case _:
                 return turn
-    return {"role": field(turn, "from", "role"), "content": "\n".join(lines)}
+    return {"role": first_field(turn, "from", "role"), "content": "\n".join(lines)}
 
 
-def pairs(record, name):
+def text_pairs(record, name):
     texts = record["texts"] if isinstance(record["texts"], list) else [record["texts"]]
     return [
-        words(pair.get(role) if isinstance(pair, dict) else None, "turn")
+        as_text(pair.get(role) if isinstance(pair, dict) else None, "turn")
         for pair in texts
         for role in ("user", "assistant")
     ]
 
 
-def choice(record, name):
-    options, right = field(record, *CHOICES), field(record, *RIGHT)
+def choice_question(record, name):
+    options, right = first_field(record, *CHOICES), first_field(record, *RIGHT)
     if options == []:
-        return answer(record, name)
+        return answer_question(record, name)
     if not isinstance(options, list) or len(options) > len(LETTERS):
         raise UserError(
             f"its choices are no list of up to {len(LETTERS)}: {options!r:.80}",
@@ -166,8 +166,8 @@ def choice(record, name):
         )
     return [
         multiple_choice(
-            words(field(record, *QUESTION), "question"),
-            [words(option, "choice") for option in options],
+            as_text(first_field(record, *QUESTION), "question"),
+            [as_text(option, "choice") for option in options],
         ),
         LETTERS[number],
     ]
@@ -183,19 +183,19 @@ def multiple_choice(question, options):
     )
 
 
-def answer(record, name):
-    asked = f"{words(field(record, *QUESTION), 'question')}\n{chat_template.SHORT_PROMPT}"
-    return [asked, drawn(field(record, *ANSWERS), field(record, *WEIGHTS), name)]
+def answer_question(record, name):
+    asked = f"{as_text(first_field(record, *QUESTION), 'question')}\n{chat_template.SHORT_PROMPT}"
+    return [asked, choose_answer(first_field(record, *ANSWERS), first_field(record, *WEIGHTS), name)]
 
 
-def caption(record, name):
+def caption_question(record, name):
     return [
-        CAPTION_PROMPTS[int(chance("prompt", name) * len(CAPTION_PROMPTS))],
-        drawn(field(record, *CAPTION), None, name),
+        CAPTION_PROMPTS[int(hash_fraction("prompt", name) * len(CAPTION_PROMPTS))],
+        choose_answer(first_field(record, *CAPTION), None, name),
     ]
 
 
-def drawn(answers, weights, name):
+def choose_answer(answers, weights, name):
     """One of several answers, the more weight the likelier, always the same for a sample; Megatron's task_encoder.py draws anew each time."""
     answers = answers if isinstance(answers, list) else [] if answers is None else [answers]
     weights = [1] * len(answers) if weights is None else weights
@@ -214,8 +214,8 @@ def drawn(answers, weights, name):
     ends = list(itertools.accumulate(weights))
     if not ends or ends[-1] < 1e-9:
         raise UserError("no answer has any weight" if ends else "it has no answer", "empty answer")
-    chosen = answers[bisect(ends, chance("answer", name) * ends[-1])]
-    return words(chosen.get("answer") if isinstance(chosen, dict) else chosen, "answer")
+    chosen = answers[bisect(ends, hash_fraction("answer", name) * ends[-1])]
+    return as_text(chosen.get("answer") if isinstance(chosen, dict) else chosen, "answer")
 
 
 QUESTION, CHOICES, RIGHT = (
@@ -228,10 +228,10 @@ ANSWERS, WEIGHTS, CAPTION = (
     ("answer_weights", "weights"),
     ("caption", "text"),
 )
-KINDS = [
-    (conversation, ("conversations", "messages")),
-    (pairs, ("texts",)),
-    (choice, QUESTION, CHOICES, RIGHT),
-    (answer, QUESTION, ANSWERS),
-    (caption, CAPTION),
+RECORD_KINDS = [
+    (conversation_turns, ("conversations", "messages")),
+    (text_pairs, ("texts",)),
+    (choice_question, QUESTION, CHOICES, RIGHT),
+    (answer_question, QUESTION, ANSWERS),
+    (caption_question, CAPTION),
 ]

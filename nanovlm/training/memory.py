@@ -6,7 +6,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from .. import IGNORE_INDEX, IMAGE_TOKEN_ID
 from ..distributed import checkpoint_activations, fsdp_units, transformer_blocks
-from ..loss import CHUNK, linear_cross_entropy
+from ..models.cross_entropy import CHUNK, linear_cross_entropy
 from .flops import assumed_sequence, step_flops
 
 
@@ -19,10 +19,10 @@ class FakeForward(torch.nn.Module):
 
     def forward(self, batch, labels):
         model, tiles = self.model, batch["tiles_NCYX"]
-        features = model.see(tiles if len(tiles) else tiles.new_empty(1, 3, model.tile, model.tile))
+        features = model.encode_images(tiles if len(tiles) else tiles.new_empty(1, 3, model.tile, model.tile))
         x_BTD = model.decoder.embed(batch["ids_BT"].clamp(min=0))
-        if "places" in batch:
-            features = features[batch["places"]]
+        if "image_feature_index" in batch:
+            features = features[batch["image_feature_index"]]
         x_BTD = x_BTD.masked_scatter(
             (batch["ids_BT"] == IMAGE_TOKEN_ID)[..., None], features.to(x_BTD.dtype)
         )

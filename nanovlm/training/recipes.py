@@ -1,9 +1,12 @@
 """The settings of a run: the stages' published values, the user's settings, and their rules."""
 
 from importlib.util import find_spec
+from pathlib import Path
 from types import SimpleNamespace
 
 from .. import UserError
+from ..cli import OLD_SETTINGS, did_you_mean
+from ..files import is_name, read_json
 
 # The values of a stage for settings that the user does not give. `decoder` and `vision` are stages
 # of the demonstration; `pretrain` (alignment: projector only) and `sft` are the recipe of
@@ -112,6 +115,15 @@ FREE_ON_RESUME = (
 )
 
 
+# What to do first if the checkpoint that a stage starts from does not exist.
+FIRST = {
+    "decoder": "`python train.py` makes the one of the demonstration",
+    "vision": "`python train.py` makes the one of the demonstration",
+    "pretrain": "`python prepare.py stitch --vision=DIR --decoder=DIR` writes out/stitched",
+    "sft": "`python train.py --stage=pretrain` writes out/pretrain",
+}
+
+
 def load_settings(given, world):
     """The settings of a run on `world` ranks: the user's, else the recipe's values for the stage.
 
@@ -119,7 +131,8 @@ def load_settings(given, world):
     """
     run = SimpleNamespace(**given)
     if run.stage not in STAGES:
-        raise UserError(f"--stage={run.stage} is not known: {', '.join(STAGES)}")
+        hint = did_you_mean(run.stage, STAGES, "--stage=")
+        raise UserError(f"--stage={run.stage} is not known: {', '.join(STAGES)}{hint}")
     if run.stage not in RECIPES.get(run.recipe, {}):
         known = "; ".join(f"{name} has {', '.join(stages)}" for name, stages in RECIPES.items())
         raise UserError(f"--recipe={run.recipe} has no --stage={run.stage}: {known}")
@@ -222,3 +235,34 @@ def check_settings(run, world, unused):
                 wrong.append(f"--{name}={values[name]} {requirement}")
     if wrong:
         raise UserError("; ".join(wrong))
+
+
+def check_inputs(run):
+    """Raise UserError, which says what to do first, if the model or the data does not exist."""
+    if not (Path(run.model).exists() or is_name(run.model)):
+        raise UserError(
+            f"no such model: {run.model}. --stage={run.stage} starts from a checkpoint: "
+            f"{FIRST[run.stage]}; or give another --model. "
+            "`python train.py` without a --stage runs the demonstration, from nothing to sft"
+        )
+    if run.data == STAGES[run.stage]["data"] and not Path(run.data).exists():
+        raise UserError(
+            f"no such data: {run.data}. To write it: python prepare.py data "
+            f"--model={run.model} --source=FILE --images=DIR --out={run.data}; or give another --data"
+        )
+
+
+def freeze_parts(model, rates):
+    """Only the parts with a learning rate get gradients."""
+    for part in PARTS:
+        getattr(model, part).requires_grad_(part in rates)
+
+
+def read_saved_settings(path):
+    """The settings in a checkpoint's training.json, by their names of today."""
+    settings = {}
+    for name, value in read_json(path, "step").items():
+        settings[OLD_SETTINGS.get(name, (name,))[0]] = value
+    if settings.get("stage") in OLD_SETTINGS:
+        settings["stage"] = OLD_SETTINGS[settings["stage"]][0]
+    return settings

@@ -1,4 +1,4 @@
-"""Validation: the loss on held-out samples with their images and with grey ones, and two answers."""
+"""Validation: the loss on held-out samples with their images and with grey ones; two answers."""
 
 import itertools
 
@@ -9,6 +9,7 @@ from .. import IGNORE_INDEX, IMAGE_TOKEN_ID
 from ..data.dataset import LENGTH
 from ..data.packing import collate, collate_images, pack_sequences
 from ..distributed import all_reduce_sum, is_sharded, unsharded
+from ..inference.generate import generate
 
 
 def pack_validation_set(samples, seq_len, limit=64):
@@ -76,7 +77,7 @@ def print_answer(checkpoint, samples, i, autocast, is_printed):
     # last bit, it could stop earlier, and the others would wait for it.
     stop = set() if is_sharded(checkpoint.model) else {end_token_id}
     with autocast, unsharded(checkpoint.model):
-        tokens = checkpoint.model.generate(
+        tokens = generate(checkpoint.model, 
             [ids_T[:start].tolist()],
             **collate_images(pictures[:images_before], samples.image_config),
             stop=stop,

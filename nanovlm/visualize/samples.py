@@ -8,7 +8,7 @@ from PIL import Image
 
 from .. import IGNORE_INDEX, IMAGE_TOKEN_ID, UserError
 from ..data import image_processing
-from ..data.dataset import LENGTH, IMAGE_COUNT
+from ..data.dataset import IMAGE_COUNT, LENGTH
 from ..data.packing import epoch_samples, pack_sequences
 
 GAP = 4  # pixels between tiles

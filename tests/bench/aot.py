@@ -26,7 +26,15 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
-from nanovlm import UserError, attention, cli, decode, kernels, loss, rmsnorm  # noqa: E402
+from nanovlm import UserError, cli  # noqa: E402
+from nanovlm.kernels import (  # noqa: E402
+    attention_backward,
+    attention_forward,
+    cross_entropy,
+    decode_attention,
+    dispatch,
+    rmsnorm,
+)
 
 SHARED = {
     (8, 0): 163 * 1024,
@@ -57,9 +65,9 @@ def launches(call, capability):
 
     with (
         mock.patch.object(JITFunction, "run", catch),
-        mock.patch.object(kernels, "capability", lambda device: capability),
-        mock.patch.object(kernels, "choice", "triton"),
-        mock.patch.object(kernels, "multiprocessors", lambda device: 132),
+        mock.patch.object(dispatch, "capability", lambda device: capability),
+        mock.patch.object(dispatch, "choice", "triton"),
+        mock.patch.object(dispatch, "num_sms", lambda device: 132),
     ):
         call()
     return found
@@ -130,14 +138,14 @@ def norm(width, x=torch.bfloat16, y=torch.bfloat16, add=True):
             torch.ones(48, width, dtype=y),
             torch.ones(width, dtype=x),
         )
-        rmsnorm.forward(given, more if add else None, weight, 1e-5, y)
-        rmsnorm.backward(more, given if add else None, given, weight, torch.ones(48), True)
+        rmsnorm.rmsnorm_forward(given, more if add else None, weight, 1e-5, y)
+        rmsnorm.rmsnorm_backward(more, given if add else None, given, weight, torch.ones(48), True)
 
     return call
 
 
 def scores(vocabulary, dtype=torch.bfloat16):
-    return lambda: loss.fused_scores(
+    return lambda: cross_entropy.fused_chunk_loss(
         torch.ones(16, vocabulary, dtype=dtype), torch.ones(16, dtype=torch.int64), True
     )
 
@@ -149,14 +157,14 @@ def heads(K, dtype=torch.bfloat16, documents=False, **rules):
         q, k = torch.ones(1, 48, 8, K, dtype=dtype), torch.ones(1, 48, 2, K, dtype=dtype)
         documents_BS = torch.ones(1, 48, dtype=torch.int32) if documents else None
         ends, window = (
-            attention.bounds(documents_BS) if documents else (None, None),
+            attention_forward.document_bounds(documents_BS) if documents else (None, None),
             rules.get("window"),
         )
         rest = *ends, rules.get("causal", True), window
-        out, lse = attention.forward(q, k, k, *rest)
-        attention.backward(out, q, k, k, out, lse, *rest)
+        out, lse = attention_forward.attention_forward(q, k, k, *rest)
+        attention_backward.attention_backward(out, q, k, k, out, lse, *rest)
         if rules.get("causal", True):
-            decode.decode(q[:, :1], k, k, documents_BS, None, window)
+            decode_attention.decode_attention(q[:, :1], k, k, documents_BS, None, window)
 
     return call
 

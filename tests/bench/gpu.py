@@ -36,10 +36,17 @@ from triton.errors import TritonError  # noqa: E402
 from triton.runtime._async_compile import active_mode  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
-from nanovlm import UserError, cli, generate, kernels, loss, rmsnorm  # noqa: E402
-from nanovlm.decoder import Decoder  # noqa: E402
+from nanovlm import UserError, cli  # noqa: E402
 from nanovlm.evals import runner  # noqa: E402
-from nanovlm.model import VLM  # noqa: E402
+from nanovlm.inference.generate import generate  # noqa: E402
+from nanovlm.inference.optimize import optimize  # noqa: E402
+from nanovlm.kernels import cross_entropy as cross_entropy_kernel  # noqa: E402
+from nanovlm.kernels import dispatch  # noqa: E402
+from nanovlm.kernels import rmsnorm as rmsnorm_kernel  # noqa: E402
+from nanovlm.models.cross_entropy import linear_cross_entropy  # noqa: E402
+from nanovlm.models.decoder import Decoder  # noqa: E402
+from nanovlm.models.rmsnorm import add_rmsnorm, rmsnorm  # noqa: E402
+from nanovlm.models.vlm import VLM  # noqa: E402
 
 WARM = 3  # rounds before those that count
 HEAD_START = (
@@ -66,7 +73,7 @@ BLIND = dict(tile=2, patch=1, width=4, layers=1, heads=1, ffn=1)  # nothing is l
 
 
 def form(choice):
-    return mock.patch.object(kernels, "choice", choice)
+    return mock.patch.object(dispatch, "choice", choice)
 
 
 @contextlib.contextmanager
@@ -157,11 +164,9 @@ def check_norms(run):
     ):
         x, y = run.random(*shape), run.random(shape[1], shape[0], shape[2]).transpose(0, 1)
         weight = run.random(shape[2])
-        run.hold(f"RMSNorm {shape}", lambda x, w: rmsnorm.rmsnorm(x, w, 1e-5), (x, weight))
+        run.hold(f"RMSNorm {shape}", lambda x, w: rmsnorm(x, w, 1e-5), (x, weight))
         run.hold(
-            f"RMSNorm of a sum {shape}",
-            lambda x, y, w: rmsnorm.add_rmsnorm(x, y, w, 1e-5),
-            (x, y, weight),
+            f"RMSNorm of a sum {shape}", lambda x, y, w: add_rmsnorm(x, y, w, 1e-5), (x, y, weight)
         )
 
 
@@ -170,7 +175,7 @@ def check_loss(run):
         targets_N = torch.randint(V, (N,), device=run.device)
         run.hold(
             f"loss of {N} tokens, {V} words",
-            loss.linear_cross_entropy,
+            linear_cross_entropy,
             (run.random(N, D), run.random(V, D) / D**0.5, targets_N),
         )
 
@@ -387,8 +392,8 @@ def time_loss(run):
             for _ in range(2)
         ]
         contestants = {
-            "ours": trainer(loss.linear_cross_entropy, inputs),
-            "chunked PyTorch": trainer(loss.linear_cross_entropy, inputs, "torch"),
+            "ours": trainer(linear_cross_entropy, inputs),
+            "chunked PyTorch": trainer(linear_cross_entropy, inputs, "torch"),
             "full logits": trainer(full_logits, inputs),
             "Liger": trainer(liger_loss, inputs),
         }
@@ -456,12 +461,12 @@ def time_decode(run):
         if name != "embed.weight"
     )
     cached = 2 * MISTRAL["layers"] * (1024 + 96) * MISTRAL["kv_heads"] * MISTRAL["head_size"] * 2
-    generate.ready(model)
+    optimize(model)
 
     def ours(ids, count):
         return [
             time.perf_counter()
-            for _ in model.generate([ids], torch.zeros(0), stop=set(), max_tokens=count)
+            for _ in generate(model, [ids], torch.zeros(0), stop=set(), max_tokens=count)
         ]
 
     speakers, gaps = {"ours": ours}, {}
@@ -534,14 +539,11 @@ def tune_norms(run):
         )
 
     fit(
-        rmsnorm,
+        rmsnorm_kernel,
         call,
         itertools.product((16, 32, 64), (16, 32, 64), (512, 768, 1024, 1536), (1, 2, 3)),
         run,
-        (
-            lambda x, y, w: rmsnorm.add_rmsnorm(x, y, w, 1e-5),
-            (rows[0][:512], rows[1][:512], weight),
-        ),
+        (lambda x, y, w: add_rmsnorm(x, y, w, 1e-5), (rows[0][:512], rows[1][:512], weight)),
     )
 
 
@@ -549,11 +551,11 @@ def tune_loss(run):
     V, N, D = 131072, 256, 64
     logits_nV, targets_n = run.random(4096, V), torch.randint(V, (4096,), device=run.device)
     fit(
-        loss,
-        lambda i: loss.fused_scores(logits_nV, targets_n, True),
+        cross_entropy_kernel,
+        lambda i: cross_entropy_kernel.fused_chunk_loss(logits_nV, targets_n, True),
         itertools.product((8192, 16384, 32768, 65536), (8, 16, 32), (1, 2, 3)),
         run,
-        (loss.linear_cross_entropy, (run.random(N, D), run.random(V, D) / D**0.5, targets_n[:N])),
+        (linear_cross_entropy, (run.random(N, D), run.random(V, D) / D**0.5, targets_n[:N])),
     )
 
 
@@ -595,7 +597,7 @@ def fastest(what, table, key, candidates, call, check):
 
 
 def fit(module, call, candidates, run, check):
-    capability = kernels.capability(run.device)
+    capability = dispatch.capability(run.device)
     if capability not in module.TABLE:
         raise UserError(
             f"{module.__name__}.TABLE has no line for {capability}, only for {', '.join(map(str, module.TABLE))}"
@@ -640,7 +642,7 @@ def bench(run, parts, out):
         "card": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "triton": triton.__version__,
-        "nanovlm": runner.package_versions()["nanovlm"],
+        "nanovlm": runner.versions()["nanovlm"],
         "wrong": wrong,
         "rates": run.rates,
         "rows": [],

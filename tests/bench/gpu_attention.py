@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from nanovlm import attention, decode, kernels
+from nanovlm.kernels import attention_backward, attention_forward, decode_attention, dispatch
+from nanovlm.models.attention import attention, attention_mask
 
 HEADS = dict(H=32, G=8, K=128)  # Mistral 7B
 TOKENS = 16384  # in all rows together
@@ -60,7 +61,7 @@ def check(run):
             )
             run.hold(
                 f"attention {B} × {T} of {S}, heads of {K}, {names}",
-                lambda *x, rules=rules: attention.attention(*x, **rules),
+                lambda *x, rules=rules: attention(*x, **rules),
                 given,
             )
     for K, S in itertools.product(sizes, (37,) if run.dry else (1, 301, 8193)):
@@ -81,7 +82,7 @@ def check_decode(run, given, documents_BS):
     ):
         run.hold(
             f"decode over {S}, heads of {K}{what}",
-            lambda *x, rules=rules: attention.attention(*x, **rules),
+            lambda *x, rules=rules: attention(*x, **rules),
             given,
         )
 
@@ -131,7 +132,7 @@ def varlen(documents_BT):
 
 def pairs_seen(T, device, **rules):
     """How many (query, key) pairs of a row count: what is useful of the work."""
-    return int(attention.visible(T, T, device=device, **rules).sum())
+    return int(attention_mask(T, T, device=device, **rules).sum())
 
 
 def both_ways(run, what, functions, given, seconds, aims):
@@ -177,7 +178,7 @@ def time_attention(run):
         given = [tensors(run, B, T, T, **HEADS) for _ in range(3)]
         work = 4 * HEADS["H"] * HEADS["K"] * B * T * (T + 1) / 2
         functions = {
-            "ours": attention.attention,
+            "ours": attention,
             "cuDNN": cudnn,
             "FlexAttention": flex(lambda b, h, q, k: q >= k, None, T, run.device),
         }
@@ -213,7 +214,7 @@ def time_attention(run):
         ),
     ]:
         functions = {
-            "ours": lambda *x, rules=rules: attention.attention(*x, **rules),
+            "ours": lambda *x, rules=rules: attention(*x, **rules),
             "FlexAttention": flex(rule, 1, T, run.device),
         }
         functions |= {name: make(documents_BT) for name, make in more.items()}
@@ -234,7 +235,7 @@ def time_decode_attention(run):
         )  # noqa: E731
         runs = {
             name: lambda i, f=f, given=given: f(*given[i % 3])
-            for name, f in (("ours", attention.attention), ("SDPA", plain))
+            for name, f in (("ours", attention), ("SDPA", plain))
         }
         yield run.row(
             f"decode attention, {B} × {S:,}, {size >> 20} MiB",
@@ -256,16 +257,22 @@ def blocks_to_try(K, place):
 
 def tune(run):
     """The fastest of each kernel's blocks for this card, on rows of 4,096, written into the table."""
-    capability = kernels.capability(run.device)
-    table = attention.TABLE[capability]
+    capability = dispatch.capability(run.device)
+    table = attention_forward.TABLE[capability]
     for K in (128, 64, 256):
         given, few = (tensors(run, B, T, T, H=32, G=8, K=K) for B, T in ((4, 4096), (1, 1040)))
         rest = None, None, True, None
-        out_BTHK, lse_BHT = attention.forward(*given, *rest)
+        out_BTHK, lse_BHT = attention_forward.attention_forward(*given, *rest)
         grad_BTHK = torch.randn_like(out_BTHK)
-        backward = lambda i, x=(grad_BTHK, *given, out_BTHK, lse_BHT, *rest): attention.backward(*x)  # noqa: E731
+        backward = lambda i, x=(grad_BTHK, *given, out_BTHK, lse_BHT, *rest): (
+            attention_backward.attention_backward(*x)
+        )  # noqa: E731
         for place, call in enumerate(
-            (lambda i, x=(*given, *rest): attention.forward(*x), backward, backward)
+            (
+                lambda i, x=(*given, *rest): attention_forward.attention_forward(*x),
+                backward,
+                backward,
+            )
         ):
             row = table[K, 2]
             rows = [(*row[:place], block, *row[place + 1 :]) for block in blocks_to_try(K, place)]
@@ -275,9 +282,9 @@ def tune(run):
                 (K, 2),
                 rows,
                 call,
-                (attention.attention, few),
+                (attention, few),
             )
-        path = Path(attention.__file__)
+        path = Path(attention_forward.__file__)
         pattern = rf"({re.escape(str(capability))}: {{.*?{re.escape(str((K, 2)))}: )\(\(.*?\)\)"
         path.write_text(
             re.sub(pattern, rf"\g<1>{table[K, 2]}", path.read_text(), count=1, flags=re.DOTALL)
@@ -288,9 +295,9 @@ def tune(run):
 def tune_decode(run):
     given = tensors(run, 8, 1, 16384, **HEADS)
     run.fit(
-        decode,
-        lambda i: attention.attention(*given),
+        decode_attention,
+        lambda i: attention(*given),
         itertools.product((32, 64, 128), (1, 2, 3, 4), (2, 4, 8), (2, 3, 4)),
         run,
-        (attention.attention, given),
+        (attention, given),
     )

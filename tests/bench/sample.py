@@ -15,9 +15,10 @@ import torch
 sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
 from bench.speech import speech  # noqa: E402
 
-from nanovlm import UserError, cli, generate  # noqa: E402
+from nanovlm import UserError, cli  # noqa: E402
 from nanovlm.checkpoints.checkpoint import load_checkpoint  # noqa: E402
 from nanovlm.evals import benchmarks, runner  # noqa: E402
+from nanovlm.inference.optimize import optimize  # noqa: E402
 
 
 def answers_per_s(checkpoint, questions, batch, max_tokens):
@@ -25,7 +26,7 @@ def answers_per_s(checkpoint, questions, batch, max_tokens):
     began = time.time()
     said = sorted(
         pair
-        for pairs in runner.answer_questions(checkpoint, questions, batch=batch, max_tokens=max_tokens)
+        for pairs in runner.answers(checkpoint, questions, batch=batch, max_tokens=max_tokens)
         for pair in pairs
     )
     return len(questions) / (time.time() - began), [one.text for _, one in said]
@@ -33,10 +34,10 @@ def answers_per_s(checkpoint, questions, batch, max_tokens):
 
 def exam(model, questions, images, count, batch, max_tokens, rounds):
     """Print answers a second one by one and at once, each the median over the rounds, and the median of the rounds' ratios."""
-    asked = benchmarks.load_questions("exact", questions, images=images)
+    asked = benchmarks.read("exact", questions, images=images)
     asked = asked[:: max(1, len(asked) // count)][:count]
     checkpoint, speeds, same = load_checkpoint(model), [], 0
-    generate.ready(checkpoint.model)
+    optimize(checkpoint.model)
     for _ in range(rounds):
         (alone, ones), (together, many) = (
             answers_per_s(checkpoint, asked, size, max_tokens) for size in (1, batch)

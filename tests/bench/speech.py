@@ -1,4 +1,4 @@
-"""Speakers of one model, each in a process of its own: ours, ours without `generate.ready`, transformers, and llama.cpp where PyPI's llama-cpp-python
+"""Speakers of one model, each in a process of its own: ours, ours without `optimize`, transformers, and llama.cpp where PyPI's llama-cpp-python
 and gguf are installed. sample.py beside this is what to run.
 """
 
@@ -17,9 +17,10 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from nanovlm import generate  # noqa: E402
 from nanovlm.checkpoints import huggingface  # noqa: E402
-from nanovlm.model import VLM  # noqa: E402
+from nanovlm.inference.generate import generate  # noqa: E402
+from nanovlm.inference.optimize import optimize  # noqa: E402
+from nanovlm.models.vlm import VLM  # noqa: E402
 
 PROMPT = "<|im_start|>user\nTell a long story about the keeper of a lighthouse and his dog.<|im_end|>\n<|im_start|>assistant\n"
 BLOCK = {
@@ -39,16 +40,16 @@ BLOCK = {
 
 
 def ours(folder, dtype, ready=True):
-    part = huggingface.read_decoder(folder)
+    part = huggingface.brain(folder)
     eye = dict(tile=2, patch=1, width=4, layers=1, heads=1, ffn=1)  # nothing is looked at
     model = VLM(vision=eye, decoder=part.shapes["decoder"] | {"layers": 0, "vocabulary": 1})
     model.decoder = part.model.decoder
     model = model.to(dtype).eval()
     if ready:
-        generate.ready(model)
+        optimize(model)
 
     def speak(ids, count, say):
-        for (i,) in model.generate([ids], torch.zeros(0), stop=set(), max_tokens=count):
+        for (i,) in generate(model, [ids], torch.zeros(0), stop=set(), max_tokens=count):
             say(i)
 
     return speak
@@ -202,7 +203,7 @@ def speech(folder, dtype, threads, tokens, rounds):
     else:
         speakers.append(llama_cpp)
     spawn, stands = multiprocessing.get_context("spawn"), []
-    ids, pipes = huggingface.read_decoder(folder, tensors=False).tokenizer.encode(PROMPT), {}
+    ids, pipes = huggingface.brain(folder, tensors=False).tokenizer.encode(PROMPT), {}
     for speaker in speakers:
         pipes[speaker], end = spawn.Pipe()
         stands.append(

@@ -1088,7 +1088,7 @@ def test_stitched_it_sees_and_says_what_its_parts_do_alone(tmp_path, capsys):
     ).view(3, 1, 1)
     features = eye.float()(pixels, interpolate_pos_encoding=True).last_hidden_state
     torch.testing.assert_close(
-        loaded.model.see(tiles_NCYX), loaded.model.projector(features), rtol=1e-3, atol=1e-3
+        loaded.model.encode_images(tiles_NCYX), loaded.model.projector(features), rtol=1e-3, atol=1e-3
     )  # positions rounded to float16
 
 

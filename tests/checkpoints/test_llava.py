@@ -28,6 +28,7 @@ from nanovlm.checkpoints.checkpoint import (
 )
 from nanovlm.data import chat_template, dataset, image_processing, packing, tokenizer
 from nanovlm.evals import runner
+from nanovlm.inference.generate import generate
 
 PINPOINTS = [
     [28, 56],
@@ -214,7 +215,7 @@ def test_a_published_folder_sees_and_says_what_transformers_says(kind, size, fol
         ours.model.decoder.head(hidden_BTD), model(**theirs).logits, rtol=1e-4, atol=1e-4
     )
 
-    said = [i for (i,) in ours.model.generate([ids], **seen, stop=set(), max_tokens=12)]
+    said = [i for (i,) in generate(ours.model, [ids], **seen, stop=set(), max_tokens=12)]
     assert (
         said
         == model.generate(
@@ -404,7 +405,7 @@ def assert_the_same(ours, folder, turns, paths):
     torch.testing.assert_close(
         logits_BTV, model(**theirs).logits[..., : logits_BTV.shape[-1]], rtol=1e-4, atol=1e-4
     )
-    said = [i for (i,) in ours.model.generate([ids], **seen, stop={end}, max_tokens=20)]
+    said = [i for (i,) in generate(ours.model, [ids], **seen, stop={end}, max_tokens=20)]
     assert (
         said == model.generate(**theirs, max_new_tokens=20, do_sample=False)[0, len(ids) :].tolist()
     )
@@ -682,9 +683,9 @@ def test_a_public_eye_takes_tiles_and_one_of_ours_has_settled_it(tmp_path):
 
 def test_an_eye_of_another_kind_is_refused():
     vision = dict(tile=28, patch=7, width=20, layers=2, heads=5, ffn=28)
-    assert llava.eye_kind(vision) == "siglip_vision_model"
+    assert llava.vision_type(vision) == "siglip_vision_model"
     assert (
-        llava.eye_kind(vision | dict(class_token=True, pre_norm=True, patch_bias=False))
+        llava.vision_type(vision | dict(class_token=True, pre_norm=True, patch_bias=False))
         == "clip_vision_model"
     )
     for other in (
@@ -693,7 +694,7 @@ def test_an_eye_of_another_kind_is_refused():
         dict(class_token=True, pre_norm=True),
         dict(patch_bias=False),
     ):
-        assert llava.eye_kind(vision | other) is None
+        assert llava.vision_type(vision | other) is None
 
 
 # ---- what is refused of others' folders ----

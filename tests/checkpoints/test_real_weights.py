@@ -26,6 +26,7 @@ import prepare
 from nanovlm.checkpoints import stitch
 from nanovlm.checkpoints.checkpoint import load_checkpoint
 from nanovlm.data import chat_template, image_processing
+from nanovlm.inference.generate import generate
 
 pytestmark = pytest.mark.real
 
@@ -114,7 +115,7 @@ def test_stitched_and_asked_without_a_picture_it_says_token_for_token_what_the_b
     assert ids == words.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
     ours = [
         i
-        for (i,) in stitched.model.generate(
+        for (i,) in generate(stitched.model, 
             [ids],
             torch.zeros(0),
             stop={chat_template.end_token_id(stitched.tokenizer, stitched.chat_template)},
@@ -175,7 +176,7 @@ def test_a_chat_in_english_makes_sense(stitched):
         turns.append(("user", asked))
         ids, _ = chat_template.render_conversation(turns, stitched.tokenizer, stitched.chat_template)
         said = [
-            i for (i,) in stitched.model.generate([ids], torch.zeros(0), stop={end}, max_tokens=60)
+            i for (i,) in generate(stitched.model, [ids], torch.zeros(0), stop={end}, max_tokens=60)
         ]
         turns.append(("assistant", stitched.tokenizer.decode([i for i in said if i != end])))
         assert said[-1] == end and expected in turns[-1][1], turns

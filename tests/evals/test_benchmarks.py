@@ -1291,8 +1291,8 @@ def test_of_several_files_in_a_folder_the_one_with_published_answers_is_asked(
     ):
         (tmp_path / file).touch()
     for file in files:
-        assert formats.sheets(tmp_path, benchmarks.BENCHMARKS[name].files) == [
-            formats.Sheet(str(tmp_path), file)
+        assert formats.find_question_files(tmp_path, benchmarks.BENCHMARKS[name].files) == [
+            formats.QuestionFile(str(tmp_path), file)
         ]
         (tmp_path / file).unlink()
 
@@ -1324,10 +1324,10 @@ def test_of_several_files_in_a_folder_the_one_with_published_answers_is_asked(
 )
 def test_images_may_be_the_folder_of_the_pictures_or_one_above_it(tmp_path, name, value, places):
     for place in places:
-        found = formats.picture(
+        found = formats.find_image(
             value,
             benchmarks.BENCHMARKS[name].forms,
-            formats.Sheet("elsewhere", "q.json"),
+            formats.QuestionFile("elsewhere", "q.json"),
             str(lay(tmp_path, {place: None})),
             "here",
         )
@@ -1336,13 +1336,13 @@ def test_images_may_be_the_folder_of_the_pictures_or_one_above_it(tmp_path, name
 
 
 def test_choices_count_only_where_their_letters_come_in_order_and_the_answer_is_one():
-    assert formats.in_order([("A", "x "), ("B", "y")], "B") == ["x", "y"]
+    assert formats.ordered_choices([("A", "x "), ("B", "y")], "B") == ["x", "y"]
     assert [
-        formats.in_order(pairs, "A")
+        formats.ordered_choices(pairs, "A")
         for pairs in ([], [("B", "x"), ("A", "y")], [("A", "x"), ("C", "y")])
     ] == [[]] * 3
     assert [
-        formats.in_order([("A", "x"), ("B", "y")], answer) for answer in ("C", "x", "", "AB")
+        formats.ordered_choices([("A", "x"), ("B", "y")], answer) for answer in ("C", "x", "", "AB")
     ] == [[]] * 4
 
 

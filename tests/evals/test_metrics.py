@@ -17,19 +17,19 @@ from nanovlm import UserError
 from nanovlm.evals import metrics
 from nanovlm.evals.cider import cider, words
 from nanovlm.evals.metrics import (
-    levenshtein_score,
+    benchmark_metrics,
     confidence_interval,
     letter_score,
-    score_answers,
+    levenshtein_score,
     mathvista_score,
     mme_score,
     mmmu_score,
     ocrbench_score,
+    pope_score,
     relaxed_accuracy,
-    benchmark_metrics,
+    score_answers,
     textvqa_accuracy,
     vqa_accuracy,
-    pope_score,
 )
 
 # ---- VQA accuracy ----

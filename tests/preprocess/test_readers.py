@@ -298,7 +298,7 @@ def test_ids_are_texts_or_numbers_and_where_there_is_none_it_is_the_place(folder
 
 
 def turns_of(record, pictures=0, name="x"):
-    return records.turns(record, name, pictures, "here")
+    return records.record_turns(record, name, pictures, "here")
 
 
 def test_openai_parts_become_text_with_the_pictures_in_place():

@@ -147,7 +147,7 @@ def test_twenty_steps_are_those_of_transformers(home, tmp_path, stage, trained):
     )  # it learns, and clipping has something to do
     theirs.save_pretrained(tmp_path / "theirs")
     ours, theirs = (
-        llava.tensors_of(load_checkpoint(tmp_path / "run")),
+        llava.llava_tensors(load_checkpoint(tmp_path / "run")),
         load_file(tmp_path / "theirs/model.safetensors"),
     )
     assert ours.keys() == theirs.keys()

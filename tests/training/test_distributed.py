@@ -46,7 +46,7 @@ from nanovlm.checkpoints.checkpoint import (
     saved_parameters,
 )
 from nanovlm.data import dataset, packing
-from nanovlm.model import VLM
+from nanovlm.models.vlm import VLM
 from nanovlm.training import memory, resume
 
 CPU = torch.device("cpu")

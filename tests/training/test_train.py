@@ -32,7 +32,7 @@ from nanovlm.checkpoints.checkpoint import (
 )
 from nanovlm.data import dataset, image_processing, packing, tokenizer
 from nanovlm.evals import benchmarks, runner
-from nanovlm.model import VLM
+from nanovlm.models.vlm import VLM
 from nanovlm.training import logger, memory, profiler, recipes, signals, validation
 
 POLICY = {

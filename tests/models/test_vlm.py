@@ -1,4 +1,5 @@
 """What a vision-language model must and must not let through."""
+
 import inspect
 
 import pytest
@@ -6,16 +7,21 @@ import torch
 from conftest import DECODER, TOKENS, VISION, make_batch, make_samples, make_vlm
 
 from nanovlm import IMAGE_TOKEN_ID, UserError
-from nanovlm.attention import attention
-from nanovlm.decoder import Cache, Decoder
-from nanovlm.generate import choose
-from nanovlm.loss import CHUNK, linear_cross_entropy
-from nanovlm.model import VLM, Projector, pixel_shuffle
-from nanovlm.vision import Vision
+from nanovlm.inference.generate import generate, sample_next_token
+from nanovlm.models.attention import attention
+from nanovlm.models.cross_entropy import CHUNK, linear_cross_entropy
+from nanovlm.models.decoder import Decoder, KVCache
+from nanovlm.models.projector import Projector, pixel_shuffle
+from nanovlm.models.vision_encoder import VisionEncoder
+from nanovlm.models.vlm import VLM
 
 
 def hidden(model, batch):
-    return model.decoder(model.embed(batch["ids_BT"], batch["tiles_NCYX"]), batch["positions_BT"], batch["documents_BT"])
+    return model.decoder(
+        model.embed(batch["ids_BT"], batch["tiles_NCYX"]),
+        batch["positions_BT"],
+        batch["documents_BT"],
+    )
 
 
 def gradients(model, batches):
@@ -23,7 +29,9 @@ def gradients(model, batches):
     model.zero_grad()
     loss = sum(model(**batch) for batch in batches)
     loss.backward()
-    return loss.item(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return loss.item(), {
+        name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None
+    }
 
 
 def same_gradients(a, b):
@@ -35,12 +43,18 @@ def same_gradients(a, b):
 
 def test_packed_rows_give_the_loss_and_gradients_of_the_samples_alone(vlm):
     a, b, c, d = make_samples()
-    same_gradients(gradients(vlm, [make_batch([[a, b], [c, d]])]), gradients(vlm, [make_batch([[s]]) for s in (a, b, c, d)]))
+    same_gradients(
+        gradients(vlm, [make_batch([[a, b], [c, d]])]),
+        gradients(vlm, [make_batch([[s]]) for s in (a, b, c, d)]),
+    )
 
 
 def test_accumulated_micro_batches_give_the_gradients_of_one_batch(vlm):
     samples = make_samples()
-    same_gradients(gradients(vlm, [make_batch([[s] for s in samples])]), gradients(vlm, [make_batch([[s]]) for s in samples]))
+    same_gradients(
+        gradients(vlm, [make_batch([[s] for s in samples])]),
+        gradients(vlm, [make_batch([[s]]) for s in samples]),
+    )
 
 
 def test_a_token_sees_neither_the_future_nor_its_neighbour_sample_nor_padding(vlm):
@@ -49,57 +63,79 @@ def test_a_token_sees_neither_the_future_nor_its_neighbour_sample_nor_padding(vl
     with torch.no_grad():
         before = hidden(vlm, batch)
         start = len(a[0])
-        batch["ids_BT"][0, start + 3] = (batch["ids_BT"][0, start + 3] + 1) % 41  # a word of b, in the first row
+        batch["ids_BT"][0, start + 3] = (
+            batch["ids_BT"][0, start + 3] + 1
+        ) % 41  # a word of b, in the first row
         after = hidden(vlm, batch)
-        assert torch.equal(before[0, : start + 3], after[0, : start + 3]), "the past or the neighbour changed"
-        assert (before[0, start + 3 :] - after[0, start + 3 :]).abs().amin(-1).gt(0).any(), "the future must change"
+        assert torch.equal(before[0, : start + 3], after[0, : start + 3]), (
+            "the past or the neighbour changed"
+        )
+        assert (before[0, start + 3 :] - after[0, start + 3 :]).abs().amin(-1).gt(0).any(), (
+            "the future must change"
+        )
         batch["ids_BT"][1, len(b[0]) :] = 7  # padding
         assert torch.equal(after[1, : len(b[0])], hidden(vlm, batch)[1, : len(b[0])])
 
 
 def test_a_changed_pixel_changes_what_follows_it_and_nothing_before(vlm):
     ids_T, targets_T, tiles = make_samples()[0]
-    sample = (torch.cat([torch.tensor([3, 5]), ids_T]), torch.cat([torch.tensor([-1, -1]), targets_T]), tiles)
+    sample = (
+        torch.cat([torch.tensor([3, 5]), ids_T]),
+        torch.cat([torch.tensor([-1, -1]), targets_T]),
+        tiles,
+    )
     other = (*sample[:2], tiles.clone())
     other[2][0, 1, 5, 7] ^= 128
     with torch.no_grad():
         before, after = hidden(vlm, make_batch([[sample]])), hidden(vlm, make_batch([[other]]))
-    assert torch.equal(before[0, :2], after[0, :2]) and (before[0, 2:] != after[0, 2:]).any(-1).all()
+    assert (
+        torch.equal(before[0, :2], after[0, :2]) and (before[0, 2:] != after[0, 2:]).any(-1).all()
+    )
 
 
 def test_cached_generation_equals_reading_everything_again_each_time(vlm):
     ids_T, _, tiles = make_samples()[2]
     prompt, said = ids_T.tolist(), []
     for _ in range(9):
-        batch = make_batch([[(torch.tensor(prompt + said), torch.full((len(prompt + said),), -1), tiles)]])
+        batch = make_batch(
+            [[(torch.tensor(prompt + said), torch.full((len(prompt + said),), -1), tiles)]]
+        )
         with torch.no_grad():
             said.append(int(vlm.decoder.head(hidden(vlm, batch)[0, -1]).argmax()))
-    assert [i for (i,) in vlm.generate([prompt], tiles, stop=set(), max_tokens=9)] == said
+    assert [i for (i,) in generate(vlm, [prompt], tiles, stop=set(), max_tokens=9)] == said
     assert len(set(said)) > 2
 
 
-@pytest.mark.parametrize("how", [{}, {"temperature": 0.9, "seed": 4}, {"temperature": 1.5, "top_k": 5, "top_p": 0.9}])
+@pytest.mark.parametrize(
+    "how", [{}, {"temperature": 0.9, "seed": 4}, {"temperature": 1.5, "top_k": 5, "top_p": 0.9}]
+)
 @pytest.mark.parametrize("window", [None, 6])
 def test_rows_of_a_batch_say_what_they_say_alone(how, window):
     vlm = make_vlm(decoder={"window": window})
     samples = make_samples()
     prompts, tiles = [ids.tolist() for ids, _, _ in samples], [t for _, _, t in samples]
-    together = list(zip(*vlm.generate(prompts, torch.cat(tiles), stop={7}, max_tokens=12, **how), strict=True))
+    together = list(
+        zip(*generate(vlm, prompts, torch.cat(tiles), stop={7}, max_tokens=12, **how), strict=True)
+    )
     for row, prompt, own in zip(together, prompts, tiles, strict=True):
-        alone = [i for (i,) in vlm.generate([prompt], own, stop={7}, max_tokens=12, **how)]
+        alone = [i for (i,) in generate(vlm, [prompt], own, stop={7}, max_tokens=12, **how)]
         assert [i for i in row if i is not None] == alone
 
 
 def test_top_k_and_top_p_keep_the_likeliest_and_draw_as_likely_as_they_are():
     logits_BV = torch.tensor([[0.1, 0.5, 0.15, 0.25]]).log()
     g = [torch.Generator().manual_seed(0)]
-    draws = [choose(logits_BV, 1.0, 0, 1.0, g)[0] for _ in range(4000)]
+    draws = [sample_next_token(logits_BV, 1.0, 0, 1.0, g)[0] for _ in range(4000)]
     for i, p in enumerate([0.1, 0.5, 0.15, 0.25]):
         assert draws.count(i) / 4000 == pytest.approx(p, abs=0.03)
-    assert {choose(logits_BV, 1.0, 2, 1.0, g)[0] for _ in range(200)} == {1, 3}
-    assert {choose(logits_BV, 1.0, 0, 0.8, g)[0] for _ in range(200)} == {1, 3, 2}  # .5 + .25 < .8 <= .5 + .25 + .15
-    assert {choose(logits_BV, 1.0, 0, 0.4, g)[0] for _ in range(50)} == {1}
-    assert choose(logits_BV, 0.0, 0, 1.0, g) == [1]
+    assert {sample_next_token(logits_BV, 1.0, 2, 1.0, g)[0] for _ in range(200)} == {1, 3}
+    assert {sample_next_token(logits_BV, 1.0, 0, 0.8, g)[0] for _ in range(200)} == {
+        1,
+        3,
+        2,
+    }  # .5 + .25 < .8 <= .5 + .25 + .15
+    assert {sample_next_token(logits_BV, 1.0, 0, 0.4, g)[0] for _ in range(50)} == {1}
+    assert sample_next_token(logits_BV, 0.0, 0, 1.0, g) == [1]
 
 
 def test_loss_equals_cross_entropy_in_float64_value_and_gradients():
@@ -107,7 +143,9 @@ def test_loss_equals_cross_entropy_in_float64_value_and_gradients():
     hidden_ND = torch.randn(N, 5, dtype=torch.float64, requires_grad=True)
     head_VD = torch.randn(11, 5, dtype=torch.float64, requires_grad=True)
     targets_N = torch.randint(11, (N,))
-    ours = torch.autograd.grad(linear_cross_entropy(hidden_ND, head_VD, targets_N) * 0.3, (hidden_ND, head_VD))
+    ours = torch.autograd.grad(
+        linear_cross_entropy(hidden_ND, head_VD, targets_N) * 0.3, (hidden_ND, head_VD)
+    )
     plain = torch.nn.functional.cross_entropy(hidden_ND @ head_VD.T, targets_N, reduction="sum")
     theirs = torch.autograd.grad(plain * 0.3, (hidden_ND, head_VD))
     for a, b in zip(ours, theirs, strict=True):
@@ -128,7 +166,10 @@ def test_logits_exist_for_one_chunk_of_trained_tokens_at_a_time():
                 widest = max(widest, len(out))
             return out
 
-    hidden_ND, head_VD = torch.randn(3 * CHUNK, 8, requires_grad=True), torch.randn(313, 8, requires_grad=True)
+    hidden_ND, head_VD = (
+        torch.randn(3 * CHUNK, 8, requires_grad=True),
+        torch.randn(313, 8, requires_grad=True),
+    )
     with Watch():
         linear_cross_entropy(hidden_ND, head_VD, torch.randint(313, (3 * CHUNK,))).backward()
     assert 0 < widest <= CHUNK
@@ -136,20 +177,30 @@ def test_logits_exist_for_one_chunk_of_trained_tokens_at_a_time():
 
 def test_attention_is_the_formula_in_float64():
     B, T, S, H, G, K = 2, 5, 9, 6, 3, 4
-    q, k, v = torch.randn(B, T, H, K).double(), torch.randn(B, S, G, K).double(), torch.randn(B, S, G, K).double()
+    q, k, v = (
+        torch.randn(B, T, H, K).double(),
+        torch.randn(B, S, G, K).double(),
+        torch.randn(B, S, G, K).double(),
+    )
     documents_BS = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 2, 2], [-1, -1, 0, 0, 0, 0, 0, 0, 0]])
     ours = attention(q, k, v, window=3, documents_BS=documents_BS)
     for b in range(B):
         for t in range(T):
             place = S - T + t
-            keys = [s for s in range(S) if s <= place and place - s < 3 and documents_BS[b, s] == documents_BS[b, place]]
+            keys = [
+                s
+                for s in range(S)
+                if s <= place and place - s < 3 and documents_BS[b, s] == documents_BS[b, place]
+            ]
             for h in range(H):
                 weights = (k[b, keys, h // (H // G)] @ q[b, t, h] / K**0.5).softmax(0)
                 torch.testing.assert_close(ours[b, t, h], weights @ v[b, keys, h // (H // G)])
 
 
 def test_pixel_shuffle_puts_each_square_of_patches_into_one_token():
-    features_NPD = torch.arange(36.0).reshape(1, 36, 1)  # patch number as its only feature, 6 x 6 patches
+    features_NPD = torch.arange(36.0).reshape(
+        1, 36, 1
+    )  # patch number as its only feature, 6 x 6 patches
     shuffled = pixel_shuffle(features_NPD, 3)
     assert shuffled.shape == (1, 4, 9)
     assert shuffled[0, 1].tolist() == [3, 4, 5, 9, 10, 11, 15, 16, 17]  # the upper right square
@@ -158,15 +209,17 @@ def test_pixel_shuffle_puts_each_square_of_patches_into_one_token():
 def test_a_row_without_pictures_still_gives_every_part_a_gradient_of_zero(vlm):
     loss, grads = gradients(vlm.train(), [make_batch([[make_samples()[1]]])])
     assert all(name in grads for name, _ in vlm.named_parameters())
-    assert all(grad.abs().max() == 0 for name, grad in grads.items() if not name.startswith("decoder"))
+    assert all(
+        grad.abs().max() == 0 for name, grad in grads.items() if not name.startswith("decoder")
+    )
     assert loss == pytest.approx(vlm.eval()(**make_batch([[make_samples()[1]]])).item(), rel=1e-6)
 
 
-def test_more_or_fewer_placeshan_features_name_both_counts(vlm):
+def test_more_or_fewer_image_tokens_than_features_name_both_counts(vlm):
     ids_T, targets_T, tiles = make_samples()[0]
-    with pytest.raises(UserError, match=r"4 places .* make 8"):
+    with pytest.raises(UserError, match=r"4 image tokens, .* make 8"):
         vlm.embed(ids_T[None], torch.cat([tiles, tiles]))
-    with pytest.raises(UserError, match="4 places.*no picture"):
+    with pytest.raises(UserError, match="4 image tokens.*no image"):
         vlm.embed(ids_T[None], tiles[:0])
 
 
@@ -175,21 +228,62 @@ def test_a_cache_longer_than_the_new_tokens_continues_where_it_stopped(vlm):
     positions_BT = torch.arange(11).expand(2, -1)
     with torch.no_grad():
         whole = vlm.decoder(vlm.decoder.embed(ids_BT), positions_BT)
-        cache = Cache(vlm.decoder, 2, 20)
-        parts = [vlm.decoder(vlm.decoder.embed(ids_BT[:, p]), positions_BT[:, p], cache=cache) for p in (slice(0, 4), slice(4, 10), slice(10, 11))]
+        cache = KVCache(vlm.decoder, 2, 20)
+        parts = [
+            vlm.decoder(vlm.decoder.embed(ids_BT[:, p]), positions_BT[:, p], cache=cache)
+            for p in (slice(0, 4), slice(4, 10), slice(10, 11))
+        ]
     torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-4, atol=1e-5)
 
 
 # Another value for each argument. Shapes may make it fail to be the same function, so outputs are compared where both exist.
 CHANGED = {
-    Vision: dict(tile=9, patch=4, width=40, layers=3, heads=4, ffn=30, class_token=True, pre_norm=True, post_norm=False, patch_bias=False,
-                 activation="quick_gelu", layer_scale=True, eps=0.1, read=-2),
-    Decoder: dict(vocabulary=43, width=32, layers=2, heads=4, kv_heads=3, ffn=40, head_size=10, theta=50.0,
-                  scaling={"rope_type": "linear", "factor": 2.0}, eps=0.1, window=[3, None, 4], tied=True),
+    VisionEncoder: dict(
+        tile=9,
+        patch=4,
+        width=40,
+        layers=3,
+        heads=4,
+        ffn=30,
+        class_token=True,
+        pre_norm=True,
+        post_norm=False,
+        patch_bias=False,
+        activation="quick_gelu",
+        layer_scale=True,
+        eps=0.1,
+        read=-2,
+    ),
+    Decoder: dict(
+        vocabulary=43,
+        width=32,
+        layers=2,
+        heads=4,
+        kv_heads=3,
+        ffn=40,
+        head_size=10,
+        theta=50.0,
+        scaling={"rope_type": "linear", "factor": 2.0},
+        eps=0.1,
+        window=[3, None, 4],
+        tied=True,
+    ),
     Projector: dict(vision_width=24, width=28, shuffle=1, newline=True),
-    VLM: dict(vision=VISION | {"ffn": 30}, decoder=DECODER | {"ffn": 40}, shuffle=1, mean=(0.1, 0.2, 0.3), std=(0.3, 0.2, 0.1), newline=True),
+    VLM: dict(
+        vision=VISION | {"ffn": 30},
+        decoder=DECODER | {"ffn": 40},
+        shuffle=1,
+        mean=(0.1, 0.2, 0.3),
+        std=(0.3, 0.2, 0.1),
+        newline=True,
+    ),
 }
-BASE = {Vision: VISION, Decoder: DECODER, Projector: dict(vision_width=20, width=24, shuffle=2), VLM: dict(vision=VISION, decoder=DECODER, shuffle=2)}
+BASE = {
+    VisionEncoder: VISION,
+    Decoder: DECODER,
+    Projector: dict(vision_width=20, width=24, shuffle=2),
+    VLM: dict(vision=VISION, decoder=DECODER, shuffle=2),
+}
 
 
 def output(kind, arguments):
@@ -198,14 +292,27 @@ def output(kind, arguments):
     with torch.no_grad():
         for i, p in enumerate(model.parameters()):
             p.copy_((torch.linspace(-9, 9, p.numel()) + i).sin().reshape(p.shape) * 0.3)
-        if kind is Vision:
-            return model(torch.linspace(-1, 1, 3 * 144).reshape(1, 3, 12, 12)[..., : arguments["tile"], : arguments["tile"]])
+        if kind is VisionEncoder:
+            return model(
+                torch.linspace(-1, 1, 3 * 144).reshape(1, 3, 12, 12)[
+                    ..., : arguments["tile"], : arguments["tile"]
+                ]
+            )
         if kind is Decoder:
             return model.head(model(model.embed(torch.arange(13)[None]), torch.arange(13)[None]))
         if kind is Projector:
             return model(torch.linspace(-1, 1, 16 * arguments["vision_width"]).reshape(1, 16, -1))
-        ids_BT = torch.tensor([[IMAGE_TOKEN_ID] * ((TOKENS if arguments["shuffle"] == 2 else 16) + arguments.get("newline", 0)) + [1, 2, 3]])
-        return model.decoder(model.embed(ids_BT, torch.arange(432).reshape(1, 3, 12, 12).to(torch.uint8)), torch.arange(ids_BT.shape[1])[None])
+        ids_BT = torch.tensor(
+            [
+                [IMAGE_TOKEN_ID]
+                * ((TOKENS if arguments["shuffle"] == 2 else 16) + arguments.get("newline", 0))
+                + [1, 2, 3]
+            ]
+        )
+        return model.decoder(
+            model.embed(ids_BT, torch.arange(432).reshape(1, 3, 12, 12).to(torch.uint8)),
+            torch.arange(ids_BT.shape[1])[None],
+        )
 
 
 @pytest.mark.parametrize("kind", CHANGED)
@@ -214,4 +321,6 @@ def test_every_constructor_argument_changes_the_output(kind):
     before = output(kind, BASE[kind])
     for name, value in CHANGED[kind].items():
         after = output(kind, BASE[kind] | {name: value})
-        assert before.shape != after.shape or not torch.allclose(before, after), f"{kind.__name__}({name}=…) changes nothing"
+        assert before.shape != after.shape or not torch.allclose(before, after), (
+            f"{kind.__name__}({name}=…) changes nothing"
+        )

@@ -3,6 +3,7 @@
 Buffers stand between margins of NaN, and what a kernel is to fill is NaN before: what is read past an edge shows in the result, what is written past
 it in the margin, what is left out stays NaN.
 """
+
 import contextlib
 import importlib
 import itertools
@@ -18,22 +19,28 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+import triton
 from conftest import ROOT
 from torch.distributed.fsdp import fully_shard
 
-from nanovlm import UserError, distributed, kernels, loss
-from nanovlm.decoder import Block, rope_angles
-from nanovlm.loss import TABLE, fused_scores, linear_cross_entropy, scores
-from nanovlm.rmsnorm import add_rmsnorm, rmsnorm
+from nanovlm import UserError, distributed
+from nanovlm.kernels import dispatch
+from nanovlm.kernels.cross_entropy import TABLE, fused_chunk_loss
+from nanovlm.models import cross_entropy
+from nanovlm.models.cross_entropy import chunk_loss, linear_cross_entropy
+from nanovlm.models.decoder import Block, rope_angles
+from nanovlm.models.rmsnorm import add_rmsnorm, rmsnorm
 
-pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning")  # in triton 3.6's interpreter
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Conversion of an array with ndim > 0:DeprecationWarning"
+)  # in triton 3.6's interpreter
 MARGIN = 4096  # numbers: more than any block of a kernel at these sizes
 DTYPES = (torch.float32, torch.float16)
 PINNED = re.search(r"^triton==([\d.]+)", (ROOT / "requirements.txt").read_text(), re.MULTILINE)[1]
 
 
 def chosen(choice):
-    return mock.patch.object(kernels, "choice", choice)
+    return mock.patch.object(dispatch, "choice", choice)
 
 
 class Fences:
@@ -45,8 +52,14 @@ class Fences:
     def empty(self, shape, dtype, strides=None):
         """NaN all over; strides: between numbers, of a tensor that lies scattered in its buffer."""
         strides = strides or torch.empty(shape, device="meta").stride()
-        span = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True)) if math.prod(shape) else 0
-        store = torch.full((span + 2 * MARGIN,), math.nan if dtype.is_floating_point else -1, dtype=dtype)
+        span = (
+            1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+            if math.prod(shape)
+            else 0
+        )
+        store = torch.full(
+            (span + 2 * MARGIN,), math.nan if dtype.is_floating_point else -1, dtype=dtype
+        )
         self.stores.append(store)
         return store.as_strided(shape, strides, MARGIN)
 
@@ -64,15 +77,26 @@ class Fences:
         def new_empty(like, shape, dtype=None, device=None):
             if device is not None:  # the interpreter makes itself a view
                 return plain(like, shape, device=device)
-            return self.empty((shape,) if isinstance(shape, int) else tuple(shape), dtype or like.dtype)
+            return self.empty(
+                (shape,) if isinstance(shape, int) else tuple(shape), dtype or like.dtype
+            )
 
-        with mock.patch.object(torch.Tensor, "new_empty", new_empty), \
-                mock.patch.object(torch, "empty_like", lambda like, dtype=None: self.empty(tuple(like.shape), dtype or like.dtype)):
+        with (
+            mock.patch.object(torch.Tensor, "new_empty", new_empty),
+            mock.patch.object(
+                torch,
+                "empty_like",
+                lambda like, dtype=None: self.empty(tuple(like.shape), dtype or like.dtype),
+            ),
+        ):
             yield
 
     def whole(self):
-        return all(side.isnan().all() if side.is_floating_point() else (side == -1).all()
-                   for store in self.stores for side in (store[:MARGIN], store[-MARGIN:]))
+        return all(
+            side.isnan().all() if side.is_floating_point() else (side == -1).all()
+            for store in self.stores
+            for side in (store[:MARGIN], store[-MARGIN:])
+        )
 
 
 def test_a_fence_sees_what_is_written_past_an_edge():
@@ -91,6 +115,7 @@ def close(ours, truth, dtype):
 
 # ---- RMSNorm ----
 
+
 def norms(count, seed=0):
     """Seeded cases: shapes of vectors, widths that are prime, odd, powers of two or of models; y or none; frozen weights; strides."""
     draw = random.Random(seed)
@@ -98,56 +123,104 @@ def norms(count, seed=0):
     for case in range(count):
         shape = draw.choice(shapes)
         yield SimpleNamespace(
-            shape=(*shape, draw.choice([1, 2, 7, 37, 64, 129, 577, 1031])), x=draw.choice(DTYPES), y=draw.choice([None, *DTYPES]),
-            weight=draw.choice(DTYPES), trains=draw.random() < 0.7, sum_is_used=draw.random() < 0.7, norm_is_used=draw.random() < 0.9,
-            order=draw.sample(range(len(shape)), len(shape)), gap=draw.choice([0, 0, 3]), seed=case)
+            shape=(*shape, draw.choice([1, 2, 7, 37, 64, 129, 577, 1031])),
+            x=draw.choice(DTYPES),
+            y=draw.choice([None, *DTYPES]),
+            weight=draw.choice(DTYPES),
+            trains=draw.random() < 0.7,
+            sum_is_used=draw.random() < 0.7,
+            norm_is_used=draw.random() < 0.9,
+            order=draw.sample(range(len(shape)), len(shape)),
+            gap=draw.choice([0, 0, 3]),
+            seed=case,
+        )
 
 
 def run_norm(case, x, y, weight, grads):
     """(sum or None, norm, gradients) of rmsnorm or add_rmsnorm, pulled by what of `grads` is used."""
     inputs = [t for t in (x, y, weight) if t is not None and t.requires_grad]
     outputs = (None, rmsnorm(x, weight, 1e-5)) if y is None else add_rmsnorm(x, y, weight, 1e-5)
-    pulled = [(out, grad) for out, grad, used in zip(outputs, grads, (case.sum_is_used, case.norm_is_used), strict=True) if used and out is not None]
+    pulled = [
+        (out, grad)
+        for out, grad, used in zip(
+            outputs, grads, (case.sum_is_used, case.norm_is_used), strict=True
+        )
+        if used and out is not None
+    ]
     if not pulled:
         return *outputs, [None] * len(inputs)
-    return *outputs, torch.autograd.grad([out for out, _ in pulled], inputs, [grad.to(out.dtype) for out, grad in pulled], allow_unused=True)
+    return *outputs, torch.autograd.grad(
+        [out for out, _ in pulled],
+        inputs,
+        [grad.to(out.dtype) for out, grad in pulled],
+        allow_unused=True,
+    )
 
 
-@pytest.mark.parametrize("case", list(norms(60)), ids=lambda case: "-".join(map(str, case.shape)) + f"-{case.seed}")
+@pytest.mark.parametrize(
+    "case", list(norms(60)), ids=lambda case: "-".join(map(str, case.shape)) + f"-{case.seed}"
+)
 def test_rmsnorm_is_its_formula(case):
     g = torch.Generator().manual_seed(case.seed)
     new = lambda shape, dtype: torch.randn(shape, generator=g).to(dtype)  # noqa: E731
-    plain = [new(case.shape, case.x), None if case.y is None else new(case.shape, case.y), new(case.shape[-1:], case.weight)]
+    plain = [
+        new(case.shape, case.x),
+        None if case.y is None else new(case.shape, case.y),
+        new(case.shape[-1:], case.weight),
+    ]
     grads = [new(case.shape, torch.float32) for _ in range(2)]
-    wide = [None if t is None else t.double().requires_grad_(i < 2 or case.trains) for i, t in enumerate(plain)]
+    wide = [
+        None if t is None else t.double().requires_grad_(i < 2 or case.trains)
+        for i, t in enumerate(plain)
+    ]
     truth = run_norm(case, *wide, [grad.double() for grad in grads])
 
     fences = Fences()
-    fenced = [None if t is None else fences.put(t, case.order if t.dim() > 1 else None, case.gap).requires_grad_(i < 2 or case.trains)
-              for i, t in enumerate(plain)]
+    fenced = [
+        None
+        if t is None
+        else fences.put(t, case.order if t.dim() > 1 else None, case.gap).requires_grad_(
+            i < 2 or case.trains
+        )
+        for i, t in enumerate(plain)
+    ]
     with fences.around_outputs(), chosen("triton"):
         ours = run_norm(case, *fenced, [fences.put(grad, case.order[::-1], 5) for grad in grads])
-    coarsest = max((t.dtype for t in fenced if t is not None), key=lambda dtype: torch.finfo(dtype).eps)
+    coarsest = max(
+        (t.dtype for t in fenced if t is not None), key=lambda dtype: torch.finfo(dtype).eps
+    )
     for mine, true in zip([*ours[:2], *ours[2]], [*truth[:2], *truth[2]], strict=True):
         assert (mine is None) == (true is None)
         assert mine is None or (mine.shape == true.shape and close(mine, true, coarsest))
-    for mine, given in zip(ours[2], [t for t in fenced if t is not None and t.requires_grad], strict=True):
+    for mine, given in zip(
+        ours[2], [t for t in fenced if t is not None and t.requires_grad], strict=True
+    ):
         assert mine is None or mine.dtype == given.dtype
     assert fences.whole()
 
 
 @pytest.mark.parametrize("shape", [(3, 7, 37), (1, 1, 64)])
 def test_an_operator_tells_pytorch_the_truth_about_itself(shape):
-    x, y, weight = torch.randn(shape, requires_grad=True), torch.randn(shape).half(), torch.randn(shape[-1], requires_grad=True)
+    x, y, weight = (
+        torch.randn(shape, requires_grad=True),
+        torch.randn(shape).half(),
+        torch.randn(shape[-1], requires_grad=True),
+    )
     for more in (None, y):
         torch.library.opcheck(torch.ops.nanovlm.rmsnorm, (x, more, weight, 1e-5, torch.float32))
     scale = torch.rand(shape[:-1])
     for rest, trains in itertools.product((None, y), (True, False)):
-        torch.library.opcheck(torch.ops.nanovlm.rmsnorm_backward, (x.detach(), rest, x.detach(), weight.detach(), scale, trains))
+        torch.library.opcheck(
+            torch.ops.nanovlm.rmsnorm_backward,
+            (x.detach(), rest, x.detach(), weight.detach(), scale, trains),
+        )
 
 
 def test_the_formula_passes_gradcheck_in_float64():
-    x, y, weight = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((2, 3, 7), (2, 3, 7), (7,)))
+    x, y, weight = (
+        torch.randn(shape, dtype=torch.float64, requires_grad=True)
+        for shape in ((2, 3, 7), (2, 3, 7), (7,))
+    )
     assert torch.autograd.gradcheck(lambda *a: add_rmsnorm(*a, 1e-5), (x, y, weight))
 
 
@@ -155,47 +228,84 @@ def test_the_gradient_of_a_weight_repeats_itself_to_the_bit_and_counts_every_vec
     """More vectors than the programs hold at once: each program sums several, and the parts are summed in order."""
     x, weight, grad = torch.randn(101, 64), torch.ones(64, requires_grad=True), torch.randn(101, 64)
     with chosen("triton"):
-        one, two = (torch.autograd.grad(rmsnorm(x, weight, 1e-5), weight, grad)[0] for _ in range(2))
+        one, two = (
+            torch.autograd.grad(rmsnorm(x, weight, 1e-5), weight, grad)[0] for _ in range(2)
+        )
     wide = x.double()
     assert torch.equal(one, two)
-    assert close(one, (grad.double() * wide / (wide.square().mean(-1, keepdim=True) + 1e-5).sqrt()).sum(0), torch.float32)
+    assert close(
+        one,
+        (grad.double() * wide / (wide.square().mean(-1, keepdim=True) + 1e-5).sqrt()).sum(0),
+        torch.float32,
+    )
 
 
 # ---- loss ----
 
-@pytest.mark.parametrize("n, vocabulary, dtype, wanted", [
-    (1, 1, torch.float32, True), (5, 37, torch.float16, True), (7, 64, torch.float32, False), (3, 129, torch.float16, False),
-    (6, 1009, torch.float32, True), (2, 4099, torch.float16, True), (4, 512, torch.float32, True)])
+
+@pytest.mark.parametrize(
+    "n, vocabulary, dtype, wanted",
+    [
+        (1, 1, torch.float32, True),
+        (5, 37, torch.float16, True),
+        (7, 64, torch.float32, False),
+        (3, 129, torch.float16, False),
+        (6, 1009, torch.float32, True),
+        (2, 4099, torch.float16, True),
+        (4, 512, torch.float32, True),
+    ],
+)
 def test_scores_of_a_chunk_are_the_loss_and_its_gradient_in_place(n, vocabulary, dtype, wanted):
     g = torch.Generator().manual_seed(n)
-    plain, targets_n = (torch.randn(n, vocabulary, generator=g) * 5).to(dtype), torch.randint(vocabulary, (n,), generator=g)
+    plain, targets_n = (
+        (torch.randn(n, vocabulary, generator=g) * 5).to(dtype),
+        torch.randint(vocabulary, (n,), generator=g),
+    )
     targets_n[0] = vocabulary - 1
-    loss, grad_nV = scores(plain.double(), targets_n, wanted)
+    loss, grad_nV = chunk_loss(plain.double(), targets_n, wanted)
     fences = Fences()
     given, targets_n = fences.put(plain), fences.put(targets_n)
-    with fences.around_outputs(), chosen("triton"), mock.patch.dict(TABLE, {(8, 0): (128 * dtype.itemsize, 4, 2)}):  # 128 logits a block
-        ours, theirs = fused_scores(given, targets_n, wanted)
+    with (
+        fences.around_outputs(),
+        chosen("triton"),
+        mock.patch.dict(TABLE, {(8, 0): (128 * dtype.itemsize, 4, 2)}),
+    ):  # 128 logits a block
+        ours, theirs = fused_chunk_loss(given, targets_n, wanted)
     assert ours.item() == pytest.approx(loss.item(), rel=1e-5, abs=1e-5) and fences.whole()
-    assert (theirs is given and close(given, grad_nV, dtype)) if wanted else torch.equal(given, plain)
+    assert (
+        (theirs is given and close(given, grad_nV, dtype)) if wanted else torch.equal(given, plain)
+    )
 
 
-@pytest.mark.parametrize("trains_hidden, trains_head", [(True, True), (True, False), (False, True), (False, False)])
-def test_the_loss_with_kernels_is_cross_entropy_in_float64_over_all_chunks(trains_hidden, trains_head):
+@pytest.mark.parametrize(
+    "trains_hidden, trains_head", [(True, True), (True, False), (False, True), (False, False)]
+)
+def test_the_loss_with_kernels_is_cross_entropy_in_float64_over_all_chunks(
+    trains_hidden, trains_head
+):
     hidden_ND = torch.randn(53, 8).requires_grad_(trains_hidden)
     head_VD = torch.randn(313, 8).requires_grad_(trains_head)
     targets_N = torch.randint(313, (53,))
     wide = [x.detach().double().requires_grad_(x.requires_grad) for x in (hidden_ND, head_VD)]
     truth = torch.nn.functional.cross_entropy(wide[0] @ wide[1].T, targets_N, reduction="sum")
-    with chosen("triton"), mock.patch.object(loss, "CHUNK", 5):
+    with chosen("triton"), mock.patch.object(cross_entropy, "CHUNK", 5):
         ours = linear_cross_entropy(hidden_ND, head_VD, targets_N)
     assert ours.item() == pytest.approx(truth.item(), rel=1e-6)
-    if trained := [(x, y) for x, y in zip((hidden_ND, head_VD), wide, strict=True) if x.requires_grad]:
-        mine, theirs = torch.autograd.grad(ours * 0.3, [x for x, _ in trained]), torch.autograd.grad(truth * 0.3, [y for _, y in trained])
+    if trained := [
+        (x, y) for x, y in zip((hidden_ND, head_VD), wide, strict=True) if x.requires_grad
+    ]:
+        mine, theirs = (
+            torch.autograd.grad(ours * 0.3, [x for x, _ in trained]),
+            torch.autograd.grad(truth * 0.3, [y for _, y in trained]),
+        )
         assert all(close(a, b, torch.float32) for a, b in zip(mine, theirs, strict=True))
 
 
 def test_nothing_trained_costs_nothing():
-    hidden_ND, head_VD = torch.randn(0, 8, requires_grad=True), torch.randn(313, 8, requires_grad=True)
+    hidden_ND, head_VD = (
+        torch.randn(0, 8, requires_grad=True),
+        torch.randn(313, 8, requires_grad=True),
+    )
     with chosen("triton"):
         ours = linear_cross_entropy(hidden_ND, head_VD, torch.empty(0, dtype=torch.int64))
     ours.backward()
@@ -205,25 +315,45 @@ def test_nothing_trained_costs_nothing():
 @pytest.mark.parametrize("choice", ["auto", "triton"])
 @pytest.mark.parametrize("autocast", [False, True])
 def test_a_compiled_loss_is_the_loss_whatever_the_number_of_tokens(choice, autocast):
-    compiled = torch.compile(linear_cross_entropy, fullgraph=True, backend="aot_eager", dynamic=True)
+    compiled = torch.compile(
+        linear_cross_entropy, fullgraph=True, backend="aot_eager", dynamic=True
+    )
     with chosen(choice), torch.autocast("cpu", torch.float16, enabled=autocast):
         for N in (7, 12):
-            hidden_ND, head_VD, targets_N = torch.randn(N, 8, requires_grad=True), torch.randn(37, 8, requires_grad=True), torch.randint(37, (N,))
-            one, two = ([out, *torch.autograd.grad(out, (hidden_ND, head_VD))]
-                        for out in (f(hidden_ND, head_VD, targets_N) for f in (linear_cross_entropy, compiled)))
+            hidden_ND, head_VD, targets_N = (
+                torch.randn(N, 8, requires_grad=True),
+                torch.randn(37, 8, requires_grad=True),
+                torch.randint(37, (N,)),
+            )
+            one, two = (
+                [out, *torch.autograd.grad(out, (hidden_ND, head_VD))]
+                for out in (
+                    f(hidden_ND, head_VD, targets_N) for f in (linear_cross_entropy, compiled)
+                )
+            )
             assert all(map(torch.equal, one, two))
 
 
 @pytest.mark.parametrize("choice", ["auto", "triton"])
 def test_the_operator_of_the_loss_tells_pytorch_the_truth_about_itself(choice):
-    hidden_ND, head_VD = torch.randn(7, 8, requires_grad=True), torch.randn(37, 8, requires_grad=True)
+    hidden_ND, head_VD = (
+        torch.randn(7, 8, requires_grad=True),
+        torch.randn(37, 8, requires_grad=True),
+    )
     with chosen(choice):
         for wants in ((True, True), (False, True)):
-            given = hidden_ND.detach().requires_grad_(wants[0]), head_VD, torch.randint(37, (7,)), None, *wants
+            given = (
+                hidden_ND.detach().requires_grad_(wants[0]),
+                head_VD,
+                torch.randint(37, (7,)),
+                None,
+                *wants,
+            )
             torch.library.opcheck(torch.ops.nanovlm.linear_cross_entropy, given)
 
 
 # ---- kernels within a model ----
+
 
 def make_block(seed=0):
     torch.manual_seed(seed)
@@ -237,14 +367,20 @@ def block_gradients(block, x_BTD, **autocast):
     with torch.autocast("cpu", enabled=bool(autocast), **autocast):
         out_BTD = block(x_BTD, angles, None, None, 0)
     pull = torch.randn(out_BTD.shape, generator=torch.Generator().manual_seed(7))
-    return [out_BTD.detach(), *torch.autograd.grad((out_BTD * pull).sum(), [x_BTD, *block.parameters()])]
+    return [
+        out_BTD.detach(),
+        *torch.autograd.grad((out_BTD * pull).sum(), [x_BTD, *block.parameters()]),
+    ]
 
 
 def test_a_block_with_kernels_is_the_block():
     block, x_BTD = make_block(), torch.randn(2, 7, 24)
     plain = block_gradients(block, x_BTD)
     with chosen("triton"):
-        assert all(close(a, b.double(), torch.float32) for a, b in zip(block_gradients(block, x_BTD), plain, strict=True))
+        assert all(
+            close(a, b.double(), torch.float32)
+            for a, b in zip(block_gradients(block, x_BTD), plain, strict=True)
+        )
 
 
 def test_under_autocast_the_norm_comes_in_the_dtype_that_products_take():
@@ -254,7 +390,9 @@ def test_under_autocast_the_norm_comes_in_the_dtype_that_products_take():
     block.gate.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].dtype))
     with chosen("triton"):
         ours = block_gradients(block, x_BTD, dtype=torch.float16)
-    assert seen == [torch.float16] and all(a.dtype == b.dtype for a, b in zip(ours, plain, strict=True))
+    assert seen == [torch.float16] and all(
+        a.dtype == b.dtype for a, b in zip(ours, plain, strict=True)
+    )
     assert all(close(a, b.double(), torch.float16) for a, b in zip(ours, plain, strict=True))
 
 
@@ -276,8 +414,14 @@ def test_compiled_it_is_one_graph_whatever_the_lengths():
     compiled = torch.compile(both, fullgraph=True, backend="aot_eager", dynamic=True)
     with chosen("triton"):
         for T in (5, 9):
-            x_BTD, y_BTD = torch.randn(2, T, 24, requires_grad=True), torch.randn(2, T, 24, requires_grad=True)
-            pairs = [(out, *torch.autograd.grad(out.square().sum(), (x_BTD, y_BTD, weight))) for out in (both(x_BTD, y_BTD), compiled(x_BTD, y_BTD))]
+            x_BTD, y_BTD = (
+                torch.randn(2, T, 24, requires_grad=True),
+                torch.randn(2, T, 24, requires_grad=True),
+            )
+            pairs = [
+                (out, *torch.autograd.grad(out.square().sum(), (x_BTD, y_BTD, weight)))
+                for out in (both(x_BTD, y_BTD), compiled(x_BTD, y_BTD))
+            ]
             assert all(map(torch.equal, *pairs))
 
 
@@ -290,7 +434,9 @@ def test_fsdp_shards_what_kernels_read(tmp_path):
             sharded = fully_shard(make_block())
             angles = rope_angles(torch.arange(7).expand(2, -1), 8, 10000.0)
             out_BTD = sharded(x_BTD, angles, None, None, 0)
-            (out_BTD * torch.randn(out_BTD.shape, generator=torch.Generator().manual_seed(7))).sum().backward()
+            (
+                out_BTD * torch.randn(out_BTD.shape, generator=torch.Generator().manual_seed(7))
+            ).sum().backward()
     finally:
         dist.destroy_process_group()
     found = [out_BTD.detach(), *(p.grad.full_tensor() for p in sharded.parameters())]
@@ -299,6 +445,7 @@ def test_fsdp_shards_what_kernels_read(tmp_path):
 
 # ---- compiled for cards ----
 
+
 @pytest.mark.parametrize("of", ["width", "vocabulary"])
 def test_kernels_compile_for_every_card_without_spilling_and_the_table_is_true(of, tmp_path):
     """The blocks, warps and stages are what the operators launch; the script's exit code says whether each kernel fits."""
@@ -306,13 +453,18 @@ def test_kernels_compile_for_every_card_without_spilling_and_the_table_is_true(o
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     kept = (ROOT / "tests/bench/results/aot.md").read_text().splitlines()
-    fresh = [line for line in (tmp_path / "aot.md").read_text().splitlines() if line.startswith("| `")]
+    fresh = [
+        line for line in (tmp_path / "aot.md").read_text().splitlines() if line.startswith("| `")
+    ]
     assert fresh
-    if kernels.triton.__version__ == PINNED:  # another counts other registers
-        assert fresh == [line for line in kept if f"| {of} " in line], "run python tests/bench/aot.py"
+    if triton.__version__ == PINNED:  # another counts other registers
+        assert fresh == [line for line in kept if f"| {of} " in line], (
+            "run python tests/bench/aot.py"
+        )
 
 
 # ---- the bench that waits for a card ----
+
 
 @pytest.fixture
 def bench(monkeypatch):
@@ -324,9 +476,15 @@ def test_the_bench_checks_every_kernel_without_a_card_and_sees_a_wrong_one(bench
     bench.gpu(dry=True, only="rmsnorm,loss,decode")
     assert capsys.readouterr().out.count("as in float64") >= 6
     with pytest.raises(UserError, match="doubled: result 0 is off by"):
-        bench.hold("doubled", lambda x: x * (2 if kernels.choice == "triton" else 1), (torch.randn(3),))
+        bench.hold(
+            "doubled", lambda x: x * (2 if dispatch.choice == "triton" else 1), (torch.randn(3),)
+        )
     with pytest.raises(UserError, match="unwritten: result 0 is off by nan"):
-        bench.hold("unwritten", lambda x: x + x.new_empty(3) if kernels.choice == "triton" else x, (torch.randn(3),))
+        bench.hold(
+            "unwritten",
+            lambda x: x + x.new_empty(3) if dispatch.choice == "triton" else x,
+            (torch.randn(3),),
+        )
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what it says without a card")
@@ -336,9 +494,15 @@ def test_the_bench_wants_a_card(bench):
 
 
 def test_what_the_bench_tells(bench, capsys):
-    rows = [bench.row("norm", {"ours": 0.002, "A": 0.003, "B": "no package b"}, 0.001, "0.95"),
-            bench.row("loss", {"ours": "out of memory", "A": 0.5}, 0.1, "", bytes={"ours": None, "A": 2**31})]
-    bench.print_table({"card": "a card", "rates": {"matmul": 7.9e14, "copy": 4.3e12, "read": 4e12}, "rows": rows})
+    rows = [
+        bench.row("norm", {"ours": 0.002, "A": 0.003, "B": "no package b"}, 0.001, "0.95"),
+        bench.row(
+            "loss", {"ours": "out of memory", "A": 0.5}, 0.1, "", bytes={"ours": None, "A": 2**31}
+        ),
+    ]
+    bench.print_table(
+        {"card": "a card", "rates": {"matmul": 7.9e14, "copy": 4.3e12, "read": 4e12}, "rows": rows}
+    )
     told = capsys.readouterr().out
     assert "products 790 TFLOP/s, copy 4.30 TB/s, read 4.00 TB/s" in told
     assert "| norm | 2.000 ms | 0.50 | A: 1.50, B: no package b |  | 0.95 |" in told
@@ -348,67 +512,121 @@ def test_what_the_bench_tells(bench, capsys):
 def test_tuning_rewrites_the_line_of_this_card_and_no_other(bench, tmp_path, capsys):
     """The fastest line that fits the card and is right, which here neither the fastest nor the next is."""
     file = tmp_path / "kernel.py"
-    file.write_text("TABLE = {  # capability\n    (8, 0): (1, 2),  # why\n    (9, 0): (1, 2),  # (this)\n}\n")
-    module = SimpleNamespace(__name__="kernel", __file__=str(file), TABLE={(8, 0): (1, 2), (9, 0): (1, 2)})
+    file.write_text(
+        "TABLE = {  # capability\n    (8, 0): (1, 2),  # why\n    (9, 0): (1, 2),  # (this)\n}\n"
+    )
+    module = SimpleNamespace(
+        __name__="kernel", __file__=str(file), TABLE={(8, 0): (1, 2), (9, 0): (1, 2)}
+    )
     of_line = lambda values: lambda *a: values[module.TABLE[9, 0][0]]  # noqa: E731
-    stand_ins = dict(fits=of_line({1: True, 2: False, 3: True, 4: True, 8: True}), errors=of_line({1: [0.0], 3: [0.0, math.nan], 4: [0.0], 8: [0.0]}),
-                     measure=of_line({1: {"it": 3.0}, 4: {"it": 1.0}, 8: {"it": 2.0}}))
-    with mock.patch.object(kernels, "capability", lambda device: (9, 0)), mock.patch.multiple(bench, **stand_ins):
-        bench.fit(module, lambda i: None, [(2, 2), (3, 2), (4, 2), (8, 2)], SimpleNamespace(device=None), (lambda x: x, [torch.ones(2)]))
-    assert file.read_text() == "TABLE = {  # capability\n    (8, 0): (1, 2),  # why\n    (9, 0): (4, 2),  # (this)\n}\n"
-    assert "kernel: 3 of 5 lines hold; (1, 2) took 3000.000 ms, the fastest: (4, 2) 1000.000 (8, 2) 2000.000" in capsys.readouterr().out
-    with mock.patch.object(kernels, "capability", lambda device: (8, 9)), pytest.raises(UserError, match="has no line for"):
+    stand_ins = dict(
+        fits=of_line({1: True, 2: False, 3: True, 4: True, 8: True}),
+        errors=of_line({1: [0.0], 3: [0.0, math.nan], 4: [0.0], 8: [0.0]}),
+        measure=of_line({1: {"it": 3.0}, 4: {"it": 1.0}, 8: {"it": 2.0}}),
+    )
+    with (
+        mock.patch.object(dispatch, "capability", lambda device: (9, 0)),
+        mock.patch.multiple(bench, **stand_ins),
+    ):
+        bench.fit(
+            module,
+            lambda i: None,
+            [(2, 2), (3, 2), (4, 2), (8, 2)],
+            SimpleNamespace(device=None),
+            (lambda x: x, [torch.ones(2)]),
+        )
+    assert (
+        file.read_text()
+        == "TABLE = {  # capability\n    (8, 0): (1, 2),  # why\n    (9, 0): (4, 2),  # (this)\n}\n"
+    )
+    assert (
+        "kernel: 3 of 5 lines hold; (1, 2) took 3000.000 ms, the fastest: (4, 2) 1000.000 (8, 2) 2000.000"
+        in capsys.readouterr().out
+    )
+    with (
+        mock.patch.object(dispatch, "capability", lambda device: (8, 9)),
+        pytest.raises(UserError, match="has no line for"),
+    ):
         bench.fit(module, None, [(1, 2)], SimpleNamespace(device=None), None)
 
 
 # ---- which form runs ----
 
-def card(capability, dtype=torch.bfloat16):
-    return SimpleNamespace(device=torch.device("cuda", 0), is_cuda=True, dtype=dtype), \
-        mock.patch.object(torch.cuda, "get_device_capability", lambda device: capability)
+
+def card(capability, dtype=torch.bfloat16, shape=(3,)):
+    return SimpleNamespace(
+        device=torch.device("cuda", 0), is_cuda=True, dtype=dtype, shape=shape
+    ), mock.patch.object(torch.cuda, "get_device_capability", lambda device: capability)
 
 
 def test_kernels_run_on_cards_and_nowhere_else_unless_told():
     tensor, has = card((8, 0))
     with has:
-        assert kernels.run(tensor) and not kernels.run(torch.randn(3))
+        assert dispatch.kernel("rmsnorm", tensor) and not dispatch.kernel("rmsnorm", torch.randn(3))
         with chosen("torch"):
-            assert not kernels.run(tensor)
+            assert not dispatch.kernel("rmsnorm", tensor)
     with chosen("triton"):
-        assert kernels.run(torch.randn(3))
+        assert dispatch.kernel("rmsnorm", torch.randn(3))
 
 
-@pytest.mark.parametrize("capability, dtype, refused, said", [
-    ((7, 5), torch.float16, "", "this card is of compute capability 7.5, older than 8.0; the formula in PyTorch runs instead"),
-    ((9, 0), torch.float64, "", "torch.float64 is none of torch.float32"),
-    ((9, 0), torch.bfloat16, "a head of 300", "a head of 300; the formula"),
-])
+@pytest.mark.parametrize(
+    "capability, dtype, refused, said",
+    [
+        (
+            (7, 5),
+            torch.float16,
+            "",
+            "this GPU is of compute capability 7.5, older than 8.0; the formula in PyTorch runs instead",
+        ),
+        ((9, 0), torch.float64, "", "torch.float64 is none of torch.float32"),
+        ((9, 0), torch.bfloat16, "a head of 300", "a head of 300; the formula"),
+    ],
+)
 def test_a_card_that_runs_a_formula_says_why_once(capability, dtype, refused, said):
     tensor, has = card(capability, dtype)
-    with has, mock.patch.object(kernels, "told", set()):
+    mine = mock.patch.dict(dispatch.KERNELS, {"mine": (len, lambda *_: refused)})
+    with has, mine, mock.patch.object(dispatch, "warned", set()):
         with pytest.warns(UserWarning, match=re.escape(said)):
-            assert not kernels.run(tensor, lambda *_: refused)
+            assert not dispatch.kernel("mine", tensor)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            assert not kernels.run(tensor, lambda *_: refused)
+            assert not dispatch.kernel("mine", tensor)
 
 
 def test_a_norm_that_is_too_wide_runs_its_formula():
     x, weight = torch.randn(2, 16385), torch.ones(16385)
-    with chosen("triton"), mock.patch.object(kernels, "told", set()), pytest.warns(UserWarning, match="an RMSNorm wider than 16384"):
+    with (
+        chosen("triton"),
+        mock.patch.object(dispatch, "warned", set()),
+        pytest.warns(UserWarning, match="an RMSNorm wider than 16384"),
+    ):
         ours = rmsnorm(x, weight, 1e-5)
     assert torch.equal(ours, rmsnorm(x, weight, 1e-5))
 
 
 def test_tables_go_by_the_oldest_capability_that_they_are_for():
     table = {(8, 0): "a", (9, 0): "b"}
-    for capability, wanted in [((0, 0), "a"), ((8, 0), "a"), ((8, 9), "a"), ((9, 0), "b"), ((12, 1), "b")]:
-        with mock.patch.object(kernels, "capability", lambda device, capability=capability: capability):
-            assert kernels.pick(table, torch.device("cuda")) == wanted
+    for capability, wanted in [
+        ((0, 0), "a"),
+        ((8, 0), "a"),
+        ((8, 9), "a"),
+        ((9, 0), "b"),
+        ((12, 1), "b"),
+    ]:
+        with mock.patch.object(
+            dispatch, "capability", lambda device, capability=capability: capability
+        ):
+            assert dispatch.config(table, torch.device("cuda")) == wanted
 
 
 def test_where_there_is_no_triton_the_formula_runs():
-    code = "import sys; sys.modules['triton'] = None\nimport torch\nfrom nanovlm import kernels, model\nfrom nanovlm.rmsnorm import rmsnorm\n" \
-           "print(rmsnorm(torch.ones(2, 3), torch.ones(3), 0.0).sum().item())\nkernels.choice = 'triton'\nrmsnorm(torch.ones(3), torch.ones(3), 0.0)"
+    code = (
+        "import sys; sys.modules['triton'] = None\nimport torch\nfrom nanovlm.kernels import dispatch\nfrom nanovlm.models import vlm\nfrom nanovlm.models.rmsnorm import rmsnorm\n"
+        "print(rmsnorm(torch.ones(2, 3), torch.ones(3), 0.0).sum().item())\ndispatch.choice = 'triton'\nrmsnorm(torch.ones(3), torch.ones(3), 0.0)"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout == "6.0\n" and "kernels: triton is not installed; the formula in PyTorch runs" in done.stderr
+    assert (
+        done.returncode == 0
+        and done.stdout == "6.0\n"
+        and "kernels: triton is not installed; the formula in PyTorch runs" in done.stderr
+    )

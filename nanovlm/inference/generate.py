@@ -1,0 +1,111 @@
+"""Generating text: prefill the prompt, then one token at a time from the KV cache."""
+
+import torch
+
+from ..kernels import dispatch
+from ..models.decoder import KVCache
+from .optimize import CUDAGraphStep
+
+CAPTURE_AFTER = 16  # tokens: capturing a step takes as long as a few steps
+
+
+def generate(
+    model,
+    prompts,
+    tiles_NCYX,
+    *,
+    stop,
+    image_feature_index=None,
+    max_tokens=256,
+    temperature=0.0,
+    top_k=0,
+    top_p=1.0,
+    seed=0,
+    cuda_graph=("cuda",),
+):
+    """Continues every prompt, a list of ids with one IMAGE for each image token.
+
+    Yields a list for each step: the next id of every sequence, None once it has ended. A sequence
+    ends after an id of `stop`, which is yielded, or after max_tokens. Prompts of unequal length are
+    padded on the left. Each sequence draws from a generator of its own, so that it does not depend
+    on the others. cuda_graph: types of devices on which the steps of a long answer are captured. A
+    model in training mode is never captured, as a thread that pins memory would break the capture.
+    """
+    decoder, device = model.decoder, model.decoder.embed.weight.device
+    B, T = len(prompts), max(map(len, prompts))
+    pad_B = torch.tensor([T - len(prompt) for prompt in prompts], device=device)
+    ids_BT = torch.tensor([[0] * (T - len(p)) + list(p) for p in prompts], device=device)
+    slot_BS = torch.arange(T + max_tokens, device=device).expand(B, -1)
+    positions_BS = (slot_BS - pad_B[:, None]).clamp(min=0)
+    # padding is a document of its own
+    documents_BS = (slot_BS >= pad_B[:, None]).int() if pad_B.any() else None
+    generators = [torch.Generator().manual_seed(seed) for _ in prompts]
+    cache = KVCache(decoder, B, T + max_tokens)
+    capture = device.type in cuda_graph and not model.training
+    step = DecodeStep(decoder, cache, positions_BS, documents_BS, capture=capture)
+    # FSDP2 does not work with the version counters that inference_mode leaves out
+    no_grad = torch.no_grad if model.training else torch.inference_mode
+
+    with no_grad():
+        x_BTD = model.embed(ids_BT, tiles_NCYX.to(device), image_feature_index)
+        logits_BV = step.prefill(x_BTD)
+    finished = [False] * B
+    for count in range(1, max_tokens + 1):
+        next_B = sample_next_token(logits_BV.float(), temperature, top_k, top_p, generators)
+        yield [None if done else i for i, done in zip(next_B, finished, strict=True)]
+        finished = [done or i in stop for i, done in zip(next_B, finished, strict=True)]
+        if all(finished) or count == max_tokens:
+            return
+        with no_grad():
+            logits_BV = step(torch.tensor(next_B, device=device))
+
+
+class DecodeStep:
+    """The logits of the next token of every sequence (B, V), from tokens added to a KV cache.
+
+    capture: use a CUDAGraphStep after CAPTURE_AFTER tokens, except with --kernels=torch, which asks
+    for what PyTorch does by itself.
+    """
+
+    def __init__(self, decoder, cache, positions_BS, documents_BS, *, capture):
+        self.decoder, self.cache = decoder, cache
+        self.positions_BS, self.documents_BS = positions_BS, documents_BS
+        self.count, self.graph_step = 0, None
+        self.capture = capture and dispatch.choice != "torch"
+
+    def prefill(self, x_BtD):
+        """Adds embeddings of the next t tokens of every sequence, all of a prompt or one."""
+        start, end = self.cache.length, self.cache.length + x_BtD.shape[1]
+        documents_Bs = None if self.documents_BS is None else self.documents_BS[:, :end]
+        positions_Bt = self.positions_BS[:, start:end]
+        hidden_BtD = self.decoder(x_BtD, positions_Bt, documents_Bs, self.cache)
+        return self.decoder.head(hidden_BtD[:, -1])
+
+    def __call__(self, ids_B):
+        """Adds one token to every sequence."""
+        if self.capture and self.count == CAPTURE_AFTER:
+            self.graph_step = CUDAGraphStep(
+                self.decoder, self.cache, self.positions_BS, self.documents_BS
+            )
+        self.count += 1
+        if self.graph_step is not None:
+            return self.graph_step(ids_B)
+        return self.prefill(self.decoder.embed(ids_B[:, None]))
+
+
+def sample_next_token(logits_BV, temperature, top_k, top_p, generators):
+    """Returns the next id of each sequence: the likeliest (temperature 0), or a draw from
+    softmax(logits / temperature), cut to the top_k likeliest ids (0: all) and to the fewest
+    likeliest ids that hold top_p of the probability (nucleus sampling, Holtzman et al. 2019)."""
+    if temperature == 0:
+        return logits_BV.argmax(-1).tolist()
+    sorted_BV, order_BV = (logits_BV / temperature).softmax(-1).sort(dim=-1, descending=True)
+    previous_BV = sorted_BV.cumsum(-1) - sorted_BV
+    rank_V = torch.arange(sorted_BV.shape[1], device=logits_BV.device)
+    keep_BV = (previous_BV < top_p) & (rank_V < (top_k or sorted_BV.shape[1]))
+    kept_BV = (sorted_BV * keep_BV).cpu()
+    next_ids = []
+    for kept_V, order_V, generator in zip(kept_BV, order_BV, generators, strict=True):
+        rank = int(torch.multinomial(kept_V, 1, generator=generator))
+        next_ids.append(int(order_V[rank]))
+    return next_ids

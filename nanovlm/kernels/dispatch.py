@@ -1,0 +1,108 @@
+"""Which form of a computation runs: its formula in PyTorch, or a Triton kernel.
+
+Kernels run on CUDA GPUs of compute capability 8.0 (A100) or later. The formula runs everywhere
+else, and wherever a kernel does not support a shape or dtype. A function of models/ asks `kernel`:
+
+    if kernel := dispatch.kernel("rmsnorm", x):
+        return kernel(x, None, weight, eps)
+
+This file does not import triton; `enable` imports the kernels before a model is called on a GPU.
+"""
+
+import importlib.util
+import warnings
+
+import torch
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None  # it is made for Linux only
+KERNELS = {}  # name: (function, unsupported); a kernel's module adds itself when it is imported
+MIN_CAPABILITY = (8, 0)  # the first with matrix products in bfloat16
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+choice = "auto"  # --kernels. torch: formulas only; triton: kernels on the CPU as well, for tests
+warned = set()  # reasons why a GPU runs a formula
+
+
+def register(name, unsupported=lambda *tensors: ""):
+    """Decorates the function that `kernel(name, …)` returns. unsupported(*tensors): why the kernel
+    does not support these, in words that name it; empty if it does."""
+
+    def add(function):
+        KERNELS[name] = function, unsupported
+        return function
+
+    return add
+
+
+def enable(device):
+    """Imports the kernels if they are to run on this device, so that no call has to."""
+    if choice == "triton" or (choice == "auto" and device.type == "cuda"):
+        import_kernels()
+
+
+def import_kernels():
+    """Returns whether triton is installed; if so, every kernel is in KERNELS afterwards.
+
+    With TRITON_INTERPRET=1 in the environment, kernels run on the CPU in Triton's interpreter.
+    """
+    if not HAS_TRITON:
+        return False
+    from . import attention_backward, cross_entropy, decode_attention, rmsnorm  # noqa: F401
+
+    return True
+
+
+def warn_once(reason):
+    if reason not in warned:
+        warned.add(reason)
+        warnings.warn(f"kernels: {reason}; the formula in PyTorch runs instead", stacklevel=3)
+
+
+# torch.compile calls these while tracing, instead of breaking the graph. The attribute is what
+# torch.compiler.assume_constant_result sets; that also imports torch._dynamo, and thereby triton.
+import_kernels._dynamo_marked_constant = warn_once._dynamo_marked_constant = True
+
+
+def kernel(name, tensor, *tensors):
+    """Returns the function that computes `name` on these tensors with kernels, or None if the
+    formula is to run. Warns once for each reason why a GPU runs a formula."""
+    if choice == "torch" or (choice == "auto" and tensor.device.type != "cuda"):
+        return None
+    if name not in KERNELS and not import_kernels():
+        return warn_once("triton is not installed")
+    if tensor.is_cuda and capability(tensor.device) < MIN_CAPABILITY:
+        own, oldest = (".".join(map(str, c)) for c in (capability(tensor.device), MIN_CAPABILITY))
+        return warn_once(f"this GPU is of compute capability {own}, older than {oldest}")
+    if tensor.dtype not in DTYPES:
+        return warn_once(f"{tensor.dtype} is none of {', '.join(map(str, DTYPES))}")
+    function, unsupported = KERNELS[name]
+    reason = unsupported(tensor, *tensors)
+    return warn_once(reason) if reason else function
+
+
+# ---- What kernels ask of a device ----
+
+
+def capability(device):
+    """(major, minor) of a CUDA device; (0, 0) of any other, the first key of a config table."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+
+
+def autocast_dtype(tensor):
+    """The dtype to which autocast would cast a tensor for a matrix product; None without autocast.
+    Call it outside of custom operators: a compiled one does not see autocast."""
+    device = tensor.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
+def config(table, device):
+    """Returns a kernel's launch configuration for this device, from {oldest compute capability that
+    it is for: configuration}."""
+    own = max(capability(device), min(table))
+    return table[max(key for key in table if key <= own)]
+
+
+def num_sms(device):
+    """The number of streaming multiprocessors. The interpreter has one; 2 tests the reductions."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    return 2

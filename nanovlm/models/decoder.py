@@ -1,0 +1,179 @@
+"""The decoder: a Mistral-style language model. Llama, Mistral and SmolLM2 differ in numbers only.
+
+In every layer a token attends to the tokens before it, then passes through an MLP (SwiGLU). The
+head turns the last hidden state into a logit for every next token. RoPE encodes the position: it
+rotates queries and keys by an angle that grows with the position, so that their dot product depends
+only on the distance between them (Su et al. 2021).
+"""
+
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from .attention import Attention
+from .rmsnorm import RMSNorm
+
+
+def rope_angles(positions_BT, K, theta, scaling=None):
+    """Returns cos and sin, each (B, T, 1, K): pair i rotates by position · theta^(-2i/K) radians.
+
+    They are float32, as bfloat16 rounds 257 to 256. Pair i is (i, i + K/2), Hugging Face's order.
+    The sin of the first of a pair is negated (see `apply_rope`). scaling: see `scale_rope`.
+    """
+    exponent_k = torch.arange(0, K, 2, device=positions_BT.device, dtype=torch.float32) / K
+    frequency_k = theta**-exponent_k
+    if scaling is not None:
+        frequency_k = scale_rope(frequency_k, theta, scaling)
+    angle_BTk = positions_BT[..., None].float() * frequency_k
+    cos_BTk, sin_BTk = angle_BTk.cos(), angle_BTk.sin()
+    if scaling is not None and scaling["rope_type"] == "yarn":
+        factor = scaling["attention_factor"]
+        cos_BTk, sin_BTk = cos_BTk * factor, sin_BTk * factor
+    cos_BTK = torch.cat([cos_BTk, cos_BTk], dim=-1)
+    sin_BTK = torch.cat([-sin_BTk, sin_BTk], dim=-1)
+    return cos_BTK[:, :, None], sin_BTK[:, :, None]
+
+
+def scale_rope(frequency_k, theta, scaling):
+    """Returns the frequencies of a model whose context was extended `factor` times.
+
+    A pair that made many turns within the original context keeps its frequency. One that made less
+    than one turn would meet unknown angles, so it is slowed down. In between it is a ramp:
+
+        frequency · (keep + (1 - keep) / factor)
+
+    scaling: Hugging Face's names. rope_type is linear (keep = 0), llama3 (keep is linear in the
+    number of turns) or yarn (linear in i; Peng et al. 2023).
+    """
+    k, factor = len(frequency_k), scaling["factor"]
+    if scaling["rope_type"] == "linear":
+        return frequency_k / factor
+    length = scaling["original_max_position_embeddings"]
+    if scaling["rope_type"] == "llama3":
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        keep_k = (length * frequency_k / (2 * math.pi) - low) / (high - low)
+    else:
+        turns = scaling["beta_fast"], scaling["beta_slow"]
+        first, last = (k * math.log(length / (n * 2 * math.pi)) / math.log(theta) for n in turns)
+        if scaling["truncate"]:
+            first, last = math.floor(first), math.ceil(last)
+        first, last = max(first, 0), min(last, 2 * k - 1)
+        i_k = torch.arange(k, device=frequency_k.device, dtype=torch.float32)
+        keep_k = 1 - (i_k - first) / max(last - first, 0.001)
+    keep_k = keep_k.clamp(0, 1)
+    return frequency_k * (keep_k + (1 - keep_k) / factor)
+
+
+def apply_rope(x, angles):
+    """Rotates the pairs (a, b) of queries or keys: (a · cos - b · sin, b · cos + a · sin)."""
+    cos_BT1K, sin_BT1K = angles
+    return (x * cos_BT1K + x.roll(x.shape[-1] // 2, dims=-1) * sin_BT1K).to(x.dtype)
+
+
+class KVCache:
+    """Keys and values of the tokens so far: two tensors (B, S, G, K) a layer, filled up to `length`.
+    inference/optimize.py has a StaticKVCache, which counts on the GPU (cache_length)."""
+
+    def __init__(self, decoder, batch_size, max_length):
+        block, weight = decoder.layers[0], decoder.embed.weight
+        shape = (batch_size, max_length, block.kv_heads, block.head_size)
+        self.layers = [(weight.new_empty(shape), weight.new_empty(shape)) for _ in decoder.layers]
+        self.length, self.cache_length = 0, None
+
+    def update(self, layer, k_BTGK, v_BTGK):
+        """Appends a layer's new keys and values. Returns all of them, (B, S, G, K) each."""
+        k_BSGK, v_BSGK = self.layers[layer]
+        end = self.length + k_BTGK.shape[1]
+        k_BSGK[:, self.length : end] = k_BTGK
+        v_BSGK[:, self.length : end] = v_BTGK
+        return k_BSGK[:, :end], v_BSGK[:, :end]
+
+
+class Block(nn.Module):
+    def __init__(self, *, width, heads, kv_heads, head_size, ffn, eps, window):
+        super().__init__()
+        self.heads, self.kv_heads, self.head_size = heads, kv_heads, head_size
+        self.attention_norm = RMSNorm(width, eps)
+        self.query = nn.Linear(width, heads * head_size, bias=False)
+        self.key = nn.Linear(width, kv_heads * head_size, bias=False)
+        self.value = nn.Linear(width, kv_heads * head_size, bias=False)
+        self.out = nn.Linear(heads * head_size, width, bias=False)
+        self.attention = Attention(window=window)
+        self.mlp_norm = RMSNorm(width, eps)
+        self.gate = nn.Linear(width, ffn, bias=False)
+        self.up = nn.Linear(width, ffn, bias=False)
+        self.down = nn.Linear(ffn, width, bias=False)
+
+    def forward(self, x_BTD, angles, documents_BS, cache, layer):
+        q_BTHK, k_BTGK, v_BTGK = self.qkv(self.attention_norm(x_BTD), angles)
+        k_BSGK, v_BSGK, cache_length = k_BTGK, v_BTGK, None
+        if cache is not None:
+            k_BSGK, v_BSGK = cache.update(layer, k_BTGK, v_BTGK)
+            cache_length = cache.cache_length
+        out_BTHK = self.attention(q_BTHK, k_BSGK, v_BSGK, documents_BS, cache_length)
+        x_BTD, normed_BTD = self.mlp_norm(x_BTD, self.out(out_BTHK.flatten(-2)))
+        gate_BTF, up_BTF = self.gate_up(normed_BTD)
+        return x_BTD + self.down(F.silu(gate_BTF) * up_BTF)
+
+    def qkv(self, normed_BTD, angles):
+        """Returns queries and keys after RoPE, and values."""
+        layers = (self.query, self.key, self.value)
+        q_BTHK, k_BTGK, v_BTGK = (f(normed_BTD).unflatten(-1, (-1, self.head_size)) for f in layers)
+        return apply_rope(q_BTHK, angles), apply_rope(k_BTGK, angles), v_BTGK
+
+    def gate_up(self, normed_BTD):
+        return self.gate(normed_BTD), self.up(normed_BTD)
+
+
+class Decoder(nn.Module):
+    """Embeddings x_BTD -> normed hidden states hidden_BTD; `head` maps those to logits (B, T, V).
+
+    theta, scaling: see `rope_angles`. window: how far back a token attends, for all layers or a
+    list of one a layer (Ministral); None: to the start. tied: head and embedding share a weight.
+    """
+
+    def __init__(
+        self,
+        *,
+        vocabulary,
+        width,
+        layers,
+        heads,
+        kv_heads,
+        ffn,
+        head_size=None,
+        theta=10000.0,
+        scaling=None,
+        eps=1e-5,
+        window=None,
+        tied=False,
+    ):
+        super().__init__()
+        self.head_size, self.theta, self.scaling = head_size or width // heads, theta, scaling
+        windows = window if isinstance(window, list) else [window] * layers
+        block = dict(
+            width=width, heads=heads, kv_heads=kv_heads, head_size=self.head_size, ffn=ffn, eps=eps
+        )
+        self.embed = nn.Embedding(vocabulary, width)
+        self.layers = nn.ModuleList(Block(window=windows[i], **block) for i in range(layers))
+        self.norm = RMSNorm(width, eps)
+        self.head = nn.Linear(width, vocabulary, bias=False)
+        # Llama's 0.02 is this for a width of 2,500; small widths need more.
+        for weight in [p for p in self.parameters() if p.dim() == 2]:
+            nn.init.normal_(weight, std=width**-0.5)
+        # The sum of 2 · layers residuals stays near the embeddings' size (GPT-2, section 2.3).
+        for layer in self.layers:
+            nn.init.normal_(layer.out.weight, std=(2 * layers * width) ** -0.5)
+            nn.init.normal_(layer.down.weight, std=(2 * layers * ffn) ** -0.5)
+        if tied:
+            self.head.weight = self.embed.weight
+
+    def forward(self, x_BTD, positions_BT, documents_BS=None, cache=None):
+        angles = rope_angles(positions_BT, self.head_size, self.theta, self.scaling)
+        for i, layer in enumerate(self.layers):
+            x_BTD = layer(x_BTD, angles, documents_BS, cache, i)
+        if cache is not None:
+            cache.length += x_BTD.shape[1]
+        return self.norm(x_BTD)

@@ -1,0 +1,119 @@
+"""The vision encoder: a Vision Transformer (Dosovitskiy et al. 2020).
+
+A tile of Y × X pixels is cut into patches. Each becomes a vector, plus the embedding of its
+position, and attends to all the others in every layer. Options make it one of these:
+
+    CLIP     class token · norm before the layers · quick-GELU · no bias on the patches · LLaVA
+             reads the output of the last layer but one, without a final norm
+    SigLIP   no class token · tanh-GELU · bias on the patches · the last layer, with the final norm
+    DINOv2   class token · GELU · bias on the patches · LayerScale · the last layer, with the norm
+"""
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from .attention import Attention
+
+ACTIVATIONS = {
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),  # OpenAI's CLIP
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),  # SigLIP
+}
+
+
+def sincos_positions(side, width):
+    """Returns (side², D): sines and cosines of a patch's row and column at D/4 frequencies. It is
+    the initial value of the position embeddings, from which a small ViT learns faster than from
+    random ones (Beyer et al. 2022, "Better plain ViT baselines")."""
+    frequency_d = 100.0 ** -torch.linspace(0, 1, -(-width // 4))  # radians a patch: 1 to 1/100
+    angle_Yd = torch.arange(side)[:, None] * frequency_d
+    embedding = torch.cat([angle_Yd.sin(), angle_Yd.cos()], dim=1)
+    rows, columns = embedding.repeat_interleave(side, 0), embedding.repeat(side, 1)
+    return torch.cat([rows, columns], dim=1)[:, :width]
+
+
+def layer_scaled(x_NPD, scale_D):
+    """LayerScale (Touvron et al. 2021), for encoders that have it."""
+    return x_NPD if scale_D is None else x_NPD * scale_D
+
+
+class Block(nn.Module):
+    def __init__(self, *, width, heads, ffn, activation, eps, layer_scale=False):
+        super().__init__()
+        self.heads = heads
+        self.activation = ACTIVATIONS[activation]
+        self.attention_norm = nn.LayerNorm(width, eps)
+        self.query, self.key, self.value, self.out = (nn.Linear(width, width) for _ in range(4))
+        self.attention = Attention(causal=False)
+        self.mlp_norm = nn.LayerNorm(width, eps)
+        self.up, self.down = nn.Linear(width, ffn), nn.Linear(ffn, width)
+        self.attention_scale = nn.Parameter(torch.ones(width)) if layer_scale else None
+        self.mlp_scale = nn.Parameter(torch.ones(width)) if layer_scale else None
+
+    def forward(self, x_NPD):
+        normed_NPD = self.attention_norm(x_NPD)
+        layers = (self.query, self.key, self.value)
+        q_NPHK, k_NPHK, v_NPHK = (f(normed_NPD).unflatten(-1, (self.heads, -1)) for f in layers)
+        out_NPD = self.out(self.attention(q_NPHK, k_NPHK, v_NPHK).flatten(-2))
+        x_NPD = x_NPD + layer_scaled(out_NPD, self.attention_scale)
+        mlp_NPD = self.down(self.activation(self.up(self.mlp_norm(x_NPD))))
+        return x_NPD + layer_scaled(mlp_NPD, self.mlp_scale)
+
+
+class VisionEncoder(nn.Module):
+    """Tiles (normalised floats) tiles_NCYX -> features_NPD, one a patch, row by row.
+
+    read: the layer whose output is returned, counted as transformers counts hidden states: -1 the
+    last, -2 the last but one, 0 what enters the first layer. Layers after it are not built.
+    post_norm: apply the final LayerNorm to that output. The class token is not returned.
+    """
+
+    def __init__(
+        self,
+        *,
+        tile,
+        patch,
+        width,
+        layers,
+        heads,
+        ffn,
+        class_token=False,
+        pre_norm=False,
+        post_norm=True,
+        patch_bias=True,
+        activation="gelu_tanh",
+        layer_scale=False,
+        eps=1e-6,
+        read=-1,
+    ):
+        super().__init__()
+        self.patches = nn.Conv2d(3, width, patch, patch, bias=patch_bias)
+        self.class_token = nn.Parameter(torch.randn(width) * width**-0.5) if class_token else None
+        positions = sincos_positions(tile // patch, width)
+        self.positions = nn.Parameter(torch.cat([torch.zeros(int(class_token), width), positions]))
+        self.pre_norm = nn.LayerNorm(width, eps) if pre_norm else None
+        block = dict(
+            width=width,
+            heads=heads,
+            ffn=ffn,
+            activation=activation,
+            eps=eps,
+            layer_scale=layer_scale,
+        )
+        depth = layers + 1 + read if read < 0 else read
+        self.layers = nn.ModuleList(Block(**block) for _ in range(depth))
+        self.post_norm = nn.LayerNorm(width, eps) if post_norm else None
+
+    def forward(self, tiles_NCYX):
+        x_NPD = self.patches(tiles_NCYX).flatten(2).transpose(1, 2)
+        if self.class_token is not None:
+            x_NPD = torch.cat([self.class_token.expand(len(x_NPD), 1, -1), x_NPD], dim=1)
+        x_NPD = x_NPD + self.positions
+        if self.pre_norm is not None:
+            x_NPD = self.pre_norm(x_NPD)
+        for layer in self.layers:
+            x_NPD = layer(x_NPD)
+        if self.post_norm is not None:
+            x_NPD = self.post_norm(x_NPD)
+        return x_NPD if self.class_token is None else x_NPD[:, 1:]

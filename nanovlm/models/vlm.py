@@ -1,0 +1,95 @@
+"""A vision-language model: a vision encoder, a projector, and a decoder (the language model).
+
+An image of 64 × 64 pixels, followed through the demonstration's model:
+
+    tiles_NCYX      (1, 3, 64, 64)   uint8, normalised here
+    features_NPD    (1, 64, 128)     vision encoder: one vector for each patch of 8 × 8 pixels
+    features_NPD    (1, 16, 512)     pixel shuffle by 2: 2 × 2 patches become one token
+    features_NPD    (1, 16, 128)     projector: as wide as the decoder's embeddings
+    x_BTD           (1, T, 128)      put where the ids say IMAGE, among the embeddings of the text
+"""
+
+import torch
+import torch.nn as nn
+
+from .. import IGNORE_INDEX, IMAGE_TOKEN_ID, UserError
+from .cross_entropy import linear_cross_entropy
+from .decoder import Decoder
+from .projector import Projector
+from .vision_encoder import VisionEncoder
+
+
+class VLM(nn.Module):
+    """vision, decoder: the keyword arguments of VisionEncoder and Decoder. shuffle, newline: see
+    Projector. mean, std: three numbers each, of pixels between 0 and 1."""
+
+    def __init__(
+        self,
+        *,
+        vision,
+        decoder,
+        shuffle=1,
+        mean=(0.5, 0.5, 0.5),
+        std=(0.5, 0.5, 0.5),
+        newline=False,
+    ):
+        super().__init__()
+        self.vision = VisionEncoder(**vision)
+        self.projector = Projector(
+            vision_width=vision["width"], width=decoder["width"], shuffle=shuffle, newline=newline
+        )
+        self.decoder = Decoder(**decoder)
+        self.tile = vision["tile"]
+        mean_C11 = torch.tensor(mean, device="cpu").view(3, 1, 1)
+        std_C11 = torch.tensor(std, device="cpu").view(3, 1, 1)
+        self.register_buffer("mean_C11", mean_C11, persistent=False)
+        self.register_buffer("std_C11", std_C11, persistent=False)
+
+    def encode_images(self, tiles_NCYX):
+        """uint8 tiles -> image features as the decoder reads them, (N · P, D), a newline's last."""
+        pixels_NCYX = (tiles_NCYX.float() / 255 - self.mean_C11) / self.std_C11
+        # pretrained parts may differ in dtype
+        features_NPD = self.vision(pixels_NCYX.to(self.vision.patches.weight.dtype))
+        return self.projector(features_NPD.to(self.projector.up.weight.dtype))
+
+    def embed(self, ids_BT, tiles_NCYX, image_feature_index=None):
+        """Returns x_BTD: embeddings of the text, with image features where the ids say IMAGE.
+
+        The features are taken in order: all of them, or those at `image_feature_index` (one number
+        for each image token; -1, the last feature, is the newline). Raises Mistake if the ids hold
+        more or fewer image tokens than there are features.
+        """
+        x_BTD = self.decoder.embed(ids_BT.clamp(min=0))
+        is_image_BT = ids_BT == IMAGE_TOKEN_ID
+        count = int(is_image_BT.sum())
+        if len(tiles_NCYX):
+            features = self.encode_images(tiles_NCYX)
+            if image_feature_index is not None:
+                features = features[image_feature_index.to(features.device)]
+            if count != len(features):
+                raise UserError(
+                    f"the ids hold {count} image tokens, the images make {len(features)} features"
+                )
+            return x_BTD.masked_scatter(is_image_BT[..., None], features.to(x_BTD.dtype))
+        if count:
+            raise UserError(f"the ids hold {count} image tokens, but there is no image")
+        if self.training:
+            # Other ranks may have images and wait for this rank's gradients: encode a blank tile.
+            size = (1, 3, self.tile, self.tile)
+            blank_1CYX = torch.zeros(size, dtype=torch.uint8, device=ids_BT.device)
+            x_BTD = x_BTD + self.encode_images(blank_1CYX).sum().to(x_BTD.dtype) * 0
+        return x_BTD
+
+    def forward(
+        self, ids_BT, targets_BT, positions_BT, documents_BT, tiles_NCYX, image_feature_index=None
+    ):
+        """Returns the cross-entropy loss (float32), summed over all tokens that have a label.
+
+        targets_BT: the next id, or UNTRAINED where the loss mask is off. positions_BT: a token's
+        position in its sample. documents_BT: the number of its sample, for packed sequences.
+        """
+        x_BTD = self.embed(ids_BT, tiles_NCYX, image_feature_index)
+        hidden_BTD = self.decoder(x_BTD, positions_BT, documents_BT)
+        mask_BT = targets_BT != IGNORE_INDEX
+        head_VD = self.decoder.head.weight
+        return linear_cross_entropy(hidden_BTD[mask_BT], head_VD, targets_BT[mask_BT])

@@ -1,0 +1,243 @@
+"""However fast a model speaks, it says what it would say if it read everything again for each token."""
+
+from unittest import mock
+
+import pytest
+import torch
+from conftest import make_samples, make_vlm
+
+from nanovlm.inference import generate as generate_file
+from nanovlm.inference import optimize as optimize_file
+from nanovlm.inference.generate import CAPTURE_AFTER, DecodeStep, generate
+from nanovlm.inference.optimize import (
+    MIN_VECTORS,
+    CUDAGraphStep,
+    PackedLinear,
+    StaticKVCache,
+    optimize,
+)
+from nanovlm.kernels import dispatch
+from nanovlm.models.attention import attention
+from nanovlm.models.decoder import KVCache
+
+PROMPTS = [[3, 1, 4, 1, 5, 9, 2], [6, 5, 3], [5, 8, 9, 7, 9]]
+SHAPES = {
+    "plain": {},
+    "window": {"window": 6},
+    "windows": {"window": [None, 5, 3]},
+    "every head its keys": {"kv_heads": 6},
+    "tied": {"tied": True},
+}
+
+
+def reading_again(vlm, prompt, count):
+    """The likeliest next id, count times, without a cache."""
+    said = []
+    for _ in range(count):
+        ids_BT = torch.tensor([prompt + said])
+        with torch.no_grad():
+            hidden_BTD = vlm.decoder(vlm.decoder.embed(ids_BT), torch.arange(ids_BT.shape[1])[None])
+            said.append(int(vlm.decoder.head(hidden_BTD[0, -1]).argmax()))
+    return said
+
+
+def said(vlm, prompts, count, **how):
+    rows = zip(
+        *generate(vlm, prompts, torch.zeros(0), stop=set(), max_tokens=count, **how), strict=True
+    )
+    return [list(row) for row in rows]
+
+
+@pytest.mark.parametrize(
+    "form", ["as it is", "joined", "packed", "recorded", "packed and recorded"]
+)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_form_says_token_for_token_what_reading_again_gives(form, shape, monkeypatch):
+    vlm = make_vlm(decoder=SHAPES[shape])
+    expected = [reading_again(vlm, prompt, 12) for prompt in PROMPTS]
+    assert len({i for row in expected for i in row}) > 5
+    monkeypatch.setattr(optimize_file, "MIN_WEIGHT", 0 if "packed" in form else 1 << 40)
+    monkeypatch.setattr(generate_file, "CAPTURE_AFTER", 4)
+    if form not in ("as it is", "recorded"):
+        optimize(vlm)
+        assert all(
+            (m.min_vectors == 1) == ("packed" in form)
+            for m in vlm.decoder.modules()
+            if isinstance(m, PackedLinear)
+        )
+    how = {"cuda_graph": ("cpu",)} if "recorded" in form else {}
+    assert said(vlm, PROMPTS, 12, **how) == expected
+    assert [said(vlm, [prompt], 12, **how)[0] for prompt in PROMPTS] == expected
+
+
+def test_a_model_that_is_ready_sees_what_it_saw_before(vlm, monkeypatch):
+    _, _, tiles_NCYX = make_samples()[2]
+    before = vlm.encode_images(tiles_NCYX)
+    monkeypatch.setattr(optimize_file, "MIN_WEIGHT", 0)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            optimize(vlm).encode_images(tiles_NCYX), before, rtol=1e-4, atol=1e-5
+        )
+    assert not [m for m in vlm.modules() if isinstance(m, torch.nn.Linear)]
+    products = [
+        sum(isinstance(part, PackedLinear) for part in vars(speaker).values())
+        for speaker in vlm.decoder.layers
+    ]
+    assert products == [4, 4, 4], "query, key and value are one, out, gate and up are one, down"
+
+
+def test_a_prompt_is_read_once_and_every_token_but_the_last(vlm):
+    lengths = []
+    vlm.decoder.register_forward_pre_hook(lambda _, inputs: lengths.append(inputs[0].shape[1]))
+    said(vlm, PROMPTS[:1], 5)
+    assert lengths == [len(PROMPTS[0]), 1, 1, 1, 1]
+
+
+def test_ready_holds_every_large_weight_once_and_a_tied_one_twice(vlm, monkeypatch):
+    monkeypatch.setattr(optimize_file, "MIN_WEIGHT", 0)
+
+    def numbers(model):
+        return sum(t.numel() for t in {id(t): t for t in held(model)}.values())
+
+    def held(model):
+        parts = [
+            *model.modules(),
+            *(part for speaker in model.decoder.layers for part in vars(speaker).values()),
+        ]
+        products = [part for part in parts if isinstance(part, PackedLinear)]
+        norms = [part.keywords["weight"] for part in parts if hasattr(part, "keywords")]
+        return [
+            *model.parameters(),
+            *norms,
+            *(t for m in products for t in (m.weight, m.packed, m.bias) if t is not None),
+        ]
+
+    old = [p.data for p in vlm.parameters()]
+    assert numbers(optimize(vlm)) == sum(p.numel() for p in make_vlm().parameters())
+    kept = {t.data_ptr() for t in old} & {t.data_ptr() for t in held(vlm) if not t.is_mkldnn}
+    assert not kept, "a tensor that was read from a file keeps all of it in memory"
+    tied = make_vlm(decoder={"tied": True})
+    once = sum(p.numel() for p in tied.parameters())
+    assert numbers(optimize(tied)) == once + tied.decoder.embed.weight.numel()
+
+
+def packs(dtype):
+    """Whether oneDNN packs a weight of this dtype on this CPU; float32 it packs on any."""
+    try:
+        torch.ops.mkldnn._reorder_linear_weight(torch.ones(2, 2, dtype=dtype), 1)
+    except RuntimeError:
+        return dtype == torch.float32
+    return True
+
+
+@pytest.mark.parametrize(
+    "dtype, error",
+    [(torch.float32, 1e-6), (torch.bfloat16, 4e-3), (torch.float16, 1e-3), (torch.float64, 1e-15)],
+)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("rows", [1, MIN_VECTORS + 3])
+@pytest.mark.parametrize("large", [0, 1 << 40])
+@pytest.mark.parametrize("cpu", ["this one", "one without the instructions"])
+def test_a_product_is_its_layers_side_by_side(dtype, error, bias, rows, large, cpu, monkeypatch):
+    monkeypatch.setattr(optimize_file, "MIN_WEIGHT", large)
+    if cpu == "one without the instructions":
+        monkeypatch.setitem(optimize_file.ONEDNN_DTYPES, dtype, lambda: False)
+    packed = cpu == "this one" and packs(dtype)
+    layers = [torch.nn.Linear(37, out, bias=bias).to(dtype) for out in (23, 11, 5)]
+    x = torch.randn(rows, 37).to(dtype)
+    with torch.no_grad():
+        product = PackedLinear(*layers)
+        assert (product.packed is not None) == packed
+        assert (product.weight is product.packed) == (packed and large == 0)
+        assert product.min_vectors == (0 if not packed else 1 if large == 0 else MIN_VECTORS)
+        expected = torch.cat([layer.double()(x.double()) for layer in layers], dim=-1)
+        plain = mock.Mock(wraps=torch.nn.functional.linear)
+        monkeypatch.setattr(optimize_file.F, "linear", plain)
+        found = product(x)
+    assert plain.called == (not packed or rows < product.min_vectors)
+    assert found.dtype == dtype
+    assert (found.double() - expected).norm() / expected.norm() < error
+
+
+@pytest.mark.parametrize("choice", ["torch", "triton"])
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_step_in_a_fixed_cache_gives_the_logits_of_one_in_a_growing_one(
+    choice, window, padded, monkeypatch
+):
+    """By the formulas, and by the kernels that a card would record."""
+    vlm = make_vlm(decoder={"window": window})
+    ids_BT, positions_BS = torch.randint(41, (2, 7)), torch.arange(16).expand(2, -1)
+    documents_BS = torch.tensor([[0] * 3 + [1] * 13, [1] * 16]) if padded else None
+    caches = [KVCache(vlm.decoder, 2, 16) for _ in range(2)]
+    for k_BSGK, v_BSGK in caches[1].layers:
+        k_BSGK.fill_(float("nan")), v_BSGK.fill_(float("nan"))  # what memory may hold
+    growing, start = (
+        DecodeStep(vlm.decoder, cache, positions_BS, documents_BS, capture=False)
+        for cache in caches
+    )
+    with torch.no_grad():
+        x_BTD = vlm.decoder.embed(ids_BT)
+        torch.testing.assert_close(growing.prefill(x_BTD), start.prefill(x_BTD), rtol=0, atol=0)
+        fixed = CUDAGraphStep(vlm.decoder, caches[1], positions_BS, documents_BS)
+        monkeypatch.setattr(dispatch, "choice", choice)
+        for _ in range(9):  # to the last place
+            ids_B = torch.randint(41, (2,))
+            found = fixed(ids_B)
+            with monkeypatch.context() as switch:
+                switch.setattr(dispatch, "choice", "torch")
+                torch.testing.assert_close(found, growing(ids_B), rtol=1e-4, atol=1e-5)
+    assert fixed.cache.cache_length.item() == 17 and fixed.graph is None
+
+
+@pytest.mark.parametrize("window", [None, 3, 5])
+@pytest.mark.parametrize("documents_S", [None, [0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 1]])
+@pytest.mark.parametrize("end", [1, 6, 11])
+def test_attention_to_the_filled_places_is_attention_to_a_cache_that_ends_there(
+    window, documents_S, end
+):
+    q, k, v = torch.randn(2, 1, 6, 8), torch.randn(2, 11, 3, 8), torch.randn(2, 11, 3, 8)
+    documents_BS = None if documents_S is None else torch.tensor([documents_S, [1] * 11])
+    seen = None if documents_BS is None else documents_BS[:, :end]
+    found = attention(
+        q,
+        k,
+        v,
+        window=window,
+        documents_BS=documents_BS,
+        cache_length=torch.tensor([end], dtype=torch.int32),
+    )
+    torch.testing.assert_close(
+        found, attention(q, k[:, :end], v[:, :end], window=window, documents_BS=seen)
+    )
+
+
+def test_a_short_answer_is_not_recorded(vlm, monkeypatch):
+    made = []
+    monkeypatch.setattr(
+        optimize_file,
+        "StaticKVCache",
+        lambda cache: made.append(cache.length) or StaticKVCache(cache),
+    )
+    said(vlm, PROMPTS[:1], CAPTURE_AFTER, cuda_graph=("cpu",))
+    said(vlm, PROMPTS[:1], 2 * CAPTURE_AFTER)  # nor is one on a device whose steps are not recorded
+    said(
+        vlm.train(), PROMPTS[:1], 2 * CAPTURE_AFTER, cuda_graph=("cpu",)
+    )  # nor one of a model that trains
+    vlm.eval()
+    with monkeypatch.context() as switch:
+        switch.setattr(dispatch, "choice", "torch")
+        said(vlm, PROMPTS[:1], 2 * CAPTURE_AFTER, cuda_graph=("cpu",))
+    assert made == []
+    said(vlm, PROMPTS[:1], CAPTURE_AFTER + 2, cuda_graph=("cpu",))
+    assert made == [len(PROMPTS[0]) + CAPTURE_AFTER]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="wants a CUDA card: nothing else records")
+@pytest.mark.parametrize("window", [None, 6])
+def test_on_a_card_a_recorded_step_says_what_a_fresh_one_says(window):
+    vlm = optimize(make_vlm(decoder={"window": window}).cuda())
+    count = 2 * CAPTURE_AFTER
+    assert said(vlm, PROMPTS, count, cuda_graph=("cuda",)) == said(
+        vlm, PROMPTS, count, cuda_graph=()
+    )

@@ -1,0 +1,372 @@
+"""Public folders, read by our loaders, compute what transformers computes from them: the same random weights, the same numbers to 1e-5."""
+
+import json
+
+import pytest
+import torch
+import transformers as hf
+
+from nanovlm.checkpoints import huggingface
+from nanovlm.data import tokenizer
+from nanovlm.models.decoder import Decoder
+from nanovlm.models.vision_encoder import VisionEncoder
+
+EYE = dict(
+    hidden_size=48,
+    intermediate_size=80,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    image_size=28,
+    patch_size=7,
+)
+BRAIN = dict(
+    vocab_size=301,
+    hidden_size=48,
+    intermediate_size=80,
+    num_hidden_layers=3,
+    num_attention_heads=6,
+    num_key_value_heads=2,
+    max_position_embeddings=64,
+    rms_norm_eps=1e-5,
+    attn_implementation="eager",
+)
+PREPROCESSOR = {
+    "do_resize": True,
+    "size": {"height": 28, "width": 28},
+    "resample": 3,
+    "image_mean": [0.1, 0.2, 0.3],
+    "image_std": [0.3, 0.2, 0.1],
+}
+WORDS = tokenizer.learn(
+    ["a cat, a catalogue, the category of cats"], 260, ["<|im_start|>", "<|im_end|>"]
+)
+CHATML = (
+    "{% for m in messages %}{{'<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n'}}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def shake(model, seed):
+    """Random numbers everywhere, norms and biases too: a weight left at 0 or 1 could hide that it is not used."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(
+                torch.randn(p.shape, generator=generator) * 0.1 + (1.0 if p.dim() == 1 else 0.0)
+            )
+    return model.float().eval()
+
+
+def publish(model, folder, **how):
+    """Write a model as its owner would: config and weights by transformers, the picture policy or tokenizer and template beside them."""
+    model.save_pretrained(folder, **how)
+    (folder / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"chat_template": CHATML, "eos_token": "<|im_end|>"})
+    )
+    WORDS.save(folder)
+    return folder
+
+
+def close(ours, theirs):
+    assert ours.shape == theirs.shape and (ours - theirs).norm() / theirs.norm() < 1e-5
+
+
+def clip(**other):
+    return shake(hf.CLIPVisionModel(hf.CLIPVisionConfig(**EYE | other)), 1)
+
+
+def siglip(**other):
+    return shake(hf.SiglipVisionModel(hf.SiglipVisionConfig(**EYE | other)), 2)
+
+
+def dinov2(**other):
+    sizes = {name: size for name, size in EYE.items() if name != "intermediate_size"}
+    return shake(hf.Dinov2Model(hf.Dinov2Config(**sizes | {"mlp_ratio": 2} | other)), 3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tile", [28, 42])
+@pytest.mark.parametrize("make", [clip, siglip, dinov2])
+def test_an_eye(make, tile, tmp_path):
+    """CLIP is read before its last layer as LLaVA does, the others at their normed end; larger pictures by interpolated positions."""
+    theirs = make()
+    ours = huggingface.read_vision_encoder(publish(theirs, tmp_path), tile=tile).model.vision
+    assert len(ours.layers) == (2 if make is clip else 3)
+    tiles_NCYX = torch.randn(2, 3, tile, tile)
+    larger = {"interpolate_pos_encoding": True} if make is not dinov2 else {}
+    out = theirs(tiles_NCYX, output_hidden_states=True, **larger)
+    close(
+        ours(tiles_NCYX),
+        {
+            clip: lambda: out.hidden_states[-2][:, 1:],
+            siglip: lambda: out.last_hidden_state,
+            dinov2: lambda: out.last_hidden_state[:, 1:],
+        }[make](),
+    )
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("read", [-3, -1, 2])
+def test_an_eye_read_elsewhere(read, tmp_path):
+    """--read counts as transformers counts hidden states; the class token is dropped, and no norm applied."""
+    theirs = clip(hidden_act="gelu")
+    ours = huggingface.read_vision_encoder(publish(theirs, tmp_path), read=read).model.vision
+    tiles_NCYX = torch.randn(2, 3, 28, 28)
+    close(
+        ours(tiles_NCYX), theirs(tiles_NCYX, output_hidden_states=True).hidden_states[read][:, 1:]
+    )
+
+
+@torch.no_grad()
+def test_an_eye_whose_patches_do_not_fill_the_picture(tmp_path):
+    """SigLIP so400m cuts 27 patches of 14 pixels out of 384; the last 6 pixels are not looked at."""
+    theirs = siglip(image_size=33)
+    (publish(theirs, tmp_path) / "preprocessor_config.json").write_text(
+        json.dumps(PREPROCESSOR | {"size": {"height": 33, "width": 33}})
+    )
+    tiles_NCYX = torch.randn(2, 3, 33, 33)
+    close(
+        huggingface.read_vision_encoder(tmp_path).model.vision(tiles_NCYX),
+        theirs(tiles_NCYX).last_hidden_state,
+    )
+
+
+DEFAULT = {"rope_type": "default"}
+BRAINS = {  # every kind in its own way: a head size, a window shorter than the text, tied embeddings, RoPE stretched
+    "mistral 0.1": (
+        hf.MistralForCausalLM,
+        hf.MistralConfig,
+        dict(sliding_window=7, rope_parameters=DEFAULT | {"rope_theta": 1e4}),
+    ),
+    "nemo": (
+        hf.MistralForCausalLM,
+        hf.MistralConfig,
+        dict(head_dim=10, sliding_window=None, rope_parameters=DEFAULT | {"rope_theta": 1e6}),
+    ),
+    "ministral": (
+        hf.MinistralForCausalLM,
+        hf.MinistralConfig,
+        dict(
+            head_dim=8,
+            sliding_window=5,
+            layer_types=["full_attention", "sliding_attention", "full_attention"],
+            rope_parameters=DEFAULT | {"rope_theta": 1e5},
+        ),
+    ),
+    "llama 2": (
+        hf.LlamaForCausalLM,
+        hf.LlamaConfig,
+        dict(num_key_value_heads=6, rope_parameters=DEFAULT | {"rope_theta": 1e4}),
+    ),
+    "smollm2": (
+        hf.LlamaForCausalLM,
+        hf.LlamaConfig,
+        dict(tie_word_embeddings=True, rope_parameters=DEFAULT | {"rope_theta": 1e5}),
+    ),
+    "llama 3": (
+        hf.LlamaForCausalLM,
+        hf.LlamaConfig,
+        dict(
+            rope_parameters={
+                "rope_type": "llama3",
+                "rope_theta": 500.0,
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 32,
+            }
+        ),
+    ),
+    "linear": (
+        hf.LlamaForCausalLM,
+        hf.LlamaConfig,
+        dict(rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}),
+    ),
+    "yarn": (
+        hf.MistralForCausalLM,
+        hf.MistralConfig,
+        dict(
+            head_dim=20,
+            rope_parameters={
+                "rope_type": "yarn",
+                "rope_theta": 1e4,
+                "factor": 4.0,
+                "original_max_position_embeddings": 16,
+                "beta_fast": 2.0,
+                "beta_slow": 0.2,
+            },
+        ),
+    ),
+    "yarn, odd": (
+        hf.LlamaForCausalLM,
+        hf.LlamaConfig,
+        dict(
+            rope_parameters={
+                "rope_type": "yarn",
+                "rope_theta": 1e3,
+                "factor": 3.0,
+                "mscale": 0.7,
+                "mscale_all_dim": 1.4,
+                "truncate": False,
+                "beta_fast": 3.0,
+            }
+        ),
+    ),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", BRAINS)
+def test_a_brain(kind, tmp_path):
+    model, config, own = BRAINS[kind]
+    theirs = shake(model(config(**BRAIN | own)), 4)
+    ours = huggingface.read_decoder(publish(theirs, tmp_path)).model.decoder
+    assert (ours.head.weight is ours.embed.weight) == (kind == "smollm2")
+    ids_BT = torch.randint(301, (2, 45), generator=torch.Generator().manual_seed(5))
+    close(
+        ours.head(ours(ours.embed(ids_BT), torch.arange(45).expand(2, -1))), theirs(ids_BT).logits
+    )
+
+
+@pytest.mark.parametrize(
+    "kind, config",
+    [
+        ("clip_vision_model", hf.CLIPVisionConfig),
+        ("siglip_vision_model", hf.SiglipVisionConfig),
+        ("dinov2", hf.Dinov2Config),
+        ("llama", hf.LlamaConfig),
+        ("mistral", hf.MistralConfig),
+    ],
+)
+def test_what_a_config_leaves_out_is_what_transformers_assumes(kind, config):
+    """The config.json of google/siglip-base-patch16-224 says nothing of its eye but its type."""
+    assumed = config()
+    for field, value in huggingface.DEFAULTS[kind].items():
+        theirs = getattr(assumed, field)
+        derived = {
+            "num_key_value_heads": assumed.to_dict().get("num_attention_heads"),
+            "head_dim": 128,
+        }.get(field)
+        assert theirs == (derived if value is None and theirs is not None else value), field
+
+
+BIG_BRAIN = dict(hidden_act="silu", rms_norm_eps=1e-5, max_position_embeddings=32768)
+FULL_SIZE = {  # the numbers of the published config.json, and the bytes of its weights at two a number
+    "mistralai/Mistral-7B-v0.1": (
+        dict(BIG_BRAIN, model_type="mistral", sliding_window=4096),
+        14_483_464_192,
+    ),
+    "mistralai/Mistral-7B-Instruct-v0.3": (
+        dict(
+            BIG_BRAIN, model_type="mistral", vocab_size=32768, sliding_window=None, rope_theta=1e6
+        ),
+        14_496_047_104,
+    ),
+    "mistralai/Mistral-Nemo-Instruct-2407": (
+        dict(
+            BIG_BRAIN,
+            model_type="mistral",
+            vocab_size=131072,
+            hidden_size=5120,
+            num_hidden_layers=40,
+            head_dim=128,
+            sliding_window=None,
+            rope_theta=1e6,
+        ),
+        24_495_564_800,
+    ),
+    "meta-llama/Meta-Llama-3-8B-Instruct": (
+        dict(
+            BIG_BRAIN,
+            model_type="llama",
+            vocab_size=128256,
+            intermediate_size=14336,
+            num_key_value_heads=8,
+            rope_theta=5e5,
+        ),
+        16_060_522_496,
+    ),
+    "lmsys/vicuna-7b-v1.5": (dict(BIG_BRAIN, model_type="llama"), 13_476_831_232),
+}
+
+
+@pytest.mark.parametrize("name", FULL_SIZE)
+def test_the_plan_of_a_full_size_brain(name):
+    """Names and shapes as transformers has them and the published bytes, without a byte of them in memory."""
+    config, size = FULL_SIZE[name]
+    shapes = huggingface.decoder_shapes(
+        huggingface.model_config(config, "text_config", huggingface.DECODER_TYPES, name), name
+    )
+    with torch.device("meta"):
+        ours = Decoder(**shapes)
+        theirs = hf.AutoModelForCausalLM.from_config(hf.AutoConfig.for_model(**config))
+    plan = {
+        huggingface.published_name(n, huggingface.LLAMA): tensor.shape
+        for n, tensor in ours.state_dict().items()
+    }
+    assert plan == {n: tensor.shape for n, tensor in theirs.state_dict().items()}
+    assert sum(2 * shape.numel() for shape in plan.values()) == size
+
+
+@pytest.mark.parametrize(
+    "model, config",
+    [
+        (
+            hf.CLIPVisionModel,
+            dict(
+                model_type="clip_vision_model",
+                hidden_size=1024,
+                intermediate_size=4096,
+                num_hidden_layers=24,
+                num_attention_heads=16,
+                image_size=336,
+                patch_size=14,
+            ),
+        ),
+        (
+            hf.SiglipVisionModel,
+            dict(
+                model_type="siglip_vision_model",
+                hidden_size=1152,
+                intermediate_size=4304,
+                num_hidden_layers=27,
+                num_attention_heads=16,
+                image_size=384,
+                patch_size=14,
+            ),
+        ),
+        (
+            hf.Dinov2Model,
+            dict(
+                model_type="dinov2",
+                hidden_size=1024,
+                num_hidden_layers=24,
+                num_attention_heads=16,
+                image_size=518,
+                patch_size=14,
+            ),
+        ),
+    ],
+)
+def test_the_plan_of_a_full_size_eye(model, config):
+    shapes = huggingface.vision_shapes(
+        huggingface.DEFAULTS[config["model_type"]] | config, config["image_size"], None, "here"
+    )
+    table = huggingface.DINOV2 if model is hf.Dinov2Model else huggingface.CLIP
+    with torch.device("meta"):
+        ours, theirs = VisionEncoder(**shapes), model(model.config_class(**config))
+    published = {n: p.numel() for n, p in theirs.state_dict().items()}
+    if model is hf.Dinov2Model:  # in memory transformers 5 calls them otherwise than on disk
+        assert (
+            sum(p.numel() for p in ours.state_dict().values())
+            == sum(published.values()) - published["embeddings.mask_token"]
+        )
+        return
+    plan = {huggingface.published_name(n, table): p.numel() for n, p in ours.state_dict().items()}
+    assert plan.items() <= published.items()
+    assert {n.split(".")[0] for n in published.keys() - plan.keys()} <= {
+        "head",
+        "encoder",
+        "post_layernorm",
+    }
