@@ -1,13 +1,14 @@
-"""Everything that happens before training:
+"""Prepare models and data for training:
 
-python prepare.py fridge --out=data/fridge                                            draw the little world of the demonstration
-python prepare.py new --source=data/fridge/text.json --out=out/newborn                a tokenizer learnt from text, a random eye and brain
-python prepare.py data --model=M --source=FILE.json --images=DIR --out=data/NAME      pictures and conversations to memory-mapped shards
-python prepare.py show --data=data/NAME --sample=ID                                   a sample as the model will get it
-python prepare.py check --data=data/NAME                                              a whole set: bytes, lengths, how full rows will be
-python prepare.py plot out/*/log.jsonl                                                the curves of several training runs in one picture
-python prepare.py stitch --vision=DIR --decoder=DIR --out=out/NAME                    an eye, a brain, a fresh projector between them
-python prepare.py export --model=out/NAME --out=DIR                                   a LLaVA folder for transformers, vLLM, llama.cpp
+python prepare.py fridge --out=data/demo/fridge              draw the data of the demonstration
+python prepare.py random_init --source=FILE.json             a tokenizer and random weights
+python prepare.py stitch --vision=DIR --decoder=DIR          join two models by a new projector
+python prepare.py data --model=M --source=FILE.json --images=DIR --out=data/NAME    tiles and tokens
+python prepare.py show --data=data/NAME --sample=ID          a sample as the model gets it
+python prepare.py check --data=data/NAME                     checksums, lengths, time of an epoch
+python prepare.py estimate --stage=sft --model=M             memory and days of a training run
+python prepare.py plot out/*/log.jsonl                       the curves of training runs
+python prepare.py export --model=M --out=DIR                 a LLaVA folder for transformers, vLLM
 """
 
 import difflib
@@ -15,75 +16,87 @@ import os
 from pathlib import Path
 from types import SimpleNamespace
 
+import torch
+
 from nanovlm import UserError, cli
-from nanovlm.checkpoints import random_init
-from nanovlm.checkpoints.checkpoint import export_checkpoint, load_checkpoint
+from nanovlm.checkpoints.checkpoint import (
+    build_model,
+    export_checkpoint,
+    load_checkpoint,
+    load_checkpoint_info,
+)
+from nanovlm.checkpoints.random_init import create_model
 from nanovlm.checkpoints.stitch import stitch_folders
-from nanovlm.data import chat_template, packing, tokenizer
-from nanovlm.data import dataset as shards
-from nanovlm.data import image_processing as pictures
-from nanovlm.demo import fridge as world
-from nanovlm.preprocess import build, readers
+from nanovlm.data.chat_template import TEMPLATES
+from nanovlm.data.dataset import PreparedDataset, verify_checksums
+from nanovlm.data.image_processing import FITS, GRID_CHOICES, check_image_config
+from nanovlm.data.packing import collate, parse_dataset_weights
+from nanovlm.data.tokenizer import Tokenizer
+from nanovlm.demo.fridge import write_fridges
+from nanovlm.preprocess.build import prepare_dataset
+from nanovlm.preprocess.readers import read_texts
+from nanovlm.training.memory import print_estimate
+from nanovlm.training.recipes import freeze_parts, load_settings
 from nanovlm.visualize.curves import draw_curves, read_curves
 from nanovlm.visualize.samples import describe_dataset, sample_as_text, tile_mosaic
 
 
+def refuse_to_overwrite(out):
+    """Raise UserError if a file, a folder or a broken link has the name."""
+    if os.path.lexists(out.rstrip("/")):
+        raise UserError(f"--out={out} exists already: remove it, or choose another folder")
+
+
 def fridge(
     *,
-    out: str = "data/fridge",  # folder for images/, text.json, captions.json, chats.json and exam.jsonl
-    scenes: int = 8000,  # fridges drawn for training
-    text: int = 12000,  # text-only conversations for the blind talker
-    exam: int = 500,  # fridges held out for the exam
-    seed: int = 0,  # the same seed draws the same world
+    out: str = "data/demo/fridge",  # folder of images, captions, chats, text and questions
+    scenes: int = 8000,  # training fridges
+    text: int = 12000,  # conversations without images
+    eval_scenes: int = 500,  # held-out fridges with questions
+    seed: int = 0,  # the same seed draws the same fridges
 ):
-    """Draw fridges, describe them, ask about them: ordinary JPEGs and ordinary LLaVA-format JSON."""
-    if wrong := [
-        f"--{name}={count} must be at least 1"
-        for name, count in (("scenes", scenes), ("text", text), ("exam", exam))
-        if count < 1
-    ]:
+    """Draw the fridges of the demonstration: JPEGs, and JSON in LLaVA's format."""
+    counts = {"scenes": scenes, "text": text, "eval_scenes": eval_scenes}
+    wrong = [f"--{name}={count} must be at least 1" for name, count in counts.items() if count < 1]
+    if wrong:
         raise UserError("; ".join(wrong))
     refuse_to_overwrite(out)
-    world.write_world(out=out, scenes=scenes, text=text, exam=exam, seed=seed)
+    write_fridges(out=out, seed=seed, **counts)
 
 
-def refuse_to_overwrite(out):
-    if os.path.lexists(
-        out.rstrip("/")
-    ):  # a link that leads nowhere too: nothing could take its name
-        raise UserError(f"--out={out} is there already: remove it, or name another")
-
-
-def new(
+def random_init(
     *,
-    source: list[str] = [],  # LLaVA JSON whose text the tokenizer is learnt from; may be repeated
-    out: str = "out/newborn",  # where the newborn goes
-    vocabulary: int = 512,  # tokens to learn, special ones aside; fewer if the text has no more to join
-    template: str = "mistral",  # how conversations become text: mistral, chatml, llama3 or another that chat.py knows
-    tile: int = 64,  # pixels across a picture as the eye sees it
+    source: list[str] = [],  # LLaVA JSON whose text trains the tokenizer; may be repeated
+    out: str = "out/random_init",  # folder of the new model
+    vocab_size: int = 512,  # tokens to learn, without special tokens; fewer if the text has fewer
+    template: str = "mistral",  # chat template: mistral, chatml, llama3, …
+    seed: int = 0,  # of the random weights
+    # --- images
+    tile: int = 64,  # pixels across an image for the vision encoder
     patch: int = 8,  # pixels across a patch
     shuffle: int = 2,  # pixel shuffle: shuffle² patches become one token
-    fit: str | None = None,  # squash, pad or crop: how a picture that is not square becomes so; none: squash, or what --tiles says
-    tiles: int | None = None,  # the most tiles that a large picture is cut into, as InternVL and NVLM do; none: it becomes one tile, by --fit
-    thumbnail: bool = True,  # the whole picture as a last tile where there are several
-    tile_choice: str = "aspect",  # its grid has the picture's shape (aspect, InternVL), or as much of its area and its shape (area, Megatron)
-    tile_tags: bool = False,  # a text before each tile that numbers it (NVLM)
-    draft: bool = True,  # large JPEGs are decoded at a half, a quarter or an eighth, still at least twice as large as what they are cut to
-    width: int = 128,  # numbers in a vector of the brain
-    layers: int = 4,  # of the brain
-    heads: int = 4,  # query heads of the brain
+    fit: str | None = None,  # of an image to a tile: squash, pad or crop; none: squash, or --tiles
+    tiles: int | None = None,  # most tiles of an image (InternVL, NVLM); none: one tile, by --fit
+    thumbnail: bool = True,  # with several tiles: the whole image as one more tile
+    tile_choice: str = "aspect",  # of the grid, by aspect ratio (InternVL), or area (Megatron)
+    tile_tags: bool = False,  # a numbered text before each tile (NVLM)
+    draft: bool = True,  # decode large JPEGs at a lower resolution, at least twice the needed one
+    # --- language model
+    width: int = 128,  # size of a hidden vector
+    layers: int = 4,  # transformer blocks
+    heads: int = 4,  # query heads
     kv_heads: int = 2,  # key/value heads, shared by the query heads
-    ffn: int = 384,  # feed-forward width of the brain
-    vision_width: int = 128,  # numbers in a vector of the eye
-    vision_layers: int = 4,  # of the eye
-    vision_heads: int = 4,  # of the eye
-    vision_ffn: int = 512,  # feed-forward width of the eye
-    seed: int = 0,  # of the random numbers
+    intermediate_size: int = 384,  # of the MLP
+    # --- vision encoder
+    vision_width: int = 128,  # size of a hidden vector
+    vision_layers: int = 4,  # transformer blocks
+    vision_heads: int = 4,  # attention heads
+    vision_intermediate_size: int = 512,  # of the MLP
 ):
-    """A newborn: a tokenizer learnt from your text, a random eye and a random brain, for growing a small model from nothing."""
-    check_newborn(SimpleNamespace(**locals()))
+    """A model with random weights, and a tokenizer trained on your text, to train from nothing."""
+    check_random_init(SimpleNamespace(**locals()))
     refuse_to_overwrite(out)
-    policy = {
+    image_config = {
         "tile": tile,
         "patch": patch,
         "shuffle": shuffle,
@@ -92,15 +105,15 @@ def new(
         "mean": [0.5] * 3,
         "std": [0.5] * 3,
         "draft": draft,
-        **tiling(fit, tiles, thumbnail, tile_choice, tile_tags),
+        **tiling_config(fit, tiles, thumbnail, tile_choice, tile_tags),
     }
-    pictures.check_image_config(policy)
-    random_init.create_model(
-        readers.read_texts(source),
+    check_image_config(image_config)
+    create_model(
+        read_texts(source),
         out=out,
-        vocabulary=vocabulary,
+        vocabulary=vocab_size,
         template=template,
-        image_config=policy,
+        image_config=image_config,
         seed=seed,
         vision={
             "tile": tile,
@@ -108,212 +121,120 @@ def new(
             "width": vision_width,
             "layers": vision_layers,
             "heads": vision_heads,
-            "ffn": vision_ffn,
+            "ffn": vision_intermediate_size,
         },
         decoder={
             "width": width,
             "layers": layers,
             "heads": heads,
             "kv_heads": kv_heads,
-            "ffn": ffn,
+            "ffn": intermediate_size,
         },
     )
 
 
-def check_newborn(new):
-    """One UserError that names every setting of a newborn that cannot be."""
-    wrong = [
-        f"--{name}={value} must be at least 1"
-        for name, value in vars(new).items()
-        if type(value) is int and name != "seed" and value < 1
+def check_random_init(new):
+    """Raise one UserError that names every setting out of its range."""
+    wrong = []
+    for name, value in vars(new).items():
+        if type(value) is int and name != "seed" and value < 1:
+            wrong.append(f"--{name}={value} must be at least 1")
+    if wrong:
+        raise UserError("; ".join(wrong))
+    rules = [
+        (new.source, "--source names no file to train a tokenizer on"),
+        (
+            new.template in TEMPLATES,
+            f"--template={new.template} is not known: {', '.join(TEMPLATES)}",
+        ),
+        (
+            new.vocab_size >= 256,
+            f"--vocab_size={new.vocab_size} must be at least 256, a token for each byte",
+        ),
+        (
+            new.vision_width % new.vision_heads == 0,
+            f"--vision_width={new.vision_width} must be a multiple of "
+            f"--vision_heads={new.vision_heads}",
+        ),
+        (
+            new.heads % new.kv_heads == 0,
+            f"--heads={new.heads} must be a multiple of --kv_heads={new.kv_heads}",
+        ),
+        (
+            new.width % (2 * new.heads) == 0,
+            f"--width={new.width} must be a multiple of 2 × --heads={new.heads}: "
+            "RoPE rotates pairs of numbers in a head",
+        ),
+        (0 <= new.seed < 2**63, f"--seed={new.seed} must be at least 0 and below 2^63"),
     ]
-    rules = (
-        []
-        if wrong
-        else [
-            (new.source, "--source names no file to learn a tokenizer from"),
-            (
-                new.template in chat_template.TEMPLATES,
-                f"--template={new.template} is not known: {', '.join(chat_template.TEMPLATES)}",
-            ),
-            (
-                new.vocabulary >= 256,
-                f"--vocabulary={new.vocabulary} must be at least 256, a token for each byte",
-            ),
-            (
-                new.vision_width % new.vision_heads == 0,
-                f"--vision_width={new.vision_width} is no multiple of --vision_heads={new.vision_heads}",
-            ),
-            (
-                new.heads % new.kv_heads == 0,
-                f"--heads={new.heads} is no multiple of --kv_heads={new.kv_heads}",
-            ),
-            (
-                new.width % (2 * new.heads) == 0,
-                f"--width={new.width} is no multiple of 2 × --heads={new.heads}: RoPE turns a head's numbers in pairs",
-            ),
-            (0 <= new.seed < 2**63, f"--seed={new.seed} must be at least 0 and below 2^63"),
-        ]
-    )
-    if wrong := wrong + [said for holds, said in rules if not holds]:
+    if wrong := [message for holds, message in rules if not holds]:
         raise UserError("; ".join(wrong))
 
 
-def tiling(fit, tiles, thumbnail, tile_choice, tile_tags):
-    """What --tiles and the settings beside it add to a picture policy; UserError where they contradict each other or --fit."""
-    beside = {
+def tiling_config(fit, tiles, thumbnail, tile_choice, tile_tags):
+    """The part of an image config that --tiles and its settings give; {} without --tiles.
+
+    Raises UserError if these settings contradict each other or --fit.
+    """
+    only_with_tiles = {
         "thumbnail": thumbnail is not True,
         "tile_choice": tile_choice != "aspect",
         "tile_tags": tile_tags is not False,
     }
+    given = ", ".join(f"--{name}" for name, is_given in only_with_tiles.items() if is_given)
     rules = [
-        (fit is None or fit in pictures.FITS, f"--fit={fit} is none of {', '.join(pictures.FITS)}"),
+        (fit is None or fit in FITS, f"--fit={fit} is none of {', '.join(FITS)}"),
         (
             tiles is None or fit is None,
-            f"--fit={fit} makes one tile of a picture, --tiles={tiles} several: give one of the two",
+            f"--fit={fit} makes one tile of an image, --tiles={tiles} several: give one of the two",
         ),
         (tiles is None or tiles >= 1, f"--tiles={tiles} must be at least 1"),
         (
-            tile_choice in pictures.GRID_CHOICES,
-            f"--tile_choice={tile_choice} is not known: {', '.join(pictures.GRID_CHOICES)}",
+            tile_choice in GRID_CHOICES,
+            f"--tile_choice={tile_choice} is not known: {', '.join(GRID_CHOICES)}",
         ),
-        (
-            tiles is not None or not any(beside.values()),
-            f"{', '.join(f'--{name}' for name, given in beside.items() if given)} without --tiles",
-        ),
+        (tiles is not None or not given, f"{given} without --tiles"),
     ]
-    if wrong := [said for holds, said in rules if not holds]:
+    if wrong := [message for holds, message in rules if not holds]:
         raise UserError("; ".join(wrong))
-    return (
-        {}
-        if tiles is None
-        else {
-            "tiles": tiles,
-            "fit": "tiles",
-            "thumbnail": thumbnail,
-            "choice": tile_choice,
-            "tags": tile_tags,
-        }
-    )
-
-
-def data(
-    *,
-    model: str = "out/newborn",  # whose tokenizer, template and picture policy to prepare for
-    source: list[
-        str
-    ] = [],  # JSON, JSON lines, tar or parquet (nanovlm/sources.py says what may be in them); may be repeated
-    images: str = "",  # the folder or zip that its pictures are named from; empty: the folder of the source
-    out: str = "",  # where the prepared set goes
-    row: int = 2048,  # the most tokens of a sample: tiles step down 12, 8, 6, 4, 2, 1 to fit; training needs a --row for the longest
-    workers: int = 0,  # processes that cut; 0: one a core
-    max_skipped: float = 0.01,  # the share of samples that may be skipped, 0.01 or 1%, before it is a mistake
-):
-    """Pictures and conversations, prepared once: cut, tokenised, and written to be read at memory speed. Stopped, it goes on where it was."""
-    if not source or not out:
-        raise UserError("prepare.py data needs --source=FILE and --out=data/NAME")
-    if row < 1 or workers < 0 or not 0 <= max_skipped <= 1:
-        raise UserError(
-            f"--row={row} must be at least 1, --workers={workers} at least 0, --max_skipped={max_skipped} from 0 to 1"
-        )
-    refuse_to_overwrite(out)
-    if images and not Path(images).exists():
-        raise UserError(f"--images={images}: no such folder or zip")
-    build.prepare_dataset(
-        model=model,
-        source=source,
-        images=images,
-        out=out,
-        row=row,
-        workers=workers,
-        max_skipped=max_skipped,
-    )
-
-
-def show(
-    *,
-    data: str = "",  # a prepared set
-    sample: str = "",  # the id of a sample
-    out: str = "sample.png",  # where a picture of its tiles goes
-):
-    """A sample as the model will get it: every token once, a line for what is trained and for what is not, and its tiles as a picture."""
-    if not data or not out.lower().endswith(".png"):
-        raise UserError(
-            f"prepare.py show needs --data=data/NAME, and an --out that ends in .png: --data={data} --out={out}"
-        )
-    samples = shards.PreparedDataset(data)
-    numbers = [number for number, name in enumerate(samples.names) if name == sample]
-    if not numbers:
-        near = difflib.get_close_matches(sample, samples.names[:100_000], 3) or samples.names[:3]
-        raise UserError(f"{data} holds no sample {sample!r}, but {', '.join(map(repr, near))}")
-    words = tokenizer.Tokenizer.load(data)
-    for number in numbers:
-        print(sample_as_text(samples, number, words))
-    tiles_NCYX = packing.collate(samples, [numbers])[0]["tiles_NCYX"].numpy()
-    if len(tiles_NCYX):
-        tile_mosaic(tiles_NCYX).save(out)
-        cli.status(f"{out}: its {len(tiles_NCYX)} tile{'s' * (len(tiles_NCYX) > 1)}")
-
-
-def check(
-    *,
-    data: str = "",  # a prepared set, or several: a,b or a:0.7,b:0.3
-    row: int = 2048,  # tokens in a row of training
-    rate: float = 0.0,  # tokens a second, if an epoch's time is asked for
-):
-    """Scan a whole set before a night is spent on it: its bytes, its lengths, how full rows will be, how long an epoch takes."""
-    if not data or row < 1 or rate < 0:
-        raise UserError(
-            f"prepare.py check needs --data=data/NAME, --row={row} at least 1, --rate={rate} at least 0"
-        )
-    folders, shares = packing.parse_dataset_weights(data)
-    samples = shards.PreparedDataset(*folders)
-    if wrong := [said for folder in folders for said in shards.verify_checksums(folder)]:
-        raise UserError(
-            f"{'; '.join(wrong[:3])}{f'; and {len(wrong) - 3} more files' if wrong[3:] else ''}: prepare it again"
-        )
-    print(describe_dataset(samples, shares, row, rate))
-    print("every byte is as it was written")
-
-
-def plot(
-    *,
-    log: list[str] = [],  # log.jsonl of each run
-    out: str = "curves.png",  # where the picture goes
-):
-    """The curves of several training runs in one picture: loss, validation loss, norm of the gradient, speed."""
-    if not log:
-        raise UserError("prepare.py plot needs the logs of runs: out/*/log.jsonl")
-    draw_curves(read_curves(log), out)
-    cli.status(f"{out}: {len(log)} runs")
+    if tiles is None:
+        return {}
+    return {
+        "tiles": tiles,
+        "fit": "tiles",
+        "thumbnail": thumbnail,
+        "choice": tile_choice,
+        "tags": tile_tags,
+    }
 
 
 def stitch(
     *,
-    vision: str = "",  # whose eye: a checkpoint, a CLIP, SigLIP or DINOv2 folder, or owner/name as on Hugging Face
-    decoder: str = "",  # whose brain, tokenizer and template: a checkpoint, a Llama or Mistral folder, or owner/name
-    out: str = "out/stitched",  # where the stitched model goes
-    tile: int | None = None,  # pixels across a picture for a public eye; none: its own
-    fit: str | None = None,  # squash, pad or crop, for a public eye; none: what its preprocessor does, or what --tiles says
-    tiles: int | None = None,  # for a public eye, the most tiles that a large picture is cut into, as InternVL and NVLM do; none: by --fit
-    thumbnail: bool = True,  # the whole picture as a last tile where there are several
-    tile_choice: str = "aspect",  # its grid has the picture's shape (aspect, InternVL), or as much of its area and its shape (area, Megatron)
-    tile_tags: bool = False,  # a text before each tile that numbers it (NVLM)
-    draft: bool = False,  # large JPEGs are decoded smaller, which is faster, but not pixel for pixel what a public eye was trained on
-    read: int | None = None,  # a public eye's layer to read un-normed, -2 the last but one; none: CLIP -2, others their normed end
-    shuffle: int | None = None,  # pixel shuffle for a public eye: shuffle² patches become one token; none: 1
-    template: str | None = None,  # how a public brain's conversations become text; none: what its own chat template does
-    seed: int = 0,  # of the fresh projector
+    vision: str = "",  # a checkpoint, a CLIP, SigLIP or DINOv2 folder, or Hugging Face owner/name
+    decoder: str = "",  # a checkpoint, a Llama, Mistral, … folder, or Hugging Face owner/name
+    out: str = "out/stitched",  # folder of the new model
+    template: str | None = None,  # chat template of a published language model; none: its own
+    seed: int = 0,  # of the new projector
+    # --- images, for a published vision encoder
+    tile: int | None = None,  # pixels across an image; none: its own
+    fit: str | None = None,  # squash, pad or crop; none: as its preprocessor, or --tiles
+    tiles: int | None = None,  # most tiles of an image (InternVL, NVLM); none: one tile, by --fit
+    thumbnail: bool = True,  # with several tiles: the whole image as one more tile
+    tile_choice: str = "aspect",  # of the grid, by aspect ratio (InternVL), or area (Megatron)
+    tile_tags: bool = False,  # a numbered text before each tile (NVLM)
+    draft: bool = False,  # decode large JPEGs at a lower resolution: faster, but other pixels
+    vision_feature_layer: int | None = None,  # whose output to use; none: CLIP -2, others the last
+    shuffle: int | None = None,  # pixel shuffle: shuffle² patches become one token; none: 1
 ):
-    """Join an eye and a brain by a fresh projector; no number of either changes."""
+    """Join a vision encoder and a language model by a new projector; their weights stay as is."""
     if not vision or not decoder:
         raise UserError("prepare.py stitch needs --vision=DIR and --decoder=DIR")
     refuse_to_overwrite(out)
-    grid = tiling(fit, tiles, thumbnail, tile_choice, tile_tags)
+    grid = tiling_config(fit, tiles, thumbnail, tile_choice, tile_tags)
     check_template(template)
     choices = {
         "tile": tile,
-        "read": read,
+        "read": vision_feature_layer,
         "shuffle": shuffle,
         "draft": draft or None,
         **(grid or {"fit": fit}),
@@ -330,39 +251,161 @@ def stitch(
 
 
 def check_template(template):
-    if template not in (None, *chat_template.TEMPLATES):
-        raise UserError(f"--template={template} is not known: {', '.join(chat_template.TEMPLATES)}")
+    if template not in (None, *TEMPLATES):
+        raise UserError(f"--template={template} is not known: {', '.join(TEMPLATES)}")
+
+
+def data(
+    *,
+    model: str = "out/random_init",  # checkpoint whose tokenizer, template, image config to use
+    source: list[str] = [],  # JSON, JSON lines, tar or parquet; may be repeated
+    images: str = "",  # folder or zip of the images; empty: the folder of the source
+    out: str = "",  # folder of the prepared data
+    seq_len: int = 2048,  # most tokens of a sample; larger images get fewer tiles to fit
+    workers: int = 0,  # processes; 0: one for each CPU core
+    max_skipped: float = 0.01,  # share of samples that may be skipped: 0.01 or 1%
+):
+    """Prepare images and conversations once, as tiles and token ids. It resumes if stopped."""
+    if not source or not out:
+        raise UserError("prepare.py data needs --source=FILE and --out=data/NAME")
+    if seq_len < 1 or workers < 0 or not 0 <= max_skipped <= 1:
+        raise UserError(
+            f"--seq_len={seq_len} must be at least 1, --workers={workers} at least 0, "
+            f"--max_skipped={max_skipped} from 0 to 1"
+        )
+    refuse_to_overwrite(out)
+    if images and not Path(images).exists():
+        raise UserError(f"--images={images}: no such folder or zip")
+    prepare_dataset(
+        model=model,
+        source=source,
+        images=images,
+        out=out,
+        seq_len=seq_len,
+        workers=workers,
+        max_skipped=max_skipped,
+    )
+
+
+def show(
+    *,
+    data: str = "",  # prepared data
+    sample: str = "",  # id of a sample
+    out: str = "sample.png",  # image of its tiles
+):
+    """Print a sample as the model gets it, with its loss mask; write an image of its tiles."""
+    if not data or not out.lower().endswith(".png"):
+        raise UserError(
+            "prepare.py show needs --data=data/NAME, and an --out that ends in .png: "
+            f"--data={data} --out={out}"
+        )
+    samples = PreparedDataset(data)
+    indices = [i for i, name in enumerate(samples.names) if name == sample]
+    if not indices:
+        similar = difflib.get_close_matches(sample, samples.names[:100_000], 3) or samples.names[:3]
+        raise UserError(f"{data} holds no sample {sample!r}, but {', '.join(map(repr, similar))}")
+    tokenizer = Tokenizer.load(data)
+    for i in indices:
+        print(sample_as_text(samples, i, tokenizer))
+    tiles_NCYX = collate(samples, [indices])[0]["tiles_NCYX"].numpy()
+    if len(tiles_NCYX):
+        tile_mosaic(tiles_NCYX).save(out)
+        cli.print_status(f"{out}: its {len(tiles_NCYX)} tile{'s' * (len(tiles_NCYX) > 1)}")
+
+
+def check(
+    *,
+    data: str = "",  # prepared data; several: a,b or with shares a:0.7,b:0.3
+    seq_len: int = 2048,  # tokens in a sequence of training
+    tokens_per_s: float = 0.0,  # speed of training, to print the time of an epoch
+):
+    """Verify the checksums of prepared data; print its lengths, and how full sequences will be."""
+    if not data or seq_len < 1 or tokens_per_s < 0:
+        raise UserError(
+            f"prepare.py check needs --data=data/NAME, --seq_len={seq_len} at least 1, "
+            f"--tokens_per_s={tokens_per_s} at least 0"
+        )
+    folders, weights = parse_dataset_weights(data)
+    samples = PreparedDataset(*folders)
+    if wrong := [message for folder in folders for message in verify_checksums(folder)]:
+        more = f"; and {len(wrong) - 3} more files" if wrong[3:] else ""
+        raise UserError(f"{'; '.join(wrong[:3])}{more}: prepare it again")
+    print(describe_dataset(samples, weights, seq_len, tokens_per_s))
+    print("all checksums are right")
+
+
+def estimate(
+    *,
+    stage: str = "sft",  # decoder, vision, pretrain or sft
+    recipe: str = "megatron",  # whose values the stage takes: megatron or llava (LLaVA-1.5)
+    model: str | None = None,  # checkpoint whose shapes to use; none: the one of the stage before
+    seq_len: int | None = None,  # tokens in a sequence
+    steps: int | None = None,  # optimizer steps in all
+    global_batch_size: int | None = None,  # sequences in a step, over all GPUs
+    micro_batch_size: int = 16,  # sequences in a forward pass of a GPU
+    freeze: str = "",  # parts not to train: vision,projector,decoder or none; empty: the stage's
+    lr: float | None = None,  # peak learning rate of every trained part
+    vision_lr: float | None = None,  # of the vision encoder; none: --lr
+    projector_lr: float | None = None,  # of the projector; none: --lr
+    decoder_lr: float | None = None,  # of the language model; none: --lr
+    dtype: str = "auto",  # of matrix products: float32 or bfloat16; auto: bfloat16
+    activation_checkpointing: str = "none",  # of blocks: none, decoder or all
+    cpu_offload: bool = False,  # FSDP: keep parameters and optimizer state in host memory
+    mfu: float = 0.4,  # share of the GPU's peak that training reaches
+    peak_tflops: float = 989.0,  # of the GPU: an H100 in bfloat16, by NVIDIA's data sheet
+):
+    """Print memory and days of a training run on 1, 8 and 64 GPUs; no weight or data is read."""
+    run = load_settings(dict(locals()), world=1)
+    info = load_checkpoint_info(run.model)
+    with torch.device("meta"):
+        model = build_model(info.shapes, info.image_config).train()
+    freeze_parts(model, run.rates)
+    print_estimate(run, model, info.image_config, speed=peak_tflops * 1e12 * mfu)
+
+
+def plot(
+    *,
+    log: list[str] = [],  # log.jsonl of each run
+    out: str = "curves.png",  # file of the figure
+):
+    """Plot training runs: loss, validation loss, gradient norm, speed."""
+    if not log:
+        raise UserError("prepare.py plot needs the logs of runs: out/*/log.jsonl")
+    draw_curves(read_curves(log), out)
+    cli.print_status(f"{out}: {len(log)} runs")
 
 
 def export(
     *,
-    model: str = "out/sft",  # whose weights, tokenizer, template and picture policy
-    out: str = "",  # the new folder
-    template: str | None = None,  # of a published LLaVA whose own is not known; the new folder states it
+    model: str = "out/sft",  # checkpoint with weights, tokenizer, template and image config
+    out: str = "",  # new folder
+    template: str | None = None,  # chat template of a published LLaVA whose own is not known
 ):
-    """Hand a model on: a LLaVA folder that transformers, vLLM and llama.cpp's converter read without any code of ours."""
+    """Export a model as a LLaVA folder for transformers, vLLM and llama.cpp's converter."""
     if not out:
         raise UserError("prepare.py export needs --out=DIR")
     refuse_to_overwrite(out)
     check_template(template)
-    owner = load_checkpoint(model, dtype=None, template=template)
-    export_checkpoint(owner, out)
-    kind = "LLaVA-NeXT" if owner.image_config["fit"] == "anyres" else "LLaVA"
-    cli.status(
-        f"{out}: a {kind} folder of {sum(file.stat().st_size for file in Path(out).iterdir()):,} bytes, its template {owner.chat_template}"
+    checkpoint = load_checkpoint(model, dtype=None, template=template)
+    export_checkpoint(checkpoint, out)
+    kind = "LLaVA-NeXT" if checkpoint.image_config["fit"] == "anyres" else "LLaVA"
+    size = sum(file.stat().st_size for file in Path(out).iterdir())
+    cli.print_status(
+        f"{out}: a {kind} folder of {size:,} bytes, its template {checkpoint.chat_template}"
     )
 
 
 if __name__ == "__main__":
-    cli.run(
+    cli.run_script(
         {
             "fridge": fridge,
-            "new": new,
+            "random_init": random_init,
+            "stitch": stitch,
             "data": data,
             "show": show,
             "check": check,
+            "estimate": estimate,
             "plot": plot,
-            "stitch": stitch,
             "export": export,
         }
     )

@@ -1,14 +1,18 @@
-"""Ask a model about pictures:
+"""Ask a vision-language model about images:
 
-    python sample.py --image fridge.jpg                                       what is in the fridge?
+    python sample.py --image fridge.jpg
+    python sample.py --image fridge.jpg --chat=true
     python sample.py --model=out/sft --image a.jpg --image b.jpg --prompt "What was taken out?"
-    python sample.py --image fridge.jpg --chat=true                           a conversation in the terminal
+    python sample.py --model=llava-hf/llava-v1.6-mistral-7b-hf --image a.jpg
     echo "Is there any milk?" | python sample.py --image fridge.jpg
-    python sample.py --questions=data/fridge/exam.jsonl --images=data/fridge/images --out=answers.jsonl      the whole exam, marked
-    torchrun --nproc_per_node=8 sample.py --benchmark=mmmu --questions=MMMU --out=mmmu.jsonl --report=mmmu.html     a public one
-    python sample.py --model=llava-hf/llava-v1.6-mistral-7b-hf --image a.jpg --prompt "What is this?"
 
-Only the answer goes to standard output.
+Only the answer goes to standard output. Without a prompt the question is "What is in the fridge?".
+
+Evaluate it on a benchmark, your own questions or a public one:
+
+    python sample.py --questions=data/fridge/exam.jsonl --images=data/fridge/images --out=a.jsonl
+    torchrun --nproc_per_node=8 sample.py --benchmark=mmmu --questions=MMMU --out=mmmu.jsonl
+    python sample.py --score=mmmu.jsonl
 """
 
 import itertools
@@ -28,314 +32,319 @@ from nanovlm.inference.generate import generate
 from nanovlm.inference.optimize import optimize
 from nanovlm.kernels import dispatch
 
+# ---- settings ----
+
+
+def sample(
+    *,
+    model: str = "out/sft",  # a checkpoint, a run's folder, or a public LLaVA: folder or owner/name
+    image: list[str] = [],  # an image file; may be repeated
+    prompt: str = "",  # the question, with <image> for each image; empty: standard input
+    chat: bool = False,  # a conversation: answer the prompt, then each line of standard input
+    benchmark: str = "",  # how to read, ask and score the questions, such as mmmu; empty: exact
+    questions: str = "",  # the benchmark's questions: a file, folder or zip, as published, or JSONL
+    annotations: str = "",  # the benchmark's reference answers, if they are in a separate file
+    images: str = "",  # folder or zip of the benchmark's images; empty: beside the questions
+    out: str = "",  # write the answers to this .jsonl file, or resume it; the scores to its .json
+    score: str = "",  # score the answers in this file again, without a model
+    report: str = "",  # write an HTML page of images, questions, answers and scores
+    submission: str = "",  # write the answers as coco, vqav2, docvqa or infovqa want them submitted
+    batch: int = 16,  # questions of a benchmark that are answered at once
+    temperature: float = 0.0,  # 0: greedy, the likeliest token; 1: sample from the model's softmax
+    top_p: float = 1.0,  # sample from the fewest tokens that hold this much of the probability
+    top_k: int = 0,  # sample from this many likeliest tokens; 0: from all
+    max_tokens: int = 256,  # the longest answer, in tokens
+    seed: int = 0,  # of sampling, and of the bootstrap for a benchmark's confidence intervals
+    device: str = "auto",  # auto, cpu, cuda, cuda:1 (or another GPU's number) or mps
+    dtype: str = "auto",  # of the weights: float32, bfloat16, float16; auto: as in the checkpoint
+    kernels: str = "auto",  # auto: Triton kernels on GPUs that can run them; torch: plain PyTorch
+):
+    """Answer a question about images, or about text alone; or evaluate a model on a benchmark."""
+    settings = SimpleNamespace(**locals())
+    check_settings(settings)
+    dispatch.choice = kernels
+    generation = {name: getattr(settings, name) for name in GENERATION}
+    if questions or score:
+        return run_evaluation(settings, generation)
+    question = "" if chat else read_question(prompt, len(image))
+    checkpoint = load_checkpoint(model, distributed.pick_device(device), DTYPES[dtype])
+    optimize(checkpoint.model)
+    loaded = load_images(image, checkpoint.image_config)
+    if chat:
+        chat_in_terminal(checkpoint, loaded, prompt, **generation)
+    else:
+        print_answer(checkpoint, [("user", question)], loaded, **generation)
+
+
+# ---- rules that the settings must meet ----
+
+GENERATION = ("temperature", "top_p", "top_k", "max_tokens", "seed")
 DTYPES = {
     "auto": None,
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
-BATCH = 16  # questions of an exam at once
-MARKING = (
-    "benchmark",
-    "questions",
-    "annotations",
-    "images",
-    "out",
-    "score",
-    "report",
-    "submission",
-    "seed",
-    "device",
-)  # what marking again heeds
+CHOICES = {"dtype": DTYPES, "kernels": ("auto", "torch")}
+RANGES = {  # beyond these, a quotient in float32 becomes infinite or a probability 0
+    "temperature": ("0 or from 0.001 to 1000", lambda x: x == 0 or 0.001 <= x <= 1000),
+    "top_p": ("from 0.001 to 1", lambda x: 0.001 <= x <= 1),
+    "top_k": ("at least 0 and below 2^31", lambda x: 0 <= x < 2**31),
+    "max_tokens": (f"from 1 to {MAX_SEQUENCE:,}", lambda x: 1 <= x <= MAX_SEQUENCE),
+    "seed": ("at least 0 and below 2^63", lambda x: 0 <= x < 2**63),
+    "batch": ("at least 1", lambda x: x >= 1),
+}
+NEEDS = [  # (settings, at least one of which must be given with them)
+    ("benchmark annotations images out report submission batch", "questions score"),
+    ("annotations images report", "questions"),
+]
+EXCLUDES = [("questions score", "image chat")]
+UNUSED = [  # (settings, that change nothing if this holds, in words)
+    (
+        "model batch temperature top_p top_k max_tokens dtype kernels",
+        lambda s: s.score,
+        "if answers are scored again",
+    ),
+    ("prompt", lambda s: s.score and not s.questions, "if answers are scored again"),
+    ("top_p top_k", lambda s: s.temperature == 0, "at --temperature=0"),
+    ("seed", lambda s: s.temperature == 0 and not (s.questions or s.score), "at --temperature=0"),
+]
 
 
-def say(*words):
-    print(*words, file=sys.stderr, flush=True)
+def check_settings(settings):
+    """Raises UserError for settings out of range, in conflict, without effect, or without a file.
 
-
-def place_images(text, pictures):
-    """What a user says, with an <image> for each picture: where the text has them, else all in front of it."""
-    typed = text.count("<image>")
-    if typed not in (0, pictures):
+    The tables above hold the rules.
+    """
+    values = vars(settings)
+    changed = cli.changed_settings(sample, values)
+    check_ranges({name: values[name] for name in RANGES})
+    for name, choices in CHOICES.items():
+        if values[name] not in choices:
+            raise UserError(f"--{name}={values[name]} is none of {', '.join(choices)}")
+    if not (settings.score or Path(settings.model).exists() or files.is_repo_id(settings.model)):
         raise UserError(
-            f"the question says <image> {typed} times, the pictures given with it are {pictures}"
+            f"no such model: {settings.model}; `python train.py` makes out/sft, the demonstration's"
         )
-    if any(
-        "\ud800" <= letter <= "\udfff" for letter in text
-    ):  # how Python hands on bytes that are no text
+    for names, needed in NEEDS:
+        lonely = [name for name in names.split() if name in changed]
+        if lonely and not any(values[name] for name in needed.split()):
+            raise UserError(f"--{lonely[0]} needs --{needed.replace(' ', ' or --')}")
+    for names, excluded in EXCLUDES:
+        given = [[name for name in part.split() if values[name]] for part in (names, excluded)]
+        if all(given):
+            raise UserError(f"--{given[0][0]} and --{given[1][0]} do not go together")
+    check_files(settings)
+    for names, applies, when in UNUSED:
+        for name in names.split():
+            if name in changed and applies(settings):
+                raise UserError(f"--{name}={cli.format_value(values[name])} changes nothing {when}")
+
+
+def check_ranges(values):
+    """Raises one UserError that names every value out of its range."""
+    wrong = []
+    for name, value in values.items():
+        allowed, is_allowed = RANGES[name]
+        if not is_allowed(value):
+            wrong.append(f"--{name}={value} must be {allowed}")
+    if wrong:
+        raise UserError("; ".join(wrong))
+
+
+def check_files(settings):
+    """Raises UserError for a file that cannot be written, or that would overwrite another one."""
+    inputs = ("questions", "annotations", "images", "score")
+    outputs = ("out", "report", "submission")
+    paths = {f"--{name}": getattr(settings, name) for name in (*inputs, *outputs)}
+    for name in outputs:
+        if (path := paths[f"--{name}"]) and not Path(path).parent.is_dir():
+            raise UserError(f"--{name}={path}: there is no folder {Path(path).parent}")
+    if settings.out.endswith(".json"):
         raise UserError(
-            f"the question is not text in {sys.stdin.encoding if sys.stdin else 'UTF-8'}: {text[:80]!r}"
+            f"--out={settings.out}: the scores take this name; use another for the answers, "
+            f"such as {settings.out}l"
         )
-    return text if typed else "<image>\n" * pictures + text
+    for name in ("score", "out"):
+        if path := getattr(settings, name):
+            paths[f"the scores beside --{name}"] = runner.metadata_path(path)
+    named = [(name, path) for name, path in paths.items() if path]
+    for (one, path), (other, same) in itertools.combinations(named, 2):
+        both_read = {one, other} <= {f"--{name}" for name in inputs}
+        if Path(path).resolve() == Path(same).resolve() and not both_read:
+            raise UserError(f"{other} and {one} are one file, {path}: choose another")
+    if settings.report:
+        check_overwrite("report", settings.report, b"<!doctype html>")
 
 
-def load_images(paths, policy):
-    return [image_processing.load_image(path, policy) for path in paths]
-
-
-def stream_answer(checkpoint, turns, pictures, **choices):
-    """The answer to a conversation, a piece of text for each token and a last one for what was held back; ends at the end token."""
-    text, ids = checkpoint.tokenizer.stream(), encode_prompt(checkpoint, turns, pictures)
-    check_prompt_lengths(checkpoint, [len(ids)], choices["max_tokens"])
-    stop = {chat_template.end_token_id(checkpoint.tokenizer, checkpoint.chat_template)}
-    for (next_id,) in generate(checkpoint.model, 
-        [ids], **packing.collate_images(pictures, checkpoint.image_config), stop=stop, **choices
+def check_overwrite(name, path, start):
+    """Raises UserError if the file of a setting exists and does not begin with `start`."""
+    if runner.has_content(path) and not (
+        Path(path).is_file() and Path(path).read_bytes().startswith(start)
     ):
+        raise UserError(f"--{name}={path} exists and is something else: choose another file")
+
+
+# ---- one question, or a conversation ----
+
+
+def read_question(prompt, image_count):
+    """Returns the prompt, or else standard input if it is piped, or else a default for images."""
+    if not prompt.strip() and sys.stdin and not sys.stdin.isatty():
+        prompt = sys.stdin.read()
+    if not prompt.strip() and not image_count:
+        raise UserError(
+            "there is no question: give a --prompt, an --image, or --chat=true for a conversation"
+        )
+    return place_images(prompt.strip() or "What is in the fridge?", image_count)
+
+
+def place_images(text, image_count):
+    """Returns the text with one <image> per image; puts them in front if the text has none."""
+    placed = text.count("<image>")
+    if placed not in (0, image_count):
+        raise UserError(f"the question has {placed} <image>, but {image_count} images are given")
+    # Python decodes the bytes of standard input that are no text as lone surrogates.
+    if any("\ud800" <= letter <= "\udfff" for letter in text):
+        encoding = sys.stdin.encoding if sys.stdin else "UTF-8"
+        raise UserError(f"the question is not text in {encoding}: {text[:80]!r}")
+    return text if placed else "<image>\n" * image_count + text
+
+
+def load_images(paths, image_config):
+    return [image_processing.load_image(path, image_config) for path in paths]
+
+
+def stream_answer(checkpoint, turns, images, **generation):
+    """Yields the answer to a conversation, a piece of text per token and one for what remains.
+
+    A character may take several tokens: their pieces are empty until the last one.
+    """
+    text, ids = checkpoint.tokenizer.stream(), encode_prompt(checkpoint, turns, images)
+    check_prompt_lengths(checkpoint, [len(ids)], generation["max_tokens"])
+    stop = {chat_template.end_token_id(checkpoint.tokenizer, checkpoint.chat_template)}
+    inputs = packing.collate_images(images, checkpoint.image_config)
+    for (next_id,) in generate(checkpoint.model, [ids], **inputs, stop=stop, **generation):
         if next_id not in stop:
             yield text.push(next_id)
     yield text.flush()
 
 
-def print_answer(checkpoint, turns, pictures, **choices):
-    """Print the answer to a conversation as it comes; return the whole of it."""
-    began, parts = time.time(), []
-    for part in stream_answer(checkpoint, turns, pictures, **choices):
+def print_answer(checkpoint, turns, images, **generation):
+    """Prints the answer to a conversation while it is generated; returns all of it."""
+    start, parts = time.time(), []
+    for part in stream_answer(checkpoint, turns, images, **generation):
         parts.append(part)
         print(part, end="", flush=True)
     print(flush=True)
-    count = len(parts) - 1  # the last is no token's
-    cut = f", cut off at --max_tokens={count}" if count == choices["max_tokens"] else ""
-    say(f"{count} tokens in {time.time() - began:.2f} s{cut}")
+    count = len(parts) - 1  # the last part belongs to no token
+    cut = f", cut off at --max_tokens={count}" if count == generation["max_tokens"] else ""
+    cli.print_status(f"{count} tokens in {time.time() - start:.2f} s{cut}")
     return "".join(parts)
 
 
-def read_question(prompt, pictures):
-    """What is asked: what was typed, else what is piped in, else, of a picture, the demonstration's question."""
-    if not prompt.strip() and sys.stdin and not sys.stdin.isatty():
-        prompt = sys.stdin.read()
-    if not prompt.strip() and not pictures:
-        raise UserError(
-            "there is nothing to answer: give a --prompt, an --image, or --chat=true for a conversation"
-        )
-    return place_images(prompt.strip() or "What is in the fridge?", pictures)
-
-
 def read_lines(first):
-    """What a user says: `first` if it is not empty, then line after line of standard input until that ends."""
+    """Yields `first` if it is not empty, then each line of standard input."""
     while True:
         if first.strip():
             yield first.strip()
         print("> ", end="", file=sys.stderr, flush=True)
         first = sys.stdin.readline() if sys.stdin else ""
         if not first:
-            return say()
+            return cli.print_status()
 
 
-def chat_in_terminal(checkpoint, pictures, prompt, **choices):
-    """A conversation in the terminal, an answer to each line; the pictures belong to the first."""
+def chat_in_terminal(checkpoint, images, prompt, **generation):
+    """Answers the prompt and each line of standard input; the images belong to the first turn."""
     turns = []
     for line in read_lines(prompt):
         try:
-            asked = place_images(line, 0 if turns else len(pictures))
-        except UserError as mistake:
-            say(f"error: {mistake}")
+            question = place_images(line, 0 if turns else len(images))
+        except UserError as error:
+            cli.print_status(f"error: {error}")
             continue
-        turns.append(("user", asked))
-        turns.append(("assistant", print_answer(checkpoint, turns, pictures, **choices)))
+        turns.append(("user", question))
+        turns.append(("assistant", print_answer(checkpoint, turns, images, **generation)))
 
 
-def check_overwrite(name, path, start):
-    """Raise UserError for a file that is there, and does not begin as what the setting `name` would write over it does."""
-    if runner.has_content(path) and not (
-        Path(path).is_file() and Path(path).read_bytes().startswith(start)
-    ):
-        raise UserError(f"--{name}={path} is there, and is something else: name another")
+# ---- a benchmark ----
 
 
-def check_files(typed):
-    """Raise UserError for a file that would be written over one that another setting names, or over one that is no such file."""
-    named = [
-        (f"--{name}", path)
-        for name in ("questions", "annotations", "images", "score", "out", "report", "submission")
-        if (path := getattr(typed, name))
-    ]
-    named += [
-        (f"the table beside --{name}", runner.metadata_path(path))
-        for name in ("score", "out")
-        if (path := getattr(typed, name))
-    ]
-    read = {"--questions", "--annotations", "--images", "--score"}
-    for (one, path), (other, same) in itertools.combinations(named, 2):
-        if Path(path).resolve() == Path(same).resolve() and not {one, other} <= read:
-            raise UserError(f"{other} and {one} are one file, {path}: name another")
-    if typed.report:
-        check_overwrite("report", typed.report, b"<!doctype html>")
-
-
-def check_exam(typed):
-    """Raise UserError for settings that do not go together."""
-    given = [
-        name
-        for name in ("benchmark", "annotations", "images", "out", "report", "submission")
-        if getattr(typed, name)
-    ]
-    if not (typed.questions or typed.score) and (given or typed.batch != BATCH):
-        raise UserError(f"--{(given or ['batch'])[0]} is for an exam: give its --questions")
-    if (typed.questions or typed.score) and (typed.image or typed.chat):
-        raise UserError(
-            "--questions brings its own pictures, and is no conversation: --image and --chat do not go with it"
-        )
-    if typed.score and (typed.report or typed.images or typed.annotations) and not typed.questions:
-        raise UserError(
-            f"--{'report' if typed.report else 'images' if typed.images else 'annotations'} wants the --questions, too"
-        )
-    for name in ("out", "report", "submission"):
-        if (path := getattr(typed, name)) and not Path(path).parent.is_dir():
-            raise UserError(f"--{name}={path}: there is no folder {Path(path).parent}")
-    if typed.batch < 1:
-        raise UserError(f"--batch={typed.batch} must be at least 1")
-    if typed.out and typed.out.endswith(".json"):
-        raise UserError(
-            f"--out={typed.out}: the table takes that name, give the answers another, such as {typed.out}l"
-        )
-    check_files(typed)
-
-
-def check_idle(typed):
-    """Raise UserError for a setting that would change nothing."""
-    if typed.score:
-        cli.refuse_idle(
-            sample,
-            vars(typed),
-            MARKING + ("prompt",) * bool(typed.questions),
-            "where answers are marked again",
-        )
-    elif typed.temperature == 0:
-        idle = (
-            {"top_p", "top_k"} if typed.questions else {"top_p", "top_k", "seed"}
-        )  # an exam's intervals are drawn, too
-        cli.refuse_idle(sample, vars(typed), vars(typed).keys() - idle, "at --temperature=0")
-
-
-def run_evaluation(typed, choices):
-    """Sit an exam, or mark its answers again, and tell how it went."""
-    device = distributed.pick_device(typed.device)
+def run_evaluation(settings, generation):
+    """Answers a benchmark's questions, or scores their answers again; prints and writes both."""
+    device = distributed.pick_device(settings.device)
     rank, world = distributed.init_distributed(device)
+    metadata, checkpoint, results = {}, None, []
     with distributed.raise_on_all_ranks():
-        about = runner.read_metadata(typed.score) if typed.score else {"asked": {"benchmark": "exact"}}
-        if not (benchmark := typed.benchmark or (about and about["asked"]["benchmark"])):
-            raise UserError(
-                f"no {runner.metadata_path(typed.score)} says by which rules {typed.score} is to be marked: give --benchmark"
+        if settings.score:
+            metadata = runner.read_metadata(settings.score)
+        benchmark = find_benchmark_name(settings, metadata)
+        check_outputs(settings, benchmark, metadata)
+        questions = []
+        if settings.questions:
+            questions = benchmarks.load_questions(
+                benchmark,
+                settings.questions,
+                settings.annotations,
+                settings.images,
+                settings.prompt,
             )
-        benchmarks.find_benchmark(benchmark)
-        if typed.out:
-            runner.check_output(typed.out, about.get("asked", {}) if typed.score else None)
-        if typed.submission:
-            benchmarks.format_submission(
-                benchmark, []
-            )  # refused now, not after the exam, where its owner takes none
-            check_overwrite(
-                "submission",
-                typed.submission,
-                f'[{{"{benchmarks.find_benchmark(benchmark).submission[0]}": '.encode(),
-            )
-        questions = (
-            benchmarks.load_questions(
-                benchmark, typed.questions, typed.annotations, typed.images, typed.prompt
-            )
-            if typed.questions
-            else []
-        )
-        checkpoint = (
-            None if typed.score else load_checkpoint(typed.model, device, DTYPES[typed.dtype])
-        )
-        rows = (
-            runner.rescore(typed.score, questions, benchmark)
-            if typed.score and rank == 0
-            else []
-        )
-    with runner.lock_output(typed.out, rank):
-        if not typed.score:
+        if not settings.score:
+            checkpoint = load_checkpoint(settings.model, device, DTYPES[settings.dtype])
+        elif rank == 0:
+            results = runner.rescore(settings.score, questions, benchmark)
+    with runner.lock_output(settings.out, rank):
+        if checkpoint:
             optimize(checkpoint.model)
-            how = dict(benchmark=benchmark, prompt=typed.prompt, out=typed.out, batch=typed.batch)
-            rows, about = runner.run_benchmark(checkpoint, questions, rank, world, **how, **choices)
+            results, metadata = runner.run_benchmark(
+                checkpoint,
+                questions,
+                rank,
+                world,
+                benchmark=benchmark,
+                prompt=settings.prompt,
+                out=settings.out,
+                batch=settings.batch,
+                **generation,
+            )
         if rank == 0:
             runner.summarize(
-                rows,
-                about,
+                results,
+                metadata,
                 questions,
                 benchmark,
-                typed.seed,
-                out=typed.out,
-                page=typed.report,
-                submission=typed.submission,
+                settings.seed,
+                out=settings.out,
+                page=settings.report,
+                submission=settings.submission,
             )
 
 
-def sample(
-    *,
-    model: str = "out/sft",  # a checkpoint, a run's folder (its newest one), or a public LLaVA: its folder or owner/name
-    image: list[str] = [],  # a picture; may be repeated
-    prompt: str = "",  # the question, <image> in it where a picture belongs; empty: standard input if piped, else what is in the fridge
-    chat: bool = False,  # keep talking: the prompt, then a question a line
-    benchmark: str = "",  # of an exam: how it is read, asked and marked, such as mmmu (README.md names them); empty: exact, or as --score was
-    questions: str = "",  # an exam, as its owner publishes it: a file, a folder or a zip; or JSON lines of id, image, question, answers
-    annotations: str = "",  # its right answers, where they are in a file of their own
-    images: str = "",  # the folder or zip that its pictures are named from; empty: beside the questions
-    out: str = "",  # a file for its answers, JSON lines; if some are there, it goes on. The table goes beside it, as .json
-    score: str = "",  # such a file, to be marked again without a model; by the right answers in --questions, if given
-    report: str = "",  # a page of HTML for its pictures, questions, answers and marks
-    submission: str = "",  # a file for its answers as the owner wants them handed in (coco, vqav2, docvqa, infovqa)
-    batch: int = BATCH,  # of its questions, answered at once
-    temperature: float = 0.0,  # 0 takes the likeliest token every time; 1 draws as the model believes
-    top_p: float = 1.0,  # draw among the fewest likeliest tokens that hold this much of the probability
-    top_k: int = 0,  # draw among this many likeliest tokens; 0: among all
-    max_tokens: int = 256,  # the longest answer
-    seed: int = 0,  # of the draws, and of the resampling that an exam's intervals come from
-    device: str = "auto",  # auto, cpu, cuda, cuda:1 (or another card's number) or mps
-    dtype: str = "auto",  # of the model's numbers: float32, bfloat16 or float16; auto: what its files have, so that 7B take 14 GB, not 28
-    kernels: str = "auto",  # auto: our Triton kernels on CUDA cards that can run them; torch: the formulas in PyTorch
-):
-    """Answer a question about pictures, or about nothing but words."""
-    typed = SimpleNamespace(**locals())
-    choices = {
-        "temperature": temperature,
-        "top_p": top_p,
-        "top_k": top_k,
-        "max_tokens": max_tokens,
-        "seed": seed,
-    }
-    check_ranges(choices)
-    if dtype not in DTYPES:
-        raise UserError(f"--dtype={dtype} is none of {', '.join(DTYPES)}")
-    if kernels not in ("auto", "torch"):
-        raise UserError(f"--kernels={kernels} is none of auto, torch")
-    dispatch.choice = kernels
-    if not (score or Path(model).exists() or files.is_repo_id(model)):
+def find_benchmark_name(settings, metadata):
+    """Returns --benchmark, or else the one that the answers were scored by, or else exact."""
+    if settings.benchmark:
+        return settings.benchmark
+    if not settings.score:
+        return "exact"
+    if not metadata:
         raise UserError(
-            f"no such model: {model}; `python train.py` makes out/sft, the demonstration's"
+            f"there is no {runner.metadata_path(settings.score)} that names the benchmark of "
+            f"{settings.score}: give --benchmark"
         )
-    check_exam(typed)
-    check_idle(typed)
-    if questions or score:
-        return run_evaluation(typed, choices)
-    asked = "" if chat else read_question(prompt, len(image))
-    checkpoint = load_checkpoint(model, distributed.pick_device(device), DTYPES[dtype])
-    optimize(checkpoint.model)
-    pictures = load_images(image, checkpoint.image_config)
-    if chat:
-        chat_in_terminal(checkpoint, pictures, prompt, **choices)
-    else:
-        print_answer(checkpoint, [("user", asked)], pictures, **choices)
+    return metadata["settings"]["benchmark"]
 
 
-def check_ranges(choices):
-    """One UserError that names every choice out of its range."""
-    rules = {  # where float32 could make a quotient infinite or a share 0, torch would draw from nothing
-        "temperature": ("0 or from 0.001 to 1000", lambda x: x == 0 or 0.001 <= x <= 1000),
-        "top_p": ("from 0.001 to 1", lambda x: 0.001 <= x <= 1),
-        "top_k": ("at least 0 and below 2^31", lambda x: 0 <= x < 2**31),
-        "max_tokens": (f"from 1 to {MAX_SEQUENCE:,}", lambda x: 1 <= x <= MAX_SEQUENCE),
-        "seed": ("at least 0 and below 2^63", lambda x: 0 <= x < 2**63),
-    }
-    wrong = [
-        f"--{name}={choices[name]} must be {must}"
-        for name, (must, holds) in rules.items()
-        if not holds(choices[name])
-    ]
-    if wrong:
-        raise UserError("; ".join(wrong))
+def check_outputs(settings, benchmark, metadata):
+    """Raises UserError, before the first question, for outputs that could not be written."""
+    submission_keys = benchmarks.find_benchmark(benchmark).submission_keys
+    if settings.out:
+        known = metadata.get("settings", {}) if settings.score else None
+        runner.check_output(settings.out, known)
+    if settings.submission:
+        benchmarks.format_submission(benchmark, [])
+        start = f'[{{"{submission_keys[0]}": '.encode()
+        check_overwrite("submission", settings.submission, start)
 
 
 if __name__ == "__main__":
-    cli.run(sample)
+    cli.run_script(sample)

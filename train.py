@@ -18,10 +18,10 @@ from types import SimpleNamespace
 
 import torch
 
-from nanovlm import IGNORE_INDEX, UserError, cli, files, kernels
-from nanovlm.checkpoints.checkpoint import finish_loading, list_checkpoints, load_checkpoint
-from nanovlm.data.dataset import LENGTH, Samples, write_some
-from nanovlm.data.packing import Loader, read_blend
+from nanovlm import IGNORE_INDEX, UserError, cli
+from nanovlm.checkpoints.checkpoint import list_checkpoints, load_checkpoint, load_deferred_weights
+from nanovlm.data.dataset import LENGTH, PreparedDataset, write_subset
+from nanovlm.data.packing import PackedDataLoader, parse_dataset_weights
 from nanovlm.demo.run import run_demonstration
 from nanovlm.distributed import (
     all_gather_object,
@@ -41,6 +41,8 @@ from nanovlm.distributed import (
 )
 from nanovlm.evals.benchmarks import load_questions
 from nanovlm.evals.runner import evaluate
+from nanovlm.files import lock_path
+from nanovlm.kernels import dispatch
 from nanovlm.training.flops import micro_batch_flops
 from nanovlm.training.logger import Logger
 from nanovlm.training.memory import estimate_memory, print_plan
@@ -142,11 +144,12 @@ def train(
         if rank == 0:
             move_old_run_aside(run)
     checkpoint_activations(transformer_blocks(vlm, run.activation_checkpointing))
-    compile_blocks(transformer_blocks(vlm) if run.compile else ())
+    if run.compile:
+        compile_blocks(transformer_blocks(vlm))
     wrapped, autocast = wrap_model(
         vlm, run.parallel, device, dtype, run.hsdp_shard_size, run.cpu_offload
     )
-    finish_loading(checkpoint)
+    load_deferred_weights(checkpoint)
     optimizer = make_optimizer(vlm, run.rates, run.weight_decay, (run.beta1, run.beta2))
     if saved:
         load_optimizer(saved, vlm, optimizer)
@@ -292,10 +295,10 @@ def check_finite(done, step, grad_norm, batches, samples, out):
     names = [samples.names[i] for i in suspects]
     more = f" and {len(names) - 50} more" if len(names) > 50 else ""
     with raise_on_all_ranks():
-        on_rank_0(write_some, samples, suspects, folder)
+        on_rank_0(write_subset, samples, suspects, folder)
         raise UserError(
             f"step {done}: loss {step.loss}, gradient norm {grad_norm}; earlier checkpoints are "
-            f"unchanged. Samples: {', '.join(names[:50])}{more}. "
+            f"unchanged. PreparedDataset: {', '.join(names[:50])}{more}. "
             f"Look at one: python prepare.py show --data={folder} --sample={shlex.quote(names[0])}"
         )
 
@@ -313,7 +316,7 @@ def run_validation(
         metrics = validate(checkpoint, samples, validation_set, rank, world, autocast)
     if questions and (is_last or done % run.eval_every == 0):
         table = evaluate(
-            checkpoint, questions, rank, world, benchmark=run.eval_benchmark, mixed=autocast
+            checkpoint, questions, rank, world, benchmark=run.eval_benchmark, autocast=autocast
         )
         score = 0.0 if table is None else table[-1].score  # only rank 0 has the table
         (metrics["eval_score"],) = all_reduce_sum([score], checkpoint.model.mean_C11.device)
@@ -341,32 +344,32 @@ def load_for_training(folder, run):
 
     Its weights stay in their file until it is known which rank needs which (`finish_loading`).
     """
-    checkpoint = load_checkpoint(folder, dtype=None, late=True)
+    checkpoint = load_checkpoint(folder, dtype=None, defer_weights=True)
     checkpoint.history[run.stage] = f"{run.steps} steps from {run.model} on {run.data}"
     freeze_parts(checkpoint.model.train(), run.rates)
-    kernels.choice = run.kernels
+    dispatch.choice = run.kernels
     return checkpoint
 
 
 def load_samples(run, checkpoint):
     """Return (samples, shares of the data folders), and check that they are for this model."""
-    folders, weights = read_blend(run.data)
-    samples = Samples(*folders)
+    folders, weights = parse_dataset_weights(run.data)
+    samples = PreparedDataset(*folders)
     samples.check_fingerprint(checkpoint.fingerprint())
     return samples, weights
 
 
 def make_loader(samples, run, device, rank, world, start):
-    return Loader(
+    return PackedDataLoader(
         samples,
-        row=run.seq_len,
-        batch=run.global_batch_size,
-        micro=run.micro_batch_size,
+        seq_len=run.seq_len,
+        global_batch_size=run.global_batch_size,
+        micro_batch_size=run.micro_batch_size,
         seed=run.seed,
         weights=run.weights,
         rank=rank,
-        world=world,
-        start=start,
+        world_size=world,
+        start_step=start,
         pin=device.type == "cuda",
     )
 
@@ -437,7 +440,9 @@ def plan_memory(run, model, samples, device, dtype, rank, world):
 
     The estimate is for the first sequence of the data.
     """
-    first = Loader(samples, batch=1, micro=1, row=run.seq_len, seed=run.seed, weights=run.weights)
+    first = PackedDataLoader(
+        samples, global_batch_size=1, micro_batch_size=1, seq_len=run.seq_len, seed=run.seed, weights=run.weights
+    )
     ((sequence, _),) = next(first)
     options = dict(
         activation_checkpointing=run.activation_checkpointing,
@@ -472,7 +477,7 @@ def move_old_run_aside(run):
     if not (out / "log.jsonl").is_file():
         raise UserError(f"--out={out} exists already and is not a run: choose another folder")
     number = next(n for n in itertools.count(1) if not Path(f"{out}.{n}").exists())
-    with files.claim(out):
+    with lock_path(out):
         os.rename(out, f"{out}.{number}")
     print(f"{out} holds an earlier run: moved to {out}.{number}")
 

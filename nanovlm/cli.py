@@ -26,8 +26,8 @@ BOOLEANS = {
     "no": False,
     "off": False,
 }
-# Names of older versions, of settings, commands and stages: "did you mean" suggests the first new
-# name that the script has. Saved settings are read by the first name.
+# Settings, commands and stages of older versions: "did you mean" suggests the first new name that
+# the script has.
 OLD_SETTINGS = {
     "batch": ("global_batch_size", "batch_size"),
     "benchmark": ("eval_benchmark",),
@@ -118,7 +118,7 @@ def type_name(kind):
     return TYPE_NAMES.get(kind, "a text")
 
 
-def split_arguments(argv, types):
+def split_arguments(argv, kinds):
     """Yield (name, text or None) for each setting; (None, word) for a word without a setting."""
     words = list(argv)
     while words:
@@ -133,7 +133,7 @@ def split_arguments(argv, types):
         elif words and not words[0].startswith("--"):
             yield name, words.pop(0)
         else:
-            yield name, "true" if types.get(name) is bool else None
+            yield name, "true" if kinds.get(name) is bool else None
 
 
 def parse_arguments(function, argv):
@@ -142,37 +142,37 @@ def parse_arguments(function, argv):
     If the first setting is a list, words without a setting belong to it: plot out/*/log.jsonl.
     """
     known = settings(function)
-    types = {name: kind for name, kind, _, _ in known}
+    kinds = {name: kind for name, kind, _, _ in known}
     # Only these settings may be empty: elsewhere an empty text is an unset variable of the shell.
     may_be_empty = {name for name, _, default, _ in known if default == ""}
-    first = next(iter(types), None)
+    first = next(iter(kinds), None)
     values, wrong = {}, []
-    for name, text in split_arguments(argv, types):
-        if name is None and types.get(first) == list[str] and not text.startswith("-"):
+    for name, text in split_arguments(argv, kinds):
+        if name is None and kinds.get(first) == list[str] and not text.startswith("-"):
             values.setdefault(first, []).append(text)
         elif name is None:
-            hint = did_you_mean(text.lstrip("-").split("=")[0], types, "--")
+            hint = did_you_mean(text.lstrip("-").split("=")[0], kinds, "--")
             wrong.append(f"{text!r} belongs to no setting{hint}")
-        elif name not in types:
-            wrong.append(f"--{name} is no setting{did_you_mean(name, types, '--')}")
+        elif name not in kinds:
+            wrong.append(f"--{name} is no setting{did_you_mean(name, kinds, '--')}")
         elif text is None or (not text and name not in may_be_empty):
-            wrong.append(f"--{name} needs a value, {type_name(types[name])}")
-        elif types[name] == list[str]:
+            wrong.append(f"--{name} needs a value, {type_name(kinds[name])}")
+        elif kinds[name] == list[str]:
             values.setdefault(name, []).append(text)
         elif name in values:
             wrong.append(f"--{name}={text} comes after another --{name}")
         else:
             try:
-                values[name] = convert_value(text, types[name])
+                values[name] = convert_value(text, kinds[name])
             except ValueError:
-                wrong.append(f"--{name}={text} is not {type_name(types[name])}")
+                wrong.append(f"--{name}={text} is not {type_name(kinds[name])}")
     if wrong:
         raise UserError("; ".join(wrong))
     return values
 
 
 def did_you_mean(word, known, dashes=""):
-    """", did you mean --NAME?" for the name of an older version or a similar one, else ""."""
+    """Return ", did you mean --NAME?" if an old or similar name fits, else ""."""
     for name in OLD_SETTINGS.get(word, ()):
         if name in known:
             return f", did you mean {dashes}{name}?"

@@ -1,7 +1,8 @@
-"""The files of a model: where a public folder lies, and its tensors, read so strictly that whatever is missing, cut short or odd is named.
+"""Files that every part of the project reads and writes: JSON, folders of pretrained models, and
+weight files.
 
-Tensors stay in their files (mmap) and in their dtype until they are used, so that a model is in memory once. All names and shapes are held
-against what is wanted before the first number is read.
+Weights stay in their files (mmap), in their own dtype, until they are used, so a model is in
+memory once. All names and shapes are compared with the expected ones before a number is read.
 """
 
 import contextlib
@@ -22,28 +23,85 @@ from . import UserError
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
+# What commit 1c7a388 called the keys of its JSON files, and what they are called now.
+OLD_NAMES = {
+    "nanovlm.json": {
+        "policy": "image_config",
+        "template": "chat_template",
+        "card": "history",
+        "newborn": "random_init",
+        "eye": "vision",
+        "brain": "decoder",
+    },
+    "header.json": {"policy": "image_config", "template": "chat_template"},
+    "answers.json": {"asked": "settings", "card": "history"},
+    "log.jsonl": {
+        "validation": "val_loss",
+        "blank": "blank_image_loss",
+        "exam": "eval_score",
+        "rate": "lr",
+        "trained": "label_fraction",
+        "norm": "grad_norm",
+        "norm of vision": "grad_norm_vision",
+        "norm of projector": "grad_norm_projector",
+        "norm of decoder": "grad_norm_decoder",
+        "waited": "data_wait",
+        "left": "eta_s",
+        "seconds of data": "seconds_data",
+        "seconds of eye": "seconds_vision",
+        "seconds of decoder": "seconds_decoder",
+        "seconds of optimizer": "seconds_optimizer",
+        "seconds of between steps": "seconds_between_steps",
+    },
+    "training.json": {
+        "batch": "global_batch_size",
+        "row": "seq_len",
+        "floor": "min_lr",
+        "warmup": "warmup_ratio",
+        "decay": "weight_decay",
+        "clip": "grad_clip",
+        "validation": "val_loss",
+    },
+}
 
-def read_json(path, *names):
-    """The object in a JSON file, which must have these names."""
+
+def rename_keys(value, names):
+    """Returns a JSON value with the keys of its dicts renamed, nested ones too: {old: new}."""
+    if isinstance(value, list):
+        return [rename_keys(item, names) for item in value]
+    if not isinstance(value, dict):
+        return value
+    return {names.get(key, key): rename_keys(item, names) for key, item in value.items()}
+
+
+def read_json(path, *required, kind=None):
+    """Returns the object in a JSON file; the old names of its keys become the new ones.
+
+    Raises UserError if it lacks a required key. kind: a key of OLD_NAMES, by default the file's
+    own name.
+    """
     try:
-        found = json.loads(Path(path).read_text())
+        content = json.loads(Path(path).read_text())
     except FileNotFoundError:
         raise UserError(f"no such file: {path}") from None
-    except (
-        ValueError,
-        RecursionError,
-    ) as error:  # no JSON, no UTF-8, a number of thousands of digits, nested too deep
+    except (ValueError, RecursionError) as error:
+        # not JSON, not UTF-8, a number with thousands of digits, or nested too deeply
         raise UserError(f"{path} is not JSON: {error}") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{path} is no object: {found!r:.80}")
-    if missing := [name for name in names if name not in found]:
-        raise UserError(f"{path} holds no {missing[0]}")
-    return found
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is no JSON object: {content!r:.80}")
+    content = rename_keys(content, OLD_NAMES.get(kind or Path(path).name, {}))
+    for name in required:
+        if name not in content:
+            raise UserError(f"{path} holds no {name}")
+    return content
 
 
 @contextlib.contextmanager
 def lock_path(path):
-    """Keep other processes out of a file or folder as long as it is written to: UserError if one of them does. A claim ends with its process."""
+    """Keep other processes from writing to a file or folder; the lock ends with this process.
+
+    Raises UserError if another process holds the lock.
+    """
     handle = os.open(path, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -57,48 +115,49 @@ def lock_path(path):
 
 
 def write_text(path, text):
-    """Whole or not at all."""
-    path = os.path.realpath(path)  # where a link leads, or the link would be replaced
+    """Write a file completely or not at all."""
+    path = os.path.realpath(path)  # the target of a link, which would be replaced otherwise
     tmp = Path(f"{path}.tmp")
     tmp.write_text(text, encoding="utf-8")
     os.replace(tmp, path)
 
 
 def read_log(path):
-    """The objects of a file of JSON lines, to which a run may be writing: the last may have been torn by what stopped it, and is left out then."""
+    """Yields the objects of a file of JSON lines, to which a run may still be writing.
+
+    An incomplete last line, which a killed run leaves, is skipped.
+    """
     try:
         lines = Path(path).read_text().splitlines()
     except FileNotFoundError:
         raise UserError(f"no such file: {path}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not text in UTF-8: {error}") from None
+    names = OLD_NAMES.get(Path(path).name, {})
     for number, line in enumerate(lines, 1):
         try:
-            yield json.loads(line)
+            yield rename_keys(json.loads(line), names)
         except (ValueError, RecursionError):
             if number < len(lines):
                 raise UserError(f"{path}, line {number}: not JSON") from None
 
 
-# ---- where a public folder lies ----
+# ---- folders of pretrained models ----
 def is_repo_id(name):
-    """Whether a text may be an owner/name, as Hugging Face has them, and not a path into a folder that is here."""
-    return (
-        re.fullmatch(r"(?!out/)\w[\w.-]*/[\w.-]+", str(name)) is not None
-        and not Path(name).parent.exists()
-    )
+    """Whether a text can be a Hugging Face owner/name, and is not a path into a local folder."""
+    pattern = r"(?!out/)\w[\w.-]*/[\w.-]+"
+    return re.fullmatch(pattern, str(name)) is not None and not Path(name).parent.exists()
 
 
 def repo_cache(name):
-    home = os.environ.get("HF_HOME") or "~/.cache/huggingface"
-    return (
-        Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub").expanduser()
-        / f"models--{str(name).replace('/', '--')}"
-    )
+    """Returns the folder of owner/name in the local Hugging Face cache."""
+    home = Path(os.environ.get("HF_HOME") or "~/.cache/huggingface")
+    hub = Path(os.environ.get("HF_HUB_CACHE") or home / "hub").expanduser()
+    return hub / f"models--{str(name).replace('/', '--')}"
 
 
 def cached_snapshot(name):
-    """The folder in which the local Hugging Face cache holds owner/name, or None."""
+    """Returns the newest folder of owner/name in the local Hugging Face cache, or None."""
     main = repo_cache(name) / "refs" / "main"
     if is_repo_id(name) and main.is_file():
         folder = repo_cache(name) / "snapshots" / main.read_text().strip()
@@ -106,7 +165,8 @@ def cached_snapshot(name):
 
 
 def find_pretrained(name):
-    """The folder of a public model: the one that is named, or the one that the Hugging Face cache holds of owner/name; fetched if it can be."""
+    """Returns the folder of a pretrained model: `name` itself, or owner/name in the Hugging Face
+    cache; it is downloaded if huggingface_hub is installed."""
     if Path(name).is_dir():
         if not (Path(name) / "config.json").is_file():
             raise UserError(f"{name} holds neither a nanovlm checkpoint nor a config.json")
@@ -119,55 +179,51 @@ def find_pretrained(name):
         import huggingface_hub
     except ImportError:
         raise UserError(
-            f"{name} is neither a folder nor in {repo_cache(name).parent}; to fetch it: "
+            f"{name} is neither a folder nor in {repo_cache(name).parent}; to download it: "
             f"pip install huggingface_hub && hf download {name} --exclude 'consolidated*'"
         ) from None
     return download_pretrained(name, huggingface_hub)
 
 
 def download_pretrained(name, hub):
-    """Download what we read of owner/name: of its weights only one spelling."""
+    """Download the files of owner/name that this project reads: weights in one format only."""
     try:
         files = hub.list_repo_files(name)
-        kind = ".safetensors" if any(f.endswith(".safetensors") for f in files) else ".bin"
-        wanted = [
-            f
-            for f in files
-            if f.endswith((".json", ".model", ".jinja", "README.md", kind))
-            and "/" not in f
-            and "consolidated" not in f
-        ]
+        weights = ".safetensors" if any(f.endswith(".safetensors") for f in files) else ".bin"
+        endings = (".json", ".model", ".jinja", "README.md", weights)
+        top = [f for f in files if "/" not in f and "consolidated" not in f]
+        wanted = [f for f in top if f.endswith(endings)]
         return Path(hub.snapshot_download(name, allow_patterns=wanted))
-    except (
-        Exception
-    ) as error:  # of whatever kind: the network's, the hub's, a licence not yet agreed to
-        raise UserError(
-            f"{name} is no folder here and could not be fetched: {type(error).__name__} {' '.join(str(error).split())[:200]}"
-        ) from None
+    except Exception as error:  # of the network, of the hub, or for a license not agreed to
+        reason = f"{type(error).__name__} {' '.join(str(error).split())[:200]}"
+        raise UserError(f"{name} is no local folder and was not downloaded: {reason}") from None
 
 
 def weights_source(name, folder, files):
-    """Where a part came from: name, licence if its README states one, and the sha256 of each of its weight files."""
-    card = {"from": str(name), "files": {}}
+    """Returns where a part came from: its name, the license in its README, and the sha256 of each
+    weight file."""
+    source = {"from": str(name), "files": {}}
     if folder.parent.name == "snapshots":
-        card["revision"] = folder.name
-    front = (
-        re.match(r"---\n(.*?)\n---", (folder / "README.md").read_text(errors="replace"), re.S)
-        if (folder / "README.md").is_file()
-        else None
-    )
-    if front and (licence := re.search(r"^license: *(\S+)", front[1], re.M)):
-        card["licence"] = licence[1]
+        source["revision"] = folder.name
+    if (folder / "README.md").is_file():
+        text = (folder / "README.md").read_text(errors="replace")
+        header = re.match(r"---\n(.*?)\n---", text, re.S)
+        license = header and re.search(r"^license: *(\S+)", header[1], re.M)
+        if license:
+            source["licence"] = license[1]
     for path in files:
         with open(path, "rb") as file:
-            card["files"][path.name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"folder": card}
+            source["files"][path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"folder": source}
 
 
 # ---- tensors ----
 def list_weight_files(folder):
-    """{file: the tensors that an index says it holds, or None without an index}, as transformers chooses among the files of a folder;
-    consolidated.safetensors is another format."""
+    """Returns {path: names of its tensors by the index, or None without an index}.
+
+    The choice among a folder's files is that of transformers. consolidated.safetensors has another
+    format and is not read.
+    """
     for single in ("model.safetensors", "pytorch_model.bin"):
         if (folder / single).is_file():
             return {folder / single: None}
@@ -175,124 +231,126 @@ def list_weight_files(folder):
         if index.is_file():
             return read_weight_index(index)
     raise UserError(
-        f"{folder} holds neither model.safetensors nor pytorch_model.bin, whole or in shards with an index"
+        f"{folder} holds neither model.safetensors nor pytorch_model.bin, "
+        "as one file or as shards with an index"
     )
 
 
 def read_weight_index(index):
-    listed, files = read_json(index).get("weight_map"), {}
-    if (
-        not listed
-        or not isinstance(listed, dict)
-        or not all(isinstance(file, str) for file in listed.values())
-    ):
+    """Returns {path: names of its tensors} of a model.safetensors.index.json."""
+    weight_map, files = read_json(index).get("weight_map"), {}
+    is_map = weight_map and isinstance(weight_map, dict)
+    if not is_map or not all(isinstance(file, str) for file in weight_map.values()):
         raise UserError(f"{index} holds no weight_map")
-    for tensor, name in sorted(listed.items(), key=lambda item: item[1]):
+    for tensor, name in sorted(weight_map.items(), key=lambda item: item[1]):
         path = index.parent / name
-        if (
-            Path(name).name != name or not path.is_file()
-        ):  # a link that leads out of the folder is how Hugging Face's cache is laid out
+        # The file may be a link out of the folder, as in Hugging Face's cache; its name may not.
+        if Path(name).name != name or not path.is_file():
             raise UserError(f"{index} names {name} for {tensor}, which is not in the folder")
         files.setdefault(path, set()).add(tensor)
     return files
 
 
 def read_tensors(path):
-    """{name: tensor} of a weights file, left in the file until they are used. Only tensors are ever unpickled."""
+    """Returns {name: tensor} of a weight file; the numbers stay in the file until they are used.
+
+    Nothing but tensors is ever unpickled.
+    """
     try:
         if path.suffix != ".bin":
             return load_file(path)
         tensors = torch.load(
             path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
         )
-        if not isinstance(tensors, dict) or not all(
-            isinstance(tensor, torch.Tensor) for tensor in tensors.values()
-        ):
-            raise ValueError("no tensors by name")
+        is_dict = isinstance(tensors, dict)
+        if not is_dict or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
+            raise ValueError("not a dict of tensors")
         return tensors
     except FileNotFoundError:
         raise UserError(f"{path} is missing from its checkpoint") from None
     except OSError:
         raise
-    except Exception as error:  # of whatever kind: what the bytes of a broken pickle happen to say
-        reason = str(error).split("\n")[0]
+    except Exception as error:  # a broken pickle raises anything that its bytes spell
+        reason, size = str(error).split("\n")[0], os.path.getsize(path)
         raise UserError(
-            f"{path} is broken, cut short ({os.path.getsize(path):,} bytes) or holds more than tensors: {reason}"
+            f"{path} is broken, cut short ({size:,} bytes) or holds more than tensors: {reason}"
         ) from None
 
 
 def write_tensors(tensors, path, header={}):
-    """header: {str: str}, what else the file's header says."""
+    """Write a safetensors file; header: {str: str}, additional metadata of the file."""
     try:
         save_file(tensors, path, metadata={"format": "pt", **header})
-    except SafetensorError as error:  # how safetensors reports a full disk
+    except SafetensorError as error:  # safetensors reports a full disk this way
         raise OSError(f"could not write {path}: {error}") from None
 
 
-def read_weights(files, wrapped):
-    """{plain name: (tensor, file)} of all files, as weight_files gives them; wrapped: what makes names plain, (pattern, replacement) each."""
+def read_weights(files, renames):
+    """Returns {name: (tensor, path)} of all files.
+
+    files: what list_weight_files returns. renames: (pattern, replacement) pairs, applied to each
+    name by re.sub.
+    """
     found = {}
-    for path, listed in files.items():
+    for path, indexed in files.items():
         tensors = read_tensors(path)
-        if odd := sorted(tensors.keys() ^ listed) if listed else []:
-            raise UserError(
-                f"{path} {'holds' if odd[0] in tensors else 'lacks'} {odd[0]}, its folder's index says otherwise"
-            )
+        if indexed and (wrong := sorted(tensors.keys() ^ indexed)):
+            verb = "holds" if wrong[0] in tensors else "lacks"
+            raise UserError(f"{path} {verb} {wrong[0]}, its folder's index says otherwise")
         for name, tensor in tensors.items():
-            for pattern, plain in wrapped:
-                name = re.sub(pattern, plain, name)
+            for pattern, replacement in renames:
+                name = re.sub(pattern, replacement, name)
             if name in found:
                 raise UserError(f"{name} is both in {found[name][1]} and in {path}")
             found[name] = tensor, path
     return found
 
 
-def match_tensors(shapes, found, unread, files):
-    """{name: tensor} for {name: shape}, out of what read_weights found in files. Every name, shape and kind of number must match, or one UserError
-    lists those that do not; unread: a pattern of names that may be left over."""
-    wrong = [f"{name} is missing" for name in shapes if name not in found]
-    wrong += [
-        f"{name} in {path.name} is not used"
-        for name, (_, path) in found.items()
-        if name not in shapes and not re.match(unread, name)
-    ]
-    fitting = {}
+def match_tensors(shapes, found, ignored, files):
+    """Returns {name: tensor} for {name: shape}.
+
+    found: what read_weights found in `files`. ignored: a pattern of names that may be unused.
+    Raises one UserError that lists all names, shapes and dtypes that do not match.
+    """
+    problems = [f"{name} is missing" for name in shapes if name not in found]
+    for name, (_, path) in found.items():
+        if name not in shapes and not re.match(ignored, name):
+            problems.append(f"{name} in {path.name} is not used")
+    matched = {}
     for name in (name for name in shapes if name in found):
         tensor, path = found[name]
-        while (
-            tensor.dim() > len(shapes[name]) and len(tensor) == 1
-        ):  # DINOv2 keeps a dimension for the batch
-            tensor = tensor[0]
+        while tensor.dim() > len(shapes[name]) and len(tensor) == 1:
+            tensor = tensor[0]  # DINOv2 stores some vectors with a batch dimension
         if tensor.shape != shapes[name]:
-            wrong.append(
-                f"{name} in {path.name} is {list(tensor.shape)}, the model wants {list(shapes[name])}"
+            problems.append(
+                f"{name} in {path.name} is {list(tensor.shape)}, the model expects "
+                f"{list(shapes[name])}"
             )
         elif tensor.dtype not in FLOAT_DTYPES:
-            wrong.append(
-                f"{name} in {path.name} is of {tensor.dtype}, only {', '.join(map(str, FLOAT_DTYPES))} are known here"
+            problems.append(
+                f"{name} in {path.name} has dtype {tensor.dtype}, only "
+                f"{', '.join(map(str, FLOAT_DTYPES))} are supported"
             )
-        fitting[name] = tensor
-    raise_problems(wrong, files)
-    return fitting
+        matched[name] = tensor
+    raise_problems(problems, files)
+    return matched
 
 
-def match_finite_tensors(shapes, found, unread, files):
-    """The same, all numbers finite."""
-    fitting = match_tensors(shapes, found, unread, files)
-    raise_problems(
-        [
-            f"{name} in {found[name][1].name} holds a number that is not finite"
-            for name, tensor in fitting.items()
-            if not all(map(math.isfinite, tensor.aminmax()))
-        ],
-        files,
-    )
-    return fitting
+def match_finite_tensors(shapes, found, ignored, files):
+    """The same as match_tensors; also raises UserError for a value that is NaN or infinite."""
+    matched = match_tensors(shapes, found, ignored, files)
+    problems = []
+    for name, tensor in matched.items():
+        if not all(map(math.isfinite, tensor.aminmax())):
+            problems.append(f"{name} in {found[name][1].name} holds a NaN or infinite value")
+    raise_problems(problems, files)
+    return matched
 
 
-def raise_problems(wrong, files):
-    if wrong:
-        path, more = next(iter(files)), f" and {len(wrong) - 10} more" if len(wrong) > 10 else ""
-        raise UserError(
-            f"{path if len(files) == 1 else path.parent}: {'; '.join(wrong[:10])}{more}"
-        )
+def raise_problems(problems, files):
+    """Raises one UserError with the first ten problems, if there are any."""
+    if problems:
+        more = f" and {len(problems) - 10} more" if len(problems) > 10 else ""
+        path = next(iter(files))
+        place = path if len(files) == 1 else path.parent
+        raise UserError(f"{place}: {'; '.join(problems[:10])}{more}")

@@ -125,7 +125,7 @@ def write_set(out, fingerprint, *shards):
     """A prepared set of several shards, each a list of samples as data.write_shard takes them."""
     receipts = []
     for number, samples in enumerate(shards):
-        dataset.write_shard(out / f"{number:05d}", fingerprint["policy"], samples)
+        dataset.write_shard(out / f"{number:05d}", fingerprint["image_config"], samples)
         receipts.append(json.loads((out / f"{number:05d}" / "receipt.json").read_text()))
     dataset.write_header(out, fingerprint, [receipt["files"] for receipt in receipts])
     return out

@@ -32,7 +32,7 @@ def example(
 
 
 def parse(line):
-    return cli.parse(example, line.split())
+    return cli.parse_arguments(example, line.split())
 
 
 def test_settings_are_the_parameters_with_their_remarks():
@@ -144,12 +144,12 @@ def plot(
 
 
 def test_words_that_stand_alone_belong_to_the_first_setting_if_that_is_a_list():
-    assert cli.parse(plot, ["a", "--steps=3", "b", "--log=c"]) == {
+    assert cli.parse_arguments(plot, ["a", "--steps=3", "b", "--log=c"]) == {
         "log": ["a", "b", "c"],
         "steps": 3,
     }
     with pytest.raises(UserError, match="'-a' belongs to no setting"):
-        cli.parse(plot, ["-a"])
+        cli.parse_arguments(plot, ["-a"])
 
 
 def test_a_share_may_be_typed_in_percent():
@@ -174,7 +174,7 @@ def test_all_mistakes_are_told_at_once():
 def test_any_words_give_settings_or_a_mistake(argv):
     kinds = {name: kind for name, kind, _, _ in cli.settings(example)}
     try:
-        found = cli.parse(example, argv)
+        found = cli.parse_arguments(example, argv)
     except UserError as mistake:
         assert "\n" not in str(mistake)
     else:
@@ -211,7 +211,7 @@ def second(*,
     '''The second thing.'''
     print("second", n)
 
-cli.run({what})
+cli.run_script({what})
 """
 
 

@@ -101,7 +101,7 @@ def door(world, tmp_path, monkeypatch):
             ],
         )
         try:
-            cli.run(
+            cli.run_script(
                 {
                     "data": prepare.data,
                     "new": prepare.new,

@@ -156,10 +156,10 @@ def check_command(line):
 def check_settings(line, door, argv):
     function = DOORS[door]
     if isinstance(function, dict):
-        function, argv = cli.choose(function, argv)
+        function, argv = cli.choose_command(function, argv)
     asks_for_help = "--help" in argv
     try:
-        chosen = cli.parse(function, [word for word in argv if word != "--help"])
+        chosen = cli.parse_arguments(function, [word for word in argv if word != "--help"])
     except UserError as mistake:
         raise AssertionError(f"{line}: {mistake}") from None
     typed = {name: default for name, _, default, _ in cli.settings(function)} | chosen
@@ -237,8 +237,8 @@ def settings_of(line):
     door = next(word for word in words if word in DOORS)
     function, argv = DOORS[door], words[words.index(door) + 1 :]
     if isinstance(function, dict):
-        function, argv = cli.choose(function, argv)
-    typed = {name: default for name, _, default, _ in cli.settings(function)} | cli.parse(
+        function, argv = cli.choose_command(function, argv)
+    typed = {name: default for name, _, default, _ in cli.settings(function)} | cli.parse_arguments(
         function, argv
     )
     return function, vars(train.resolve(typed, 1)) if function is train.train else typed

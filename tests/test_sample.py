@@ -37,13 +37,13 @@ START, OPEN, CLOSE, END = range(256, 260)
 def home(tmp_path_factory):
     """A folder with a checkpoint `model` that speaks in bytes and often ends, `endless` that never does, and two pictures."""
     home = tmp_path_factory.mktemp("home")
-    words = tokenizer.learn(["a b"], 256, ["<s>", "[INST]", "[/INST]", "</s>"])
+    words = tokenizer.train_tokenizer(["a b"], 256, ["<s>", "[INST]", "[/INST]", "</s>"])
     shapes = {"vision": VISION, "decoder": DECODER | {"vocabulary": words.vocab_size}, "shuffle": 2}
     for name, loud in (("model", 2.5), ("endless", 0.0)):  # a score of 0 is never the best of 260
         model = make_vlm(decoder={"vocabulary": words.vocab_size})
         with torch.no_grad():
-            model.decoder.head.weight[END] *= loud
-            model.decoder.head.weight[128:256] *= 0.5  # mostly letters
+            model.decoder.lm_head.weight[END] *= loud
+            model.decoder.lm_head.weight[128:256] *= 0.5  # mostly letters
         save_checkpoint(
             Checkpoint(model, words, shapes, POLICY, "mistral", {"born": "here"}), home / name
         )
@@ -75,7 +75,7 @@ def ask(home, capsys, monkeypatch):
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(piped), encoding="utf-8"))
         code = 0
         try:
-            cli.run(door.sample)
+            cli.run_script(door.sample)
         except SystemExit as end:
             code = end.code
         if isinstance(code, str):  # what Python then does with it
@@ -261,7 +261,7 @@ def test_greedy_unless_asked_and_a_seed_draws_the_same_again(ask):
 
 
 def test_a_letter_in_several_tokens_is_shown_once_it_is_whole():
-    words = tokenizer.learn(["a b"], 256, ["</s>"])
+    words = tokenizer.train_tokenizer(["a b"], 256, ["</s>"])
 
     class Speaker:
         def generate(self, prompts, tiles_NCYX, **_):
@@ -303,8 +303,8 @@ def test_a_conversation_goes_on_after_a_line_that_cannot_be_asked(ask):
         and out
         == ask("--image=a.png", "--chat=true", "--max_tokens=8", piped=b"first\nsecond\n")[1]
     )
-    assert "error: the question says <image> 2 times, the pictures given with it are 1\n" in err
-    assert "error: the question says <image> 1 times, the pictures given with it are 0\n" in err
+    assert "error: the question has 2 <image>, but 1 images are given\n" in err
+    assert "error: the question has 1 <image>, but 0 images are given\n" in err
 
 
 @pytest.mark.parametrize(
@@ -332,15 +332,15 @@ def test_a_conversation_goes_on_after_a_line_that_cannot_be_asked(ask):
         (["--model=.", "--prompt=a"], ". holds no nanovlm checkpoint"),
         (
             [],
-            "there is nothing to answer: give a --prompt, an --image, or --chat=true for a conversation",
+            "there is no question: give a --prompt, an --image, or --chat=true for a conversation",
         ),
         (
             ["--prompt=a <image>"],
-            "the question says <image> 1 times, the pictures given with it are 0",
+            "the question has 1 <image>, but 0 images are given",
         ),
         (
             ["--prompt=a <image>", "--image=a.png", "--image=a.png"],
-            "the question says <image> 1 times, the pictures given with it are 2",
+            "the question has 1 <image>, but 2 images are given",
         ),
         (["--prompt=a", "--image=none.png"], "none.png: No such file or directory"),
         (
@@ -350,38 +350,38 @@ def test_a_conversation_goes_on_after_a_line_that_cannot_be_asked(ask):
         (["--prompt=a", "--image=model"], "model is a folder, not a picture"),
         (
             ["--prompt=a", "--max_tokens=1048576"],
-            "4 tokens of prompt and --max_tokens=1048576 make more than 1,048,576",
+            "4 tokens of prompt and --max_tokens=1048576 are more than 1,048,576",
         ),
         (["--prompt=a \udce9"], r"the question is not text in utf-8: 'a \udce9'"),
         (
             ["--questions=exam.jsonl", "--image=a.png"],
-            "--questions brings its own pictures, and is no conversation",
+            "--questions and --image do not go together",
         ),
         (
             ["--questions=exam.jsonl", "--chat=true"],
-            "--questions brings its own pictures, and is no conversation",
+            "--questions and --chat do not go together",
         ),
-        (["--prompt=a", "--out=answers.jsonl"], "--out is for an exam: give its --questions"),
+        (["--prompt=a", "--out=answers.jsonl"], "--out needs --questions or --score"),
         (
             ["--prompt=a", "--benchmark=contains"],
-            "--benchmark is for an exam: give its --questions",
+            "--benchmark needs --questions or --score",
         ),
-        (["--prompt=a", "--batch=3"], "--batch is for an exam: give its --questions"),
+        (["--prompt=a", "--batch=3"], "--batch needs --questions or --score"),
         (["--questions=exam.jsonl", "--batch=0"], "--batch=0 must be at least 1"),
         (["--questions=exam.jsonl"], "no such file: exam.jsonl"),
         (
             ["--questions=exam.jsonl", "--out=answers.json"],
-            "--out=answers.json: the table takes that name, give the answers another",
+            "--out=answers.json: the scores take this name; use another for the answers",
         ),
-        (["--score=answers.jsonl", "--report=page.html"], "--report wants the --questions, too"),
+        (["--score=answers.jsonl", "--report=page.html"], "--report needs --questions"),
         (
             ["--score=answers.jsonl"],
-            "no answers.json says by which rules answers.jsonl is to be marked: give --benchmark",
+            "there is no answers.json that names the benchmark of answers.jsonl: give --benchmark",
         ),
         (["--score=answers.jsonl", "--benchmark=exact"], "no such file: answers.jsonl"),
         (
             ["--questions=exam.jsonl", "--submission=answers.txt"],
-            "--submission: exact has no form of its own; ",
+            "--submission: exact has no submission format; ",
         ),
         (
             ["--questions=exam.jsonl", "--out=none/answers.jsonl"],
@@ -401,7 +401,7 @@ def test_a_conversation_goes_on_after_a_line_that_cannot_be_asked(ask):
         *(
             (
                 ["--score=answers.jsonl", f"--{word}"],
-                f"--{word} changes nothing where answers are marked again",
+                f"--{word} changes nothing if answers are scored again",
             )
             for word in (
                 "model=model",
@@ -415,47 +415,47 @@ def test_a_conversation_goes_on_after_a_line_that_cannot_be_asked(ask):
         ),
         (
             ["--questions=exam.jsonl", "--report=exam.jsonl"],
-            "--report and --questions are one file, exam.jsonl: name another",
+            "--report and --questions are one file, exam.jsonl: choose another",
         ),
         (
             ["--questions=exam.jsonl", "--report=./model/../exam.jsonl"],
-            "--report and --questions are one file, exam.jsonl: name another",
+            "--report and --questions are one file, exam.jsonl: choose another",
         ),
         (
             ["--questions=a.json", "--out=a.jsonl"],
-            "the table beside --out and --questions are one file, a.json: name another",
+            "the scores beside --out and --questions are one file, a.json: choose another",
         ),
         (
             ["--questions=exam.jsonl", "--out=a.jsonl", "--report=a.jsonl"],
-            "--report and --out are one file, a.jsonl: name another",
+            "--report and --out are one file, a.jsonl: choose another",
         ),
         (
             ["--questions=exam.jsonl", "--out=a.jsonl", "--report=a.json"],
-            "the table beside --out and --report are one file, a.json: name another",
+            "the scores beside --out and --report are one file, a.json: choose another",
         ),
         (
             ["--score=a.jsonl", "--out=a.jsonl"],
-            "--out and --score are one file, a.jsonl: name another",
+            "--out and --score are one file, a.jsonl: choose another",
         ),
         (
             ["--questions=exam.jsonl", "--annotations=b", "--submission=b"],
-            "--submission and --annotations are one file, b: name another",
+            "--submission and --annotations are one file, b: choose another",
         ),
         (
             ["--questions=exam.jsonl", "--report=a", "--submission=a"],
-            "--submission and --report are one file, a: name another",
+            "--submission and --report are one file, a: choose another",
         ),
         (
             ["--questions=exam.jsonl", "--report=a.png"],
-            "--report=a.png is there, and is something else: name another",
+            "--report=a.png exists and is something else: choose another",
         ),
         (
             ["--questions=exam.jsonl", "--report=model"],
-            "--report=model is there, and is something else: name another",
+            "--report=model exists and is something else: choose another",
         ),
         (
             ["--questions=exam.jsonl", "--benchmark=docvqa", "--submission=a.png"],
-            "--submission=a.png is there, and is something else: name another",
+            "--submission=a.png exists and is something else: choose another",
         ),
         (["--device=abacus", "--prompt=a"], "--device=abacus is none of auto, cpu, cuda"),
         (["--kernels=mine", "--prompt=a"], "--kernels=mine is none of auto, torch"),
@@ -468,7 +468,7 @@ def test_what_cannot_be_done_is_one_line_and_exit_code_1(ask, words, said):
 
 
 def test_a_prompt_longer_than_anything_it_was_trained_on_is_answered_with_a_warning(home, ask):
-    (home / "model" / "training.json").write_text('{"row": 20}')
+    (home / "model" / "training.json").write_text('{"step": 1, "row": 20}')
     try:
         assert (
             ask(f"--prompt={'x' * 17}", "--max_tokens=3")[2].count("\n") == 1
@@ -478,7 +478,7 @@ def test_a_prompt_longer_than_anything_it_was_trained_on_is_answered_with_a_warn
         (home / "model" / "training.json").unlink()
     assert code == 0 and out
     assert err.startswith(
-        "the prompt takes 21 tokens, the model was trained on rows of 20: do not expect much\n"
+        "the prompt takes 21 tokens, but the model was trained on sequences of 20: the answers may be poor\n"
     )
 
 
@@ -567,11 +567,11 @@ def test_an_exam_is_marked_again_without_a_model(home, ask, exam):
     ), "its own, again"
     assert ask(*exam[:2], "--max_tokens=3", "--out=again/d.jsonl")[0] == 0
     assert (
-        "--out=again/d.jsonl holds answers of another exam"
+        "--out=again/d.jsonl has the answers of another evaluation"
         in ask("--score=again/answers.jsonl", "--out=again/d.jsonl")[2]
     )
     assert json.loads((home / "again/c.json").read_text())["table"][-1]["score"] >= 0.5
-    assert json.loads((home / "again/c.json").read_text())["asked"]["benchmark"] == "contains", (
+    assert json.loads((home / "again/c.json").read_text())["settings"]["benchmark"] == "contains", (
         "the rules by which it was marked last"
     )
 
@@ -592,7 +592,7 @@ def test_an_exam_that_was_asked_otherwise_is_not_gone_on_with(home, ask, exam):
         )
         assert (
             (code, out, err.count("\n")) == (1, "", 1)
-            and "cannot go on as another exam" in err
+            and "cannot be resumed: " in err
             and said in err
         )
     before = (home / "model" / "model.safetensors").read_bytes()
@@ -600,7 +600,7 @@ def test_an_exam_that_was_asked_otherwise_is_not_gone_on_with(home, ask, exam):
         (before[-1], ""),
         (
             before[-1] ^ 1,
-            "error: sub/first.jsonl, asked of model, cannot go on as another exam: model was ",
+            "error: sub/first.jsonl has answers of model and cannot be resumed: model was ",
         ),
     ):
         (home / "model" / "model.safetensors").write_bytes(
@@ -611,7 +611,7 @@ def test_an_exam_that_was_asked_otherwise_is_not_gone_on_with(home, ask, exam):
     (home / "model" / "model.safetensors").write_bytes(before)
     (home / "sub" / "first.json").unlink()
     assert (
-        "no sub/first.json that says what was asked: name another"
+        "--out=sub/first.jsonl exists, but not sub/first.json with its settings: choose another"
         in ask(*exam, "--out=sub/first.jsonl")[2]
     )
 
@@ -622,11 +622,11 @@ def test_nothing_that_is_not_an_exams_is_written_over(home, ask, exam):
     assert ask(*exam, "--out=right.jsonl")[0] == 0
     for words in (exam, ["--score=right.jsonl"]):
         assert (
-            "mine.json, where the table of mine.jsonl belongs, is something else"
+            "mine.json, where the scores of mine.jsonl belong, is something else"
             in ask(*words, "--out=mine.jsonl")[2]
         )
         assert (
-            "--out=other.jsonl is there, but no other.json" in ask(*words, "--out=other.jsonl")[2]
+            "--out=other.jsonl exists, but not other.json" in ask(*words, "--out=other.jsonl")[2]
         )
     assert (home / "mine.json").read_text() == '{"asked": 5}' and (
         home / "other.jsonl"
@@ -704,7 +704,7 @@ def test_an_exam_that_is_being_sat_is_closed_to_others_and_ctrl_c_says_how_it_go
     marking = ["--score=done.jsonl", "--benchmark=exact", "--out=sat.jsonl"]
     for other, said in (
         (words, "sat.jsonl is being written by another process"),
-        (marking, "--out=sat.jsonl holds answers of another exam"),
+        (marking, "--out=sat.jsonl has the answers of another evaluation"),
     ):
         assert ask(*other)[0] == 1 and ask(*other)[2].startswith(f"error: {said}"), (
             "neither to sit it nor to leave other marks there"
@@ -712,7 +712,7 @@ def test_an_exam_that_is_being_sat_is_closed_to_others_and_ctrl_c_says_how_it_go
     assert (home / "sat.json").read_bytes() == table
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
-    said = b"\nwhat is answered stays in sat.jsonl, and the same command goes on with the rest\n"
+    said = b"\nthe answers so far are in sat.jsonl; the same command resumes with the rest\n"
     assert process.returncode == 130 and err.endswith(said) and b"Traceback" not in err
     assert 2 <= len(list(runner.read_results(home / "sat.jsonl"))) < 500
 

@@ -35,7 +35,7 @@ import train
 from nanovlm import UserError
 from nanovlm import files as disk
 from nanovlm.checkpoints import huggingface
-from nanovlm.checkpoints.checkpoint import Checkpoint, describe_checkpoint, save_checkpoint
+from nanovlm.checkpoints.checkpoint import Checkpoint, load_checkpoint_info, save_checkpoint
 from nanovlm.data import chat_template, dataset, image_files, jinja, tokenizer
 from nanovlm.evals import benchmarks, formats
 
@@ -89,7 +89,7 @@ def world(tmp_path_factory):
         "decoder": test_train.DECODER | {"vocabulary": 260},
         "shuffle": 2,
     }
-    words = tokenizer.learn(["a b"], 256, ["<s>", "[INST]", "[/INST]", "</s>"])
+    words = tokenizer.train_tokenizer(["a b"], 256, ["<s>", "[INST]", "[/INST]", "</s>"])
     checkpoint = Checkpoint(
         make_vlm(decoder={"vocabulary": 260}),
         words,
@@ -404,12 +404,12 @@ def test_a_llavas_template_is_tried_by_each_script_and_climbs_out_of_none(mine, 
 
 @pytest.fixture(scope="module")
 def words():
-    return tokenizer.learn(["hello"], 256, ["<s>", "</s>"])
+    return tokenizer.train_tokenizer(["hello"], 256, ["<s>", "</s>"])
 
 
 def test_no_known_escape_from_jinjas_sandbox_runs(sentinel):
     for template in ESCAPES:
-        text = jinja.write(
+        text = jinja.render_jinja_template(
             template.replace("PATH", str(sentinel)), {}, chat_template.PROBES[0], False
         )
         assert text is None or not re.search("class|module|function|globals", text), template
@@ -424,7 +424,7 @@ def test_a_template_that_takes_all_time_or_memory_is_stopped(template, words, mo
 
 @pytest.mark.parametrize("template", ODD, ids=range(len(ODD)))
 def test_a_template_that_fails_in_its_own_way_is_one_that_refuses(template):
-    assert jinja.write(template, {}, chat_template.PROBES[0], False) is None
+    assert jinja.render_jinja_template(template, {}, chat_template.PROBES[0], False) is None
 
 
 def test_a_template_that_is_no_text_is_refused(mine):
@@ -477,7 +477,7 @@ def test_a_tokenizer_whose_pattern_tries_every_way_to_cut_gives_up_in_a_line(wor
 
 def test_a_tokenizer_that_also_lacks_a_letter_gives_up_in_a_line(words, monkeypatch):
     """Its texts are cut by another matcher, which would go on for years."""
-    monkeypatch.setattr(tokenizer, "SECONDS", 1)
+    monkeypatch.setattr(tokenizer, "PATTERN_SECONDS", 1)
     slow = tokenizer.Tokenizer(with_pattern(words, r"(?:a|a|aa|a)+?b|(?s:.)", lost=("z",)))
     with refused("pattern does not come to an end"):
         slow.encode("z" + "a" * 60)
@@ -529,7 +529,7 @@ def test_a_json_that_is_nested_too_deep_or_is_none_is_refused_wherever_it_lies(t
         (huggingface.read_decoder, brain, "tokenizer_config.json"),
         (huggingface.read_decoder, brain, "tokenizer.json"),
         (huggingface.read_decoder, brain, "config.json"),
-        (describe_checkpoint, ours, "nanovlm.json"),
+        (load_checkpoint_info, ours, "nanovlm.json"),
         (dataset.PreparedDataset, mine("data"), "header.json"),
     ]:
         put(folder / name, TWISTED[twist])
@@ -719,7 +719,7 @@ def test_a_picture_that_is_none_of_ours_or_unpacks_to_too_much_is_refused(
     path = put(tmp_path / "a.png", PICTURES[kind](sentinel))
     for source in (path, path.read_bytes()):
         with refused("is no picture that can be read here|is broken or cut short|pixels"):
-            image_files.read(source)
+            image_files.read_image(source)
 
 
 def test_postscript_is_refused_by_each_script(world, tmp_path, ghostscript, sentinel):

@@ -164,7 +164,7 @@ def names_in(path):
 
 def everything(folder):
     """Use the whole house, in sizes that all differ: 7 rows, 3 channels, 5 pictures and so on."""
-    words = tokenizer.learn(["a b"], 256, ["<s>", "[INST]", "[/INST]", "</s>"])
+    words = tokenizer.train_tokenizer(["a b"], 256, ["<s>", "[INST]", "[/INST]", "</s>"])
     shapes = {"vision": EYE, "decoder": BRAIN, "shuffle": 2}
     model = make_vlm(vision=EYE, decoder=BRAIN)
     save_checkpoint(
@@ -196,7 +196,7 @@ def everything(folder):
     )
     image_processing.tile_to_image(grey.tiles[0])
     (folder / "deep.png").write_bytes(base64.b64decode(DEEP))
-    image_files.read(folder / "deep.png")
+    image_files.read_image(folder / "deep.png")
 
     written = [[IMAGE_TOKEN_ID] * (i % 3 == 0) + list(range(65, 70 + i % 11)) for i in range(300)]
     write_set(
@@ -211,7 +211,7 @@ def everything(folder):
     prepare.show(data=str(folder / "set"), sample="sample 3", out=str(folder / "tiles.png"))
     flops.assumed_row(51, POLICY)
     samples = dataset.PreparedDataset(folder / "set")
-    (batch, _), *_ = next(packing.PackedDataLoader(samples, row=51, batch=7, micro=7, seed=1))
+    (batch, _), *_ = next(packing.PackedDataLoader(samples, seq_len=51, global_batch_size=7, micro_batch_size=7, seed=1))
     model.train()(**batch).backward()
     memory.estimate_memory(model, batch, 1, torch.device("cpu"), torch.float32)
     none = packing.collate(samples, [[i] for i in range(300) if i % 3][:7])[0]
@@ -249,7 +249,7 @@ def everything(folder):
     ]
     for how in ({"temperature": 1.0, "top_k": 50}, {}):
         runner.generate_answers(checkpoint, questions, max_tokens=5, **how)
-    runner.generate_answers(checkpoint, questions, blank=True, max_tokens=2)
+    runner.generate_answers(checkpoint, questions, blank_images=True, max_tokens=2)
     list(sample.stream_answer(checkpoint, [("user", "<image>x")], [colour], max_tokens=3))
     spoken = optimize(load_checkpoint(folder / "model").model)
     list(

@@ -1,12 +1,14 @@
-"""Checkpoints: a folder that carries everything needed to use a model.
+"""Checkpoints: a folder that holds everything needed to use a model.
 
-    model.safetensors      every parameter, by the names of nanovlm's modules
-    nanovlm.json           the numbers that its constructors take, the picture policy, the chat template, a card of where each part came from
-    tokenizer.json         or tekken.json, or tokenizer.model: the tokenizer's own files, unchanged
-    spare.safetensors      only with a public eye: its layers after the one that is read, for those who read more (llava.py writes them)
+    model.safetensors     all parameters, under the names of nanovlm's modules
+    nanovlm.json          version, arguments of the constructors, image config, chat template, history
+    tokenizer.json        or tekken.json, or tokenizer.model: the tokenizer's own files, unchanged
+    unused_vision_tensors.safetensors
+                          only with a pretrained vision encoder: the layers after the feature layer,
+                          which the model skips and other software expects (llava.py exports them)
 
-A run writes out/NAME/step-000200, with what it needs to go on (saves.py); under FSDP, all but the last of them hold their weights in parts, in
-sharded/ instead of model.safetensors.
+A run writes out/NAME/step-000200 with its optimizer state (training/resume.py). Under FSDP, all but
+the last step keep their weights in sharded/ instead of model.safetensors.
 """
 
 import contextlib
@@ -25,230 +27,237 @@ from ..files import read_json, read_tensors, write_tensors
 from ..models.vlm import VLM
 from . import huggingface, llava, sharded
 
-CHECKPOINT_VERSION = 1
-CHECKPOINT_FIELDS = (
-    "shapes",
-    "policy",
-    "template",
-    "card",
-)  # what nanovlm.json says of a Checkpoint
+CHECKPOINT_VERSION = 2
+READABLE_VERSIONS = (1, 2)  # the keys of version 1 are in files.OLD_NAMES
+CHECKPOINT_FIELDS = ("shapes", "image_config", "chat_template", "history")  # in nanovlm.json
 
 
 class Checkpoint(NamedTuple):
-    model: VLM | None  # None where no weights were asked for (describe)
+    model: VLM | None  # None from load_checkpoint_info
     tokenizer: Tokenizer
     shapes: dict  # the arguments of VLM: vision, decoder, shuffle
-    image_config: dict  # how pictures become tiles (images.py)
-    chat_template: str  # how conversations become text (chat.py)
+    image_config: dict  # how images become tiles (data/image_processing.py)
+    chat_template: str  # how conversations become text (data/chat_template.py)
     history: dict  # where each part came from
-    unused_vision_tensors: dict = {}  # tensors of the eye that are not read, by their public names
-    sharded: Path | None = (
-        None  # the folder in which the weights still lie (load(late=True)); None once they are in the model
-    )
+    unused_vision_tensors: dict = {}  # of layers after the feature layer, by their published names
+    sharded: Path | None = None  # the folder of weights that load_deferred_weights still has to read
 
     def fingerprint(self):
         return make_fingerprint(self)
 
 
-def build_model(shapes, policy):
-    """A VLM with random numbers."""
-    return VLM(**shapes, mean=policy["mean"], std=policy["std"], newline=policy["fit"] == "anyres")
-
-
-def list_checkpoints(out):
-    """The checkpoints of a run, oldest first; what a killed writer left behind ends in .tmp and is none."""
-    return sorted(
-        path
-        for path in Path(out).glob("step-*")
-        if path.suffix != ".tmp" and (path / "nanovlm.json").is_file()
+def build_model(shapes, image_config):
+    """Returns a VLM with random weights."""
+    return VLM(
+        **shapes,
+        mean=image_config["mean"],
+        std=image_config["std"],
+        newline=image_config["fit"] == "anyres",
     )
 
 
-def newest_checkpoint(folder):
-    """The checkpoint that `folder` is, or the one with the highest step in it."""
+def list_checkpoints(out):
+    """Returns the checkpoints of a run, oldest first, without unfinished ones (.tmp)."""
+    complete = []
+    for path in Path(out).glob("step-*"):
+        if path.suffix != ".tmp" and (path / "nanovlm.json").is_file():
+            complete.append(path)
+    return sorted(complete)
+
+
+def latest_checkpoint(folder):
+    """Returns `folder` if it is a checkpoint, else the one with the highest step in it."""
     folder = Path(folder)
     if (folder / "nanovlm.json").is_file():
         return folder
-    if not (found := list_checkpoints(folder)):
-        hint = f"; to fetch it: hf download {folder}" if files.is_repo_id(folder) else ""
-        raise UserError(
-            f"{folder} holds no nanovlm checkpoint"
-            if folder.exists()
-            else f"no such model: {folder}{hint}"
-        )
-    return found[-1]
+    if found := list_checkpoints(folder):
+        return found[-1]
+    if folder.exists():
+        raise UserError(f"{folder} holds no nanovlm checkpoint")
+    hint = f"; to download it: hf download {folder}" if files.is_repo_id(folder) else ""
+    raise UserError(f"no such model: {folder}{hint}")
 
 
 def saved_parameters(model):
-    """Names and tensors as they are saved; a tied head is the embedding and is not saved twice."""
+    """Returns {name: tensor} of what is saved. A tied lm_head is the embedding: saved once."""
     state = model.state_dict()
-    if model.decoder.head.weight is model.decoder.embed.weight:
+    if model.decoder.lm_head.weight is model.decoder.embed.weight:
         del state["decoder.head.weight"]
     return state
 
 
-def is_public(folder):
+def is_huggingface(folder):
+    """Whether this is a Hugging Face folder, or owner/name in the local cache."""
     return (Path(folder) / "config.json").is_file() or files.cached_snapshot(folder) is not None
 
 
-def describe_checkpoint(folder):
-    """What load gives, with no model, and none of the weights read: enough to prepare data for it."""
-    if is_public(folder):
-        return Checkpoint(**llava.read_llava(folder, tensors=False))._replace(
-            history={"folder": str(folder)}
-        )
-    folder = newest_checkpoint(folder)
-    where = folder / "nanovlm.json"
-    meta = read_json(where)
-    if meta.get("version") != CHECKPOINT_VERSION:
+def load_checkpoint_info(folder):
+    """Returns a Checkpoint without its model; no weights are read. Preparing data needs no more."""
+    if is_huggingface(folder):
+        info = Checkpoint(**llava.read_llava(folder, tensors=False))
+        return info._replace(history={"folder": str(folder)})
+    folder = latest_checkpoint(folder)
+    path = folder / "nanovlm.json"
+    meta = read_json(path)
+    if meta.get("version") not in READABLE_VERSIONS:
         raise UserError(
-            f"{folder}: written in format {meta.get('version')}, this reads {CHECKPOINT_VERSION}"
+            f"{folder} has format version {meta.get('version')}, this nanovlm reads "
+            f"{' and '.join(map(str, READABLE_VERSIONS))}: use the nanovlm that wrote it"
         )
     if missing := [name for name in CHECKPOINT_FIELDS if name not in meta]:
-        raise UserError(f"{where} does not say its {', '.join(missing)}")
+        raise UserError(f"{path} holds no {', '.join(missing)}")
     tokenizer = Tokenizer.load(folder)
-    huggingface.check_vocab_size(tokenizer, meta["shapes"]["decoder"], where)
-    card = {
-        **meta["card"],
-        "folder": str(folder),
-    }  # where it was read from, which is not written again
-    return Checkpoint(None, tokenizer, meta["shapes"], meta["policy"], meta["template"], card)
+    huggingface.check_vocab_size(tokenizer, meta["shapes"]["decoder"], path)
+    fields = {name: meta[name] for name in CHECKPOINT_FIELDS}
+    fields["history"] = meta["history"] | {"folder": str(folder)}  # "folder" is not saved again
+    return Checkpoint(None, tokenizer, **fields)
 
 
-def load_checkpoint(folder, device="cpu", dtype=torch.float32, template=None, late=False):
-    """The newest Checkpoint in a folder, or a published LLaVA (llava.py), its model in eval mode on `device`; dtype: of all its parameters, None
-    for as they were saved; template: for a published LLaVA whose own is not known; late: leave sharded weights where they are, the model on the meta
-    device, until it is known which of them a rank needs (finish_loading)."""
+def load_checkpoint(
+    folder, device="cpu", dtype=torch.float32, template=None, defer_weights=False
+):
+    """Returns the latest Checkpoint in a folder, or a published LLaVA; its model is in eval mode.
+
+    dtype: of all parameters, None for their dtypes in the file.
+    template: of a published LLaVA whose own template is unknown.
+    defer_weights: leave sharded weights in their files and the model on the meta device;
+        load_deferred_weights reads them once it is known which rank needs which.
+    """
     distributed.set_current_device(torch.device(device))
-    if is_public(folder):
-        found = llava.read_llava(folder, dtype, template)
-        return Checkpoint(**found)._replace(
-            model=found["model"].to(device), history=found["card"] | {"folder": str(folder)}
-        )
+    if is_huggingface(folder):
+        found = Checkpoint(**llava.read_llava(folder, dtype, template))
+        history = found.history | {"folder": str(folder)}
+        return found._replace(model=found.model.to(device), history=history)
     if template is not None:
-        raise UserError(f"--template={template} is for a published LLaVA; {folder} has settled it")
-    found = describe_checkpoint(folder)
-    path, parts, spare = (
-        Path(found.history["folder"]) / name
-        for name in ("model.safetensors", "sharded", "spare.safetensors")
-    )
+        raise UserError(f"--template={template}: {folder} is a checkpoint and has its own template")
+    found = load_checkpoint_info(folder)
+    folder = Path(found.history["folder"])
+    found = found._replace(unused_vision_tensors=read_unused_vision_tensors(folder))
     with torch.device("meta"):
         model = build_model(found.shapes, found.image_config)
-    is_sharded = parts.is_dir() and not path.is_file()
-    if late and is_sharded:
-        return found._replace(
-            model=model, sharded=parts, unused_vision_tensors=read_tensors(spare) if spare.is_file() else {}
-        )
+    path, shards = folder / "model.safetensors", folder / "sharded"
+    is_sharded = shards.is_dir() and not path.is_file()
+    if defer_weights and is_sharded:
+        return found._replace(model=model, sharded=shards)
     shapes = {name: tensor.shape for name, tensor in saved_parameters(model).items()}
-    tensors = (
-        read_sharded_weights(shapes, parts) if is_sharded else files.read_weights({path: None}, [])
-    )
+    if is_sharded:
+        tensors = read_sharded_weights(shapes, shards)
+    else:
+        tensors = files.read_weights({path: None}, [])
     tensors = files.match_finite_tensors(shapes, tensors, "(?!)", [path])
-    if dtype is not None:  # else they stay in the file until they are used
+    if dtype is not None:
         tensors = {name: tensor.to(dtype, copy=True) for name, tensor in tensors.items()}
-    if tied := "decoder.head.weight" not in shapes:
+    is_tied = "decoder.head.weight" not in shapes
+    if is_tied:
         tensors["decoder.head.weight"] = tensors["decoder.embed.weight"]
     model.load_state_dict(tensors, assign=True)
-    if tied:
-        model.decoder.head.weight = model.decoder.embed.weight
-    return found._replace(
-        model=model.to(device).eval(), unused_vision_tensors=read_tensors(spare) if spare.is_file() else {}
-    )
+    if is_tied:
+        model.decoder.lm_head.weight = model.decoder.embed.weight
+    return found._replace(model=model.to(device).eval())
 
 
-def read_sharded_weights(shapes, parts):
-    """The sharded weights of a run, as disk.read_weights gives them."""
+def read_unused_vision_tensors(folder):
+    """Returns {published name: tensor}; empty if the checkpoint has none."""
+    for name in ("unused_vision_tensors.safetensors", "spare.safetensors"):  # the second: version 1
+        if (folder / name).is_file():
+            return read_tensors(folder / name)
+    return {}
+
+
+def read_sharded_weights(shapes, shards):
+    """Returns the sharded weights of a run, as files.read_weights does."""
     tensors = {name: torch.full(shape, torch.nan) for name, shape in shapes.items()}
-    fill_from_shards(tensors, parts)
-    return {name: (tensor, parts) for name, tensor in tensors.items()}
+    copy_from_shards(tensors, shards)
+    return {name: (tensor, shards) for name, tensor in tensors.items()}
 
 
-def fill_from_shards(parameters, parts):
-    """Fill {name: parameter} from the sharded checkpoint of a run; its weights must have the very same names."""
-    saved = {
-        name.removeprefix("model.")
-        for name in sharded.read_pieces(parts)
-        if name.startswith("model.")
-    }
-    if odd := sorted(saved ^ parameters.keys()):
-        raise UserError(
-            f"{parts}: {odd[0]} is {'saved there, but the model has none' if odd[0] in saved else 'missing'}"
-        )
-    sharded.read_shards({f"model.{name}": tensor for name, tensor in parameters.items()}, parts)
+def copy_from_shards(parameters, shards):
+    """Copy the sharded weights of a run into {name: parameter}. The names must be the same."""
+    saved = set()
+    for name in sharded.read_pieces(shards):
+        if name.startswith("model."):
+            saved.add(name.removeprefix("model."))
+    if wrong := sorted(saved ^ parameters.keys()):
+        verb = "is saved, but the model has none" if wrong[0] in saved else "is missing"
+        raise UserError(f"{shards}: {wrong[0]} {verb}")
+    sharded.read_shards({f"model.{name}": tensor for name, tensor in parameters.items()}, shards)
 
 
 @distributed.raise_on_all_ranks()
-def finish_loading(checkpoint):
-    """Read the weights that load(late=True) left in their files, each rank its own rows, once the model lies in memory (parallel.wrap); call it
-    on all ranks. Afterwards no parameter is NaN, which one is that nobody loaded."""
+def load_deferred_weights(checkpoint):
+    """Read the weights that load_checkpoint(defer_weights=True) left in their files.
+
+    Call it on all ranks after distributed.wrap_model; each rank reads its own rows. Raises
+    UserError if a parameter is NaN: a parameter that was never loaded is NaN too.
+    """
     if checkpoint.sharded is not None:
-        fill_from_shards(saved_parameters(checkpoint.model), checkpoint.sharded)
+        copy_from_shards(saved_parameters(checkpoint.model), checkpoint.sharded)
     for name, tensor in saved_parameters(checkpoint.model).items():
         if distributed.local_tensor(tensor.detach()).isnan().any():
             raise UserError(
-                f"{checkpoint.history['folder']}: {name} holds NaN, or was never loaded; nothing is trained from there"
+                f"{checkpoint.history['folder']}: {name} holds NaN, or was never loaded; "
+                "start from another checkpoint"
             )
 
 
 def save_checkpoint(checkpoint, folder):
-    """Write a checkpoint whole or not at all: under a temporary name, flushed, then renamed. OSError (a full disk) leaves nothing half done.
-    A checkpoint of the same name goes once the new one is whole."""
-    with written_whole(folder) as tmp:
+    """Write a checkpoint completely or not at all; it replaces one of the same name.
+
+    Raises OSError, for instance if the disk is full, and leaves no part of it.
+    """
+    with atomic_folder(folder) as tmp:
         write_checkpoint_files(checkpoint, tmp, saved_parameters(checkpoint.model))
 
 
 def write_checkpoint_files(checkpoint, folder, tensors):
-    """The files of a checkpoint; tensors: its weights by their names, None where they are written elsewhere."""
-    meta = {
-        "version": CHECKPOINT_VERSION,
-        **{name: getattr(checkpoint, name) for name in CHECKPOINT_FIELDS},
-    }
-    meta["card"] = {name: origin for name, origin in checkpoint.history.items() if name != "folder"}
+    """Write the files of a checkpoint; tensors: its weights, None if they are sharded."""
+    meta = {"version": CHECKPOINT_VERSION}
+    for name in CHECKPOINT_FIELDS:
+        meta[name] = getattr(checkpoint, name)
+    meta["history"] = {key: value for key, value in meta["history"].items() if key != "folder"}
     if tensors is not None:
-        write_tensors(
-            {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
-            folder / "model.safetensors",
-        )
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        write_tensors(tensors, folder / "model.safetensors")
     (folder / "nanovlm.json").write_text(json.dumps(meta, indent=1))
     checkpoint.tokenizer.save(folder)
     if checkpoint.unused_vision_tensors:
-        write_tensors(
-            {name: tensor.contiguous() for name, tensor in checkpoint.unused_vision_tensors.items()},
-            folder / "spare.safetensors",
-        )
+        unused = {
+            name: tensor.contiguous() for name, tensor in checkpoint.unused_vision_tensors.items()
+        }
+        write_tensors(unused, folder / "unused_vision_tensors.safetensors")
 
 
 def export_checkpoint(checkpoint, folder):
-    """Write a checkpoint as a LLaVA folder (llava.py), whole or not at all."""
-    with written_whole(folder) as tmp:
+    """Write a checkpoint as a LLaVA folder (llava.py), completely or not at all."""
+    with atomic_folder(folder) as tmp:
         llava.write_llava(checkpoint, tmp)
 
 
 @contextlib.contextmanager
-def written_whole(folder):
-    """A folder to write into, which is flushed and gets its name when all is in it; another of that name goes then."""
+def atomic_folder(folder):
+    """Yields a temporary folder, which replaces `folder` at the end if nothing was raised."""
     try:
-        yield begin_folder(folder)
+        yield start_folder(folder)
         finish_folder(folder)
     finally:
-        drop_unfinished(folder)
+        remove_unfinished(folder)
 
 
-def begin_folder(folder):
-    """The temporary folder in which `folder` is written."""
-    drop_unfinished(folder)
+def start_folder(folder):
+    """Returns a new temporary folder for `folder`."""
+    remove_unfinished(folder)
     tmp = Path(f"{folder}.tmp")
     tmp.mkdir(parents=True)
     return tmp
 
 
 def finish_folder(folder):
-    """Flush what was written and give it its name."""
+    """Flush the temporary folder of `folder` to disk and rename it."""
     folder, tmp, old = Path(folder), Path(f"{folder}.tmp"), Path(f"{folder}.old.tmp")
     mode = next(tmp.glob("*.json"))
     for path in tmp.rglob("*"):
         if path.is_file():
-            shutil.copymode(mode, path)  # safetensors hides its files from everyone else
+            shutil.copymode(mode, path)  # safetensors makes files that only their owner can read
         fsync_path(path)
     fsync_path(tmp)
     if folder.exists():
@@ -258,7 +267,7 @@ def finish_folder(folder):
     shutil.rmtree(old, ignore_errors=True)
 
 
-def drop_unfinished(folder):
-    """What is left of a `folder` that was not finished, or that another has replaced."""
-    for left in (f"{folder}.tmp", f"{folder}.old.tmp"):
-        shutil.rmtree(left, ignore_errors=True)
+def remove_unfinished(folder):
+    """Remove what start_folder and finish_folder leave if they are interrupted."""
+    for path in (f"{folder}.tmp", f"{folder}.old.tmp"):
+        shutil.rmtree(path, ignore_errors=True)

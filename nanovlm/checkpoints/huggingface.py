@@ -571,7 +571,7 @@ def read_decoder(name, *, template=None, usual=None, tensors=True):
         decoder = Decoder(**shapes)
     load_published_tensors(decoder, LLAMA, found, DECODER_IGNORED, files)
     if shapes["tied"]:
-        decoder.head.weight = decoder.embed.weight
+        decoder.lm_head.weight = decoder.embed.weight
     card = weights_source(name, folder, files)
     card["folder"]["max_position_embeddings"] = config["max_position_embeddings"]
     return part._replace(model=SimpleNamespace(decoder=decoder), history=card)

@@ -199,7 +199,7 @@ def llava_tensors(checkpoint):
             tensors[prefix + published_name(rest, huggingface.CLIP)] = tensor
         elif part != "decoder":
             tensors[published_name(name, LLAVA)] = tensor
-        elif rest != "head.weight" or decoder.head.weight is not decoder.embed.weight:
+        elif rest != "head.weight" or decoder.lm_head.weight is not decoder.embed.weight:
             tensors[f"language_model.{published_name(rest, huggingface.LLAMA)}"] = tensor
     tensors |= {prefix + name: tensor for name, tensor in checkpoint.unused_vision_tensors.items()}
     return tensors
@@ -494,7 +494,7 @@ def jinja_template(template, tokenizer):
     }
     slots |= dict(
         opening_answer=answer_needs_space(opening, tokenizer, form),
-        bare=" " if tokenizer.front == "missing" else "<image>",
+        bare=" " if tokenizer.prefix_space == "missing" else "<image>",
         inside=bool(inside),
         first=inside == "first",
     )
@@ -538,7 +538,7 @@ def answer_needs_space(opening, tokenizer, form):
         [None], True, tokenizer, form
     )  # None: any token but the end token, with which no opening ends
     return (
-        tokenizer.front in ("always", "missing") and not opening.endswith(tuple(tokenizer.special))
+        tokenizer.prefix_space in ("always", "missing") and not opening.endswith(tuple(tokenizer.special))
         if space is None
         else space
     )

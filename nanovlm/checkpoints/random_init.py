@@ -10,7 +10,7 @@ from .checkpoint import Checkpoint, build_model, save_checkpoint
 def create_model(texts, *, out, vocabulary, template, image_config, vision, decoder, seed):
     """Write a checkpoint into `out`. texts: strings from which a tokenizer of `vocabulary` tokens is learnt, and the special tokens of
     `template` beside them; vision, decoder: the numbers of their constructors."""
-    words = tokenizer.learn(texts, vocabulary, chat_template.special_token_names(template))
+    words = tokenizer.train_tokenizer(texts, vocabulary, chat_template.special_token_names(template))
     shapes = {
         "vision": vision,
         "decoder": {"vocabulary": words.vocab_size, **decoder},
@@ -21,7 +21,7 @@ def create_model(texts, *, out, vocabulary, template, image_config, vision, deco
     save_checkpoint(
         Checkpoint(model, words, shapes, image_config, template, {"newborn": f"seed {seed}"}), out
     )
-    cli.status(
+    cli.print_status(
         f"{out}: {sum(p.numel() for p in model.parameters()):,} random parameters, {words.vocab_size} tokens, "
         f"{image_processing.image_token_count((image_config['tile'],) * 2, image_config)} tokens a picture"
     )

@@ -34,7 +34,7 @@ def write_shards(state, folder):
     """Write {name: tensor}, of which each rank holds some rows; call it on all ranks. Raises OSError on all ranks if one cannot write."""
     error = None
     try:
-        write_rank(state, Path(folder))
+        write_local_rows(state, Path(folder))
     except OSError as failure:
         error = failure
     for failure in distributed.all_gather_object(error):
@@ -42,7 +42,7 @@ def write_shards(state, folder):
             raise failure
 
 
-def write_rank(state, folder):
+def write_local_rows(state, folder):
     """Write this rank's rows. Of rows that several ranks hold (HSDP, counters), the first of these ranks writes them."""
     tensors, header = {}, {}
     for name, tensor in state.items():
@@ -95,17 +95,17 @@ def read_pieces(folder):
         )
     pieces = {}
     for path in sorted(folder.glob("rank-*.safetensors")):
-        for name, piece in pieces_of(path):
+        for name, piece in read_file_pieces(path):
             pieces.setdefault(name, []).append(piece)
     if not pieces:
         raise UserError(f"{folder} holds no rank-*.safetensors")
     for name, found in pieces.items():
         found.sort(key=lambda piece: piece.first)
-        check_whole(name, found, folder)
+        check_complete(name, found, folder)
     return pieces
 
 
-def pieces_of(path):
+def read_file_pieces(path):
     """(name, Piece) of every tensor in a file."""
     try:
         file = safe_open(path, framework="pt")
@@ -125,7 +125,7 @@ def pieces_of(path):
         ) from None
 
 
-def check_whole(name, pieces, folder):
+def check_complete(name, pieces, folder):
     """Raise UserError unless the pieces are all rows of one tensor, each row once."""
     shapes, row = {piece.shape for piece in pieces}, 0
     for piece in pieces:

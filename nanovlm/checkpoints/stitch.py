@@ -60,7 +60,7 @@ def outputs_of_parts(vision, decoder):
     )
     eye, brain = vision.model.vision, decoder.model.decoder
     normal_NCYX = ((tiles_NCYX.float() / 255 - mean_C11) / std_C11).to(eye.patches.weight.dtype)
-    return eye(normal_NCYX), brain.head(brain(brain.embed(ids_BT), positions_BT))
+    return eye(normal_NCYX), brain.lm_head(brain(brain.embed(ids_BT), positions_BT))
 
 
 @torch.no_grad()
@@ -71,7 +71,7 @@ def outputs_of_model(checkpoint):
     hook = vlm.projector.register_forward_pre_hook(lambda _, inputs: features.append(inputs[0]))
     vlm.encode_images(tiles_NCYX)
     hook.remove()
-    return features[0], vlm.decoder.head(
+    return features[0], vlm.decoder.lm_head(
         vlm.decoder(vlm.embed(ids_BT, tiles_NCYX[:0]), positions_BT)
     )
 
@@ -119,9 +119,9 @@ def stitch_folders(*, vision, decoder, out, seed, vision_choices={}, template=No
     save_checkpoint(stitch_parts(eye, brain, seed), out)
     del eye, brain  # their files are let go before the new one is read
     difference = verify_stitch(out, expected)
-    cli.status(
+    cli.print_status(
         f"{out}: the eye of {vision}, the brain of {decoder}, a projector that knows nothing yet"
     )
-    cli.status(
+    cli.print_status(
         f"read again, it sees in a picture of noise and says over eight tokens what they do alone: the largest difference is {difference:.2g}"
     )

@@ -265,7 +265,7 @@ def prepend_space(ids, is_answer, tokenizer, form):
     """
     if is_answer and form.get("glued"):
         return False
-    if tokenizer.front != "first" or not ids:
+    if tokenizer.prefix_space != "first" or not ids:
         return None
     return ids[-1] != IMAGE_TOKEN_ID and (
         form.get("apart", False) or ids[-1] != tokenizer.special.get(form["end"])
@@ -384,7 +384,7 @@ def add_tile_tags(ids, trained, pictures, tokenizer, policy):
             ]
             one = image_processing.image_feature_index(picture.size, policy, 1)
             tiles += [
-                picture._replace(tiles=picture.tiles[n : n + 1], places=one)
+                picture._replace(tiles=picture.tiles[n : n + 1], feature_index=one)
                 for n in range(len(picture.tiles))
             ]
         tagged += new

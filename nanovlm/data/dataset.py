@@ -33,9 +33,11 @@ import numpy as np
 import torch
 
 from .. import IGNORE_INDEX, IMAGE_TOKEN_ID, UserError
+from ..files import OLD_NAMES, rename_keys
 from . import image_processing
 
-DATASET_VERSION = 2
+DATASET_VERSION = 3
+READABLE_VERSIONS = (2, 3)  # the keys of version 2 are in files.OLD_NAMES
 COLUMNS = FIRST_ID, ID_COUNT, FIRST_IMAGE, IMAGE_COUNT, LENGTH, IS_VALIDATION = range(
     6
 )  # LENGTH counts tokens with every picture expanded
@@ -55,8 +57,8 @@ def make_fingerprint(owner):
     """What a prepared set must share with the model that reads it; owner: whatever has a tokenizer, a template and a picture policy."""
     return {
         "tokenizer": owner.tokenizer.fingerprint,
-        "template": owner.chat_template,
-        "policy": owner.image_config,
+        "chat_template": owner.chat_template,
+        "image_config": owner.image_config,
     }
 
 
@@ -199,20 +201,20 @@ def read_header(folder):
             f"{folder} is no prepared data: {lack} (see `python prepare.py data --help`)"
         )
     try:
-        header = json.loads(path.read_bytes())
+        header = rename_keys(json.loads(path.read_bytes()), OLD_NAMES["header.json"])
         version = header["version"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
             f"{path} is broken ({type(error).__name__}: {error}): prepare it again"
         ) from None
-    if version != DATASET_VERSION:
+    if version not in READABLE_VERSIONS:
         raise UserError(
             f"{folder}: written in format {version}, this reads {DATASET_VERSION}: prepare it again"
         )
     if missing := [key for key in HEADER_KEYS if key not in header]:
         raise UserError(f"{path} does not say its {', '.join(missing)}: prepare it again")
     try:
-        image_processing.check_image_config(header["fingerprint"]["policy"])
+        image_processing.check_image_config(header["fingerprint"]["image_config"])
         kinds = [
             {kind: [*map(type, numbers)] for kind, numbers in files.items()}
             for files in header["shards"]
@@ -275,7 +277,7 @@ class PreparedDataset:
                 raise UserError(
                     f"{folder} and {self.folders[0]} were prepared for different models: {'; '.join(wrong)}"
                 )
-        self.image_config = self.fingerprint["policy"]
+        self.image_config = self.fingerprint["image_config"]
         paths = [
             (folder / f"{number:05d}", files)
             for folder, header in zip(self.folders, headers, strict=True)
@@ -320,7 +322,7 @@ class PreparedDataset:
         if wrong := list_differences(self.fingerprint, fingerprint, "its"):
             raise UserError(f"{self} was prepared for another model: {'; '.join(wrong)}")
 
-    def stored(self, i):
+    def stored_sample(self, i):
         """Sample i as it was written: ids with IMAGE once a picture, marks of what is trained, pictures."""
         shard, row = self.shards[self.shard_of[i]], self.table[i]
         span = slice(row[FIRST_ID], row[FIRST_ID] + row[ID_COUNT])
@@ -337,8 +339,8 @@ class PreparedDataset:
 
     def read(self, i):
         """Sample i: its expanded ids (T,), targets (T,), and its pictures, images.Picture each, the tiles still in their file."""
-        ids, trained, pictures = self.stored(i)
-        times = token_repeats(ids, [len(picture.places) for picture in pictures])
+        ids, trained, pictures = self.stored_sample(i)
+        times = token_repeats(ids, [len(picture.feature_index) for picture in pictures])
         ids_T, trained_T = np.repeat(ids.astype(np.int64), times), np.repeat(trained, times)
         targets_T = np.full_like(ids_T, IGNORE_INDEX)
         targets_T[:-1] = np.where(trained_T[1:], ids_T[1:], IGNORE_INDEX)
@@ -354,7 +356,7 @@ def write_subset(samples, members, folder):
     folder = Path(folder)
     shutil.rmtree(folder, ignore_errors=True)  # of an earlier attempt at the same step
     write_shard(
-        folder / "00000", samples.image_config, ((samples.names[i], *samples.stored(i)) for i in members)
+        folder / "00000", samples.image_config, ((samples.names[i], *samples.stored_sample(i)) for i in members)
     )
     for path in samples.folders[0].iterdir():
         if path.is_file() and path.name not in ("header.json", "skipped.jsonl"):

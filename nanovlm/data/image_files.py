@@ -11,7 +11,7 @@ from PIL import ExifTags, Image, ImageOps
 
 from .. import UserError
 
-FORMATS = (
+IMAGE_FORMATS = (
     "BMP",
     "GIF",
     "JPEG",
@@ -25,7 +25,7 @@ MAX_SIDE = 20_000  # the square that it is padded to is 1.2 GB
 MAX_ASPECT = 200
 
 
-def read(source, name=None, needed=None):
+def read_image(source, name=None, needed=None):
     """A picture, a path or its bytes, as RGB, and its (width, height): turned as EXIF says, transparency over white, 16 bits scaled to 8, the first
     frame if it moves.
 
@@ -40,24 +40,24 @@ def read(source, name=None, needed=None):
     memory = isinstance(source, bytes)
     length = len(source) if memory else None
     with (
-        blaming(name or ("the picture" if memory else source), length),
+        image_errors(name or ("the picture" if memory else source), length),
         warnings.catch_warnings(action="ignore"),
-        Image.open(file(), formats=FORMATS) as picture,
+        Image.open(file(), formats=IMAGE_FORMATS) as picture,
     ):
-        check_size(*picture.size)
-        size = draft(picture, needed) if needed and picture.format in ("JPEG", "MPO") else None
+        check_image_size(*picture.size)
+        size = draft_jpeg(picture, needed) if needed and picture.format in ("JPEG", "MPO") else None
         codings = [
             part.args for part in picture.tile
         ]  # how the file keeps a pixel, which loading forgets
         picture.load()
         if "transparency" in picture.info:
-            translate_transparency(file(), picture, codings)
+            convert_transparent_color(file(), picture, codings)
         ImageOps.exif_transpose(picture, in_place=True)
-        return to_rgb(picture), size or picture.size
+        return convert_to_rgb(picture), size or picture.size
 
 
 @contextlib.contextmanager
-def blaming(name, length=None):
+def image_errors(name, length=None):
     """Whatever opening a picture raises, as a UserError that names it, with its reason; length: of a picture in memory."""
     try:
         yield
@@ -70,14 +70,14 @@ def blaming(name, length=None):
         what = (
             "is empty (0 bytes)"
             if empty
-            else f"is no picture that can be read here ({', '.join(FORMATS)})"
+            else f"is no picture that can be read here ({', '.join(IMAGE_FORMATS)})"
         )
         raise UserError(f"{name} {what}", "no picture") from None
     except (
         Image.DecompressionBombError
     ) as error:  # Pillow counts before we can; its message says how many
         pixels = int(re.search(r"\((\d+) pixels\)", str(error))[1])
-        raise UserError(f"{name} {too_many(pixels)}", "picture too large") from None
+        raise UserError(f"{name} {too_many_pixels(pixels)}", "picture too large") from None
     except FileNotFoundError as error:
         raise UserError(f"{name}: {error.strerror}", "picture missing") from None
     except Exception as error:  # on broken bytes Pillow raises nearly every kind of error
@@ -89,7 +89,7 @@ def blaming(name, length=None):
         ) from None
 
 
-def draft(picture, needed):
+def draft_jpeg(picture, needed):
     """Have a JPEG's DCT decoded to a half, a quarter or an eighth, if that is at least twice as large as `needed` says of its (width, height);
     returns these, upright."""
     turned = picture.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
@@ -99,13 +99,13 @@ def draft(picture, needed):
     return size
 
 
-def too_many(pixels):
+def too_many_pixels(pixels):
     return f"has {pixels:,} pixels, more than the {MAX_PIXELS:,} that are allowed"
 
 
-def check_size(width, height):
+def check_image_size(width, height):
     if width * height > MAX_PIXELS:
-        raise UserError(too_many(width * height), "picture too large")
+        raise UserError(too_many_pixels(width * height), "picture too large")
     if max(width, height) > MAX_SIDE:
         raise UserError(
             f"is {width} x {height} pixels, more than the {MAX_SIDE:,} that a side may have",
@@ -118,7 +118,7 @@ def check_size(width, height):
         )
 
 
-def translate_transparency(file, picture, codings):
+def convert_transparent_color(file, picture, codings):
     """A PNG names its transparent colour in the file's own depth; Pillow compares it with the 8 bits that it decodes to. In place."""
     if "L;2" in codings or "L;4" in codings:
         picture.info["transparency"] *= 85 if "L;2" in codings else 17  # 255 / 3, 255 / 15
@@ -131,14 +131,14 @@ def translate_transparency(file, picture, codings):
         picture.putalpha(Image.fromarray((values_YXC != picture.info.pop("transparency")).any(-1)))
 
 
-def to_rgb(picture):
+def convert_to_rgb(picture):
     """A loaded picture of any mode as RGB; UserError for grey values that are neither 8 nor 16 bits."""
     if picture.mode == "F":
         raise UserError(
             "holds float pixels, which have no agreed white", "picture of strange pixels"
         )
     if picture.mode.startswith("I"):
-        return grey_of_16_bits(picture)
+        return convert_16_bit_gray(picture)
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert(
@@ -147,7 +147,7 @@ def to_rgb(picture):
     return picture if picture.mode == "RGB" else picture.convert("RGB")
 
 
-def grey_of_16_bits(picture):
+def convert_16_bit_gray(picture):
     """The upper 8 of 16 bits, as Pillow takes them from 16-bit colour; its own conversion of grey would clip at 255."""
     values_YX = np.asarray(picture).astype(np.int64)
     if values_YX.min() < 0 or values_YX.max() > 65535:

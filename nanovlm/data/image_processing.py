@@ -37,7 +37,7 @@ class ProcessedImage(NamedTuple):
     """A picture cut for a model."""
 
     tiles: np.ndarray  # (N, C, Y, X), uint8
-    places: np.ndarray  # which tokens of the tiles are read, in order
+    feature_index: np.ndarray  # which tokens of the tiles are read, in order
     size: tuple  # (width, height) in pixels, upright, before it was cut
 
 
@@ -220,7 +220,7 @@ def image_feature_index(size, policy, tiles):
 
 def image_token_count(size, policy, limit=None):
     """How many tokens a picture of `size` (width, height) takes; everyone who counts, counts with this or with the places themselves."""
-    return len(plan_image(size, policy, limit).places)
+    return len(plan_image(size, policy, limit).feature_index)
 
 
 def tile_tags(tiles, policy):
@@ -356,7 +356,7 @@ def plan_image(size, policy, limit=None):
 
 def load_image(source, policy, limit=None, name=None):
     """A picture, a path or its bytes, as a Picture, by the model's own policy; limit: at most so many tiles, where fit is tiles."""
-    picture, size = image_files.read(source, name, required_size(policy))
+    picture, size = image_files.read_image(source, name, required_size(policy))
     return plan_image(size, policy, limit)._replace(tiles=cut_into_tiles(picture, policy, limit, size))
 
 

@@ -9,23 +9,23 @@ from typing import NamedTuple
 
 from .. import UserError
 
-MAX_BYTES = 1 << 30  # of a picture's file
+MAX_IMAGE_BYTES = 1 << 30  # of a picture's file
 
 
-class File(NamedTuple):
+class ImageFile(NamedTuple):
     """A picture in a file of its own."""
 
     path: str
 
 
-class Member(NamedTuple):
+class ZipMember(NamedTuple):
     """A picture in a zip."""
 
     archive: str
     name: str
 
 
-class Span(NamedTuple):
+class TarMember(NamedTuple):
     """A picture in a tar, by the bytes that it takes there."""
 
     file: str
@@ -34,7 +34,7 @@ class Span(NamedTuple):
     size: int
 
 
-class Bytes(NamedTuple):
+class ImageBytes(NamedTuple):
     """A picture that came with its record."""
 
     name: str
@@ -49,7 +49,7 @@ def printable(text):
     return text if text.isprintable() else ascii(text)
 
 
-def find(path, folder, images, where):
+def find_image_ref(path, folder, images, where):
     """A ref to the picture that a record names: one in `images`, else in the record's own folder, of which a JSON file may give the whole path.
     Links are followed: they are the doing of whoever laid out the folder, not of a record."""
     zipped = images and not os.path.isdir(images)
@@ -72,11 +72,11 @@ def find(path, folder, images, where):
             "path climbs out",
         )
     if not zipped:
-        ref = File(os.path.join(images or folder, path))
+        ref = ImageFile(os.path.join(images or folder, path))
         there = os.path.isfile(ref.path)
     else:
-        ref = Member(images, path)
-        info = archive(images, os.getpid()).NameToInfo.get(ref.name)
+        ref = ZipMember(images, path)
+        info = open_zip(images, os.getpid()).NameToInfo.get(ref.name)
         there = (
             info is not None and not info.is_dir() and not stat.S_ISLNK(info.external_attr >> 16)
         )
@@ -86,7 +86,7 @@ def find(path, folder, images, where):
 
 
 @functools.lru_cache(4)
-def archive(path, process):
+def open_zip(path, process):
     """An opened zip. Each process opens its own: one that is inherited shares its place in the file."""
     try:
         return zipfile.ZipFile(path)
@@ -98,17 +98,17 @@ def archive(path, process):
         ) from None
 
 
-def load(ref):
+def load_image_bytes(ref):
     """(bytes, name for messages) of a picture; raises UserError if it is not there any more, cannot be unpacked or is too large to be one."""
-    if isinstance(ref, Bytes):
+    if isinstance(ref, ImageBytes):
         return ref.content, ref.name
     name = printable(os.path.join(*ref[:2]))
     try:
-        file, size = seek(ref)
+        file, size = open_image_ref(ref)
         with file:
-            if size > MAX_BYTES:
+            if size > MAX_IMAGE_BYTES:
                 raise UserError(
-                    f"{name} has {size:,} bytes, more than the {MAX_BYTES:,} of a picture",
+                    f"{name} has {size:,} bytes, more than the {MAX_IMAGE_BYTES:,} of a picture",
                     "picture too large",
                 )
             content = file.read(size)
@@ -127,16 +127,16 @@ def load(ref):
     return content, name
 
 
-def seek(ref):
+def open_image_ref(ref):
     """A file that stands where a picture begins, and how many bytes that has."""
     match ref:
-        case File(path):
+        case ImageFile(path):
             file = open(path, "rb")
             return file, os.fstat(file.fileno()).st_size
-        case Span(path, _, offset, size):
+        case TarMember(path, _, offset, size):
             file = open(path, "rb")
             file.seek(offset)
             return file, size
-        case Member(path, name):
-            pack = archive(path, os.getpid())
+        case ZipMember(path, name):
+            pack = open_zip(path, os.getpid())
             return pack.open(name), pack.getinfo(name).file_size

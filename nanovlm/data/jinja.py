@@ -13,7 +13,7 @@ import sys
 import jinja2.ext  # comes with torch
 import jinja2.sandbox
 
-LONGEST = 100_000  # letters; published templates write a few hundred
+MAX_CHARS = 100_000  # letters; published templates write a few hundred
 
 
 class Generation(jinja2.ext.Extension):
@@ -26,7 +26,7 @@ class Generation(jinja2.ext.Extension):
         return parser.parse_statements(["name:endgeneration"], drop_needle=True)
 
 
-def write(jinja, tokens, turns, parts):
+def render_jinja_template(jinja, tokens, turns, parts):
     """What a template writes of a conversation that waits for an answer, in the sandbox that transformers uses; None if it refuses it.
     parts: what is said comes as a list of parts, of which each is a text or a picture."""
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
@@ -48,10 +48,10 @@ def write(jinja, tokens, turns, parts):
         raise
     except Exception:  # a template may raise all that Python does: it divides by nothing, asks for what is not there, nests too deep
         return None
-    return text if len(text) <= LONGEST else None
+    return text if len(text) <= MAX_CHARS else None
 
 
-def limit(seconds, size):
+def limit_resources(seconds, size):
     """From here on this process has so many seconds of a core and bytes of memory, and can write no file."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
@@ -61,12 +61,12 @@ def limit(seconds, size):
 
 
 if __name__ == "__main__":
-    limit(*map(int, sys.argv[1:]))
+    limit_resources(*map(int, sys.argv[1:]))
     given = json.load(sys.stdin)
     print(
         json.dumps(
             [
-                write(given["jinja"], given["tokens"], turns, parts)
+                render_jinja_template(given["jinja"], given["tokens"], turns, parts)
                 for turns, parts in given["asked"]
             ]
         )

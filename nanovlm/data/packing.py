@@ -158,9 +158,9 @@ class PackedDataLoader:
     """
 
     def __init__(
-        self, samples, *, row, batch, micro, seed, weights=None, rank=0, world=1, start=0, pin=False
+        self, samples, *, seq_len, global_batch_size, micro_batch_size, seed, weights=None, rank=0, world_size=1, start_step=0, pin=False
     ):
-        self.samples, self.micro, self.rank, self.world, self.pin = samples, micro, rank, world, pin
+        self.samples, self.micro, self.rank, self.world, self.pin = samples, micro_batch_size, rank, world_size, pin
         training = samples.split(validation=False)
         lengths, set_of = samples.table[training, LENGTH], samples.set_of[training]
         for number, folder in enumerate(samples.folders):
@@ -169,16 +169,16 @@ class PackedDataLoader:
         longest = samples.table[
             :, LENGTH
         ].argmax()  # held-out samples too: validation packs them into the same rows
-        if samples.table[longest, LENGTH] > row:
+        if samples.table[longest, LENGTH] > seq_len:
             folder = samples.folders[samples.set_of[longest]]
             raise UserError(
-                f"{folder}: sample {samples.names[longest]} takes {samples.table[longest, LENGTH]} tokens, a row holds --row={row}"
+                f"{folder}: sample {samples.names[longest]} takes {samples.table[longest, LENGTH]} tokens, a row holds --row={seq_len}"
             )
         self.rows = (
-            training[members] for members in packed_sequences(lengths, row, seed, set_of, weights)
+            training[members] for members in packed_sequences(lengths, seq_len, seed, set_of, weights)
         )
-        self.rows = itertools.islice(self.rows, start * batch, None)
-        self.batch = batch
+        self.rows = itertools.islice(self.rows, start_step * global_batch_size, None)
+        self.batch = global_batch_size
 
     def __next__(self):
         rows = list(itertools.islice(self.rows, self.batch))[self.rank :: self.world]

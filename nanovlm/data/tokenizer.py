@@ -33,12 +33,12 @@ GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+
 # Every digit is cut out before GPT-2's pattern sees what lies between, so white space before a digit counts as the end of a text (SmolLM2).
 DIGITS_GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
 # SentencePiece takes a text as one piece. Where no token goes on past the end of a word, cutting there changes nothing and is faster.
-WHOLE, WORDS, EACH_SPACE = r"(?s).+", r" *[^ ]+| +", r" ?[^ ]+| "
-SECONDS = 60  # for the pieces of one text, which take none unless a stranger's pattern tries every way to cut them
-LONG = 900_000  # letters; tiktoken's pattern matcher gives up at 1,000,000 spaces in a row
+WHOLE_TEXT, WORDS, EACH_SPACE = r"(?s).+", r" *[^ ]+| +", r" ?[^ ]+| "
+PATTERN_SECONDS = 60  # for the pieces of one text, which take none unless a stranger's pattern tries every way to cut them
+MAX_PATTERN_CHARS = 900_000  # letters; tiktoken's pattern matcher gives up at 1,000,000 spaces in a row
 BYTES = [bytes([b]) for b in range(256)]
 # Mistral's own, for a tekken.json that lists none (versions 1 to 7); their ids are their places in it.
-TEKKEN = [
+TEKKEN_SPECIAL_TOKENS = [
     "<unk>",
     "<s>",
     "</s>",
@@ -67,18 +67,18 @@ NORMAL, UNUSED, BYTE_PIECE = (
 )  # kinds of SentencePiece's pieces; the others, unknown, control and user-defined, are special here
 
 
-def byte_letters():
+def bytes_to_unicode():
     """GPT-2's letter for each byte, so that a vocabulary can be printed: itself where that is visible, else one from U+0100 on."""
     visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [b for b in range(256) if b not in visible]
     return {b: chr(b) for b in visible} | {b: chr(256 + n) for n, b in enumerate(others)}
 
 
-LETTER = byte_letters()
-BYTE = {letter: byte for byte, letter in LETTER.items()}
+BYTE_TO_UNICODE = bytes_to_unicode()
+UNICODE_TO_BYTE = {letter: byte for byte, letter in BYTE_TO_UNICODE.items()}
 
 
-class Parts(NamedTuple):
+class Vocabulary(NamedTuple):
     """What a reader finds in a file. A token without an id is given as its bytes' ids; a byte without one is left out, as Hugging Face does."""
 
     ranks: dict  # bytes of a token -> rank
@@ -87,11 +87,11 @@ class Parts(NamedTuple):
     pattern: str  # what a piece is
     # SentencePiece's space in front of a text: "always"; "missing": unless it is there; "first": so for a text alone, in a conversation where
     # its template has one (chat.space_before); "never"; None: bytes need none
-    front: str | None = None
+    prefix_space: str | None = None
     byte_ids: dict = {}  # a byte -> id, for the bytes of what has no id; beside the id of the character that a byte may be
 
 
-def parts_of(token, ranks):
+def merge_parts(token, ranks):
     """The two tokens whose merge makes `token`: its bytes, joined by rank until two are left; more than two if no merge leads there."""
     parts = [token[i : i + 1] for i in range(len(token))]
     while len(parts) > 2:
@@ -106,7 +106,7 @@ def parts_of(token, ranks):
     return parts
 
 
-def add_merges(ranks, tokens, rank_of):
+def add_merge_ranks(ranks, tokens, rank_of):
     """Add to `ranks` the tokens that a text can come to. rank_of(left, right): the rank of a merge, None if there is none.
 
     What happens inside a token's bytes before they are one does not depend on the text around them: a merge across their edge would spoil it for
@@ -115,12 +115,12 @@ def add_merges(ranks, tokens, rank_of):
     """
     base = len(ranks)
     for token in sorted(tokens, key=len):
-        parts = parts_of(token, ranks)
+        parts = merge_parts(token, ranks)
         if len(parts) == 2 and (rank := rank_of(*parts)) is not None:
             ranks[token] = base + rank
 
 
-def tekken(files, where):
+def read_tekken(files, where):
     spec = json.loads(files["tekken.json"])
     config, named = spec["config"], spec.get("special_tokens")
     shift, size = config["default_num_special_tokens"], config["default_vocab_size"]
@@ -129,7 +129,7 @@ def tekken(files, where):
             f"{where}: version {config['version']} lists no special_tokens: only the first seven versions have them in common"
         )
     names = (
-        dict(enumerate(TEKKEN))
+        dict(enumerate(TEKKEN_SPECIAL_TOKENS))
         if named is None
         else {token["rank"]: token["token_str"] for token in named}
     )
@@ -148,12 +148,12 @@ def tekken(files, where):
         raise UserError(
             f"{where}: {len(ranks):,} tokens and {len(names):,} named ones do not make its {size:,} with {shift:,} special ones"
         )
-    return Parts(
+    return Vocabulary(
         ranks, {token: shift + rank for token, rank in ranks.items()}, special, config["pattern"]
     )
 
 
-def fields(message):
+def protobuf_fields(message):
     """(number, value) of each field of a protobuf message, a value an int or bytes. protobuf.dev/programming-guides/encoding"""
     at = 0
 
@@ -179,11 +179,11 @@ def fields(message):
         at += size
 
 
-def sentencepiece(files, where):
+def read_sentencepiece(files, where):
     """sentencepiece_model.proto: 1 pieces (1 piece, 2 score, 3 type), 2 trainer_spec, 3 normalizer_spec, 5 denormalizer_spec."""
-    model = list(fields(files["tokenizer.model"]))
+    model = list(protobuf_fields(files["tokenizer.model"]))
     trainer, normalizer, denormalizer = (
-        dict(fields(b"".join(value for number, value in model if number == n))) for n in (2, 3, 5)
+        dict(protobuf_fields(b"".join(value for number, value in model if number == n))) for n in (2, 3, 5)
     )
     for name, value, known in (
         ("model_type (1 Unigram, 2 BPE)", trainer.get(3, 1), 2),
@@ -203,7 +203,7 @@ def sentencepiece(files, where):
     ):
         if value != known:
             raise UserError(f"{where}: {name} is {value!r}, only {known!r} is known here")
-    pieces = [dict(fields(value)) for number, value in model if number == 1]
+    pieces = [dict(protobuf_fields(value)) for number, value in model if number == 1]
     names, kinds = [piece[1].decode() for piece in pieces], [piece.get(3, 1) for piece in pieces]
     if UNUSED in kinds:
         raise UserError(
@@ -236,7 +236,7 @@ def sentencepiece(files, where):
         for kind in (NORMAL, BYTE_PIECE)
     )
     front = "always" if normalizer.get(3, 1) else "never"
-    return from_characters(
+    return character_vocabulary(
         normal,
         byte_pieces,
         lambda left, right: rank_of.get(left + right),
@@ -247,7 +247,7 @@ def sentencepiece(files, where):
     )
 
 
-def from_characters(pieces, byte_pieces, rank_of, special, pattern, front, where):
+def character_vocabulary(pieces, byte_pieces, rank_of, special, pattern, front, where):
     """A BPE of characters as one of bytes: the bytes of a character are joined before all else, by way of prefixes of UTF-8 that have no id.
 
     pieces: {piece with ▁ for a space: id}; byte_pieces: {"<0x0A>": id}, for the bytes of a character that is no piece; rank_of: of a merge.
@@ -261,12 +261,12 @@ def from_characters(pieces, byte_pieces, rank_of, special, pattern, front, where
     characters = [token for token in ids if 1 < len(token) <= 4 and len(token.decode()) == 1]
     prefixes = sorted({token[:n] for token in characters for n in range(2, len(token))}, key=len)
     ranks = {token: n for n, token in enumerate([*BYTES, *prefixes, *characters])}
-    add_merges(ranks, [token for token in ids if token not in ranks], rank_of)
+    add_merge_ranks(ranks, [token for token in ids if token not in ranks], rank_of)
     whole = pattern == WORDS and any(b" " in token.lstrip(b" ") for token in ranks)
-    return Parts(ranks, ids, special, WHOLE if whole else pattern, front, byte_ids)
+    return Vocabulary(ranks, ids, special, WHOLE_TEXT if whole else pattern, front, byte_ids)
 
 
-def huggingface(files, where):
+def read_huggingface(files, where):
     spec = json.loads(files["tokenizer.json"])
     model, special = (
         spec["model"],
@@ -291,9 +291,9 @@ def huggingface(files, where):
         raise UserError(
             f"{where}: {len(missing)} merges are of or to tokens that are not in its vocabulary, such as {missing[0]!r}"
         )
-    pattern, front = cutting(spec, where)
+    pattern, front = pre_tokenizer_pattern(spec, where)
     if front is None:
-        return byte_level(model, merges, special, pattern, where)
+        return byte_level_vocabulary(model, merges, special, pattern, where)
     if not model.get("byte_fallback"):
         raise UserError(
             f"{where}: letters that are no piece do not become bytes, which is not known here"
@@ -308,19 +308,19 @@ def huggingface(files, where):
         tuple(part.replace("▁", " ").encode() for part in merge): n
         for n, merge in enumerate(merges)
     }
-    return from_characters(
+    return character_vocabulary(
         pieces, byte_pieces, lambda *pair: pairs.get(pair), special, pattern, front, where
     )
 
 
-def byte_level(model, merges, special, pattern, where):
+def byte_level_vocabulary(model, merges, special, pattern, where):
     ids = {
-        bytes(BYTE[letter] for letter in token): i
+        bytes(UNICODE_TO_BYTE[letter] for letter in token): i
         for token, i in model["vocab"].items()
-        if all(letter in BYTE for letter in token)
+        if all(letter in UNICODE_TO_BYTE for letter in token)
     }
     pairs = {
-        tuple(bytes(BYTE[letter] for letter in part) for part in merge): n
+        tuple(bytes(UNICODE_TO_BYTE[letter] for letter in part) for part in merge): n
         for n, merge in enumerate(merges)
     }
     ranks = {b: n for n, b in enumerate(BYTES)}
@@ -329,20 +329,20 @@ def byte_level(model, merges, special, pattern, where):
         raise UserError(
             f"{where}: {absent} bytes have no token but something that stands for them, which is not known here"
         )
-    add_merges(ranks, {left + right for left, right in pairs}, lambda *pair: pairs.get(pair))
+    add_merge_ranks(ranks, {left + right for left, right in pairs}, lambda *pair: pairs.get(pair))
     if model.get(
         "ignore_merges"
     ):  # a piece that is a token is taken whole even if no merge leads there, but a part of a piece is not
         for token in ids.keys() - ranks.keys() - {name.encode() for name in special}:
-            if len(parts_of(token, ranks)) == 2:
+            if len(merge_parts(token, ranks)) == 2:
                 raise UserError(
                     f"{where}: {token!r} is one token as a piece and two inside one, which is not known here"
                 )
             ranks[token] = 256 + len(merges) + ids[token]
-    return Parts(ranks, ids, special, pattern)
+    return Vocabulary(ranks, ids, special, pattern)
 
 
-def cutting(spec, where):
+def pre_tokenizer_pattern(spec, where):
     """The pattern that a tokenizer.json cuts texts by, and the `front` of Parts: None if its tokens are of bytes."""
     steps = []
     for key, several in (("normalizer", "normalizers"), ("pre_tokenizer", "pretokenizers")):
@@ -391,7 +391,7 @@ def cutting(spec, where):
     )
 
 
-READERS = {"tekken.json": tekken, "tokenizer.json": huggingface, "tokenizer.model": sentencepiece}
+TOKENIZER_READERS = {"tekken.json": read_tekken, "tokenizer.json": read_huggingface, "tokenizer.model": read_sentencepiece}
 
 
 class Tokenizer:
@@ -408,7 +408,7 @@ class Tokenizer:
         name = next(iter(files))
         where = where or name
         try:
-            ranks, ids, self.special, pattern, self.front, byte_ids = READERS[name](files, where)
+            ranks, ids, self.special, pattern, self.prefix_space, byte_ids = TOKENIZER_READERS[name](files, where)
             self.encoding = tiktoken.Encoding(
                 self.fingerprint, pat_str=pattern, mergeable_ranks=ranks, special_tokens={}
             )
@@ -448,9 +448,9 @@ class Tokenizer:
     def load(cls, folder):
         """The first of READERS that lies in a folder: what the model's maker tests with, then what holds the most special tokens."""
         folder = Path(folder)
-        name = next((name for name in READERS if (folder / name).is_file()), None)
+        name = next((name for name in TOKENIZER_READERS if (folder / name).is_file()), None)
         if name is None:
-            raise UserError(f"{folder} holds none of {', '.join(READERS)}")
+            raise UserError(f"{folder} holds none of {', '.join(TOKENIZER_READERS)}")
         names = (
             [name, "added_tokens.json"]
             if name == "tokenizer.model" and (folder / "added_tokens.json").is_file()
@@ -465,7 +465,7 @@ class Tokenizer:
     def encode(self, text, space=None):
         """space: whether SentencePiece's is put in front; None: as the file says."""
         said = text
-        if self.front and text:
+        if self.prefix_space and text:
             text = text.replace("▁", " ")
             if space is None:
                 space = {
@@ -473,7 +473,7 @@ class Tokenizer:
                     "missing": text[0] != " ",
                     "first": text[0] != " ",
                     "never": False,
-                }[self.front]
+                }[self.prefix_space]
             text = " " + text if space else text
         try:
             source = text.encode()
@@ -484,7 +484,7 @@ class Tokenizer:
             ) from None
         try:
             ranks = self.ranks(
-                text, whole=len(text) < LONG and source.translate(None, self.dropped) == source
+                text, whole=len(text) < MAX_PATTERN_CHARS and source.translate(None, self.dropped) == source
             )
         except BaseException as error:
             if type(error).__name__ not in (
@@ -503,7 +503,7 @@ class Tokenizer:
             return self.encoding.encode_ordinary(text)
         found = (
             match.group().encode().translate(None, self.dropped)
-            for match in regex.finditer(self.encoding._pat_str, text, timeout=SECONDS)
+            for match in regex.finditer(self.encoding._pat_str, text, timeout=PATTERN_SECONDS)
         )
         return [
             rank for piece in found if piece for rank in self.encoding._encode_single_piece(piece)
@@ -514,14 +514,14 @@ class Tokenizer:
         return stream.push(*ids) + stream.flush()
 
     def stream(self):
-        return Stream(self.bytes_of, self.front not in (None, "never"))
+        return TextStream(self.bytes_of, self.prefix_space not in (None, "never"))
 
 
-class Stream:
+class TextStream:
     """A text that comes id by id: `push` returns what is whole so far, holding back the first bytes of a letter until its last have come."""
 
     def __init__(self, bytes_of, front):
-        self.bytes_of, self.front, self.decoder = (
+        self.bytes_of, self.prefix_space, self.decoder = (
             bytes_of,
             front,
             codecs.getincrementaldecoder("utf-8")("replace"),
@@ -531,17 +531,17 @@ class Stream:
         new = b"".join(
             self.bytes_of.get(i, b"") for i in ids
         )  # a padded vocabulary has ids without bytes
-        if self.front and new:  # the space that encode put there
-            self.front, new = False, new.removeprefix(b" ")
+        if self.prefix_space and new:  # the space that encode put there
+            self.prefix_space, new = False, new.removeprefix(b" ")
         return self.decoder.decode(new)
 
     def flush(self):
         return self.decoder.decode(b"", final=True)
 
 
-def spec_of(ranks, special):
+def tokenizer_spec(ranks, special):
     """Learnt ranks and special names as a tokenizer.json that Hugging Face's `tokenizers` reads too."""
-    show = {token: "".join(LETTER[b] for b in token) for token in ranks}
+    show = {token: "".join(BYTE_TO_UNICODE[b] for b in token) for token in ranks}
     merged = [token for token in sorted(ranks, key=ranks.get) if len(token) > 1]
     byte_level = {
         "type": "ByteLevel",
@@ -577,12 +577,12 @@ def spec_of(ranks, special):
             "byte_fallback": False,
             "ignore_merges": False,
             "vocab": {show[token]: rank for token, rank in ranks.items()},
-            "merges": [" ".join(show[part] for part in parts_of(token, ranks)) for token in merged],
+            "merges": [" ".join(show[part] for part in merge_parts(token, ranks)) for token in merged],
         },
     }
 
 
-def learn(texts, vocabulary, special):
+def train_tokenizer(texts, vocabulary, special):
     """A Tokenizer of `vocabulary` tokens learnt from texts by tiktoken's own trainer, fewer if these have no more to join; special ones come after.
 
     The trainer is written to be read and walks over every word at each merge, so it is given each distinct word of the texts, repeated by the
@@ -603,4 +603,4 @@ def learn(texts, vocabulary, special):
             range(257, vocabulary), False, key=lambda size: ranks_of(size) is None
         )
         ranks = ranks_of(256 + enough)
-    return Tokenizer({"tokenizer.json": json.dumps(spec_of(ranks, special)).encode()})
+    return Tokenizer({"tokenizer.json": json.dumps(tokenizer_spec(ranks, special)).encode()})

@@ -1,11 +1,18 @@
-"""The little world of the demonstration: open fridges, what is in them in words, and questions about it. Pillow only, no downloads.
+"""The data of the demonstration: drawn fridges, what is in them in words, and questions about them.
 
-A scene is four places, each with three slots from left to right, None where one is empty:
+It needs Pillow only. A scene is three shelves and a drawer with three slots each, from left to
+right; None is an empty slot:
 
-    {"top": ("apple", None, "milk"), "middle": (None, None, None), "bottom": ("egg", "egg", None), "drawer": ("juice", None, None)}
+    {
+        "top": ("apple", None, "milk"),
+        "middle": (None, None, None),
+        "bottom": ("egg", "egg", None),
+        "drawer": ("juice", None, None),
+    }
 
-Everything is a function of (seed, number), so scenes can be made in any order. One composition in eight, chosen by a hash of it, is held out: the
-exam never shows a fridge with the contents of one that was trained on.
+Each scene is a function of (seed, number), so scenes can be drawn in any order. A hash of its
+content decides whether a scene is held out, which is one in eight: the evaluation never shows a
+fridge with the content of a training fridge.
 """
 
 import hashlib
@@ -14,7 +21,7 @@ import os
 import random
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageEnhance, ImageFilter
@@ -40,131 +47,139 @@ RECIPES = {
     "a fish supper": ("fish", "carrot", "broccoli"),
     "a tea party": ("cake", "milk", "grapes"),
 }
-PLACES = {
+SHELVES = {
     "top": "on the top shelf",
     "middle": "on the middle shelf",
     "bottom": "on the bottom shelf",
     "drawer": "in the drawer",
 }
-SLOTS = 3  # in each place
-NUMBERS = ("none", "one", "two", "three")
-SQUARE = 48  # pixels across a slot; a picture is four squares each way: a column of the open door, three of slots
+SLOTS = 3  # on each shelf
+COUNT_WORDS = ("none", "one", "two", "three")
+# Pixels across a slot. An image is 4 × 4 squares: a column of the open door, three of slots.
+SQUARE = 48
 SIDE = 4 * SQUARE
 
 
 # ---- scenes ----
 
 
-def foods(scene, place=None):
-    """The foods of one place, or of all, in order."""
-    return [food for p in ([place] if place else PLACES) for food in scene[p] if food]
+def foods(scene, shelf=None):
+    """The foods of one shelf, or of all shelves, in order."""
+    return [food for p in ([shelf] if shelf else SHELVES) for food in scene[p] if food]
 
 
 def is_held_out(scene):
-    """By what stands where, whatever the gaps between."""
-    return (
-        hashlib.sha256(repr([foods(scene, place) for place in PLACES]).encode()).digest()[0] % 8
-        == 0
-    )
+    """True for one scene in eight; the empty slots do not matter."""
+    content = repr([foods(scene, shelf) for shelf in SHELVES])
+    return hashlib.sha256(content.encode()).digest()[0] % 8 == 0
 
 
-def scene_of(rng, held_out):
-    """A random scene of the wanted part: 2 to 8 foods, no kind more than three times, some on purpose twice or more."""
+def random_scene(rng, held_out):
+    """A random scene of 2 to 8 foods, of each kind at most three; 40% repeat a kind on purpose."""
     while True:
         count = rng.randint(2, 8)
         kinds = [rng.choice(FOODS) for _ in range(count)]
         if rng.random() < 0.4:
             kinds[1:3] = [kinds[0]] * len(kinds[1 : rng.randint(2, 3)])
         rng.shuffle(kinds)
-        slots = rng.sample([(place, i) for place in PLACES for i in range(SLOTS)], len(kinds))
-        scene = {place: [None] * SLOTS for place in PLACES}
-        for (place, i), kind in zip(slots, kinds, strict=True):
-            scene[place][i] = kind
+        slots = rng.sample([(shelf, i) for shelf in SHELVES for i in range(SLOTS)], len(kinds))
+        scene = {shelf: [None] * SLOTS for shelf in SHELVES}
+        for (shelf, i), kind in zip(slots, kinds, strict=True):
+            scene[shelf][i] = kind
         if max(map(kinds.count, kinds)) <= 3 and is_held_out(scene) == held_out:
             return scene
 
 
-def without(rng, scene, held_out):
-    """(the scene with one food fewer, that food), a kind that stood there once; None if no such scene is of this part."""
-    unique = [
-        (p, i)
-        for p in PLACES
-        for i, food in enumerate(scene[p])
-        if food and foods(scene).count(food) == 1
-    ]
-    rng.shuffle(unique)
-    for place, i in unique:
-        rest = {p: list(row) for p, row in scene.items()}
-        rest[place][i] = None
+def remove_random_food(rng, scene, held_out):
+    """Return (the scene without one food, that food), which the scene has once.
+
+    The new scene is held out if `held_out`, else a training scene. Returns None if there is none.
+    """
+    single = []
+    for shelf in SHELVES:
+        for i, food in enumerate(scene[shelf]):
+            if food and foods(scene).count(food) == 1:
+                single.append((shelf, i))
+    rng.shuffle(single)
+    for shelf, i in single:
+        rest = {name: list(slots) for name, slots in scene.items()}
+        rest[shelf][i] = None
         if is_held_out(rest) == held_out:
-            return rest, scene[place][i]
+            return rest, scene[shelf][i]
     return None
 
 
 # ---- words ----
 
 
-def join(words):
+def join_words(words):
     return " and ".join(filter(None, [", ".join(words[:-1]), words[-1]])) if words else "nothing"
 
 
-def reading(scene, order=tuple(PLACES)):
+def describe_scene(scene, order=tuple(SHELVES)):
     """Shelf by shelf, each from left to right."""
-    return ", ".join(f"{place} {' '.join(foods(scene, place)) or 'nothing'}" for place in order)
+    return ", ".join(f"{shelf} {' '.join(foods(scene, shelf)) or 'nothing'}" for shelf in order)
 
 
-def plan(scene):
-    """The fridge square by square, as the eye will see it: each of the four rows is a square of the door and three slots."""
-    return "".join(f" {word or '.'}" for place in PLACES for word in (place, *scene[place]))
+def grid_description(scene):
+    """The scene square by square, in the order of an image's tokens.
+
+    Each of the four rows is a square of the door, which has the name of the shelf, and three slots.
+    """
+    return "".join(f" {word or '.'}" for shelf in SHELVES for word in (shelf, *scene[shelf]))
 
 
-def note(rng, scene):
-    """The fridge in words, for a brain without eyes."""
-    order, style = rng.sample(list(PLACES), 4), rng.random()
+def random_description(rng, scene):
+    """A scene in words, which trains the language model without images."""
+    order, style = rng.sample(list(SHELVES), 4), rng.random()
     if style < 0.85:
-        return plan(scene)
+        return grid_description(scene)
     if style < 0.93:
-        return reading(scene, order)
-    return ", ".join(f"{join(foods(scene, p))} {PLACES[p]}" for p in order)
+        return describe_scene(scene, order)
+    return ", ".join(f"{join_words(foods(scene, p))} {SHELVES[p]}" for p in order)
 
 
-def ask_reading(rng, scene):
+def reading_question(rng, scene):
     return rng.choice(
         ["What is in the fridge?", "What do you see?", "Read the fridge from top to bottom."]
-    ), reading(scene)
+    ), describe_scene(scene)
 
 
-def ask_upward(rng, scene):
-    return "Read the fridge from bottom to top.", reading(scene, tuple(reversed(PLACES)))
+def upward_question(rng, scene):
+    return "Read the fridge from bottom to top.", describe_scene(scene, tuple(reversed(SHELVES)))
 
 
-def whereabouts(scene, food):
-    """A food and the place of each of its kind."""
-    return " ".join([food, *(place for place in PLACES for found in scene[place] if found == food)])
+def food_shelves(scene, food):
+    """A food, and the shelf of each food of this kind."""
+    shelves = [shelf for shelf in SHELVES for found in scene[shelf] if found == food]
+    return " ".join([food, *shelves])
 
 
-def ask_inventory(rng, scene):
-    """By kind where ask_reading goes by place: looking for a food is learnt ten times from one answer. Trained, never examined."""
+def inventory_question(rng, scene):
+    """All kinds of food and their shelves: one answer trains ten searches.
+
+    It is in the training data, but not in the evaluation.
+    """
     return "Where is everything?", ", ".join(
-        whereabouts(scene, food) if food in foods(scene) else f"{food} nowhere" for food in FOODS
+        food_shelves(scene, food) if food in foods(scene) else f"{food} nowhere" for food in FOODS
     )
 
 
-def ask_shelf(rng, scene, place=None):
-    place = place or rng.choice(list(PLACES))
-    return f"What is {PLACES[place]}?", join(foods(scene, place))
+def shelf_question(rng, scene, shelf=None):
+    shelf = shelf or rng.choice(list(SHELVES))
+    return f"What is {SHELVES[shelf]}?", join_words(foods(scene, shelf))
 
 
-def ask_count(rng, scene):
+def count_question(rng, scene):
     number = rng.choice([0, 1, 1, 2, 2, 3])
     kinds = [f for f in FOODS if foods(scene).count(f) == number] or [
         f for f in FOODS if f in foods(scene)
     ]
     kind = rng.choice(kinds)
-    return f"How many {PLURAL[kind]} are there?", NUMBERS[foods(scene).count(kind)]
+    return f"How many {PLURAL[kind]} are there?", COUNT_WORDS[foods(scene).count(kind)]
 
 
-def ask_exists(rng, scene):
+def exists_question(rng, scene):
     there = rng.random() < 0.5
     kind = rng.choice([f for f in FOODS if (f in foods(scene)) == there])
     return rng.choice(
@@ -172,101 +187,107 @@ def ask_exists(rng, scene):
     ), "yes" if there else "no"
 
 
-def unique_foods(scene):
+def single_foods(scene):
     return [food for food in foods(scene) if foods(scene).count(food) == 1]
 
 
-def ask_where(rng, scene):
-    kinds = unique_foods(scene)
+def where_question(rng, scene):
+    kinds = single_foods(scene)
     if not kinds:
         return None
     kind = rng.choice(kinds)
-    return f"Where is the {kind}?", whereabouts(scene, kind)
+    return f"Where is the {kind}?", food_shelves(scene, kind)
 
 
-def ask_next(rng, scene):
-    kinds = unique_foods(scene)
+def next_question(rng, scene):
+    kinds = single_foods(scene)
     if not kinds:
         return None
     kind = rng.choice(kinds)
-    row = next(foods(scene, p) for p in PLACES if kind in scene[p])
+    row = next(foods(scene, p) for p in SHELVES if kind in scene[p])
     i = row.index(kind)
-    return (
-        f"What is next to the {kind}?",
-        f"{whereabouts(scene, kind)} beside {join(row[max(0, i - 1) : i] + row[i + 1 : i + 2])}",
-    )
+    neighbours = join_words(row[max(0, i - 1) : i] + row[i + 1 : i + 2])
+    return f"What is next to the {kind}?", f"{food_shelves(scene, kind)} beside {neighbours}"
 
 
-def ask_taken(scene, rest, food):
-    """Questions about a scene and the rest of it, without a food that was there once."""
+def taken_questions(scene, rest, food):
+    """Questions about a scene and the same scene without a food."""
     return [
         ("What was taken out?", food),
-        ("Where was it?", whereabouts(scene, food)),
-        ("What is left?", reading(rest)),
+        ("Where was it?", food_shelves(scene, food)),
+        ("What is left?", describe_scene(rest)),
     ]
 
 
-def ask_recipe(rng, scene):
+def recipe_question(rng, scene):
     recipe = rng.choice(list(RECIPES))
-    return f"What is missing for {recipe}?", join(
+    return f"What is missing for {recipe}?", join_words(
         [food for food in RECIPES[recipe] if food not in foods(scene)]
     )
 
 
-KINDS = {
-    "reading": ask_reading,
-    "shelf": ask_shelf,
-    "count": ask_count,
-    "exists": ask_exists,
-    "where": ask_where,
-    "next": ask_next,
-    "recipe": ask_recipe,
+QUESTION_KINDS = {
+    "reading": reading_question,
+    "shelf": shelf_question,
+    "count": count_question,
+    "exists": exists_question,
+    "where": where_question,
+    "next": next_question,
+    "recipe": recipe_question,
 }
 
 
-def questions(rng, scene, count):
-    """(question, answer) pairs: the inventory, then each kind once, and the hardest twice, before any comes again."""
-    asked = dict([ask_inventory(rng, scene)])
-    while len(asked) < count:
-        for kind in rng.sample([*KINDS, "count", "next"], len(KINDS) + 2):
-            pair = KINDS[kind](rng, scene)
-            if pair and len(asked) < count:
-                asked.setdefault(*pair)
-    return rng.sample(list(asked.items()), count)
+def random_questions(rng, scene, count):
+    """(question, answer) pairs: the inventory, then rounds of all kinds, the hardest twice each."""
+    pairs = dict([inventory_question(rng, scene)])
+    while len(pairs) < count:
+        for kind in rng.sample([*QUESTION_KINDS, "count", "next"], len(QUESTION_KINDS) + 2):
+            pair = QUESTION_KINDS[kind](rng, scene)
+            if pair and len(pairs) < count:
+                pairs.setdefault(*pair)
+    return rng.sample(list(pairs.items()), count)
 
 
-def talk(pairs, before):
-    """LLaVA's list of turns, with `before` in front of the first question."""
+def make_conversation(pairs, prefix):
+    """LLaVA's list of turns, with `prefix` in front of the first question."""
     turns = [
         turn
         for question, answer in pairs
         for turn in ({"from": "human", "value": question}, {"from": "gpt", "value": answer})
     ]
-    turns[0]["value"] = before + turns[0]["value"]
+    turns[0]["value"] = prefix + turns[0]["value"]
     return turns
 
 
-def text_only(rng):
-    """A conversation without a picture: small talk, two fridges compared, or questions about one that is told in words."""
+def text_conversation(rng):
+    """A conversation without an image.
+
+    It is small talk, a comparison of two fridges, or questions about one fridge in words.
+    """
     style = rng.random()
     if style < 0.04:
         recipe = rng.choice(list(RECIPES))
-        return talk(
+        return make_conversation(
             [
                 ("Hello!", "Hello! Show me your fridge."),
-                (f"What do I need for {recipe}?", join(list(RECIPES[recipe]))),
+                (f"What do I need for {recipe}?", join_words(list(RECIPES[recipe]))),
             ],
             "",
         )
-    scene = scene_of(rng, False)
-    pair = without(rng, scene, False) if style < 0.5 else None
+    scene = random_scene(rng, False)
+    pair = remove_random_food(rng, scene, False) if style < 0.5 else None
     if pair:
         rest, food = pair
-        return talk(ask_taken(scene, rest, food), f"{plan(scene)}\n{plan(rest)}\n")
-    return talk(questions(rng, scene, rng.randint(8, 12)), note(rng, scene) + "\n")
+        return make_conversation(
+            taken_questions(scene, rest, food),
+            f"{grid_description(scene)}\n{grid_description(rest)}\n",
+        )
+    return make_conversation(
+        random_questions(rng, scene, rng.randint(8, 12)), random_description(rng, scene) + "\n"
+    )
 
 
-# ---- pictures ----
+# ---- images ----
 
 
 def sprite_apple(d):
@@ -345,13 +366,13 @@ def sprite_cake(d):
 @cache
 def sprite(food):
     """A food on a transparent square of 128 pixels."""
-    picture = Image.new("RGBA", (128, 128))
-    globals()[f"sprite_{food}"](ImageDraw.Draw(picture))
-    return picture.filter(ImageFilter.SMOOTH)
+    image = Image.new("RGBA", (128, 128))
+    globals()[f"sprite_{food}"](ImageDraw.Draw(image))
+    return image.filter(ImageFilter.SMOOTH)
 
 
-def put(rng, picture, food, x, floor, size):
-    """Stand a food on a floor, its middle at x, in its own size and tint."""
+def paste_food(rng, image, food, x, floor, size):
+    """Paste a food onto the floor of a shelf, centred at x, in a random size and tint."""
     size = round(size * rng.uniform(0.88, 1.14))
     thing = sprite(food).resize((size, size), Image.BILINEAR)
     colour = ImageEnhance.Brightness(
@@ -361,16 +382,19 @@ def put(rng, picture, food, x, floor, size):
         round(x - size / 2 + rng.uniform(-4, 4)),
         round(floor - size * 0.95 + rng.uniform(-1, 1)),
     )
-    picture.paste(colour, (left, top), thing.getchannel("A"))
+    image.paste(colour, (left, top), thing.getchannel("A"))
 
 
-def draw(scene, rng):
-    """The open fridge of a scene, SIDE × SIDE pixels: the inside of its door on the left, three shelves and a drawer on the right."""
+def draw_scene(scene, rng):
+    """The image of a scene, SIDE × SIDE pixels.
+
+    The inside of the open door is on the left, three shelves and a drawer are on the right.
+    """
     tone = rng.randint(222, 250)
     wall = (tone, tone, min(255, tone + rng.randint(0, 8)))
-    picture = Image.new("RGB", (SIDE, SIDE), wall)
-    d = ImageDraw.Draw(picture)
-    for y in range(0, SIDE, 6):  # light falls from the lamp above
+    image = Image.new("RGB", (SIDE, SIDE), wall)
+    d = ImageDraw.Draw(image)
+    for y in range(0, SIDE, 6):  # light comes from above
         d.rectangle(
             (SQUARE, y, SIDE, y + 5),
             fill=tuple(round(c * (1 - rng.uniform(0.05, 0.07) * y / SIDE)) for c in wall),
@@ -381,7 +405,7 @@ def draw(scene, rng):
         outline=(150, 155, 165),
         width=2,
     )
-    for _ in range(rng.randint(0, 5)):  # magnets on the door, and notes: they mean nothing
+    for _ in range(rng.randint(0, 5)):  # magnets and notes on the door
         x, y, size = rng.randint(5, 26), rng.randint(4, SIDE - 20), rng.randint(4, 13)
         rng.choice([d.ellipse, d.rectangle])(
             (x, y, x + size, y + size), fill=tuple(rng.randint(60, 255) for _ in range(3))
@@ -394,19 +418,18 @@ def draw(scene, rng):
         d.ellipse((x, y, x + rng.randint(2, 5), y + rng.randint(2, 4)), fill=(255, 255, 255))
     things = [
         (row, i, food)
-        for row, place in enumerate(PLACES)
-        for i, food in enumerate(scene[place])
+        for row, shelf in enumerate(SHELVES)
+        for i, food in enumerate(scene[shelf])
         if food
     ]
-    for row, i, food in rng.sample(things, len(things)):  # who stands in front of whom is chance
-        put(rng, picture, food, (i + 1.5) * SQUARE, (row + 1) * SQUARE - 2, 0.9 * SQUARE)
-    d.rectangle(
-        (SQUARE, SIDE - 7, SIDE, SIDE), fill=(185, 200, 212)
-    )  # the drawer's front hides the feet of what lies in it
+    for row, i, food in rng.sample(things, len(things)):  # which food covers which is random
+        paste_food(rng, image, food, (i + 1.5) * SQUARE, (row + 1) * SQUARE - 2, 0.9 * SQUARE)
+    # The drawer's front hides the lower edge of its foods.
+    d.rectangle((SQUARE, SIDE - 7, SIDE, SIDE), fill=(185, 200, 212))
     d.rectangle((SQUARE + 60, SIDE - 5, SQUARE + 84, SIDE - 3), fill=(130, 140, 155))
-    picture = ImageEnhance.Brightness(picture).enhance(rng.uniform(0.85, 1.1))
+    image = ImageEnhance.Brightness(image).enhance(rng.uniform(0.85, 1.1))
     warm = rng.uniform(-0.05, 0.05)
-    r, g, b = picture.split()
+    r, g, b = image.split()
     return Image.merge(
         "RGB", (r.point(lambda v: v * (1 + warm)), g, b.point(lambda v: v * (1 - warm)))
     )
@@ -415,102 +438,106 @@ def draw(scene, rng):
 # ---- files ----
 
 
-def train_sample(number, seed, folder):
-    """One training fridge: its picture on disk, its captions and its chat; every other chat is about two pictures, before and after."""
+def make_training_sample(number, seed, folder):
+    """Write the image of one training fridge; returns its captions and its chat, as LLaVA records.
+
+    Every other chat is about two images, before and after a food was taken out.
+    """
     rng, name = random.Random(f"{seed}-train-{number}"), f"train-{number:05d}"
-    scene = scene_of(rng, False)
-    save(draw(scene, rng), folder / f"{name}.jpg")
-    parts = [ask_upward(rng, scene), *(ask_shelf(rng, scene, place) for place in PLACES)]
-    captions = [ask_reading(rng, scene), ask_inventory(rng, scene), *rng.sample(parts, 2)]
-    caption = {"id": name, "image": f"{name}.jpg", "conversations": talk(captions, "<image>\n")}
-    images, asked = [f"{name}.jpg"], questions(rng, scene, rng.randint(8, 12))
-    pair = without(rng, scene, False) if number % 2 else None
-    if pair:
-        rest, food = pair
-        save(draw(rest, rng), folder / f"{name}-b.jpg")
-        images, asked = [f"{name}.jpg", f"{name}-b.jpg"], ask_taken(scene, rest, food)
-    chat = {"id": name, "image": images, "conversations": talk(asked, "<image>\n" * len(images))}
-    return caption, chat
+    scene = random_scene(rng, False)
+    save_jpeg(draw_scene(scene, rng), folder / f"{name}.jpg")
+    parts = [upward_question(rng, scene), *(shelf_question(rng, scene, shelf) for shelf in SHELVES)]
+    captions = [reading_question(rng, scene), inventory_question(rng, scene), *rng.sample(parts, 2)]
+    caption = {
+        "id": name,
+        "image": f"{name}.jpg",
+        "conversations": make_conversation(captions, "<image>\n"),
+    }
+    images, pairs = [f"{name}.jpg"], random_questions(rng, scene, rng.randint(8, 12))
+    without_food = remove_random_food(rng, scene, False) if number % 2 else None
+    if without_food:
+        rest, food = without_food
+        save_jpeg(draw_scene(rest, rng), folder / f"{name}-b.jpg")
+        images, pairs = [f"{name}.jpg", f"{name}-b.jpg"], taken_questions(scene, rest, food)
+    conversation = make_conversation(pairs, "<image>\n" * len(images))
+    return caption, {"id": name, "image": images, "conversations": conversation}
 
 
-def exam_sample(number, seed, folder):
-    """One held-out fridge: its pictures, and a question of each kind that fits it."""
-    rng, name = random.Random(f"{seed}-exam-{number}"), f"exam-{number:05d}"
-    scene = scene_of(rng, True)
-    while not without(rng, scene, True):
-        scene = scene_of(rng, True)
-    rest, taken = without(rng, scene, True)
-    save(draw(scene, rng), folder / f"{name}.jpg")
-    save(draw(rest, rng), folder / f"{name}-b.jpg")
-    asked = [(kind, ask(rng, scene), f"{name}.jpg") for kind, ask in KINDS.items()]
-    asked.append(("taken", ask_taken(scene, rest, taken)[0], [f"{name}.jpg", f"{name}-b.jpg"]))
-    return [
-        {
-            "id": f"{name}-{kind}",
-            "kind": kind,
-            "image": image,
-            "question": pair[0],
-            "answers": [pair[1]],
-        }
-        for kind, pair, image in asked
-        if pair
-    ]
+def make_eval_sample(number, seed, folder):
+    """Write the images of one held-out fridge; returns a question of each kind that fits it."""
+    # "exam" in the seed and "told" below are names of an older version: they decide the numbers.
+    rng, name = random.Random(f"{seed}-exam-{number}"), f"eval-{number:05d}"
+    scene = random_scene(rng, True)
+    while not remove_random_food(rng, scene, True):
+        scene = random_scene(rng, True)
+    rest, taken = remove_random_food(rng, scene, True)
+    save_jpeg(draw_scene(scene, rng), folder / f"{name}.jpg")
+    save_jpeg(draw_scene(rest, rng), folder / f"{name}-b.jpg")
+    questions = [(kind, make(rng, scene), f"{name}.jpg") for kind, make in QUESTION_KINDS.items()]
+    both = [f"{name}.jpg", f"{name}-b.jpg"]
+    questions.append(("taken", taken_questions(scene, rest, taken)[0], both))
+    records = []
+    for kind, pair, image in questions:
+        if pair:
+            record = {"id": f"{name}-{kind}", "kind": kind, "image": image}
+            records.append(record | {"question": pair[0], "answers": [pair[1]]})
+    return records
 
 
-def save(picture, path):
-    picture.save(path, quality=90)
+def save_jpeg(image, path):
+    image.save(path, quality=90)
 
 
-def write_world(*, out, scenes=8000, text=12000, exam=500, seed=0, workers=2):
-    """Draw and describe the world into a new folder; the same seed gives the same bytes, whatever the number of workers."""
+def write_fridges(*, out, scenes=8000, text=12000, eval_scenes=500, seed=0, workers=2):
+    """Write images, captions, chats, text and questions into a new folder.
+
+    The same seed gives the same bytes for any number of workers.
+    """
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(
-        prefix=f"{out.name}.", dir=out.parent
-    ) as tmp:  # a world that is not whole never has the name
-        draw_all(Path(tmp) / "world", scenes, text, exam, seed, workers)
-        os.rename(Path(tmp) / "world", out)
-    cli.status(
-        f"{out}: {scenes} fridges to learn from, {text} conversations without one, {exam} held out for the exam"
+    with tempfile.TemporaryDirectory(prefix=f"{out.name}.", dir=out.parent) as tmp:
+        draw_fridges(Path(tmp) / "fridges", scenes, text, eval_scenes, seed, workers)
+        os.rename(Path(tmp) / "fridges", out)  # only a complete folder gets the name
+    cli.print_status(
+        f"{out}: {scenes} training fridges, {text} conversations without images, "
+        f"{eval_scenes} held-out fridges with questions"
     )
 
 
-def draw_all(out, scenes, text, exam, seed, workers):
-    (out / "images").mkdir(parents=True)
+def draw_fridges(out, scenes, text, eval_scenes, seed, workers):
+    images = out / "images"
+    images.mkdir(parents=True)
     with ProcessPoolExecutor(workers) as pool:
-        trained = list(
-            pool.map(
-                train_sample,
-                range(scenes),
-                [seed] * scenes,
-                [out / "images"] * scenes,
-                chunksize=100,
-            )
-        )
-        asked = list(
-            pool.map(exam_sample, range(exam), [seed] * exam, [out / "images"] * exam, chunksize=50)
-        )
-    told = [
-        {"id": f"text-{i:05d}", "conversations": text_only(random.Random(f"{seed}-text-{i}"))}
-        for i in range(text)
-    ]
-    extra = [
-        {"id": f"told-{i:05d}", "conversations": text_only(random.Random(f"{seed}-told-{i}"))}
-        for i in range(scenes // 12)
-    ]
+        make = partial(make_training_sample, seed=seed, folder=images)
+        training = list(pool.map(make, range(scenes), chunksize=100))
+        make = partial(make_eval_sample, seed=seed, folder=images)
+        questions = list(pool.map(make, range(eval_scenes), chunksize=50))
     files = {
-        "text": told,
-        "captions": [caption for caption, _ in trained],
-        "chats": [chat for _, chat in trained] + extra,
+        "text": text_records("text", text, seed),
+        "captions": [caption for caption, _ in training],
+        "chats": [chat for _, chat in training] + text_records("told", scenes // 12, seed),
     }
     for name, records in files.items():
         (out / f"{name}.json").write_text(json.dumps(records))
+    lines = [json.dumps(question) + "\n" for some in questions for question in some]
+    (out / "questions.jsonl").write_text("".join(lines))
+    write_example(out, seed)
+
+
+def text_records(name, count, seed):
+    """LLaVA records of conversations without images."""
+    records = []
+    for i in range(count):
+        conversation = text_conversation(random.Random(f"{seed}-{name}-{i}"))
+        records.append({"id": f"{name}-{i:05d}", "conversations": conversation})
+    return records
+
+
+def write_example(out, seed):
+    """Write fridge.jpg, a held-out fridge with 6 foods and no empty shelf, and fridge.txt."""
     rng = random.Random(f"{seed}-demo")
-    scene = scene_of(rng, True)
-    while not (len(foods(scene)) == 6 and all(foods(scene, p) for p in PLACES)):
-        scene = scene_of(rng, True)
-    save(draw(scene, rng), out / "fridge.jpg")
-    (out / "fridge.txt").write_text(reading(scene) + "\n")
-    (out / "exam.jsonl").write_text(
-        "".join(json.dumps(q) + "\n" for questions in asked for q in questions)
-    )
+    scene = random_scene(rng, True)
+    while not (len(foods(scene)) == 6 and all(foods(scene, shelf) for shelf in SHELVES)):
+        scene = random_scene(rng, True)
+    save_jpeg(draw_scene(scene, rng), out / "fridge.jpg")
+    (out / "fridge.txt").write_text(describe_scene(scene) + "\n")

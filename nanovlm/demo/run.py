@@ -1,8 +1,9 @@
-"""The demonstration: a model learns to see on two CPU cores, in minutes, and nothing is downloaded.
+"""The demonstration: a model learns to see on two CPU cores, in minutes, without a download.
 
-It draws a small world (fridge.py), trains a language model on text about it and a vision encoder that this language model can read, and then
-takes the real road with the two: stitch, align (pretrain), fine-tune (sft), evaluate. Each step is one that a user can type himself, and is
-skipped if an earlier run has finished it.
+It draws images (fridge.py), trains a small language model on text, and a vision encoder in front of
+it. With these two it does what real training does: stitch, align (pretrain), fine-tune (sft) and
+evaluate. Each step is a command that a user can type, too. A step that an earlier demonstration has
+finished is skipped. Everything is in out/demo and data/demo.
 """
 
 import json
@@ -10,17 +11,18 @@ import shutil
 import time
 from pathlib import Path
 
-from .. import distributed
-from ..checkpoints import random_init
 from ..checkpoints.checkpoint import list_checkpoints, load_checkpoint
+from ..checkpoints.random_init import create_model
 from ..checkpoints.stitch import stitch_folders
-from ..evals import benchmarks, runner
+from ..distributed import pick_device
+from ..evals.benchmarks import load_questions
+from ..evals.runner import evaluate
 from ..preprocess.build import prepare_dataset
 from ..preprocess.readers import read_texts
-from . import fridge
+from .fridge import write_fridges
 
-WORLD = dict(scenes=8000, text=12000, exam=500, seed=0)
-POLICY = {
+FRIDGE = "data/demo/fridge"
+IMAGE_CONFIG = {
     "tile": 64,
     "patch": 8,
     "shuffle": 2,
@@ -30,125 +32,157 @@ POLICY = {
     "std": [0.5] * 3,
     "draft": True,
 }
-SIZES = dict(
+SHAPES = dict(
     vision={"tile": 64, "patch": 8, "width": 128, "layers": 4, "heads": 4, "ffn": 512},
     decoder={"width": 128, "layers": 4, "heads": 4, "kv_heads": 2, "ffn": 384},
 )
 
 
-def exam(model, questions, blank=False):
-    """[(kind, questions, share exactly right)] of the fridge world's exam, the last over all."""
-    checkpoint = load_checkpoint(model, distributed.pick_device("auto"))
-    return [
-        line[:3]
-        for line in runner.evaluate(
-            checkpoint, questions, benchmark="exact", batch=100, blank=blank, max_tokens=64
-        )
-    ]
+def run_step(path, title, function, *arguments, **settings):
+    """Call a function that writes `path`, unless it exists."""
+    exists = Path(path).exists()
+    print(f"\n== {title}{' (done before)' if exists else ''}", flush=True)
+    if not exists:
+        function(*arguments, **settings)
 
 
-def run(train):
-    """train: train.py's own."""
-    began = time.time()
+def run_stage(train, stage, title, **settings):
+    """Train a stage, or continue it. train: the function of train.py."""
+    print(f"\n== {title}", flush=True)
+    out = f"out/demo/{stage}"
+    resume = bool(list_checkpoints(out))
+    train(stage=stage, out=out, resume=resume, validate_every=200, log_every=50, **settings)
 
-    def once(made, why, do, *arguments, **settings):
-        done = Path(made).exists()
-        print(f"\n== {why}{' (done before)' if done else ''}", flush=True)
-        return None if done else do(*arguments, **settings)
 
-    def stage(name, why, **settings):
-        print(f"\n== {why}", flush=True)
-        train(
-            stage=name,
-            resume=bool(list_checkpoints(f"out/{name}")),
-            validate_every=200,
-            log_every=50,
-            **settings,
-        )
-
-    once(
-        "data/fridge/exam.jsonl",
-        "Draw fridges, and write down what is in them.",
-        fridge.write_world,
-        out="data/fridge",
-        **WORLD,
+def score_questions(model, questions, blank=False):
+    """[(kind, questions, share of right answers)], the last over all; blank: with grey images."""
+    checkpoint = load_checkpoint(model, pick_device("auto"))
+    table = evaluate(
+        checkpoint, questions, benchmark="exact", batch=100, blank=blank, max_tokens=64
     )
-    once(
-        "out/newborn",
-        "Learn a tokenizer from those words. The newborn's eye and brain are random.",
-        random_init.create_model,
-        read_texts(["data/fridge/text.json"]),
-        out="out/newborn",
-        vocabulary=512,
-        chat_template="mistral",
-        image_config=POLICY,
+    return [line[:3] for line in table]
+
+
+def run_demonstration(train):
+    """Run all steps in a row. train: the function of train.py."""
+    start = time.time()
+    prepare_inputs()
+    train_parts(train)
+    questions = load_questions("exact", f"{FRIDGE}/questions.jsonl", images=f"{FRIDGE}/images")
+    readings = [q for q in questions if q["kind"] == "reading"]
+    before = score_questions("out/demo/stitched", readings)[-1][2]
+    run_stage(
+        train,
+        "pretrain",
+        "Align: train the projector, until the language model can use the image features.",
+        model="out/demo/stitched",
+        data="data/demo/captions",
+        steps=250,
+        global_batch_size=5,
+        seq_len=320,
+        lr=2e-3,
+        min_lr=1e-4,
+    )
+    after = score_questions("out/demo/pretrain", readings)[-1][2]
+    print(f"fridges that are read without an error: {before:.1%} before, {after:.1%} after")
+    run_stage(
+        train,
+        "sft",
+        "Fine-tune: projector and language model learn to answer all kinds of questions.",
+        model="out/demo/pretrain",
+        data="data/demo/chats",
+        steps=1050,
+        global_batch_size=12,
+        seq_len=320,
+        lr=7e-4,
+        min_lr=2e-5,
+    )
+    print(f"\n== Evaluate on {len(readings)} held-out fridges.", flush=True)
+    scores = {
+        "fridges": len(readings),
+        "before_pretrain": before,
+        "after_pretrain": after,
+        "sft": score_questions("out/demo/sft", questions),
+        "blank_image": score_questions("out/demo/sft", questions, blank=True),
+    }
+    print_scores(scores)
+    Path("out/demo/scores.json").write_text(json.dumps(scores))
+    shutil.copy(f"{FRIDGE}/fridge.jpg", "fridge.jpg")
+    print(
+        f"\nThe demonstration took {time.time() - start:.0f} s. "
+        "Now ask the model: python sample.py --image fridge.jpg"
+    )
+
+
+def prepare_inputs():
+    """Write the images and texts, a model with random weights, and the prepared data."""
+    run_step(
+        f"{FRIDGE}/questions.jsonl",
+        "Draw fridges, and describe them in words.",
+        write_fridges,
+        out=FRIDGE,
+        scenes=8000,
+        text=12000,
+        eval_scenes=500,
         seed=0,
-        **SIZES,
+    )
+    run_step(
+        "out/demo/random_init",
+        "Learn a tokenizer from the text. Vision encoder and language model are random.",
+        create_random_model,
+        "out/demo/random_init",
     )
     for name in ("text", "captions", "chats"):
-        once(
-            f"data/{name}",
-            f"Cut and tokenise {name} once, so that training only reads.",
+        run_step(
+            f"data/demo/{name}",
+            f"Prepare {name} once: tiles and token ids, so that training only reads.",
             prepare_dataset,
-            model="out/newborn",
-            source=[f"data/fridge/{name}.json"],
-            images="data/fridge/images",
-            out=f"data/{name}",
+            model="out/demo/random_init",
+            source=[f"{FRIDGE}/{name}.json"],
+            images=f"{FRIDGE}/images",
+            out=f"data/demo/{name}",
             row=2048,
         )
-    stage("brain", "A brain learns to talk about fridges that it is told of. It is blind.")
-    stage(
-        "eye",
-        "An eye learns to see what that brain can read: the brain stands still, only the eye and a projector train.",
-    )
-    once(
-        "out/stitched",
-        "Now the real road. Stitch the two as if we had found them, with a projector that knows nothing.",
-        stitch_folders,
-        vision="out/eye",
-        decoder="out/brain",
-        out="out/stitched",
+
+
+def create_random_model(out):
+    texts = read_texts([f"{FRIDGE}/text.json"])
+    create_model(
+        texts,
+        out=out,
+        vocabulary=512,
+        template="mistral",
+        image_config=IMAGE_CONFIG,
         seed=0,
-    )
-    questions = benchmarks.load_questions("exact", "data/fridge/exam.jsonl", images="data/fridge/images")
-    readings = [q for q in questions if q["kind"] == "reading"]
-    before = exam("out/stitched", readings)[-1][2]
-    stage(
-        "pretrain",
-        "Align: only the projector trains, until the brain can read the eye.",
-        steps=250,
-        batch=5,
-        row=320,
-        lr=2e-3,
-        floor=1e-4,
-    )
-    after = exam("out/pretrain", readings)[-1][2]
-    print(f"fridges read without a mistake: {before:.1%} before, {after:.1%} after")
-    stage(
-        "sft",
-        "Fine-tune: projector and brain learn to answer all kinds of questions.",
-        steps=1050,
-        batch=12,
-        row=320,
-        lr=7e-4,
-        floor=2e-5,
+        **SHAPES,
     )
 
-    print(f"\n== The exam: {len(readings)} fridges that it has never seen.", flush=True)
-    marks, blank = (exam("out/sft", questions, blank=grey) for grey in (False, True))
-    for (kind, count, share), (_, _, guessed) in zip(marks, blank, strict=True):
-        print(
-            f"{kind:10} {count:5} questions   {share:6.1%} right   {guessed:6.1%} with a blank picture"
-        )
-    scores = {
-        "scenes": len(readings),
-        "before pretrain": before,
-        "after pretrain": after,
-        "sft": marks,
-        "blank": blank,
-    }
-    Path("out/exam.json").write_text(json.dumps(scores))
-    shutil.copy("data/fridge/fridge.jpg", "fridge.jpg")
-    print(
-        f"\nThe whole road took {time.time() - began:.0f} s. Now ask it: python sample.py --image fridge.jpg"
+
+def train_parts(train):
+    """Train a language model and a vision encoder, and stitch them as if they were downloaded."""
+    run_stage(
+        train, "decoder", "Train a language model on descriptions of fridges, without images."
     )
+    run_stage(
+        train,
+        "vision",
+        "Train a vision encoder and a projector in front of this language model, which is frozen.",
+    )
+    run_step(
+        "out/demo/stitched",
+        "Now as with real models: stitch the two, with a new projector between them.",
+        stitch_folders,
+        vision="out/demo/vision",
+        decoder="out/demo/decoder",
+        out="out/demo/stitched",
+        seed=0,
+    )
+
+
+def print_scores(scores):
+    for (kind, count, score), (_, _, blank) in zip(
+        scores["sft"], scores["blank_image"], strict=True
+    ):
+        print(
+            f"{kind:10} {count:5} questions   {score:6.1%} right   {blank:6.1%} with a blank image"
+        )

@@ -1,6 +1,6 @@
-"""Exam papers: the questions of each benchmark, read as its owner publishes them, and the answers as its owner wants them handed in.
+"""The benchmarks: where the questions of each are, how they are asked, which metric scores them.
 
-What a benchmark is stands in BENCHMARKS, a few lines each. Neither the model is known here nor how an answer is marked: that is scores.py.
+A benchmark is one entry of BENCHMARKS. formats.py parses its files, metrics.py scores its answers.
 """
 
 import json
@@ -14,71 +14,67 @@ from ..data.image_refs import one_line
 from ..preprocess.records import LETTERS, first_field
 from . import metrics
 from .formats import (
+    find_image,
+    find_question_files,
     parse_ai2d,
-    parse_user_questions,
-    parse_split_files,
     parse_coco,
-    read_document,
-    parse_records,
     parse_mathvista,
     parse_mme,
     parse_mmmu,
     parse_mmstar,
-    find_image,
     parse_realworldqa,
-    find_question_files,
+    parse_records,
+    parse_split_files,
+    parse_user_questions,
     parse_vqav2,
+    read_document,
 )
 
-WORD_PROMPT = (
-    "Answer the question using a single word, phrase, or number."  # TextVQA, DocVQA, InfoVQA
-)
-TEXT_METRICS = (
-    "vqa",
-    "textvqa",
-    "anls",
-    "relaxed",
-)  # scores of whole texts, where an owner's blank answer does no harm: to others it is in every answer
+# TextVQA, DocVQA, InfoVQA
+WORD_PROMPT = "Answer the question using a single word, phrase, or number."
+# Metrics that compare whole texts: a blank reference does no harm. To others it is in every answer.
+TEXT_METRICS = ("vqa", "textvqa", "anls", "relaxed")
 
 
 class Benchmark(NamedTuple):
-    """Where its owner keeps what. Two names of a field are those of two editions, of which a record has one."""
+    """How the files of a benchmark are read, and how its questions are asked and scored.
 
-    score: str  # its name in scores.py
-    prompt: str = ""  # stands after the question
-    files: tuple = ("*.jsonl", "*.json")  # of a folder or a zip: the first pattern that matches any
-    layout: Callable = parse_records
-    notes: tuple = ()  # likewise of the annotations, if they are apart
-    id: str = "id"  # "": questions are counted
-    image: str = "image"
-    forms: tuple = ("{}",)  # of a picture's path
-    question: str = "question"
-    answers: str = "answers answer"
-    kind: str = "kind"
-    keep: tuple = ()  # what else the score needs
-    mine: bool = (
-        False  # anybody's questions: --prompt takes their place, and each has a list of answers
-    )
-    spoken: bool = False  # the question says its choices already
-    openly: str = ""  # in place of the prompt where there are no choices
-    secret: tuple = ()  # what stands for an answer where the test's are not published
-    submission: tuple = ()  # the names of id and answer in what is handed in
+    A key that is two names, such as "answers answer", is that of two editions: a record has one.
+    """
+
+    metric: str  # its name in metrics.METRICS
+    prompt: str = ""  # follows the question
+    files: tuple = ("*.jsonl", "*.json")  # in a folder or zip: the first pattern that matches
+    parse: Callable = parse_records  # returns the records of a file
+    annotation_files: tuple = ()  # like files, if the references are in a separate file
+    id_key: str = "id"  # "": the questions are numbered
+    image_key: str = "image"
+    image_paths: tuple = ("{}",)  # where an image of this name may be
+    question_key: str = "question"
+    answers_key: str = "answers answer"
+    kind_key: str = "kind"
+    extra_keys: tuple = ()  # what else the metric needs
+    from_user: bool = False  # a user's own questions: --prompt replaces them
+    choices_in_question: bool = False  # the question already lists its choices
+    open_prompt: str = ""  # replaces the prompt if a question has no choices
+    hidden_answers: tuple = ()  # what stands for an answer that is not published
+    submission_keys: tuple = ()  # the names of id and answer in a submission
 
 
 BENCHMARKS = {
-    "exact": Benchmark("exact", layout=parse_user_questions, mine=True),
-    "contains": Benchmark("contains", layout=parse_user_questions, mine=True),
-    "vqa": Benchmark("vqa", SHORT_PROMPT, layout=parse_user_questions, mine=True),
-    "letters": Benchmark("letters", LETTER_PROMPT, layout=parse_user_questions, mine=True),
-    "captions": Benchmark("captions", layout=parse_user_questions, mine=True),
+    "exact": Benchmark("exact", parse=parse_user_questions, from_user=True),
+    "contains": Benchmark("contains", parse=parse_user_questions, from_user=True),
+    "vqa": Benchmark("vqa", SHORT_PROMPT, parse=parse_user_questions, from_user=True),
+    "letters": Benchmark("letters", LETTER_PROMPT, parse=parse_user_questions, from_user=True),
+    "captions": Benchmark("captions", parse=parse_user_questions, from_user=True),
     "coco": Benchmark(
         "captions",
         files=("dataset_coco.json", "coco_karpathy_test.json", "captions_val2014.json"),
-        layout=parse_coco,
-        notes=("captions_val2014.json",),
-        forms=("val2014/{name}", "{name}"),
-        mine=True,
-        submission=("image_id", "caption"),
+        parse=parse_coco,
+        annotation_files=("captions_val2014.json",),
+        image_paths=("val2014/{name}", "{name}"),
+        from_user=True,
+        submission_keys=("image_id", "caption"),
     ),
     "vqav2": Benchmark(
         "vqa",
@@ -86,48 +82,48 @@ BENCHMARKS = {
         ("*val2014_questions.json", "*test2015_questions.json"),
         parse_vqav2,
         ("*val2014_annotations.json",),
-        id="question_id",
-        forms=("val2014/{}", "test2015/{}", "{}"),
-        secret=(None,),
-        submission=("question_id", "answer"),
+        id_key="question_id",
+        image_paths=("val2014/{}", "test2015/{}", "{}"),
+        hidden_answers=(None,),
+        submission_keys=("question_id", "answer"),
     ),
     "textvqa": Benchmark(
         "textvqa",
         WORD_PROMPT,
         ("TextVQA_*_val.json",),
-        id="question_id",
-        image="image_id",
-        forms=("train_images/{}.jpg", "test_images/{}.jpg", "{}.jpg"),
-        secret=(None,),
+        id_key="question_id",
+        image_key="image_id",
+        image_paths=("train_images/{}.jpg", "test_images/{}.jpg", "{}.jpg"),
+        hidden_answers=(None,),
     ),
     "chartqa": Benchmark(
         "relaxed",
         SHORT_PROMPT,
         ("test_*.json",),
         parse_split_files,
-        image="imgname",
-        forms=("png/{}", "{}"),
-        question="query",
-        answers="label",
+        image_key="imgname",
+        image_paths=("png/{}", "{}"),
+        question_key="query",
+        answers_key="label",
     ),
     "docvqa": Benchmark(
         "anls",
         WORD_PROMPT,
         ("val_v1.0_withQT.json", "val_v1.0.json", "test_v1.0.json"),
-        id="questionId",
-        forms=("spdocvqa_images/{name}", "{}", "{name}"),
-        secret=(None,),
-        submission=("questionId", "answer"),
+        id_key="questionId",
+        image_paths=("spdocvqa_images/{name}", "{}", "{name}"),
+        hidden_answers=(None,),
+        submission_keys=("questionId", "answer"),
     ),
     "infovqa": Benchmark(
         "anls",
         WORD_PROMPT,
         ("infographic*_val_v1.0*.json", "infographic*_test_v1.0.json"),
-        id="questionId",
-        image="image_local_name",
-        forms=("infographicsvqa_images/{}", "{}"),
-        secret=(None,),
-        submission=("questionId", "answer"),
+        id_key="questionId",
+        image_key="image_local_name",
+        image_paths=("infographicsvqa_images/{}", "{}"),
+        hidden_answers=(None,),
+        submission_keys=("questionId", "answer"),
     ),
     "ai2d": Benchmark(
         "letters", LETTER_PROMPT, ("questions/*.json",), parse_ai2d, ("ai2d_test_ids.csv",)
@@ -137,101 +133,56 @@ BENCHMARKS = {
         LETTER_PROMPT,
         ("validation-*.parquet", "test-*.parquet"),
         parse_mmmu,
-        secret=("?",),
-        openly=SHORT_PROMPT,
+        open_prompt=SHORT_PROMPT,
+        hidden_answers=("?",),
     ),
     "mmstar": Benchmark(
-        "letters", LETTER_PROMPT, ("mmstar.parquet",), parse_mmstar, id="index", kind="category"
+        "letters",
+        LETTER_PROMPT,
+        ("mmstar.parquet",),
+        parse_mmstar,
+        id_key="index",
+        kind_key="category",
     ),
     "ocrbench": Benchmark(
         "ocrbench",
         files=("OCRBench.json", "test-*.parquet"),
-        id="",
-        image="image_path image",
-        forms=("OCRBench_Images/{}", "{}"),
-        kind="type question_type",
-        keep=("dataset_name dataset",),
+        id_key="",
+        image_key="image_path image",
+        image_paths=("OCRBench_Images/{}", "{}"),
+        kind_key="type question_type",
+        extra_keys=("dataset_name dataset",),
     ),
     "pope": Benchmark(
         "yesno",
         SHORT_PROMPT,
         ("coco_pope_*.json",),
         parse_split_files,
-        forms=("val2014/{}", "{}"),
-        question="text",
-        answers="label",
+        image_paths=("val2014/{}", "{}"),
+        question_key="text",
+        answers_key="label",
     ),
     "mme": Benchmark("mme", SHORT_PROMPT, ("MME_Benchmark/*.txt", "*.txt"), parse_mme),
     "mathvista": Benchmark(
         "mathvista",
         files=("testmini*.parquet", "*testmini.json"),
-        layout=parse_mathvista,
-        id="pid",
-        image="decoded_image image",
-        forms=("{}", "{name}"),
-        question="query",
-        keep=("answer_type", "precision"),
-        secret=(None, ""),
+        parse=parse_mathvista,
+        id_key="pid",
+        image_key="decoded_image image",
+        image_paths=("{}", "{name}"),
+        question_key="query",
+        extra_keys=("answer_type", "precision"),
+        hidden_answers=(None, ""),
     ),
     "realworldqa": Benchmark(
         "letters",
         files=("annotations.json*", "test-*.parquet"),
-        layout=parse_realworldqa,
-        id="",
-        forms=("images/{}", "{}"),
-        spoken=True,
+        parse=parse_realworldqa,
+        id_key="",
+        image_paths=("images/{}", "{}"),
+        choices_in_question=True,
     ),
 }
-
-
-def load_questions(name, questions, annotations="", images="", prompt=""):
-    """[{id, kind, image (refs), question (what is put to the model, <image> where a picture belongs), answers (golds; none if they are secret),
-    choices (none unless it is a matter of choosing), and what else the score needs}] of a benchmark.
-
-    questions, annotations: each a file, a folder or a zip, as its owner publishes them, or a part of these (see `sheets`). images: a folder or a
-    zip, if pictures are not beside the questions. prompt: asked in place of the benchmark's own, which stands after a question; of anybody's
-    questions, in their place. Raises UserError, naming the question, for what cannot be read or marked, a picture that is missing, an id that comes
-    again.
-    """
-    benchmark = find_benchmark(name)
-    if annotations and not benchmark.notes:
-        raise UserError(
-            f"--annotations={annotations}: of {name}, the answers are with the questions"
-        )
-    notes, *more = map(read_document, find_question_files(annotations, benchmark.notes)) if annotations else [None]
-    if more:
-        raise UserError(
-            f"--annotations={annotations} are {1 + len(more)} files: name the one that goes with the questions"
-        )
-    rows, seen, paths = [], {}, 0
-    for sheet in find_question_files(questions, benchmark.files):
-        for number, record in enumerate(read_benchmark(name, sheet, notes, annotations), 1):
-            where = f"{sheet.name}, question {number}"
-            row = make_question(benchmark, record, len(rows), prompt, where)
-            if (before := seen.setdefault(str(row["id"]), where)) != where:
-                raise UserError(f"{where}: the id {row['id']} comes again, after {before}")
-            paths += sum(isinstance(value, str) for value in row["image"])
-            rows.append(
-                row
-                | {
-                    "image": [
-                        find_image(value, benchmark.forms, sheet, images, where)
-                        for value in row["image"]
-                    ]
-                }
-            )
-    if not rows:
-        raise UserError(f"{questions} holds no questions")
-    secret = [row["id"] for row in rows if not row["answers"]]
-    if 0 < len(secret) < len(rows):
-        raise UserError(
-            f"{questions}: {len(secret):,} of {len(rows):,} questions have no answers, the first is {secret[0]}"
-        )
-    if images and not paths:
-        raise UserError(
-            f"--images={images}: no question of {questions} names a picture, each brings its own or has none"
-        )
-    return rows
 
 
 def find_benchmark(name):
@@ -240,147 +191,204 @@ def find_benchmark(name):
     return BENCHMARKS[name]
 
 
-def read_benchmark(name, sheet, notes, annotations):
-    """Of a file, in the benchmark's layout; UserError if it is in no such."""
-    try:
-        yield from BENCHMARKS[name].layout(read_document(sheet), sheet, notes)
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-        files = f"{sheet.name} and {annotations} are" if annotations else f"{sheet.name} is"
+def load_questions(name, questions, annotations="", images="", prompt=""):
+    """Returns the questions of a benchmark, a dict each:
+
+    id, kind
+    image      refs to the images
+    question   the text for the model, with <image> for each image
+    answers    the references; [] if they are not published
+    choices    [] unless it is multiple choice
+    and the benchmark's extra_keys.
+
+    questions, annotations: each a file, a folder or a zip as published, or a part of it (see
+    find_question_files). images: a folder or zip, if the images are not beside the questions.
+    prompt: replaces the benchmark's prompt; for a user's own questions, it replaces the questions.
+    Raises UserError, naming the question, for a question that cannot be parsed or scored, a missing
+    image, or a repeated id.
+    """
+    benchmark = find_benchmark(name)
+    notes = read_annotations(name, annotations) if annotations else None
+    rows, seen, path_count = [], {}, 0
+    for file in find_question_files(questions, benchmark.files):
+        records = read_benchmark(name, file, notes, annotations)
+        for number, record in enumerate(records, 1):
+            where = f"{file.name}, question {number}"
+            row = make_question(benchmark, record, len(rows), prompt, where)
+            before = seen.setdefault(str(row["id"]), where)
+            if before != where:
+                raise UserError(f"{where}: the id {row['id']} is already that of {before}")
+            path_count += sum(isinstance(value, str) for value in row["image"])
+            row["image"] = [
+                find_image(value, benchmark.image_paths, file, images, where)
+                for value in row["image"]
+            ]
+            rows.append(row)
+    if not rows:
+        raise UserError(f"{questions} has no questions")
+    hidden = [row["id"] for row in rows if not row["answers"]]
+    if 0 < len(hidden) < len(rows):
         raise UserError(
-            f"{files} not laid out as {name}'s owner does it: {type(error).__name__}: {one_line(error):.200}"
+            f"{questions}: {len(hidden):,} of {len(rows):,} questions have no answers, the first "
+            f"is {hidden[0]}"
+        )
+    if images and not path_count:
+        raise UserError(
+            f"--images={images}: no question of {questions} has the path of an image: leave it out"
+        )
+    return rows
+
+
+def read_annotations(name, annotations):
+    patterns = BENCHMARKS[name].annotation_files
+    if not patterns:
+        raise UserError(
+            f"--annotations={annotations}: the answers of {name} are in its questions: leave it out"
+        )
+    files = find_question_files(annotations, patterns)
+    if len(files) > 1:
+        raise UserError(
+            f"--annotations={annotations} has {len(files)} files: name the one of these questions"
+        )
+    return read_document(files[0])
+
+
+def read_benchmark(name, file, notes, annotations):
+    """Yields the records of a file. Raises UserError if it is not in the benchmark's format."""
+    try:
+        yield from BENCHMARKS[name].parse(read_document(file), file, notes)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        files = f"{file.name} and {annotations} are" if annotations else f"{file.name} is"
+        raise UserError(
+            f"{files} not in the format that {name} is published in: {type(error).__name__}: "
+            f"{one_line(error):.200}"
         ) from None
 
 
 def make_question(benchmark, record, count, prompt, where):
-    """A row of `read`, its pictures still as the record has them."""
+    """Returns an entry of load_questions, its images still as in the record."""
     if not isinstance(record, dict):
         raise UserError(f"{where} is not an object: {record!r:.80}")
-    told = {
-        part: first_field(record, *getattr(benchmark, part).split())
+    found = {
+        part: first_field(record, *getattr(benchmark, f"{part}_key").split())
         for part in ("id", "image", "question", "answers", "kind")
     }
-    whole = prompt if benchmark.mine else ""
-    told["id"] = told["id"] if benchmark.id else count
-    told["question"] = (
-        whole or told["question"] or (CAPTION_PROMPT if benchmark.score == "captions" else None)
-    )
-    image = (
-        []
-        if told["image"] is None
-        else told["image"]
-        if type(told["image"]) is list
-        else [told["image"]]
-    )  # a ref is a tuple
-    blind = benchmark.mine and benchmark.score != "captions"  # may be asked without a picture
-    needed = [
-        "id",
-        "question",
-        *["answers"] * (None not in benchmark.secret),
-        *["image"] * (not blind),
-    ]
-    if missing := [part for part in needed if (told | {"image": image or None})[part] is None]:
-        raise UserError(f"{where}: no {', '.join(missing)}; it has {', '.join(record)}")
-    choices, answers = (
-        [] if record.get("choices") is None else record["choices"],
-        read_references(benchmark, told["answers"]),
-    )
-    kind = "all" if told["kind"] in (None, "") else told["kind"]
-    check_labels(where, id=told["id"], kind=kind)
-    check_texts(where, question=told["question"])
-    check_texts(
-        where,
-        not benchmark.mine and benchmark.score in TEXT_METRICS,
-        answers=answers or [None] * benchmark.mine,
-    )
+    user_prompt = prompt if benchmark.from_user else ""
+    is_caption = benchmark.metric == "captions"
+    if not benchmark.id_key:
+        found["id"] = count
+    default = CAPTION_PROMPT if is_caption else None
+    found["question"] = user_prompt or found["question"] or default
+    images = found["image"]
+    if images is None:
+        images = []
+    elif type(images) is not list:  # isinstance would not do: a ref to an image is a tuple
+        images = [images]
+    check_parts(benchmark, record, found | {"image": images or None}, where)
+    choices = [] if record.get("choices") is None else record["choices"]
+    references = read_references(benchmark, found["answers"])
+    kind = "all" if found["kind"] in (None, "") else found["kind"]
+    check_labels(where, id=found["id"], kind=kind)
+    check_texts(where, question=found["question"])
+    may_be_blank = not benchmark.from_user and benchmark.metric in TEXT_METRICS
+    check_texts(where, may_be_blank, answers=references or [None] * benchmark.from_user)
     check_texts(where, True, choices=choices)
-    text = whole or format_question(
-        benchmark,
-        told["question"],
-        choices,
-        prompt or (benchmark.prompt if choices else benchmark.openly or benchmark.prompt),
-    )
-    if text.count("<image>") not in (0, len(image)):
+    default = benchmark.prompt if choices else benchmark.open_prompt or benchmark.prompt
+    text = user_prompt or format_question(benchmark, found["question"], choices, prompt or default)
+    if text.count("<image>") not in (0, len(images)):
         raise UserError(
-            f"{where}: {text.count('<image>')} <image> in its text but {len(image)} pictures"
+            f"{where}: {text.count('<image>')} <image> in its text, but {len(images)} images"
         )
-    text = text if "<image>" in text else "<image>\n" * len(image) + text
-    more = {names.split()[0]: first_field(record, *names.split()) for names in benchmark.keep}
-    row = {
-        "id": told["id"],
+    question = {
+        "id": found["id"],
         "kind": str(kind),
-        "image": image,
-        "question": text,
-        "answers": answers,
+        "image": images,
+        "question": text if "<image>" in text else "<image>\n" * len(images) + text,
+        "answers": references,
         "choices": choices,
-        **more,
     }
-    if answers:
-        metrics.check_reference(benchmark.score, row, where)
-    return row
+    for keys in benchmark.extra_keys:
+        question[keys.split()[0]] = first_field(record, *keys.split())
+    if references:
+        metrics.check_references(benchmark.metric, question, where)
+    return question
 
 
-def read_references(benchmark, told):
-    """The answers as a list of texts, of which VQAv2 has each in an object; none where the test's are secret."""
-    if benchmark.mine:
-        return told
-    if told in benchmark.secret:
+def check_parts(benchmark, record, found, where):
+    """Raises UserError for a record without a part that its benchmark needs."""
+    needed = ["id", "question"]
+    if None not in benchmark.hidden_answers:
+        needed.append("answers")
+    if not benchmark.from_user or benchmark.metric == "captions":
+        needed.append("image")
+    if missing := [part for part in needed if found[part] is None]:
+        raise UserError(f"{where}: no {', '.join(missing)}; it has {', '.join(record)}")
+
+
+def read_references(benchmark, value):
+    """Returns the reference answers as a list of texts, [] if they are hidden.
+
+    VQAv2 has each of them in an object.
+    """
+    if benchmark.from_user:
+        return value
+    if value in benchmark.hidden_answers:
         return []
-    told = (
-        told if isinstance(told, list) and told else [told]
-    )  # an empty list is no secret: it is kept, and refused
-    texts = [text.get("answer") if isinstance(text, dict) else text for text in told]
+    # An empty list does not mean hidden: it is kept, and refused later.
+    values = value if isinstance(value, list) and value else [value]
+    texts = [text.get("answer") if isinstance(text, dict) else text for text in values]
     return [str(text) if isinstance(text, int | float) else text for text in texts]
 
 
 def check_texts(where, may_be_blank=False, **parts):
-    """Raise UserError for a question that is no text, and for answers and choices that are no list of texts."""
+    """Raises UserError for a question that is no text, answers or choices that are no texts."""
     for name, value in parts.items():
-        wanted, texts = (
-            ("text that says", [value])
-            if name == "question"
-            else ("a list of texts that say", value)
-        )
+        expected, texts = "a list of non-empty texts", value
+        if name == "question":
+            expected, texts = "a non-empty text", [value]
         if not isinstance(texts, list) or not all(
             is_valid_text(text) and (may_be_blank or text.replace("<image>", "").strip())
             for text in texts
         ):
-            raise UserError(f"{where}: `{name}` should be {wanted} something, not {value!r:.80}")
+            raise UserError(f"{where}: `{name}` must be {expected}, not {value!r:.80}")
 
 
 def is_valid_text(value):
-    """Half a character of UTF-16, which JSON can spell, cannot be written or read by a tokenizer."""
+    """A lone surrogate, which JSON can hold, can be neither written nor tokenized."""
     return isinstance(value, str) and not re.search(r"[\ud800-\udfff]", value)
 
 
-def check_labels(where, **names):
-    for part, name in names.items():
-        if (
-            isinstance(name, bool)
-            or not isinstance(name, str | int | float)
-            or not (str(name).isprintable() and str(name).strip())
-        ):
+def check_labels(where, **labels):
+    for part, label in labels.items():
+        is_label = isinstance(label, str | int | float) and not isinstance(label, bool)
+        if not is_label or not (str(label).isprintable() and str(label).strip()):
             raise UserError(
-                f"{where}: `{part}` should be a number or a line of text, not {name!r:.80}"
+                f"{where}: `{part}` must be a number or a line of text, not {label!r:.80}"
             )
 
 
-def format_question(benchmark, asked, choices, prompt):
-    """A question, its choices if these decide, a line each, and how to answer unless it says so already."""
+def format_question(benchmark, question, choices, prompt):
+    """Returns the question, its choices a line each, and the prompt, unless it has them already."""
     if len(choices) > len(LETTERS):
         raise UserError(
-            f"a question has {len(choices)} choices, the letters are {len(LETTERS)}: {asked[:80]!r}"
+            f"a question has {len(choices)} choices, but there are {len(LETTERS)} letters: "
+            f"{question[:80]!r}"
         )
-    listed = choices if benchmark.score in ("letters", "mmmu") and not benchmark.spoken else []
-    lines = [asked, *(f"{LETTERS[i]}. {choice}" for i, choice in enumerate(listed))]
-    return "\n".join(lines if not prompt or asked.endswith(prompt) else [*lines, prompt])
+    if benchmark.metric not in ("letters", "mmmu") or benchmark.choices_in_question:
+        choices = []
+    lines = [question, *(f"{LETTERS[i]}. {choice}" for i, choice in enumerate(choices))]
+    return "\n".join(lines if not prompt or question.endswith(prompt) else [*lines, prompt])
 
 
-def format_submission(name, rows):
-    """What is handed in where the answers are secret, as JSON; rows: an id and an answer each."""
-    names = find_benchmark(name).submission
-    if not names:
-        known = ", ".join(other for other, benchmark in BENCHMARKS.items() if benchmark.submission)
-        raise UserError(f"--submission: {name} has no form of its own; {known} have")
+def format_submission(name, results):
+    """Returns the JSON that a benchmark's owner scores, if the references are not published.
+
+    results: dicts with an id and an answer.
+    """
+    keys = find_benchmark(name).submission_keys
+    if not keys:
+        known = [other for other, benchmark in BENCHMARKS.items() if benchmark.submission_keys]
+        raise UserError(f"--submission: {name} has no submission format; {', '.join(known)} have")
     return json.dumps(
-        [dict(zip(names, (row["id"], row["answer"].strip()), strict=True)) for row in rows]
+        [dict(zip(keys, (row["id"], row["answer"].strip()), strict=True)) for row in results]
     )

@@ -1,4 +1,7 @@
-"""CIDEr-D: how like the captions that people gave a picture a caption is, words counting the more the fewer pictures they are said of."""
+"""CIDEr-D: how similar a caption is to the captions that people wrote for an image.
+
+A word counts more the fewer images have it in their captions (its idf).
+"""
 
 import math
 import re
@@ -6,6 +9,7 @@ from collections import Counter
 
 from .. import UserError
 
+# pycocoevalcap keeps brackets: they are -lrb- here, but its list of removed tokens has -LRB-.
 BRACKETS = {
     "(": "-lrb-",
     ")": "-rrb-",
@@ -13,79 +17,86 @@ BRACKETS = {
     "]": "-rsb-",
     "{": "-lcb-",
     "}": "-rcb-",
-}  # kept: the list of what is dropped has -LRB-
-CLITIC = r"(?:n't|'(?:s|m|d|ll|ve|re))(?!\w)"
-TOKEN = re.compile(
+}
+CONTRACTION = r"(?:n't|'(?:s|m|d|ll|ve|re))(?!\w)"
+ABBREVIATIONS = (
+    "mr|mrs|ms|dr|prof|st|ave|jr|sr|inc|corp|ltd|vs|etc"
+    r"|jan|feb|mar|apr|aug|sept?|oct|nov|dec|ph\.d"
+)
+TOKEN_PATTERN = re.compile(
     rf"""
-    (?:[a-z]\.){{2,}} | (?:mr|mrs|ms|dr|prof|st|ave|jr|sr|inc|corp|ltd|vs|etc|jan|feb|mar|apr|aug|sept?|oct|nov|dec|ph\.d)\. | no\.(?=\s*\d)
-    | can(?=not\b) | (?:gon|wan)(?=na\b) | got(?=ta\b) | y'(?=all\b) | lem(?=me\b) | gim(?=me\b) | 't(?=is\b|was\b)
-    | {CLITIC} | '\d\ds?\b | o'clock\b | ma'am\b | d'oh\b
+    (?:[a-z]\.){{2,}} | (?:{ABBREVIATIONS})\. | no\.(?=\s*\d)
+    | can(?=not\b) | (?:gon|wan)(?=na\b) | got(?=ta\b)
+    | y'(?=all\b) | lem(?=me\b) | gim(?=me\b) | 't(?=is\b|was\b)
+    | {CONTRACTION} | '\d\ds?\b | o'clock\b | ma'am\b | d'oh\b
     | \d+(?:[.,:/]\d+)*(?:-?\w+(?:-\w+)*)?
-    | @?\w(?:(?!{CLITIC})(?:\w|[-./](?=\w)|'(?=\w)))*
+    | @?\w(?:(?!{CONTRACTION})(?:\w|[-./](?=\w)|'(?=\w)))*
     | \*+ | [^\s\w]""",
     re.VERBOSE,
 )
-DROPPED = set("`'\".?!,:-;\u2018\u2019\u201c\u201d\u2013\u2014\u2026")
+PUNCTUATION = set("`'\".?!,:-;\u2018\u2019\u201c\u201d\u2013\u2014\u2026")
 
 
-def words(text):
-    """A caption's tokens as pycocoevalcap compares them: Stanford's PTBTokenizer's, lower-cased (don't is do n't, man's is man 's), less punctuation.
+def tokenize_caption(text):
+    """Returns a caption's tokens as pycocoevalcap compares them.
 
-    Theirs is a Java program; this one says the same of captions, and differs on smileys, <tags>, web addresses and the like.
+    These are the tokens of Stanford's PTBTokenizer in lower case, without punctuation: don't is do
+    n't, man's is man 's. That one is a Java program; this one is equal on captions, and differs on
+    smileys, <tags>, web addresses and the like.
     """
-    return [
-        BRACKETS.get(token, token)
-        for token in TOKEN.findall(text.lower().replace("\u2019", "'"))
-        if token not in DROPPED
-    ]
+    tokens = TOKEN_PATTERN.findall(text.lower().replace("\u2019", "'"))
+    return [BRACKETS.get(token, token) for token in tokens if token not in PUNCTUATION]
 
 
-def cider(answers, golds):
-    """(CIDEr-D of all, of each picture), as in pycocoevalcap: n = 4, sigma = 6, times 10, over tokens of `words`.
+def cider_scores(answers, references):
+    """Returns (CIDEr-D of all, [CIDEr-D of each image]) as in pycocoevalcap: n = 4, sigma = 6,
+    times 10.
 
-    A word's weight comes from how many of these pictures' references have it: scores of two sets of pictures, or of a part, cannot be compared.
+    references: a list of captions per image. The word weights depend on all of them, so that scores
+    over other images, or over a part of these, cannot be compared.
     """
-    if bare := sum(not texts for texts in golds):
-        raise UserError(f"{bare} of {len(golds)} pictures have no caption to compare with")
-    tests, references = (
-        [grams(answer) for answer in answers],
-        [[grams(text) for text in texts] for texts in golds],
-    )
-    pictures = Counter(gram for texts in references for gram in set().union(*texts))
-    idf = {gram: math.log(len(golds) / count) for gram, count in pictures.items()}
-    unseen = math.log(len(golds))
+    if missing := sum(not texts for texts in references):
+        raise UserError(f"{missing} of {len(references)} images have no reference caption")
+    answer_counts = [count_ngrams(answer) for answer in answers]
+    reference_counts = [[count_ngrams(text) for text in texts] for texts in references]
+    image_counts = Counter()
+    for counts in reference_counts:
+        image_counts.update(set().union(*counts))
+    idf = {ngram: math.log(len(references) / count) for ngram, count in image_counts.items()}
+    max_idf = math.log(len(references))  # of an n-gram that no reference has
 
-    def weigh(counts):
-        vector = {gram: count * idf.get(gram, unseen) for gram, count in counts.items()}
-        norms = [
-            math.sqrt(sum(weight**2 for gram, weight in vector.items() if len(gram) == n))
-            for n in range(1, 5)
-        ]
-        return (
-            vector,
-            norms,
-            sum(count for gram, count in counts.items() if len(gram) == 2),
-        )  # pycocoevalcap's length: pairs of words
+    def weight_ngrams(counts):
+        weights = {ngram: count * idf.get(ngram, max_idf) for ngram, count in counts.items()}
+        norms = []
+        for n in range(1, 5):
+            squares = (weight**2 for ngram, weight in weights.items() if len(ngram) == n)
+            norms.append(math.sqrt(sum(squares)))
+        # pycocoevalcap's length of a caption is its number of word pairs.
+        length = sum(count for ngram, count in counts.items() if len(ngram) == 2)
+        return weights, norms, length
 
-    def alike(test, reference):
-        (vector, norms, length), (wanted, sizes, size) = test, reference
+    def similarity(answer, reference):
+        (weights, norms, length), (ref_weights, ref_norms, ref_length) = answer, reference
         dots = [0.0] * 4
-        for gram in vector.keys() & wanted.keys():
-            dots[len(gram) - 1] += min(vector[gram], wanted[gram]) * wanted[gram]
+        for ngram in weights.keys() & ref_weights.keys():
+            weight = ref_weights[ngram]
+            dots[len(ngram) - 1] += min(weights[ngram], weight) * weight
         cosines = (
-            dot / (a * b) if a and b else 0.0 for dot, a, b in zip(dots, norms, sizes, strict=True)
+            dot / (a * b) if a and b else 0.0
+            for dot, a, b in zip(dots, norms, ref_norms, strict=True)
         )
-        return math.exp(-((length - size) ** 2) / (2 * 6**2)) * sum(cosines) / 4
+        return math.exp(-((length - ref_length) ** 2) / (2 * 6**2)) * sum(cosines) / 4
 
     scores = []
-    for test, texts in zip(map(weigh, tests), references, strict=True):
-        scores.append(10 * sum(alike(test, weigh(text)) for text in texts) / len(texts))
+    for answer, counts in zip(map(weight_ngrams, answer_counts), reference_counts, strict=True):
+        total = sum(similarity(answer, weight_ngrams(count)) for count in counts)
+        scores.append(10 * total / len(counts))
     return sum(scores) / len(scores), scores
 
 
-def grams(text):
-    """How often each run of one to four words comes in a text."""
-    tokens = words(text)
+def count_ngrams(text):
+    """Returns how often each sequence of one to four words occurs in a text."""
+    tokens = tokenize_caption(text)
     return Counter(
         tuple(tokens[i : i + n]) for n in range(1, 5) for i in range(len(tokens) - n + 1)
     )

@@ -1,7 +1,8 @@
-"""How answers are marked: each benchmark by its owners' own rule. Pure functions of text; nothing here knows a model or a file.
+"""The score of an answer, by each benchmark's own rule: pure functions of text.
 
-A score takes (answer, golds, question) and gives 0 to 1, or None where the answer names none of what was asked for: that counts as 0, is told as a
-share, and is never guessed. question holds what else a rule needs (`choices`, `precision`, ...). Captions are marked all at once: see `cider`.
+A metric takes (answer, references, question) and returns a score from 0 to 1, or None if the answer
+cannot be parsed: that counts as 0, and the table has its share. question holds what else the rule
+needs (`choices`, `precision`, ...). Captions are scored all at once: see cider.py.
 """
 
 import json
@@ -12,9 +13,10 @@ from collections import Counter
 import numpy as np
 
 from .. import UserError
-from .cider import cider
+from .cider import cider_scores
 
-NUMBER = r"[-+]?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+|(?=\.\d))(?:\.\d*)?(?:[eE][-+]?\d+)?"  # 1,000 is a number, as are .5, -3 and 1e3; 1,00 is none
+# 1,000 is a number, as are .5, -3 and 1e3; 1,00 is none.
+NUMBER = r"[-+]?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+|(?=\.\d))(?:\.\d*)?(?:[eE][-+]?\d+)?"
 NUMBER_WORDS = {
     word: str(i)
     for i, word in enumerate(
@@ -23,13 +25,16 @@ NUMBER_WORDS = {
 }
 NUMBER_WORDS["none"] = "0"
 FULL_FORMS = """
-    ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've he's how'd how'll how's
-    isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've needn't not've o'clock oughtn't 'ow's'at shan't she'd've
-    should've shouldn't shouldn't've somebody'd've somebody'll somebody's someone'd someone'd've someone'll someone's something'd something'd've
-    something'll that's there'd there'd've there're there's they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll
-    what're what's what've when's where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't would've wouldn't
-    wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you've"""
-# vqaEval.py's table: each as it is written with one apostrophe left out; the last pair is its own slip
+    ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't
+    haven't he'd he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've
+    might've mustn't must've needn't not've o'clock oughtn't 'ow's'at shan't she'd've should've
+    shouldn't shouldn't've somebody'd've somebody'll somebody's someone'd someone'd've someone'll
+    someone's something'd something'd've something'll that's there'd there'd've there're there's
+    they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll what're
+    what's what've when's where'd where's where've who'd who'd've who'll who's who've why'll why're
+    why's won't would've wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're
+    you've"""
+# vqaEval.py's table: each full form without one of its apostrophes. The last pair is its own error.
 CONTRACTIONS = {
     full[:i] + full[i + 1 :]: full
     for full in FULL_FORMS.split()
@@ -38,82 +43,91 @@ CONTRACTIONS = {
 } | {"somebody'd": "somebodyd"}
 
 
-# ---- by comparing texts ----
+# ---- metrics that compare texts ----
 
 
-def exact_match(answer, golds, question=None):
-    """1.0 if the answer is one of the golds letter for letter, white space at the ends aside."""
-    return float(answer.strip() in [gold.strip() for gold in golds])
+def exact_match(answer, references, question=None):
+    """Returns 1.0 if the answer equals a reference, apart from white space at the ends."""
+    return float(answer.strip() in [reference.strip() for reference in references])
 
 
-def contains_reference(answer, golds, question=None):
-    """1.0 if one of the golds stands in the answer as whole words, whatever their case: "a photo of a cat." names a cat, "a catfish" does not."""
-    return float(
-        any(
-            re.search(rf"(?<!\w){re.escape(gold.strip())}(?!\w)", answer, re.IGNORECASE)
-            for gold in golds
-            if gold.strip()
-        )
-    )
+def contains_reference(answer, references, question=None):
+    """Returns 1.0 if the answer contains a reference as whole words, in any case.
 
-
-def vqa_accuracy(answer, golds, question=None):
-    """VQA accuracy (GT-Vision-Lab/VQA, vqaEval.py): for each of the ten people min(1, matches among the other nine / 3), averaged.
-
-    Texts are normalised only where the people do not all say the same: a question about written text is to be answered as it is written.
+    "A photo of a cat." contains "cat", "a catfish" does not.
     """
-    answer, *golds = (
-        text.replace("\n", " ").replace("\t", " ").strip() for text in (answer, *golds)
+    for reference in map(str.strip, references):
+        pattern = rf"(?<!\w){re.escape(reference)}(?!\w)"
+        if reference and re.search(pattern, answer, re.IGNORECASE):
+            return 1.0
+    return 0.0
+
+
+def vqa_accuracy(answer, references, question=None):
+    """Returns the VQA accuracy (GT-Vision-Lab/VQA, vqaEval.py).
+
+    For each of the ten references: min(1, matches among the other nine / 3); then their mean. Texts
+    are normalized only if the references differ: a question about written text asks for the text
+    as it is written.
+    """
+    answer, *references = (
+        text.replace("\n", " ").replace("\t", " ").strip() for text in (answer, *references)
     )
-    if len(set(golds)) > 1:
-        answer, *golds = map(normalize_vqa, (answer, *golds))
-    return vote_accuracy(answer, golds)
+    if len(set(references)) > 1:
+        answer, *references = map(normalize_vqa, (answer, *references))
+    return vote_accuracy(answer, references)
 
 
-def textvqa_accuracy(answer, golds, question=None):
-    """VQA accuracy as TextVQA's owners mark it (Pythia, m4c_evaluators.py): always normalised, and `,`, `?` and a possessive 's taken off first."""
-    tidy = (
+def textvqa_accuracy(answer, references, question=None):
+    """Returns the VQA accuracy of TextVQA (Pythia, m4c_evaluators.py).
+
+    Texts are always normalized; before that, `,`, `?` and a possessive 's are removed.
+    """
+    clean = (
         text.lower().replace(",", "").replace("?", "").replace("'s", " 's")
-        for text in (answer, *golds)
+        for text in (answer, *references)
     )
-    answer, *golds = (normalize_vqa(text.replace("\n", " ").replace("\t", " ").strip()) for text in tidy)
-    return vote_accuracy(answer, golds)
+    answer, *references = (
+        normalize_vqa(text.replace("\n", " ").replace("\t", " ").strip()) for text in clean
+    )
+    return vote_accuracy(answer, references)
 
 
-def vote_accuracy(answer, golds):
-    n = golds.count(answer)  # of these, each sees n - 1 among the others, and everybody else n
-    return (n * min(1, (n - 1) / 3) + (len(golds) - n) * min(1, n / 3)) / len(golds)
+def vote_accuracy(answer, references):
+    # A reference that equals the answer has n - 1 matches among the others, any other has n.
+    n = references.count(answer)
+    return (n * min(1, (n - 1) / 3) + (len(references) - n) * min(1, n / 3)) / len(references)
 
 
 def normalize_vqa(text):
-    """A text after the VQA script's normalisation: punctuation, then case, number words, articles, contractions."""
-    glued, kept = re.search(r"\d,\d", text), text
+    """Returns the text as the VQA script normalizes it: punctuation, case, number words, articles
+    and contractions, in this order."""
+    has_comma, result = re.search(r"\d,\d", text), text
     for mark in ';/[]"{}()=+\\_-><@`,?!':
-        kept = kept.replace(mark, "" if glued or f"{mark} " in text or f" {mark}" in text else " ")
-    kept = re.sub(
-        r"\.(?!\d)", "", kept, count=32
-    )  # the script hands re.UNICODE, which is 32, to where the count belongs
-    spoken = (NUMBER_WORDS.get(word, word) for word in kept.lower().split())
+        removed = has_comma or f"{mark} " in text or f" {mark}" in text
+        result = result.replace(mark, "" if removed else " ")
+    # The script passes re.UNICODE, which is 32, as the count.
+    result = re.sub(r"\.(?!\d)", "", result, count=32)
+    words = (NUMBER_WORDS.get(word, word) for word in result.lower().split())
     return " ".join(
-        CONTRACTIONS.get(word, word) for word in spoken if word not in ("a", "an", "the")
+        CONTRACTIONS.get(word, word) for word in words if word not in ("a", "an", "the")
     )
 
 
-def relaxed_accuracy(answer, golds, question=None):
-    """ChartQA's relaxed accuracy: a number within 5% of a gold that is one, else the same text whatever its case. 50% is 0.5; a year is a number.
+def relaxed_accuracy(answer, references, question=None):
+    """Returns ChartQA's relaxed accuracy: a number may differ by 5% from a reference.
 
-    As in pix2struct's metrics.py, where a gold of 0 is a text. Thousands may have commas there as here.
+    Other texts must be equal, in any case. 50% is 0.5; a year is a number. As in pix2struct's
+    metrics.py, a reference of 0 is a text. Numbers may have thousands separators in both.
     """
 
-    def right(said, gold):
-        value, wanted = parse_number(said), parse_number(gold)
-        return (
-            abs(value - wanted) / abs(wanted) <= 0.05
-            if value is not None and wanted
-            else said.lower() == gold.lower()
-        )
+    def matches(text, reference):
+        value, expected = parse_number(text), parse_number(reference)
+        if value is None or not expected:
+            return text.lower() == reference.lower()
+        return abs(value - expected) / abs(expected) <= 0.05
 
-    return float(any(right(answer.strip(), gold.strip()) for gold in golds))
+    return float(any(matches(answer.strip(), reference.strip()) for reference in references))
 
 
 def parse_number(text):
@@ -121,145 +135,176 @@ def parse_number(text):
     return float(found[1].replace(",", "")) / (100 if found[2] else 1) if found else None
 
 
-def levenshtein_score(answer, golds, question=None):
-    """Average normalised Levenshtein similarity (DocVQA, InfoVQA): 1 - NL if NL < 0.5 else 0, the best over golds; case and ends aside, no more."""
+def levenshtein_score(answer, references, question=None):
+    """Returns the average normalized Levenshtein similarity, ANLS (DocVQA, InfoVQA).
+
+    With the normalized distance NL: 1 - NL if NL < 0.5, else 0; the best over all references. Case
+    and white space at the ends do not count.
+    """
     answer = answer.strip().lower()
-    return max((levenshtein_similarity(answer, gold.strip().lower()) for gold in golds), default=0.0)
+    return max(
+        (levenshtein_similarity(answer, text.strip().lower()) for text in references), default=0.0
+    )
 
 
 def levenshtein_similarity(left, right):
     longer = max(len(left), len(right))
-    if (
-        2 * abs(len(left) - len(right)) >= longer > 0
-    ):  # as many edits at least as the lengths differ by
+    # The distance is at least the difference of the lengths.
+    if 2 * abs(len(left) - len(right)) >= longer > 0:
         return 0.0
-    row = list(range(len(right) + 1))
+    costs = list(range(len(right) + 1))
     for i, letter in enumerate(left, 1):
-        above, row = row, [i]
+        previous, costs = costs, [i]
         for j, other in enumerate(right, 1):
-            row.append(min(above[j] + 1, row[-1] + 1, above[j - 1] + (letter != other)))
-    distance = row[-1] / longer if longer else 0.0
+            replace = previous[j - 1] + (letter != other)
+            costs.append(min(previous[j] + 1, costs[-1] + 1, replace))
+    distance = costs[-1] / longer if longer else 0.0
     return 1 - distance if distance < 0.5 else 0.0
 
 
-def ocrbench_score(answer, golds, question):
-    """1.0 if the answer contains a gold, whatever their case; of a formula (dataset_name HME100k) with its case and without its spaces."""
-    formula = question["dataset_name"] == "HME100k"
+def ocrbench_score(answer, references, question):
+    """Returns 1.0 if the answer contains a reference, in any case.
 
-    def tidy(text):
+    A formula (dataset_name HME100k) is compared with its case and without its spaces.
+    """
+    is_formula = question["dataset_name"] == "HME100k"
+
+    def normalize(text):
         text = text.strip().replace("\n", " ")
-        return text.replace(" ", "") if formula else text.lower()
+        return text.replace(" ", "") if is_formula else text.lower()
 
-    return float(any(tidy(gold) in tidy(answer) for gold in golds))
-
-
-# ---- by reading what was chosen ----
+    return float(any(normalize(reference) in normalize(answer) for reference in references))
 
 
-def pope_score(answer, golds, question=None):
-    """POPE: whether the answer says what the gold says (see `said`)."""
-    return (
-        None
-        if (word := parse_yes_no(answer)) is None
-        else float(word in [gold.strip().lower() for gold in golds])
-    )
+# ---- metrics that parse what the answer chooses ----
+
+
+def pope_score(answer, references, question=None):
+    """Returns 1.0 if the answer's yes or no (see parse_yes_no) is a reference."""
+    word = parse_yes_no(answer)
+    return None if word is None else float(word in [text.strip().lower() for text in references])
 
 
 def parse_yes_no(answer):
-    """ "no" if the first sentence has the word no or not, else "yes" if it has the word yes, else None (which POPE's own script takes for yes)."""
-    spoken = re.findall(r"\w+", answer.partition(".")[0].lower())
-    return "no" if {"no", "not"} & set(spoken) else "yes" if "yes" in spoken else None
+    """Returns "no" if the first sentence has the word no or not, "yes" if it only has yes, or None.
+
+    POPE's own script counts None as yes.
+    """
+    words = re.findall(r"\w+", answer.partition(".")[0].lower())
+    return "no" if {"no", "not"} & set(words) else "yes" if "yes" in words else None
 
 
-def mme_score(answer, golds, question=None):
-    """MME: the answer's first word, yes or no (its script looks at four letters, and finds a no in "not" and in "noti")."""
+def mme_score(answer, references, question=None):
+    """Returns 1.0 if the answer's first word, yes or no, is a reference.
+
+    MME's script compares four letters, and takes "not" and "noti" for a no.
+    """
     word = re.match(r"\W*(yes|no)(?!\w)", answer.lower())
-    return float(word[1] in [gold.strip().lower() for gold in golds]) if word else None
+    return float(word[1] in [text.strip().lower() for text in references]) if word else None
 
 
-def letter_score(answer, golds, question):
-    """Multiple choice: 1.0 if the letter that the answer names is a gold. Golds that are no letters are compared as texts, whatever their case."""
-    if not all(re.fullmatch("[A-Z]", gold.strip()) for gold in golds):
-        return float(strip_punctuation(answer) in map(strip_punctuation, golds))
+def letter_score(answer, references, question):
+    """Multiple choice: returns 1.0 if the answer's letter is a reference.
+
+    References that are no letters are compared as texts, in any case.
+    """
+    if not all(re.fullmatch("[A-Z]", reference.strip()) for reference in references):
+        return float(strip_punctuation(answer) in map(strip_punctuation, references))
     letter = extract_choice(answer, question.get("choices") or [])
-    return None if letter is None else float(letter in [gold.strip() for gold in golds])
+    return None if letter is None else float(letter in [text.strip() for text in references])
 
 
 def extract_choice(answer, choices):
-    """The letter that an answer names, or None. The first of these that finds any decides, and names none where it finds two:
+    """Returns the letter that an answer chooses, or None.
 
-    nothing but a letter (B, b, "B.", (B)); one after the word answer, option or choice (the answer is B, "Answer: (B)"); one in brackets, or one that
-    opens the answer with a mark behind it ("B. the cat", "B: the cat"); a choice's own text, alone or after "the answer is".
-    Before a word, A is an article and I a person, unless the word is because. A letter past the last choice is none; where choices are not known,
-    A to Z are.
+    The first of these patterns that is found decides; if it is found with two letters, none is
+    chosen:
+
+    1. nothing but a letter: B, b, "B.", (B)
+    2. a letter after the word answer, option or choice: the answer is B, "Answer: (B)"
+    3. a letter in brackets, or at the start with a mark after it: "B. the cat", "B: the cat"
+    4. a choice's text, alone or after "the answer is"
+
+    Before a word, A is an article and I a pronoun, except before "because". A letter after the last
+    choice is no choice; if the choices are not known, A to Z are.
     """
     known = "".join(chr(65 + i) for i in range(len(choices) or 26))
     text = answer.strip()
     alone = re.findall(r"^\W*([A-Za-z])\W*$", text)
-    told = re.findall(
-        r"\b(?:[Aa]nswer|[Oo]ption|[Cc]hoice)(?:\s+is|\s*:)*\s*[\"'(*]*\b([A-Z])\b(?!['’])(?!(?<=[AI])\s+(?!because\b)[a-z])",
+    named = re.findall(
+        r"\b(?:[Aa]nswer|[Oo]ption|[Cc]hoice)(?:\s+is|\s*:)*\s*[\"'(*]*"
+        r"\b([A-Z])\b(?!['’])(?!(?<=[AI])\s+(?!because\b)[a-z])",
         text,
     )
     marked = re.findall(r"\(([A-Z])\)", text) + re.findall(r"^([A-Z])\s*[).:\n]", text)
-    for found in ([letter.upper() for letter in alone], told, marked):
+    for found in ([letter.upper() for letter in alone], named, marked):
         if found:
             return found[0] if len(set(found)) == 1 and found[0] in known else None
-    said_so = strip_punctuation(
-        re.sub(r"^(?:the )?(?:correct )?answer(?: is:?|:)\s+", "", text, flags=re.IGNORECASE)
-    )
-    own = [
-        letter for letter, choice in zip(known, choices, strict=False) if strip_punctuation(choice) == said_so
+    prefix = r"^(?:the )?(?:correct )?answer(?: is:?|:)\s+"
+    content = strip_punctuation(re.sub(prefix, "", text, flags=re.IGNORECASE))
+    equal = [
+        letter
+        for letter, choice in zip(known, choices, strict=False)
+        if strip_punctuation(choice) == content
     ]
-    return own[0] if len(own) == 1 else None
+    return equal[0] if len(equal) == 1 else None
 
 
 def strip_punctuation(text):
-    """Lower case, without quotes, brackets and the end of a sentence around it."""
+    """Returns the text in lower case, without quotes, brackets and the end of a sentence."""
     return text.strip().strip("\"'`()[]").rstrip(".!?;:,").strip().lower()
 
 
-MMMU_NUMBERS = (
+MMMU_NUMBERS = (  # eval_utils.py's patterns: with commas, in scientific notation, simple
     r"-?\b\d{1,3}(?:,\d{3})+\b",
     r"-?\d+(?:\.\d+)?[eE][+-]?\d+",
     r"-?(?:\d+\.\d+|\.\d+|\d+\b)(?![eE][+-]?\d+)(?![,\d])",
-)  # MMMU's numbers
+)
 
 
-def mmmu_score(answer, golds, question):
-    """MMMU (its eval_utils.py): letters where there are choices; else open, right if a part of the answer holds a gold or a number in it is one."""
+def mmmu_score(answer, references, question):
+    """MMMU (its eval_utils.py): multiple choice if the question has choices, else open.
+
+    An open answer is right if one of its responses contains a reference, or a number in it equals
+    one.
+    """
     if question.get("choices"):
-        return letter_score(answer, golds, question)
-    parts = extract_responses(answer.strip().strip(".").lower())
-    figures = [
-        found for part in parts for pattern in MMMU_NUMBERS for found in re.findall(pattern, part)
-    ]
-    wanted, given = (
-        [form for text in texts for form in normalize_mmmu(text)] for texts in (golds, parts + figures)
-    )
-    held = any(
-        gold in part
-        for part in given
-        for gold in wanted
-        if isinstance(part, str) and isinstance(gold, str)
-    )
-    return float(held or any(part in wanted for part in given if isinstance(part, float)))
+        return letter_score(answer, references, question)
+    responses = extract_responses(answer.strip().strip(".").lower())
+    numbers = []
+    for response in responses:
+        for pattern in MMMU_NUMBERS:
+            numbers += re.findall(pattern, response)
+    expected = [form for text in references for form in normalize_mmmu(text)]
+    found = [form for text in responses + numbers for form in normalize_mmmu(text)]
+    for form in found:
+        if isinstance(form, float) and form in expected:
+            return 1.0
+        if isinstance(form, str) and any(isinstance(e, str) and e in form for e in expected):
+            return 1.0
+    return 0.0
 
 
 def extract_responses(answer):
-    """Of each line the shortest text after a word that announces an answer; the whole answer if there is none."""
-    lines, found = answer.split("\n"), []
-    signs = ["could be ", "so ", "is ", "thus ", "therefore ", "final ", "answer ", "result "]
+    """Returns the shortest text after a word that announces an answer, for each line that has one;
+    the whole answer if no line has."""
+    lines, responses = answer.split("\n"), []
+    keywords = ["could be ", "so ", "is ", "thus ", "therefore ", "final ", "answer ", "result "]
     for i, line in enumerate(lines):
         short = ""
-        for sign in signs + ["="] * (i == len(lines) - 1):
-            tail = line.split(sign)[-1].strip() if sign in line else short
+        for keyword in keywords + ["="] * (i == len(lines) - 1):
+            tail = line.split(keyword)[-1].strip() if keyword in line else short
             short = tail if not short or len(tail) < len(short) else short
-        found += [short] if short not in ("", *":,.!?;'") else []
-    return found or [answer]
+        responses += [short] if short not in ("", *":,.!?;'") else []
+    return responses or [answer]
 
 
 def normalize_mmmu(text):
-    """A number to two places; or the text in lower case, and if it is one letter, with the space on either side that keeps it a word."""
+    """Returns the forms in which a text is compared, in a list.
+
+    A number is rounded to two places. A text is in lower case; a single letter gets a space before
+    or after it, so that it is found as a word.
+    """
     text = text.strip()
     try:
         return [round(float(text.replace(",", "")), 2)]
@@ -267,28 +312,35 @@ def normalize_mmmu(text):
         return [f" {text.lower()}", f"{text.lower()} "] if len(text) == 1 else [text.lower()]
 
 
-def mathvista_score(answer, golds, question):
-    """MathVista, whose owners let a language model extract the answer; here it is read, and None where it cannot be.
+def mathvista_score(answer, references, question):
+    """MathVista: returns 1.0 if what the answer contains equals the reference as a text.
 
-    With choices: the choice that `chosen` finds. Else the number (answer_type integer: its whole part; float: to `precision` places) or the list in
-    brackets that stands after "answer is", else at the end after "=", else is the only one there. Compared with the gold as texts, as the owners do.
+    Its owners let a language model extract it; here patterns do, and the score is None if they find
+    none. With choices: the choice that extract_choice finds. Without: the number (answer_type
+    integer: its integer part; float: rounded to `precision` places) or the list in brackets that
+    stands after "answer is", else at the end after "=", else is the only one.
     """
-    gold, text, choices = golds[0].strip(), answer.strip(), question.get("choices") or []
+    reference, text = references[0].strip(), answer.strip()
+    choices = question.get("choices") or []
     if choices:
         letter = extract_choice(text, choices)
-        return None if letter is None else float(choices[ord(letter) - 65].strip() == gold)
+        return None if letter is None else float(choices[ord(letter) - 65].strip() == reference)
     kind = question["answer_type"]
     if kind == "text":
-        return float(strip_punctuation(text) == strip_punctuation(gold))
-    pattern = r"\[[^\[\]]*\]" if kind == "list" else rf"(?<![\w.]){NUMBER}(?!\w)"
-    ways = (rf"answer(?:\s+is|\s*:)+\s*\$?({pattern})", rf"=\s*\$?({pattern})\W*$", pattern)
-    found = next(
-        (found for way in ways if (found := set(re.findall(way, text, re.IGNORECASE)))), ()
-    )
-    return None if len(found) != 1 else float(format_number(found.pop(), kind, question) == gold)
+        return float(strip_punctuation(text) == strip_punctuation(reference))
+    value = r"\[[^\[\]]*\]" if kind == "list" else rf"(?<![\w.]){NUMBER}(?!\w)"
+    patterns = (rf"answer(?:\s+is|\s*:)+\s*\$?({value})", rf"=\s*\$?({value})\W*$", value)
+    for pattern in patterns:
+        found = set(re.findall(pattern, text, re.IGNORECASE))
+        if found:
+            break
+    if len(found) != 1:
+        return None
+    return float(format_value(found.pop(), kind, question) == reference)
 
 
-def format_number(found, kind, question):
+def format_value(found, kind, question):
+    """Returns a number or list as MathVista's references are written."""
     if kind == "list":
         try:
             return str(json.loads(found))
@@ -314,53 +366,51 @@ METRICS = {
 }
 
 
-def score_answers(score, answers, questions):
-    """The scores of answers to questions: each by SCORES[score]; captions per picture, by `cider` over all. UserError for what cannot be marked so."""
-    if score == "captions":
-        return cider(answers, [question["answers"] for question in questions])[1]
+def score_answers(metric, answers, questions):
+    """Returns the score of each answer, by METRICS[metric]; for captions, its CIDEr-D.
+
+    Raises UserError for a question that the metric cannot score.
+    """
+    if metric == "captions":
+        return cider_scores(answers, [question["answers"] for question in questions])[1]
     for question in questions:
-        check_reference(score, question, f"question {question.get('id')}")
+        check_references(metric, question, f"question {question.get('id')}")
     return [
-        METRICS[score](answer, question["answers"], question)
+        METRICS[metric](answer, question["answers"], question)
         for answer, question in zip(answers, questions, strict=True)
     ]
 
 
-def check_reference(score, question, where):
-    """Raise UserError for a question that a score cannot mark, or of which a right answer would never be marked as one."""
-    golds, letters = (
-        [gold.strip() for gold in question["answers"]],
-        string.ascii_uppercase[: len(question.get("choices") or [])],
-    )
-    needed, kind, places = (
-        {"ocrbench": "dataset_name", "mathvista": "answer_type"}.get(score),
-        question.get("answer_type"),
-        question.get("precision"),
-    )
+def check_references(metric, question, where):
+    """Raises UserError for a question that a metric cannot score, or whose references no answer can
+    match."""
+    references = [reference.strip() for reference in question["answers"]]
+    letters = string.ascii_uppercase[: len(question.get("choices") or [])]
+    needed = {"ocrbench": "dataset_name", "mathvista": "answer_type"}.get(metric)
+    kind, places = question.get("answer_type"), question.get("precision")
     if needed and question.get(needed) is None:
-        raise UserError(f"{where} has no {needed}, without which {score} cannot mark it")
-    if (
-        score == "mathvista"
-        and not letters
-        and kind not in ("integer", "list")
-        and (kind != "float" or places not in range(10))
-    ):
+        raise UserError(f"{where} has no {needed}, which the metric {metric} needs")
+    is_number = kind in ("integer", "list") or (kind == "float" and places in range(10))
+    if metric == "mathvista" and not letters and not is_number:
         raise UserError(
-            f"{where} has no choices, and its answer_type, {kind!r:.40}, and precision, {places!r:.40}, tell no kind of number"
+            f"{where} has no choices, so that its answer_type must be integer, list, or float with "
+            f"a precision from 0 to 9, not {kind!r:.40} with {places!r:.40}"
         )
-    if score in ("vqa", "textvqa") and len(golds) < 4:
+    if metric in ("vqa", "textvqa") and len(references) < 4:
         raise UserError(
-            f"{where} has {len(golds)} right answers, but VQA accuracy asks if three other people agree: mark by `exact`"
+            f"{where} has {len(references)} reference answers, but VQA accuracy needs at least 4: "
+            "use --benchmark=exact"
         )
-    if score in ("yesno", "mme") and not {gold.lower() for gold in golds} <= {"yes", "no"}:
-        raise UserError(f"{where}: its answers, {golds!r:.80}, are not yes or no")
-    if score in ("letters", "mmmu") and letters and not {*golds} <= {*letters}:
+    if metric in ("yesno", "mme") and not {text.lower() for text in references} <= {"yes", "no"}:
+        raise UserError(f"{where}: its answers, {references!r:.80}, are not yes or no")
+    if metric in ("letters", "mmmu") and letters and not {*references} <= {*letters}:
         raise UserError(
-            f"{where}: its answers, {golds!r:.80}, are not letters of its {len(letters)} choices"
+            f"{where}: its answers, {references!r:.80}, are not letters of its "
+            f"{len(letters)} choices"
         )
 
 
-# ---- over all ----
+# ---- metrics of a whole benchmark ----
 
 MEAN_NAMES = {
     "docvqa": "ANLS",
@@ -368,7 +418,7 @@ MEAN_NAMES = {
     "chartqa": "relaxed accuracy",
     **dict.fromkeys(("vqa", "vqav2", "textvqa"), "VQA accuracy"),
 }
-DISCIPLINES = {  # MMMU's, of its subjects
+DISCIPLINES = {  # MMMU's, with their subjects
     "Art and Design": ["Art", "Art_Theory", "Design", "Music"],
     "Business": ["Accounting", "Economics", "Finance", "Manage", "Marketing"],
     "Science": ["Biology", "Chemistry", "Geography", "Math", "Physics"],
@@ -390,20 +440,20 @@ DISCIPLINES = {  # MMMU's, of its subjects
         "Mechanical_Engineering",
     ],
 }
-RECOGNITION = (
+RECOGNITION = (  # OCRBench's kinds of text recognition, 300 questions
     "Regular Text",
     "Irregular Text",
     "Artistic Text",
     "Handwriting",
     "Digit String",
     "Non-Semantic Text",
-)  # OCRBench's, of 300
-COGNITION = (
+)
+COGNITION = (  # MME's; its other ten kinds are perception
     "commonsense_reasoning",
     "numerical_calculation",
     "text_translation",
     "code_reasoning",
-)  # MME's; its other ten kinds are perception
+)
 
 
 def mean_score(scores):
@@ -411,102 +461,110 @@ def mean_score(scores):
 
 
 def confidence_interval(scores, seed=0, samples=1000):
-    """The middle 95% of the means of `samples` draws of as many questions, with replacement. Of captions the words' weights are held as they are."""
-    marks, rng = np.array([score or 0 for score in scores], float), np.random.default_rng(seed)
-    means = [marks[rng.integers(len(marks), size=len(marks))].mean() for _ in range(samples)]
-    return tuple(float(edge) for edge in np.quantile(means, (0.025, 0.975)))
+    """Returns the 95% bootstrap interval of the mean: `samples` draws with replacement.
+
+    CIDEr-D's word weights stay those of all captions.
+    """
+    values, rng = np.array([score or 0 for score in scores], float), np.random.default_rng(seed)
+    means = [values[rng.integers(len(values), size=len(values))].mean() for _ in range(samples)]
+    return tuple(float(bound) for bound in np.quantile(means, (0.025, 0.975)))
 
 
 def benchmark_metrics(name, questions, answers, scores):
-    """{figure: value} as a benchmark's owners report it; `unparsed`: the share of answers that no rule could read."""
+    """Returns {metric: value} as a benchmark's owners report it, and the share of answers that
+    cannot be parsed (`unparsed`)."""
     unparsed = {"unparsed": sum(score is None for score in scores) / len(scores)}
     match name:
         case "coco" | "captions":
-            return {
-                f"CIDEr-D as pycocoevalcap gives it (words weighed over these {len(scores):,} pictures)": mean_score(
-                    scores
-                )
-            }
+            title = f"CIDEr-D as in pycocoevalcap (word weights of these {len(scores):,} images)"
+            return {title: mean_score(scores)}
         case "pope":
             return pope_metrics(questions, answers) | unparsed
         case "mme":
-            return mme_sums(questions, scores) | unparsed
+            return mme_metrics(questions, scores) | unparsed
         case "ocrbench":
             return ocrbench_metrics(questions, scores)
         case "mmmu":
-            return {"accuracy": mean_score(scores)} | by_discipline(questions, scores) | unparsed
+            accuracy = {"accuracy": mean_score(scores)}
+            return accuracy | mmmu_metrics(questions, scores) | unparsed
     return {MEAN_NAMES.get(name, "accuracy"): mean_score(scores)} | unparsed
 
 
 def pope_metrics(questions, answers):
-    """Of all and of each of its files. Yes is the positive; what cannot be read is wrong and no yes: it lowers accuracy and recall, not precision."""
+    """Returns POPE's metrics of all questions and of each of its files; yes is the positive class.
+
+    An answer that cannot be parsed is wrong and no yes: it lowers accuracy and recall, not
+    precision.
+    """
     kinds = {"": list(zip(questions, answers, strict=True))}
     for question, answer in kinds[""]:
         kinds.setdefault(f"{question['kind']} ", []).append((question, answer))
-    return {
-        f"{kind}{name}": value
-        for kind, pairs in kinds.items()
-        if len(kinds) > 2 or not kind
-        for name, value in yes_no_metrics(pairs).items()
-    }
+    result = {}
+    for kind, pairs in kinds.items():
+        if len(kinds) > 2 or not kind:
+            result |= {f"{kind}{name}": value for name, value in yes_no_metrics(pairs).items()}
+    return result
 
 
 def yes_no_metrics(pairs):
     counts = Counter(
         (parse_yes_no(answer), question["answers"][0].strip().lower()) for question, answer in pairs
     )
-    hits, yes = counts["yes", "yes"], counts["yes", "yes"] + counts["yes", "no"]
-    wanted = sum(count for (_, gold), count in counts.items() if gold == "yes")
-    precision, recall = hits / yes if yes else 0.0, hits / wanted if wanted else 0.0
+    true_yes, yes = counts["yes", "yes"], counts["yes", "yes"] + counts["yes", "no"]
+    expected_yes = sum(count for (_, reference), count in counts.items() if reference == "yes")
+    precision = true_yes / yes if yes else 0.0
+    recall = true_yes / expected_yes if expected_yes else 0.0
     return {
-        "accuracy": (hits + counts["no", "no"]) / len(pairs),
+        "accuracy": (true_yes + counts["no", "no"]) / len(pairs),
         "precision": precision,
         "recall": recall,
-        "F1": 2 * precision * recall / (precision + recall) if hits else 0.0,
+        "F1": 2 * precision * recall / (precision + recall) if true_yes else 0.0,
         "yes-rate": yes / len(pairs),
     }
 
 
 def ocrbench_metrics(questions, scores):
-    """Right answers: all, of text recognition, of each kind."""
+    """Returns the number of right answers: of all, of text recognition, of each kind."""
     kinds = Counter()
     for question, score in zip(questions, scores, strict=True):
         kinds[question["kind"]] += score
     text = sum(
-        right for kind, right in kinds.items() if kind.removesuffix(" Recognition") in RECOGNITION
+        count for kind, count in kinds.items() if kind.removesuffix(" Recognition") in RECOGNITION
     )
     return {f"score of {len(scores)}": sum(scores), "Text Recognition": text, **kinds}
 
 
-def by_discipline(questions, scores):
-    parts = {
-        field: [
-            score
-            for question, score in zip(questions, scores, strict=True)
-            if question["kind"] in subjects
-        ]
-        for field, subjects in DISCIPLINES.items()
-    }
+def mmmu_metrics(questions, scores):
+    """Returns the accuracy of each of MMMU's disciplines."""
+    parts = {}
+    for field, subjects in DISCIPLINES.items():
+        pairs = zip(questions, scores, strict=True)
+        parts[field] = [score for question, score in pairs if question["kind"] in subjects]
     return {field: mean_score(part) for field, part in parts.items() if part}
 
 
-def mme_sums(questions, scores):
-    """Per category acc + acc+, of 200: the percentages of right answers and of pictures with both answers right; and the owners' two sums."""
+def mme_metrics(questions, scores):
+    """Returns acc + acc+ of each category, of 200, and the owners' two sums.
+
+    acc is the percentage of right answers, acc+ that of images whose two answers are both right.
+    """
     kinds, sums = {}, {}
     for question, score in zip(questions, scores, strict=True):
-        kinds.setdefault(question["kind"], {}).setdefault(str(question["image"]), []).append(
-            score or 0
-        )
-    for kind, pictures in kinds.items():
-        sums[kind] = 100 * mean_score(
-            [mark for marks in pictures.values() for mark in marks]
-        ) + 100 * mean_score([min(marks) for marks in pictures.values()])
-    thought = sum(value for kind, value in sums.items() if kind in COGNITION)
-    odd = sum(len(marks) != 2 for pictures in kinds.values() for marks in pictures.values())
-    return {
-        "perception": sum(sums.values()) - thought,
-        "cognition": thought,
+        images = kinds.setdefault(question["kind"], {})
+        images.setdefault(str(question["image"]), []).append(score or 0)
+    incomplete = 0
+    for kind, images in kinds.items():
+        answers = [score for image_scores in images.values() for score in image_scores]
+        both_right = [min(image_scores) for image_scores in images.values()]
+        sums[kind] = 100 * mean_score(answers) + 100 * mean_score(both_right)
+        incomplete += sum(len(image_scores) != 2 for image_scores in images.values())
+    cognition = sum(value for kind, value in sums.items() if kind in COGNITION)
+    result = {
+        "perception": sum(sums.values()) - cognition,
+        "cognition": cognition,
         "total": sum(sums.values()),
         **sums,
-        **({"pictures without two questions (acc+ is not MME's)": odd} if odd else {}),
     }
+    if incomplete:
+        result["images without two questions (acc+ is not MME's)"] = incomplete
+    return result

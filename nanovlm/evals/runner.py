@@ -1,9 +1,11 @@
-"""The exam: questions are put to a model a batch at a time, shared over any number of ranks; answers are written as they come, and marked.
+"""Evaluation: a model answers a benchmark's questions, in batches, on any number of ranks.
 
-answers.jsonl   a line for each question: id, kind, pictures, the right answers and what else the score needs, the prompt as rendered, the answer,
-                its tokens and whether it was cut off (as long as answers may be, and not ended), the score (null: none could be given);
-                in the questions' order once all are there
-answers.json    what was asked of which model, by what command and versions, which is enough to repeat it; and the table
+answers.jsonl  a line per question, written as soon as it is answered: id, kind, images, references,
+               what else the metric needs, the rendered prompt, the answer, its number of tokens,
+               whether it was cut off at --max_tokens, and the score (null: it cannot be parsed).
+               The lines are in the questions' order once all are answered.
+answers.json   the settings, the model's history, the command and the versions, which are enough to
+               repeat the evaluation; and the table of scores
 """
 
 import contextlib
@@ -26,13 +28,12 @@ from PIL import Image
 from .. import IMAGE_TOKEN_ID, UserError, distributed, files
 from ..data import chat_template, dataset, image_files, image_processing, image_refs, packing
 from ..inference.generate import generate
+from ..training.recipes import read_saved_settings
 from . import benchmarks, metrics, report
 
-MAX_SEQUENCE = (
-    1 << 20
-)  # tokens of prompt and answer together; the cache takes memory for all of them before the first is read
-HASH_BLOCK = 4096  # places of a file of weights at which so many bytes are read to know it again: of 5 GB, one every MB
-RESULT_FIELDS = {
+MAX_SEQUENCE = 1 << 20  # tokens of prompt and answer: the KV cache is allocated for all of them
+HASH_BLOCK = 4096  # of a weights file, so many blocks of so many bytes are hashed
+RESULT_FIELDS = {  # of a line of answers.jsonl, with their types
     "id": str | int,
     "kind": str,
     "prompt": str,
@@ -40,418 +41,457 @@ RESULT_FIELDS = {
     "answers": list,
     "tokens": int,
     "cut": bool,
-}  # of a line that is read again
+}
 
 
 class Answer(NamedTuple):
-    """An answer."""
+    """A generated answer."""
 
     text: str
     tokens: int
-    cut: bool  # it is as long as answers may be, and has not ended
-    prompt: str  # what it answers, as the model's template renders it, <image> for each picture
+    cut: bool  # it has max_tokens tokens and no end token
+    prompt: str  # the rendered prompt, with <image> for each image
 
 
-# ---- asking ----
+# ---- prompts ----
 
 
-def encode_prompt(checkpoint, turns, pictures):
-    """The ids of a conversation that waits for its answer, every picture expanded; pictures: images.Picture each."""
-    ids, trained = chat_template.render_conversation(turns, checkpoint.tokenizer, checkpoint.chat_template)
-    ids, _, pictures = chat_template.add_tile_tags(
-        ids, trained, pictures, checkpoint.tokenizer, checkpoint.image_config
+def encode_prompt(checkpoint, turns, images):
+    """Returns the ids of a conversation that ends before an answer, its image tokens expanded.
+
+    images: a ProcessedImage each.
+    """
+    ids, loss_mask = chat_template.render_conversation(
+        turns, checkpoint.tokenizer, checkpoint.chat_template
     )
-    return dataset.expand_image_tokens(ids, [len(picture.places) for picture in pictures]).tolist()
+    ids, _, images = chat_template.add_tile_tags(
+        ids, loss_mask, images, checkpoint.tokenizer, checkpoint.image_config
+    )
+    return dataset.expand_image_tokens(ids, [len(image.feature_index) for image in images]).tolist()
 
 
 def render_prompt(checkpoint, turns):
-    """The same in letters, <image> for each picture."""
-    ids, _ = chat_template.render_conversation(turns, checkpoint.tokenizer, checkpoint.chat_template)
-    parts = [
-        (is_image, list(part))
-        for is_image, part in itertools.groupby(ids, lambda i: i == IMAGE_TOKEN_ID)
-    ]
-    return "".join(
-        "<image>" * len(part) if is_image else checkpoint.tokenizer.decode(part)
-        for is_image, part in parts
+    """Returns the same conversation as text, with <image> for each image."""
+    ids, _ = chat_template.render_conversation(
+        turns, checkpoint.tokenizer, checkpoint.chat_template
     )
+    text = ""
+    for is_image, part in itertools.groupby(ids, lambda i: i == IMAGE_TOKEN_ID):
+        part = list(part)
+        text += "<image>" * len(part) if is_image else checkpoint.tokenizer.decode(part)
+    return text
 
 
-def generate_answers(checkpoint, asked, *, blank=False, mixed=None, **choices):
-    """What a model Said to each (text with an <image> for each picture, [images.Picture]), all of them at once.
-
-    blank: every picture is grey instead; mixed: a context to call the model in; choices: of VLM.generate. A model that lies in parts is called by
-    all ranks equally often: until the last of all their answers has ended.
-    """
-    model, end = checkpoint.model, chat_template.end_token_id(checkpoint.tokenizer, checkpoint.chat_template)
-    turns = [[("user", text)] for text, _ in asked]
-    prompts = [
-        encode_prompt(checkpoint, turn, pictures)
-        for turn, (_, pictures) in zip(turns, asked, strict=True)
-    ]
-    seen = packing.collate_images(
-        [picture for _, pictures in asked for picture in pictures], checkpoint.image_config
-    )
-    if blank:
-        seen["tiles_NCYX"].fill_(128)
-    together, said = distributed.is_sharded(model), [[] for _ in asked]
-    with mixed or contextlib.nullcontext(), distributed.unsharded(model):
-        for step in generate(model, prompts, **seen, stop=set() if together else {end}, **choices):
-            for ids, i in zip(said, step, strict=True):
-                ids += [i] if not ids or ids[-1] != end else []
-            if (
-                together
-                and not distributed.all_reduce_sum(
-                    [sum(ids[-1] != end for ids in said)], model.mean_C11.device
-                )[0]
-            ):
-                break
-    texts = [checkpoint.tokenizer.decode([i for i in ids if i != end]) for ids in said]
-    return [
-        Answer(text, len(ids), ids[-1] != end, render_prompt(checkpoint, turn))
-        for text, ids, turn in zip(texts, said, turns, strict=True)
-    ]
+def load_image(ref, image_config):
+    content, name = image_refs.load_image_bytes(ref)
+    return image_processing.load_image(content, image_config, name=name)
 
 
 def read_image_size(ref):
-    """(width, height) of a picture as its file begins: nearly always what it has once it is opened, and enough to sort by."""
-    content, name = (None, ref.path) if isinstance(ref, image_refs.File) else image_refs.load(ref)
+    """Returns (width, height) from the start of an image's file, without decoding it.
+
+    It is nearly always the size of the loaded image, which is enough to sort by.
+    """
+    content, name = None, None
+    if isinstance(ref, image_refs.ImageFile):
+        name = ref.path
+    else:
+        content, name = image_refs.load_image_bytes(ref)
+    file = io.BytesIO(content) if content else name
     with (
-        image_files.blaming(name, content and len(content)),
-        Image.open(
-            io.BytesIO(content) if content else name, formats=image_files.FORMATS
-        ) as picture,
+        image_files.image_errors(name, content and len(content)),
+        Image.open(file, formats=image_files.IMAGE_FORMATS) as image,
     ):
-        image_files.check_size(*picture.size)
-        return picture.size
+        image_files.check_image_size(*image.size)
+        return image.size
 
 
 def prompt_lengths(checkpoint, questions):
-    """How many tokens each question's prompt takes."""
-    sizes, policy = {}, checkpoint.image_config
-
-    def length(question):
+    """Returns the number of tokens of each question's prompt."""
+    sizes, image_config = {}, checkpoint.image_config
+    has_one_tile = image_config["fit"] in image_processing.FITS  # of any size
+    lengths = []
+    for question in questions:
         for ref in question["image"]:
-            sizes[ref] = sizes.get(ref) or (
-                (1, 1) if policy["fit"] in image_processing.FITS else read_image_size(ref)
-            )
-        pictures = [image_processing.plan_image(sizes[ref], policy) for ref in question["image"]]
-        return len(encode_prompt(checkpoint, [("user", question["question"])], pictures))
-
-    return list(map(length, questions))
+            if ref not in sizes:
+                sizes[ref] = (1, 1) if has_one_tile else read_image_size(ref)
+        refs = question["image"]
+        images = [image_processing.plan_image(sizes[ref], image_config) for ref in refs]
+        lengths.append(len(encode_prompt(checkpoint, [("user", question["question"])], images)))
+    return lengths
 
 
 def check_prompt_lengths(checkpoint, lengths, max_tokens):
-    """Refuse what no memory holds; warn of prompts longer than all that the model was trained on."""
-    longest, path = max(lengths, default=0), Path(checkpoint.history["folder"]) / "training.json"
+    """Raises UserError for prompts too long for any memory; warns of prompts longer than those that
+    the model was trained on."""
+    longest = max(lengths, default=0)
     if longest + max_tokens > MAX_SEQUENCE:
         raise UserError(
-            f"{longest:,} tokens of prompt and --max_tokens={max_tokens} make more than {MAX_SEQUENCE:,}"
+            f"{longest:,} tokens of prompt and --max_tokens={max_tokens} are more than "
+            f"{MAX_SEQUENCE:,} together"
         )
-    row = files.read_json(path, "row")["row"] if path.is_file() else longest
-    if longest > row:
-        long = sum(length > row for length in lengths)
-        told = (
-            "the prompt takes"
-            if len(lengths) == 1
-            else f"{long:,} of {len(lengths):,} prompts take up to"
-        )
+    path = Path(checkpoint.history["folder"]) / "training.json"
+    seq_len = read_saved_settings(path)["seq_len"] if path.is_file() else longest
+    if longest > seq_len:
+        count = sum(length > seq_len for length in lengths)
+        prompts = f"{count:,} of {len(lengths):,} prompts take up to"
+        if len(lengths) == 1:
+            prompts = "the prompt takes"
         print(
-            f"{told} {longest:,} tokens, the model was trained on rows of {row:,}: do not expect much",
+            f"{prompts} {longest:,} tokens, but the model was trained on sequences of {seq_len:,}: "
+            "the answers may be poor",
             file=sys.stderr,
             flush=True,
         )
 
 
+# ---- answers ----
+
+
+def generate_answers(checkpoint, prompts, *, blank_images=False, autocast=None, **generation):
+    """Returns the Answer to each of the prompts, (text with <image> for each image, [images]).
+
+    They are generated as one batch. blank_images: all images are grey. autocast: a context for the
+    model's calls. generation: of generate. All ranks call a sharded model equally often: until the
+    last answer of any rank has ended.
+    """
+    model, tokenizer = checkpoint.model, checkpoint.tokenizer
+    end = chat_template.end_token_id(tokenizer, checkpoint.chat_template)
+    conversations = [[("user", text)] for text, _ in prompts]
+    prompt_ids, all_images = [], []
+    for turns, (_, images) in zip(conversations, prompts, strict=True):
+        prompt_ids.append(encode_prompt(checkpoint, turns, images))
+        all_images += images
+    inputs = packing.collate_images(all_images, checkpoint.image_config)
+    if blank_images:
+        inputs["tiles_NCYX"].fill_(128)
+    is_sharded = distributed.is_sharded(model)
+    stop = set() if is_sharded else {end}
+    answers = [[] for _ in prompts]
+    with autocast or contextlib.nullcontext(), distributed.unsharded(model):
+        for step in generate(model, prompt_ids, **inputs, stop=stop, **generation):
+            for ids, next_id in zip(answers, step, strict=True):
+                if not ids or ids[-1] != end:
+                    ids.append(next_id)
+            if is_sharded:
+                unfinished = sum(ids[-1] != end for ids in answers)
+                if not distributed.all_reduce_sum([unfinished], model.mean_C11.device)[0]:
+                    break
+    result = []
+    for turns, ids in zip(conversations, answers, strict=True):
+        text = tokenizer.decode([i for i in ids if i != end])
+        result.append(Answer(text, len(ids), ids[-1] != end, render_prompt(checkpoint, turns)))
+    return result
+
+
 def batches_by_length(lengths, batch):
-    """The numbers of the questions, `batch` at a time, the shortest prompts first: neighbours need hardly any padding."""
+    """Returns the indices of the questions in batches, the shortest prompts first.
+
+    Prompts of similar length need little padding.
+    """
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
     return [order[i : i + batch] for i in range(0, len(order), batch)]
 
 
-def answer_questions(checkpoint, questions, rank=0, world=1, *, batch=16, done=(), lengths=None, **how):
-    """The answers, as they come: on every rank, round after round, a list of (number of the question, Said) that all ranks gave together.
+def answer_questions(
+    checkpoint, questions, rank=0, world=1, *, batch=16, done=(), lengths=None, **options
+):
+    """Yields, on every rank, the [(index of a question, Answer)] of all ranks, round by round.
 
-    done: numbers of questions that were answered before. Batches are those of the whole exam, without them, so that one which goes on gives the
-    answers that it would have given. The longest go first: what does not fit into memory is known at once. lengths: of the prompts, where they are
-    known. how: as for `answer`.
+    done: indices of questions that are answered already. They count when batches are formed, so
+    that a resumed evaluation gives the same answers. The longest prompts come first: if they do not
+    fit into memory, this shows at once. lengths: those of the prompts, if known. options: of
+    generate_answers.
     """
-    known = set(done)
+    done = set(done)
     with distributed.raise_on_all_ranks():
         lengths = lengths or prompt_lengths(checkpoint, questions)
-        batches = [
-            left
-            for members in reversed(batches_by_length(lengths, batch))
-            if (left := [i for i in members if i not in known])
-        ]
+        batches = []
+        for members in reversed(batches_by_length(lengths, batch)):
+            remaining = [i for i in members if i not in done]
+            if remaining:
+                batches.append(remaining)
     rounds = [batches[i : i + world] for i in range(0, len(batches), world)]
+    # The last round may have no batch for this rank. Under FSDP it then repeats that of another
+    # rank, and the answers are dropped: all ranks must call the model.
+    own_batches = [ranks[min(rank, len(ranks) - 1)] for ranks in rounds]
+    is_idle = [rank >= len(ranks) for ranks in rounds]
 
     def load(members):
-        return [
-            (
-                questions[i]["question"],
-                [load_image(ref, checkpoint.image_config) for ref in questions[i]["image"]],
-            )
-            for i in members
-        ]
+        prompts = []
+        for i in members:
+            images = [load_image(ref, checkpoint.image_config) for ref in questions[i]["image"]]
+            prompts.append((questions[i]["question"], images))
+        return prompts
 
-    mine = [
-        some[min(rank, len(some) - 1)] for some in rounds
-    ]  # the last may have none for this rank: under FSDP it works in vain with the others
-    idle = [rank >= len(some) for some in rounds]
     with ThreadPoolExecutor(1) as reader:
-        coming = reader.submit(load, mine[0]) if mine else None
-        for number, members in enumerate(mine):
+        loading = reader.submit(load, own_batches[0]) if own_batches else None
+        for number, members in enumerate(own_batches):
             with distributed.raise_on_all_ranks():
-                asked = coming.result()
-            coming = reader.submit(load, mine[number + 1]) if number + 1 < len(mine) else None
-            said = (
-                generate_answers(checkpoint, asked, **how)
-                if not idle[number] or distributed.is_sharded(checkpoint.model)
-                else []
-            )
-            pairs = [] if idle[number] else list(zip(members, said, strict=True))
-            yield [pair for some in distributed.all_gather_object(pairs) for pair in some]
+                prompts = loading.result()
+            if number + 1 < len(own_batches):
+                loading = reader.submit(load, own_batches[number + 1])
+            answers = []
+            if not is_idle[number] or distributed.is_sharded(checkpoint.model):
+                answers = generate_answers(checkpoint, prompts, **options)
+            pairs = [] if is_idle[number] else list(zip(members, answers, strict=True))
+            yield list(itertools.chain(*distributed.all_gather_object(pairs)))
 
 
-def load_image(ref, policy):
-    content, name = image_refs.load(ref)
-    return image_processing.load_image(content, policy, name=name)
+def evaluate(checkpoint, questions, rank=0, world=1, *, benchmark="exact", **options):
+    """Returns the table of a benchmark's scores on rank 0, None on the others.
 
-
-def evaluate(checkpoint, questions, rank=0, world=1, *, benchmark="exact", **how):
-    """The table of an exam's marks, on rank 0, None on the others; while a model trains, too (see `answer`). how: as for `answers`."""
+    It also works during training (see generate_answers). options: of answer_questions.
+    """
     check_questions(questions, benchmark)
-    rows = [pair for pairs in answer_questions(checkpoint, questions, rank, world, **how) for pair in pairs]
-    if rank == 0:
-        return report.table(
-            score_results([make_result(questions[i], said) for i, said in sorted(rows)], benchmark)
-        )
+    answers = []
+    for pairs in answer_questions(checkpoint, questions, rank, world, **options):
+        answers += pairs
+    if rank > 0:
+        return None
+    results = [make_result(questions[i], answer) for i, answer in sorted(answers)]
+    return report.make_table(score_results(results, benchmark))
 
 
-# ---- marking ----
+# ---- scores ----
 
 
-def make_result(question, said):
-    """A line of answers.jsonl, still without its score."""
-    kept = {name: value for name, value in question.items() if name != "question"}
-    shown = [
-        ref.name if isinstance(ref, image_refs.Bytes) else os.path.join(*ref[:2])
+def make_result(question, answer):
+    """Returns a line of answers.jsonl without its score."""
+    result = {name: value for name, value in question.items() if name != "question"}
+    result["image"] = [
+        ref.name if isinstance(ref, image_refs.ImageBytes) else os.path.join(*ref[:2])
         for ref in question["image"]
     ]
     return {
-        **kept,
-        "image": shown,
-        "prompt": said.prompt,
-        "answer": said.text,
-        "tokens": said.tokens,
-        "cut": said.cut,
+        **result,
+        "prompt": answer.prompt,
+        "answer": answer.text,
+        "tokens": answer.tokens,
+        "cut": answer.cut,
     }
 
 
-def score_results(rows, benchmark):
-    """Rows with their scores; None where an answer cannot be parsed, or no right one is known."""
-    known = [row for row in rows if row["answers"]]
-    marks = (
-        metrics.score_answers(
-            benchmarks.BENCHMARKS[benchmark].score, [row["answer"] for row in known], known
-        )
-        if known
-        else []
-    )
-    given = iter(marks)
-    return [{**row, "score": next(given) if row["answers"] else None} for row in rows]
+def score_results(results, benchmark):
+    """Returns the results with their scores.
+
+    None: the answer cannot be parsed, or there are no references.
+    """
+    metric = benchmarks.BENCHMARKS[benchmark].metric
+    known = [result for result in results if result["answers"]]
+    scores = []
+    if known:
+        scores = metrics.score_answers(metric, [result["answer"] for result in known], known)
+    scores = iter(scores)
+    return [{**result, "score": next(scores) if result["answers"] else None} for result in results]
 
 
 def check_questions(questions, benchmark):
-    """Raise UserError, before anything is asked, for a question that its benchmark's rule could not mark."""
+    """Raises UserError, before anything is generated, for a question that cannot be scored."""
+    metric = benchmarks.BENCHMARKS[benchmark].metric
     for question in questions:
         if question["answers"]:
-            metrics.check_reference(
-                benchmarks.BENCHMARKS[benchmark].score, question, f"question {question['id']}"
-            )
+            metrics.check_references(metric, question, f"question {question['id']}")
 
 
-# ---- a whole exam, and its files ----
+# ---- what identifies an evaluation ----
+
+
+def evaluation_settings(checkpoint, questions, benchmark, prompt, generation):
+    """Returns what must stay the same if an evaluation is resumed.
+
+    The model and the questions are identified by their content, not by their paths.
+    """
+    content = short_hash([[question["id"], question["question"]] for question in questions])
+    weights = hash_weights(checkpoint.history["folder"])
+    dtype = next(checkpoint.model.parameters()).dtype
+    return {
+        "model": short_hash([weights, checkpoint.fingerprint()]),
+        "dtype": str(dtype).removeprefix("torch."),
+        "benchmark": benchmark,
+        "questions": f"{len(questions):,} ({content})",
+        "prompt": prompt,
+        **generation,
+    }
+
+
+def short_hash(value):
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:8]
+
+
+def hash_weights(model):
+    """Returns [name, size, hash of a sample of the bytes] of each weights file of a model.
+
+    Training changes bytes everywhere, copying a file none.
+    """
+    folder, result = Path(files.cached_snapshot(model) or model), []
+    paths = [*folder.glob("*.safetensors"), *folder.glob("*.bin"), *folder.glob("sharded/*")]
+    for path in sorted(paths):
+        digest, size = hashlib.sha256(), path.stat().st_size
+        with open(path, "rb") as file:
+            for offset in range(0, size, max(HASH_BLOCK, size // HASH_BLOCK)):
+                file.seek(offset)
+                digest.update(file.read(HASH_BLOCK))
+        result.append([path.name, size, digest.hexdigest()])
+    return result
+
+
+def package_versions():
+    """Returns the versions of what answers depend on; nanovlm's is a hash of its files."""
+    package = Path(__file__).parents[1]
+    sources = [
+        [str(path.relative_to(package)), path.read_text(encoding="utf-8")]
+        for path in sorted(package.rglob("*.py"))
+    ]
+    names = ("numpy", "pillow", "tiktoken", "safetensors")
+    return {
+        "nanovlm": short_hash(sources),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        **{name: importlib.metadata.version(name) for name in names},
+    }
+
+
+# ---- answers.jsonl and answers.json ----
 
 
 def metadata_path(out):
     return Path(out).with_suffix(".json")
 
 
-def write_results(path, rows):
-    files.write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+def read_metadata(out):
+    """Returns the content of the answers.json beside an answers.jsonl, {} if there is none.
 
-
-def evaluation_settings(checkpoint, questions, benchmark, prompt, choices):
-    """What must stay the same for an exam to go on: the model by what its files hold, wherever they lie, the questions by what they say."""
-    asked = short_hash([[question["id"], question["question"]] for question in questions])
-    model, dtype = (
-        short_hash([hash_weights(checkpoint.history["folder"]), checkpoint.fingerprint()]),
-        next(checkpoint.model.parameters()).dtype,
-    )
-    return {
-        "model": model,
-        "dtype": str(dtype).removeprefix("torch."),
-        "benchmark": benchmark,
-        "questions": f"{len(questions):,} ({asked})",
-        "prompt": prompt,
-        **choices,
-    }
-
-
-def short_hash(thing):
-    return hashlib.sha256(json.dumps(thing).encode()).hexdigest()[:8]
-
-
-def hash_weights(model):
-    """[name, size, hash of a sample of the bytes] of each file of weights in a model's folder: training changes bytes everywhere, a copy none."""
-    folder, found = Path(files.cached_snapshot(model) or model), []
-    for path in sorted(
-        path for kind in ("*.safetensors", "*.bin", "sharded/*") for path in folder.glob(kind)
-    ):
-        digest, size = hashlib.sha256(), path.stat().st_size
-        with open(path, "rb") as file:
-            for place in range(0, size, max(HASH_BLOCK, size // HASH_BLOCK)):
-                file.seek(place)
-                digest.update(file.read(HASH_BLOCK))
-        found.append([path.name, size, digest.hexdigest()])
-    return found
-
-
-def package_versions():
-    """Of what answers depend on; ours: a hash of the package's files."""
-    ours = short_hash(
-        [
-            [path.name, path.read_text(encoding="utf-8")]
-            for path in sorted(Path(__file__).parent.glob("*.py"))
-        ]
-    )
-    others = {
-        name: importlib.metadata.version(name)
-        for name in ("numpy", "pillow", "tiktoken", "safetensors")
-    }
-    return {
-        "nanovlm": ours,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        **others,
-    }
-
-
-def read_metadata(path):
-    """What the JSON beside an answers.jsonl says; nothing if there is none. UserError if it is something else."""
-    if not metadata_path(path).exists():
+    Raises UserError if it is something else.
+    """
+    path = metadata_path(out)
+    if not path.exists():
         return {}
-    kept = files.read_json(metadata_path(path))
-    asked, card = kept.get("asked"), kept.get("card", {})
-    if not (
-        isinstance(asked, dict)
-        and isinstance(asked.get("benchmark"), str)
-        and isinstance(card, dict)
-    ):
+    metadata = files.read_json(path, kind="answers.json")
+    settings = metadata.get("settings")
+    is_metadata = isinstance(settings, dict) and isinstance(settings.get("benchmark"), str)
+    if not is_metadata or not isinstance(metadata.get("history", {}), dict):
         raise UserError(
-            f"{metadata_path(path)}, where the table of {path} belongs, is something else: name other answers"
+            f"{path}, where the scores of {out} belong, is something else: choose another file for "
+            "the answers"
         )
-    return kept
+    return metadata
 
 
-def check_output(path, asked=None):
-    """Raise UserError for a file that is there, and that no exam has left; asked: of answers that are marked again, which may go over their own."""
-    was = read_metadata(path).get("asked")
-    if not was and has_content(path):
+def check_output(out, settings=None):
+    """Raises UserError for a file that exists and is not from an evaluation.
+
+    settings: of answers that are scored again. These may overwrite their own scores, no others.
+    """
+    old = read_metadata(out).get("settings")
+    if not old and has_content(out):
         raise UserError(
-            f"--out={path} is there, but no {metadata_path(path)} that says what was asked: name another"
+            f"--out={out} exists, but not {metadata_path(out)} with its settings: choose another "
+            "file"
         )
-    if was and asked is not None and was | {"benchmark": ""} != asked | {"benchmark": ""}:
-        raise UserError(f"--out={path} holds answers of another exam: name another")
+    if old and settings is not None and old | {"benchmark": ""} != settings | {"benchmark": ""}:
+        raise UserError(f"--out={out} has the answers of another evaluation: choose another file")
 
 
 def has_content(path):
-    """Whether there are answers; an empty file has nothing to lose."""
+    """Whether a path exists and is anything but an empty file."""
     return os.path.lexists(path) and not (Path(path).is_file() and os.path.getsize(path) == 0)
 
 
 @contextlib.contextmanager
 def lock_output(out, rank):
-    """Keep other processes out of a file of answers as long as this one writes there, and tell of it who stops that; rank 0 does, for all."""
-    with contextlib.ExitStack() as claims:
+    """Keeps other processes from writing to `out`, by a lock of rank 0.
+
+    After Ctrl-C, it says how to resume.
+    """
+    with contextlib.ExitStack() as locks:
         with distributed.raise_on_all_ranks():
             if out and rank == 0:
-                open(out, "a").close()  # only what is there can be claimed
-                claims.enter_context(files.lock_path(out))
+                open(out, "a").close()  # only an existing file can be locked
+                locks.enter_context(files.lock_path(out))
         try:
             yield
         except KeyboardInterrupt:
             if out and rank == 0:
                 print(
-                    f"\nwhat is answered stays in {out}, and the same command goes on with the rest",
+                    f"\nthe answers so far are in {out}; the same command resumes with the rest",
                     file=sys.stderr,
                     flush=True,
                 )
             raise
 
 
-def resume_answers(out, questions, asked, about):
-    """{number of a question: Said} of the answers that an exam which was stopped has left in `out`; it is made ready to go on."""
-    kept = read_metadata(out)
+def resume_answers(out, questions, settings, metadata):
+    """Returns {index of a question: Answer} of an interrupted evaluation, and readies `out` for the
+    rest."""
+    old = read_metadata(out)
     if not has_content(out):
-        files.write_text(metadata_path(out), json.dumps({"asked": asked, **about}, indent=1))
+        content = json.dumps({"settings": settings, **metadata}, indent=1)
+        files.write_text(metadata_path(out), content)
         return {}
-    was = kept.get("asked", {})
-    wrong = [
-        f"{name} was {was.get(name)}, now {value}"
-        for name, value in json.loads(json.dumps(asked)).items()
-        if was.get(name) != value
-    ]
-    if wrong:
-        of = kept.get("card", {}).get("folder", "a model")
+    old_settings, changes = old.get("settings", {}), []
+    for name, value in json.loads(json.dumps(settings)).items():
+        if old_settings.get(name) != value:
+            changes.append(f"{name} was {old_settings.get(name)}, now {value}")
+    if changes:
+        model = old.get("history", {}).get("folder", "a model")
         raise UserError(
-            f"{out}, asked of {of}, cannot go on as another exam: {'; '.join(wrong)}; name another --out"
+            f"{out} has answers of {model} and cannot be resumed: {'; '.join(changes)}; choose "
+            "another --out"
         )
-    os.truncate(out, Path(out).read_bytes().rfind(b"\n") + 1)  # the last line may have been torn
-    numbers, rows = (
-        {str(question["id"]): i for i, question in enumerate(questions)},
-        list(read_results(out)),
-    )
-    if strange := [row["id"] for row in rows if str(row["id"]) not in numbers]:
+    os.truncate(out, Path(out).read_bytes().rfind(b"\n") + 1)  # the last line may be incomplete
+    indices = {str(question["id"]): i for i, question in enumerate(questions)}
+    results = list(read_results(out))
+    if unknown := [result["id"] for result in results if str(result["id"]) not in indices]:
         raise UserError(
-            f"{out} answers question {strange[0]}, which is none of these: name another --out"
+            f"{out} answers question {unknown[0]}, which is not in --questions: choose another "
+            "--out"
         )
-    return {
-        numbers[str(row["id"])]: Answer(row["answer"], row["tokens"], row["cut"], row["prompt"])
-        for row in rows
-    }
+    return {indices[str(result["id"])]: read_answer(result) for result in results}
 
 
 def read_results(path):
-    """The lines of an answers.jsonl; UserError, naming the line, for what is none."""
+    """Yields the lines of an answers.jsonl. Raises UserError for a line that is something else."""
     seen = set()
-    for number, row in enumerate(files.read_log(path), 1):
+    for number, result in enumerate(files.read_log(path), 1):
         wrong = [
             name
             for name, kind in RESULT_FIELDS.items()
-            if not isinstance(row, dict) or not isinstance(row.get(name), kind)
+            if not isinstance(result, dict) or not isinstance(result.get(name), kind)
         ]
-        if wrong or not all(isinstance(text, str) for text in row["answers"]):
+        if wrong or not all(isinstance(text, str) for text in result["answers"]):
             raise UserError(
-                f"{path}, line {number}: no answer to a question, its {', '.join(wrong or ['answers'])} missing or misshapen: {row!r:.80}"
+                f"{path}, line {number}: not an answer, {', '.join(wrong or ['answers'])} missing "
+                f"or of the wrong type: {result!r:.80}"
             )
-        if str(row["id"]) in seen:
-            raise UserError(f"{path}, line {number}: question {row['id']} is answered twice")
-        seen.add(str(row["id"]))
-        yield row
+        if str(result["id"]) in seen:
+            raise UserError(f"{path}, line {number}: question {result['id']} is answered twice")
+        seen.add(str(result["id"]))
+        yield result
+
+
+def read_answer(result):
+    return Answer(result["answer"], result["tokens"], result["cut"], result["prompt"])
+
+
+def write_results(path, results):
+    files.write_text(path, "".join(json.dumps(result) + "\n" for result in results))
+
+
+# ---- a whole evaluation ----
 
 
 def run_benchmark(
-    checkpoint, questions, rank=0, world=1, *, benchmark, prompt="", out="", batch=16, **choices
+    checkpoint, questions, rank=0, world=1, *, benchmark, prompt="", out="", batch=16, **generation
 ):
-    """Answer all questions, of which `out` may hold some already, and write the answers there as they come: (rows, on rank 0; what answers.json says
-    of them). Other ranks get None for both."""
-    asked = evaluation_settings(checkpoint, questions, benchmark, prompt, choices)
-    about = {
+    """Answers all questions, except those that `out` has answers to, and appends the answers to it.
+
+    Returns (results, metadata) on rank 0, (None, None) on the others.
+    """
+    settings = evaluation_settings(checkpoint, questions, benchmark, prompt, generation)
+    metadata = {
         "command": shlex.join(sys.argv),
-        "card": checkpoint.history,
+        "history": checkpoint.history,
         "ranks": world,
         "batch": batch,
         "device": str(checkpoint.model.mean_C11.device),
@@ -459,81 +499,76 @@ def run_benchmark(
     }
     with distributed.raise_on_all_ranks():
         check_questions(questions, benchmark)
-        said = resume_answers(out, questions, asked, about) if out and rank == 0 else {}
+        answers = {}
+        if out and rank == 0:
+            answers = resume_answers(out, questions, settings, metadata)
         lengths = prompt_lengths(checkpoint, questions)
         if rank == 0:
-            check_prompt_lengths(checkpoint, lengths, choices["max_tokens"])
-    progress, known = report.Progress(len(questions), len(said)), distributed.all_gather_object(list(said))[0]
-    with (
-        open(out, "a", encoding="utf-8") if out and rank == 0 else contextlib.nullcontext() as file
-    ):
-        for pairs in answer_questions(
-            checkpoint, questions, rank, world, batch=batch, done=known, lengths=lengths, **choices
-        ):
-            said |= pairs
-            rows = [make_result(questions[i], one) | {"score": None} for i, one in pairs]
-            rows = rows if report.is_of_all(benchmark) else score_results(rows, benchmark)
+            check_prompt_lengths(checkpoint, lengths, generation["max_tokens"])
+    progress = report.Progress(len(questions), len(answers))
+    done = distributed.all_gather_object(list(answers))[0]
+    options = dict(batch=batch, done=done, lengths=lengths, **generation)
+    writes = out and rank == 0
+    with open(out, "a", encoding="utf-8") if writes else contextlib.nullcontext() as file:
+        for pairs in answer_questions(checkpoint, questions, rank, world, **options):
+            answers |= pairs
+            results = [make_result(questions[i], answer) | {"score": None} for i, answer in pairs]
+            if not report.needs_all_answers(benchmark):
+                results = score_results(results, benchmark)
             with distributed.raise_on_all_ranks():
                 if file:
-                    file.write("".join(json.dumps(row) + "\n" for row in rows))
+                    file.write("".join(json.dumps(result) + "\n" for result in results))
                     file.flush()
             if rank == 0:
-                progress.tell(rows, benchmark)
+                progress.update(results, benchmark)
     if rank > 0:
         return None, None
-    rows = score_results([make_result(question, said[i]) for i, question in enumerate(questions)], benchmark)
-    if out and not progress.done:  # all was answered before: how, is known already
-        return rows, read_metadata(out)
-    return rows, {"asked": asked, **about, **progress.speeds()}
+    results = [make_result(question, answers[i]) for i, question in enumerate(questions)]
+    results = score_results(results, benchmark)
+    if out and not progress.done:  # all were answered before: keep the metadata of then
+        return results, read_metadata(out)
+    return results, {"settings": settings, **metadata, **progress.speeds()}
 
 
 def rescore(path, questions, benchmark):
-    """The rows of an answers.jsonl, marked anew, by the right answers that `questions` have, if there are any, else by its own."""
-    rows = list(read_results(path))
+    """Returns the results of an answers.jsonl with new scores.
+
+    The references are those of `questions` if there are any, else those in the file.
+    """
+    results = list(read_results(path))
     if questions:
-        found = {str(row["id"]): row for row in rows}
-        missing = [question["id"] for question in questions if str(question["id"]) not in found]
-        if missing or len(found) > len(questions):
+        by_id = {str(result["id"]): result for result in results}
+        missing = [question["id"] for question in questions if str(question["id"]) not in by_id]
+        if missing or len(by_id) > len(questions):
+            example = f"; not answered is {missing[0]}" if missing else ""
             raise UserError(
-                f"{path} has {len(found):,} answers, --questions {len(questions):,} questions"
-                f"{f'; not answered is {missing[0]}' if missing else ''}"
+                f"{path} has {len(by_id):,} answers, --questions {len(questions):,} questions"
+                f"{example}"
             )
-        rows = [
-            make_result(q, Answer(row["answer"], row["tokens"], row["cut"], row["prompt"]))
-            for q in questions
-            for row in [found[str(q["id"])]]
+        results = [
+            make_result(question, read_answer(by_id[str(question["id"])])) for question in questions
         ]
-    if not rows:
-        raise UserError(f"{path} holds no answers")
-    return score_results(rows, benchmark)
+    if not results:
+        raise UserError(f"{path} has no answers")
+    return score_results(results, benchmark)
 
 
-def summarize(rows, about, questions, benchmark, seed=0, *, out="", page="", submission=""):
-    """Print the table and what else the benchmark is known by, and write the files that were asked for."""
-    lines, known = report.table(rows, seed), [row for row in rows if row["answers"]]
-    figures = (
-        metrics.benchmark_metrics(
-            benchmark, known, [row["answer"] for row in known], [row["score"] for row in known]
-        )
-        if known
-        else {}
-    )
-    report.show(lines, figures, benchmark, about.get("tokens_per_s"))
-    about = {**about, "asked": {**about.get("asked", {}), "benchmark": benchmark}}
+def summarize(results, metadata, questions, benchmark, seed=0, *, out="", page="", submission=""):
+    """Prints the table and the metrics that the benchmark's owners report; writes the files."""
+    lines, known = report.make_table(results, seed), [row for row in results if row["answers"]]
+    owner_metrics = {}
+    if known:
+        answers, scores = [row["answer"] for row in known], [row["score"] for row in known]
+        owner_metrics = metrics.benchmark_metrics(benchmark, known, answers, scores)
+    report.print_table(lines, owner_metrics, benchmark, metadata.get("tokens_per_s"))
+    settings = {**metadata.get("settings", {}), "benchmark": benchmark}
     if out:
-        files.write_text(
-            metadata_path(out),
-            json.dumps(
-                {**about, "table": [line._asdict() for line in lines], "figures": figures}, indent=1
-            ),
-        )
-        write_results(out, rows)  # last, since the file that is held goes with it
+        table = [line._asdict() for line in lines]
+        content = {**metadata, "settings": settings, "table": table, "figures": owner_metrics}
+        files.write_text(metadata_path(out), json.dumps(content, indent=1))
+        write_results(out, results)  # last: it replaces the locked file, and ends the lock
     if page:
-        files.write_text(
-            page,
-            report.page(
-                rows, questions, lines, benchmark, about.get("card", {}).get("folder", out)
-            ),
-        )
+        model = metadata.get("history", {}).get("folder", out)
+        files.write_text(page, report.html_page(results, questions, lines, benchmark, model))
     if submission:
-        files.write_text(submission, benchmarks.format_submission(benchmark, rows))
+        files.write_text(submission, benchmarks.format_submission(benchmark, results))

@@ -79,7 +79,7 @@ class DecodeStep:
         documents_Bs = None if self.documents_BS is None else self.documents_BS[:, :end]
         positions_Bt = self.positions_BS[:, start:end]
         hidden_BtD = self.decoder(x_BtD, positions_Bt, documents_Bs, self.cache)
-        return self.decoder.head(hidden_BtD[:, -1])
+        return self.decoder.lm_head(hidden_BtD[:, -1])
 
     def __call__(self, ids_B):
         """Adds one token to every sequence."""

@@ -66,17 +66,17 @@ class FusedBlock:
     __call__ = Block.forward
 
     def __init__(self, block):
-        self.heads, self.kv_heads, self.head_size = block.heads, block.kv_heads, block.head_size
+        self.heads, self.kv_heads, self.head_dim = block.heads, block.kv_heads, block.head_dim
         weights = [norm.weight.detach().clone() for norm in (block.attention_norm, block.mlp_norm)]
         self.attention_norm = partial(rmsnorm, weight=weights[0], eps=block.attention_norm.eps)
         self.mlp_norm = partial(add_rmsnorm, weight=weights[1], eps=block.mlp_norm.eps)
         self.attention = block.attention
-        self.qkv_proj = PackedLinear(block.query, block.key, block.value)
-        self.gate_up_proj = PackedLinear(block.gate, block.up)
-        self.out, self.down = PackedLinear(block.out), PackedLinear(block.down)
+        self.qkv_proj = PackedLinear(block.q_proj, block.k_proj, block.v_proj)
+        self.gate_up_proj = PackedLinear(block.gate_proj, block.up_proj)
+        self.o_proj, self.down_proj = PackedLinear(block.o_proj), PackedLinear(block.down_proj)
 
     def qkv(self, normed_BTD, angles):
-        qkv = self.qkv_proj(normed_BTD).unflatten(-1, (-1, self.head_size))
+        qkv = self.qkv_proj(normed_BTD).unflatten(-1, (-1, self.head_dim))
         qk, v_BTGK = qkv.split((self.heads + self.kv_heads, self.kv_heads), dim=2)
         q_BTHK, k_BTGK = apply_rope(qk, angles).split((self.heads, self.kv_heads), dim=2)
         return q_BTHK, k_BTGK, v_BTGK
@@ -94,7 +94,7 @@ def optimize(model):
     blocks = [*model.decoder.layers]
     del model.decoder.layers
     model.decoder.layers = [FusedBlock(blocks.pop(0)) for _ in range(len(blocks))]
-    model.decoder.head = PackedLinear(model.decoder.head)
+    model.decoder.lm_head = PackedLinear(model.decoder.lm_head)
     for parent in [*model.vision.modules(), *model.projector.modules()]:
         for name, child in parent.named_children():
             if isinstance(child, nn.Linear):
@@ -151,7 +151,7 @@ class CUDAGraphStep:
         positions_B1 = self.positions_BS.index_select(1, self.cache.position_1)
         x_B1D = self.decoder.embed(self.ids_B[:, None])
         hidden_B1D = self.decoder(x_B1D, positions_B1, self.documents_BS, self.cache)
-        return self.decoder.head(hidden_B1D[:, -1])
+        return self.decoder.lm_head(hidden_B1D[:, -1])
 
     def capture(self):
         """Warms up on a side stream first, where kernels are compiled and libraries allocate. These

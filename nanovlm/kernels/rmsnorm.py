@@ -166,10 +166,9 @@ def with_strides(x):
     """Returns x as (B, T, D) with contiguous vectors, a view of nearly every x, and the strides of
     B and T."""
     x_BTD = x if x.stride(-1) == 1 else x.contiguous()
-    if x.dim() > 1:
-        x_BTD = x_BTD.reshape(math.prod(x.shape[:-2]), *x.shape[-2:])
-    else:
-        x_BTD = x_BTD[None, None]
+    if x.dim() == 1:
+        x_BTD = x_BTD[None]
+    x_BTD = x_BTD.reshape(math.prod(x_BTD.shape[:-2]), *x_BTD.shape[-2:])
     return x_BTD, *x_BTD.stride()[:2]
 
 

@@ -90,10 +90,8 @@ def attention_mask(
         mask_1TS = mask_1TS & ((query_T1 - key_1S).abs() < window)
     if documents_BS is None:
         return mask_1TS
-    if cache_length is None:
-        query_document_BT = documents_BS[:, S - T :]
-    else:
-        query_document_BT = documents_BS[:, query_T1.flatten()]
+    index = slice(S - T, S) if cache_length is None else query_T1.flatten()
+    query_document_BT = documents_BS[:, index]
     return mask_1TS & (query_document_BT[:, :, None] == documents_BS[:, None, :])
 
 

@@ -41,9 +41,7 @@ def chunk_loss(logits_nV, targets_n, needs_grad):
 
 def chunked_loss(hidden_ND, head_VD, targets_N, dtype, hidden_grad, head_grad):
     """Returns (loss, gradient of hidden, gradient of head), None for a gradient not asked for.
-
-    dtype: of the matrix products; None: that of hidden and head.
-    """
+    dtype: of the matrix products; None: that of hidden and head."""
     loss_function, chunk = chunk_loss, CHUNK
     if kernel := dispatch.kernel("cross_entropy", hidden_ND):
         # It holds one number of 2 or 4 bytes a logit where the formula holds 8 bytes.

@@ -78,7 +78,7 @@ class KVCache:
 
     def __init__(self, decoder, batch_size, max_length):
         block, weight = decoder.layers[0], decoder.embed.weight
-        shape = (batch_size, max_length, block.kv_heads, block.head_size)
+        shape = (batch_size, max_length, block.kv_heads, block.head_dim)
         self.layers = [(weight.new_empty(shape), weight.new_empty(shape)) for _ in decoder.layers]
         self.length, self.cache_length = 0, None
 
@@ -92,19 +92,19 @@ class KVCache:
 
 
 class Block(nn.Module):
-    def __init__(self, *, width, heads, kv_heads, head_size, ffn, eps, window):
+    def __init__(self, *, width, heads, kv_heads, head_dim, intermediate_size, eps, sliding_window):
         super().__init__()
-        self.heads, self.kv_heads, self.head_size = heads, kv_heads, head_size
+        self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
         self.attention_norm = RMSNorm(width, eps)
-        self.query = nn.Linear(width, heads * head_size, bias=False)
-        self.key = nn.Linear(width, kv_heads * head_size, bias=False)
-        self.value = nn.Linear(width, kv_heads * head_size, bias=False)
-        self.out = nn.Linear(heads * head_size, width, bias=False)
-        self.attention = Attention(window=window)
+        self.q_proj = nn.Linear(width, heads * head_dim, bias=False)
+        self.k_proj = nn.Linear(width, kv_heads * head_dim, bias=False)
+        self.v_proj = nn.Linear(width, kv_heads * head_dim, bias=False)
+        self.o_proj = nn.Linear(heads * head_dim, width, bias=False)
+        self.attention = Attention(window=sliding_window)
         self.mlp_norm = RMSNorm(width, eps)
-        self.gate = nn.Linear(width, ffn, bias=False)
-        self.up = nn.Linear(width, ffn, bias=False)
-        self.down = nn.Linear(ffn, width, bias=False)
+        self.gate_proj = nn.Linear(width, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(width, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, width, bias=False)
 
     def forward(self, x_BTD, angles, documents_BS, cache, layer):
         q_BTHK, k_BTGK, v_BTGK = self.qkv(self.attention_norm(x_BTD), angles)
@@ -113,18 +113,18 @@ class Block(nn.Module):
             k_BSGK, v_BSGK = cache.update(layer, k_BTGK, v_BTGK)
             cache_length = cache.cache_length
         out_BTHK = self.attention(q_BTHK, k_BSGK, v_BSGK, documents_BS, cache_length)
-        x_BTD, normed_BTD = self.mlp_norm(x_BTD, self.out(out_BTHK.flatten(-2)))
+        x_BTD, normed_BTD = self.mlp_norm(x_BTD, self.o_proj(out_BTHK.flatten(-2)))
         gate_BTF, up_BTF = self.gate_up(normed_BTD)
-        return x_BTD + self.down(F.silu(gate_BTF) * up_BTF)
+        return x_BTD + self.down_proj(F.silu(gate_BTF) * up_BTF)
 
     def qkv(self, normed_BTD, angles):
         """Returns queries and keys after RoPE, and values."""
-        layers = (self.query, self.key, self.value)
-        q_BTHK, k_BTGK, v_BTGK = (f(normed_BTD).unflatten(-1, (-1, self.head_size)) for f in layers)
+        layers = (self.q_proj, self.k_proj, self.v_proj)
+        q_BTHK, k_BTGK, v_BTGK = (f(normed_BTD).unflatten(-1, (-1, self.head_dim)) for f in layers)
         return apply_rope(q_BTHK, angles), apply_rope(k_BTGK, angles), v_BTGK
 
     def gate_up(self, normed_BTD):
-        return self.gate(normed_BTD), self.up(normed_BTD)
+        return self.gate_proj(normed_BTD), self.up_proj(normed_BTD)
 
 
 class Decoder(nn.Module):
@@ -137,41 +137,41 @@ class Decoder(nn.Module):
     def __init__(
         self,
         *,
-        vocabulary,
+        vocab_size,
         width,
         layers,
         heads,
         kv_heads,
-        ffn,
-        head_size=None,
-        theta=10000.0,
-        scaling=None,
+        intermediate_size,
+        head_dim=None,
+        rope_theta=10000.0,
+        rope_scaling=None,
         eps=1e-5,
-        window=None,
+        sliding_window=None,
         tied=False,
     ):
         super().__init__()
-        self.head_size, self.theta, self.scaling = head_size or width // heads, theta, scaling
-        windows = window if isinstance(window, list) else [window] * layers
+        self.head_dim, self.rope_theta, self.rope_scaling = head_dim or width // heads, rope_theta, rope_scaling
+        windows = sliding_window if isinstance(sliding_window, list) else [sliding_window] * layers
         block = dict(
-            width=width, heads=heads, kv_heads=kv_heads, head_size=self.head_size, ffn=ffn, eps=eps
+            width=width, heads=heads, kv_heads=kv_heads, head_size=self.head_dim, ffn=intermediate_size, eps=eps
         )
-        self.embed = nn.Embedding(vocabulary, width)
-        self.layers = nn.ModuleList(Block(window=windows[i], **block) for i in range(layers))
+        self.embed = nn.Embedding(vocab_size, width)
+        self.layers = nn.ModuleList(Block(sliding_window=windows[i], **block) for i in range(layers))
         self.norm = RMSNorm(width, eps)
-        self.head = nn.Linear(width, vocabulary, bias=False)
+        self.lm_head = nn.Linear(width, vocab_size, bias=False)
         # Llama's 0.02 is this for a width of 2,500; small widths need more.
         for weight in [p for p in self.parameters() if p.dim() == 2]:
             nn.init.normal_(weight, std=width**-0.5)
         # The sum of 2 · layers residuals stays near the embeddings' size (GPT-2, section 2.3).
         for layer in self.layers:
-            nn.init.normal_(layer.out.weight, std=(2 * layers * width) ** -0.5)
-            nn.init.normal_(layer.down.weight, std=(2 * layers * ffn) ** -0.5)
+            nn.init.normal_(layer.o_proj.weight, std=(2 * layers * width) ** -0.5)
+            nn.init.normal_(layer.down_proj.weight, std=(2 * layers * intermediate_size) ** -0.5)
         if tied:
-            self.head.weight = self.embed.weight
+            self.lm_head.weight = self.embed.weight
 
     def forward(self, x_BTD, positions_BT, documents_BS=None, cache=None):
-        angles = rope_angles(positions_BT, self.head_size, self.theta, self.scaling)
+        angles = rope_angles(positions_BT, self.head_dim, self.rope_theta, self.rope_scaling)
         for i, layer in enumerate(self.layers):
             x_BTD = layer(x_BTD, angles, documents_BS, cache, i)
         if cache is not None:

@@ -23,13 +23,13 @@ class Projector(nn.Module):
     def __init__(self, *, vision_width, width, shuffle=1, newline=False):
         super().__init__()
         self.shuffle = shuffle
-        self.up = nn.Linear(vision_width * shuffle**2, width)
-        self.down = nn.Linear(width, width)
+        self.up_proj = nn.Linear(vision_width * shuffle**2, width)
+        self.down_proj = nn.Linear(width, width)
         self.newline = nn.Parameter(torch.randn(width) * width**-0.5) if newline else None
 
     def forward(self, features_NPD):
-        hidden_NPD = F.gelu(self.up(pixel_shuffle(features_NPD, self.shuffle)))
-        features = self.down(hidden_NPD).flatten(0, 1)
+        hidden_NPD = F.gelu(self.up_proj(pixel_shuffle(features_NPD, self.shuffle)))
+        features = self.down_proj(hidden_NPD).flatten(0, 1)
         if self.newline is None:
             return features
         return torch.cat([features, self.newline[None].to(features)])

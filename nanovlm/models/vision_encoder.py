@@ -39,25 +39,25 @@ def layer_scaled(x_NPD, scale_D):
 
 
 class Block(nn.Module):
-    def __init__(self, *, width, heads, ffn, activation, eps, layer_scale=False):
+    def __init__(self, *, width, heads, intermediate_size, activation, eps, layer_scale=False):
         super().__init__()
         self.heads = heads
         self.activation = ACTIVATIONS[activation]
         self.attention_norm = nn.LayerNorm(width, eps)
-        self.query, self.key, self.value, self.out = (nn.Linear(width, width) for _ in range(4))
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(width, width) for _ in range(4))
         self.attention = Attention(causal=False)
         self.mlp_norm = nn.LayerNorm(width, eps)
-        self.up, self.down = nn.Linear(width, ffn), nn.Linear(ffn, width)
+        self.up_proj, self.down_proj = nn.Linear(width, intermediate_size), nn.Linear(intermediate_size, width)
         self.attention_scale = nn.Parameter(torch.ones(width)) if layer_scale else None
         self.mlp_scale = nn.Parameter(torch.ones(width)) if layer_scale else None
 
     def forward(self, x_NPD):
         normed_NPD = self.attention_norm(x_NPD)
-        layers = (self.query, self.key, self.value)
+        layers = (self.q_proj, self.k_proj, self.v_proj)
         q_NPHK, k_NPHK, v_NPHK = (f(normed_NPD).unflatten(-1, (self.heads, -1)) for f in layers)
-        out_NPD = self.out(self.attention(q_NPHK, k_NPHK, v_NPHK).flatten(-2))
+        out_NPD = self.o_proj(self.attention(q_NPHK, k_NPHK, v_NPHK).flatten(-2))
         x_NPD = x_NPD + layer_scaled(out_NPD, self.attention_scale)
-        mlp_NPD = self.down(self.activation(self.up(self.mlp_norm(x_NPD))))
+        mlp_NPD = self.down_proj(self.activation(self.up_proj(self.mlp_norm(x_NPD))))
         return x_NPD + layer_scaled(mlp_NPD, self.mlp_scale)
 
 
@@ -77,7 +77,7 @@ class VisionEncoder(nn.Module):
         width,
         layers,
         heads,
-        ffn,
+        intermediate_size,
         class_token=False,
         pre_norm=False,
         post_norm=True,
@@ -85,7 +85,7 @@ class VisionEncoder(nn.Module):
         activation="gelu_tanh",
         layer_scale=False,
         eps=1e-6,
-        read=-1,
+        vision_feature_layer=-1,
     ):
         super().__init__()
         self.patches = nn.Conv2d(3, width, patch, patch, bias=patch_bias)
@@ -96,12 +96,12 @@ class VisionEncoder(nn.Module):
         block = dict(
             width=width,
             heads=heads,
-            ffn=ffn,
+            ffn=intermediate_size,
             activation=activation,
             eps=eps,
             layer_scale=layer_scale,
         )
-        depth = layers + 1 + read if read < 0 else read
+        depth = layers + 1 + vision_feature_layer if vision_feature_layer < 0 else vision_feature_layer
         self.layers = nn.ModuleList(Block(**block) for _ in range(depth))
         self.post_norm = nn.LayerNorm(width, eps) if post_norm else None
 

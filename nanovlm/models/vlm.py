@@ -50,13 +50,13 @@ class VLM(nn.Module):
         pixels_NCYX = (tiles_NCYX.float() / 255 - self.mean_C11) / self.std_C11
         # pretrained parts may differ in dtype
         features_NPD = self.vision(pixels_NCYX.to(self.vision.patches.weight.dtype))
-        return self.projector(features_NPD.to(self.projector.up.weight.dtype))
+        return self.projector(features_NPD.to(self.projector.up_proj.weight.dtype))
 
     def embed(self, ids_BT, tiles_NCYX, image_feature_index=None):
         """Returns x_BTD: embeddings of the text, with image features where the ids say IMAGE.
 
         The features are taken in order: all of them, or those at `image_feature_index` (one number
-        for each image token; -1, the last feature, is the newline). Raises Mistake if the ids hold
+        for each image token; -1, the last feature, is the newline). Raises UserError if the ids hold
         more or fewer image tokens than there are features.
         """
         x_BTD = self.decoder.embed(ids_BT.clamp(min=0))
@@ -91,5 +91,5 @@ class VLM(nn.Module):
         x_BTD = self.embed(ids_BT, tiles_NCYX, image_feature_index)
         hidden_BTD = self.decoder(x_BTD, positions_BT, documents_BT)
         mask_BT = targets_BT != IGNORE_INDEX
-        head_VD = self.decoder.head.weight
+        head_VD = self.decoder.lm_head.weight
         return linear_cross_entropy(hidden_BTD[mask_BT], head_VD, targets_BT[mask_BT])

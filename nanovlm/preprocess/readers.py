@@ -24,11 +24,11 @@ from typing import NamedTuple
 
 from .. import UserError, cli
 from ..data.dataset import check_sample_name
-from ..data.image_refs import Bytes, Span, archive, find, load, one_line, printable
+from ..data.image_refs import ImageBytes, TarMember, open_zip, find_image_ref, load_image_bytes, one_line, printable
 from . import records
 from .records import UNKNOWN_KIND
 
-PICTURES = (
+IMAGE_SUFFIXES = (
     "jpg",
     "jpeg",
     "png",
@@ -39,23 +39,23 @@ PICTURES = (
     "tiff",
     "ppm",
 )  # how such members of a tar end
-PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+COMPRESSION_MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 MAX_TEXT = 1 << 26  # of a tar's json or txt
 MAX_DEPTH = 32  # lists and objects in one another
 
 
-class Raw(NamedTuple):
+class RawRecord(NamedTuple):
     """A record as it stands in its source; small enough to be handed to another process."""
 
     where: str  # for messages
     record: dict | None
-    pictures: list  # refs to those that the source brings along; empty where the record names files
-    fault: tuple | None  # (reason, text) where it could not be read
+    images: list  # refs to those that the source brings along; empty where the record names files
+    error: tuple | None  # (reason, text) where it could not be read
     name: str  # its id if it states none: the key in a tar, else the file's name and the record's number
     folder: str | None = (
         None  # in which the files lie that it names; None in a tar or parquet, which may name none outside --images
     )
-    at: float = 0.0  # how far it is in all sources, from 0 to 1
+    position: float = 0.0  # how far it is in all sources, from 0 to 1
 
 
 class Sample(NamedTuple):
@@ -64,42 +64,42 @@ class Sample(NamedTuple):
     name: str  # its id
     where: str  # for messages
     turns: list  # [(role, text)]
-    pictures: list  # refs, one for each <image>
+    images: list  # refs, one for each <image>
 
 
 # ---- sources ----
 
 
-def read(paths, images=""):
+def read_records(paths, images=""):
     """Raws of all sources in their order, one after another; each of `paths` is a file, a folder of .tar and .parquet, or a pattern such as a-*.tar.
 
     Raises UserError, before the first Raw, for what is no source or begins with a record of no known kind; while reading, for one that is damaged
     in such a way that nobody can tell what is lost.
     """
     if images and not os.path.isdir(images):
-        archive(images, os.getpid())
-    sources = {file: opened(file) for file in find_files(paths)}
+        open_zip(images, os.getpid())
+    sources = {file: open_source(file) for file in find_source_files(paths)}
     for raws in sources.values():
-        check_first(raws)
-    return one_after_another(sources)
+        check_first_record(raws)
+    return chain_sources(sources)
 
 
-def one_after_another(sources):
+def chain_sources(sources):
     sizes = [os.path.getsize(file) for file in sources]
     before, total = 0, sum(sizes)
     for size, raws in zip(sizes, sources.values(), strict=True):
         for raw in raws():
-            yield raw._replace(at=(before + raw.at * size) / total)
+            yield raw._replace(position=(before + raw.position * size) / total)
         before += size
 
 
-def stamps(paths, images=""):
+def source_stamps(paths, images=""):
     """{file: [bytes, time of its last change in ns]} of the sources, and of `images` if it is a zip."""
-    named = [*find_files(paths), *([images] if os.path.isfile(images) else [])]
+    named = [*find_source_files(paths), *([images] if os.path.isfile(images) else [])]
     return {file: [os.stat(file).st_size, os.stat(file).st_mtime_ns] for file in named}
 
 
-def find_files(paths):
+def find_source_files(paths):
     found = []
     for path in paths:
         new = (
@@ -122,27 +122,27 @@ def find_files(paths):
     return found
 
 
-def opened(file):
+def open_source(file):
     """A function that reads the file's Raws from its beginning."""
     try:
         with open(file, "rb") as beginning:
             head = beginning.read(4096)
     except OSError as error:
         raise UserError(f"{file}: {error.strerror}") from None
-    packing = next((name for magic, name in PACKED.items() if head.startswith(magic)), None)
+    packing = next((name for magic, name in COMPRESSION_MAGIC.items() if head.startswith(magic)), None)
     if packing:
         raise UserError(
             f"{file} is packed by {packing}, in which nothing can be found without unpacking all before it: unpack it first"
         )
     if head[:4] == b"PAR1":
-        return partial(parquet_rows, file)
+        return partial(read_parquet_records, file)
     if head[257:262] == b"ustar":
-        return partial(tar_groups, file)
+        return partial(read_tar_records, file)
     match head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1]:
         case b"{":
-            return partial(json_lines, file)
+            return partial(read_json_lines, file)
         case b"[":
-            return partial(json_list, file, parse_list(file))
+            return partial(read_json_list, file, parse_json_list(file))
     raise UserError(
         f"{file} is neither JSON nor an unpacked tar nor parquet: it begins with {head[:40]!r}"
         if head
@@ -150,18 +150,18 @@ def opened(file):
     )
 
 
-def check_first(raws):
+def check_first_record(raws):
     """Raise UserError, quoting the first record that could be read, unless its kind is known."""
     begin = list(itertools.islice(raws(), 10))
     if not begin:
         raise UserError(f"{raws.args[0]} holds no samples")
-    first = next((raw for raw in begin if not raw.fault or raw.fault[0] == UNKNOWN_KIND), begin[0])
-    if first.fault:
-        raise UserError(first.fault[1], first.fault[0])
+    first = next((raw for raw in begin if not raw.error or raw.error[0] == UNKNOWN_KIND), begin[0])
+    if first.error:
+        raise UserError(first.error[1], first.error[0])
     records.require_kind(first.record, first.where)
 
 
-def parse(text):
+def parse_json(text):
     """What a JSON text says; ValueError if it is none."""
     try:
         return json.loads(text)
@@ -169,76 +169,76 @@ def parse(text):
         raise ValueError("it is nested too deep") from None
 
 
-def parse_list(file):
+def parse_json_list(file):
     try:
-        return parse(Path(file).read_bytes())
+        return parse_json(Path(file).read_bytes())
     except ValueError as error:
         raise UserError(f"{file} is not JSON: {error}") from None
 
 
-def made(where, record, name, pictures=(), folder=None):
+def make_record(where, record, name, images=(), folder=None):
     """A Raw of what was read, if that is an object that can be handled."""
-    if deep(record):
-        return fault(
+    if is_nested_too_deep(record):
+        return make_error_record(
             where,
             name,
             "nested too deep",
             f"{where} has more than {MAX_DEPTH} lists and objects in one another",
         )
     if not isinstance(record, dict):
-        return fault(where, name, UNKNOWN_KIND, f"{where} is no object: {record!r:.200}")
-    return Raw(where, record, list(pictures), None, name, folder)
+        return make_error_record(where, name, UNKNOWN_KIND, f"{where} is no object: {record!r:.200}")
+    return RawRecord(where, record, list(images), None, name, folder)
 
 
-def fault(where, name, reason, text):
-    return Raw(where, None, [], (reason, text), name)
+def make_error_record(where, name, reason, text):
+    return RawRecord(where, None, [], (reason, text), name)
 
 
-def deep(value, left=MAX_DEPTH):
+def is_nested_too_deep(value, left=MAX_DEPTH):
     inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return left == 0 or any(deep(child, left - 1) for child in inside)
+    return left == 0 or any(is_nested_too_deep(child, left - 1) for child in inside)
 
 
-def json_list(file, objects):
+def read_json_list(file, objects):
     for number, record in enumerate(objects, 1):
-        raw = made(
+        raw = make_record(
             f"{file}, sample {number}",
             record,
             f"{Path(file).name}:{number}",
             folder=str(Path(file).parent),
         )
-        yield raw._replace(at=number / len(objects))
+        yield raw._replace(position=number / len(objects))
 
 
-def json_lines(file):
+def read_json_lines(file):
     passed, size = 0, os.path.getsize(file)
     with open(file, "rb") as lines:
         for number, line in enumerate(lines, 1):
             passed += len(line)
             if line.strip():
-                raw = parsed(
+                raw = parse_record(
                     line,
                     f"{file}, line {number}",
                     f"{Path(file).name}:{number}",
                     folder=str(Path(file).parent),
                 )
-                yield raw._replace(at=passed / size)
+                yield raw._replace(position=passed / size)
 
 
-def parsed(text, where, name, **more):
+def parse_record(text, where, name, **more):
     try:
-        record = parse(text)
-        return made(
+        record = parse_json(text)
+        return make_record(
             where, {"conversations": record} if isinstance(record, list) else record, name, **more
         )
     except ValueError as error:
-        return fault(where, name, "broken JSON", f"{where} is not JSON: {error}")
+        return make_error_record(where, name, "broken JSON", f"{where} is not JSON: {error}")
 
 
 # ---- parquet ----
 
 
-def parquet_rows(file):
+def read_parquet_records(file):
     for number, (row, at) in enumerate(read_parquet(file), 1):
         where, column = (
             f"{file}, row {number}",
@@ -252,13 +252,13 @@ def parquet_rows(file):
             for value in (values if isinstance(values, list) else [values])
         ]
         pictures = [
-            Bytes(f"{where}, picture {i}", part["bytes"])
+            ImageBytes(f"{where}, picture {i}", part["bytes"])
             for i, part in enumerate(parts, 1)
             if isinstance(part.get("bytes"), bytes)
         ]
         if len(pictures) < len(parts):
             row["images"], pictures = [part.get("path") for part in parts], []
-        yield made(where, row, f"{Path(file).name}:{number}", pictures)._replace(at=at)
+        yield make_record(where, row, f"{Path(file).name}:{number}", pictures)._replace(position=at)
 
 
 def read_parquet(file):
@@ -285,12 +285,12 @@ def read_parquet(file):
 # ---- tar ----
 
 
-def tar_groups(file):
+def read_tar_records(file):
     """Members side by side under one key as a Raw, as webdataset groups them."""
     size = os.path.getsize(file)
-    for key, group in itertools.groupby(tar_members(file), lambda member: key_of(member.name)[0]):
+    for key, group in itertools.groupby(tar_members(file), lambda member: tar_key(member.name)[0]):
         members = list(group)
-        yield tar_group(file, key, members)._replace(at=members[-1].offset / size)
+        yield make_tar_record(file, key, members)._replace(position=members[-1].offset / size)
 
 
 def tar_members(file):
@@ -314,68 +314,68 @@ def tar_members(file):
         raise UserError(f"{file} is damaged or cut short: {one_line(error)}") from None
 
 
-def key_of(name):
+def tar_key(name):
     """("shards/000012", "jpg") of "./shards/000012.left.jpg"."""
     folder, slash, base = name.removeprefix("./").rpartition("/")
     stem, _, suffix = base.partition(".")
     return folder + slash + stem, suffix.rpartition(".")[2].lower()
 
 
-def is_odd(name):
+def is_unsafe_name(name):
     return name.startswith("/") or ".." in name.split("/") or not name.isprintable()
 
 
-def tar_group(file, key, members):
+def make_tar_record(file, key, members):
     where = f"{file}, {printable(key)}"
-    if odd := next((name for name in (member.name for member in members) if is_odd(name)), None):
-        return fault(
+    if odd := next((name for name in (member.name for member in members) if is_unsafe_name(name)), None):
+        return make_error_record(
             where,
             key,
             "odd name of a tar member",
             f"{where}: the member {odd!a} would lie outside, or cannot be written",
         )
     if odd := next((member for member in members if not member.isreg() or member.issparse()), None):
-        return fault(
+        return make_error_record(
             where,
             key,
             "a tar member is no plain file",
             f"{where}: the member {odd.name!a} is a link, a device or full of holes",
         )
     spans = [
-        (key_of(member.name)[1], Span(file, member.name, member.offset_data, member.size))
+        (tar_key(member.name)[1], TarMember(file, member.name, member.offset_data, member.size))
         for member in members
     ]
-    pictures = [span for suffix, span in spans if suffix in PICTURES]
+    pictures = [span for suffix, span in spans if suffix in IMAGE_SUFFIXES]
     texts = {suffix: span for suffix, span in spans if suffix in ("json", "txt")}
     if len(texts) != sum(suffix in ("json", "txt") for suffix, _ in spans):
-        return fault(
+        return make_error_record(
             where,
             key,
             "two texts under one key",
             f"{where} has two members of one kind: {', '.join(suffix for suffix, _ in spans)}",
         )
-    return tar_text(where, key, texts, pictures)
+    return parse_tar_text(where, key, texts, pictures)
 
 
-def tar_text(where, key, texts, pictures):
+def parse_tar_text(where, key, texts, pictures):
     """The record that a json or a txt among the members is; a json that is none (notes about the picture) gives way to the txt beside it."""
     if not texts:
-        return fault(where, key, UNKNOWN_KIND, f"{where} has neither a json nor a txt among its members")
+        return make_error_record(where, key, UNKNOWN_KIND, f"{where} has neither a json nor a txt among its members")
     if large := next((span for span in texts.values() if span.size > MAX_TEXT), None):
-        return fault(
+        return make_error_record(
             where,
             key,
             "text too large",
             f"{where}: {large.name!a} has {large.size:,} bytes, more than the {MAX_TEXT:,} of a text",
         )
     if "json" in texts:
-        told = parsed(load(texts["json"])[0], where, key, pictures=pictures)
-        if told.fault or "txt" not in texts or records.find_kind(told.record):
+        told = parse_record(load_image_bytes(texts["json"])[0], where, key, images=pictures)
+        if told.error or "txt" not in texts or records.find_kind(told.record):
             return told
     try:
-        return made(where, {"caption": load(texts["txt"])[0].decode()}, key, pictures)
+        return make_record(where, {"caption": load_image_bytes(texts["txt"])[0].decode()}, key, pictures)
     except UnicodeDecodeError as error:
-        return fault(
+        return make_error_record(
             where,
             key,
             "not text in UTF-8",
@@ -386,27 +386,27 @@ def tar_text(where, key, texts, pictures):
 # ---- samples ----
 
 
-def sample(raw, images=""):
+def make_sample(raw, images=""):
     """A Raw as a Sample; raises UserError. images: as in `read`."""
-    name, where, turns, paths = conversation(raw)
+    name, where, turns, paths = parse_conversation(raw)
     return Sample(
         name,
         where,
         turns,
-        raw.pictures or [find(path, raw.folder, images, where) for path in paths],
+        raw.images or [find_image_ref(path, raw.folder, images, where) for path in paths],
     )
 
 
-def conversation(raw):
+def parse_conversation(raw):
     """(name, where, turns) of the Sample that a Raw is, and the paths of pictures that it names, wherever these are; raises UserError."""
-    if raw.fault:
-        raise UserError(raw.fault[1], raw.fault[0])
-    name, where = named(raw)
-    paths = [] if raw.pictures else records.image_paths(raw.record, where)
-    return name, where, records.record_turns(raw.record, name, len(raw.pictures or paths), where), paths
+    if raw.error:
+        raise UserError(raw.error[1], raw.error[0])
+    name, where = sample_name(raw)
+    paths = [] if raw.images else records.image_paths(raw.record, where)
+    return name, where, records.record_turns(raw.record, name, len(raw.images or paths), where), paths
 
 
-def named(raw):
+def sample_name(raw):
     """A sample's id, and where it is, for messages."""
     own = records.stated_id(raw.record)
     if isinstance(own, bool) or not isinstance(own, str | int | float | None):
@@ -422,28 +422,28 @@ def named(raw):
     return name, raw.where if own is None else f"{raw.where} ({name})"
 
 
-def id_of(raw):
+def record_id(raw):
     """The id under which a record is listed, whether it can be used or not."""
     own = records.stated_id(raw.record or {})
     return printable(str(own)) if isinstance(own, str | int | float) else printable(raw.name)
 
 
-def identity(raw):
+def record_digest(raw):
     """A digest of a sample's id and of all that it says and shows, by which one that comes twice is known; in a tar, pictures count by their sizes.
 
     LLaVA's own mix gives one id to all conversations about one picture: those differ.
     """
     record = raw.record or {}
     shown = [
-        hashlib.sha256(ref.content).hexdigest() if isinstance(ref, Bytes) else ref.size
-        for ref in raw.pictures
+        hashlib.sha256(ref.content).hexdigest() if isinstance(ref, ImageBytes) else ref.size
+        for ref in raw.images
     ]
     place = [
         raw.name if records.stated_id(record) is None else None,
         raw.folder if records.first_field(record, "image", "images") else None,
     ]
     return hashlib.sha256(
-        json.dumps([*place, raw.fault, record, shown], sort_keys=True, default=repr).encode()
+        json.dumps([*place, raw.error, record, shown], sort_keys=True, default=repr).encode()
     ).digest()
 
 
@@ -452,13 +452,13 @@ def read_texts(paths):
     read, wrong = 0, []
     for raw in read(paths):
         try:
-            yield from (text for _, text in conversation(raw)[2])
+            yield from (text for _, text in parse_conversation(raw)[2])
             read += 1
         except UserError as mistake:
             wrong.append(str(mistake))
     if not read:
         raise UserError(f"there is nothing to learn a tokenizer from: {wrong[0]}")
     if wrong:
-        cli.status(
+        cli.print_status(
             f"learnt without {len(wrong):,} of {read + len(wrong):,} records, which cannot be read: {wrong[0]}"
         )

@@ -50,7 +50,7 @@ def projector_flops(model, tiles, trains, vision_trains):
     """Operations of the projector on the features of so many tiles."""
     patches = (model.tile // model.vision.patches.weight.shape[-1]) ** 2
     tokens = tiles * patches // model.projector.shuffle**2
-    up, down = model.projector.up, model.projector.down
+    up, down = model.projector.up_proj, model.projector.down_proj
     return linear_flops(up, tokens, input_grad=vision_trains, weight_grad=trains) + linear_flops(
         down, tokens, input_grad=vision_trains or trains, weight_grad=trains
     )
@@ -61,7 +61,7 @@ def decoder_flops(model, sequences, length, trains, checkpointing):
     layers, heads, head_dim = (
         model.decoder.layers,
         model.decoder.layers[0].heads,
-        model.decoder.layers[0].head_size,
+        model.decoder.layers[0].head_dim,
     )
     flops = linear_flops(layers, sequences * length, input_grad=True, weight_grad=trains)
     flops += attention_flops(len(layers), heads, head_dim, sequences, length, True)
@@ -87,7 +87,7 @@ def step_flops(
             model, sequences, length, decoder, activation_checkpointing != "none"
         ),
         "head": linear_flops(
-            model.decoder.head, labelled_tokens, input_grad=True, weight_grad=decoder
+            model.decoder.lm_head, labelled_tokens, input_grad=True, weight_grad=decoder
         ),
     }
 

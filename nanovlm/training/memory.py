@@ -19,7 +19,9 @@ class FakeForward(torch.nn.Module):
 
     def forward(self, batch, labels):
         model, tiles = self.model, batch["tiles_NCYX"]
-        features = model.encode_images(tiles if len(tiles) else tiles.new_empty(1, 3, model.tile, model.tile))
+        features = model.encode_images(
+            tiles if len(tiles) else tiles.new_empty(1, 3, model.tile, model.tile)
+        )
         x_BTD = model.decoder.embed(batch["ids_BT"].clamp(min=0))
         if "image_feature_index" in batch:
             features = features[batch["image_feature_index"]]
@@ -30,7 +32,7 @@ class FakeForward(torch.nn.Module):
         hidden_BTD = model.decoder(x_BTD, batch["positions_BT"], None)
         return linear_cross_entropy(
             hidden_BTD.flatten(0, 1)[:labels],
-            model.decoder.head.weight,
+            model.decoder.lm_head.weight,
             batch["targets_BT"].flatten()[:labels],
         )
 
@@ -115,7 +117,7 @@ def estimate_memory(
     trained, frozen = 4 * count_parameters(model, True), 4 * count_parameters(model, False)
     labels = micro_batch_size * int((sequence["targets_BT"] != IGNORE_INDEX).sum())
     # Logits of a chunk and their gradient, in float32.
-    logits = 2 * min(CHUNK, labels) * model.decoder.head.weight.shape[0] * 4
+    logits = 2 * min(CHUNK, labels) * model.decoder.lm_head.weight.shape[0] * 4
     sizes = {
         "weights": (trained + frozen) // shards,
         "gradients": trained // shards,

@@ -5,8 +5,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from .. import UserError
-from ..cli import OLD_SETTINGS, did_you_mean
-from ..files import is_name, read_json
+from ..cli import did_you_mean
+from ..files import is_repo_id, read_json
 
 # The values of a stage for settings that the user does not give. `decoder` and `vision` are stages
 # of the demonstration; `pretrain` (alignment: projector only) and `sft` are the recipe of
@@ -88,6 +88,7 @@ LLAVA = {
 }
 RECIPES = {"megatron": STAGES, "llava": LLAVA}
 PARTS = ("vision", "projector", "decoder")
+OLD_STAGES = {"brain": "decoder", "eye": "vision"}  # in runs of an older version
 # These settings may change when a run resumes; all others must stay as they were.
 FREE_ON_RESUME = (
     "data",
@@ -239,7 +240,7 @@ def check_settings(run, world, unused):
 
 def check_inputs(run):
     """Raise UserError, which says what to do first, if the model or the data does not exist."""
-    if not (Path(run.model).exists() or is_name(run.model)):
+    if not (Path(run.model).exists() or is_repo_id(run.model)):
         raise UserError(
             f"no such model: {run.model}. --stage={run.stage} starts from a checkpoint: "
             f"{FIRST[run.stage]}; or give another --model. "
@@ -247,8 +248,8 @@ def check_inputs(run):
         )
     if run.data == STAGES[run.stage]["data"] and not Path(run.data).exists():
         raise UserError(
-            f"no such data: {run.data}. To write it: python prepare.py data "
-            f"--model={run.model} --source=FILE --images=DIR --out={run.data}; or give another --data"
+            f"no such data: {run.data}. Give another --data, or write it: python prepare.py data "
+            f"--model={run.model} --source=FILE --images=DIR --out={run.data}"
         )
 
 
@@ -259,10 +260,8 @@ def freeze_parts(model, rates):
 
 
 def read_saved_settings(path):
-    """The settings in a checkpoint's training.json, by their names of today."""
-    settings = {}
-    for name, value in read_json(path, "step").items():
-        settings[OLD_SETTINGS.get(name, (name,))[0]] = value
-    if settings.get("stage") in OLD_SETTINGS:
-        settings["stage"] = OLD_SETTINGS[settings["stage"]][0]
+    """The step and the settings in a checkpoint's training.json."""
+    settings = read_json(path, "step")
+    if settings.get("stage") in OLD_STAGES:
+        settings["stage"] = OLD_STAGES[settings["stage"]]
     return settings

@@ -21,11 +21,11 @@ import torch
 from .. import UserError
 from ..checkpoints import sharded
 from ..checkpoints.checkpoint import (
-    begin_folder,
-    drop_unfinished,
     finish_folder,
     list_checkpoints,
+    remove_unfinished,
     saved_parameters,
+    start_folder,
     write_checkpoint_files,
 )
 from ..distributed import (
@@ -133,11 +133,11 @@ class Saver:
         if "val_loss" in metrics:
             training["val_loss"] = metrics["val_loss"]
         try:
-            on_rank_0(begin_folder, folder)
+            on_rank_0(start_folder, folder)
             self.write_files(Path(f"{folder}.tmp"), training, is_last)
             on_rank_0(finish_folder, folder)
         except OSError as error:
-            on_rank_0(drop_unfinished, folder)
+            on_rank_0(remove_unfinished, folder)
             raise UserError(
                 f"{folder} could not be saved ({error.strerror or error}); "
                 f"{self.newest()} is complete"

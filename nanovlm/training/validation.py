@@ -15,7 +15,9 @@ from ..inference.generate import generate
 def pack_validation_set(samples, seq_len, limit=64):
     """Pack the first held-out samples into sequences; returns the sample indices of each."""
     members = samples.split(validation=True)[:limit]
-    return [members[positions] for positions in pack_sequences(samples.table[members, LENGTH], seq_len)]
+    return [
+        members[positions] for positions in pack_sequences(samples.table[members, LENGTH], seq_len)
+    ]
 
 
 def validate(checkpoint, samples, sequences, rank, world, autocast):
@@ -70,14 +72,15 @@ def print_answer(checkpoint, samples, i, autocast, is_printed):
     start = int(is_labelled_T.argmax()) + 1
     end = start + int((~is_labelled_T[start:]).argmax())
     end_token_id = int(ids_T[end])
-    image_ends = np.cumsum([0, *(len(picture.places) for picture in pictures)])
+    image_ends = np.cumsum([0, *(len(picture.feature_index) for picture in pictures)])
     image_tokens = (ids_T[:start] == IMAGE_TOKEN_ID).sum()
     images_before = int(np.searchsorted(image_ends, image_tokens))
     # On sharded models all ranks generate equally many tokens: if one rank's logits differed in the
     # last bit, it could stop earlier, and the others would wait for it.
     stop = set() if is_sharded(checkpoint.model) else {end_token_id}
     with autocast, unsharded(checkpoint.model):
-        tokens = generate(checkpoint.model, 
+        tokens = generate(
+            checkpoint.model,
             [ids_T[:start].tolist()],
             **collate_images(pictures[:images_before], samples.image_config),
             stop=stop,

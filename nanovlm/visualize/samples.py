@@ -1,4 +1,4 @@
-"""A prepared sample as the model will get it, and a whole set in a few lines."""
+"""A prepared sample as the model gets it, and a summary of a whole dataset."""
 
 import datetime
 import itertools
@@ -15,94 +15,98 @@ GAP = 4  # pixels between tiles
 
 
 def sample_as_text(samples, i, tokenizer):
-    """Sample i token by token, `|` between them, a picture as the number of its tokens; a line begins where training begins or ends."""
-    ids_T, targets_T, pictures = samples.read(i)
-    trained_T = np.concatenate(
-        [[False], targets_T[:-1] != IGNORE_INDEX]
-    )  # a target stands one place before its token
-    counts = iter(
-        [
-            (number, len(picture.tiles), len(picture.places))
-            for number, picture in enumerate(pictures, 1)
-        ]
-    )
+    """Returns sample i as text: its tokens with `|` between them, a line per run of labels.
+
+    A line holds tokens with a loss ("label") or without ("no loss"). An image is one entry that has
+    the number of its tokens.
+    """
+    ids_T, targets_T, images = samples.read(i)
+    # The target of a token is at the position before it.
+    loss_mask_T = np.concatenate([[False], targets_T[:-1] != IGNORE_INDEX])
+    next_images = enumerate(images, 1)
     lines = [
-        f"{samples.names[i]}: {len(ids_T)} tokens, {trained_T.sum()} of them trained, pictures: {len(pictures)}"
+        f"{samples.names[i]}: {len(ids_T)} tokens, {loss_mask_T.sum()} of them labels, "
+        f"images: {len(images)}"
     ]
-    for trained, run in itertools.groupby(range(len(ids_T)), lambda t: bool(trained_T[t])):
-        said, left = [], 0  # left: of a picture's tokens, those not yet passed
-        for t in run:
+    for has_loss, positions in itertools.groupby(range(len(ids_T)), lambda t: bool(loss_mask_T[t])):
+        parts, image_tokens = [], 0  # image_tokens: those of the current image that remain
+        for t in positions:
             if ids_T[t] != IMAGE_TOKEN_ID:
-                said.append(
-                    repr(
-                        tokenizer.bytes_of.get(int(ids_T[t]), b"?").decode(
-                            errors="backslashreplace"
-                        )
-                    )[1:-1]
-                )
-            elif left == 0:
-                number, tiles, left = next(counts)
-                said.append(f"<picture {number}: {tiles} tile{'s' * (tiles > 1)}, {left} tokens>")
-            left -= ids_T[t] == IMAGE_TOKEN_ID
-        lines.append(f"{'trained' if trained else 'given':>8}  {'|'.join(said)}")
+                parts.append(token_as_text(int(ids_T[t]), tokenizer))
+                continue
+            if image_tokens == 0:
+                number, image = next(next_images)
+                tiles, image_tokens = len(image.tiles), len(image.feature_index)
+                plural = "s" * (tiles > 1)
+                parts.append(f"<image {number}: {tiles} tile{plural}, {image_tokens} tokens>")
+            image_tokens -= 1
+        lines.append(f"{'label' if has_loss else 'no loss':>8}  {'|'.join(parts)}")
     return "\n".join(lines)
 
 
-def tile_mosaic(tiles_NCYX, across=6):
-    """Tiles side by side, in rows of `across`, as one picture."""
+def token_as_text(token_id, tokenizer):
+    text = tokenizer.bytes_of.get(token_id, b"?").decode(errors="backslashreplace")
+    return repr(text)[1:-1]
+
+
+def tile_mosaic(tiles_NCYX, columns=6):
+    """Returns one image of all tiles, side by side in `columns`."""
     count, _, height, width = tiles_NCYX.shape
-    across, down = min(across, count), -(-count // across)
-    sheet = Image.new("RGB", (across * (width + GAP) - GAP, down * (height + GAP) - GAP), "white")
+    columns, lines = min(columns, count), -(-count // columns)
+    size = columns * (width + GAP) - GAP, lines * (height + GAP) - GAP
+    mosaic = Image.new("RGB", size, "white")
     for n, tile_CYX in enumerate(tiles_NCYX):
-        place = n % across * (width + GAP), n // across * (height + GAP)
-        sheet.paste(image_processing.tile_to_image(tile_CYX), place)
-    return sheet
+        corner = n % columns * (width + GAP), n // columns * (height + GAP)
+        mosaic.paste(image_processing.tile_to_image(tile_CYX), corner)
+    return mosaic
 
 
-def describe_dataset(samples, weights, row, rate):
-    """What a set holds and what training will make of it: rows of `row` tokens; at `rate` tokens a second, if that is not 0."""
+def describe_dataset(samples, weights, seq_len, tokens_per_s):
+    """Returns what a dataset contains, and how many sequences of seq_len tokens an epoch takes.
+
+    With the time of an epoch, if tokens_per_s is not 0.
+    """
     training = samples.split(validation=False)
     for number, folder in enumerate(samples.folders):
         if not (samples.set_of[training] == number).any():
             raise UserError(
-                f"{folder}: all of its {(samples.set_of == number).sum():,} samples are held out, none is left to train on"
+                f"{folder}: all {(samples.set_of == number).sum():,} samples are held out for "
+                "validation, none is left to train on: add samples"
             )
-    drawn = training[epoch_samples(samples.set_of[training], weights, seed=0, epoch=0)]
-    lengths, tiles = (
-        samples.table[drawn, LENGTH],
-        sum(len(shard["tiles"]) for shard in samples.shards),
-    )
-    trained, ids = (
-        sum(
-            int(shard[kind].sum()) if kind == "trained" else len(shard[kind])
-            for shard in samples.shards
-        )
-        for kind in ("trained", "ids")
-    )
-    longest = samples.table[:, LENGTH].argmax()
-    spread = ", ".join(
+    epoch = training[epoch_samples(samples.set_of[training], weights, seed=0, epoch=0)]
+    lengths, all_lengths = samples.table[epoch, LENGTH], samples.table[:, LENGTH]
+    image_counts = samples.table[:, IMAGE_COUNT]
+    tiles = sum(len(shard["tiles"]) for shard in samples.shards)
+    labels = sum(int(shard["trained"].sum()) for shard in samples.shards)
+    text_tokens = sum(len(shard["ids"]) for shard in samples.shards)
+    longest = all_lengths.argmax()
+    percentiles = ", ".join(
         f"{share}% {length:,.0f}"
         for share, length in zip((5, 50, 95), np.percentile(lengths, (5, 50, 95)), strict=True)
     )
     lines = [
-        f"{samples}: {len(samples.table):,} samples, {len(samples.table) - len(training):,} of them held out",
-        f"pictures: {samples.table[:, IMAGE_COUNT].sum():,} in {tiles:,} tiles; {(samples.table[:, IMAGE_COUNT] == 0).sum():,} samples have none",
-        f"tokens of a sample: {spread}, the longest {samples.table[longest, LENGTH]:,} ({samples.names[longest]})",
-        f"trained: {trained:,} tokens, {trained / samples.table[:, LENGTH].sum():.1%} of all, {trained / ids:.1%} of the words",
+        f"{samples}: {len(samples.table):,} samples, {len(samples.table) - len(training):,} of "
+        "them held out for validation",
+        f"images: {image_counts.sum():,} in {tiles:,} tiles; {(image_counts == 0).sum():,} samples "
+        "have none",
+        f"tokens of a sample: {percentiles}, the longest {all_lengths[longest]:,} "
+        f"({samples.names[longest]})",
+        f"labels: {labels:,} tokens, {labels / all_lengths.sum():.1%} of all, "
+        f"{labels / text_tokens:.1%} of the text",
     ]
-    if (short := int((samples.table[:, LENGTH] > row).sum())) > 0:
-        return "\n".join(
-            [
-                *lines,
-                f"{short:,} samples do not fit into rows of {row:,} tokens: train with a longer --row, or prepare with this one",
-            ]
-        )
-    rows = sum(1 for _ in pack_sequences(lengths, row))
-    lines.append(
-        f"an epoch: {len(drawn):,} samples, {lengths.sum():,} tokens in {rows:,} rows of {row:,}, {lengths.sum() / rows / row:.1%} full"
-    )
-    if rate:
+    too_long = int((all_lengths > seq_len).sum())
+    if too_long > 0:
         lines.append(
-            f"at {rate:,.0f} tokens a second: {datetime.timedelta(seconds=round(lengths.sum() / rate))}"
+            f"{too_long:,} samples do not fit into sequences of {seq_len:,} tokens: train with a "
+            "larger --seq_len, or prepare with this one"
         )
+        return "\n".join(lines)
+    sequences = sum(1 for _ in pack_sequences(lengths, seq_len))
+    lines.append(
+        f"an epoch: {len(epoch):,} samples, {lengths.sum():,} tokens in {sequences:,} sequences of "
+        f"{seq_len:,}, {lengths.sum() / sequences / seq_len:.1%} full"
+    )
+    if tokens_per_s:
+        seconds = round(lengths.sum() / tokens_per_s)
+        lines.append(f"at {tokens_per_s:,.0f} tokens/s: {datetime.timedelta(seconds=seconds)}")
     return "\n".join(lines)

@@ -96,4 +96,4 @@ def align(
 
 
 if __name__ == "__main__":
-    cli.run(align)
+    cli.run_script(align)

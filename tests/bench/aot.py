@@ -257,4 +257,4 @@ def aot(
 
 
 if __name__ == "__main__":
-    cli.run(aot)
+    cli.run_script(aot)

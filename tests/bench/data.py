@@ -138,7 +138,7 @@ def reading(folder, photographs, count, rounds):
     receipt = json.loads((folder / "set/00000/receipt.json").read_text())
     dataset.write_header(
         folder / "set",
-        {"tokenizer": "none", "template": "none", "policy": POLICY},
+        {"tokenizer": "none", "chat_template": "none", "image_config": POLICY},
         [receipt["files"]],
     )
     samples = dataset.PreparedDataset(folder / "set")
@@ -220,4 +220,4 @@ def bench(
 
 
 if __name__ == "__main__":
-    cli.run(bench)
+    cli.run_script(bench)

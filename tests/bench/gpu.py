@@ -727,4 +727,4 @@ def gpu(
 
 
 if __name__ == "__main__":
-    cli.run(gpu)
+    cli.run_script(gpu)

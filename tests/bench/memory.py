@@ -65,4 +65,4 @@ def bench():
 
 
 if __name__ == "__main__":
-    cli.run(bench)
+    cli.run_script(bench)

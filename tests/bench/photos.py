@@ -132,4 +132,4 @@ def photos(
 
 
 if __name__ == "__main__":
-    cli.run(photos)
+    cli.run_script(photos)

@@ -81,4 +81,4 @@ def sample(
 
 
 if __name__ == "__main__":
-    cli.run(sample)
+    cli.run_script(sample)

@@ -173,4 +173,4 @@ def speed(
 
 
 if __name__ == "__main__":
-    cli.run(speed)
+    cli.run_script(speed)

@@ -26,7 +26,7 @@ from conftest import make_batch  # noqa: E402
 from nanovlm import IGNORE_INDEX, IMAGE_TOKEN_ID, cli, distributed  # noqa: E402
 from nanovlm.checkpoints.checkpoint import load_checkpoint  # noqa: E402
 from nanovlm.data.packing import pack_sequences  # noqa: E402
-from nanovlm.data.tokenizer import learn  # noqa: E402
+from nanovlm.data.tokenizer import train_tokenizer  # noqa: E402
 
 EYE = dict(
     hidden_size=192,
@@ -70,7 +70,7 @@ def two_models():
             "resample": 3,
         }
         (Path(folder) / "preprocessor_config.json").write_text(json.dumps(preprocessor))
-        learn(["a"], 256, ["<s>", "</s>", "<image>"]).save(folder)
+        train_tokenizer(["a"], 256, ["<s>", "</s>", "<image>"]).save(folder)
         ours = load_checkpoint(folder).model
     for frozen in (theirs.model.vision_tower, ours.vision):
         frozen.requires_grad_(False)
@@ -199,4 +199,4 @@ def bench(
 
 
 if __name__ == "__main__":
-    cli.run(bench)
+    cli.run_script(bench)

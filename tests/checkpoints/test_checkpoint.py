@@ -13,9 +13,9 @@ from nanovlm.checkpoints import checkpoint as weights
 from nanovlm.checkpoints import stitch
 from nanovlm.checkpoints.checkpoint import (
     Checkpoint,
-    describe_checkpoint,
+    load_checkpoint_info,
     load_checkpoint,
-    newest_checkpoint,
+    latest_checkpoint,
     read_json,
     read_tensors,
     save_checkpoint,
@@ -36,7 +36,7 @@ POLICY = {
 
 @pytest.fixture(scope="module")
 def words():
-    return tokenizer.learn(["a b"], 256, ["<s>", "[INST]", "[/INST]", "</s>"])
+    return tokenizer.train_tokenizer(["a b"], 256, ["<s>", "[INST]", "[/INST]", "</s>"])
 
 
 def make_checkpoint(words, seed=0, policy=POLICY, template="mistral", **decoder):
@@ -48,7 +48,7 @@ def make_checkpoint(words, seed=0, policy=POLICY, template="mistral", **decoder)
 
 def save_step(checkpoint, out, step):
     """A step of a run in which only the projector's last bias trained."""
-    bias = checkpoint.model.requires_grad_(False).projector.down.bias.requires_grad_(True)
+    bias = checkpoint.model.requires_grad_(False).projector.down_proj.bias.requires_grad_(True)
     optimizer, bias.grad = torch.optim.AdamW([bias]), torch.ones_like(bias)
     optimizer.step()
     resume.Saves(checkpoint, optimizer, out, {}, keep=1).write(step, last=True)
@@ -64,7 +64,7 @@ def test_what_is_saved_is_what_is_loaded(words, tmp_path, tied):
     save_checkpoint(saved, tmp_path / "a")
     loaded = load_checkpoint(tmp_path / "a")
     same_tensors(loaded.model.state_dict(), saved.model.state_dict())
-    assert (loaded.model.decoder.head.weight is loaded.model.decoder.embed.weight) == tied
+    assert (loaded.model.decoder.lm_head.weight is loaded.model.decoder.embed.weight) == tied
     assert ("decoder.head.weight" in load_file(tmp_path / "a" / "model.safetensors")) != tied
     assert (loaded.shapes, loaded.image_config, loaded.chat_template) == (
         saved.shapes,
@@ -91,7 +91,7 @@ def test_missing_unused_and_misshapen_tensors_are_all_named(words, tmp_path):
         load_checkpoint(tmp_path / "a")
     assert str(mistake.value) == (
         f"{tmp_path / 'a' / 'model.safetensors'}: vision.positions is missing; decoder.extra in model.safetensors is not "
-        "used; projector.up.weight in model.safetensors is [80, 24], the model wants [24, 80]"
+        "used; projector.up.weight in model.safetensors is [80, 24], the model expects [24, 80]"
     )
 
 
@@ -104,7 +104,7 @@ def test_a_number_that_is_not_finite_is_named(words, tmp_path, number):
     for dtype in (torch.float32, torch.bfloat16, None):
         with pytest.raises(
             UserError,
-            match="vision.layers.1.up.bias in model.safetensors holds a number that is not finite",
+            match="vision.layers.1.up.bias in model.safetensors holds a NaN or infinite value",
         ):
             load_checkpoint(tmp_path / "a", dtype=dtype)
 
@@ -113,7 +113,7 @@ def test_a_description_is_all_but_the_model_and_reads_no_weights(words, tmp_path
     save_checkpoint(make_checkpoint(words), tmp_path / "run" / "step-000003")
     loaded = load_checkpoint(tmp_path / "run")
     (tmp_path / "run" / "step-000003" / "model.safetensors").unlink()
-    told = describe_checkpoint(tmp_path / "run")
+    told = load_checkpoint_info(tmp_path / "run")
     assert (
         told.model is None
         and told.fingerprint() == loaded.fingerprint() == make_checkpoint(words).fingerprint()
@@ -176,12 +176,12 @@ def test_another_format_or_half_a_description_is_refused(words, tmp_path):
     path = tmp_path / "a" / "nanovlm.json"
     meta = json.loads(path.read_text())
     path.write_text(json.dumps(meta | {"version": 7}))
-    with pytest.raises(UserError, match="written in format 7, this reads 1"):
+    with pytest.raises(UserError, match="has format version 7, this nanovlm reads 1 and 2"):
         load_checkpoint(tmp_path / "a")
     path.write_text(
-        json.dumps({name: value for name, value in meta.items() if name not in ("policy", "card")})
+        json.dumps({name: value for name, value in meta.items() if name not in ("image_config", "history")})
     )
-    with pytest.raises(UserError, match=r"nanovlm.json does not say its policy, card"):
+    with pytest.raises(UserError, match=r"nanovlm.json holds no image_config, history"):
         load_checkpoint(tmp_path / "a")
 
 
@@ -203,13 +203,13 @@ def test_a_models_card_is_the_current_one_before_anything_lies_on_it(words, tmp_
 def test_the_newest_step_counts_and_what_a_killed_writer_left_does_not(words, tmp_path):
     checkpoint = make_checkpoint(words)
     with pytest.raises(UserError, match="no such model"):
-        newest_checkpoint(tmp_path / "run")
+        latest_checkpoint(tmp_path / "run")
     for step in (5, 40):
         save_checkpoint(checkpoint, tmp_path / "run" / f"step-{step:06d}")
     save_checkpoint(checkpoint, tmp_path / "run" / "step-000300.tmp")  # whole but for its name
     (tmp_path / "run" / "step-000400").mkdir()
-    assert newest_checkpoint(tmp_path / "run") == tmp_path / "run" / "step-000040"
-    assert newest_checkpoint(tmp_path / "run" / "step-000005").name == "step-000005"
+    assert latest_checkpoint(tmp_path / "run") == tmp_path / "run" / "step-000040"
+    assert latest_checkpoint(tmp_path / "run" / "step-000005").name == "step-000005"
     save_step(checkpoint, tmp_path / "run", 41)
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["step-000041"], (
         "older steps and left-overs go"
@@ -294,7 +294,7 @@ def test_an_optimizer_of_other_parts_is_refused(words):
     model.vision.post_norm.requires_grad_(True)
     with pytest.raises(UserError, match="vision.post_norm.bias is trained, but has no state"):
         resume.put_optimizer(model, optimizer, tensors, "o")
-    model.requires_grad_(False).projector.down.requires_grad_(True)
+    model.requires_grad_(False).projector.down_proj.requires_grad_(True)
     with pytest.raises(UserError, match="projector.up.bias is frozen, but has a state"):
         resume.put_optimizer(model, optimizer, tensors, "o")
 
@@ -314,10 +314,10 @@ def test_stitching_changes_no_number_and_the_brain_says_what_it_said_alone(words
     positions_BT, none = torch.arange(9).expand(2, -1), torch.zeros(0, 3, 12, 12, dtype=torch.uint8)
     with torch.no_grad():
         logits = [
-            m.decoder.head(m.decoder(m.embed(ids_BT, none), positions_BT))
+            m.decoder.lm_head(m.decoder(m.embed(ids_BT, none), positions_BT))
             for m in (stitched.model, brain.model)
         ]
     assert torch.equal(*logits)
-    fresh = [stitch.stitch_parts(eye, brain, seed).model.projector.up.weight for seed in (3, 3, 4)]
+    fresh = [stitch.stitch_parts(eye, brain, seed).model.projector.up_proj.weight for seed in (3, 3, 4)]
     assert torch.equal(fresh[0], fresh[1]) and not torch.equal(fresh[0], fresh[2])
-    assert not torch.equal(fresh[0], eye.model.projector.up.weight)
+    assert not torch.equal(fresh[0], eye.model.projector.up_proj.weight)

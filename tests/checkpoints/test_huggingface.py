@@ -494,16 +494,16 @@ def keep_no_weights(folder):
         (spoil(extra=torch.ones(3)), "model.extra.weight in model.safetensors is not used"),
         (
             spoil(norm=torch.ones(49)),
-            r"model.norm.weight in model.safetensors is \[49\], the model wants \[48\]",
+            r"model.norm.weight in model.safetensors is \[49\], the model expects \[48\]",
         ),
         (
             spoil(norm=torch.full((48,), torch.nan)),
-            "model.norm.weight in model.safetensors holds a number that is not finite",
+            "model.norm.weight in model.safetensors holds a NaN or infinite value",
         ),
         (spoil(norm=torch.full((48,), -torch.inf)), "not finite"),
         (
             spoil(norm=torch.ones(48, dtype=torch.int8)),
-            "model.norm.weight in model.safetensors is of torch.int8",
+            "model.norm.weight in model.safetensors has dtype torch.int8",
         ),
         (
             name_a_shard("../model.safetensors"),
@@ -530,7 +530,7 @@ def keep_no_weights(folder):
         (lose_a_shard, "names model-00002-of-00003.safetensors for .*, which is not in the folder"),
         (cut_a_shard, "model-00003-of-00003.safetensors is broken, cut short"),
         (pickle_code, "pytorch_model.bin is broken, .* or holds more than tensors"),
-        (keep_a_list, "pytorch_model.bin is broken, .*: no tensors by name"),
+        (keep_a_list, "pytorch_model.bin is broken, .*: not a dict of tensors"),
         (cut_a_bin, r"pytorch_model.bin is broken, cut short \([\d,]+ bytes\)"),
         (spill_a_pickle, "pytorch_model.bin is broken, cut short"),
         (keep_no_weights, "holds neither model.safetensors nor pytorch_model.bin"),
@@ -555,7 +555,7 @@ def keep_no_weights(folder):
             "lm_head.weight is not embed_tokens.weight",
         ),
         (lambda folder: (folder / "config.json").write_text("{"), "config.json is not JSON"),
-        (lambda folder: (folder / "config.json").write_text("[]"), "config.json is no object"),
+        (lambda folder: (folder / "config.json").write_text("[]"), "config.json is no JSON object"),
         (lambda folder: (folder / "config.json").write_text("{}"), "model of type None"),
         (
             lambda folder: (folder / "config.json").unlink(),
@@ -582,7 +582,7 @@ def test_of_an_eye_the_layers_that_are_not_read_must_be_whole_too(name, eye_fold
     for other, said in (
         (
             torch.full_like(tensors[name], torch.nan),
-            f"{plain} in model.safetensors holds a number that is not finite",
+            f"{plain} in model.safetensors holds a NaN or infinite value",
         ),
         (torch.ones(5), rf"{plain} in model.safetensors is \[5\]"),
         (None, f"{plain} is missing"),
@@ -684,7 +684,7 @@ def test_a_full_size_mistral_is_planned_without_a_number_of_it(tmp_path):
         other = huggingface.Decoder(**shapes | {"kv_heads": 4})
     with pytest.raises(
         UserError,
-        match=r"self_attn.k_proj.weight in model-0000.-of-00003.safetensors is \[1024, 4096\], the model wants \[512, 4096\];"
+        match=r"self_attn.k_proj.weight in model-0000.-of-00003.safetensors is \[1024, 4096\], the model expects \[512, 4096\];"
         ".* and 54 more",
     ):
         huggingface.load_published_tensors(
@@ -739,7 +739,7 @@ def test_what_is_nowhere_comes_with_the_command_that_fetches_it(tmp_path, monkey
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)  # as if it were not installed
     with pytest.raises(
-        UserError, match="to fetch it: pip install huggingface_hub && hf download some/one"
+        UserError, match="to download it: pip install huggingface_hub && hf download some/one"
     ):
         huggingface.read_decoder("some/one")
     with pytest.raises(UserError, match="no such folder: out/some/one"):
@@ -784,7 +784,7 @@ def test_only_what_is_read_is_fetched(tmp_path):
     assert hub.asked == ["config.json", "pytorch_model.bin"]
     with pytest.raises(
         UserError,
-        match="a/b is no folder here and could not be fetched: ConnectionError no route to host",
+        match="a/b is no local folder and was not downloaded: ConnectionError no route to host",
     ):
         disk.download_pretrained("a/b", Hub(files, None))
 
@@ -963,7 +963,7 @@ def test_a_template_is_known_by_what_it_writes(name, tmp_path):
     (tmp_path / "tokenizer_config.json").write_text(
         json.dumps({"bos_token": ends[0], "eos_token": ends[1], "chat_template": PUBLISHED[name]})
     )
-    words = tokenizer.learn(["hello goodbye"], 258, special)
+    words = tokenizer.train_tokenizer(["hello goodbye"], 258, special)
     mine = SentencePiece(words.special) if name in SENTENCEPIECE else words
     assert (
         chat_template.identify_template(*huggingface.read_chat_template(tmp_path), mine, tmp_path)
@@ -974,7 +974,7 @@ def test_a_template_is_known_by_what_it_writes(name, tmp_path):
 @pytest.mark.parametrize("name", ["chatml", "smollm2", "llama3", "mistral, tekken", "mistral-v7"])
 def test_our_ids_are_those_of_apply_chat_template(name, tmp_path):
     special = SPECIAL[KIND[name]]
-    words = tokenizer.learn(["hello goodbye be kind"], 265, special)
+    words = tokenizer.train_tokenizer(["hello goodbye be kind"], 265, special)
     words.save(tmp_path)
     theirs = hf.PreTrainedTokenizerFast(
         tokenizer_file=str(tmp_path / "tokenizer.json"),
@@ -1078,7 +1078,7 @@ def test_stitched_it_sees_and_says_what_its_parts_do_alone(tmp_path, capsys):
 
     ids_BT = torch.tensor([[5, 7, 250, 3]])
     ours = made.model.decoder
-    logits_BTV = ours.head(ours(made.model.embed(ids_BT, torch.zeros(0)), torch.arange(4)[None]))
+    logits_BTV = ours.lm_head(ours(made.model.embed(ids_BT, torch.zeros(0)), torch.arange(4)[None]))
     torch.testing.assert_close(logits_BTV, brain(ids_BT).logits, rtol=0.02, atol=0.02)
     loaded = load_checkpoint(tmp_path / "out")
     assert {p.dtype for p in loaded.model.parameters()} == {torch.float32}
@@ -1121,7 +1121,7 @@ def test_a_brain_is_in_memory_once(tmp_path):
     """135 MB of float32: stitching needs that and a little. (ru_maxrss would count the parent's memory too: it outlives fork and exec.)"""
     with torch.device("meta"):
         decoder = huggingface.Decoder(
-            vocabulary=264, width=512, layers=8, heads=8, kv_heads=8, ffn=2048
+            vocab_size=264, width=512, layers=8, heads=8, kv_heads=8, intermediate_size=2048
         )
     tensors = {
         huggingface.published_name(n, huggingface.LLAMA): torch.zeros(t.shape).uniform_(-0.1, 0.1)

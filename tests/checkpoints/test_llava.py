@@ -21,7 +21,7 @@ import sample
 from nanovlm import IMAGE_TOKEN_ID, UserError
 from nanovlm.checkpoints import huggingface, llava
 from nanovlm.checkpoints.checkpoint import (
-    describe_checkpoint,
+    load_checkpoint_info,
     export_checkpoint,
     load_checkpoint,
     save_checkpoint,
@@ -53,7 +53,7 @@ LLAVA_16_MISTRAL = (
     "{% elif message['role'] == 'assistant' %}{{ ' ' + message['content'][0]['text'] + '<\\\\s> '}}{% else %}"
     "{{ raise_exception('Only user and assistant roles are supported!') }}{% endif %}{% endfor %}"
 )  # llava-v1.6-mistral-7b-hf
-WORDS = tokenizer.learn(
+WORDS = tokenizer.train_tokenizer(
     ["a cat, a catalogue, the category of cats"], 260, ["<s>", "</s>", "<image>"]
 )
 IMAGE_ID = WORDS.special["<image>"]
@@ -212,7 +212,7 @@ def test_a_published_folder_sees_and_says_what_transformers_says(kind, size, fol
         ours.model.embed(torch.tensor([ids]), **seen), torch.arange(len(ids))[None]
     )
     torch.testing.assert_close(
-        ours.model.decoder.head(hidden_BTD), model(**theirs).logits, rtol=1e-4, atol=1e-4
+        ours.model.decoder.lm_head(hidden_BTD), model(**theirs).logits, rtol=1e-4, atol=1e-4
     )
 
     said = [i for (i,) in generate(ours.model, [ids], **seen, stop=set(), max_tokens=12)]
@@ -340,7 +340,7 @@ def eye_folder(folder, kind, **how):
 
 def stitched(home, template, eye="clip", vocabulary=None, decoder={}, words=None, **choices):
     """A checkpoint of ours, stitched of public parts; its tokenizer knows no <image>, its vocabulary ends with the tokenizer's."""
-    words = words or tokenizer.learn(
+    words = words or tokenizer.train_tokenizer(
         ["a cat, a catalogue, the category of cats. Is it kind?"],
         280,
         chat_template.special_token_names(template),
@@ -397,7 +397,7 @@ def assert_the_same(ours, folder, turns, paths):
         seen_by_both(ours, shown, theirs),
         chat_template.end_token_id(ours.tokenizer, ours.chat_template),
     )
-    logits_BTV = ours.model.decoder.head(
+    logits_BTV = ours.model.decoder.lm_head(
         ours.model.decoder(
             ours.model.embed(torch.tensor([ids]), **seen), torch.arange(len(ids))[None]
         )
@@ -546,7 +546,7 @@ def test_an_exported_template_puts_spaces_where_render_does(
         assert processor.apply_chat_template(asked, tokenize=True, **how)[0] == [
             image_id if i == IMAGE_TOKEN_ID else i for i in ids
         ]
-    assert describe_checkpoint(out).chat_template == template
+    assert load_checkpoint_info(out).chat_template == template
 
 
 @pytest.mark.parametrize(
@@ -756,7 +756,7 @@ def test_every_field_that_transformers_knows_is_read_or_changes_nothing(
         "read_json",
         lambda path: asked.append(Read(huggingface.read_json(path))) or asked[-1],
     )
-    describe_checkpoint(folders[kind])
+    load_checkpoint_info(folders[kind])
     own = config().to_dict().keys() - hf.PretrainedConfig().to_dict().keys()
     assert (
         own - asked[0].asked == {"image_seq_length", "image_token_index", "vision_config"}
@@ -790,7 +790,7 @@ def test_a_folder_that_states_no_template_gets_the_one_of_its_kind(tmp_path):
 
 def test_a_template_that_nobody_knows_is_said_to_export_which_stores_it(tmp_path):
     folder = publish(tmp_path / "odd", **KINDS["1.5"] | {"jinja": "{{ 'odd' }}"})
-    for read in (load_checkpoint, describe_checkpoint):
+    for read in (load_checkpoint, load_checkpoint_info):
         with pytest.raises(
             UserError,
             match="writes 'odd', as none of ours does; say which it is by --template of prepare.py, .*export .*: .*vicuna",
@@ -848,7 +848,7 @@ def test_a_description_is_all_but_the_model_and_reads_no_weights(kind, folders, 
     for path in folders[kind].iterdir():
         if path.suffix != ".safetensors":
             (folder / path.name).write_bytes(path.read_bytes())
-    told = describe_checkpoint(folder)
+    told = load_checkpoint_info(folder)
     assert (
         told.model is None
         and told.fingerprint() == loaded.fingerprint()
@@ -905,7 +905,7 @@ def test_a_llava_next_is_prepared_for_with_pictures_of_any_size(folders, tmp_pat
     batch, _ = packing.collate(samples, [[0, 1]])
     shown = [image_processing.load_image(tmp_path / f"{number}.png", ours.image_config) for number in (0, 1)]
     joined = packing.collate_images(shown, ours.image_config)
-    assert len(shown[0].places) != len(shown[1].places) and all(
+    assert len(shown[0].feature_index) != len(shown[1].feature_index) and all(
         batch[name].equal(joined[name]) for name in joined
     )
     for number in (0, 1):

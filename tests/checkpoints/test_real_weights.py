@@ -130,7 +130,7 @@ def test_stitched_and_asked_without_a_picture_it_says_token_for_token_what_the_b
     )
     assert "Paris" in stitched.tokenizer.decode(ours)
     ids_BT = torch.tensor([ids])
-    logits_BTV = stitched.model.decoder.head(
+    logits_BTV = stitched.model.decoder.lm_head(
         stitched.model.decoder(
             stitched.model.embed(ids_BT, torch.zeros(0)), torch.arange(len(ids))[None]
         )

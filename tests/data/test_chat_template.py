@@ -22,7 +22,7 @@ from nanovlm.data import chat_template, image_processing, tokenizer
 NAMES = sorted(
     {name for template in chat_template.TEMPLATES for name in chat_template.special_token_names(template)}
 )
-WORDS = tokenizer.learn(
+WORDS = tokenizer.train_tokenizer(
     ["What is in the fridge? two eggs and some milk\n\nassistant user system"] * 3, 300, NAMES
 )
 TURNS = [
@@ -112,7 +112,7 @@ def test_the_name_of_a_special_token_is_plain_text_when_somebody_says_it(templat
 
 
 def test_of_two_special_names_the_longest_is_meant_as_in_hugging_face(tmp_path):
-    words = tokenizer.learn(["a b"], 256, ["<s>", "<s>[INST]", "[INST]", "[/INST]", "</s>"])
+    words = tokenizer.train_tokenizer(["a b"], 256, ["<s>", "<s>[INST]", "[INST]", "[/INST]", "</s>"])
     words.save(tmp_path)
     theirs = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))(
         "<s>[INST] a [/INST]"
@@ -127,7 +127,7 @@ def test_of_two_special_names_the_longest_is_meant_as_in_hugging_face(tmp_path):
 def test_a_tokenizer_without_the_templates_tokens_is_refused_by_name(template):
     form = chat_template.TEMPLATES[template]
     for missing in filter(None, (form["start"], form["end"])):
-        words = tokenizer.learn(["a b"], 256, [name for name in NAMES if name != missing])
+        words = tokenizer.train_tokenizer(["a b"], 256, [name for name in NAMES if name != missing])
         with pytest.raises(
             UserError, match=f"template {template} writes .*, which is no special token"
         ):
@@ -553,7 +553,7 @@ def test_a_good_record_passes():
 
 def test_tags_are_untrained_text_before_each_tile_which_is_a_picture_of_its_own():
     words, policy = (
-        tokenizer.learn(["a b"], 256, ["</s>"]),
+        tokenizer.train_tokenizer(["a b"], 256, ["</s>"]),
         {"tile": 12, "patch": 3, "shuffle": 2, "fit": "tiles", "tiles": 4, "thumbnail": True},
     )
     wide = image_processing.plan_image((24, 12), policy | {"choice": "aspect"})._replace(
@@ -575,7 +575,7 @@ def test_tags_are_untrained_text_before_each_tile_which_is_a_picture_of_its_own(
         99,
     ]
     assert mask == [False] * (len(tagged) - 1) + [True]
-    assert [(p.tiles.tolist(), p.places.tolist(), p.size) for p in pictures] == [
+    assert [(p.tiles.tolist(), p.feature_index.tolist(), p.size) for p in pictures] == [
         ([n], [0, 1, 2, 3], (24, 12)) for n in range(3)
     ]
     assert chat_template.add_tile_tags(ids, trained, [wide], words, policy | {"tags": False}) == (

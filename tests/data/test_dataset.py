@@ -28,7 +28,7 @@ POLICY = {
     "mean": [0.1, 0.2, 0.3],
     "std": [0.4, 0.5, 0.6],
 }
-FINGERPRINT = {"tokenizer": "abc", "template": "mistral", "policy": POLICY}
+FINGERPRINT = {"tokenizer": "abc", "chat_template": "mistral", "image_config": POLICY}
 
 
 def make_picture(g, tiles):
@@ -87,7 +87,7 @@ def test_a_set_read_back_is_what_was_written_in_one_shard_or_in_many_some_of_the
         assert [x for x in targets_T.tolist() if x != IGNORE_INDEX] == answer
         for (tiles_NCYX, places, size), wanted in zip(found, pictures, strict=True):
             assert np.array_equal(tiles_NCYX, wanted.tiles) and tiles_NCYX.dtype == np.uint8
-            assert np.array_equal(places, wanted.places) and size == wanted.size
+            assert np.array_equal(places, wanted.feature_index) and size == wanted.size
 
 
 def test_several_sets_are_read_one_after_another(tmp_path):
@@ -203,7 +203,7 @@ PICTURE = image_processing.ProcessedImage(
             r"x: tiles are uint8 \[3, 6, 3\], the set's uint8 \[3, 6, 6\]",
         ),
         (
-            ("x", [IMAGE_TOKEN_ID], [0], [PICTURE._replace(places=np.arange(3))]),
+            ("x", [IMAGE_TOKEN_ID], [0], [PICTURE._replace(feature_index=np.arange(3))]),
             "takes 3 tokens, by its policy 4",
         ),
     ],
@@ -268,7 +268,7 @@ def test_a_header_that_is_broken_or_of_another_version(tmp_path, text, said):
 @pytest.mark.parametrize(
     "letters, other, said",
     [
-        ('"policy"', '"polici"', "KeyError: 'policy'"),
+        ('"image_config"', '"image_confik"', "KeyError: 'image_config'"),
         ('"fit"', '"fir"', "picture policy: fit is missing"),
         ('"samples"', '"simples"', "two numbers for each"),
         ('"fingerprint": {', '"fingerprint": 7, "lost": {', "is broken"),
@@ -301,18 +301,18 @@ def test_a_folder_that_is_no_set(tmp_path, folder, said):
             FINGERPRINT | {"tokenizer": "xyz"},
             "another model: its tokenizer is abc, the model's xyz$",
         ),
-        (FINGERPRINT | {"template": "chatml"}, "its template is mistral, the model's chatml$"),
+        (FINGERPRINT | {"chat_template": "chatml"}, "its chat_template is mistral, the model's chatml$"),
         (
-            FINGERPRINT | {"policy": POLICY | {"fit": "crop"}},
-            "its policy fit is tiles, the model's crop$",
+            FINGERPRINT | {"image_config": POLICY | {"fit": "crop"}},
+            "its image_config fit is tiles, the model's crop$",
         ),
         (
-            FINGERPRINT | {"policy": POLICY | {"tile": 8, "mean": [0.4]}},
-            r"policy tile is 6, .* 8; its policy mean is \[0.1, .*\], .* \[0.4\]$",
+            FINGERPRINT | {"image_config": POLICY | {"tile": 8, "mean": [0.4]}},
+            r"image_config tile is 6, .* 8; its image_config mean is \[0.1, .*\], .* \[0.4\]$",
         ),
         (
-            FINGERPRINT | {"policy": POLICY | {"grid": 12}},
-            "its policy grid is None, the model's 12$",
+            FINGERPRINT | {"image_config": POLICY | {"grid": 12}},
+            "its image_config grid is None, the model's 12$",
         ),
     ],
 )
@@ -327,9 +327,9 @@ def test_a_set_of_another_model_is_refused_with_the_part_that_differs_and_both_v
 
 def test_sets_of_different_models_do_not_go_together(tmp_path):
     write(tmp_path / "a", make_samples(2))
-    write_set(tmp_path / "b", FINGERPRINT | {"template": "chatml"}, make_samples(2))
+    write_set(tmp_path / "b", FINGERPRINT | {"chat_template": "chatml"}, make_samples(2))
     with pytest.raises(
-        UserError, match="b and .*a were prepared for different models: its template is chatml"
+        UserError, match="b and .*a were prepared for different models: its chat_template is chatml"
     ):
         dataset.PreparedDataset(tmp_path / "a", tmp_path / "b")
 

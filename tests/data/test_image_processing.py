@@ -53,7 +53,7 @@ def noise(width, height, channels=3, seed=0, dtype=np.uint8):
 
 
 def pixels(path):
-    picture = image_files.read(path)[0]
+    picture = image_files.read_image(path)[0]
     assert picture.mode == "RGB"
     return np.asarray(picture)
 
@@ -167,7 +167,7 @@ def test_grey_outside_16_bits_and_floats_are_refused(tmp_path):
     )
     for values, said in [(long, "0 to 65536"), (negative, "-1 to 5"), (real, "float")]:
         with pytest.raises(UserError, match=said):
-            image_files.read(saved(tmp_path / "a.tiff", Image.fromarray(values)))
+            image_files.read_image(saved(tmp_path / "a.tiff", Image.fromarray(values)))
 
 
 def test_modes_without_transparency_keep_their_look(tmp_path):
@@ -299,7 +299,7 @@ def test_what_is_no_picture_is_named(tmp_path, name, content, said):
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(UserError, match=said) as caught:
-        image_files.read(path)
+        image_files.read_image(path)
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
     assert caught.value.reason == {
         "missing.png": "picture missing",
@@ -316,7 +316,7 @@ def test_what_the_system_says_is_not_blamed_on_the_file(tmp_path):
         ("a.png/b.png", "Not a directory"),
     ]:
         with pytest.raises(UserError, match=said) as caught:
-            image_files.read(tmp_path / name)
+            image_files.read_image(tmp_path / name)
         assert "broken" not in str(caught.value)
 
 
@@ -326,12 +326,12 @@ def test_more_transparencies_than_a_palette_can_have_are_named(tmp_path):
         tmp_path / "a.png", 2, 1, 8, 3, [b"\0\1"], (b"PLTE", bytes(6)), (b"tRNS", bytes(300))
     )
     with pytest.raises(UserError, match="broken or cut short: palette"):
-        image_files.read(path)
+        image_files.read_image(path)
 
 
 def test_a_folder_is_named(tmp_path):
     with pytest.raises(UserError, match="is a folder"):
-        image_files.read(str(tmp_path))
+        image_files.read_image(str(tmp_path))
 
 
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may read everything")
@@ -339,7 +339,7 @@ def test_a_locked_file_is_named(tmp_path):
     path = saved(tmp_path / "a.png", Image.new("RGB", (4, 4)))
     path.chmod(0)
     with pytest.raises(UserError, match="Permission denied"):
-        image_files.read(path)
+        image_files.read_image(path)
 
 
 @pytest.mark.parametrize(
@@ -350,7 +350,7 @@ def test_too_many_pixels_are_refused_by_the_header(tmp_path, width, height):
         tmp_path / "bomb.png", width, height, 8, 2, None
     )  # nothing behind the header that could be decoded
     with pytest.raises(UserError) as caught:
-        image_files.read(path)
+        image_files.read_image(path)
     assert (
         str(caught.value)
         == f"{path} has {width * height:,} pixels, more than the 100,000,000 that are allowed"
@@ -361,7 +361,7 @@ def test_extreme_shapes_are_refused(tmp_path):
     assert pixels(saved(tmp_path / "a.png", Image.new("RGB", (400, 2)))).shape == (2, 400, 3)
     for size in [(401, 2), (2, 401)]:
         with pytest.raises(UserError, match=f"{size[0]} x {size[1]}.*200 times"):
-            image_files.read(saved(tmp_path / "a.png", Image.new("RGB", size)))
+            image_files.read_image(saved(tmp_path / "a.png", Image.new("RGB", size)))
 
 
 def test_a_side_that_no_square_should_have_is_refused(tmp_path):
@@ -371,7 +371,7 @@ def test_a_side_that_no_square_should_have_is_refused(tmp_path):
             UserError,
             match=f"{size[0]} x {size[1]} pixels, more than the 20,000 that a side may have",
         ):
-            image_files.read(png(tmp_path / "a.png", *size, 8, 2, None))
+            image_files.read_image(png(tmp_path / "a.png", *size, 8, 2, None))
 
 
 def test_nothing_global_changes_and_no_warning_leaks(tmp_path, monkeypatch):
@@ -390,7 +390,7 @@ def encoded():
     """A small picture in every format that is read: {format: bytes}."""
     picture, exif, files = Image.fromarray(noise(20, 14)), Image.Exif(), {}
     exif[0x0112] = 6
-    for name in image_files.FORMATS:
+    for name in image_files.IMAGE_FORMATS:
         how = {"exif": exif} if name in ("JPEG", "PNG", "WEBP", "TIFF") else {}
         picture.save(file := io.BytesIO(), name, **how)
         files[name] = file.getvalue()
@@ -431,7 +431,7 @@ def test_corrupted_bytes_give_a_picture_or_a_mistake(tmp_path_factory, name, cha
     path = tmp_path_factory.getbasetemp() / "corrupted"
     path.write_bytes(bytes(content) + tail)
     try:
-        assert image_files.read(path)[0].mode == "RGB"
+        assert image_files.read_image(path)[0].mode == "RGB"
     except UserError as mistake:
         assert str(path) in str(mistake)
 
@@ -504,14 +504,14 @@ def test_jpegs_of_every_mode_are_what_pillow_makes_of_them_upright(name):
         )
     found = image_processing.load_image(content, POLICY)
     assert found.size == upright.size == ((70, 96) if turn >= 5 else (96, 70))
-    assert np.array_equal(np.asarray(image_files.read(content)[0]), np.asarray(upright))
+    assert np.array_equal(np.asarray(image_files.read_image(content)[0]), np.asarray(upright))
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_bytes_are_read_as_their_file_is(tmp_path, name):
     path = tmp_path / "a"
     path.write_bytes(FILES[name])
-    assert np.array_equal(np.asarray(image_files.read(FILES[name])[0]), pixels(path))
+    assert np.array_equal(np.asarray(image_files.read_image(FILES[name])[0]), pixels(path))
     assert np.array_equal(
         image_processing.load_image(FILES[name], POLICY).tiles, image_processing.load_image(path, POLICY).tiles
     )
@@ -529,7 +529,7 @@ def test_a_transparent_16_bit_png_is_read_from_bytes_too(tmp_path):
     )
     assert (
         pixels(path).tolist()
-        == np.asarray(image_files.read(path.read_bytes())[0]).tolist()
+        == np.asarray(image_files.read_image(path.read_bytes())[0]).tolist()
         == [[[0] * 3, [255] * 3, [0] * 3]]
     )
 
@@ -552,7 +552,7 @@ def test_a_mistake_about_bytes_names_whose_they_are(content, said, reason):
 def test_every_refusal_has_a_reason_to_be_counted_by(tmp_path):
     def reason(path):
         with pytest.raises(UserError) as caught:
-            image_files.read(path)
+            image_files.read_image(path)
         return caught.value.reason
 
     assert reason(tmp_path / "none.png") == "picture missing" and reason(tmp_path) == "no picture"
@@ -582,12 +582,12 @@ def test_a_draft_is_twice_what_it_is_resized_to_and_looks_the_same(fit, to, orie
         image_processing.load_image(content, policy),
         image_processing.load_image(content, policy | {"draft": True}),
     )
-    assert whole.size == drafted.size == wide and np.array_equal(whole.places, drafted.places)
+    assert whole.size == drafted.size == wide and np.array_equal(whole.feature_index, drafted.feature_index)
     assert near(
         drafted.tiles, whole.tiles, levels=20 if fit == "pad" else 4
     ) and not np.array_equal(drafted.tiles, whole.tiles)
     assert image_processing.resized_size(wide, policy) == to
-    across, down = image_files.read(
+    across, down = image_files.read_image(
         content, needed=image_processing.required_size(policy | {"draft": True})
     )[0].size
     assert across < wide[0] and across >= 2 * to[0] and down >= 2 * to[1]
@@ -709,7 +709,7 @@ def test_every_token_of_every_tile_is_counted_and_read(tmp_path):
         picture = image_processing.load_image(path, policy, limit)
         assert image_processing.tile_count((60, 40), policy, limit) == tiles == len(picture.tiles)
         assert (
-            picture.places.tolist() == list(range(tiles * 9))
+            picture.feature_index.tolist() == list(range(tiles * 9))
             and image_processing.image_token_count((60, 40), policy, limit) == tiles * 9
         )
         assert picture.size == (60, 40)
@@ -718,7 +718,7 @@ def test_every_token_of_every_tile_is_counted_and_read(tmp_path):
         )  # what a picture will be is known from its size
         assert (
             planned.size == picture.size
-            and np.array_equal(planned.places, picture.places)
+            and np.array_equal(planned.feature_index, picture.feature_index)
             and planned.tiles.shape == picture.tiles.shape
         )
 

@@ -93,8 +93,8 @@ def test_a_batch_without_pictures_has_no_tiles(tmp_path):
 
 def test_places_of_several_pictures_count_on_from_the_tiles_before_and_newlines_stay_newlines():
     g = np.random.default_rng(0)
-    first = make_picture(g, 3)._replace(places=np.array([0, 11, image_processing.IMAGE_NEWLINE]))
-    second = make_picture(g, 2)._replace(places=np.array([7, image_processing.IMAGE_NEWLINE, 1]))
+    first = make_picture(g, 3)._replace(feature_index=np.array([0, 11, image_processing.IMAGE_NEWLINE]))
+    second = make_picture(g, 2)._replace(feature_index=np.array([7, image_processing.IMAGE_NEWLINE, 1]))
     assert packing.collate_images([first, second], POLICY)["image_feature_index"].tolist() == [
         0,
         11,

@@ -19,7 +19,7 @@ from tokenizers import AddedToken, pre_tokenizers
 from tokenizers import Tokenizer as Reference
 
 from nanovlm import UserError
-from nanovlm.data.tokenizer import DIGITS_GPT2, Tokenizer, learn
+from nanovlm.data.tokenizer import DIGITS_GPT2, Tokenizer, train_tokenizer
 
 TEXTS = [
     "top apple milk, middle nothing, bottom egg",
@@ -27,7 +27,7 @@ TEXTS = [
     "Là-bas, 25 œufs; 日本の卵 🥚🥚",
     "don't we'll\n\n  x  1 23\t4 ",
 ] * 3
-LEARNT = learn(TEXTS, 300, ["<s>", "</s>", "[INST]"])
+LEARNT = train_tokenizer(TEXTS, 300, ["<s>", "</s>", "[INST]"])
 DIGITS = {
     "type": "Sequence",
     "pretokenizers": [
@@ -155,8 +155,8 @@ def test_what_is_not_known_is_refused_by_name(source, word):
 
 def test_a_text_that_has_no_more_to_join_gives_a_smaller_vocabulary():
     """ " ab" holds two merges beside the bytes: a + b, then space + ab."""
-    assert learn([" ab ab"], 400, ["<s>"]).vocab_size == 256 + 2 + 1
-    assert learn([""], 400, ["<s>"]).vocab_size == 256 + 1
+    assert train_tokenizer([" ab ab"], 400, ["<s>"]).vocab_size == 256 + 2 + 1
+    assert train_tokenizer([""], 400, ["<s>"]).vocab_size == 256 + 1
 
 
 # ---- real files: those of Mistral's models, which mistral-common carries, as they are and as transformers converts them; SmolLM2's ----
@@ -315,9 +315,9 @@ def test_a_real_file_gives_its_references_ids_and_text(kind):
         ids = encode(text)
         assert ours.encode(text) == ids, text[:200]
         assert ours.decode(ids) == decode(ids), text[:200]
-        if ours.front:
+        if ours.prefix_space:
             text = text.replace("▁", " ").removeprefix(
-                " " if ours.front == "first" else ""
+                " " if ours.prefix_space == "first" else ""
             )  # it has the place of the one that is put there
         assert ours.decode(ids) == text.encode().translate(None, ours.dropped).decode(), text[
             :200
@@ -339,7 +339,7 @@ def test_every_piece_of_a_vocabulary_is_encoded_as_the_reference_does(kind):
     special = set(ours.special.values())
     differ = []
     for i, token in ours.bytes_of.items():
-        text = token.decode(errors="replace").replace(" ", "▁" if ours.front else " ")
+        text = token.decode(errors="replace").replace(" ", "▁" if ours.prefix_space else " ")
         ids = ours.encode(text)
         assert not special.intersection(ids)
         if ids != encode(text):

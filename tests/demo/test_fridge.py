@@ -13,7 +13,7 @@ from nanovlm.demo import fridge
 
 
 def write(folder, **how):
-    fridge.write_world(
+    fridge.write_fridges(
         out=folder, **{"scenes": 24, "text": 30, "exam": 7, "seed": 5, "workers": 2} | how
     )
     return {
@@ -39,7 +39,7 @@ def test_a_world_that_is_not_whole_leaves_nothing_behind(tmp_path, monkeypatch):
     def stopped(scene, rng):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(fridge, "draw", stopped)
+    monkeypatch.setattr(fridge, "draw_scene", stopped)
     with pytest.raises(KeyboardInterrupt):
         write(tmp_path / "deep" / "fridge", scenes=0, exam=0)
     assert not any((tmp_path / "deep").iterdir())
@@ -57,8 +57,8 @@ def test_the_exam_shares_no_composition_with_training():
     """What stands on which shelf in which order, gaps aside: the hash decides, so no pair of scenes need ever be compared."""
 
     def composition(seed, held_out):
-        scene = fridge.scene_of(random.Random(seed), held_out)
-        return str([fridge.foods(scene, place) for place in fridge.PLACES])
+        scene = fridge.random_scene(random.Random(seed), held_out)
+        return str([fridge.foods(scene, place) for place in fridge.SHELVES])
 
     trained, examined = (
         {composition(seed, held_out) for seed in range(400)} for held_out in (False, True)
@@ -67,7 +67,7 @@ def test_the_exam_shares_no_composition_with_training():
     pairs = filter(
         None,
         (
-            fridge.without(random.Random(seed), fridge.scene_of(random.Random(seed), True), True)
+            fridge.remove_random_food(random.Random(seed), fridge.random_scene(random.Random(seed), True), True)
             for seed in range(40)
         ),
     )
@@ -104,22 +104,22 @@ SCENE = {
     "ask, answers",
     [
         (
-            fridge.ask_reading,
+            fridge.reading_question,
             {"*": "top apple milk, middle nothing, bottom egg cake egg, drawer juice"},
         ),
         (
-            fridge.ask_upward,
+            fridge.upward_question,
             {"*": "drawer juice, bottom egg cake egg, middle nothing, top apple milk"},
         ),
         (
-            fridge.ask_inventory,
+            fridge.inventory_question,
             {
                 "*": "apple top, milk top, egg bottom bottom, cheese nowhere, carrot nowhere, broccoli nowhere, grapes nowhere, "
                 "juice drawer, fish nowhere, cake bottom"
             },
         ),
         (
-            fridge.ask_shelf,
+            fridge.shelf_question,
             {
                 "What is on the top shelf?": "apple and milk",
                 "What is on the middle shelf?": "nothing",
@@ -128,7 +128,7 @@ SCENE = {
             },
         ),
         (
-            fridge.ask_where,
+            fridge.where_question,
             {
                 "Where is the apple?": "apple top",
                 "Where is the milk?": "milk top",
@@ -137,7 +137,7 @@ SCENE = {
             },
         ),  # there are two eggs: nobody asks where *the* egg is
         (
-            fridge.ask_next,
+            fridge.next_question,
             {
                 "What is next to the apple?": "apple top beside milk",
                 "What is next to the milk?": "milk top beside apple",
@@ -146,7 +146,7 @@ SCENE = {
             },
         ),
         (
-            fridge.ask_recipe,
+            fridge.recipe_question,
             {
                 "What is missing for an omelette?": "cheese",
                 "What is missing for a fruit salad?": "grapes",
@@ -162,7 +162,7 @@ def test_answers_worked_out_by_hand(ask, answers):
 
 
 def test_counts_and_presence_worked_out_by_hand():
-    counted = dict(fridge.ask_count(random.Random(i), SCENE) for i in range(90))
+    counted = dict(fridge.count_question(random.Random(i), SCENE) for i in range(90))
     assert (
         counted["How many eggs are there?"] == "two"
         and counted["How many slices of cake are there?"] == "one"
@@ -170,7 +170,7 @@ def test_counts_and_presence_worked_out_by_hand():
     assert counted["How many fish are there?"] == "none"
     present = {
         question.split()[-1]: answer
-        for question, answer in (fridge.ask_exists(random.Random(i), SCENE) for i in range(90))
+        for question, answer in (fridge.exists_question(random.Random(i), SCENE) for i in range(90))
     }
     assert {food.strip("?") for food, answer in present.items() if answer == "yes"} == {
         "apple",
@@ -183,31 +183,31 @@ def test_counts_and_presence_worked_out_by_hand():
 
 def test_what_was_taken_is_what_the_second_fridge_lacks():
     rest, food = next(
-        filter(None, (fridge.without(random.Random(3), SCENE, part) for part in (False, True)))
+        filter(None, (fridge.remove_random_food(random.Random(3), SCENE, part) for part in (False, True)))
     )
     assert Counter(fridge.foods(SCENE)) - Counter(fridge.foods(rest)) == Counter([food])
-    asked = dict(fridge.ask_taken(SCENE, rest, food))
+    asked = dict(fridge.taken_questions(SCENE, rest, food))
     assert (
         asked["What was taken out?"] == food
         and asked["Where was it?"].split()[0] == food
-        and asked["What is left?"] == fridge.reading(rest)
+        and asked["What is left?"] == fridge.describe_scene(rest)
     )
 
 
 def test_a_plan_has_a_word_for_each_square_that_the_eye_sees():
     assert (
-        fridge.plan(SCENE) == " top apple . milk middle . . . bottom egg cake egg drawer . juice ."
+        fridge.grid_description(SCENE) == " top apple . milk middle . . . bottom egg cake egg drawer . juice ."
     )
 
 
 def test_a_food_changes_the_picture_in_its_own_square_most():
     """The same chance with and without a food: what differs lies where the food stands."""
-    empty = {place: (None,) * 3 for place in fridge.PLACES}
-    for row, place in enumerate(fridge.PLACES):
+    empty = {place: (None,) * 3 for place in fridge.SHELVES}
+    for row, place in enumerate(fridge.SHELVES):
         for column in range(3):
             scene = empty | {place: tuple("apple" if i == column else None for i in range(3))}
             one, other = (
-                np.asarray(fridge.draw(s, random.Random(0))).astype(int) for s in (scene, empty)
+                np.asarray(fridge.draw_scene(s, random.Random(0))).astype(int) for s in (scene, empty)
             )
             differs = (
                 np.abs(one - other).sum(-1).reshape(4, fridge.SQUARE, 4, fridge.SQUARE).sum((1, 3))
@@ -216,5 +216,5 @@ def test_a_food_changes_the_picture_in_its_own_square_most():
 
 
 def test_no_two_drawings_of_a_scene_are_alike():
-    drawings = [np.asarray(fridge.draw(SCENE, random.Random(i))).astype(int) for i in range(4)]
+    drawings = [np.asarray(fridge.draw_scene(SCENE, random.Random(i))).astype(int) for i in range(4)]
     assert min(np.abs(a - b).mean() for i, a in enumerate(drawings) for b in drawings[:i]) > 3

@@ -15,7 +15,7 @@ from pycocoevalcap.cider.cider import Cider
 
 from nanovlm import UserError
 from nanovlm.evals import metrics
-from nanovlm.evals.cider import cider, words
+from nanovlm.evals.cider import cider_scores, tokenize_caption
 from nanovlm.evals.metrics import (
     benchmark_metrics,
     confidence_interval,
@@ -236,13 +236,13 @@ def test_vqa_equals_a_literal_transcription_on_random_answers():
         (
             "vqa",
             {"answers": ["red"] * 3},
-            "question 7 has 3 right answers, but VQA accuracy asks if three other people",
+            "question 7 has 3 reference answers, but VQA accuracy needs at least 4",
         ),
-        ("textvqa", {"answers": ["red"]}, "question 7 has 1 right answers"),
+        ("textvqa", {"answers": ["red"]}, "question 7 has 1 reference answers"),
         (
             "ocrbench",
             {"answers": ["red"], "dataset_name": None},
-            "question 7 has no dataset_name, without which ocrbench cannot mark it",
+            "question 7 has no dataset_name, which the metric ocrbench needs",
         ),
         ("mathvista", {"answers": ["7"], "choices": []}, "question 7 has no answer_type"),
     ],
@@ -631,7 +631,7 @@ def test_cider_equals_pycocoevalcap_on_random_captions():
             rng.choice([*CAPTIONS, "", rng.choice(texts), "riding riding riding"])
             for texts in golds
         ]
-        score, each = cider(answers, golds)
+        score, each = cider_scores(answers, golds)
         theirs, parts = Cider().compute_score(
             dict(enumerate(golds)), {i: [answer] for i, answer in enumerate(answers)}
         )
@@ -646,19 +646,19 @@ def test_cider_by_hand():
     "a cat sat" / "a cat ran": 1-grams 2/3, 2-grams 1/2, 3-grams 0, no 4-grams: 10 x (2/3 + 1/2) / 4. Both have two pairs of words: no penalty.
     "dog" / "dog": 1-grams 1, the others none: 10 / 4.
     """
-    score, each = cider(["a cat sat", "dog"], [["a cat ran"], ["dog"]])
+    score, each = cider_scores(["a cat sat", "dog"], [["a cat ran"], ["dog"]])
     assert each == pytest.approx([10 * (2 / 3 + 1 / 2) / 4, 10 / 4]) and score == pytest.approx(
         sum(each) / 2
     )
-    longer = cider(["dog dog dog", "dog"], [["dog"], ["x"]])[1][
+    longer = cider_scores(["dog dog dog", "dog"], [["dog"], ["x"]])[1][
         0
     ]  # clipped: one of three counts, 1 x 1 / (3 x 1); length differs by 2 pairs
     assert longer == pytest.approx(10 * math.exp(-(2**2) / (2 * 6**2)) * (1 / 3) / 4)
 
 
 def test_cider_wants_references():
-    with pytest.raises(UserError, match="1 of 2 pictures have no caption"):
-        cider(["a", "b"], [["a"], []])
+    with pytest.raises(UserError, match="1 of 2 images have no reference caption"):
+        cider_scores(["a", "b"], [["a"], []])
 
 
 TREEBANK = {  # as Stanford's PTBTokenizer 3.4.1 with -lowerCase wrote them, less what pycocoevalcap drops
@@ -675,7 +675,7 @@ TREEBANK = {  # as Stanford's PTBTokenizer 3.4.1 with -lowerCase wrote them, les
 
 def test_words_are_the_treebanks():
     for text, tokens in TREEBANK.items():
-        assert words(text) == tokens.split()
+        assert tokenize_caption(text) == tokens.split()
 
 
 @pytest.mark.skipif(not shutil.which("java"), reason="the treebank tokenizer is a Java program")
@@ -702,7 +702,7 @@ def test_words_are_stanfords(tmp_path):
     ]
     lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split("\n")
     for text, line in zip(texts, lines, strict=False):
-        assert words(text) == [token for token in line.split() if token not in ptb.PUNCTUATIONS], (
+        assert tokenize_caption(text) == [token for token in line.split() if token not in ptb.PUNCTUATIONS], (
             text
         )
 
@@ -822,7 +822,7 @@ def test_mme_by_hand():
     always = ["yes"] * 6
     assert benchmark_metrics("mme", questions, always, score_answers("mme", always, questions))["total"] == 100
     part = benchmark_metrics("mme", questions[:5], answers[:5], score_answers("mme", answers[:5], questions[:5]))
-    assert part["pictures without two questions (acc+ is not MME's)"] == 1
+    assert part["images without two questions (acc+ is not MME's)"] == 1
 
 
 def test_the_other_summaries():
@@ -846,7 +846,7 @@ def test_the_other_summaries():
     )
     assert benchmark_metrics("docvqa", kinds, ["", "", ""], [1.0, 0.5, 0.0]) == {"ANLS": 0.5, "unparsed": 0}
     assert benchmark_metrics("coco", kinds, ["", "", ""], [1.0, 0.5, 0.0]) == {
-        "CIDEr-D as pycocoevalcap gives it (words weighed over these 3 pictures)": 0.5
+        "CIDEr-D as in pycocoevalcap (word weights of these 3 images)": 0.5
     }
 
 

@@ -357,7 +357,7 @@ def test_the_operator_of_the_loss_tells_pytorch_the_truth_about_itself(choice):
 
 def make_block(seed=0):
     torch.manual_seed(seed)
-    return Block(width=24, heads=6, kv_heads=2, head_size=8, ffn=36, eps=1e-5, window=None)
+    return Block(width=24, heads=6, kv_heads=2, head_dim=8, intermediate_size=36, eps=1e-5, sliding_window=None)
 
 
 def block_gradients(block, x_BTD, **autocast):
@@ -387,7 +387,7 @@ def test_under_autocast_the_norm_comes_in_the_dtype_that_products_take():
     block, x_BTD = make_block(), torch.randn(2, 7, 24)
     plain = block_gradients(block, x_BTD, dtype=torch.float16)
     seen = []
-    block.gate.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].dtype))
+    block.gate_proj.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].dtype))
     with chosen("triton"):
         ours = block_gradients(block, x_BTD, dtype=torch.float16)
     assert seen == [torch.float16] and all(

@@ -37,7 +37,7 @@ PREPROCESSOR = {
     "image_mean": [0.1, 0.2, 0.3],
     "image_std": [0.3, 0.2, 0.1],
 }
-WORDS = tokenizer.learn(
+WORDS = tokenizer.train_tokenizer(
     ["a cat, a catalogue, the category of cats"], 260, ["<|im_start|>", "<|im_end|>"]
 )
 CHATML = (
@@ -222,10 +222,10 @@ def test_a_brain(kind, tmp_path):
     model, config, own = BRAINS[kind]
     theirs = shake(model(config(**BRAIN | own)), 4)
     ours = huggingface.read_decoder(publish(theirs, tmp_path)).model.decoder
-    assert (ours.head.weight is ours.embed.weight) == (kind == "smollm2")
+    assert (ours.lm_head.weight is ours.embed.weight) == (kind == "smollm2")
     ids_BT = torch.randint(301, (2, 45), generator=torch.Generator().manual_seed(5))
     close(
-        ours.head(ours(ours.embed(ids_BT), torch.arange(45).expand(2, -1))), theirs(ids_BT).logits
+        ours.lm_head(ours(ours.embed(ids_BT), torch.arange(45).expand(2, -1))), theirs(ids_BT).logits
     )
 
 

@@ -101,7 +101,7 @@ def test_cached_generation_equals_reading_everything_again_each_time(vlm):
             [[(torch.tensor(prompt + said), torch.full((len(prompt + said),), -1), tiles)]]
         )
         with torch.no_grad():
-            said.append(int(vlm.decoder.head(hidden(vlm, batch)[0, -1]).argmax()))
+            said.append(int(vlm.decoder.lm_head(hidden(vlm, batch)[0, -1]).argmax()))
     assert [i for (i,) in generate(vlm, [prompt], tiles, stop=set(), max_tokens=9)] == said
     assert len(set(said)) > 2
 
@@ -299,7 +299,7 @@ def output(kind, arguments):
                 ]
             )
         if kind is Decoder:
-            return model.head(model(model.embed(torch.arange(13)[None]), torch.arange(13)[None]))
+            return model.lm_head(model(model.embed(torch.arange(13)[None]), torch.arange(13)[None]))
         if kind is Projector:
             return model(torch.linspace(-1, 1, 16 * arguments["vision_width"]).reshape(1, 16, -1))
         ids_BT = torch.tensor(

@@ -31,8 +31,8 @@ POLICY = {
     "mean": [0.5] * 3,
     "std": [0.5] * 3,
 }
-WORDS = tokenizer.learn(["a b"], 256, ["<s>", "[INST]", "[/INST]", "</s>"])
-RECIPE = build.Recipe(WORDS, "mistral", POLICY, row=60, pictures="")
+WORDS = tokenizer.train_tokenizer(["a b"], 256, ["<s>", "[INST]", "[/INST]", "</s>"])
+RECIPE = build.BuildOptions(WORDS, "mistral", POLICY, seq_len=60, images="")
 
 
 def record(number, image, answer="Yes.", **other):
@@ -64,11 +64,11 @@ def home(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch):
-    monkeypatch.setattr(build, "SHARD", 4)
+    monkeypatch.setattr(build, "SHARD_RECORDS", 4)
 
 
 def make(out, source, recipe=RECIPE, workers=1, max_skipped=0.0):
-    return build.gather([str(source)], out, recipe, workers, max_skipped)
+    return build.build_dataset([str(source)], out, recipe, workers, max_skipped)
 
 
 def content(folder):
@@ -116,7 +116,7 @@ def test_what_is_in_a_set_is_what_the_source_says(home, tmp_path):
 def test_interrupted_and_begun_again_is_uninterrupted(home, tmp_path, monkeypatch, after):
     """Ctrl-C inside a shard: what was whole stays, and is not made again; the folder has its name only in the end."""
     make(tmp_path / "whole", home / "good.json")
-    cut, made = build.cut_shard, []
+    cut, made = build.build_shard, []
 
     def interrupted(folder, raws, recipe):
         if len(made) == after:
@@ -124,7 +124,7 @@ def test_interrupted_and_begun_again_is_uninterrupted(home, tmp_path, monkeypatc
         made.append(folder)
         return cut(folder, raws, recipe)
 
-    monkeypatch.setattr(build, "cut_shard", interrupted)
+    monkeypatch.setattr(build, "build_shard", interrupted)
     with pytest.raises(KeyboardInterrupt):
         make(tmp_path / "set", home / "good.json")
     assert sorted(os.listdir(tmp_path)) == ["set.tmp", "whole"]
@@ -132,7 +132,7 @@ def test_interrupted_and_begun_again_is_uninterrupted(home, tmp_path, monkeypatc
         f"{n:05d}" for n in range(after)
     ]
     monkeypatch.setattr(
-        build, "cut_shard", lambda folder, *rest: made.append(folder) or cut(folder, *rest)
+        build, "build_shard", lambda folder, *rest: made.append(folder) or cut(folder, *rest)
     )
     make(tmp_path / "set", home / "good.json")
     assert len(made) == len(set(made)) == 6
@@ -197,7 +197,7 @@ def test_workers_do_not_outlive_their_parent(home, tmp_path):
 @pytest.mark.parametrize("at", ["write_header", "tidy"])
 def test_killed_at_its_very_end_it_ends_the_same(home, tmp_path, monkeypatch, at):
     make(tmp_path / "whole", home / "good.json")
-    owner, real = (dataset, dataset.write_header) if at == "write_header" else (build, build.tidy)
+    owner, real = (dataset, dataset.write_header) if at == "write_header" else (build, build.remove_build_files)
 
     def killed(*arguments):
         real(*arguments)
@@ -214,7 +214,7 @@ def test_killed_at_its_very_end_it_ends_the_same(home, tmp_path, monkeypatch, at
 @pytest.mark.parametrize(
     "other, said",
     [
-        (dict(recipe=RECIPE._replace(row=61)), "its row is 60, now 61"),
+        (dict(recipe=RECIPE._replace(seq_len=61)), "its row is 60, now 61"),
         (
             dict(recipe=RECIPE._replace(image_config=POLICY | {"tiles": 4})),
             "its fingerprint policy tiles is 6, now 4",
@@ -233,7 +233,7 @@ def test_a_set_goes_on_only_with_the_source_and_settings_that_it_was_begun_with(
     source.write_bytes((home / "good.json").read_bytes())
     for path in home.glob("*.png"):
         (tmp_path / path.name).write_bytes(path.read_bytes())
-    monkeypatch.setattr(build, "settle", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(build, "finish_dataset", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         make(tmp_path / "set", source)
     if not other:
@@ -252,25 +252,25 @@ def test_other_pictures_or_another_order_of_sources_is_another_set(home, tmp_pat
         )
     paths, recipe = (
         [str(tmp_path / "a.json"), str(tmp_path / "b.json")],
-        RECIPE._replace(pictures=str(home)),
+        RECIPE._replace(images=str(home)),
     )
-    monkeypatch.setattr(build, "settle", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(build, "finish_dataset", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        build.gather(paths, tmp_path / "set", recipe, 1, 0.0)
+        build.build_dataset(paths, tmp_path / "set", recipe, 1, 0.0)
     with pytest.raises(
         UserError, match="its order of sources is .*a.json.*b.json.*, now .*b.json.*a.json"
     ):
-        build.gather(paths[::-1], tmp_path / "set", recipe, 1, 0.0)
+        build.build_dataset(paths[::-1], tmp_path / "set", recipe, 1, 0.0)
     with pytest.raises(UserError, match=f"its images is {home}, now {tmp_path}"):
-        build.gather(paths, tmp_path / "set", recipe._replace(pictures=str(tmp_path)), 1, 0.0)
+        build.build_dataset(paths, tmp_path / "set", recipe._replace(images=str(tmp_path)), 1, 0.0)
 
 
 def test_a_source_that_changes_while_it_is_read_makes_no_set(home, tmp_path, monkeypatch):
-    source, cut = tmp_path / "texts.json", build.cut_shard
+    source, cut = tmp_path / "texts.json", build.build_shard
     source.write_text(json.dumps([record(number, None) for number in range(9)]))
     monkeypatch.setattr(
         build,
-        "cut_shard",
+        "build_shard",
         lambda *task: (source.write_bytes(source.read_bytes() + b" "), cut(*task))[1],
     )
     with pytest.raises(UserError, match="texts.json is .*, now .*; remove it to begin anew"):
@@ -303,8 +303,8 @@ def test_two_at_once_do_not_write_the_same_set(home, tmp_path, monkeypatch):
             make(tmp_path / "set", home / "good.json")
         return 0, 0
 
-    cut = build.cut_shard
-    monkeypatch.setattr(build, "cut_shard", lambda *task: (second(), cut(*task))[1])
+    cut = build.build_shard
+    monkeypatch.setattr(build, "build_shard", lambda *task: (second(), cut(*task))[1])
     make(tmp_path / "set", home / "good.json")
 
 
@@ -343,13 +343,13 @@ def test_a_disk_that_is_full_at_the_very_last_file_spoils_nothing(home, tmp_path
 
 def test_a_shard_ends_where_the_pictures_that_its_records_carry_grow_large(monkeypatch):
     """Parquet's records bring their pictures along, which would else lie in memory a thousand at a time for each worker."""
-    monkeypatch.setattr(build, "CARRIED", 100)
+    monkeypatch.setattr(build, "SHARD_IMAGE_BYTES", 100)
     sizes = [60, 60, 10, 0, 0, 0, 0, 101, 99, 1, 1]
     raws = [
-        readers.Raw(f"row {n}", {"id": n}, [image_refs.Bytes("x", bytes(size))], None, f"{n}")
+        readers.RawRecord(f"row {n}", {"id": n}, [image_refs.ImageBytes("x", bytes(size))], None, f"{n}")
         for n, size in enumerate(sizes)
     ]
-    assert [[len(raw.pictures[0].content) for raw in shard] for shard in build.shards(raws)] == [
+    assert [[len(raw.images[0].content) for raw in shard] for shard in build.split_into_shards(raws)] == [
         [60, 60],
         [10, 0, 0, 0],
         [0, 101],
@@ -393,7 +393,7 @@ def test_each_kind_of_dirt_is_skipped_counted_and_listed(home, tmp_path):
     source, reasons = dirty(home, tmp_path)
     skipped = make(tmp_path / "set", source, max_skipped=0.6)
     assert {one["reason"] for one in skipped} == reasons and len(skipped) == len(reasons)
-    assert sorted(build.table(skipped)) == sorted((reason, 1) for reason in reasons)
+    assert sorted(build.count_reasons(skipped)) == sorted((reason, 1) for reason in reasons)
     listed = [
         json.loads(line) for line in (tmp_path / "set" / "skipped.jsonl").read_text().splitlines()
     ]
@@ -418,7 +418,7 @@ def test_too_much_dirt_is_a_mistake_that_a_higher_limit_forgives_at_once(
     ):
         make(tmp_path / "set", source, max_skipped=0.01)
     assert len((tmp_path / "set.tmp" / "skipped.jsonl").read_text().splitlines()) == len(reasons)
-    monkeypatch.setattr(build, "cut_shard", lambda *_: pytest.fail("a shard was made again"))
+    monkeypatch.setattr(build, "build_shard", lambda *_: pytest.fail("a shard was made again"))
     assert len(make(tmp_path / "set", source, max_skipped=0.6)) == len(reasons)
 
 
@@ -438,7 +438,7 @@ def test_tiles_step_down_until_the_sample_fits(home, tmp_path, row, tiles):
     """240 × 40 pixels ask for 6 tiles in a row and a thumbnail; 4, 2 and 1 are what it steps down to. Each takes 4 tokens, the words 11."""
     (tmp_path / "one.json").write_text(json.dumps([record(1, str(home / "wide.png"))]))
     Image.new("RGB", (240, 40)).save(home / "wide.png")
-    make(tmp_path / "set", tmp_path / "one.json", RECIPE._replace(row=row))
+    make(tmp_path / "set", tmp_path / "one.json", RECIPE._replace(seq_len=row))
     ids_T, _, (picture,) = dataset.PreparedDataset(tmp_path / "set").read(0)
     assert len(picture.tiles) == tiles and len(ids_T) == 11 + 4 * tiles <= row
 
@@ -448,7 +448,7 @@ def test_a_sample_that_fits_no_row_is_skipped_with_both_numbers(home, tmp_path):
         json.dumps([record(1, str(home / "0.png")), record(2, None)])
     )
     (said,) = make(
-        tmp_path / "set", tmp_path / "one.json", RECIPE._replace(row=14), max_skipped=0.5
+        tmp_path / "set", tmp_path / "one.json", RECIPE._replace(seq_len=14), max_skipped=0.5
     )
     assert said["reason"] == "longer than a row" and "15 tokens, --row=14" in said["said"]
 
@@ -462,11 +462,11 @@ def test_pictures_that_cannot_fit_are_not_even_opened(home, tmp_path, monkeypatc
     }
     many["conversations"][0]["value"] = "<image>" * 10
     (tmp_path / "two.json").write_text(json.dumps([many, record(2, None)]))
-    monkeypatch.setattr(build.image_files, "read", lambda *_: pytest.fail("a picture was opened"))
+    monkeypatch.setattr(build.image_files, "read_image", lambda *_: pytest.fail("a picture was opened"))
     (said,) = make(
         tmp_path / "set",
         tmp_path / "two.json",
-        RECIPE._replace(row=40, pictures=str(home)),
+        RECIPE._replace(seq_len=40, images=str(home)),
         max_skipped=0.5,
     )
     assert said["reason"] == "longer than a row" and re.search(

@@ -155,11 +155,11 @@ def shown(raws, images=""):
     found = []
     for raw in raws:
         raw = pickle.loads(pickle.dumps(raw))
-        assert isinstance(readers.identity(raw), bytes)
+        assert isinstance(readers.record_digest(raw), bytes)
         try:
-            sample = pickle.loads(pickle.dumps(readers.sample(raw, images)))
+            sample = pickle.loads(pickle.dumps(readers.make_sample(raw, images)))
             found.append(
-                (sample.name, sample.turns, [readers.load(ref)[0] for ref in sample.pictures])
+                (sample.name, sample.turns, [readers.load_image_bytes(ref)[0] for ref in sample.images])
             )
         except UserError as mistake:
             assert mistake.reason and "\n" not in str(mistake), mistake
@@ -177,7 +177,7 @@ def reasons(raws, images=""):
 @pytest.mark.parametrize("keep", [as_json, as_lines, as_tar, as_parquet])
 def test_a_collection_is_the_same_however_it_is_kept(folder, keep):
     """No name helps: the kind of a file shows in its first bytes."""
-    found = shown(readers.read([keep(folder)]))
+    found = shown(readers.read_records([keep(folder)]))
     assert [name for name, _, _ in found] == [str(record["id"]) for record in COLLECTION]
     assert [pictures for _, _, pictures in found] == [
         [PICTURES[name] for name in named(record)] for record in COLLECTION
@@ -217,8 +217,8 @@ def test_several_sources_follow_one_another_in_the_order_given_and_shards_in_tha
     put(shards / "notes.md", "not a shard")
     for path in (str(shards), str(shards / "*.tar")):
         found = [
-            readers.sample(raw).name
-            for raw in readers.read([as_lines(folder), path, as_json(folder)])
+            readers.make_sample(raw).name
+            for raw in readers.read_records([as_lines(folder), path, as_json(folder)])
         ]
         assert found == [
             *(ids := [str(record["id"]) for record in COLLECTION]),
@@ -238,17 +238,17 @@ def test_pictures_in_a_zip_are_those_in_a_folder(folder):
         for name in PICTURES:
             pack.write(folder / name, name)
     zipped = str(folder / "pictures")
-    assert shown(readers.read([source], str(folder)), str(folder)) == shown(
-        readers.read([source], zipped), zipped
+    assert shown(readers.read_records([source], str(folder)), str(folder)) == shown(
+        readers.read_records([source], zipped), zipped
     )
-    assert image_refs.archive(zipped, 1) is not image_refs.archive(
+    assert image_refs.open_zip(zipped, 1) is not image_refs.open_zip(
         zipped, 2
     )  # each process has its own place in the file
 
 
 def test_absolute_paths_are_good_in_a_json_alone_and_within_the_folder_of_its_pictures(folder):
     record = {"id": 1, "image": str(folder / "0.jpg"), "caption": "An egg."}
-    assert reasons(readers.read([put(folder / "a.json", [record])])) == []
+    assert reasons(readers.read_records([put(folder / "a.json", [record])])) == []
     (folder / "empty").mkdir()
     elsewhere = put(folder / "empty" / "a.json", [record])
     for images, expected in (
@@ -257,12 +257,12 @@ def test_absolute_paths_are_good_in_a_json_alone_and_within_the_folder_of_its_pi
         (str(folder), []),
         ("/", []),
     ):
-        assert reasons(readers.read([elsewhere], images), images) == expected
+        assert reasons(readers.read_records([elsewhere], images), images) == expected
     with webdataset.TarWriter(str(folder / "a.tar")) as tar:
         tar.write({"__key__": "1", "json": record})
         tar.write({"__key__": "2", "json": {**record, "image": "0.jpg"}})
-    assert reasons(readers.read([str(folder / "a.tar")])) == ["picture missing"] * 2
-    assert reasons(readers.read([str(folder / "a.tar")]), str(folder)) == ["path climbs out"]
+    assert reasons(readers.read_records([str(folder / "a.tar")])) == ["picture missing"] * 2
+    assert reasons(readers.read_records([str(folder / "a.tar")]), str(folder)) == ["path climbs out"]
 
 
 def test_ids_are_texts_or_numbers_and_where_there_is_none_it_is_the_place(folder):
@@ -270,7 +270,7 @@ def test_ids_are_texts_or_numbers_and_where_there_is_none_it_is_the_place(folder
         {"question": "Why?", "answer": "So.", "question_id": 262148000}
     ]
     source = put(folder / "a.json", records)
-    samples = [readers.sample(raw) for raw in readers.read([source])]
+    samples = [readers.make_sample(raw) for raw in readers.read_records([source])]
     assert [sample.name for sample in samples] == ["a b", "7", "1.5", "a.json:4", "262148000"]
     odd = [
         5,
@@ -279,7 +279,7 @@ def test_ids_are_texts_or_numbers_and_where_there_is_none_it_is_the_place(folder
         {"id": "\ud800", "caption": "x"},
     ]
     listed = [
-        readers.id_of(raw) for raw in readers.read([put(folder / "odd.json", [records[0], *odd])])
+        readers.record_id(raw) for raw in readers.read_records([put(folder / "odd.json", [records[0], *odd])])
     ]
     assert listed == [
         "a b",
@@ -413,7 +413,7 @@ def test_megatrons_own_shards(folder):
             shards.write(
                 {"__key__": f"{number:09d}", "jpg": PICTURES[f"{number % 4}.jpg"], "json": turns}
             )
-    found = shown(readers.read([str(folder / "pretrain-*.tar")]))
+    found = shown(readers.read_records([str(folder / "pretrain-*.tar")]))
     assert found == [
         (
             f"{number:09d}",
@@ -458,7 +458,7 @@ def test_what_webdataset_reads_is_what_we_read(folder):
         )
         for group in groups
     ]
-    found = shown(readers.read([str(folder / "a.tar")]))
+    found = shown(readers.read_records([str(folder / "a.tar")]))
     assert [(name, set(pictures)) for name, _, pictures in found] == theirs
     assert [turns[1][1] for _, turns, _ in found] == ["An egg.", "Two eggs.", "Milk."]
     with tarfile.open(folder / "a.tar") as tar:  # several pictures in the order of the members
@@ -468,7 +468,7 @@ def test_what_webdataset_reads_is_what_we_read(folder):
             if member.name.startswith("train/2") and member.name.endswith("jpg")
         ]
     assert found[1][2] == order and len(order) == 2
-    assert readers.key_of("./shards/000012.left.JPG") == (
+    assert readers.tar_key("./shards/000012.left.JPG") == (
         "shards/000012",
         "jpg",
     )  # as `tar -c .` names them
@@ -532,7 +532,7 @@ def test_an_odd_member_is_skipped_with_its_reason_and_the_samples_beside_it_are_
         add_sample(tar, "a")
         add(tar, name, **fields)
         add_sample(tar, "c")
-    found = shown(readers.read([str(tmp_path / "a.tar")]))
+    found = shown(readers.read_records([str(tmp_path / "a.tar")]))
     good = ["0", "c"] if reason == "two texts under one key" else ["0", "a", "c"]
     assert [sample[0] for sample in found if not isinstance(sample, str)] == good
     assert [sample for sample in found if isinstance(sample, str)] == [reason] * bool(reason)
@@ -545,7 +545,7 @@ def test_a_sample_with_one_odd_member_is_skipped_as_a_whole(tmp_path):
         add(tar, "b.txt", b"An egg.")
     assert [
         found if isinstance(found, str) else found[0]
-        for found in shown(readers.read([str(tmp_path / "a.tar")]))
+        for found in shown(readers.read_records([str(tmp_path / "a.tar")]))
     ] == ["a", "a tar member is no plain file"]
 
 
@@ -560,7 +560,7 @@ def test_a_tar_cut_short_is_refused_wherever_it_is_cut_and_never_read_as_a_short
     for length in [*range(600, end + 512, 256), end + 512, len(whole)]:
         path = put(tmp_path / "cut.tar", whole[:length])
         try:
-            count = len(list(readers.read([path])))
+            count = len(list(readers.read_records([path])))
         except UserError as mistake:
             assert "damaged or cut short" in str(mistake) and length < end + 512
         else:
@@ -574,7 +574,7 @@ def test_a_tar_whose_sizes_lead_back_is_refused(tmp_path):
         member.size = -1024
         tar.addfile(member)
     with pytest.raises(UserError, match="the size of 'b.txt' is -1024"):
-        readers.read([str(tmp_path / "a.tar")])
+        readers.read_records([str(tmp_path / "a.tar")])
 
 
 def test_a_tar_of_many_members_is_never_held_as_a_whole(tmp_path):
@@ -583,7 +583,7 @@ def test_a_tar_of_many_members_is_never_held_as_a_whole(tmp_path):
             add_sample(tar, key)
     del tar  # which remembers what it wrote
     gc.collect()
-    raws = readers.read([str(tmp_path / "a.tar")])
+    raws = readers.read_records([str(tmp_path / "a.tar")])
     read = [next(raws) for _ in range(199)]
     assert (
         sum(type(thing) is tarfile.TarInfo for thing in gc.get_objects()) < 10 and len(read) == 199
@@ -639,29 +639,29 @@ def test_a_path_that_leads_out_or_nowhere(tmp_path, path, reason):
     ]
     source = put(tmp_path / "a.json", records)
     for images in (pack, str(tmp_path / "pictures")):
-        assert reasons(readers.read([source], images), images) == [reason]
+        assert reasons(readers.read_records([source], images), images) == [reason]
 
 
 def test_a_member_that_cannot_be_unpacked_is_told(tmp_path):
     pack = zip_of(tmp_path / "a.zip", {"0.jpg": b"x" * 100, "1.jpg": b"y" * 100})
     put(Path(pack), Path(pack).read_bytes().replace(b"y" * 100, b"z" * 100))
-    ref = image_refs.Member(pack, "0.jpg")
-    assert readers.load(ref) == (b"x" * 100, f"{pack}/0.jpg")
+    ref = image_refs.ZipMember(pack, "0.jpg")
+    assert readers.load_image_bytes(ref) == (b"x" * 100, f"{pack}/0.jpg")
     with pytest.raises(UserError, match="a.zip/1.jpg cannot be unpacked: Bad CRC-32"):
-        readers.load(image_refs.Member(pack, "1.jpg"))
+        readers.load_image_bytes(image_refs.ZipMember(pack, "1.jpg"))
 
 
 def test_a_file_too_large_to_be_a_picture_is_not_read(tmp_path):
     with open(tmp_path / "a.jpg", "wb") as file:
-        file.truncate(image_refs.MAX_BYTES + 1)  # a hole: it takes no room
+        file.truncate(image_refs.MAX_IMAGE_BYTES + 1)  # a hole: it takes no room
     with pytest.raises(UserError, match="more than the 1,073,741,824 of a picture") as caught:
-        readers.load(image_refs.File(str(tmp_path / "a.jpg")))
+        readers.load_image_bytes(image_refs.ImageFile(str(tmp_path / "a.jpg")))
     assert caught.value.reason == "picture too large"
     with pytest.raises(UserError, match="ends after 0 of 5 bytes") as caught:
-        readers.load(image_refs.Span(str(tmp_path / "a.jpg"), "0.jpg", image_refs.MAX_BYTES + 1, 5))
+        readers.load_image_bytes(image_refs.TarMember(str(tmp_path / "a.jpg"), "0.jpg", image_refs.MAX_IMAGE_BYTES + 1, 5))
     assert caught.value.reason == "picture cut short"
     with pytest.raises(UserError, match="No such file"):
-        readers.load(image_refs.File(str(tmp_path / "b.jpg")))
+        readers.load_image_bytes(image_refs.ImageFile(str(tmp_path / "b.jpg")))
 
 
 # ---- parquet ----
@@ -672,7 +672,7 @@ def test_parquet_of_plain_bytes_or_paths_without_ids(folder):
         {"image": PICTURES.get(name), "caption": "An egg."} for name in ("0.jpg", "none", "1.jpg")
     ]
     parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "a.parquet")
-    found = shown(readers.read([str(folder)]))
+    found = shown(readers.read_records([str(folder)]))
     assert [found[0][0], found[1], found[2][0]] == ["a.parquet:1", "no picture", "a.parquet:3"]
     assert [found[i][2] for i in (0, 2)] == [[PICTURES["0.jpg"]], [PICTURES["1.jpg"]]]
     parquet.write_table(
@@ -681,8 +681,8 @@ def test_parquet_of_plain_bytes_or_paths_without_ids(folder):
         ),
         folder / "a.parquet",
     )
-    assert reasons(readers.read([str(folder)]), str(folder)) == ["picture missing"]
-    assert reasons(readers.read([str(folder)])) == ["picture missing"] * 2
+    assert reasons(readers.read_records([str(folder)]), str(folder)) == ["picture missing"]
+    assert reasons(readers.read_records([str(folder)])) == ["picture missing"] * 2
 
 
 def test_without_pyarrow_parquet_is_refused_by_name(folder, monkeypatch):
@@ -691,7 +691,7 @@ def test_without_pyarrow_parquet_is_refused_by_name(folder, monkeypatch):
     with pytest.raises(
         UserError, match=r"parquet.data is a parquet file, which pyarrow reads: pip install pyarrow"
     ):
-        readers.read([path])
+        readers.read_records([path])
 
 
 # ---- what is no source ----
@@ -728,7 +728,7 @@ def test_without_pyarrow_parquet_is_refused_by_name(folder, monkeypatch):
 def test_a_source_of_no_known_kind_is_refused_before_any_work_and_quoted(tmp_path, content, said):
     good = put(tmp_path / "good.json", [COLLECTION[2]])
     with pytest.raises(UserError) as caught:
-        readers.read([good, put(tmp_path / "a.json", content)])
+        readers.read_records([good, put(tmp_path / "a.json", content)])
     assert (
         said in str(caught.value)
         and str(tmp_path / "a.json") in str(caught.value)
@@ -748,7 +748,7 @@ def test_sources_and_pictures_that_are_not_there(tmp_path):
         ([good], good, "is neither a folder nor a zip"),
     ]:
         with pytest.raises(UserError, match=re.escape(said)):
-            readers.read(paths, images)
+            readers.read_records(paths, images)
 
 
 def test_a_first_record_that_is_only_broken_stops_nothing(folder):
@@ -762,7 +762,7 @@ def test_a_first_record_that_is_only_broken_stops_nothing(folder):
         '{"id": 1,',
         json.dumps(COLLECTION[3]),
     ]
-    assert reasons(readers.read([put(folder / "a.jsonl", "\n".join(lines))])) == [
+    assert reasons(readers.read_records([put(folder / "a.jsonl", "\n".join(lines))])) == [
         "broken JSON",
         "no known kind of record",
         "no conversation",
@@ -773,7 +773,7 @@ def test_a_first_record_that_is_only_broken_stops_nothing(folder):
 
 def test_reading_keeps_no_file_open(folder):
     opened = len(os.listdir("/proc/self/fd"))
-    raws = readers.read([as_lines(folder), as_tar(folder), as_parquet(folder)])
+    raws = readers.read_records([as_lines(folder), as_tar(folder), as_parquet(folder)])
     assert (
         len(os.listdir("/proc/self/fd")) == opened
     )  # a thousand shards would else be a thousand files
@@ -851,7 +851,7 @@ def test_a_dirty_record_is_skipped_with_its_reason(folder, record, reason):
         ("a.json", json.dumps([COLLECTION[0], record, COLLECTION[0]])),
         ("a.jsonl", "\n".join(json.dumps(line) for line in (COLLECTION[0], record, COLLECTION[0]))),
     ]:
-        found = shown(readers.read([put(folder / name, content)]))
+        found = shown(readers.read_records([put(folder / name, content)]))
         assert found[0] == found[2] and not isinstance(found[0], str)
         assert found[1] == ("no conversation" if record == [] and name == "a.jsonl" else reason)
 
@@ -868,13 +868,13 @@ def test_only_the_same_id_with_the_same_content_is_the_same_sample(folder):
     ]
     reversed_fields = dict(reversed(COLLECTION[0].items()))
     first, *others, same = map(
-        readers.identity,
-        readers.read([put(folder / "a.json", [COLLECTION[0], *other, other[-1], reversed_fields])]),
+        readers.record_digest,
+        readers.read_records([put(folder / "a.json", [COLLECTION[0], *other, other[-1], reversed_fields])]),
     )
     assert same == first and len({first, *others}) == 1 + len(others)  # two without an id are two
-    lines = list(map(readers.identity, readers.read([as_lines(folder)])))
+    lines = list(map(readers.record_digest, readers.read_records([as_lines(folder)])))
     assert (
-        lines == list(map(readers.identity, readers.read([as_json(folder)])))
+        lines == list(map(readers.record_digest, readers.read_records([as_json(folder)])))
         and len(set(lines)) == len(COLLECTION)
         and first == lines[0]
     )
@@ -884,7 +884,7 @@ def test_two_pictures_of_one_name_in_two_folders_are_two(folder):
     (folder / "other").mkdir()
     pictured, blind = (
         [
-            readers.identity(*readers.read([put(place / "a.json", [record])]))
+            readers.record_digest(*readers.read_records([put(place / "a.json", [record])]))
             for place in (folder, folder / "other")
         ]
         for record in (COLLECTION[0], COLLECTION[2])
@@ -903,9 +903,9 @@ def test_in_containers_pictures_count_as_well(folder):
             pyarrow.Table.from_pylist([{"id": 0, "image": picture, "caption": "An egg."}]),
             folder / f"{name}.parquet",
         )
-    tars = [readers.identity(*readers.read([str(folder / f"{name}.tar")])) for name in "abc"]
+    tars = [readers.record_digest(*readers.read_records([str(folder / f"{name}.tar")])) for name in "abc"]
     assert tars[0] != tars[1] == tars[2]
-    seen = {readers.identity(*readers.read([str(folder / f"{name}.parquet")])) for name in "abc"}
+    seen = {readers.record_digest(*readers.read_records([str(folder / f"{name}.parquet")])) for name in "abc"}
     assert len(seen) == 3
 
 
@@ -915,22 +915,22 @@ def test_a_source_that_is_named_twice_is_refused(folder):
     os.replace(as_tar(folder), path)
     for twice in ([path, path], [path, str(folder / "*.tar")]):
         with pytest.raises(UserError, match=f"{path} is named twice among the sources"):
-            readers.read(twice)
+            readers.read_records(twice)
 
 
 def test_stamps_tell_when_a_source_has_changed(folder):
     paths, pack = [as_json(folder), str(folder / "*.tar")], zip_of(folder / "a.zip", PICTURES)
     for name in ("b.tar", "a.tar"):
         os.replace(as_tar(folder), folder / name)
-    before = readers.stamps(paths, pack)
+    before = readers.source_stamps(paths, pack)
     assert list(before) == [paths[0], str(folder / "a.tar"), str(folder / "b.tar"), pack]
-    assert before == readers.stamps(paths, pack) and set(readers.stamps(paths, str(folder))) == set(
+    assert before == readers.source_stamps(paths, pack) and set(readers.source_stamps(paths, str(folder))) == set(
         before
     ) - {pack}
     assert before[pack] == [os.path.getsize(pack), os.stat(pack).st_mtime_ns]
     os.utime(folder / "b.tar", ns=(1, 1))
     assert [
-        path for path, stamp in readers.stamps(paths, pack).items() if stamp != before[path]
+        path for path, stamp in readers.source_stamps(paths, pack).items() if stamp != before[path]
     ] == [str(folder / "b.tar")]
 
 
@@ -1000,7 +1000,7 @@ BOUNDED = dict(
 )
 def test_any_json_in_any_field_is_used_or_skipped(folder, changes, base, images):
     path = put(folder / "a.json", json.dumps([COLLECTION[2], {**base, **changes}]))
-    assert len(shown(readers.read([path]), str(folder) if images else "")) == 2
+    assert len(shown(readers.read_records([path]), str(folder) if images else "")) == 2
 
 
 def damaged(content, random_seed):
@@ -1034,7 +1034,7 @@ def test_damaged_sources_are_read_as_far_as_can_be_or_refused(folder, keep, seed
     path = keep(folder)
     put(Path(path), damaged(Path(path).read_bytes(), seed))
     try:
-        shown(readers.read([path]))
+        shown(readers.read_records([path]))
     except UserError as mistake:
         assert "\n" not in str(mistake)
 
@@ -1045,8 +1045,8 @@ def test_a_damaged_zip_of_pictures_gives_what_it_can_or_is_refused(folder, seed)
     path = as_json(folder)
     pack = zip_of(folder / "a.zip", PICTURES)
     put(Path(pack), damaged(Path(pack).read_bytes(), seed))
-    image_refs.archive.cache_clear()  # the file has changed under the same name
+    image_refs.open_zip.cache_clear()  # the file has changed under the same name
     try:
-        assert len(shown(readers.read([path], pack), pack)) == len(COLLECTION)
+        assert len(shown(readers.read_records([path], pack), pack)) == len(COLLECTION)
     except UserError as mistake:
         assert "\n" not in str(mistake)

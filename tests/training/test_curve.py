@@ -15,10 +15,10 @@ from conftest import write_set
 from safetensors.torch import load_file
 from test_llava import IMAGE_ID, KINDS, publish
 
-import train as door
+import train
 from nanovlm import IGNORE_INDEX
 from nanovlm.checkpoints import llava
-from nanovlm.checkpoints.checkpoint import describe_checkpoint, load_checkpoint
+from nanovlm.checkpoints.checkpoint import load_checkpoint_info, load_checkpoint
 from nanovlm.data import dataset, image_processing, packing
 
 STEPS, ROW, BATCH = 20, 96, 3
@@ -31,7 +31,7 @@ def home(tmp_path_factory):
     home = tmp_path_factory.mktemp("home")
     (home / "llava").mkdir()
     publish(home / "llava", **KINDS["1.5"])
-    ours, g, samples = describe_checkpoint(home / "llava"), np.random.default_rng(0), []
+    ours, g, samples = load_checkpoint_info(home / "llava"), np.random.default_rng(0), []
     for number in range(90):
         pictures = [
             image_processing.ProcessedImage(
@@ -121,19 +121,19 @@ def their_run(home, samples, trained, lr, floor, decay, clip, warmup):
     ],
 )
 def test_twenty_steps_are_those_of_transformers(home, tmp_path, stage, trained):
-    how = dict(lr=3e-3, floor=3e-4, decay=0.1, clip=0.7)
+    how = dict(lr=3e-3, min_lr=3e-4, weight_decay=0.1, grad_clip=0.7)
     samples = dataset.PreparedDataset(home / "data")
-    losses, norms, theirs = their_run(home, samples, trained, warmup=4, **how)
-    door.train(
+    losses, norms, theirs = their_run(home, samples, trained, warmup_ratio=4, **how)
+    train.train(
         stage=stage,
         model=str(home / "llava"),
         data=str(home / "data"),
         out=str(tmp_path / "run"),
         steps=STEPS,
-        row=ROW,
-        batch=BATCH,
-        micro=1,
-        warmup=0.2,
+        seq_len=ROW,
+        global_batch_size=BATCH,
+        micro_batch_size=1,
+        warmup_ratio=0.2,
         log_every=1,
         validate_every=STEPS,
         device="cpu",
@@ -141,9 +141,9 @@ def test_twenty_steps_are_those_of_transformers(home, tmp_path, stage, trained):
     )
     lines = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
     assert [line["loss"] for line in lines] == pytest.approx(losses, abs=1e-4)
-    assert [line["norm"] for line in lines] == pytest.approx(norms, rel=1e-3)
+    assert [line["grad_norm"] for line in lines] == pytest.approx(norms, rel=1e-3)
     assert (
-        losses[-1] < losses[0] - 0.05 and max(norms) > how["clip"]
+        losses[-1] < losses[0] - 0.05 and max(norms) > how["grad_clip"]
     )  # it learns, and clipping has something to do
     theirs.save_pretrained(tmp_path / "theirs")
     ours, theirs = (

@@ -22,7 +22,7 @@ import torch
 from conftest import ROOT, make_batch, make_samples
 from safetensors.torch import load_file
 from test_train import (
-    NO_CLOCK,
+    NO_TIMER,
     TWO_RANKS,
     launch,
     log_of,
@@ -35,7 +35,7 @@ from test_train import (
 )
 
 import sample
-import train as door
+import train
 from nanovlm import UserError, distributed
 from nanovlm.checkpoints import sharded
 from nanovlm.checkpoints.checkpoint import (
@@ -47,7 +47,7 @@ from nanovlm.checkpoints.checkpoint import (
 )
 from nanovlm.data import dataset, packing
 from nanovlm.models.vlm import VLM
-from nanovlm.training import memory, resume
+from nanovlm.training import memory, recipes, resume
 
 CPU = torch.device("cpu")
 DEEP = {
@@ -74,31 +74,31 @@ def learn(
     freeze=(),
     name="data",
     model="model",
-    micro=2,
-    recompute="none",
+    micro_batch_size=2,
+    activation_checkpointing="none",
     dtype=torch.float32,
-    shard=0,
-    **beside,
+    hsdp_shard_size=0,
+    **other,
 ):
     """Two steps of five rows: losses, gradients, their norms, the weights they lead to, and the bytes that all ranks hold together.
 
     Of five rows one of two ranks has three, the other two: in the second of its micro-batches it has none.
     """
     vlm = load_checkpoint(home / model, dtype=None).model.train()
-    rates = {part: 1e-2 for part in door.PARTS if part not in freeze}
+    rates = {part: 1e-2 for part in recipes.PARTS if part not in freeze}
     for part in freeze:
         getattr(vlm, part).requires_grad_(False)
-    distributed.checkpoint_activations(distributed.transformer_blocks(vlm, recompute))
-    distributed.compile_blocks(distributed.transformer_blocks(vlm) if beside.get("compile") else ())
-    wrapped, mixed = distributed.wrap_model(vlm, how, CPU, dtype, shard, beside.get("offload", False))
-    optimizer = door.make_optimizer(vlm, rates, 0.1, (0.9, 0.95))
+    distributed.checkpoint_activations(distributed.transformer_blocks(vlm, activation_checkpointing))
+    distributed.compile_blocks(distributed.transformer_blocks(vlm) if other.get("compile") else ())
+    wrapped, mixed = distributed.wrap_model(vlm, how, CPU, dtype, hsdp_shard_size, other.get("cpu_offload", False))
+    optimizer = train.make_optimizer(vlm, rates, 0.1, (0.9, 0.95))
     loader = packing.PackedDataLoader(
-        dataset.PreparedDataset(home / name), row=22, batch=5, micro=micro, seed=0, rank=rank, world=world
+        dataset.PreparedDataset(home / name), row=22, batch=5, micro=micro_batch_size, seed=0, rank=rank, world_size=world
     )
     did = {"loss": [], "norm": [], "gradients": {}}
     for step in (1, 2):
-        loss = door.gradients(
-            wrapped, next(loader), CPU, mixed, SimpleNamespace(asked=0), NO_CLOCK
+        loss = train.compute_gradients(
+            wrapped, next(loader), CPU, mixed, SimpleNamespace(received=0), NO_TIMER
         ).loss
         grads = {parameter: p.grad for parameter, p in vlm.named_parameters() if p.grad is not None}
         did["gradients"] |= {
@@ -107,11 +107,11 @@ def learn(
         }
         did["norm"] += distributed.clip_grad_norm(vlm, rates, 1.0).values()
         did["loss"].append(loss)
-        door.set_rates(optimizer, step, SimpleNamespace(steps=9, warmup=0, floor=0, lr=1))
+        train.set_learning_rates(optimizer, step, SimpleNamespace(steps=9, warmup_ratio=0, min_lr=0, lr=1))
         optimizer.step()
         held = [
             sum(distributed.local_tensor(x).nbytes for x in some)
-            for some in (vlm.parameters(), grads.values(), resume.moments(vlm, optimizer).values())
+            for some in (vlm.parameters(), grads.values(), resume.optimizer_state(vlm, optimizer).values())
         ]
         optimizer.zero_grad()
     did["weights"] = {
@@ -135,7 +135,7 @@ def before_the_last(home, rank, world, how):
             micro=2,
             seed=0,
             rank=rank,
-            world=world,
+            world_size=world,
         )
     )
     norms = []
@@ -156,14 +156,14 @@ def two(home, rank, world):
     did = {case: learn(home, rank, world, *case) for case in MANY}
     for how in ("ddp", "fsdp"):
         did[how, "tied"] = learn(home, rank, world, how, model="tied")
-        did[how, "all again"] = learn(home, rank, world, how, recompute="all")
-        did[how, "micro 1"] = learn(home, rank, world, how, micro=1)
-        did[how, "micro 5"] = learn(home, rank, world, how, micro=5)
+        did[how, "all again"] = learn(home, rank, world, how, activation_checkpointing="all")
+        did[how, "micro 1"] = learn(home, rank, world, how, micro_batch_size=1)
+        did[how, "micro 5"] = learn(home, rank, world, how, micro_batch_size=5)
         did[how, "bfloat16"] = learn(home, rank, world, how, dtype=torch.bfloat16)
-    did["offload"] = learn(home, rank, world, "fsdp", offload=True)
+    did["cpu_offload"] = learn(home, rank, world, "fsdp", cpu_offload=True)
     did["compiled"] = [
         (
-            learn(home, rank, world, "fsdp", (), name, micro=5, recompute="decoder", compile=True),
+            learn(home, rank, world, "fsdp", (), name, micro_batch_size=5, activation_checkpointing="decoder", compile=True),
             distributed.count_compiled_graphs(),
         )
         for name in SETS
@@ -176,16 +176,16 @@ def two(home, rank, world):
         for asked, needed in [("auto", 10), ("auto", 2**60), ("ddp", 2**60), ("fsdp", 10)]
     ]
     did["memory"] = {accumulates: foretold_and_taken(accumulates) for accumulates in (False, True)}
-    did["fsdp"] = run(home, "fsdp", parallel="fsdp", keep=9)
+    did["fsdp"] = run(home, "fsdp", parallel="fsdp", keep_checkpoints=9)
     go_on_from(home, "fsdp", 3, "fsdp to fsdp", parallel="fsdp")
-    go_on_from(home, "fsdp", 3, "fsdp to ddp", parallel="ddp", keep=9)
-    go_on_from(home, "fsdp to ddp", 6, "ddp to fsdp", parallel="fsdp", recompute="decoder")
+    go_on_from(home, "fsdp", 3, "fsdp to ddp", parallel="ddp", keep_checkpoints=9)
+    go_on_from(home, "fsdp to ddp", 6, "ddp to fsdp", parallel="fsdp", activation_checkpointing="decoder")
     if rank == 0:
         sharded_alone(home)
     for source, how in itertools.product(STARTS, ("ddp", "fsdp")):
         run(home, f"{source}, then {how} on 2", **next_stage(home, source), parallel=how)
     for how in ("ddp", "fsdp"):
-        run(home, f"{how} with an exam", parallel=how, exam=str(home / "exam.jsonl"), exam_every=5)
+        run(home, f"{how} with an exam", parallel=how, eval_questions=str(home / "exam.jsonl"), eval_every=5)
     did["full"], did["bent"], did["odd"] = (
         failing(home, broken) for broken in (full_on_rank_1, bent_on_rank_1, odd_on_rank_1)
     )
@@ -194,11 +194,11 @@ def two(home, rank, world):
 
 def four(home, rank, world):
     did = {
-        "hsdp": learn(home, rank, world, "fsdp", shard=2),
-        "fsdp": learn(home, rank, world, "fsdp", micro=1),
+        "hsdp": learn(home, rank, world, "fsdp", hsdp_shard_size=2),
+        "fsdp": learn(home, rank, world, "fsdp", micro_batch_size=1),
     }
-    go_on_from(home, "fsdp", 3, "two to four", parallel="fsdp", shard=2)
-    go_on_from(home, "fsdp to ddp", 6, "ddp to four", parallel="fsdp", shard=2)
+    go_on_from(home, "fsdp", 3, "two to four", parallel="fsdp", hsdp_shard_size=2)
+    go_on_from(home, "fsdp to ddp", 6, "ddp to four", parallel="fsdp", hsdp_shard_size=2)
     deep = load_checkpoint(home / "deep", dtype=None).model  # its numbers are in its file
     whole = sum(p.nbytes for p in deep.parameters())
     did["loading"] = (
@@ -226,7 +226,7 @@ def killed(home, rank, world):
 def run(home, out, **chosen):
     """A run of all ranks, which is to end well; what this rank prints."""
     with contextlib.redirect_stdout(io.StringIO()) as said:
-        door.train(**settings(home, out, **chosen))
+        train.train(**settings(home, out, **chosen))
     return said.getvalue()
 
 
@@ -265,7 +265,7 @@ def failing(home, break_it):
     """How each rank leaves a run whose second save fails on one of them: what it raises, and the steps that are left."""
     with break_it(), contextlib.redirect_stdout(io.StringIO()):
         try:
-            door.train(**settings(home, break_it.__name__, parallel="fsdp"))
+            train.train(**settings(home, break_it.__name__, parallel="fsdp"))
             said = None
         except (UserError, SystemExit) as end:
             said = type(end).__name__, str(end)
@@ -308,16 +308,16 @@ def bent_on_rank_1():
 @contextlib.contextmanager
 def odd_on_rank_1():
     """A number of a rank's part is none any more when it is to be saved."""
-    write = resume.Saves.write
+    save = resume.Saver.save
 
-    def write_odd(self, *arguments):
+    def save_odd(self, *arguments):
         if distributed.dist.get_rank() == 1:
             distributed.local_tensor(self.checkpoint.model.decoder.norm.weight.detach())[-1] = torch.inf
-        write(self, *arguments)
+        save(self, *arguments)
 
-    resume.Saves.write = write_odd
+    resume.Saver.save = save_odd
     yield
-    resume.Saves.write = write
+    resume.Saver.save = save
 
 
 def foretold_and_taken(accumulates):
@@ -327,15 +327,15 @@ def foretold_and_taken(accumulates):
     model.vision.requires_grad_(False)
     row = make_batch([make_samples(lengths=(40, 61), pictures=(1, 2))])
     foretold = memory.estimate_memory(
-        model, row, 6, CPU, torch.float32, how="fsdp", shards=2, accumulates=accumulates
+        model, row, 6, CPU, torch.float32, parallel="fsdp", shards=2, accumulates=accumulates
     )
     distributed.wrap_model(model, "fsdp", CPU, torch.float32)
-    optimizer = door.make_optimizer(model, {"projector": 1, "decoder": 1}, 0.1, (0.9, 0.95))
+    optimizer = train.make_optimizer(model, {"projector": 1, "decoder": 1}, 0.1, (0.9, 0.95))
     batches = [({name: torch.cat([x] * 6) for name, x in row.items()}, [])] * (1 + accumulates)
 
     def step():
-        door.gradients(
-            model, batches, CPU, contextlib.nullcontext(), SimpleNamespace(asked=0), NO_CLOCK
+        train.compute_gradients(
+            model, batches, CPU, contextlib.nullcontext(), SimpleNamespace(received=0), NO_TIMER
         )
         optimizer.step()
 
@@ -343,7 +343,7 @@ def foretold_and_taken(accumulates):
     optimizer.zero_grad()
     held = sum(
         distributed.local_tensor(x).nbytes
-        for x in [*model.parameters(), *resume.moments(model, optimizer).values()]
+        for x in [*model.parameters(), *resume.optimizer_state(model, optimizer).values()]
     )
     return sum(foretold.values()), held + peak_bytes(step)
 
@@ -427,7 +427,7 @@ def test_the_cases_are_what_they_are_said_to_be(home):
     ]:
         loaders = [
             packing.PackedDataLoader(
-                dataset.PreparedDataset(home / name), row=22, batch=5, micro=2, seed=0, rank=rank, world=2
+                dataset.PreparedDataset(home / name), row=22, batch=5, micro=2, seed=0, rank=rank, world_size=2
             )
             for rank in (0, 1)
         ]
@@ -484,11 +484,11 @@ def test_blocks_computed_again_tied_heads_and_other_micro_batches_change_nothing
     for case in ("all again", "micro 1", "micro 5"):
         alike(of_two[how, case], alone)
     for which in ("decoder", "all"):
-        alike(learn(home, recompute=which), alone, rtol=1e-6)
+        alike(learn(home, activation_checkpointing=which), alone, rtol=1e-6)
 
 
 def test_what_lies_with_the_host_is_what_lies_on_the_card(home, of_two):
-    alike(of_two["offload"], of_two["fsdp", (), "data"], rtol=1e-6)
+    alike(of_two["cpu_offload"], of_two["fsdp", (), "data"], rtol=1e-6)
 
 
 def test_compiled_is_eager_and_other_sizes_are_no_reason_to_compile_again(home, of_two):
@@ -533,8 +533,8 @@ def test_the_choice_is_by_what_fits(of_two):
     (small, _), (large, why), *asked = of_two["choice"]
     assert (
         (small, large) == ("ddp", "fsdp")
-        and "1073741824.00 GiB whole" in why
-        and asked == [("ddp", "as asked"), ("fsdp", "as asked")]
+        and "1073741824.00 GiB on each rank" in why
+        and asked == [("ddp", "as requested"), ("fsdp", "as requested")]
     )
     assert distributed.choose_parallelism("auto", 2**60, CPU) == ("none", "one process")
     with pytest.raises(UserError, match="--parallel=fsdp is for several processes"):
@@ -565,16 +565,16 @@ def test_a_frozen_part_keeps_nothing_for_the_backward_pass(home):
     batch = packing.collate(samples, [[0]])[0]
     kept = {}
     for freeze in ((), ("vision",), ("vision", "decoder")):
-        for part in door.PARTS:
+        for part in recipes.PARTS:
             getattr(model, part).requires_grad_(part not in freeze)
         kept[freeze] = (
-            memory.kept_for_backward(model, batch, CPU, torch.float32, False),
+            memory.saved_activation_bytes(model, batch, CPU, torch.float32, False),
             saved_by(model.vision, model.see, batch["tiles_NCYX"]),
         )
     assert kept[()][1] > 0 and kept["vision",][1] == kept["vision", "decoder"][1] == 0
     assert kept[()][0] > kept["vision",][0] > kept["vision", "decoder"][0]
     x_D = torch.randn(7, 24, requires_grad=True)
-    linear = model.decoder.layers[0].query
+    linear = model.decoder.layers[0].q_proj
     inputs = [x for x in saved(lambda: linear(x_D * 1)) if x.shape == x_D.shape]
     linear.requires_grad_(True)
     assert not inputs and [x for x in saved(lambda: linear(x_D * 1)) if x.shape == x_D.shape]
@@ -625,7 +625,7 @@ def same_to_rounding(a, b, after=0):
 
 def test_a_sharded_run_is_one_process_and_says_the_same_of_itself(home, of_two):
     same_to_rounding(home / "fsdp", home / "whole")
-    assert "parallel: fsdp, as asked" in of_two["fsdp"] and of_two["fsdp"].count("it says") == 4
+    assert "parallel: fsdp, as requested" in of_two["fsdp"] and of_two["fsdp"].count(": answer ") == 4
     steps = {
         step.name: sorted(path.name for path in step.iterdir())
         for step in list_checkpoints(home / "fsdp")
@@ -641,9 +641,9 @@ def test_a_sharded_run_is_one_process_and_says_the_same_of_itself(home, of_two):
 @pytest.mark.parametrize("how", ["ddp", "fsdp"])
 def test_an_exam_is_shared_by_all_ranks_each_question_once(home, of_two, how):
     told = {
-        line["step"]: line["exam"]
+        line["step"]: line["eval_score"]
         for line in log_of(home / f"{how} with an exam")
-        if "exam" in line
+        if "eval_score" in line
     }
     assert told.keys() == {5, 8} and told[8] == pytest.approx(2 / 3)
 
@@ -730,16 +730,16 @@ def test_a_sharded_checkpoint_that_is_not_whole_is_refused(home, of_two, tmp_pat
     with pytest.raises(UserError, match=message):
         load_checkpoint(tmp_path / "model")
     with pytest.raises(UserError, match=message):
-        door.train(**settings(home, "from a broken one", model=str(tmp_path / "model")))
+        train.train(**settings(home, "from a broken one", model=str(tmp_path / "model")))
 
 
 def test_a_stage_starts_from_any_run_with_the_weights_that_the_run_ended_with(home, of_two):
     """On one rank and on two, DDP or FSDP: the same losses. Runs that end with the same weights are followed by the same to the bit."""
     for source in STARTS:
-        door.train(**settings(home, f"{source}, then one", **next_stage(home, source)))
+        train.train(**settings(home, f"{source}, then one", **next_stage(home, source)))
         alone = log_of(home / f"{source}, then one")
         assert len(alone) == 2 and all(
-            math.isfinite(line["loss"]) and line["norm"] > 0 for line in alone
+            math.isfinite(line["loss"]) and line["grad_norm"] > 0 for line in alone
         )
         for how in ("ddp", "fsdp"):
             for line, same in zip(log_of(home / f"{source}, then {how} on 2"), alone, strict=True):
@@ -785,7 +785,7 @@ def test_a_parameter_that_is_never_loaded_is_nan_and_is_not_trained(home, of_two
         UserError,
         match="projector.up.bias holds NaN, or was never loaded; nothing is trained from there",
     ):
-        door.train(**settings(home, "from nowhere", model=str(home / "sharded only")))
+        train.train(**settings(home, "from nowhere", model=str(home / "sharded only")))
     assert not (home / "from nowhere" / "log.jsonl").exists()
 
 
@@ -815,7 +815,7 @@ def test_resumed_on_four_ranks_and_on_one_it_is_the_same_to_rounding(home, of_tw
     same_to_rounding(home / "two to four", home / "whole", after=3)
     same_to_rounding(home / "ddp to four", home / "whole", after=6)
     copy_step(home / "fsdp", 3, home / "two to one")
-    door.train(**settings(home, "two to one", resume=True))
+    train.train(**settings(home, "two to one", resume=True))
     same_to_rounding(home / "two to one", home / "whole", after=3)
 
 
@@ -826,13 +826,13 @@ def test_a_save_that_fails_on_one_rank_fails_on_all_and_leaves_the_one_before(of
     assert (
         kind == "UserError"
         and "step-000006 could not be saved (No space left on device); " in said
-        and "step-000003 is whole" in said
+        and "step-000003 is complete" in said
     )
     assert ends[1] == ("SystemExit", "1")
 
 
 def test_what_is_no_number_on_one_rank_is_saved_by_none(of_two):
-    said = "step 3: decoder.norm.weight holds what is no number, so it is not saved; no checkpoint is whole"
+    said = "step 3: decoder.norm.weight is NaN or infinite, so it is not saved; no checkpoint is complete"
     assert of_two["odd"] == ([("UserError", said), ("SystemExit", "1")], ["log.jsonl"])
 
 
@@ -844,7 +844,7 @@ def test_a_rank_killed_while_it_saves_takes_the_others_along_and_the_run_goes_on
         "step-000003",
         "step-000006.tmp",
     ]
-    door.train(**settings(home, "killed", resume=True))
+    train.train(**settings(home, "killed", resume=True))
     same_to_rounding(home / "killed", home / "whole")
     assert [path.name for path in (home / "killed").glob("step*")] == ["step-000008"]
 
@@ -865,7 +865,7 @@ def test_a_schedulers_sigterm_saves_on_all_ranks_within_the_step(home):
             time.sleep(0.1)
         running.terminate()
         said = running.communicate(timeout=60)[1]
-    assert "stopped and saved; to go on:" in said, said
+    assert "stopped and saved; to resume:" in said, said
     (step,) = list_checkpoints(home / "evicted")
     last = log_of(home / "evicted")[-1]["step"]
     assert step.name == f"step-{last:06d}" and sharded.read_pieces(step / "sharded")
@@ -875,15 +875,15 @@ def test_the_first_save_is_read_back(home, of_two, monkeypatch):
     ends, left = of_two["bent"]
     assert (
         left == ["log.jsonl"]
-        and "step-000003 could not be saved (model.decoder.norm.weight was read back as other numbers)"
+        and "step-000003 could not be saved (model.decoder.norm.weight has other values when read back)"
         in ends[0][1]
     )
     monkeypatch.setattr(resume, "write_tensors", bend)
     with pytest.raises(
         UserError,
-        match=r"step-000003 could not be saved \(decoder.norm.weight/exp_avg was read back as other numbers\); no check",
+        match=r"step-000003 could not be saved \(decoder.norm.weight/exp_avg has other values when read back\); no check",
     ):
-        door.train(**settings(home, "bent"))
+        train.train(**settings(home, "bent"))
 
 
 def bend(tensors, path, write=resume.write_tensors):
@@ -895,11 +895,13 @@ def bend(tensors, path, write=resume.write_tensors):
 
 def test_the_best_step_stays_beside_the_newest(home):
     checkpoint = load_checkpoint(home / "model")
-    saved = resume.Saves(
-        checkpoint, torch.optim.AdamW(checkpoint.model.parameters()), home / "kept", {}, keep=2
+    saved = resume.Saver(
+        checkpoint, torch.optim.AdamW(checkpoint.model.parameters()), home / "kept", {}, keep_checkpoints=2
     )
     for step, loss in enumerate([3.0, 1.0, 2.0, 4.0, None, 5.0], 1):
-        saved.write(step, False, {} if loss is None else {"validation": loss, "blank": 9.0})
+        saved.save(
+            step, False, {} if loss is None else {"val_loss": loss, "blank_image_loss": 9.0}
+        )
     assert [step.name for step in list_checkpoints(home / "kept")] == [
         "step-000002",
         "step-000005",
@@ -911,15 +913,15 @@ def test_the_best_step_stays_beside_the_newest(home):
     ("wrong", "message"),
     [
         (dict(parallel="both"), "--parallel=both is none of auto, ddp, fsdp"),
-        (dict(recompute="some"), "--recompute=some is none of none, decoder, all"),
-        (dict(shard=2), "--shard=2 wants --parallel=fsdp, and to divide the 1 ranks"),
-        (dict(keep=0), "--keep=0 must be at least 1"),
+        (dict(activation_checkpointing="some"), "--activation_checkpointing=some is none of none, decoder, all"),
+        (dict(hsdp_shard_size=2), "--hsdp_shard_size=2 needs --parallel=fsdp, and must divide the 1 ranks"),
+        (dict(keep_checkpoints=0), "--keep_checkpoints=0 must be at least 1"),
         (dict(parallel="ddp"), "--parallel=ddp is for several processes: start them with torchrun"),
     ],
 )
 def test_nonsense_is_refused(home, wrong, message):
     with pytest.raises(UserError, match=message):
-        door.train(**settings(home, "refused", **wrong))
+        train.train(**settings(home, "refused", **wrong))
     assert not (home / "refused").exists()
 
 

@@ -75,19 +75,19 @@ def test_seven_billion_parameters_are_planned_for_without_any(tmp_path):
     """Mistral 7B and CLIP-L/14@336 by Megatron's recipe: no weight lies in the folder. 7.25 billion weights of 4 bytes, as much for gradients and
     twice for moments, are 108 GiB; 6 · parameters · tokens is 1.14e16 operations a step, recomputing a third more, attention the rest."""
     meta = {
-        "version": 1,
+        "version": 2,
         "shapes": SEVEN_BILLION,
-        "policy": SEVEN_BILLION_POLICY,
-        "template": "mistral",
-        "card": {},
+        "image_config": SEVEN_BILLION_POLICY,
+        "chat_template": "mistral",
+        "history": {},
     }
     (tmp_path / "nanovlm.json").write_text(json.dumps(meta))
-    tokenizer.learn(["a"], 256, ["<s>", "</s>", "[INST]", "[/INST]"]).save(tmp_path)
+    tokenizer.train_tokenizer(["a"], 256, ["<s>", "</s>", "[INST]", "[/INST]"]).save(tmp_path)
     began, peak = (
         time.time(),
         "print(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])",
     )  # getrusage's would be our own, if larger
-    code = f"import sys, train; from nanovlm import cli; cli.run(train.train); {peak}"
+    code = f"import sys, train; from nanovlm import cli; cli.run_script(train.train); {peak}"
     words = [
         "--stage=sft",
         f"--model={tmp_path}",

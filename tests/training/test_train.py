@@ -20,9 +20,8 @@ import transformers
 from conftest import DECODER, ROOT, TOKENS, VISION, make_batch, make_samples
 from safetensors.torch import load_file
 
-import train as door
+import train
 from nanovlm import IGNORE_INDEX, IMAGE_TOKEN_ID, UserError, cli, distributed, files
-from nanovlm.checkpoints import checkpoint as weights
 from nanovlm.checkpoints.checkpoint import (
     Checkpoint,
     build_model,
@@ -48,18 +47,18 @@ SETTINGS = dict(
     stage="sft",
     freeze="none",
     steps=8,
-    batch=5,
-    micro=2,
-    row=22,
+    global_batch_size=5,
+    micro_batch_size=2,
+    seq_len=22,
     lr=1e-2,
-    floor=1e-3,
-    warmup=0.3,
+    min_lr=1e-3,
+    warmup_ratio=0.3,
     save_every=3,
     validate_every=4,
     log_every=1,
     device="cpu",
 )
-NO_CLOCK = profiler.Clock(False, None, torch.device("cpu"), "", 0)
+NO_TIMER = profiler.StepTimer(False, None, torch.device("cpu"), "", 0)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -77,7 +76,7 @@ def home(tmp_path_factory):
 
 def make_home(home):
     """A folder with a checkpoint `model`, a set `data`, and `whole`, a run that nothing interrupted."""
-    words = tokenizer.learn(["a b"], 256, ["<s>", "[INST]", "[/INST]", "</s>"])
+    words = tokenizer.train_tokenizer(["a b"], 256, ["<s>", "[INST]", "[/INST]", "</s>"])
     torch.manual_seed(0)
     shapes = {"vision": VISION, "decoder": DECODER | {"vocabulary": words.vocab_size}, "shuffle": 2}
     checkpoint = Checkpoint(
@@ -85,7 +84,7 @@ def make_home(home):
     )
     save_checkpoint(checkpoint, home / "model")
     write_set(home / "data", checkpoint)
-    door.train(**settings(home, "whole"))
+    train.train(**settings(home, "whole"))
     return home
 
 
@@ -128,7 +127,7 @@ def settings(home, out, **others):
 
 
 def words_of(chosen):
-    return [f"--{name}={cli.show(value)}" for name, value in chosen.items()]
+    return [f"--{name}={cli.format_value(value)}" for name, value in chosen.items()]
 
 
 TWO_RANKS = [
@@ -161,7 +160,7 @@ def log_of(out):
         {
             name: value
             for name, value in line.items()
-            if name not in ("tokens_per_s", "tflops", "waited", "left", "hours")
+            if name not in ("tokens_per_s", "tflops", "data_wait", "eta_s", "hours")
         }
         for line in lines
     ]
@@ -192,30 +191,30 @@ def same_run_to_rounding(a, b):
 
 
 def test_the_rate_rises_in_a_line_and_falls_in_half_a_cosine():
-    at = lambda step, floor=0.1: door.schedule(step, steps=100, warmup=10, floor=floor)  # noqa: E731
+    at = lambda step, low=0.1: train.learning_rate(step, steps=100, warmup_steps=10, min_ratio=low)  # noqa: E731
     assert [at(0), at(4), at(9), at(10)] == pytest.approx([0.1, 0.5, 1, 1])
     assert [at(55), at(100)] == pytest.approx([0.55, 0.1])  # half way down, and down
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     theirs = transformers.get_cosine_schedule_with_warmup(optimizer, 10, 100)
     for step in range(100):
         if step >= 10:
-            assert at(step, floor=0) == pytest.approx(theirs.get_last_lr()[0])
+            assert at(step, low=0) == pytest.approx(theirs.get_last_lr()[0])
         optimizer.step()
         theirs.step()
 
 
 def test_a_recipe_sets_what_nobody_typed():
     """The table of LLaVA-1.5's own scripts beside Megatron's."""
-    empty = {name: default for name, _, default, _ in cli.settings(door.train)}
+    empty = {name: default for name, _, default, _ in cli.settings(train.train)}
     names = (
         "lr",
-        "floor",
+        "min_lr",
         "steps",
-        "batch",
-        "row",
-        "warmup",
-        "decay",
-        "clip",
+        "global_batch_size",
+        "seq_len",
+        "warmup_ratio",
+        "weight_decay",
+        "grad_clip",
         "beta1",
         "beta2",
         "freeze",
@@ -234,10 +233,10 @@ def test_a_recipe_sets_what_nobody_typed():
         ),
         ("llava", "sft", (2e-5, 0.0, 5198, 128, 2048, 0.03, 0.0, 1.0, 0.9, 0.999, "vision")),
     ]:
-        run = door.resolve(empty | {"stage": stage, "recipe": owner}, world=1)
+        run = recipes.load_settings(empty | {"stage": stage, "recipe": owner}, world=1)
         assert tuple(getattr(run, name) for name in names) == wanted
         assert (
-            door.resolve(
+            recipes.load_settings(
                 empty | {"stage": stage, "recipe": owner, "lr": 0.5, "beta2": 0.8}, world=1
             ).beta2
             == 0.8
@@ -245,7 +244,7 @@ def test_a_recipe_sets_what_nobody_typed():
 
 
 def test_matrices_decay_vectors_do_not_and_each_part_has_its_rate(vlm):
-    optimizer = door.make_optimizer(vlm, {"projector": 0.3, "decoder": 0.2}, 0.1, (0.8, 0.7))
+    optimizer = train.make_optimizer(vlm, {"projector": 0.3, "decoder": 0.2}, 0.1, (0.8, 0.7))
     name_of = {id(p): name for name, p in vlm.named_parameters()}
     seen = {
         name_of[id(p)]: (p.dim(), group)
@@ -256,7 +255,7 @@ def test_matrices_decay_vectors_do_not_and_each_part_has_its_rate(vlm):
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(seen)
     for name, (dim, group) in seen.items():
         assert group["weight_decay"] == (0.1 if dim > 1 else 0) and group["betas"] == (0.8, 0.7)
-        assert group["peak"] == (0.3 if name.startswith("projector") else 0.2)
+        assert group["peak_lr"] == (0.3 if name.startswith("projector") else 0.2)
 
 
 def test_a_run_is_the_textbook_loop(home):
@@ -265,15 +264,15 @@ def test_a_run_is_the_textbook_loop(home):
         home,
         "by-hand",
         steps=2,
-        micro=5,
-        clip=0.5,
-        decay=0.2,
+        micro_batch_size=5,
+        grad_clip=0.5,
+        weight_decay=0.2,
         beta1=0.8,
         beta2=0.9,
         projector_lr=3e-2,
         freeze="vision",
     )
-    door.train(**chosen)
+    train.train(**chosen)
     model = load_checkpoint(home / "model").model.train()
     groups = [
         {
@@ -296,13 +295,13 @@ def test_a_run_is_the_textbook_loop(home):
         norm = torch.nn.utils.get_total_norm(
             [p.grad for p in model.parameters() if p.grad is not None]
         )
-        assert (line["loss"], line["norm"], line["rate"]) == pytest.approx(
+        assert (line["loss"], line["grad_norm"], line["lr"]) == pytest.approx(
             (loss.item(), norm.item(), 1e-2 * share), rel=1e-4
         )
-        parts = [line[f"norm of {part}"] for part in ("projector", "decoder")]
+        parts = [line[f"grad_norm_{part}"] for part in ("projector", "decoder")]
         assert (
-            math.hypot(*parts) == pytest.approx(line["norm"], rel=1e-5)
-            and "norm of vision" not in line
+            math.hypot(*parts) == pytest.approx(line["grad_norm"], rel=1e-5)
+            and "grad_norm_vision" not in line
         )
         for p in (p for p in model.parameters() if p.grad is not None):
             p.grad *= min(1, 0.5 / norm)
@@ -330,8 +329,8 @@ def peak_bytes(run):
 
 @pytest.mark.parametrize("rates", [{"vision": 1, "projector": 1, "decoder": 1}, {"projector": 1}])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("recompute", ["none", "decoder", "all"])
-def test_the_memory_foretold_is_the_memory_taken(rates, dtype, recompute):
+@pytest.mark.parametrize("activation_checkpointing", ["none", "decoder", "all"])
+def test_estimated_memory_is_the_memory_taken(rates, dtype, activation_checkpointing):
     torch.manual_seed(0)
     model = VLM(
         vision=dict(tile=24, patch=3, width=80, layers=3, heads=5, ffn=200),
@@ -346,17 +345,17 @@ def test_the_memory_foretold_is_the_memory_taken(rates, dtype, recompute):
     )
     row["tiles_NCYX"] = row["tiles_NCYX"].repeat(1, 1, 2, 2)  # 64 patches, 4 tokens
     optimizer, batch = (
-        door.make_optimizer(model, rates, 0.1, (0.9, 0.95)),
+        train.make_optimizer(model, rates, 0.1, (0.9, 0.95)),
         {name: torch.cat([x] * 6) for name, x in row.items()},
     )
     foretold = memory.estimate_memory(
-        model, row, 6, torch.device("cpu"), dtype, recompute=recompute
+        model, row, 6, torch.device("cpu"), dtype, activation_checkpointing=activation_checkpointing
     )
-    distributed.checkpoint_activations(distributed.transformer_blocks(model, recompute))
+    distributed.checkpoint_activations(distributed.transformer_blocks(model, activation_checkpointing))
 
     def step():
-        door.gradients(
-            model, [(batch, [])], torch.device("cpu"), mixed, SimpleNamespace(asked=0), NO_CLOCK
+        train.compute_gradients(
+            model, [(batch, [])], torch.device("cpu"), mixed, SimpleNamespace(received=0), NO_TIMER
         )
         optimizer.step()
 
@@ -368,7 +367,7 @@ def test_the_memory_foretold_is_the_memory_taken(rates, dtype, recompute):
 
 
 def test_the_plan_says_what_trains_at_which_rate(home, capsys):
-    door.train(**settings(home, "plan", freeze="vision", steps=1, projector_lr=0.02))
+    train.train(**settings(home, "plan", freeze="vision", steps=1, projector_lr=0.02))
     table = {
         words[0]: words[1:]
         for line in capsys.readouterr().out.splitlines()
@@ -393,7 +392,7 @@ def test_validation_is_the_mean_loss_of_the_held_out_words_and_blank_hides_the_p
         validation.pack_validation_set(samples, 22),
         torch.autocast("cpu", enabled=False),
     )
-    for name, hide in [("validation", False), ("blank", True)]:
+    for name, hide in [("val_loss", False), ("blank_image_loss", True)]:
         losses = []
         for ids_T, targets_T, pictures in (samples.read(i) for i in samples.split(validation=True)):
             ids_T, targets_T, tiles = (
@@ -406,14 +405,14 @@ def test_validation_is_the_mean_loss_of_the_held_out_words_and_blank_hides_the_p
                 hidden = checkpoint.model.decoder(
                     checkpoint.model.embed(ids_T[None], tiles), torch.arange(len(ids_T))[None]
                 )
-                logits = checkpoint.model.decoder.head(hidden)[0].double()
+                logits = checkpoint.model.decoder.lm_head(hidden)[0].double()
             losses.append(
                 torch.nn.functional.cross_entropy(
                     logits, targets_T, ignore_index=IGNORE_INDEX, reduction="none"
                 )[targets_T != IGNORE_INDEX]
             )
         assert looks[name] == pytest.approx(torch.cat(losses).mean().item(), rel=1e-5)
-    assert looks["validation"] != pytest.approx(looks["blank"], rel=1e-5)
+    assert looks["val_loss"] != pytest.approx(looks["blank_image_loss"], rel=1e-5)
 
 
 def test_a_look_shows_the_answer_that_is_right(home, capsys):
@@ -430,7 +429,7 @@ def test_a_look_shows_the_answer_that_is_right(home, capsys):
     for line, i in zip(shown, samples.split(validation=True), strict=False):
         ids_T, _, _ = samples.read(i)
         assert samples.names[i] in line and line.endswith(
-            f"right is {checkpoint.tokenizer.decode(ids_T[-3:-1].tolist())!r}"
+            f"reference {checkpoint.tokenizer.decode(ids_T[-3:-1].tolist())!r}"
         )
     assert len(shown) == 2
 
@@ -439,8 +438,8 @@ def test_a_look_shows_the_answer_that_is_right(home, capsys):
 
 
 def test_accumulated_micro_batches_are_one_batch(home):
-    door.train(**settings(home, "micro-5", micro=5))
-    door.train(**settings(home, "micro-1", micro=1))
+    train.train(**settings(home, "micro-5", micro_batch_size=5))
+    train.train(**settings(home, "micro-1", micro_batch_size=1))
     same_run_to_rounding(home / "micro-5", home / "micro-1")
 
 
@@ -451,7 +450,7 @@ def test_two_ranks_are_one_even_where_one_of_them_has_no_picture(home):
         *(
             itertools.islice(iter(lambda x=rank: next(x), None), 8)
             for rank in (
-                packing.PackedDataLoader(samples, row=22, batch=5, micro=2, seed=0, rank=r, world=2)
+                packing.PackedDataLoader(samples, row=22, batch=5, micro=2, seed=0, rank=r, world_size=2)
                 for r in (0, 1)
             )
         ),
@@ -470,7 +469,7 @@ def test_two_ranks_are_one_even_where_one_of_them_has_no_picture(home):
 
 
 def test_bfloat16_products_change_little(home):
-    door.train(**settings(home, "bfloat16", dtype="bfloat16"))
+    train.train(**settings(home, "bfloat16", dtype="bfloat16"))
     exact, rough = log_of(home / "whole"), log_of(home / "bfloat16")
     assert [line["loss"] for line in rough] == pytest.approx(
         [line["loss"] for line in exact], rel=0.02
@@ -480,10 +479,10 @@ def test_bfloat16_products_change_little(home):
 
 
 def test_looking_and_logging_change_nothing(home):
-    door.train(**settings(home, "watched", validate_every=1, log_every=5, save_every=100))
+    train.train(**settings(home, "watched", validate_every=1, log_every=5, save_every=100))
     torch.testing.assert_close(state_of(home / "watched"), state_of(home / "whole"), rtol=0, atol=0)
-    assert [line["validation"] for line in log_of(home / "watched") if line["step"] in (4, 8)] == [
-        line["validation"] for line in log_of(home / "whole") if "validation" in line
+    assert [line["val_loss"] for line in log_of(home / "watched") if line["step"] in (4, 8)] == [
+        line["val_loss"] for line in log_of(home / "whole") if "val_loss" in line
     ]
 
 
@@ -512,32 +511,32 @@ def write_exam(home, out, right=(0, 2)):
 
 def test_an_exam_on_the_way_changes_nothing_and_gives_the_marks_of_one_afterwards(home):
     exam = write_exam(home, "whole")
-    door.train(**settings(home, "examined", exam=str(exam), exam_every=5))
+    train.train(**settings(home, "examined", eval_questions=str(exam), eval_every=5))
     lines = log_of(home / "examined")
-    assert [line["step"] for line in lines if "exam" in line] == [5, 8] and lines[-1][
-        "exam"
+    assert [line["step"] for line in lines if "eval_score" in line] == [5, 8] and lines[-1][
+        "eval_score"
     ] == pytest.approx(2 / 3)
     torch.testing.assert_close(
         state_of(home / "examined"), state_of(home / "whole"), rtol=0, atol=0
     )
     for wrong, message in (
-        (dict(exam="no.jsonl"), "no.jsonl"),
-        (dict(exam_images="x"), "--exam_images=x changes nothing without --exam=FILE"),
-        (dict(exam_every=7), "--exam_every=7 changes nothing"),
-        (dict(benchmark="vqa"), "--benchmark=vqa changes nothing"),
+        (dict(eval_questions="no.jsonl"), "no.jsonl"),
+        (dict(eval_images="x"), "--eval_images=x changes nothing without --eval_questions=FILE"),
+        (dict(eval_every=7), "--eval_every=7 changes nothing"),
+        (dict(eval_benchmark="vqa"), "--eval_benchmark=vqa changes nothing"),
     ):
         with pytest.raises((UserError, OSError), match=message):
-            door.train(**settings(home, "refused", **wrong))
+            train.train(**settings(home, "refused", **wrong))
 
 
 # ---- however it ends ----
 
 
 def test_profiling_changes_nothing_and_tells_where_the_seconds_went(home, capsys):
-    door.train(**settings(home, "profiled", profile=True))
+    train.train(**settings(home, "profiled", profile=True))
     lines = log_of(home / "profiled")
     phases = {
-        f"seconds of {phase}" for phase in ("data", "eye", "decoder", "optimizer", "between steps")
+        f"seconds_{phase}" for phase in ("data", "vision", "decoder", "optimizer", "between_steps")
     }
     assert set(lines[-1]) - set(log_of(home / "whole")[-1]) == phases
     assert lines == [
@@ -549,27 +548,27 @@ def test_profiling_changes_nothing_and_tells_where_the_seconds_went(home, capsys
     )
     with gzip.open(home / "profiled/trace.json.gz") as file:
         names = [event.get("name") for event in json.load(file)["traceEvents"]]
-    assert names.count("Optimizer.step#AdamW.step") == profiler.Clock.TRACED
+    assert names.count("Optimizer.step#AdamW.step") == profiler.StepTimer.TRACED_STEPS
     assert (
         "    seconds a step: data " in (said := capsys.readouterr().out)
-        and "communication was under way 0.000 s" in said
+        and "communication takes 0.000 s" in said
     )
 
 
 def test_a_run_says_what_it_came_to_over_all_its_stops(home, capsys):
-    door.train(**settings(home, "in one go"))
+    train.train(**settings(home, "in one go"))
     whole = capsys.readouterr().out.splitlines()[-1]
     samples, tokens, hours, best = re.fullmatch(
-        r"(\d+) samples, (\d+) tokens, (\S+) hours, best validation (\S+ at step \d)", whole
+        r"(\d+) samples, (\d+) tokens, (\S+) hours, best val_loss (\S+ at step \d)", whole
     ).groups()
     loader = packing.PackedDataLoader(dataset.PreparedDataset(home / "data"), row=22, batch=5, micro=5, seed=0)
     batches = [next(loader)[0] for _ in range(8)]
     assert int(samples) == sum(len(members) for _, members in batches)
     assert int(tokens) == sum(int((batch["documents_BT"] >= 0).sum()) for batch, _ in batches)
     seen = [
-        (line["validation"], line["step"])
+        (line["val_loss"], line["step"])
         for line in log_of(home / "in one go")
-        if "validation" in line
+        if "val_loss" in line
     ]
     assert best == "{:.4f} at step {}".format(*min(seen))
 
@@ -578,10 +577,10 @@ def test_curves_for_tensorboard_are_those_of_the_log(home, monkeypatch):
     event_accumulator = pytest.importorskip(
         "tensorboard.backend.event_processing.event_accumulator"
     )
-    door.train(**settings(home, "board", tensorboard=True))
+    train.train(**settings(home, "board", tensorboard=True))
     curves = event_accumulator.EventAccumulator(str(home / "board")).Reload()
     lines = [json.loads(line) for line in (home / "board/log.jsonl").read_text().splitlines()]
-    for name in ("loss", "validation", "norm of projector"):
+    for name in ("loss", "val_loss", "grad_norm_projector"):
         assert [(event.step, event.value) for event in curves.Scalars(name)] == [
             (line["step"], pytest.approx(line[name])) for line in lines if name in line
         ]
@@ -589,7 +588,7 @@ def test_curves_for_tensorboard_are_those_of_the_log(home, monkeypatch):
     with pytest.raises(
         UserError, match="^--tensorboard=True needs tensorboard: pip install tensorboard$"
     ):
-        door.train(**settings(home, "no board", tensorboard=True))
+        train.train(**settings(home, "no board", tensorboard=True))
     assert not (home / "no board").exists()
 
 
@@ -599,37 +598,37 @@ def test_no_compiler_is_told_before_anything_is_written(home, monkeypatch):
         UserError,
         match="^--compile=true: torch.compile does not work here: InvalidCxxCompiler: No working C",
     ):
-        door.train(**settings(home, "not compiled", compile=True))
+        train.train(**settings(home, "not compiled", compile=True))
     assert not (home / "not compiled").exists()
 
 
 def test_a_run_stopped_by_a_signal_goes_on_bit_for_bit(home, monkeypatch, capsys):
     """SIGTERM arrives during step 5, between two saves; what it prints is the command to go on with."""
-    line = logger.Log.line
+    log_line = logger.Logger.log
 
-    def line_with_signal(log, step, looks, **numbers):
-        line(log, step, looks, **numbers)
+    def log_with_signal(log, step, metrics, **numbers):
+        log_line(log, step, metrics, **numbers)
         if step == 4:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(logger.Log, "line", line_with_signal)
+    monkeypatch.setattr(logger.Logger, "log", log_with_signal)
     chosen = settings(home, "a stopped run")
     monkeypatch.setattr(sys, "argv", ["train.py", *words_of(chosen)])
     with pytest.raises(SystemExit) as end:
-        door.train(**chosen)
+        train.train(**chosen)
     assert end.value.code == 128 + signal.SIGTERM
     assert [path.name for path in list_checkpoints(home / "a stopped run")] == ["step-000005"]
     command = shlex.split(capsys.readouterr().err.splitlines()[-1])
     assert command[:2] == ["python", "train.py"]
     monkeypatch.undo()
-    door.train(**cli.parse(door.train, command[2:]))
+    train.train(**cli.parse_arguments(train.train, command[2:]))
     same_run(home / "whole", home / "a stopped run")
 
 
 def test_a_second_ctrl_c_does_not_wait(capsys):
-    with signals.Stopper(0) as stopper:
+    with signals.SignalHandler(0) as handler:
         os.kill(os.getpid(), signal.SIGINT)
-        assert stopper.asked == signal.SIGINT and "finishing this step" in capsys.readouterr().err
+        assert handler.received == signal.SIGINT and "finishing this step" in capsys.readouterr().err
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
@@ -648,7 +647,7 @@ def test_a_run_killed_while_it_saves_goes_on_from_the_checkpoint_before(home):
                 os.kill(os.getpid(), signal.SIGKILL)
             sync(path)
         weights.sync = kill_at_the_second_save
-        train.cli.run(train.train)
+        train.cli.run_script(train.train)
     """
     assert (
         launch([sys.executable, "-c", killer], settings(home, "killed")).returncode
@@ -656,7 +655,7 @@ def test_a_run_killed_while_it_saves_goes_on_from_the_checkpoint_before(home):
     )
     left = sorted(path.name for path in (home / "killed").iterdir())
     assert left == ["log.jsonl", "step-000003", "step-000006.tmp"]
-    door.train(**settings(home, "killed", resume=True))
+    train.train(**settings(home, "killed", resume=True))
     same_run(home / "whole", home / "killed")
     assert sorted(path.name for path in (home / "killed").iterdir()) == ["log.jsonl", "step-000008"]
 
@@ -664,12 +663,12 @@ def test_a_run_killed_while_it_saves_goes_on_from_the_checkpoint_before(home):
 def test_a_full_disk_leaves_the_last_checkpoint_and_one_message_from_all_ranks(home, monkeypatch):
     """No file may grow over 128 blocks (of 512 or 1024 bytes): rank 0 cannot save, and rank 1 does not wait for it."""
     monkeypatch.setattr(
-        logger.Log,
-        "line",
+        logger.Logger,
+        "log",
         lambda log, step, *_, **__: os.kill(os.getpid(), signal.SIGINT) if step == 3 else None,
     )
     with pytest.raises(SystemExit) as end:
-        door.train(**settings(home, "full"))
+        train.train(**settings(home, "full"))
     assert end.value.code == 130
     (kept,) = list_checkpoints(home / "full")
     before = {path.name: path.read_bytes() for path in kept.iterdir()}
@@ -679,7 +678,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_one_message_from_all_ranks(h
     )
     assert full.returncode == 1
     (error,) = [line for line in full.stderr.splitlines() if line.startswith("error: ")]
-    assert "step-000006 could not be saved" in error and f"{kept} is whole" in error
+    assert "step-000006 could not be saved" in error and f"{kept} is complete" in error
     assert "nanovlm" not in full.stderr.replace(str(ROOT), "").partition("Traceback")[2], (
         "a traceback of ours"
     )
@@ -693,7 +692,7 @@ def test_a_loss_that_is_no_number_names_its_step_and_sample_and_changes_nothing(
     with torch.no_grad():
         checkpoint.model.decoder.embed.weight[poison] = math.nan
     monkeypatch.setattr(
-        weights, "load_checkpoint", lambda *_, **__: checkpoint
+        train, "load_checkpoint", lambda *_, **__: checkpoint
     )  # what is in a file is never NaN
     write_set(home / "poisoned-data", checkpoint, poison)
     chosen = settings(
@@ -701,9 +700,9 @@ def test_a_loss_that_is_no_number_names_its_step_and_sample_and_changes_nothing(
         "nan",
         data=str(home / "poisoned-data"),
         steps=40,
-        micro=1,
+        micro_batch_size=1,
         save_every=1,
-        row=21,
+        seq_len=21,
         freeze="decoder",
     )
     loader = packing.PackedDataLoader(dataset.PreparedDataset(chosen["data"]), row=21, batch=5, micro=1, seed=0)
@@ -719,7 +718,7 @@ def test_a_loss_that_is_no_number_names_its_step_and_sample_and_changes_nothing(
         UserError,
         match=f"^step {step}: loss nan.* Samples: {', '.join(names[i] for i in row)}. Look at one: python prepare.py show",
     ):
-        door.train(**chosen)
+        train.train(**chosen)
     assert [path.name for path in list_checkpoints(home / "nan")] == [f"step-{step - 1:06d}"]
     kept = dataset.PreparedDataset(home / "nan" / f"not-finite-{step:06d}")
     for k, i in enumerate(row):
@@ -732,7 +731,7 @@ def test_a_loss_that_is_no_number_names_its_step_and_sample_and_changes_nothing(
 
 def test_a_finished_run_says_so(home, capsys):
     before = (home / "whole" / "log.jsonl").read_bytes()
-    door.train(**settings(home, "whole", resume=True))
+    train.train(**settings(home, "whole", resume=True))
     assert "has all of its 8 steps already" in capsys.readouterr().out
     assert (home / "whole" / "log.jsonl").read_bytes() == before
 
@@ -741,45 +740,42 @@ def test_a_finished_run_says_so(home, capsys):
 
 REFUSED = [
     (
-        dict(micro=0, batch=-1, row=0),
-        "--micro=0 must be at least 1; --row=0 must be at least 1; --batch=-1 must be at least 1, a row for each rank",
+        dict(micro_batch_size=0, global_batch_size=-1, seq_len=0),
+        "--micro_batch_size=0 must be at least 1; --seq_len=0 must be at least 1; --global_batch_size=-1 must be at least 1, a sequence for each rank",
     ),
     (
         dict(steps=0, save_every=0, log_every=0, validate_every=0),
         "--steps=0 .*--save_every=0 .*--validate_every=0 .*--log_every=0 must",
     ),
     (
-        dict(lr=0, clip=-1.0, projector_lr=0),
-        "--lr=0 must be above 0; --projector_lr=0 .*--clip=-1.0 must",
+        dict(lr=0, grad_clip=-1.0, projector_lr=0),
+        "--lr=0 must be above 0; --projector_lr=0 .*--grad_clip=-1.0 must",
     ),
-    (dict(floor=0.02), "--floor=0.02 must be between 0 and --lr=0.01"),
-    (dict(warmup=1.0, beta1=-0.1, beta2=1), "--warmup=1.0 .*--beta1=-0.1 .*--beta2=1 must"),
-    (dict(decay=-0.1, seed=-1), "--decay=-0.1 must be at least 0; --seed=-1 must"),
+    (dict(min_lr=0.02), "--min_lr=0.02 must be between 0 and --lr=0.01"),
+    (dict(warmup_ratio=1.0, beta1=-0.1, beta2=1), "--warmup_ratio=1.0 .*--beta1=-0.1 .*--beta2=1 must"),
+    (dict(weight_decay=-0.1, seed=-1), "--weight_decay=-0.1 must be at least 0; --seed=-1 must"),
     (dict(dtype="float16"), "--dtype=float16 is none of auto"),
     (dict(device="tpu"), "--device=tpu is none of auto"),
-    (dict(device="cuda:99"), "card 99.* sees 0"),
+    (dict(device="cuda:99"), "GPU 99.* finds 0 GPUs"),
     (dict(freeze="vision,eyes"), "'eyes' is none of vision, projector, decoder"),
     (dict(freeze="vision,projector,decoder"), "leaves nothing to train"),
     (
         dict(freeze="vision", vision_lr=0.1),
-        "--vision_lr=0.1 is for a part that --freeze=vision holds still",
+        "--vision_lr=0.1 is for a part that --freeze=vision freezes",
     ),
-    (dict(offload=True), "--offload=True wants --parallel=fsdp"),
+    (dict(cpu_offload=True), "--cpu_offload=True needs --parallel=fsdp"),
     (dict(kernels="mine"), "--kernels=mine is none of auto, torch"),
-    (dict(mfu=0.5), "--mfu=0.5 is for --dry_run=true"),
-    (dict(dry_run=True), "--data=.* changes nothing in a dry run"),
-    (dict(dry_run=True, mfu=1.5), "--mfu=1.5 must be above 0 and at most 1"),
     (dict(stage="stf"), "--stage=stf is not known"),
-    (dict(recipe="lava"), "--recipe=lava has no --stage=sft: megatron has brain, eye"),
+    (dict(recipe="lava"), "--recipe=lava has no --stage=sft: megatron has decoder, vision"),
     (
-        dict(recipe="llava", stage="eye"),
-        "--recipe=llava has no --stage=eye: .*; llava has pretrain, sft",
+        dict(recipe="llava", stage="vision"),
+        "--recipe=llava has no --stage=vision: .*; llava has pretrain, sft",
     ),
     (dict(data="no/data"), "no/data is no prepared data"),
     (dict(model="no/model"), "no such model: no/model"),
-    (dict(row=12), r"sample sample-\d+ takes 20 tokens, a row holds --row=12"),
-    (dict(resume=True), "--resume=true, but .*refused holds no checkpoint"),
-    (dict(stage=""), "--steps=8, --batch=5.*: without a --stage"),
+    (dict(seq_len=12), r"sample sample-\d+ takes 20 tokens, a row holds --seq_len=12"),
+    (dict(resume=True), "--resume=true, but .*refused holds no checkpoint of a run"),
+    (dict(stage=""), "--seq_len=22, --steps=8.*: the demonstration takes no settings; give a --stage"),
 ]
 
 
@@ -788,25 +784,25 @@ def test_nonsense_is_refused_in_one_line_before_anything_is_written(home, wrong,
     if wrong.get("device") == "cuda:99" and torch.cuda.is_available():
         pytest.skip("there are cards here")
     with pytest.raises(UserError, match=message) as mistake:
-        door.train(**settings(home, "refused", **wrong))
+        train.train(**settings(home, "refused", **wrong))
     assert "\n" not in str(mistake.value) and not (home / "refused").exists()
 
 
 OTHERS = dict(
-    stage="eye",
+    stage="vision",
     model="elsewhere",
     steps=9,
-    batch=6,
-    row=23,
+    global_batch_size=6,
+    seq_len=23,
     freeze="vision",
     lr=2e-2,
     vision_lr=1e-2,
     projector_lr=1e-2,
     decoder_lr=1e-2,
-    floor=2e-3,
-    warmup=0.4,
-    decay=0.2,
-    clip=2.0,
+    min_lr=2e-3,
+    warmup_ratio=0.4,
+    weight_decay=0.2,
+    grad_clip=2.0,
     beta1=0.8,
     beta2=0.9,
     seed=1,
@@ -815,11 +811,11 @@ OTHERS = dict(
 
 
 @pytest.mark.parametrize(
-    "name", [name for name, *_ in cli.settings(door.train) if name not in door.FREE]
+    "name", [name for name, *_ in cli.settings(train.train) if name not in recipes.FREE_ON_RESUME]
 )
 def test_a_run_goes_on_only_with_the_settings_it_had(home, name):
     with pytest.raises(UserError, match=rf"--{name} was .*, now {OTHERS[name]}"):
-        door.train(**settings(home, "whole", resume=True, **{name: OTHERS[name]}))
+        train.train(**settings(home, "whole", resume=True, **{name: OTHERS[name]}))
 
 
 def test_a_held_out_sample_must_fit_into_a_row_as_well(home):
@@ -829,63 +825,63 @@ def test_a_held_out_sample_must_fit_into_a_row_as_well(home):
     ]
     conftest.write_set(home / "long", load_checkpoint(home / "model").fingerprint(), samples)
     assert dataset.is_validation("sample-33")
-    with pytest.raises(UserError, match="sample sample-33 takes 23 tokens, a row holds --row=22"):
-        door.train(**settings(home, "refused", data=str(home / "long")))
+    with pytest.raises(UserError, match="sample sample-33 takes 23 tokens, a row holds --seq_len=22"):
+        train.train(**settings(home, "refused", data=str(home / "long")))
 
 
 def test_a_run_goes_on_only_with_the_data_it_had_wherever_that_lies(home, capsys):
     os.symlink(home / "data", home / "moved")
-    door.train(**settings(home, "whole", resume=True, data=str(home / "moved")))
+    train.train(**settings(home, "whole", resume=True, data=str(home / "moved")))
     assert "has all of its 8 steps" in capsys.readouterr().out
     write_set(home / "other", load_checkpoint(home / "model"), count=61)
     with pytest.raises(UserError, match=r"--data was 65 samples of .*, now 66 samples of"):
-        door.train(**settings(home, "whole", resume=True, data=str(home / "other")))
+        train.train(**settings(home, "whole", resume=True, data=str(home / "other")))
 
 
 def test_an_earlier_run_is_moved_aside_and_other_folders_are_left_alone(home, capsys):
-    door.train(**settings(home, "again", steps=1))
-    door.train(**settings(home, "again", steps=2))
+    train.train(**settings(home, "again", steps=1))
+    train.train(**settings(home, "again", steps=2))
     assert [line["step"] for line in log_of(home / "again.1")] == [1] and [
         line["step"] for line in log_of(home / "again")
     ] == [1, 2]
-    with pytest.raises(UserError, match="data is there already, and is no run"):
-        door.train(**settings(home, "data"))
-    with pytest.raises(UserError, match="lies in --out"):
-        door.train(**settings(home, "again", model=str(home / "again")))
+    with pytest.raises(UserError, match="data exists already and is not a run"):
+        train.train(**settings(home, "data"))
+    with pytest.raises(UserError, match="is inside --out"):
+        train.train(**settings(home, "again", model=str(home / "again")))
 
 
 def test_a_folder_is_one_runs(home):
     """Neither is a run moved aside while it is alive, nor does another go on from it."""
-    door.train(**settings(home, "alive", steps=1))
+    train.train(**settings(home, "alive", steps=1))
     before, refused = (
         (home / "alive/log.jsonl").read_bytes(),
         pytest.raises(UserError, match="alive is being written by another process$"),
     )
     with files.lock_path(home / "alive"):
         with refused:
-            door.train(**settings(home, "alive", steps=2))
+            train.train(**settings(home, "alive", steps=2))
         with refused:
-            logger.Log(home / "alive", 0, 1, rank=0).__enter__()
+            logger.Logger(home / "alive", 0, 1, rank=0).__enter__()
     assert (home / "alive/log.jsonl").read_bytes() == before and not (home / "alive.1").exists()
 
 
 def test_weights_that_are_no_numbers_are_not_saved(home):
     with pytest.raises(
         UserError,
-        match=r"^step 1: \S+ holds what is no number, so it is not saved; no checkpoint is whole$",
+        match=r"^step 1: \S+ is NaN or infinite, so it is not saved; no checkpoint is complete$",
     ):
-        door.train(**settings(home, "absurd", lr=1e39, floor=0.0, save_every=1))
+        train.train(**settings(home, "absurd", lr=1e39, min_lr=0.0, save_every=1))
     assert not list_checkpoints(home / "absurd")
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("", "is not JSON"), ("[]", r"is no object: \[\]"), ("{}", "holds no step")],
+    [("", "is not JSON"), ("[]", r"is no JSON object: \[\]"), ("{}", "holds no step")],
 )
 def test_a_step_whose_json_is_odd_is_named(tmp_path, content, message):
     (tmp_path / "training.json").write_text(content)
     with pytest.raises(UserError, match=f"training.json {message}"):
-        door.step_of(tmp_path, {})
+        train.resume_step(tmp_path, {})
 
 
 def test_stages_chain_by_default(home, tmp_path, monkeypatch):
@@ -893,8 +889,8 @@ def test_stages_chain_by_default(home, tmp_path, monkeypatch):
     os.mkdir("data")
     for name in ("captions", "chats"):
         os.symlink(home / "data", f"data/{name}")
-    door.train(stage="pretrain", model=str(home / "model"), steps=1, batch=1, row=22)
-    door.train(stage="sft", steps=1, batch=1, row=22)
+    train.train(stage="pretrain", model=str(home / "model"), steps=1, global_batch_size=1, seq_len=22)
+    train.train(stage="sft", steps=1, global_batch_size=1, seq_len=22)
     start, end = load_checkpoint("out/pretrain"), load_checkpoint("out/sft")
     assert (
         end.history["sft"] == "1 steps from out/pretrain on data/chats"
@@ -905,16 +901,16 @@ def test_stages_chain_by_default(home, tmp_path, monkeypatch):
 
 
 def test_the_command_to_go_on_is_what_was_typed(monkeypatch):
-    everything = {name: default for name, _, default, _ in cli.settings(door.train)}
+    everything = {name: default for name, _, default, _ in cli.settings(train.train)}
     monkeypatch.setattr(sys, "argv", ["train.py", "--stage=sft"])
     assert (
-        door.how_to_go_on(everything | {"stage": "sft", "out": "out/my run"})
+        train.resume_command(everything | {"stage": "sft", "out": "out/my run"})
         == "python train.py --stage=sft '--out=out/my run' --resume=true"
     )
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     assert (
-        door.how_to_go_on(everything | {"stage": "sft", "resume": True})
+        train.resume_command(everything | {"stage": "sft", "resume": True})
         == "torchrun --nproc_per_node=8 train.py --stage=sft --resume=true"
     )
     monkeypatch.setattr(sys, "argv", ["train.py"])
-    assert door.how_to_go_on(everything | {"stage": "sft"}) == "python train.py"
+    assert train.resume_command(everything | {"stage": "sft"}) == "python train.py"

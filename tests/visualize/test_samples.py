@@ -13,7 +13,7 @@ from nanovlm import IMAGE_TOKEN_ID, UserError
 from nanovlm.data import dataset, tokenizer
 from nanovlm.visualize import curves, samples
 
-WORDS = tokenizer.learn(["a b"], 256, ["<s>", "[INST]", "[/INST]", "</s>"])
+WORDS = tokenizer.train_tokenizer(["a b"], 256, ["<s>", "[INST]", "[/INST]", "</s>"])
 
 
 @pytest.fixture
