@@ -37,8 +37,8 @@ from nanovlm.preprocess.build import prepare_dataset
 from nanovlm.preprocess.readers import read_texts
 from nanovlm.training.memory import print_estimate
 from nanovlm.training.recipes import freeze_parts, load_settings
-from nanovlm.visualize.curves import draw_curves, read_curves
-from nanovlm.visualize.samples import describe_dataset, sample_as_text, tile_mosaic
+from nanovlm.visualize.curves import plot_curves, read_curves
+from nanovlm.visualize.samples import summarize_dataset, sample_as_text, concat_tiles
 
 
 def refuse_to_overwrite(out):
@@ -111,7 +111,7 @@ def random_init(
     create_model(
         read_texts(source),
         out=out,
-        vocabulary=vocab_size,
+        vocab_size=vocab_size,
         template=template,
         image_config=image_config,
         seed=seed,
@@ -121,14 +121,14 @@ def random_init(
             "width": vision_width,
             "layers": vision_layers,
             "heads": vision_heads,
-            "ffn": vision_intermediate_size,
+            "intermediate_size": vision_intermediate_size,
         },
         decoder={
             "width": width,
             "layers": layers,
             "heads": heads,
             "kv_heads": kv_heads,
-            "ffn": intermediate_size,
+            "intermediate_size": intermediate_size,
         },
     )
 
@@ -234,7 +234,7 @@ def stitch(
     check_template(template)
     choices = {
         "tile": tile,
-        "read": vision_feature_layer,
+        "vision_feature_layer": vision_feature_layer,
         "shuffle": shuffle,
         "draft": draft or None,
         **(grid or {"fit": fit}),
@@ -309,7 +309,7 @@ def show(
         print(sample_as_text(samples, i, tokenizer))
     tiles_NCYX = collate(samples, [indices])[0]["tiles_NCYX"].numpy()
     if len(tiles_NCYX):
-        tile_mosaic(tiles_NCYX).save(out)
+        concat_tiles(tiles_NCYX).save(out)
         cli.print_status(f"{out}: its {len(tiles_NCYX)} tile{'s' * (len(tiles_NCYX) > 1)}")
 
 
@@ -330,7 +330,7 @@ def check(
     if wrong := [message for folder in folders for message in verify_checksums(folder)]:
         more = f"; and {len(wrong) - 3} more files" if wrong[3:] else ""
         raise UserError(f"{'; '.join(wrong[:3])}{more}: prepare it again")
-    print(describe_dataset(samples, weights, seq_len, tokens_per_s))
+    print(summarize_dataset(samples, weights, seq_len, tokens_per_s))
     print("all checksums are right")
 
 
@@ -371,7 +371,7 @@ def plot(
     """Plot training runs: loss, validation loss, gradient norm, speed."""
     if not log:
         raise UserError("prepare.py plot needs the logs of runs: out/*/log.jsonl")
-    draw_curves(read_curves(log), out)
+    plot_curves(read_curves(log), out)
     cli.print_status(f"{out}: {len(log)} runs")
 
 

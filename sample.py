@@ -37,55 +37,59 @@ from nanovlm.kernels import dispatch
 
 def sample(
     *,
+    # --- model and question
     model: str = "out/sft",  # a checkpoint, a run's folder, or a public LLaVA: folder or owner/name
     image: list[str] = [],  # an image file; may be repeated
     prompt: str = "",  # the question, with <image> for each image; empty: standard input
     chat: bool = False,  # a conversation: answer the prompt, then each line of standard input
+    # --- benchmark
     benchmark: str = "",  # how to read, ask and score the questions, such as mmmu; empty: exact
     questions: str = "",  # the benchmark's questions: a file, folder or zip, as published, or JSONL
     annotations: str = "",  # the benchmark's reference answers, if they are in a separate file
     images: str = "",  # folder or zip of the benchmark's images; empty: beside the questions
-    out: str = "",  # write the answers to this .jsonl file, or resume it; the scores to its .json
+    out: str = "",  # write or resume the answers, a .jsonl file; the scores go to the .json
     score: str = "",  # score the answers in this file again, without a model
     report: str = "",  # write an HTML page of images, questions, answers and scores
     submission: str = "",  # write the answers as coco, vqav2, docvqa or infovqa want them submitted
     batch: int = 16,  # questions of a benchmark that are answered at once
+    # --- generation
     temperature: float = 0.0,  # 0: greedy, the likeliest token; 1: sample from the model's softmax
     top_p: float = 1.0,  # sample from the fewest tokens that hold this much of the probability
     top_k: int = 0,  # sample from this many likeliest tokens; 0: from all
     max_tokens: int = 256,  # the longest answer, in tokens
     seed: int = 0,  # of sampling, and of the bootstrap for a benchmark's confidence intervals
+    # --- device
     device: str = "auto",  # auto, cpu, cuda, cuda:1 (or another GPU's number) or mps
     dtype: str = "auto",  # of the weights: float32, bfloat16, float16; auto: as in the checkpoint
     kernels: str = "auto",  # auto: Triton kernels on GPUs that can run them; torch: plain PyTorch
 ):
     """Answer a question about images, or about text alone; or evaluate a model on a benchmark."""
     settings = SimpleNamespace(**locals())
-    check_settings(settings)
+    check_rules(settings)
     dispatch.choice = kernels
     generation = {name: getattr(settings, name) for name in GENERATION}
     if questions or score:
         return run_evaluation(settings, generation)
     question = "" if chat else read_question(prompt, len(image))
-    checkpoint = load_checkpoint(model, distributed.pick_device(device), DTYPES[dtype])
+    checkpoint = load_checkpoint(model, distributed.pick_device(device), WEIGHT_DTYPES[dtype])
     optimize(checkpoint.model)
     loaded = load_images(image, checkpoint.image_config)
     if chat:
         chat_in_terminal(checkpoint, loaded, prompt, **generation)
     else:
-        print_answer(checkpoint, [("user", question)], loaded, **generation)
+        generate_and_print(checkpoint, [("user", question)], loaded, **generation)
 
 
 # ---- rules that the settings must meet ----
 
 GENERATION = ("temperature", "top_p", "top_k", "max_tokens", "seed")
-DTYPES = {
+WEIGHT_DTYPES = {
     "auto": None,
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
-CHOICES = {"dtype": DTYPES, "kernels": ("auto", "torch")}
+CHOICES = {"dtype": WEIGHT_DTYPES, "kernels": ("auto", "torch")}
 RANGES = {  # beyond these, a quotient in float32 becomes infinite or a probability 0
     "temperature": ("0 or from 0.001 to 1000", lambda x: x == 0 or 0.001 <= x <= 1000),
     "top_p": ("from 0.001 to 1", lambda x: 0.001 <= x <= 1),
@@ -111,7 +115,7 @@ UNUSED = [  # (settings, that change nothing if this holds, in words)
 ]
 
 
-def check_settings(settings):
+def check_rules(settings):
     """Raises UserError for settings out of range, in conflict, without effect, or without a file.
 
     The tables above hold the rules.
@@ -127,18 +131,19 @@ def check_settings(settings):
             f"no such model: {settings.model}; `python train.py` makes out/sft, the demonstration's"
         )
     for names, needed in NEEDS:
-        lonely = [name for name in names.split() if name in changed]
-        if lonely and not any(values[name] for name in needed.split()):
-            raise UserError(f"--{lonely[0]} needs --{needed.replace(' ', ' or --')}")
-    for names, excluded in EXCLUDES:
-        given = [[name for name in part.split() if values[name]] for part in (names, excluded)]
-        if all(given):
-            raise UserError(f"--{given[0][0]} and --{given[1][0]} do not go together")
+        typed = [name for name in names.split() if name in changed]
+        if typed and not any(values[name] for name in needed.split()):
+            raise UserError(f"--{typed[0]} needs --{needed.replace(' ', ' or --')}")
+    for names, others in EXCLUDES:
+        name = next((name for name in names.split() if values[name]), None)
+        other = next((name for name in others.split() if values[name]), None)
+        if name and other:
+            raise UserError(f"--{name} and --{other} do not go together")
     check_files(settings)
-    for names, applies, when in UNUSED:
+    for names, condition, text in UNUSED:
         for name in names.split():
-            if name in changed and applies(settings):
-                raise UserError(f"--{name}={cli.format_value(values[name])} changes nothing {when}")
+            if name in changed and condition(settings):
+                raise UserError(f"--{name}={cli.format_value(values[name])} changes nothing {text}")
 
 
 def check_ranges(values):
@@ -230,7 +235,7 @@ def stream_answer(checkpoint, turns, images, **generation):
     yield text.flush()
 
 
-def print_answer(checkpoint, turns, images, **generation):
+def generate_and_print(checkpoint, turns, images, **generation):
     """Prints the answer to a conversation while it is generated; returns all of it."""
     start, parts = time.time(), []
     for part in stream_answer(checkpoint, turns, images, **generation):
@@ -264,7 +269,7 @@ def chat_in_terminal(checkpoint, images, prompt, **generation):
             cli.print_status(f"error: {error}")
             continue
         turns.append(("user", question))
-        turns.append(("assistant", print_answer(checkpoint, turns, images, **generation)))
+        turns.append(("assistant", generate_and_print(checkpoint, turns, images, **generation)))
 
 
 # ---- a benchmark ----
@@ -290,7 +295,7 @@ def run_evaluation(settings, generation):
                 settings.prompt,
             )
         if not settings.score:
-            checkpoint = load_checkpoint(settings.model, device, DTYPES[settings.dtype])
+            checkpoint = load_checkpoint(settings.model, device, WEIGHT_DTYPES[settings.dtype])
         elif rank == 0:
             results = runner.rescore(settings.score, questions, benchmark)
     with runner.lock_output(settings.out, rank):

@@ -1,12 +1,14 @@
-"""nanovlm: a vision-language model in a few files.
+"""nanovlm: a vision-language model that a person can read.
 
-The letters that names carry (`q_BTHK` is four-dimensional: rows, tokens, query heads, size of a head):
+Read models/ first, then inference/generate.py, data/chat_template.py, data/packing.py, train.py.
 
-    B rows   T tokens in a row   S cached tokens   N tiles   P patches of a tile   D width
-    H query heads   G key/value heads   K size of a head   F feed-forward width   V vocabulary
+A name carries the shape of its tensor: `q_BTHK` has four dimensions. The letters are
+
+    B batch   T tokens   S cached tokens   N tiles   P patches of a tile   D width
+    H query heads   G key/value heads   K size of a head   F width of the MLP   V vocabulary
     C channels   Y X pixels (or patches) down and across
 
-A lower-case letter is a part of what its capital counts (n of N trained tokens in a chunk), a 1 a dimension kept for broadcasting.
+A lower-case letter is a part of its capital (n of N tokens in a chunk); 1 is a dimension of size 1.
 """
 
 IMAGE_TOKEN_ID = -1  # stands for an image among token ids; no vocabulary has it, so it needs no embedding
@@ -14,9 +16,9 @@ IGNORE_INDEX = -100  # label of a token that has no loss, as in PyTorch's cross_
 
 
 class UserError(Exception):
-    """A user's mistake or a broken file, told in one line that names the thing; the doors print it and exit with 1.
+    """A user's mistake or a broken file: one line that names the thing and says what to do.
 
-    reason: a few words that a table of such mistakes is grouped by.
+    The scripts print it and exit with code 1. reason: a short text that groups such errors.
     """
 
     def __init__(self, text, reason=None):

@@ -32,6 +32,13 @@ OLD_NAMES = {
         "newborn": "random_init",
         "eye": "vision",
         "brain": "decoder",
+        "ffn": "intermediate_size",
+        "head_size": "head_dim",
+        "read": "vision_feature_layer",
+        "scaling": "rope_scaling",
+        "theta": "rope_theta",
+        "vocabulary": "vocab_size",
+        "window": "sliding_window",
     },
     "header.json": {"policy": "image_config", "template": "chat_template"},
     "answers.json": {"asked": "settings", "card": "history"},
@@ -64,6 +71,20 @@ OLD_NAMES = {
     },
 }
 
+# What commit 1c7a388 called the parameters: (pattern, replacement) pairs for re.sub. They match no
+# name of today, so they can be applied to every file.
+OLD_PARAMETER_NAMES = [
+    (r"\bdecoder\.embed\.", "decoder.embed_tokens."),
+    (r"\bdecoder\.head\.", "decoder.lm_head."),
+    (r"\.query\.", ".q_proj."),
+    (r"\.key\.", ".k_proj."),
+    (r"\.value\.", ".v_proj."),
+    (r"\.out\.", ".o_proj."),
+    (r"\.gate\.", ".gate_proj."),
+    (r"\.up\.", ".up_proj."),
+    (r"\.down\.", ".down_proj."),
+]
+
 
 def rename_keys(value, names):
     """Returns a JSON value with the keys of its dicts renamed, nested ones too: {old: new}."""
@@ -72,6 +93,13 @@ def rename_keys(value, names):
     if not isinstance(value, dict):
         return value
     return {names.get(key, key): rename_keys(item, names) for key, item in value.items()}
+
+
+def parameter_name(name):
+    """Returns today's name of a parameter that an older version may have saved."""
+    for pattern, replacement in OLD_PARAMETER_NAMES:
+        name = re.sub(pattern, replacement, name)
+    return name
 
 
 def read_json(path, *required, kind=None):

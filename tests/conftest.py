@@ -25,8 +25,8 @@ from nanovlm import IGNORE_INDEX, IMAGE_TOKEN_ID  # noqa: E402
 from nanovlm.data import dataset  # noqa: E402
 from nanovlm.models.vlm import VLM  # noqa: E402
 
-VISION = dict(tile=12, patch=3, width=20, layers=2, heads=5, ffn=28)  # 16 patches
-DECODER = dict(vocabulary=41, width=24, layers=3, heads=6, kv_heads=2, ffn=36, head_size=8)
+VISION = dict(tile=12, patch=3, width=20, layers=2, heads=5, intermediate_size=28)  # 16 patches
+DECODER = dict(vocab_size=41, width=24, layers=3, heads=6, kv_heads=2, intermediate_size=36, head_dim=8)
 TOKENS = 4  # a picture, after pixel shuffle by 2
 
 # The shapes of Megatron-LM/examples/multimodal: CLIP ViT-L/14@336, read at the last layer but one, and Mistral-7B-Instruct-v0.3.
@@ -37,13 +37,13 @@ SEVEN_BILLION = {
         width=1024,
         layers=24,
         heads=16,
-        ffn=4096,
+        intermediate_size=4096,
         class_token=True,
         pre_norm=True,
         patch_bias=False,
-        read=-2,
+        vision_feature_layer=-2,
     ),
-    "decoder": dict(vocabulary=32768, width=4096, layers=32, heads=32, kv_heads=8, ffn=14336),
+    "decoder": dict(vocab_size=32768, width=4096, layers=32, heads=32, kv_heads=8, intermediate_size=14336),
     "shuffle": 1,
 }
 SEVEN_BILLION_POLICY = {

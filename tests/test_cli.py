@@ -1,4 +1,4 @@
-"""Settings typed on a command line reach the function as the types it declares, or are all named in one mistake."""
+"""Settings on a command line become the declared types; one error names all that is wrong."""
 
 import inspect
 import os
@@ -19,12 +19,14 @@ def example(
     stage: str = "a # b",  # which part; a hash in a default is no remark
     lr: float = 1e-3,  # peak rate
     image: list[str] = [],  # may be repeated
-    vision_lr: float | None = None,  # the eye's own
+    vision_lr: float | None = None,  # of the vision encoder
     steps: int = 10,  # how long
     compile: bool = True,  # make it fast
     resume: bool = False,  # go on
     out: str | None = None,  # where to
     freeze: str = "",  # what stays
+    # --- optimization
+    warmup_ratio: float = 0.0,  # share of the steps
 ):
     """Do something.
 
@@ -43,7 +45,7 @@ def test_settings_are_the_parameters_with_their_remarks():
         ("stage", str, "a # b", "which part; a hash in a default is no remark"),
         ("lr", float, 1e-3, "peak rate"),
         ("image", list[str], [], "may be repeated"),
-        ("vision_lr", float | None, None, "the eye's own"),
+        ("vision_lr", float | None, None, "of the vision encoder"),
     ]
 
 
@@ -94,6 +96,32 @@ def test_a_setting_becomes_its_type(line, expected):
     ]  # for True == 1 == 1.0
 
 
+def test_a_group_is_a_comment_line_above_its_first_setting():
+    assert cli.setting_groups(example) == {"warmup_ratio": "optimization"}
+
+
+def test_help_prints_groups_and_wraps_remarks(capsys, monkeypatch):
+    def wordy(
+        *,
+        steps: int = 1,  # how many
+        # --- parallelism
+        device: str = "auto",  # a remark that the help wraps
+    ):
+        """Do something."""
+
+    monkeypatch.setattr(cli, "WIDTH", 40)
+    cli.print_help(wordy)
+    assert capsys.readouterr().out.splitlines() == [
+        "Do something.",
+        "",
+        "  --steps   1     how many",
+        "",
+        "parallelism",
+        "  --device  auto  a remark that the help",
+        "                  wraps",
+    ]
+
+
 def test_a_default_list_is_never_grown():
     parse("--image=a")
     assert inspect.signature(example).parameters["image"].default == []
@@ -127,9 +155,12 @@ def test_a_default_list_is_never_grown():
         ("fast", "'fast' belongs to no setting"),
         ("lr=3", "'lr=3' belongs to no setting, did you mean --lr?"),
         ("-steps 3", "'-steps' belongs to no setting, did you mean --steps?"),
+        ("--keep=1", "--keep is no setting"),
+        ("--warmup=1", "--warmup is no setting, did you mean --warmup_ratio?"),
+        ("--dry_run=1", "--dry_run is no setting, did you mean `python prepare.py estimate`?"),
     ],
 )
-def test_a_mistake_names_the_setting_and_the_text(line, said):
+def test_an_error_names_the_setting_and_the_text(line, said):
     with pytest.raises(UserError) as caught:
         parse(line)
     assert said in str(caught.value)
@@ -158,7 +189,7 @@ def test_a_share_may_be_typed_in_percent():
         parse("--lr=%1")
 
 
-def test_all_mistakes_are_told_at_once():
+def test_one_error_names_all_that_is_wrong():
     with pytest.raises(UserError) as caught:
         parse("--lr=x --steps=1.5 word --compile=2 --out=fine --resum")
     assert [part.split()[0] for part in str(caught.value).split("; ")] == [
@@ -171,12 +202,12 @@ def test_all_mistakes_are_told_at_once():
 
 
 @given(st.lists(st.text(alphabet="-=lrsteponimag 019e._", max_size=12), max_size=5))
-def test_any_words_give_settings_or_a_mistake(argv):
+def test_any_words_give_settings_or_an_error(argv):
     kinds = {name: kind for name, kind, _, _ in cli.settings(example)}
     try:
         found = cli.parse_arguments(example, argv)
-    except UserError as mistake:
-        assert "\n" not in str(mistake)
+    except UserError as error:
+        assert "\n" not in str(error)
     else:
         assert all(
             isinstance(value, list if kinds[name] == list[str] else kinds[name])
@@ -190,12 +221,12 @@ sys.path.insert(0, {root!r})
 from nanovlm import UserError, cli
 
 def first(*,
-    lr: float = 1.0,      # a rate
+    lr: float = 1.0,      # a number
     on: bool = False,     # a switch
     path: str | None = None,  # a place
 ):
     '''The first thing.'''
-    if path == "mistake":
+    if path == "error":
         raise UserError("wrong")
     if path == "bug":
         raise KeyError("bug")
@@ -238,20 +269,21 @@ def run(scripts, line):
     [
         ("one.py --lr=2 --on", (0, "2.0 True \n", "")),
         ("one.py --lr=x", (1, "", "error: --lr=x is not a number\n")),
-        ("one.py --path=mistake", (1, "", "error: wrong\n")),
+        ("one.py --path=error", (1, "", "error: wrong\n")),
         ("one.py --path=missing.txt", (1, "", "error: missing.txt: No such file or directory\n")),
         ("one.py --path=interrupt", (130, "", "")),
         ("two.py second --n 4", (0, "second 4\n", "")),
         (
             "two.py",
-            (1, "", "error: the first word says what to do (first, second): there is none\n"),
+            (1, "", "error: the first word is a command (first, second): there is none\n"),
         ),
         (
             "two.py secnd",
             (
                 1,
                 "",
-                "error: the first word says what to do (first, second): 'secnd' is none of them, did you mean second?\n",
+                "error: the first word is a command (first, second): 'secnd' is none of them, "
+                "did you mean second?\n",
             ),
         ),
         ("two.py --help", (0, "first: The first thing.\nsecond: The second thing.\n", "")),
@@ -260,13 +292,14 @@ def run(scripts, line):
             "one.py --lr=x --help",
             (
                 0,
-                "The first thing.\n\n  --lr    1.0    a rate\n  --on    false  a switch\n  --path  none   a place\n",
+                "The first thing.\n\n  --lr    1.0    a number\n  --on    false  a switch\n"
+                "  --path  none   a place\n",
                 "",
             ),
         ),
     ],
 )
-def test_run_prints_results_mistakes_and_help_where_they_belong(scripts, line, expected):
+def test_results_errors_and_help_are_printed_where_they_belong(scripts, line, expected):
     assert run(scripts, line) == expected
 
 
@@ -278,7 +311,7 @@ def test_a_bug_keeps_its_traceback(scripts):
 @pytest.mark.skipif(os.name != "posix", reason="pipes as POSIX has them")
 @pytest.mark.parametrize("path", ["pipe", os.devnull])
 def test_a_reader_who_leaves_early_is_no_error(scripts, path):
-    """`one.py | true`: nothing on stderr, whether the pipe breaks while printing or when the buffer is flushed at the end."""
+    """`one.py | true`: nothing on stderr, if the pipe breaks in a print or at the last flush."""
     reading, writing = os.pipe()
     os.close(reading)
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""prepare.py through its door: whatever a user hands it becomes a whole set, or one line that names what is wrong, and nothing is lost."""
+"""prepare.py as a user runs it: complete data, or one line that names what is wrong, and nothing is lost."""
 
 import io
 import json
@@ -16,7 +16,7 @@ from nanovlm.checkpoints.checkpoint import load_checkpoint
 from nanovlm.data import dataset, image_processing
 
 SMALL = dict(
-    vocabulary=260,
+    vocab_size=260,
     tile=12,
     patch=3,
     shuffle=2,
@@ -24,11 +24,11 @@ SMALL = dict(
     layers=1,
     heads=6,
     kv_heads=2,
-    ffn=20,
+    intermediate_size=20,
     vision_width=20,
     vision_layers=1,
     vision_heads=5,
-    vision_ffn=28,
+    vision_intermediate_size=28,
 )
 TOKENS = 4  # a picture
 
@@ -58,7 +58,7 @@ RECORDS = [
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A folder with pictures and a newborn model."""
+    """A folder with pictures and a model with random weights."""
     home = tmp_path_factory.mktemp("world")
     (home / "pictures" / "deep").mkdir(parents=True)
     g = np.random.default_rng(0)
@@ -72,7 +72,7 @@ def world(tmp_path_factory):
     whole = (home / "pictures" / "big.jpg").read_bytes()
     (home / "pictures" / "cut.jpg").write_bytes(whole[: len(whole) // 2])
     (home / "good.json").write_text(json.dumps(RECORDS))
-    prepare.new(source=[str(home / "good.json")], out=str(home / "model"), **SMALL)
+    prepare.random_init(source=[str(home / "good.json")], out=str(home / "model"), **SMALL)
     return home
 
 
@@ -86,7 +86,7 @@ def door(world, tmp_path, monkeypatch):
             images=world / "pictures",
             out=tmp_path / "set",
         ),
-        "new": dict(source=world / "good.json", out=tmp_path / "new", **SMALL),
+        "random_init": dict(source=world / "good.json", out=tmp_path / "random_init", **SMALL),
     }
 
     def run(what, **settings):
@@ -104,7 +104,7 @@ def door(world, tmp_path, monkeypatch):
             cli.run_script(
                 {
                     "data": prepare.data,
-                    "new": prepare.new,
+                    "random_init": prepare.random_init,
                     "stitch": prepare.stitch,
                     "fridge": prepare.fridge,
                     "show": prepare.show,
@@ -211,7 +211,7 @@ def test_a_source_that_is_none_is_refused_before_anything_is_written(door, tmp_p
         (dict(model=str(ROOT / "tests")), "holds no nanovlm checkpoint"),
         (dict(out=""), "needs --source=FILE and --out"),
         (dict(sauce="x"), "did you mean --source?"),
-        (dict(row=0), "--row=0 must be at least 1"),
+        (dict(seq_len=0), "--seq_len=0 must be at least 1"),
         (dict(workers=-1), "--workers=-1 at least 0"),
         (dict(max_skipped="101%"), "--max_skipped=1.01 from 0 to 1"),
     ],
@@ -221,32 +221,32 @@ def test_settings_that_lead_nowhere(door, tmp_path, settings, said):
     assert not os.listdir(tmp_path)
 
 
-@pytest.mark.parametrize("what", ["data", "new", "stitch", "fridge"])
+@pytest.mark.parametrize("what", ["data", "random_init", "stitch", "fridge"])
 def test_what_is_there_is_never_written_over(world, door, tmp_path, what):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "precious").write_text("years of work")
     parts = dict(vision=world / "model", decoder=world / "model") if what == "stitch" else {}
-    refused(door(what, out=tmp_path / "mine", **parts), f"--out={tmp_path}/mine is there already")
+    refused(door(what, out=tmp_path / "mine", **parts), f"--out={tmp_path}/mine exists already")
     assert (tmp_path / "mine" / "precious").read_text() == "years of work"
 
 
-# ---- a newborn ----
+# ---- random init ----
 
 
-def test_a_newborn_is_a_function_of_its_seed(door, tmp_path):
+def test_random_weights_are_a_function_of_the_seed(door, tmp_path):
     for name, seed in [("one", 3), ("two", 3), ("three", 4)]:
-        assert door("new", out=tmp_path / name, seed=seed) is None
+        assert door("random_init", out=tmp_path / name, seed=seed) is None
     one, two, three = (
         (tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "two", "three")
     )
     assert one == two != three
 
 
-def test_a_newborn_sees_tiles_where_it_is_told_to(door, tmp_path):
-    assert door("new", out=tmp_path / "plain") is None
+def test_tiles_are_part_of_the_image_config(door, tmp_path):
+    assert door("random_init", out=tmp_path / "plain") is None
     assert (
         door(
-            "new",
+            "random_init",
             out=tmp_path / "tiled",
             tiles=6,
             tile_tags="true",
@@ -280,16 +280,16 @@ def test_a_newborn_sees_tiles_where_it_is_told_to(door, tmp_path):
 @pytest.mark.parametrize(
     "settings, said",
     [
-        (dict(vocabulary=10), "--vocabulary=10 must be at least 256"),
+        (dict(vocab_size=10), "--vocab_size=10 must be at least 256"),
         (dict(heads=0, layers=-1), "--layers=-1 must be at least 1; --heads=0 must be at least 1"),
-        (dict(heads=5), "--width=24 is no multiple of 2 × --heads=5"),
-        (dict(kv_heads=4), "--heads=6 is no multiple of --kv_heads=4"),
-        (dict(vision_heads=3), "--vision_width=20 is no multiple of --vision_heads=3"),
+        (dict(heads=5), "--width=24 must be a multiple of 2 × --heads=5"),
+        (dict(kv_heads=4), "--heads=6 must be a multiple of --kv_heads=4"),
+        (dict(vision_heads=3), "--vision_width=20 must be a multiple of --vision_heads=3"),
         (dict(tile=13), "a tile of 13 pixels is not whole patches of 3"),
         (dict(fit="stretch"), "is none of squash, pad, crop"),
         (
             dict(tiles=4, fit="pad"),
-            "--fit=pad makes one tile of a picture, --tiles=4 several: give one of the two",
+            "--fit=pad makes one tile of an image, --tiles=4 several: give one of the two",
         ),
         (dict(tiles=-1), "--tiles=-1 must be at least 1"),
         (dict(tiles=4, tile_choice="best"), "--tile_choice=best is not known: aspect, area"),
@@ -299,17 +299,17 @@ def test_a_newborn_sees_tiles_where_it_is_told_to(door, tmp_path):
         (dict(source="nowhere.json"), "no such file: nowhere.json"),
     ],
 )
-def test_a_newborn_that_cannot_be(door, tmp_path, settings, said):
-    refused(door("new", **settings), said)
+def test_a_model_that_cannot_be(door, tmp_path, settings, said):
+    refused(door("random_init", **settings), said)
     assert not os.listdir(tmp_path)
 
 
-def test_a_newborn_learns_from_any_source_what_can_be_read_of_it(door, tmp_path, capsys):
+def test_a_tokenizer_is_trained_on_all_records_that_can_be_read(door, tmp_path, capsys):
     whole, lines = tmp_path / "whole.json", tmp_path / "lines.jsonl"
     whole.write_text(json.dumps(RECORDS))
     lines.write_text("".join(json.dumps(record) + "\n" for record in RECORDS) + "{broken\n")
     for path in (whole, lines):
-        assert door("new", source=path, out=tmp_path / path.stem) is None
+        assert door("random_init", source=path, out=tmp_path / path.stem) is None
     assert (tmp_path / "whole" / "tokenizer.json").read_bytes() == (
         tmp_path / "lines" / "tokenizer.json"
     ).read_bytes()
@@ -319,22 +319,22 @@ def test_a_newborn_learns_from_any_source_what_can_be_read_of_it(door, tmp_path,
     )
 
 
-def test_a_newborn_that_could_learn_from_nothing_says_what_is_wrong(door, tmp_path):
+def test_a_tokenizer_without_any_text_is_refused(door, tmp_path):
     refused(
-        door("new", source=source(tmp_path, [changed(conversations=talk("<image>", " "))])),
+        door("random_init", source=source(tmp_path, [changed(conversations=talk("<image>", " "))])),
         "there is nothing to learn a tokenizer from: ",
     )
 
 
-def test_a_world_without_fridges_is_none(door, tmp_path):
+def test_a_demonstration_without_fridges_is_refused(door, tmp_path):
     refused(
-        door("fridge", out=tmp_path / "fridge", scenes=0, exam=-1),
-        "--scenes=0 must be at least 1; --exam=-1 must be at least 1",
+        door("fridge", out=tmp_path / "fridge", scenes=0, eval_scenes=-1),
+        "--scenes=0 must be at least 1; --eval_scenes=-1 must be at least 1",
     )
 
 
 def test_a_link_that_leads_nowhere_has_its_name_all_the_same(tmp_path):
     (tmp_path / "set").symlink_to(tmp_path / "nowhere")
     for out in (tmp_path / "set", f"{tmp_path}/set/"):
-        with pytest.raises(UserError, match="is there already: remove it, or name another"):
+        with pytest.raises(UserError, match="exists already: remove it, or choose another"):
             prepare.refuse_to_overwrite(str(out))

@@ -21,7 +21,7 @@ from nanovlm.data import image_processing, packing, tokenizer
 from nanovlm.evals import runner
 from nanovlm.inference.generate import generate
 
-POLICY = {
+IMAGE_CONFIG = {
     "tile": 12,
     "patch": 3,
     "shuffle": 2,
@@ -38,14 +38,14 @@ def home(tmp_path_factory):
     """A folder with a checkpoint `model` that speaks in bytes and often ends, `endless` that never does, and two pictures."""
     home = tmp_path_factory.mktemp("home")
     words = tokenizer.train_tokenizer(["a b"], 256, ["<s>", "[INST]", "[/INST]", "</s>"])
-    shapes = {"vision": VISION, "decoder": DECODER | {"vocabulary": words.vocab_size}, "shuffle": 2}
+    shapes = {"vision": VISION, "decoder": DECODER | {"vocab_size": words.vocab_size}, "shuffle": 2}
     for name, loud in (("model", 2.5), ("endless", 0.0)):  # a score of 0 is never the best of 260
-        model = make_vlm(decoder={"vocabulary": words.vocab_size})
+        model = make_vlm(decoder={"vocab_size": words.vocab_size})
         with torch.no_grad():
             model.decoder.lm_head.weight[END] *= loud
             model.decoder.lm_head.weight[128:256] *= 0.5  # mostly letters
         save_checkpoint(
-            Checkpoint(model, words, shapes, POLICY, "mistral", {"born": "here"}), home / name
+            Checkpoint(model, words, shapes, IMAGE_CONFIG, "mistral", {"born": "here"}), home / name
         )
     for name, seed in (("a.png", 1), ("b.png", 2)):
         Image.fromarray(
@@ -99,8 +99,8 @@ def expected(checkpoint, ids, tiles, max_tokens=256, **how):
     )
     said = [
         i
-        for (i,) in generate(checkpoint.model, 
-            [ids], tiles_NCYX, stop={END}, max_tokens=max_tokens, **how
+        for (i,) in generate(
+            checkpoint.model, [ids], tiles_NCYX, stop={END}, max_tokens=max_tokens, **how
         )
     ]
     shown = {i: bytes([i]) for i in range(256)} | {
@@ -177,7 +177,7 @@ def test_a_question_is_its_pictures_and_its_words(home, checkpoint, ask, words, 
 @torch.no_grad()
 def test_every_tile_of_a_tagged_picture_stands_behind_its_tag(checkpoint):
     """NVLM's way: the tags are words like any, and what stands behind each is what the eye sees in that tile."""
-    policy = POLICY | {
+    policy = IMAGE_CONFIG | {
         "fit": "tiles",
         "tiles": 6,
         "choice": "aspect",
@@ -223,7 +223,9 @@ def test_every_tile_of_a_tagged_picture_stands_behind_its_tag(checkpoint):
     torch.testing.assert_close(
         x_BTD[torch.tensor([ids]) == IMAGE_TOKEN_ID], tagged.model.encode_images(tiles_NCYX)
     )
-    together = runner.generate_answers(tagged, [("a<image>b<image>", shown), ("hm", [])], max_tokens=5)
+    together = runner.generate_answers(
+        tagged, [("a<image>b<image>", shown), ("hm", [])], max_tokens=5
+    )
     assert together[0].text == "".join(
         door.stream_answer(tagged, [("user", "a<image>b<image>")], shown, max_tokens=5)
     )
@@ -260,16 +262,13 @@ def test_greedy_unless_asked_and_a_seed_draws_the_same_again(ask):
     assert len({say(f"--seed={seed}", "--temperature=2") for seed in range(5)}) == 5
 
 
-def test_a_letter_in_several_tokens_is_shown_once_it_is_whole():
+def test_a_letter_in_several_tokens_is_printed_once_it_is_complete(monkeypatch):
+    bytes_of_text = "é🍎a".encode() + b"\xf0\x9f"
+    monkeypatch.setattr(door, "generate", lambda *_, **__: ([i] for i in bytes_of_text))
     words = tokenizer.train_tokenizer(["a b"], 256, ["</s>"])
-
-    class Speaker:
-        def generate(self, prompts, tiles_NCYX, **_):
-            yield from ([i] for i in "é🍎a".encode() + b"\xf0\x9f")
-
-    said = Checkpoint(Speaker(), words, {}, POLICY, "mistral", {"folder": "nowhere"})
+    checkpoint = Checkpoint(None, words, {}, IMAGE_CONFIG, "mistral", {"folder": "nowhere"})
     words.special |= {"<s>": 257, "[INST]": 258, "[/INST]": 259}
-    parts = list(door.stream_answer(said, [("user", "x")], [], max_tokens=99))
+    parts = list(door.stream_answer(checkpoint, [("user", "x")], [], max_tokens=99))
     assert parts == ["", "é", "", "", "", "🍎", "a", "", "", "\ufffd"]
 
 
@@ -625,9 +624,7 @@ def test_nothing_that_is_not_an_exams_is_written_over(home, ask, exam):
             "mine.json, where the scores of mine.jsonl belong, is something else"
             in ask(*words, "--out=mine.jsonl")[2]
         )
-        assert (
-            "--out=other.jsonl exists, but not other.json" in ask(*words, "--out=other.jsonl")[2]
-        )
+        assert "--out=other.jsonl exists, but not other.json" in ask(*words, "--out=other.jsonl")[2]
     assert (home / "mine.json").read_text() == '{"asked": 5}' and (
         home / "other.jsonl"
     ).read_text() == "{}"

@@ -86,12 +86,12 @@ def world(tmp_path_factory):
     test_llava.publish(home / "llava")
     shapes = {
         "vision": test_train.VISION,
-        "decoder": test_train.DECODER | {"vocabulary": 260},
+        "decoder": test_train.DECODER | {"vocab_size": 260},
         "shuffle": 2,
     }
     words = tokenizer.train_tokenizer(["a b"], 256, ["<s>", "[INST]", "[/INST]", "</s>"])
     checkpoint = Checkpoint(
-        make_vlm(decoder={"vocabulary": 260}),
+        make_vlm(decoder={"vocab_size": 260}),
         words,
         shapes,
         test_train.POLICY,

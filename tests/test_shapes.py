@@ -49,7 +49,7 @@ EYE = VISION | {
     "class_token": True,
     "layer_scale": True,
 }  # 36 patches, 9 tokens after pixel shuffle by 2
-BRAIN = DECODER | {"vocabulary": 260, "window": [None, 14, None]}
+BRAIN = DECODER | {"vocab_size": 260, "sliding_window": [None, 14, None]}
 POLICY = {
     "tile": 18,
     "patch": 3,
@@ -209,7 +209,7 @@ def everything(folder):
     )
     checkpoint.tokenizer.save(folder / "set")
     prepare.show(data=str(folder / "set"), sample="sample 3", out=str(folder / "tiles.png"))
-    flops.assumed_row(51, POLICY)
+    flops.assumed_sequence(51, POLICY)
     samples = dataset.PreparedDataset(folder / "set")
     (batch, _), *_ = next(packing.PackedDataLoader(samples, seq_len=51, global_batch_size=7, micro_batch_size=7, seed=1))
     model.train()(**batch).backward()
@@ -219,7 +219,7 @@ def everything(folder):
     with mock.patch.object(
         dispatch, "choice", "triton"
     ):  # three short rows: an interpreter that is looked at, line by line, is slow
-        one = make_vlm(vision=EYE, decoder=BRAIN | {"layers": 1, "window": 14}).decoder
+        one = make_vlm(vision=EYE, decoder=BRAIN | {"layers": 1, "sliding_window": 14}).decoder
         one(
             torch.randn(3, 19, 24),
             torch.arange(19).expand(3, -1),
@@ -240,7 +240,7 @@ def everything(folder):
             "original_max_position_embeddings": 20,
         },
     ):
-        make_vlm(vision=EYE, decoder=BRAIN | {"scaling": scaling})(**none)
+        make_vlm(vision=EYE, decoder=BRAIN | {"rope_scaling": scaling})(**none)
 
     questions = [
         ("<image>a longer question", [colour]),

@@ -8,7 +8,6 @@ import re
 import subprocess
 import sys
 import tokenize
-from pathlib import Path
 
 import pytest
 from conftest import ROOT

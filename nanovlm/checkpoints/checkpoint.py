@@ -81,8 +81,8 @@ def latest_checkpoint(folder):
 def saved_parameters(model):
     """Returns {name: tensor} of what is saved. A tied lm_head is the embedding: saved once."""
     state = model.state_dict()
-    if model.decoder.lm_head.weight is model.decoder.embed.weight:
-        del state["decoder.head.weight"]
+    if model.decoder.lm_head.weight is model.decoder.embed_tokens.weight:
+        del state["decoder.lm_head.weight"]
     return state
 
 
@@ -143,16 +143,16 @@ def load_checkpoint(
     if is_sharded:
         tensors = read_sharded_weights(shapes, shards)
     else:
-        tensors = files.read_weights({path: None}, [])
+        tensors = files.read_weights({path: None}, files.OLD_PARAMETER_NAMES)
     tensors = files.match_finite_tensors(shapes, tensors, "(?!)", [path])
     if dtype is not None:
         tensors = {name: tensor.to(dtype, copy=True) for name, tensor in tensors.items()}
-    is_tied = "decoder.head.weight" not in shapes
+    is_tied = "decoder.lm_head.weight" not in shapes
     if is_tied:
-        tensors["decoder.head.weight"] = tensors["decoder.embed.weight"]
+        tensors["decoder.lm_head.weight"] = tensors["decoder.embed_tokens.weight"]
     model.load_state_dict(tensors, assign=True)
     if is_tied:
-        model.decoder.lm_head.weight = model.decoder.embed.weight
+        model.decoder.lm_head.weight = model.decoder.embed_tokens.weight
     return found._replace(model=model.to(device).eval())
 
 

@@ -39,12 +39,12 @@ CLIP = {
     "post_norm": "post_layernorm",
     "layers.*.attention_norm": "encoder.layers.*.layer_norm1",
     "layers.*.mlp_norm": "encoder.layers.*.layer_norm2",
-    "layers.*.query": "encoder.layers.*.self_attn.q_proj",
-    "layers.*.key": "encoder.layers.*.self_attn.k_proj",
-    "layers.*.value": "encoder.layers.*.self_attn.v_proj",
-    "layers.*.out": "encoder.layers.*.self_attn.out_proj",
-    "layers.*.up": "encoder.layers.*.mlp.fc1",
-    "layers.*.down": "encoder.layers.*.mlp.fc2",
+    "layers.*.q_proj": "encoder.layers.*.self_attn.q_proj",
+    "layers.*.k_proj": "encoder.layers.*.self_attn.k_proj",
+    "layers.*.v_proj": "encoder.layers.*.self_attn.v_proj",
+    "layers.*.o_proj": "encoder.layers.*.self_attn.out_proj",
+    "layers.*.up_proj": "encoder.layers.*.mlp.fc1",
+    "layers.*.down_proj": "encoder.layers.*.mlp.fc2",
 }
 DINOV2 = {
     "class_token": "embeddings.cls_token",
@@ -53,28 +53,28 @@ DINOV2 = {
     "post_norm": "layernorm",
     "layers.*.attention_norm": "encoder.layer.*.norm1",
     "layers.*.mlp_norm": "encoder.layer.*.norm2",
-    "layers.*.query": "encoder.layer.*.attention.attention.query",
-    "layers.*.key": "encoder.layer.*.attention.attention.key",
-    "layers.*.value": "encoder.layer.*.attention.attention.value",
-    "layers.*.out": "encoder.layer.*.attention.output.dense",
+    "layers.*.q_proj": "encoder.layer.*.attention.attention.query",
+    "layers.*.k_proj": "encoder.layer.*.attention.attention.key",
+    "layers.*.v_proj": "encoder.layer.*.attention.attention.value",
+    "layers.*.o_proj": "encoder.layer.*.attention.output.dense",
     "layers.*.attention_scale": "encoder.layer.*.layer_scale1.lambda1",
     "layers.*.mlp_scale": "encoder.layer.*.layer_scale2.lambda1",
-    "layers.*.up": "encoder.layer.*.mlp.fc1",
-    "layers.*.down": "encoder.layer.*.mlp.fc2",
+    "layers.*.up_proj": "encoder.layer.*.mlp.fc1",
+    "layers.*.down_proj": "encoder.layer.*.mlp.fc2",
 }
 LLAMA = {
-    "embed": "model.embed_tokens",
+    "embed_tokens": "model.embed_tokens",
     "norm": "model.norm",
-    "head": "lm_head",
+    "lm_head": "lm_head",
     "layers.*.attention_norm": "model.layers.*.input_layernorm",
     "layers.*.mlp_norm": "model.layers.*.post_attention_layernorm",
-    "layers.*.query": "model.layers.*.self_attn.q_proj",
-    "layers.*.key": "model.layers.*.self_attn.k_proj",
-    "layers.*.value": "model.layers.*.self_attn.v_proj",
-    "layers.*.out": "model.layers.*.self_attn.o_proj",
-    "layers.*.gate": "model.layers.*.mlp.gate_proj",
-    "layers.*.up": "model.layers.*.mlp.up_proj",
-    "layers.*.down": "model.layers.*.mlp.down_proj",
+    "layers.*.q_proj": "model.layers.*.self_attn.q_proj",
+    "layers.*.k_proj": "model.layers.*.self_attn.k_proj",
+    "layers.*.v_proj": "model.layers.*.self_attn.v_proj",
+    "layers.*.o_proj": "model.layers.*.self_attn.o_proj",
+    "layers.*.gate_proj": "model.layers.*.mlp.gate_proj",
+    "layers.*.up_proj": "model.layers.*.mlp.up_proj",
+    "layers.*.down_proj": "model.layers.*.mlp.down_proj",
 }
 # What stands in front of those names where the part belongs to something larger, in the spellings of transformers 4 and 5.
 VISION_PREFIXES = [(r"^(model\.)?(vision_tower\.)?(vision_model\.|dinov2\.)?", "")]
@@ -91,7 +91,7 @@ DECODER_IGNORED = r".*rotary_emb\.inv_freq$|(model\.)?(vision_tower|vision_model
 
 
 def published_name(name, table):
-    """Their name of our parameter: "layers.3.query.weight" -> "model.layers.3.self_attn.q_proj.weight"."""
+    """Their name of our parameter: "layers.3.q_proj.weight" -> "model.layers.3.self_attn.q_proj.weight"."""
     key, number = re.sub(r"\.\d+\.", ".*.", name), re.search(r"\.(\d+)\.", name)
     module, _, kind = key.rpartition(".")
     found = table[key] if key in table else f"{table[module]}.{kind}"
@@ -272,7 +272,7 @@ def model_config(config, inner, kinds, where):
     return config
 
 
-def vision_shapes(config, tile, read, where):
+def vision_shapes(config, tile, vision_feature_layer, where):
     """The arguments of VisionEncoder for an eye of its own tile size unless `tile` says another, and its own layer unless `read` does."""
     kind, layers, patch = config["model_type"], config["num_hidden_layers"], config["patch_size"]
     check_fields(config, VISION_REQUIRED, where)
@@ -284,8 +284,8 @@ def vision_shapes(config, tile, read, where):
         raise UserError(
             f"{where}: a tile of {tile} pixels and patches of {patch} do not go together"
         )
-    if read is not None and not -layers <= read <= layers or read == 0:
-        raise UserError(f"--read={read} is not among the {layers} layers of {where}")
+    if vision_feature_layer is not None and not -layers <= vision_feature_layer <= layers or vision_feature_layer == 0:
+        raise UserError(f"--vision_feature_layer={vision_feature_layer} is not among the {layers} layers of {where}")
     own = {
         "clip_vision_model": dict(class_token=True, pre_norm=True, patch_bias=False),
         "siglip_vision_model": {},
@@ -300,11 +300,11 @@ def vision_shapes(config, tile, read, where):
         width=config["hidden_size"],
         layers=layers,
         heads=config["num_attention_heads"],
-        ffn=config.get("intermediate_size") or int(config["hidden_size"] * config["mlp_ratio"]),
+        intermediate_size=config.get("intermediate_size") or int(config["hidden_size"] * config["mlp_ratio"]),
         activation=ACTIVATION[config["hidden_act"]],
         eps=config["layer_norm_eps"],
-        read=read or (-2 if clip else -1),
-        post_norm=not clip and read is None,
+        vision_feature_layer=vision_feature_layer or (-2 if clip else -1),
+        post_norm=not clip and vision_feature_layer is None,
         **own,
     )
 
@@ -376,17 +376,17 @@ def decoder_shapes(config, where):
         )
     windows = [window if kind == "sliding_attention" else None for kind in kinds]
     return dict(
-        vocabulary=config["vocab_size"],
+        vocab_size=config["vocab_size"],
         width=config["hidden_size"],
         layers=layers,
         heads=config["num_attention_heads"],
         kv_heads=config["num_key_value_heads"] or config["num_attention_heads"],
-        ffn=config["intermediate_size"],
-        head_size=config["head_dim"] or config["hidden_size"] // config["num_attention_heads"],
-        theta=theta,
-        scaling=scaling,
+        intermediate_size=config["intermediate_size"],
+        head_dim=config["head_dim"] or config["hidden_size"] // config["num_attention_heads"],
+        rope_theta=theta,
+        rope_scaling=scaling,
         eps=config["rms_norm_eps"],
-        window=windows[0] if len(set(windows)) == 1 else windows,
+        sliding_window=windows[0] if len(set(windows)) == 1 else windows,
         tied=config["tie_word_embeddings"],
     )
 
@@ -502,7 +502,7 @@ def resize_position_embeddings(positions_PD, side, leading):
     return torch.cat([positions_PD[:leading], resized.to(positions_PD.dtype)])
 
 
-def read_vision_encoder(name, *, tile=None, fit=None, read=None, shuffle=1, tensors=True, **more):
+def read_vision_encoder(name, *, tile=None, fit=None, vision_feature_layer=None, shuffle=1, tensors=True, **more):
     """The eye of a CLIP, SigLIP or DINOv2 folder. tile: pixels, other than its own; fit: as images.py; read: a layer's output, un-normed;
     tensors: False for all but the model; more: what its picture policy has besides, as images.py says it."""
     folder = find_pretrained(name)
@@ -510,7 +510,7 @@ def read_vision_encoder(name, *, tile=None, fit=None, read=None, shuffle=1, tens
     config = model_config(read_json(where), "vision_config", VISION_TYPES, where)
     own, patch = config["image_size"] // config["patch_size"], config["patch_size"]
     policy = read_image_config(folder, tile, fit) | {"patch": patch, "shuffle": shuffle, **more}
-    shapes = vision_shapes(config, policy["tile"], read, where)
+    shapes = vision_shapes(config, policy["tile"], vision_feature_layer, where)
     side = policy["tile"] // patch
     if side % shuffle:
         raise UserError(
@@ -529,7 +529,7 @@ def read_vision_encoder(name, *, tile=None, fit=None, read=None, shuffle=1, tens
     if side != own and tensor.shape[-2] == leading + own**2:
         found[places] = resize_position_embeddings(tensor.flatten(0, -2), side, leading), path
     with torch.device("meta"):
-        whole, vision = VisionEncoder(**shapes | {"read": -1, "post_norm": True}), VisionEncoder(**shapes)
+        whole, vision = VisionEncoder(**shapes | {"vision_feature_layer": -1, "post_norm": True}), VisionEncoder(**shapes)
     after = load_published_tensors(whole, table, found, VISION_IGNORED, files).state_dict()
     vision.load_state_dict({name: after.pop(name) for name in vision.state_dict()}, assign=True)
     spare = {published_name(name, table): tensor for name, tensor in after.items()} | {
@@ -571,7 +571,7 @@ def read_decoder(name, *, template=None, usual=None, tensors=True):
         decoder = Decoder(**shapes)
     load_published_tensors(decoder, LLAMA, found, DECODER_IGNORED, files)
     if shapes["tied"]:
-        decoder.lm_head.weight = decoder.embed.weight
+        decoder.lm_head.weight = decoder.embed_tokens.weight
     card = weights_source(name, folder, files)
     card["folder"]["max_position_embeddings"] = config["max_position_embeddings"]
     return part._replace(model=SimpleNamespace(decoder=decoder), history=card)
@@ -579,9 +579,9 @@ def read_decoder(name, *, template=None, usual=None, tensors=True):
 
 def check_vocab_size(tokenizer, shapes, where):
     """Raise UserError unless the brain has a row for every token."""
-    if tokenizer.vocab_size > shapes["vocabulary"]:
+    if tokenizer.vocab_size > shapes["vocab_size"]:
         raise UserError(
-            f"{where}: the vocabulary is {shapes['vocabulary']:,}, its folder's tokenizer knows {tokenizer.vocab_size:,} tokens"
+            f"{where}: the vocabulary is {shapes['vocab_size']:,}, its folder's tokenizer knows {tokenizer.vocab_size:,} tokens"
         )
 
 

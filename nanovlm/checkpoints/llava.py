@@ -23,8 +23,8 @@ from . import huggingface
 from .huggingface import check_fields, published_name
 
 LLAVA = {
-    "projector.up": "multi_modal_projector.linear_1",
-    "projector.down": "multi_modal_projector.linear_2",
+    "projector.up_proj": "multi_modal_projector.linear_1",
+    "projector.down_proj": "multi_modal_projector.linear_2",
     "projector.newline": "image_newline",
 }
 LLAVA_TYPES = ("llava", "llava_next")
@@ -46,7 +46,7 @@ def read_llava(name, dtype=None, template=None, tensors=True):
     layer = config.get("vision_feature_layer", -2)
     if not isinstance(layer, int):
         raise UserError(f"{where}: vision_feature_layer {layer} is not known here, only one layer")
-    eye = huggingface.read_vision_encoder(name, read=layer, tensors=tensors)
+    eye = huggingface.read_vision_encoder(name, vision_feature_layer=layer, tensors=tensors)
     brain = huggingface.read_decoder(
         name, template=template, usual=default_template(config), tensors=tensors
     )
@@ -107,7 +107,7 @@ def join_parts(eye, brain, shapes, anyres, folder):
     """The VLM of two parts and what a folder holds between them, and how the folder begins the names of its eye."""
     paths = disk.list_weight_files(folder)
     found = disk.read_weights(paths, [(r"^model\.", "")])
-    small = shapes["decoder"] | {"layers": 0, "vocabulary": 1}
+    small = shapes["decoder"] | {"layers": 0, "vocab_size": 1}
     with torch.device("meta"):
         model = VLM(
             vision=shapes["vision"],
@@ -161,7 +161,7 @@ def check_exportable(checkpoint):
         )
     if vision.get("post_norm", True):
         wrong.append(
-            "an eye whose last layer is normed: stitch a public CLIP or SigLIP folder with --read=-2, the last layer but one"
+            "an eye whose last layer is normed: stitch a public CLIP or SigLIP folder with --vision_feature_layer=-2, the last layer but one"
         )
     elif not checkpoint.unused_vision_tensors:
         wrong.append("an eye without the layers after the one that is read: stitch it again")
@@ -199,7 +199,7 @@ def llava_tensors(checkpoint):
             tensors[prefix + published_name(rest, huggingface.CLIP)] = tensor
         elif part != "decoder":
             tensors[published_name(name, LLAVA)] = tensor
-        elif rest != "head.weight" or decoder.lm_head.weight is not decoder.embed.weight:
+        elif rest != "lm_head.weight" or decoder.lm_head.weight is not decoder.embed_tokens.weight:
             tensors[f"language_model.{published_name(rest, huggingface.LLAMA)}"] = tensor
     tensors |= {prefix + name: tensor for name, tensor in checkpoint.unused_vision_tensors.items()}
     return tensors
@@ -261,13 +261,13 @@ def llava_config(checkpoint, image_id, vocabulary):
             "LlavaNextForConditionalGeneration" if anyres else "LlavaForConditionalGeneration"
         ],
         "model_type": "llava_next" if anyres else "llava",
-        "dtype": str(checkpoint.model.decoder.embed.weight.dtype).removeprefix("torch."),
+        "dtype": str(checkpoint.model.decoder.embed_tokens.weight.dtype).removeprefix("torch."),
         "image_token_index": image_id,
         "image_seq_length": image_processing.tokens_per_tile(checkpoint.image_config),
         **grid,
         "projector_hidden_act": "gelu",
         "multimodal_projector_bias": True,
-        "vision_feature_layer": checkpoint.shapes["vision"]["read"],
+        "vision_feature_layer": checkpoint.shapes["vision"]["vision_feature_layer"],
         "vision_feature_select_strategy": "default" if clip else "full",
         "tie_word_embeddings": checkpoint.shapes["decoder"].get("tied", False),
         "vision_config": vision_config(checkpoint),
@@ -288,7 +288,7 @@ def vision_config(checkpoint):
     return {
         "model_type": vision_type(vision),
         "hidden_size": vision["width"],
-        "intermediate_size": vision["ffn"],
+        "intermediate_size": vision["intermediate_size"],
         "num_hidden_layers": vision["layers"],
         "num_attention_heads": vision["heads"],
         "image_size": vision["tile"],
@@ -301,7 +301,7 @@ def vision_config(checkpoint):
 
 def text_config(checkpoint, vocabulary):
     brain = checkpoint.shapes["decoder"]
-    window, layers = brain.get("window"), brain["layers"]
+    window, layers = brain.get("sliding_window"), brain["layers"]
     kind = "ministral" if isinstance(window, list) else "llama" if window is None else "mistral"
     windows = (
         {}
@@ -321,19 +321,19 @@ def text_config(checkpoint, vocabulary):
         "model_type": kind,
         "vocab_size": vocabulary,
         "hidden_size": brain["width"],
-        "intermediate_size": brain["ffn"],
+        "intermediate_size": brain["intermediate_size"],
         "num_hidden_layers": layers,
         "num_attention_heads": brain["heads"],
         "num_key_value_heads": brain["kv_heads"],
-        "head_dim": brain.get("head_size") or brain["width"] // brain["heads"],
+        "head_dim": brain.get("head_dim") or brain["width"] // brain["heads"],
         "hidden_act": "silu",
         "rms_norm_eps": brain.get("eps", 1e-5),
         "max_position_embeddings": longest,
         "tie_word_embeddings": brain.get("tied", False),
         **windows,
         "rope_parameters": {
-            "rope_theta": brain.get("theta", 10000.0),
-            **(brain.get("scaling") or {"rope_type": "default"}),
+            "rope_theta": brain.get("rope_theta", 10000.0),
+            **(brain.get("rope_scaling") or {"rope_type": "default"}),
         },
         "bos_token_id": checkpoint.tokenizer.special.get(start),
         "eos_token_id": chat_template.end_token_id(checkpoint.tokenizer, checkpoint.chat_template),

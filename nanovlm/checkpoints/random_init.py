@@ -7,13 +7,13 @@ from ..data import chat_template, image_processing, tokenizer
 from .checkpoint import Checkpoint, build_model, save_checkpoint
 
 
-def create_model(texts, *, out, vocabulary, template, image_config, vision, decoder, seed):
+def create_model(texts, *, out, vocab_size, template, image_config, vision, decoder, seed):
     """Write a checkpoint into `out`. texts: strings from which a tokenizer of `vocabulary` tokens is learnt, and the special tokens of
     `template` beside them; vision, decoder: the numbers of their constructors."""
-    words = tokenizer.train_tokenizer(texts, vocabulary, chat_template.special_token_names(template))
+    words = tokenizer.train_tokenizer(texts, vocab_size, chat_template.special_token_names(template))
     shapes = {
         "vision": vision,
-        "decoder": {"vocabulary": words.vocab_size, **decoder},
+        "decoder": {"vocab_size": words.vocab_size, **decoder},
         "shuffle": image_config["shuffle"],
     }
     torch.manual_seed(seed)

@@ -1,10 +1,12 @@
-"""Sharded tensors in a folder: each rank writes the rows it holds, and any number of ranks read them back.
+"""Sharded tensors in a folder: each rank writes its own rows, and any number of ranks read them.
 
-    sharded/rank-00000.safetensors    the rows of rank 0; the header has, for every tensor, its first row here and its whole shape
+    sharded/rank-00000.safetensors   rows of rank 0. The header holds, for each tensor, the index of
+                                     the first row in this file and the shape of the full tensor
 
-FSDP2 shards a tensor along its first dimension: rank r of n holds ceil(rows / n) rows from row r · ceil(rows / n) on. A reader takes the rows
-it needs out of all files, so the number of ranks may change. safetensors files hold numbers only; the .metadata of
-torch.distributed.checkpoint is a pickle, which can run code when it is loaded.
+FSDP2 shards a tensor along its first dimension: rank r of n holds ceil(rows / n) rows from row
+r · ceil(rows / n) on. A rank reads the rows it needs from all files, so the number of ranks may
+change. safetensors files hold numbers only. The .metadata of torch.distributed.checkpoint is a
+pickle, which can run code when it is loaded.
 """
 
 import json
@@ -15,23 +17,27 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from .. import UserError, distributed
-from ..files import write_tensors
+from ..files import parameter_name, write_tensors
 
-HEADER = "nanovlm.sharded"  # {name: [first row, *whole shape]} as JSON, in a file's header
+HEADER = "nanovlm.sharded"  # the key of {name: [first row, *full shape]} in a file's metadata
 
 
 class Piece(NamedTuple):
-    """Consecutive rows of a tensor in one file; a scalar is one row."""
+    """Consecutive rows of a tensor in one file. A scalar is one row."""
 
     first: int
     rows: int
-    shape: tuple  # of the whole tensor
+    shape: tuple  # of the full tensor
     dtype: torch.dtype
     file: safe_open
+    saved_name: str  # in the file, which an older version may have written
 
 
 def write_shards(state, folder):
-    """Write {name: tensor}, of which each rank holds some rows; call it on all ranks. Raises OSError on all ranks if one cannot write."""
+    """Write {name: tensor}, of which each rank holds some rows. Call it on all ranks.
+
+    Raises OSError on all ranks if one rank cannot write.
+    """
     error = None
     try:
         write_local_rows(state, Path(folder))
@@ -43,7 +49,7 @@ def write_shards(state, folder):
 
 
 def write_local_rows(state, folder):
-    """Write this rank's rows. Of rows that several ranks hold (HSDP, counters), the first of these ranks writes them."""
+    """Write this rank's rows. Rows that several ranks hold (HSDP, step counts) are written once."""
     tensors, header = {}, {}
     for name, tensor in state.items():
         rows, first, is_writer = distributed.local_rows(tensor.detach())
@@ -51,15 +57,15 @@ def write_local_rows(state, folder):
             tensors[name] = rows.cpu().contiguous()
             header[name] = [first, *tensor.shape]
     folder.mkdir(exist_ok=True)
-    write_tensors(
-        tensors, folder / f"rank-{distributed.get_rank():05d}.safetensors", {HEADER: json.dumps(header)}
-    )
+    path = folder / f"rank-{distributed.get_rank():05d}.safetensors"
+    write_tensors(tensors, path, {HEADER: json.dumps(header)})
 
 
 def read_shards(state, folder):
-    """Fill {name: tensor, of which this rank may hold some rows} from what any number of ranks wrote. Each rank reads alone.
+    """Copy saved rows into {name: tensor}; this rank may hold only some rows of a tensor.
 
-    Raises UserError if a file is broken, if rows are missing, or if a shape or dtype differs.
+    Ranks read independently. Raises UserError if a file is broken, if rows are missing, or if a
+    shape or dtype differs.
     """
     pieces = read_pieces(folder)
     for name, tensor in state.items():
@@ -69,29 +75,29 @@ def read_shards(state, folder):
         for piece in pieces[name]:
             if piece.shape != tuple(tensor.shape) or piece.dtype != tensor.dtype:
                 raise UserError(
-                    f"{folder}: {name} is {list(piece.shape)} {piece.dtype}, the model has {list(tensor.shape)} {tensor.dtype}"
+                    f"{folder}: {name} is {list(piece.shape)} {piece.dtype}, the model has "
+                    f"{list(tensor.shape)} {tensor.dtype}"
                 )
-            copy_rows(piece, name, rows, first)
+            copy_rows(piece, rows, first)
 
 
-def copy_rows(piece, name, rows, first):
-    """Copy into `rows`, which begin at row `first` of the tensor, the rows that the piece holds of them."""
+def copy_rows(piece, rows, first):
+    """Copy a piece into `rows` where they overlap; `first` is the index of the first of `rows`."""
     if rows.dim() == 0:
-        rows.copy_(piece.file.get_tensor(name))
+        rows.copy_(piece.file.get_tensor(piece.saved_name))
         return
     start, end = max(first, piece.first), min(first + len(rows), piece.first + piece.rows)
     if start < end:
-        rows[start - first : end - first] = piece.file.get_slice(name)[
-            start - piece.first : end - piece.first
-        ]
+        saved = piece.file.get_slice(piece.saved_name)
+        rows[start - first : end - first] = saved[start - piece.first : end - piece.first]
 
 
 def read_pieces(folder):
-    """{name: its Pieces by first row}, which together are the whole tensor. The numbers stay in the files."""
+    """Returns {name: its Pieces in order}, which make up the full tensor. No numbers are read."""
     if (folder / ".metadata").is_file():
         raise UserError(
-            f"{folder} was written by an older nanovlm: its .metadata is a pickle, which can run code, and is not read. "
-            "Use the last step of that run, which has a model.safetensors"
+            f"{folder} was written by an older nanovlm: its .metadata is a pickle, which can run "
+            "code, and is not read. Use the last step of that run, which has a model.safetensors"
         )
     pieces = {}
     for path in sorted(folder.glob("rank-*.safetensors")):
@@ -106,17 +112,20 @@ def read_pieces(folder):
 
 
 def read_file_pieces(path):
-    """(name, Piece) of every tensor in a file."""
+    """Yields (name, Piece) of each tensor in a file."""
     try:
         file = safe_open(path, framework="pt")
         header = json.loads((file.metadata() or {})[HEADER])
         for name in file.keys():  # noqa: SIM118 (no dict)
             first, *shape = header[name]
-            part = file.get_slice(name)
-            here, dtype = part.get_shape(), part[:1].dtype if shape else file.get_tensor(name).dtype
-            if here[1:] != shape[1:]:
-                raise ValueError(f"{name} is {here} here, of {shape}")
-            yield name, Piece(int(first), here[0] if here else 1, tuple(shape), dtype, file)
+            rows = file.get_slice(name)
+            local_shape = rows.get_shape()
+            dtype = rows[:1].dtype if shape else file.get_tensor(name).dtype
+            if local_shape[1:] != shape[1:]:
+                raise ValueError(f"{name} is {local_shape} here, of {shape}")
+            count = local_shape[0] if local_shape else 1
+            piece = Piece(int(first), count, tuple(shape), dtype, file, name)
+            yield parameter_name(name), piece
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
     except (SafetensorError, KeyError, ValueError, TypeError) as error:
@@ -126,17 +135,15 @@ def read_file_pieces(path):
 
 
 def check_complete(name, pieces, folder):
-    """Raise UserError unless the pieces are all rows of one tensor, each row once."""
+    """Raises UserError unless the pieces are all rows of one tensor, each row once."""
     shapes, row = {piece.shape for piece in pieces}, 0
     for piece in pieces:
         if piece.first != row:
-            raise UserError(
-                f"{folder}: rows {min(row, piece.first)} to {max(row, piece.first) - 1} of {name} are "
-                f"{'missing' if piece.first > row else 'there twice'}"
-            )
+            verb = "missing" if piece.first > row else "there twice"
+            first, last = min(row, piece.first), max(row, piece.first) - 1
+            raise UserError(f"{folder}: rows {first} to {last} of {name} are {verb}")
         row += piece.rows
-    whole = pieces[0].shape[0] if pieces[0].shape else 1
-    if len(shapes) > 1 or row != whole:
-        raise UserError(
-            f"{folder}: {row} rows of {name} are there, of shape {' and '.join(str(list(shape)) for shape in sorted(shapes))}"
-        )
+    expected = pieces[0].shape[0] if pieces[0].shape else 1
+    if len(shapes) > 1 or row != expected:
+        shape = " and ".join(str(list(shape)) for shape in sorted(shapes))
+        raise UserError(f"{folder}: {row} rows of {name} are there, of shape {shape}")

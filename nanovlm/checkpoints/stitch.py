@@ -38,7 +38,7 @@ def stitch_parts(vision, decoder, seed):
     }
     torch.manual_seed(seed)
     model = build_model(
-        shapes | {"decoder": shapes["decoder"] | {"layers": 0, "vocabulary": 1}}, vision.image_config
+        shapes | {"decoder": shapes["decoder"] | {"layers": 0, "vocab_size": 1}}, vision.image_config
     )  # a brain may be too large to have twice
     model.vision, model.decoder = vision.model.vision, decoder.model.decoder
     card = {
@@ -60,7 +60,7 @@ def outputs_of_parts(vision, decoder):
     )
     eye, brain = vision.model.vision, decoder.model.decoder
     normal_NCYX = ((tiles_NCYX.float() / 255 - mean_C11) / std_C11).to(eye.patches.weight.dtype)
-    return eye(normal_NCYX), brain.lm_head(brain(brain.embed(ids_BT), positions_BT))
+    return eye(normal_NCYX), brain.lm_head(brain(brain.embed_tokens(ids_BT), positions_BT))
 
 
 @torch.no_grad()
@@ -83,7 +83,7 @@ def example_input(policy, shapes):
         generator=torch.Generator().manual_seed(0),
         dtype=torch.uint8,
     )
-    ids_BT = torch.arange(1, 9)[None] * 997 % shapes["decoder"]["vocabulary"]
+    ids_BT = torch.arange(1, 9)[None] * 997 % shapes["decoder"]["vocab_size"]
     return tiles_NCYX, ids_BT, torch.arange(8)[None]
 
 

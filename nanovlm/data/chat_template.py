@@ -1,7 +1,12 @@
-"""Conversations to token ids and the mask of those that are trained, made together in one pass.
+"""Conversations become token ids and their loss mask, made together in one pass.
 
-Nothing is ever searched for in finished ids: each piece of a template knows as it is written whether it is the assistant's. Trained are the
-assistant's words and the token that ends its turn, so that it learns to stop; nothing else is.
+`render_conversation` is the one place where the loss mask is made. Training, sampling and
+evaluation call it. It writes a conversation segment by segment, and each segment states if it has a
+loss. The loss mask is true on the assistant's answers and on the token that ends its turn, so that
+the model learns to stop; it is false on everything else. Nothing is searched for in finished ids.
+
+From the loss mask, `PreparedDataset.read` in dataset.py makes the labels: the next token's id if
+the mask is true there, and IGNORE_INDEX (ignore_index of the cross-entropy) otherwise.
 """
 
 import itertools
@@ -15,12 +20,24 @@ from types import SimpleNamespace
 from .. import IMAGE_TOKEN_ID, UserError
 from . import image_processing
 
-# {} is what was said. Only names outside {} become special tokens: a user who types "</s>" has typed four characters.
-# The end of a user's piece opens the assistant's turn, so a prompt is the same pieces, left off after the user.
-# A SentencePiece tokenizer puts a space before every text, so that "[INST]{}" is the "[INST] Hello" of Mistral v2 and v3, "[INST]Hello" of Tekken.
-# inside: the system's words stand in front of the user's "first" or "last"; default: what the system says where a conversation leaves it out.
-# trim: the white space that a published template takes off: "all" around what is said, or the spaces that end an "answer".
-# glued: an answer follows its opening without a space; apart: a turn follows the end token before it with one (`space_before`).
+# A template has one text per role; {} stands for the message. Names of special tokens count only
+# outside {}: a user who types "</s>" types four characters.
+#     start    the first token of a conversation
+#     system   a system message
+#     user     a question, and the opening of the answer
+#     answer   the answer; default: {}
+#     end      the token that ends an answer
+#     after    what follows an ended answer
+# The user's text includes the opening of the assistant's turn, so a prompt for generation is the
+# same segments, cut after the last user.
+# A SentencePiece tokenizer adds a space before each text. So "[INST]{}" gives the "[INST] Hello" of
+# Mistral v2 and v3, and the "[INST]Hello" of Tekken.
+#     inside   the system message stands inside the "first" or the "last" user's message
+#     default  the system message of a conversation that has none
+#     trim     white space that the published template removes: "all" around each message, or the
+#              spaces that end an "answer"
+#     glued    no space between the opening of a turn and its answer
+#     apart    a space between an end token and the next turn (`prepend_space`)
 CHATML = {
     "start": "",
     "system": "<|im_start|>system\n{}<|im_end|>\n",
@@ -78,7 +95,8 @@ TEMPLATES = {
     "llama3": {
         "start": "<|begin_of_text|>",
         "system": "<|start_header_id|>system<|end_header_id|>\n\n{}<|eot_id|>",
-        "user": "<|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
+        "user": "<|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n",
         "end": "<|eot_id|>",
         "after": "",
         "trim": "all",
@@ -88,7 +106,9 @@ TEMPLATES = {
         "default": "A chat between a curious user and an artificial intelligence assistant. "
         "The assistant gives helpful, detailed, and polite answers to the user's questions."
     },
-    "llava": VICUNA,  # as llava-hf publishes LLaVA-1.5; its end token stands where LLaVA was trained with it, after every answer
+    # as llava-hf publishes LLaVA-1.5, but with an end token after each answer, as in LLaVA's
+    # training
+    "llava": VICUNA,
     "zephyr": {
         "start": "",
         "system": "<|system|>\n{}</s>\n",
@@ -97,8 +117,10 @@ TEMPLATES = {
         "after": "\n",
         "glued": True,
     },
-    # LLaVA's for pretraining: a picture, then its caption; mute: words beside a picture are left out (`shown`), text without one is kept. Where LLaVA
-    # ends a caption by a line break, here is the token that ends every answer. For tokenizers with <s> and </s>: SentencePiece and Tekken.
+    # LLaVA's for pretraining: an image, then its caption. mute: words beside an image are left out
+    # (`drop_caption_prompt`), text without an image is kept. LLaVA ends a caption by a line break;
+    # here the token that ends each answer does. For tokenizers with <s> and </s>: SentencePiece and
+    # Tekken.
     "plain": {
         "start": "<s>",
         "system": "{}\n\n",
@@ -108,25 +130,32 @@ TEMPLATES = {
         "mute": True,
     },
 }
-JINJA_SECONDS, JINJA_BYTES = (
-    10,
-    1 << 30,
-)  # of a core, and bytes, that a stranger's template may take over all probes; published ones take hundredths of a second
-LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can write one half of a UTF-16 pair, UTF-8 cannot
-CAPTION_PROMPT = "Give a brief description of this image in one sentence."  # where a caption's data asks nothing; Megatron's COCO prompt
-SHORT_PROMPT = "Answer the question using a single word or phrase."  # after a question: VQAv2, ChartQA, POPE, MME
-LETTER_PROMPT = "Answer with the option's letter from the given choices directly."  # after a question and its choices: AI2D, MMMU, MMStar
+# Limits for all probes of an unknown template: seconds of CPU time, and bytes of memory. Published
+# templates take hundredths of a second.
+JINJA_SECONDS, JINJA_BYTES = 10, 1 << 30
+# JSON can hold one half of a UTF-16 pair; UTF-8 cannot.
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+# Megatron's COCO prompt, for captions that come without a question
+CAPTION_PROMPT = "Give a brief description of this image in one sentence."
+# follows a question of VQAv2, ChartQA, POPE and MME
+SHORT_PROMPT = "Answer the question using a single word or phrase."
+# follows a question and its choices in AI2D, MMMU and MMStar
+LETTER_PROMPT = "Answer with the option's letter from the given choices directly."
+ROLES = {
+    "human": "user",
+    "gpt": "assistant",
+    "user": "user",
+    "assistant": "assistant",
+    "system": "system",
+}
 
 
 def read_turns(record, name):
-    """A LLaVA `conversations` or an OpenAI-style `messages` list as [(role, text)], roles "system", "user", "assistant" in order."""
-    roles = {
-        "human": "user",
-        "gpt": "assistant",
-        "user": "user",
-        "assistant": "assistant",
-        "system": "system",
-    }
+    """Returns a LLaVA `conversations` or an OpenAI `messages` list as [(role, text)].
+
+    Roles are "system", "user" and "assistant". Raises UserError, which begins with `name`, if it is
+    no conversation.
+    """
     raw = isinstance(record, dict) and (record.get("conversations") or record.get("messages"))
     if not raw or not isinstance(raw, list) or not all(isinstance(turn, dict) for turn in raw):
         raise UserError(
@@ -136,9 +165,10 @@ def read_turns(record, name):
     turns = []
     for turn in raw:
         role, text = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
-        if not isinstance(role, str) or role not in roles or not isinstance(text, str):
+        if not isinstance(role, str) or role not in ROLES or not isinstance(text, str):
             raise UserError(
-                f"{name}: a turn is said by one of {', '.join(roles)}, and is a text, not {str(turn)[:80]}",
+                f"{name}: a turn needs a text and a role, one of {', '.join(ROLES)}; "
+                f"not {str(turn)[:80]}",
                 "no conversation",
             )
         if LONE_SURROGATE.search(text):
@@ -146,31 +176,36 @@ def read_turns(record, name):
                 f"{name}: a turn has half a character (a lone surrogate): {text!a:.80}",
                 "half a character",
             )
-        turns.append(
-            (roles[role], text.strip() if roles[role] == "assistant" else text)
-        )  # nobody should learn to end in white space
+        # The model must not learn to end an answer in white space.
+        turns.append((ROLES[role], text.strip() if ROLES[role] == "assistant" else text))
     first = next((i for i, (role, _) in enumerate(turns) if role == "user"), None)
     if first is not None and turns[first][1].strip() == "<image>":
         turns[first] = ("user", f"<image>\n{CAPTION_PROMPT}")
     return turns
 
 
-def check_turns(turns, pictures, name):
-    """Raise UserError unless users and assistants alternate, every answer says something and there is one <image> a picture."""
-    spoken = [role for role, _ in turns if role != "system"]
+def check_turns(turns, image_count, name):
+    """Raises UserError if a conversation cannot be a sample.
+
+    Users and assistants must alternate, each answer must have a text, and there must be one <image>
+    per image.
+    """
+    roles = [role for role, _ in turns if role != "system"]
     if (
-        spoken != ["user", "assistant"] * (len(spoken) // 2)
-        or not spoken
+        roles != ["user", "assistant"] * (len(roles) // 2)
+        or not roles
         or "system" in [role for role, _ in turns[1:]]
     ):
         raise UserError(
-            f"{name}: turns must go (system,) user, assistant, user, assistant …, not {', '.join(role for role, _ in turns)}",
+            f"{name}: turns must go (system,) user, assistant, user, assistant …, "
+            f"not {', '.join(role for role, _ in turns)}",
             "turns out of order",
         )
-    tags = sum(text.count("<image>") for role, text in turns if role != "assistant")
-    if tags != pictures:
+    tag_count = sum(text.count("<image>") for role, text in turns if role != "assistant")
+    if tag_count != image_count:
         raise UserError(
-            f"{name}: {tags} <image> in its text but {pictures} pictures", "wrong number of <image>"
+            f"{name}: {tag_count} <image> in its text but {image_count} images",
+            "wrong number of <image>",
         )
     for number, (role, text) in enumerate(turns):
         if role == "assistant" and not text.strip():
@@ -180,13 +215,18 @@ def check_turns(turns, pictures, name):
             )
 
 
-def drop_caption_prompt(text, is_asked):
-    """The pictures of what a user says, without the words: in captions' data these only ask for a caption, each time in others, and LLaVA leaves them
-    out. But a question that waits for its answer (is_asked) was meant: UserError."""
+def drop_caption_prompt(text, is_prompt):
+    """Returns only the <image> tags of a user's message.
+
+    In data of captions the words ask for a caption, each time in other words; LLaVA leaves them
+    out. is_prompt: the message waits for an answer, so its words matter. Raises UserError if they
+    ask for anything but a caption.
+    """
     words = text.replace("<image>", "").strip()
-    if is_asked and words not in ("", CAPTION_PROMPT):
+    if is_prompt and words not in ("", CAPTION_PROMPT):
         raise UserError(
-            f"the template plain shows a picture and asks nothing: it cannot ask {words[:80]!r}, only {CAPTION_PROMPT!r}"
+            "the template plain takes an image and no question: "
+            f"it cannot ask {words[:80]!r}, only {CAPTION_PROMPT!r}"
         )
     return "<image>" * text.count("<image>")
 
@@ -198,70 +238,80 @@ def trim_text(text, role, form):
 
 
 def conversation_segments(turns, template):
-    """(text, how, trained) in order; how: "special" for template text in which names are special tokens, "said" for what somebody said."""
+    """Yields (text, kind, has_loss) for each segment of a conversation, in order.
+
+    kind: "template" for text of the template, in which names of special tokens become these tokens;
+    "message" for the text of a turn. has_loss: the loss mask of the segment's tokens.
+    """
     form, system = TEMPLATES[template], ""
     if "default" in form and turns[0][0] != "system":
         turns = [("system", form["default"]), *turns]
-    yield form["start"], "special", False
+    yield form["start"], "template", False
     last = max((i for i, (role, _) in enumerate(turns) if role == "user"), default=None)
     for i, (role, text) in enumerate(turns):
         if role == "assistant":
-            yield form.get("answer", "{}").replace("{}", trim_text(text, role, form)), "said", True
-            yield form["end"], "special", True
-            yield form["after"], "special", False
+            answer = form.get("answer", "{}").replace("{}", trim_text(text, role, form))
+            yield answer, "message", True
+            yield form["end"], "template", True
+            yield form["after"], "template", False
             continue
         before, after = form[role].split("{}")
         if role == "system" and form.get("inside"):
             system = before + text + after
             continue
-        yield before, "special", False
+        yield before, "template", False
         if form.get("mute") and "<image>" in text:
-            text = drop_caption_prompt(text, is_asked=i == len(turns) - 1)
+            text = drop_caption_prompt(text, is_prompt=i == len(turns) - 1)
         if role == "user" and (i == last or form.get("inside") == "first"):
             text, system = system + text, ""
-        yield trim_text(text, role, form), "said", False
-        yield after, "special", False
+        yield trim_text(text, role, form), "message", False
+        yield after, "template", False
 
 
 def render_conversation(turns, tokenizer, template):
-    """[(role, text)] -> (ids, trained), lists of equal length; ids hold IMAGE once a picture. Ends in a user's turn: a prompt to be answered."""
-    written = list(conversation_segments(turns, template))
-    names = [
-        name
-        for name in tokenizer.special
-        if any(name in text for text, how, _ in written if how == "special")
-    ]
-    special = (
-        "|".join(map(re.escape, sorted(names, key=len, reverse=True))) or "(?!)"
-    )  # the longest first, as Hugging Face finds them
-    runs = []  # [text or id, trained]: texts side by side are encoded as one, as the reference templates do
-    for text, how, trained in written:
-        pattern = special if how == "special" else "<image>" if not trained else "(?!)"
+    """Returns (ids, loss_mask) of [(role, text)]: two lists of equal length, made in one pass.
+
+    loss_mask is True where a token is a label, that is, has a loss: on the assistant's answers and
+    on their end tokens. All other tokens get IGNORE_INDEX as label. ids hold one IMAGE_TOKEN_ID per
+    image; dataset.expand_image_tokens repeats it. A conversation that ends in a user's turn is a
+    prompt for generation.
+    """
+    segments = list(conversation_segments(turns, template))
+    template_texts = [text for text, kind, _ in segments if kind == "template"]
+    names = [name for name in tokenizer.special if any(name in text for text in template_texts)]
+    # the longest name first, as Hugging Face finds special tokens
+    names = map(re.escape, sorted(names, key=len, reverse=True))
+    special = "|".join(names) or "(?!)"
+    # Texts side by side are encoded as one, as the published templates do.
+    merged = []  # [text or id, has_loss]
+    for text, kind, has_loss in segments:
+        pattern = special if kind == "template" else "<image>" if not has_loss else "(?!)"
         for part in re.split(f"({pattern})", text):
             if part and re.fullmatch(pattern, part):
-                runs.append([IMAGE_TOKEN_ID if how == "said" else tokenizer.special[part], trained])
-            elif part and runs and isinstance(runs[-1][0], str) and runs[-1][1] == trained:
-                runs[-1][0] += part
+                token_id = IMAGE_TOKEN_ID if kind == "message" else tokenizer.special[part]
+                merged.append([token_id, has_loss])
+            elif part and merged and isinstance(merged[-1][0], str) and merged[-1][1] == has_loss:
+                merged[-1][0] += part
             elif part:
-                runs.append([part, trained])
-    ids, mask = [], []
-    for content, trained in runs:
-        is_text = isinstance(content, str)
-        new = (
-            tokenizer.encode(content, prepend_space(ids, trained, tokenizer, TEMPLATES[template]))
-            if is_text
-            else [content]
-        )
+                merged.append([part, has_loss])
+    ids, loss_mask = [], []
+    for content, has_loss in merged:
+        new = [content]
+        if isinstance(content, str):
+            space = prepend_space(ids, has_loss, tokenizer, TEMPLATES[template])
+            new = tokenizer.encode(content, space)
         ids += new
-        mask += [trained] * len(new)
-    return ids, mask
+        loss_mask += [has_loss] * len(new)
+    return ids, loss_mask
 
 
 def prepend_space(ids, is_answer, tokenizer, form):
-    """Whether SentencePiece's space stands before the text that comes after `ids`; None: as the tokenizer does by itself.
+    """Returns if SentencePiece's space stands before the text that follows `ids`.
 
-    One that puts it first in a conversation alone (Metaspace's "first": Mistral v0.3, LLaVA-1.5) leaves the others to the template, and published
-    ones write it before whatever is said, but not after a picture or, mostly, an ended turn.
+    None leaves it to the tokenizer. A tokenizer that adds the space only at the start of a
+    conversation (Metaspace's "first": Mistral v0.3, LLaVA-1.5) leaves the other spaces to the
+    template. Published templates write one before each message, but not after an image and, mostly,
+    not after an ended turn.
     """
     if is_answer and form.get("glued"):
         return False
@@ -273,23 +323,29 @@ def prepend_space(ids, is_answer, tokenizer, form):
 
 
 def end_token_id(tokenizer, template):
-    """The id that ends the assistant's turn; UserError if the tokenizer does not know the special tokens that the template begins and ends with."""
+    """Returns the id that ends the assistant's turn.
+
+    Raises UserError if the tokenizer lacks the template's start or end token.
+    """
     start, end = (TEMPLATES[template][name] for name in ("start", "end"))
     for name in filter(None, (start, end)):
         if name not in tokenizer.special:
             raise UserError(
-                f"the template {template} writes {name}, which is no special token of this tokenizer"
+                f"the template {template} writes {name}, "
+                "which is no special token of this tokenizer"
             )
     return tokenizer.special[end]
 
 
 def special_token_names(template):
-    """The special tokens a template needs, for a tokenizer that is learnt for it."""
+    """Returns the special tokens of a template, for a tokenizer that is trained for it."""
     parts = [TEMPLATES[template][name] for name in ("start", "system", "user", "end", "after")]
     return list(dict.fromkeys(re.findall(r"<\|\w+\|>|</?s>|\[/?\w+\]", "".join(parts))))
 
 
-PROBES = [  # conversations that any two templates write differently; the first must be known to a template, the others may be
+# Conversations that any two templates write differently. A template must accept the first; it may
+# refuse the others.
+PROBES = [
     [("user", "Hello"), ("assistant", "Hi"), ("user", "Bye")],
     [("user", "Hello")],
     [("system", "Be kind."), ("user", "Hello")],
@@ -298,95 +354,103 @@ PROBES = [  # conversations that any two templates write differently; the first 
 
 
 def identify_template(jinja, tokens, tokenizer, where):
-    """The name of the template that writes what a published one in Jinja writes, over every probe that it accepts; UserError if there is none.
+    """Returns the name of the template that writes the same text as a published Jinja template.
 
-    Templates of LLaVA folders want what is said in parts, and are compared by a first question alone: they leave the start token to the tokenizer,
-    and llava-hf's leave out or misspell ("<\\s>") the end token after an answer, with which LLaVA was trained.
-    tokens: its bos_token and eos_token. A SentencePiece tokenizer puts a space before each text: of those spaces some published templates write
-    every one, some only a few, so they are not compared.
+    They are compared on each probe that the Jinja template accepts. Raises UserError if none of
+    TEMPLATES is equal.
+
+    Templates of LLaVA folders take each message as a list of parts, and are compared on one
+    question alone: they leave the start token to the tokenizer, and llava-hf's omit or misspell
+    ("<\\s>") the end token after an answer, with which LLaVA was trained.
+    tokens: its bos_token and eos_token. Spaces that a SentencePiece tokenizer adds before a text
+    are not compared, because some published templates write all of them and some only a few.
     """
-    choices = f"say which it is by --template of prepare.py, stitch for a brain, export for a whole LLaVA: {', '.join(TEMPLATES)}"
-    if not isinstance(jinja, str):
-        raise UserError(f"{where} states no chat template; {choices}")
-    own_space = tokenizer.bytes_of[tokenizer.encode("a")[0]].startswith(b" ")
-    optional = f"({'|'.join(map(re.escape, tokenizer.special))}) " if own_space else "()(?!)"
-    *written, asked = render_jinja(
-        jinja, tokens, [*((turns, False) for turns in PROBES), (PROBES[1], True)], where
+    choices = (
+        "name it by --template of prepare.py: stitch for a language model, "
+        "export for a whole LLaVA: "
+        + ", ".join(TEMPLATES)
     )
-    wanted = {
-        i: re.sub(optional, r"\1", text) for i, text in enumerate(written) if text is not None
-    }
-    for name, space in itertools.product(TEMPLATES, ["", " "] if own_space else [""]):
-        if 0 in wanted and wanted == {
-            i: re.sub(optional, r"\1", render_text(PROBES[i], tokenizer, name, space)) for i in wanted
+    if not isinstance(jinja, str):
+        raise UserError(f"{where} has no chat template; {choices}")
+    adds_space = tokenizer.bytes_of[tokenizer.encode("a")[0]].startswith(b" ")
+    optional = f"({'|'.join(map(re.escape, tokenizer.special))}) " if adds_space else "()(?!)"
+
+    def normalize(text):
+        return re.sub(optional, r"\1", text)
+
+    conversations = [*((turns, False) for turns in PROBES), (PROBES[1], True)]
+    *rendered, rendered_parts = render_jinja(jinja, tokens, conversations, where)
+    expected = {i: normalize(text) for i, text in enumerate(rendered) if text is not None}
+    for name, space in itertools.product(TEMPLATES, ["", " "] if adds_space else [""]):
+        if 0 in expected and expected == {
+            i: normalize(render_text(PROBES[i], tokenizer, name, space)) for i in expected
         }:
             return name
-    if asked is not None:
+    if rendered_parts is not None:
         for name in TEMPLATES:
-            ours = re.sub(optional, r"\1", render_text(PROBES[1], tokenizer, name)).removeprefix(
-                TEMPLATES[name]["start"]
-            )
-            if ours == re.sub(optional, r"\1", asked).removeprefix(TEMPLATES[name]["start"]):
+            start = TEMPLATES[name]["start"]
+            ours = normalize(render_text(PROBES[1], tokenizer, name)).removeprefix(start)
+            if ours == normalize(rendered_parts).removeprefix(start):
                 return name
     raise UserError(
-        f"{where}: its chat template writes {wanted.get(0)!r:.1000}, as none of ours does; {choices}"
+        f"{where}: its chat template writes {expected.get(0)!r:.1000}, as none of ours does; "
+        f"{choices}"
     )
 
 
 def render_text(turns, tokenizer, template, space=""):
-    """A conversation as one text, with `space` before every part that is tokenised by itself."""
+    """Returns a conversation as one text, with `space` before each text that is encoded alone."""
     stub = SimpleNamespace(
         special={name: (name,) for name in tokenizer.special},
         encode=lambda text, _: [space + text],
-        front=None,
+        prefix_space=None,
     )
-    return "".join("".join(piece) for piece in render_conversation(turns, stub, template)[0])
+    return "".join("".join(part) for part in render_conversation(turns, stub, template)[0])
 
 
-def render_jinja(jinja, tokens, asked, where):
-    """What a template in Jinja writes of each of `asked`, (turns, parts) as jinja.py has them; None for what it refuses. UserError if it takes more
-    than it may."""
-    given = json.dumps({"jinja": jinja, "tokens": tokens, "asked": asked})
-    command = [
-        sys.executable,
-        "-P",
-        str(Path(__file__).with_name("jinja.py")),
-        str(JINJA_SECONDS),
-        str(JINJA_BYTES),
-    ]
-    done = subprocess.run(command, input=given, capture_output=True, text=True)
+def render_jinja(jinja, tokens, conversations, where):
+    """Returns what a Jinja template writes for each conversation, and None for what it refuses.
+
+    conversations: (turns, parts) each, as in jinja.py. Raises UserError if the template takes more
+    time or memory than is allowed.
+    """
+    request = json.dumps({"jinja": jinja, "tokens": tokens, "conversations": conversations})
+    script = Path(__file__).with_name("jinja.py")
+    command = [sys.executable, "-P", str(script), str(JINJA_SECONDS), str(JINJA_BYTES)]
+    done = subprocess.run(command, input=request, capture_output=True, text=True)
     if done.returncode:
+        error = (done.stderr.strip().splitlines() or ["it was stopped"])[-1]
         raise UserError(
-            f"{where}: its chat template could not be tried within {JINJA_SECONDS} s and {JINJA_BYTES >> 20} MiB: "
-            f"{(done.stderr.strip().splitlines() or ['it was stopped'])[-1]:.200}"
+            f"{where}: its chat template did not finish within {JINJA_SECONDS} s and "
+            f"{JINJA_BYTES >> 20} MiB: {error:.200}"
         )
     return json.loads(done.stdout)
 
 
-def add_tile_tags(ids, trained, pictures, tokenizer, policy):
-    """What render gave and the images.Picture each that its IMAGE stand for, as NVLM shows them (Dai et al. 2024) where the policy has tags: before
-    each tile a text that numbers it, which nobody trains, and each tile a picture of its own. Else as they are."""
-    if not policy.get("tags"):
-        return ids, trained, pictures
-    if ids.count(IMAGE_TOKEN_ID) != len(pictures):
-        raise UserError(
-            f"{ids.count(IMAGE_TOKEN_ID)} places for pictures but {len(pictures)} pictures"
-        )
-    tagged, mask, tiles, remaining = [], [], [], iter(pictures)
-    for i, is_trained in zip(ids, trained, strict=True):
-        new = [i]
-        if i == IMAGE_TOKEN_ID:
-            picture = next(remaining)
-            new = [
-                x
-                for text in image_processing.tile_tags(len(picture.tiles), policy)
-                for x in (*tokenizer.encode(text), IMAGE_TOKEN_ID)
-            ]
-            one = image_processing.image_feature_index(picture.size, policy, 1)
-            tiles += [
-                picture._replace(tiles=picture.tiles[n : n + 1], feature_index=one)
-                for n in range(len(picture.tiles))
-            ]
-        tagged += new
-        mask += [is_trained] * len(new)
-    return tagged, mask, tiles
+def add_tile_tags(ids, loss_mask, images, tokenizer, image_config):
+    """Returns (ids, loss_mask, images) with a text before each tile, as NVLM (Dai et al. 2024).
+
+    ids, loss_mask: of render_conversation; images: a ProcessedImage per IMAGE_TOKEN_ID. If the
+    image config has `tags`, each tile becomes an image of its own, after a text with its number
+    that has no loss. Otherwise the arguments are returned unchanged.
+    """
+    if not image_config.get("tags"):
+        return ids, loss_mask, images
+    if ids.count(IMAGE_TOKEN_ID) != len(images):
+        raise UserError(f"{ids.count(IMAGE_TOKEN_ID)} image tokens but {len(images)} images")
+    tagged_ids, tagged_mask, tile_images, remaining = [], [], [], iter(images)
+    for token_id, has_loss in zip(ids, loss_mask, strict=True):
+        new = [token_id]
+        if token_id == IMAGE_TOKEN_ID:
+            image = next(remaining)
+            new = []
+            for text in image_processing.tile_tags(len(image.tiles), image_config):
+                new += [*tokenizer.encode(text), IMAGE_TOKEN_ID]
+            index = image_processing.image_feature_index(image.size, image_config, 1)
+            for n in range(len(image.tiles)):
+                tile_images.append(
+                    image._replace(tiles=image.tiles[n : n + 1], feature_index=index)
+                )
+        tagged_ids += new
+        tagged_mask += [has_loss] * len(new)
+    return tagged_ids, tagged_mask, tile_images

@@ -1,4 +1,7 @@
-"""Opening pictures that nobody vouches for: any file's bytes become an RGB picture, or a UserError that names it, with a reason to be counted by."""
+"""Opening untrusted images: the bytes of any file become an RGB image or a UserError.
+
+The error names the image and has a reason, by which the skipped images of a dataset are counted.
+"""
 
 import contextlib
 import io
@@ -11,91 +14,90 @@ from PIL import ExifTags, Image, ImageOps
 
 from .. import UserError
 
-IMAGE_FORMATS = (
-    "BMP",
-    "GIF",
-    "JPEG",
-    "PNG",
-    "PPM",
-    "TIFF",
-    "WEBP",
-)  # what people have; Pillow knows 40 more, some of which start other programs
-MAX_PIXELS = 100_000_000  # 300 MB as RGB; a bomb of a few kB unpacks to more
-MAX_SIDE = 20_000  # the square that it is padded to is 1.2 GB
+# Pillow knows 40 more formats, some of which start other programs.
+IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+MAX_PIXELS = 100_000_000  # 300 MB as RGB; a decompression bomb of a few kB unpacks to more
+MAX_SIDE = 20_000  # padded to a square, this is 1.2 GB
 MAX_ASPECT = 200
 
 
-def read_image(source, name=None, needed=None):
-    """A picture, a path or its bytes, as RGB, and its (width, height): turned as EXIF says, transparency over white, 16 bits scaled to 8, the first
-    frame if it moves.
+def read_image(source, name=None, required_size=None):
+    """Returns (image, size): an image (a path, or the bytes of a file) as RGB, and (width, height).
 
-    name: of bytes, for messages. needed: a function of (width, height) that says what size the picture will be resized to: a JPEG may then come
-    smaller than the (width, height) that is returned. Raises UserError, naming the picture, for what is no picture of FORMATS, is cut short, has more
-    than MAX_PIXELS, a side of more than MAX_SIDE or one MAX_ASPECT times the other, or holds grey that is neither 8 nor 16 bits.
+    It is turned as EXIF says. Transparency becomes white, 16 bits become 8, and an animation
+    becomes its first frame.
+    name: of bytes, for messages. required_size: a function from (width, height) to the size that
+    the image will be resized to. If it is given, a JPEG may be decoded smaller than the returned
+    size.
+
+    Raises UserError, which names the image, if the file is no image of IMAGE_FORMATS, is cut short,
+    has more than MAX_PIXELS, has a side of more than MAX_SIDE or one MAX_ASPECT times the other, or
+    holds gray values that have neither 8 nor 16 bits.
     """
 
     def file():
-        return io.BytesIO(source) if memory else source
+        return io.BytesIO(source) if in_memory else source
 
-    memory = isinstance(source, bytes)
-    length = len(source) if memory else None
+    in_memory = isinstance(source, bytes)
+    length = len(source) if in_memory else None
     with (
-        image_errors(name or ("the picture" if memory else source), length),
+        image_errors(name or ("the image" if in_memory else source), length),
         warnings.catch_warnings(action="ignore"),
-        Image.open(file(), formats=IMAGE_FORMATS) as picture,
+        Image.open(file(), formats=IMAGE_FORMATS) as image,
     ):
-        check_image_size(*picture.size)
-        size = draft_jpeg(picture, needed) if needed and picture.format in ("JPEG", "MPO") else None
-        codings = [
-            part.args for part in picture.tile
-        ]  # how the file keeps a pixel, which loading forgets
-        picture.load()
-        if "transparency" in picture.info:
-            convert_transparent_color(file(), picture, codings)
-        ImageOps.exif_transpose(picture, in_place=True)
-        return convert_to_rgb(picture), size or picture.size
+        check_image_size(*image.size)
+        can_draft = required_size and image.format in ("JPEG", "MPO")
+        size = draft_jpeg(image, required_size) if can_draft else None
+        # the pixel format in the file, which load() forgets
+        raw_modes = [tile.args for tile in image.tile]
+        image.load()
+        if "transparency" in image.info:
+            convert_transparent_color(file(), image, raw_modes)
+        ImageOps.exif_transpose(image, in_place=True)
+        return convert_to_rgb(image), size or image.size
 
 
 @contextlib.contextmanager
 def image_errors(name, length=None):
-    """Whatever opening a picture raises, as a UserError that names it, with its reason; length: of a picture in memory."""
+    """Turns each error of opening an image into a UserError that names it, with a reason.
+
+    length: number of bytes of an image in memory.
+    """
     try:
         yield
-    except UserError as mistake:
-        raise UserError(f"{name} {mistake}", mistake.reason) from None
+    except UserError as error:
+        raise UserError(f"{name} {error}", error.reason) from None
     except IsADirectoryError:
-        raise UserError(f"{name} is a folder, not a picture", "no picture") from None
+        raise UserError(f"{name} is a folder, not an image", "no image") from None
     except Image.UnidentifiedImageError:
-        empty = (os.path.getsize(name) if length is None else length) == 0
-        what = (
-            "is empty (0 bytes)"
-            if empty
-            else f"is no picture that can be read here ({', '.join(IMAGE_FORMATS)})"
-        )
-        raise UserError(f"{name} {what}", "no picture") from None
-    except (
-        Image.DecompressionBombError
-    ) as error:  # Pillow counts before we can; its message says how many
-        pixels = int(re.search(r"\((\d+) pixels\)", str(error))[1])
-        raise UserError(f"{name} {too_many_pixels(pixels)}", "picture too large") from None
-    except FileNotFoundError as error:
-        raise UserError(f"{name}: {error.strerror}", "picture missing") from None
-    except Exception as error:  # on broken bytes Pillow raises nearly every kind of error
-        if isinstance(error, OSError) and error.strerror:  # the system's word, not Pillow's
-            raise UserError(f"{name}: {error.strerror}", "picture unreadable") from None
+        if (os.path.getsize(name) if length is None else length) == 0:
+            raise UserError(f"{name} is empty (0 bytes)", "no image") from None
+        formats = ", ".join(IMAGE_FORMATS)
         raise UserError(
-            f"{name} is broken or cut short: {' '.join(str(error).split()) or type(error).__name__}",
-            "picture cut short",
+            f"{name} is no image that can be read here ({formats})", "no image"
         ) from None
+    except Image.DecompressionBombError as error:
+        # Pillow counts before check_image_size can; its message has the number.
+        pixels = int(re.search(r"\((\d+) pixels\)", str(error))[1])
+        raise UserError(f"{name} {too_many_pixels(pixels)}", "image too large") from None
+    except FileNotFoundError as error:
+        raise UserError(f"{name}: {error.strerror}", "image missing") from None
+    except Exception as error:  # on broken bytes Pillow raises nearly every kind of error
+        if isinstance(error, OSError) and error.strerror:  # from the system, not from Pillow
+            raise UserError(f"{name}: {error.strerror}", "image unreadable") from None
+        text = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{name} is broken or cut short: {text}", "image cut short") from None
 
 
-def draft_jpeg(picture, needed):
-    """Have a JPEG's DCT decoded to a half, a quarter or an eighth, if that is at least twice as large as `needed` says of its (width, height);
-    returns these, upright."""
-    turned = picture.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
-    size = picture.size[::-1] if turned else picture.size
-    enough = tuple(2 * edge for edge in needed(size))
-    picture.draft(None, enough[::-1] if turned else enough)
+def draft_jpeg(image, required_size):
+    """Returns the upright (width, height) of a JPEG, and sets it to be decoded smaller.
+
+    It is decoded at a half, a quarter or an eighth if that is at least twice the required size.
+    """
+    is_rotated = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+    size = image.size[::-1] if is_rotated else image.size
+    min_size = tuple(2 * edge for edge in required_size(size))
+    image.draft(None, min_size[::-1] if is_rotated else min_size)
     return size
 
 
@@ -104,57 +106,63 @@ def too_many_pixels(pixels):
 
 
 def check_image_size(width, height):
+    """Raises UserError if an image has too many pixels, a side too long, or an extreme shape."""
     if width * height > MAX_PIXELS:
-        raise UserError(too_many_pixels(width * height), "picture too large")
+        raise UserError(too_many_pixels(width * height), "image too large")
     if max(width, height) > MAX_SIDE:
         raise UserError(
             f"is {width} x {height} pixels, more than the {MAX_SIDE:,} that a side may have",
-            "picture too large",
+            "image too large",
         )
     if min(width, height) < 1 or max(width, height) > MAX_ASPECT * min(width, height):
         raise UserError(
             f"is {width} x {height} pixels: one side is more than {MAX_ASPECT} times the other",
-            "picture too long and thin",
+            "image too long and thin",
         )
 
 
-def convert_transparent_color(file, picture, codings):
-    """A PNG names its transparent colour in the file's own depth; Pillow compares it with the 8 bits that it decodes to. In place."""
-    if "L;2" in codings or "L;4" in codings:
-        picture.info["transparency"] *= 85 if "L;2" in codings else 17  # 255 / 3, 255 / 15
-    if "RGB;16B" in codings:
-        with Image.open(file, formats=["PNG"]) as lower:
-            lower.tile = [
-                part._replace(args="RGB;16L") for part in lower.tile
-            ]  # the bytes swapped: the lower 8 bits of each number
-            values_YXC = np.asarray(picture).astype(np.uint16) << 8 | np.asarray(lower)
-        picture.putalpha(Image.fromarray((values_YXC != picture.info.pop("transparency")).any(-1)))
+def convert_transparent_color(file, image, raw_modes):
+    """Scales the transparent color of a PNG from the file's bits to the 8 bits of its pixels.
+
+    A PNG names the color in its own bits, but Pillow compares it with the decoded ones. In place.
+    """
+    if "L;2" in raw_modes or "L;4" in raw_modes:
+        image.info["transparency"] *= 85 if "L;2" in raw_modes else 17  # 255 / 3, 255 / 15
+    if "RGB;16B" in raw_modes:
+        with Image.open(file, formats=["PNG"]) as low:
+            # the bytes swapped: the lower 8 bits of each number
+            low.tile = [tile._replace(args="RGB;16L") for tile in low.tile]
+            values_YXC = np.asarray(image).astype(np.uint16) << 8 | np.asarray(low)
+        opaque_YX = (values_YXC != image.info.pop("transparency")).any(-1)
+        image.putalpha(Image.fromarray(opaque_YX))
 
 
-def convert_to_rgb(picture):
-    """A loaded picture of any mode as RGB; UserError for grey values that are neither 8 nor 16 bits."""
-    if picture.mode == "F":
+def convert_to_rgb(image):
+    """Returns a loaded image of any mode as RGB.
+
+    Raises UserError if its gray values have neither 8 nor 16 bits.
+    """
+    if image.mode == "F":
         raise UserError(
-            "holds float pixels, which have no agreed white", "picture of strange pixels"
+            "holds float pixels, for which white is not defined", "unsupported pixel format"
         )
-    if picture.mode.startswith("I"):
-        return convert_16_bit_gray(picture)
-    if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert(
-            "RGB"
-        )
-    return picture if picture.mode == "RGB" else picture.convert("RGB")
+    if image.mode.startswith("I"):
+        return convert_16_bit_gray(image)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def convert_16_bit_gray(picture):
-    """The upper 8 of 16 bits, as Pillow takes them from 16-bit colour; its own conversion of grey would clip at 255."""
-    values_YX = np.asarray(picture).astype(np.int64)
+def convert_16_bit_gray(image):
+    """Returns the upper 8 of 16 bits, as Pillow does for color; for gray it would clip at 255."""
+    values_YX = np.asarray(image).astype(np.int64)
     if values_YX.min() < 0 or values_YX.max() > 65535:
         raise UserError(
-            f"holds grey from {values_YX.min()} to {values_YX.max()}, neither 8 nor 16 bits",
-            "picture of strange pixels",
+            f"holds gray from {values_YX.min()} to {values_YX.max()}, neither 8 nor 16 bits",
+            "unsupported pixel format",
         )
-    grey_YX = values_YX >> 8
-    grey_YX[values_YX == picture.info.get("transparency", -1)] = 255
-    return Image.fromarray(grey_YX.astype(np.uint8)).convert("RGB")
+    gray_YX = values_YX >> 8
+    gray_YX[values_YX == image.info.get("transparency", -1)] = 255
+    return Image.fromarray(gray_YX.astype(np.uint8)).convert("RGB")

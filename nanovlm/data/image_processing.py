@@ -1,17 +1,26 @@
-"""From a picture, whatever its kind, to the uint8 tiles that training and use both see.
+"""The image processor: any image becomes the uint8 tiles that training and inference both take.
 
-The picture policy is a plain dict that travels in the checkpoint:
+`image_token_count` says how many tokens an image takes, and `load_image` makes its tiles. Both
+follow the image config, a plain dict that is part of the checkpoint:
 
-    tile      pixels across a tile            fit        squash, pad (to a square, with the mean colour), crop (the middle square), tiles, anyres
-    patch     pixels across a patch           resample   bicubic or bilinear
-    shuffle   shuffle² patches a token        mean, std  three numbers each, of pixels between 0 and 1; applied by the model, on its device
-    draft     where it is true, a JPEG may be decoded at a half, a quarter or an eighth, if that is twice as large still as what it is resized to
+    tile      width and height of a tile in pixels
+    patch     width and height of a patch in pixels
+    shuffle   shuffle² patches become one token (pixel shuffle)
+    fit       squash, pad (to a square, with the mean color), crop (the middle square), tiles,
+    anyres resample  bicubic or bilinear
+    mean, std of pixels between 0 and 1, three numbers each; the model normalizes on its device
+    draft     if true, a JPEG may be decoded at a half, a quarter or an eighth of its size, if that
+    is
+              still at least twice the size that it is resized to
 
-    tiles     for tiles alone, the way of InternVL (Chen et al. 2024) and NVLM (Dai et al. 2024): the picture is squashed to the grid of at most
-              `tiles` tiles that its shape asks for, and cut row by row; with `thumbnail`, the whole of it comes last where there are several.
-              choice: how a grid is chosen (GRIDS); tags: whether a text that numbers it stands before each tile.
-    pinpoints for anyres alone, LLaVA-NeXT's way (Liu et al. 2024): the heights and widths in pixels that a picture may be enlarged to. Its first
-              tile is the whole picture, squashed; the others cut the enlarged one, black around it, row by row.
+    tiles     for fit=tiles, the way of InternVL (Chen et al. 2024) and NVLM (Dai et al. 2024): the
+              image is squashed to a grid of at most `tiles` tiles, chosen by its shape, and cut row
+              by row. thumbnail: the whole image follows as the last tile if there are several.
+              choice: how the grid is chosen (GRID_CHOICES). tags: a text with its number before
+              each tile.
+    pinpoints for fit=anyres, the way of LLaVA-NeXT (Liu et al. 2024): the heights and widths in
+              pixels that an image may be enlarged to. The first tile is the whole image, squashed.
+              The others are the enlarged image with black borders, cut row by row.
 """
 
 import functools
@@ -27,257 +36,281 @@ from PIL import Image
 from .. import UserError
 from . import image_files
 
-FITS = ("squash", "pad", "crop")  # that make one tile of any picture
+FITS = ("squash", "pad", "crop")  # each of these makes one tile of any image
 RESAMPLE_FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
-SMALL_IMAGE_PIXELS = 1 << 16  # pixels of a picture on which half a millisecond of Pillow's may be spent
-IMAGE_NEWLINE = -1  # among places: the vector that a model has learnt for the end of a row
+SMALL_IMAGE_PIXELS = 1 << 16  # Pillow's first step takes at most half a millisecond for these
+IMAGE_NEWLINE = -1  # in feature_index: the learned vector at the end of a row (image_newline)
 
 
 class ProcessedImage(NamedTuple):
-    """A picture cut for a model."""
+    """An image as the model takes it."""
 
     tiles: np.ndarray  # (N, C, Y, X), uint8
-    feature_index: np.ndarray  # which tokens of the tiles are read, in order
-    size: tuple  # (width, height) in pixels, upright, before it was cut
+    feature_index: np.ndarray  # which features of its tiles are used, in order
+    size: tuple  # (width, height) of the upright image in pixels, before it is cut
 
 
-# ---- the policy ----
+# ---- the image config ----
 
 
-def check_image_config(policy):
-    """Raise UserError unless a policy has each of its parts, nothing else, and numbers that go together."""
+def check_image_config(image_config):
+    """Raises UserError if an image config lacks a key, has an unknown one, or values disagree."""
 
-    def whole(x):
+    def is_positive_int(x):
         return isinstance(x, int) and not isinstance(x, bool) and x >= 1
 
-    def shares(x, low):
+    def is_triple(x, low):
         return (
             isinstance(x, list | tuple)
             and len(x) == 3
             and all(isinstance(c, int | float) and low <= c <= 1 for c in x)
         )
 
-    def grids(x):
+    def is_whole_tiles(x):
+        tile = image_config.get("tile")
+        return is_positive_int(x) and is_positive_int(tile) and x % tile == 0
+
+    def is_pinpoints(x):
         return (
             isinstance(x, list)
             and x
             and all(
-                isinstance(edges, list) and len(edges) == 2 and all(map(of_tiles, edges))
+                isinstance(edges, list) and len(edges) == 2 and all(map(is_whole_tiles, edges))
                 for edges in x
             )
         )
 
-    def of_tiles(x):
-        return whole(x) and whole(policy.get("tile")) and x % policy["tile"] == 0
-
-    rules = {
-        **{name: (whole, "is no whole number from 1 on") for name in ("tile", "patch", "shuffle")},
+    positive_int = (is_positive_int, "is no whole number from 1 on")
+    boolean = (lambda x: isinstance(x, bool), "is neither true nor false")
+    rules = {  # key -> (test, error)
+        "tile": positive_int,
+        "patch": positive_int,
+        "shuffle": positive_int,
         "fit": (
             lambda x: x in (*FITS, "tiles", "anyres"),
             f"is none of {', '.join(FITS)}, tiles, anyres",
         ),
         "resample": (lambda x: x in RESAMPLE_FILTERS, f"is none of {', '.join(RESAMPLE_FILTERS)}"),
-        "mean": (lambda x: shares(x, 0), "is not three numbers from 0 to 1"),
-        "std": (lambda x: shares(x, 1e-6), "is not three numbers above 0, at most 1"),
+        "mean": (lambda x: is_triple(x, 0), "is not three numbers from 0 to 1"),
+        "std": (lambda x: is_triple(x, 1e-6), "is not three numbers above 0, at most 1"),
     }
-    truth = (lambda x: isinstance(x, bool), "is neither true nor false")
-    if policy.get("fit") == "anyres":
-        rules["pinpoints"] = (grids, "is no list of heights and widths in whole tiles")
-    if policy.get("fit") == "tiles":
-        rules |= {
-            "tiles": rules["tile"],
-            "choice": (lambda x: x in GRID_CHOICES, f"is none of {', '.join(GRID_CHOICES)}"),
-            "thumbnail": truth,
-            "tags": truth,
-        }
-    if "draft" in policy:
-        rules["draft"] = truth
-    wrong = [f"{name} is missing" for name in rules if name not in policy] + [
-        f"{name} is not known" for name in policy if name not in rules
-    ]
-    wrong += [
-        f"{name} {policy[name]!r} {what}"
-        for name, (holds, what) in rules.items()
-        if name in policy and not holds(policy[name])
-    ]
-    if not wrong:
-        across, left = divmod(policy["tile"], policy["patch"])
-        if left:
-            wrong = [f"a tile of {policy['tile']} pixels is not whole patches of {policy['patch']}"]
-        elif across % policy["shuffle"]:
-            wrong = [
-                f"{across} patches across a tile ({policy['tile']} pixels / {policy['patch']}) do not shuffle by {policy['shuffle']}"
+    if image_config.get("fit") == "anyres":
+        rules["pinpoints"] = (is_pinpoints, "is no list of heights and widths in whole tiles")
+    if image_config.get("fit") == "tiles":
+        rules["tiles"] = positive_int
+        rules["choice"] = (lambda x: x in GRID_CHOICES, f"is none of {', '.join(GRID_CHOICES)}")
+        rules |= {"thumbnail": boolean, "tags": boolean}
+    if "draft" in image_config:
+        rules["draft"] = boolean
+    errors = [f"{name} is missing" for name in rules if name not in image_config]
+    errors += [f"{name} is not known" for name in image_config if name not in rules]
+    for name, (is_valid, error) in rules.items():
+        if name in image_config and not is_valid(image_config[name]):
+            errors.append(f"{name} {image_config[name]!r} {error}")
+    if not errors:
+        tile, patch, shuffle = (image_config[name] for name in ("tile", "patch", "shuffle"))
+        if tile % patch:
+            errors = [f"a tile of {tile} pixels is not whole patches of {patch}"]
+        elif tile // patch % shuffle:
+            errors = [
+                f"{tile // patch} patches across a tile ({tile} pixels / {patch}) "
+                f"do not shuffle by {shuffle}"
             ]
-    if wrong:
-        raise UserError(f"picture policy: {'; '.join(wrong)}")
+    if errors:
+        raise UserError(f"image config: {'; '.join(errors)}")
 
 
-def tokens_per_tile(policy):
-    return (policy["tile"] // policy["patch"] // policy["shuffle"]) ** 2
+def tokens_per_tile(image_config):
+    return (image_config["tile"] // image_config["patch"] // image_config["shuffle"]) ** 2
+
+
+# ---- how many tiles and tokens ----
 
 
 @functools.cache
-def candidate_grids(most):
-    """Every (columns, rows) of at most so many tiles, the fewest tiles first; of as many, in the order of a Python set, as InternVL's code has
-    them: among the grids that show a large square equally well, GRIDS["area"] takes the first."""
-    pairs = {
-        (i, j)
-        for n in range(1, most + 1)
-        for i in range(1, n + 1)
-        for j in range(1, n + 1)
-        if i * j <= most
-    }
-    return sorted(pairs, key=math.prod)
+def candidate_grids(max_tiles):
+    """Returns each (columns, rows) of at most `max_tiles` tiles, the fewest tiles first.
+
+    Grids of equally many tiles come in the order of a Python set, as in InternVL's code: of the
+    grids that fit a large square equally well, GRID_CHOICES["area"] takes the first.
+    """
+    grids = set()
+    for n in range(1, max_tiles + 1):
+        for i in range(1, n + 1):
+            for j in range(1, n + 1):
+                if i * j <= max_tiles:
+                    grids.add((i, j))
+    return sorted(grids, key=math.prod)
 
 
 def closest_aspect_ratio(size, tile, grids):
-    """The grid whose width / height is closest to the picture's; of several, the largest of which the picture covers more than half, else the
-    smallest (InternVL's `find_closest_aspect_ratio`)."""
+    """Returns the grid whose width / height is closest to the image's.
+
+    Of several it is the largest one of which the image covers more than half, else the smallest.
+    `find_closest_aspect_ratio` of InternVL.
+    """
 
     def distance(grid):
         return abs(size[0] / size[1] - grid[0] / grid[1])
 
-    nearest = min(map(distance, grids))
-    first, *larger = [grid for grid in grids if distance(grid) == nearest]
-    return next(
-        (
-            grid
-            for grid in reversed(larger)
-            if math.prod(size) > 0.5 * tile * tile * math.prod(grid)
-        ),
-        first,
-    )
+    min_distance = min(map(distance, grids))
+    smallest, *others = [grid for grid in grids if distance(grid) == min_distance]
+    for grid in reversed(others):
+        if math.prod(size) > 0.5 * tile * tile * math.prod(grid):
+            return grid
+    return smallest
 
 
 def closest_area_weighted_aspect_ratio(size, tile, grids):
-    """The grid with the best product of how much of the picture's area it has, 0.6 being enough, and how well the shapes agree (Megatron-LM's
-    examples/multimodal, `find_closest_area_weighted_aspect_ratio`)."""
-    aspect, area = size[0] / size[1], math.prod(size)
+    """Returns the grid with the best product of area ratio (at most 0.6) and aspect ratio match.
 
-    def merit(grid):
-        own = grid[0] / grid[1]
-        return min(math.prod(grid) * tile * tile / area, 0.6) * min(own / aspect, aspect / own)
+    `find_closest_area_weighted_aspect_ratio` of Megatron-LM's examples/multimodal.
+    """
+    aspect_ratio, area = size[0] / size[1], math.prod(size)
 
-    return max(grids, key=merit)
+    def score(grid):
+        grid_ratio = grid[0] / grid[1]
+        area_ratio = min(math.prod(grid) * tile * tile / area, 0.6)
+        return area_ratio * min(grid_ratio / aspect_ratio, aspect_ratio / grid_ratio)
+
+    return max(grids, key=score)
 
 
 GRID_CHOICES = {"aspect": closest_aspect_ratio, "area": closest_area_weighted_aspect_ratio}
 
 
-def tile_grid(size, policy, limit=None):
-    """The (rows, columns) of tiles that a picture of `size` (width, height) is cut into where fit is tiles; limit: at most so many tiles."""
-    most = policy["tiles"] if limit is None else min(limit, policy["tiles"])
-    columns, rows = GRID_CHOICES[policy["choice"]](size, policy["tile"], candidate_grids(most))
+def tile_grid(size, image_config, max_tiles=None):
+    """Returns the (rows, columns) of tiles of an image of `size` (width, height), for fit=tiles.
+
+    max_tiles: at most so many tiles, if that is fewer than the image config allows.
+    """
+    tiles = image_config["tiles"]
+    most = tiles if max_tiles is None else min(max_tiles, tiles)
+    choose = GRID_CHOICES[image_config["choice"]]
+    columns, rows = choose(size, image_config["tile"], candidate_grids(most))
     return rows, columns
 
 
-def select_best_resolution(size, policy):
-    """The (height, width), of the policy's, that shows most of a picture of `size` (width, height), and of these the one that wastes least."""
+def select_best_resolution(size, image_config):
+    """Returns the (height, width), of the pinpoints, that shows most pixels of an image.
 
-    def merit(edges):
-        scale = min(edges[1] / size[0], edges[0] / size[1])
-        shown = min(int(size[0] * scale) * int(size[1] * scale), size[0] * size[1])
-        return shown, shown - edges[0] * edges[1]
-
-    return max(policy["pinpoints"], key=merit)
-
-
-def tile_count(size, policy, limit=None):
-    """How many tiles a picture of `size` (width, height) makes; limit: as for `grid`."""
-    if policy["fit"] == "anyres":
-        height, width = select_best_resolution(size, policy)
-        return 1 + height // policy["tile"] * (width // policy["tile"])
-    count = math.prod(tile_grid(size, policy, limit)) if policy["fit"] == "tiles" else 1
-    return count + (count > 1 and policy["thumbnail"])
-
-
-def image_feature_index(size, policy, tiles):
-    """Which tokens of its tiles are read of a picture of `size` (width, height), in order: an array of places, NEWLINE among them after a row.
-
-    anyres: the first tile's tokens, then the grid's, row by row across its tiles, without the rows or columns that show only black
-    (`unpad_image` of transformers' modeling_llava_next.py, whose rounding this is). All others: every token of all `tiles` tiles.
+    Of several it is the one that wastes least. size: (width, height). As in LLaVA-NeXT.
     """
-    tokens = tokens_per_tile(policy)
-    if policy["fit"] != "anyres":
+
+    def score(edges):
+        scale = min(edges[1] / size[0], edges[0] / size[1])
+        pixels = min(int(size[0] * scale) * int(size[1] * scale), size[0] * size[1])
+        return pixels, pixels - edges[0] * edges[1]
+
+    return max(image_config["pinpoints"], key=score)
+
+
+def tile_count(size, image_config, max_tiles=None):
+    """Returns the number of tiles of an image of `size` (width, height); arguments of tile_grid."""
+    if image_config["fit"] == "anyres":
+        height, width = select_best_resolution(size, image_config)
+        return 1 + height // image_config["tile"] * (width // image_config["tile"])
+    if image_config["fit"] != "tiles":
+        return 1
+    count = math.prod(tile_grid(size, image_config, max_tiles))
+    return count + (count > 1 and image_config["thumbnail"])
+
+
+def image_feature_index(size, image_config, tiles):
+    """Returns which features of an image's tiles are used, in order: an index array.
+
+    size: (width, height); tiles: the number of its tiles.
+    For anyres these are the features of the first tile, then those of the grid, row by row across
+    its tiles, each row followed by IMAGE_NEWLINE. Rows or columns that show only black are left out
+    (`unpad_image` of transformers' modeling_llava_next.py, with its rounding). For all others these
+    are all features of all tiles.
+    """
+    tokens = tokens_per_tile(image_config)
+    if image_config["fit"] != "anyres":
         return np.arange(tiles * tokens)
-    side, (rows, columns) = (
-        math.isqrt(tokens),
-        (edge // policy["tile"] for edge in select_best_resolution(size, policy)),
-    )
-    numbers = np.arange(tokens, tokens * tiles).reshape(rows, columns, side, side)
-    grid_YX = numbers.transpose(0, 2, 1, 3).reshape(rows * side, columns * side)
-    height, width = grid_YX.shape
+    side = math.isqrt(tokens)
+    height, width = select_best_resolution(size, image_config)
+    rows, columns = height // image_config["tile"], width // image_config["tile"]
+    index = np.arange(tokens, tokens * tiles).reshape(rows, columns, side, side)
+    index_YX = index.transpose(0, 2, 1, 3).reshape(rows * side, columns * side)
+    height, width = index_YX.shape
     if size[0] / size[1] > width / height:
         black = (height - int(round(size[1] * (width / size[0]), 7))) // 2
-        grid_YX = grid_YX[black : height - black]
+        index_YX = index_YX[black : height - black]
     else:
         black = (width - int(round(size[0] * (height / size[1]), 7))) // 2
-        grid_YX = grid_YX[:, black : width - black]
-    return np.concatenate(
-        [np.arange(tokens), np.pad(grid_YX, ((0, 0), (0, 1)), constant_values=IMAGE_NEWLINE).ravel()]
-    )
+        index_YX = index_YX[:, black : width - black]
+    with_newlines = np.pad(index_YX, ((0, 0), (0, 1)), constant_values=IMAGE_NEWLINE)
+    return np.concatenate([np.arange(tokens), with_newlines.ravel()])
 
 
-def image_token_count(size, policy, limit=None):
-    """How many tokens a picture of `size` (width, height) takes; everyone who counts, counts with this or with the places themselves."""
-    return len(plan_image(size, policy, limit).feature_index)
+def image_token_count(size, image_config, max_tiles=None):
+    """Returns how many image tokens an image of `size` (width, height) takes.
+
+    An image takes one token per entry of its feature_index (image_feature_index), and nothing else
+    in this project counts in another way. checkpoints/random_init.py has only a size and calls this
+    function. preprocess/build.py plans its images, evals/runner.py and sample.py load them, and
+    data/dataset.py reads them from disk: they take the length of the image's own feature_index.
+    """
+    return len(plan_image(size, image_config, max_tiles).feature_index)
 
 
-def tile_tags(tiles, policy):
-    """NVLM's texts before a picture's tiles, one each, the whole picture's last; None for a policy without."""
-    if not policy.get("tags"):
+def tile_tags(tiles, image_config):
+    """Returns NVLM's texts before each of an image's tiles; None if the image config has no
+    tags."""
+    if not image_config.get("tags"):
         return None
-    numbered = [f"<tile_{i}>" for i in range(1, tiles + 1)]
-    return [*numbered[:-1], "<tile_global_thumbnail>"] if policy["thumbnail"] else numbered
+    tags = [f"<tile_{i}>" for i in range(1, tiles + 1)]
+    return [*tags[:-1], "<tile_global_thumbnail>"] if image_config["thumbnail"] else tags
 
 
-# ---- cutting ----
+# ---- resizing and cutting ----
 
 
 def resize_image(pixels, size, resample):
-    """Pillow's antialiased resize of (Y, X, C) uint8 to `size` (width, height), as a new (C, Y, X): about five times as fast in narrowing.
+    """Returns (Y, X, C) uint8 pixels, resized to `size` (width, height) as Pillow does, as (C, Y,
+    X).
 
-    What is promised is Pillow's number or one level beside it. torch rounds a filter's weights to 16 bits, Pillow to 32, and both round to whole
-    levels between the two directions. Two steps by torch may differ by a level each, which makes two levels in one number of some millions; so
-    Pillow takes the first step where it is short (SMALL) or where torch's weights are coarser yet (in widening). Pillow 13 goes down before it goes
-    across where that saves more. The count of threads changes nothing; another CPU may take another path in torch, with no more than this promise.
+    It is about five times as fast as Pillow if the image gets smaller. Each number is Pillow's or
+    differs from it by one level. torch rounds a filter's weights to 16 bits and Pillow to 32, and
+    both round to whole levels between the two directions. Two steps by torch may differ by a level
+    each, so one number in some millions would differ by two. So Pillow does the first step if it is
+    short (SMALL_IMAGE_PIXELS) or if torch's weights are even coarser (the image gets wider).
+    Pillow 13 resizes the height first if that saves more. The number of threads changes nothing.
+    Another CPU may take another path in torch, with the same bound.
     """
     (height, width), (columns, rows) = pixels.shape[:2], size
-    if (
-        columns == 1
-    ):  # torch 2.13, if the CPU has no AVX2, makes all rows of such a picture the first
-        return (
-            np.asarray(Image.fromarray(pixels).resize(size, RESAMPLE_FILTERS[resample]))
-            .transpose(2, 0, 1)
-            .copy()
-        )
+    if columns == 1:  # torch 2.13 copies the first row to all rows here if the CPU has no AVX2
+        image = Image.fromarray(pixels).resize(size, RESAMPLE_FILTERS[resample])
+        return np.asarray(image).transpose(2, 0, 1).copy()
     first = (width, rows) if height - rows > max(2 * (width - columns), 0) else (columns, height)
     if columns > width or width * height < SMALL_IMAGE_PIXELS:
         pixels = np.asarray(Image.fromarray(pixels).resize(first, RESAMPLE_FILTERS[resample]))
     step = functools.partial(F.interpolate, mode=resample, antialias=True)
-    with warnings.catch_warnings(
-        action="ignore"
-    ):  # of what Pillow hands out being read-only: nobody writes to it
-        pixels_1CYX = torch.from_numpy(pixels).permute(2, 0, 1)[
-            None
-        ]  # channels last, for which torch has its fastest path
-    if columns != width == first[0]:  # F.interpolate by itself goes across first
+    # Pillow's arrays are read-only, of which torch warns; nobody writes to them here.
+    with warnings.catch_warnings(action="ignore"):
+        # channels last, which is torch's fastest path
+        pixels_1CYX = torch.from_numpy(pixels).permute(2, 0, 1)[None]
+    if columns != width == first[0]:  # F.interpolate alone resizes the width first
         pixels_1CYX = step(pixels_1CYX, first[::-1])
     return step(pixels_1CYX, size[::-1])[0].contiguous().numpy()
 
 
-def resized_size(size, policy, limit=None):
-    """The (width, height) that the whole of a picture of `size` is resized to before it is cut; without the bars of pad."""
-    tile, fit = policy["tile"], policy["fit"]
-    if fit in ("crop", "pad"):  # as CLIP: the short side becomes `tile`; as LLaVA-1.5: the long one
+def resized_size(size, image_config, max_tiles=None):
+    """Returns the (width, height) that an image of `size` is resized to before it is cut.
+
+    The borders of fit=pad are not counted.
+    """
+    tile, fit = image_config["tile"], image_config["fit"]
+    if fit in ("crop", "pad"):  # the short side becomes `tile` (CLIP), or the long one (LLaVA-1.5)
         edge = min(size) if fit == "crop" else max(size)
         return max(size[0] * tile // edge, 1), max(size[1] * tile // edge, 1)
-    rows, columns = tile_grid(size, policy, limit) if fit == "tiles" else (1, 1)
+    rows, columns = tile_grid(size, image_config, max_tiles) if fit == "tiles" else (1, 1)
     return columns * tile, rows * tile
 
 
 def split_into_tiles(pixels_CYX, tile):
-    """(C, Y, X) cut into its tiles, row by row, as (N, C, tile, tile)."""
+    """Returns (C, Y, X) cut into its tiles, row by row: (N, C, tile, tile)."""
     C, Y, X = pixels_CYX.shape
     return (
         pixels_CYX.reshape(C, Y // tile, tile, X // tile, tile)
@@ -286,34 +319,38 @@ def split_into_tiles(pixels_CYX, tile):
     )
 
 
-def cut_into_tiles(picture, policy, limit=None, size=None):
-    """An RGB picture as tiles_NCYX (uint8); limit: as for `grid`; size: its own before it was drafted."""
-    pixels, tile, fit, resample = (
-        np.asarray(picture),
-        policy["tile"],
-        policy["fit"],
-        policy["resample"],
-    )
+def cut_into_tiles(image, image_config, max_tiles=None, size=None):
+    """Returns an RGB image as tiles_NCYX (uint8).
+
+    max_tiles: as for tile_grid. size: the image's (width, height) in its file, if it was decoded
+    smaller.
+    """
+    pixels = np.asarray(image)
+    tile, fit, resample = (image_config[name] for name in ("tile", "fit", "resample"))
     if fit == "anyres":
-        whole, enlarged = (
-            resize_image(pixels, (tile, tile), resample),
-            resize_and_pad(pixels, select_best_resolution(picture.size, policy), resample),
-        )
-        return np.concatenate([whole[None], split_into_tiles(enlarged, tile)])
+        resolution = select_best_resolution(image.size, image_config)
+        overview_CYX = resize_image(pixels, (tile, tile), resample)
+        enlarged_CYX = resize_and_pad(pixels, resolution, resample)
+        return np.concatenate([overview_CYX[None], split_into_tiles(enlarged_CYX, tile)])
     if fit == "pad":
-        return resize_image(expand_to_square(pixels, policy["mean"]), (tile, tile), resample)[None]
-    resized = resize_image(pixels, resized_size(size or picture.size, policy, limit), resample)
+        square_YXC = expand_to_square(pixels, image_config["mean"])
+        return resize_image(square_YXC, (tile, tile), resample)[None]
+    new_size = resized_size(size or image.size, image_config, max_tiles)
+    pixels_CYX = resize_image(pixels, new_size, resample)
     if fit == "crop":
-        top, left = (resized.shape[1] - tile) // 2, (resized.shape[2] - tile) // 2
-        resized = np.ascontiguousarray(resized[:, top : top + tile, left : left + tile])
-    cut = split_into_tiles(resized, tile)
-    if len(cut) > 1 and policy["thumbnail"]:
-        cut = np.concatenate([cut, resize_image(pixels, (tile, tile), resample)[None]])
-    return cut
+        top, left = (pixels_CYX.shape[1] - tile) // 2, (pixels_CYX.shape[2] - tile) // 2
+        pixels_CYX = pixels_CYX[:, top : top + tile, left : left + tile]
+        pixels_CYX = np.ascontiguousarray(pixels_CYX)
+    tiles_NCYX = split_into_tiles(pixels_CYX, tile)
+    if len(tiles_NCYX) > 1 and image_config["thumbnail"]:
+        thumbnail_CYX = resize_image(pixels, (tile, tile), resample)
+        tiles_NCYX = np.concatenate([tiles_NCYX, thumbnail_CYX[None]])
+    return tiles_NCYX
 
 
 def expand_to_square(pixels_YXC, mean):
-    """A picture in the middle of a square of the mean colour (`expand2square` of LLaVA-1.5)."""
+    """Returns an image in the middle of a square of the mean color (`expand2square` of
+    LLaVA-1.5)."""
     height, width, _ = pixels_YXC.shape
     side = max(height, width)
     row = np.tile(np.array([int(x * 255) for x in mean], np.uint8), (side, 1))
@@ -323,43 +360,50 @@ def expand_to_square(pixels_YXC, mean):
     return square
 
 
-def resize_and_pad(pixels_YXC, edges, resample):
-    """A picture in the middle of (height, width) pixels, as large as fits, black around it (`get_patch_output_size` of transformers); (C, Y, X)."""
-    (height, width), (rows, columns) = edges, pixels_YXC.shape[:2]
+def resize_and_pad(pixels_YXC, resolution, resample):
+    """Returns an image in the middle of `resolution` (height, width), as large as fits: (C, Y, X).
+
+    The borders are black. `get_patch_output_size` of transformers.
+    """
+    (height, width), (rows, columns) = resolution, pixels_YXC.shape[:2]
     scale = min(width / columns, height / rows)
-    inner = resize_image(
-        pixels_YXC,
-        (min(math.ceil(columns * scale), width), min(math.ceil(rows * scale), height)),
-        resample,
-    )
-    top, left = (height - inner.shape[1]) // 2, (width - inner.shape[2]) // 2
+    new_size = min(math.ceil(columns * scale), width), min(math.ceil(rows * scale), height)
+    resized = resize_image(pixels_YXC, new_size, resample)
+    top, left = (height - resized.shape[1]) // 2, (width - resized.shape[2]) // 2
     padded = np.zeros((3, height, width), np.uint8)
-    padded[:, top : top + inner.shape[1], left : left + inner.shape[2]] = inner
+    padded[:, top : top + resized.shape[1], left : left + resized.shape[2]] = resized
     return padded
 
 
-def required_size(policy):
-    """What opening.read may spare: the size to which a picture is resized, as a function of its own; None for all of it."""
-    return (
-        functools.partial(resized_size, policy=policy)
-        if policy.get("draft") and policy["fit"] != "anyres"
-        else None
-    )
+def required_size(image_config):
+    """Returns `required_size` of image_files.read_image: the size that an image is resized to, as a
+    function of its size; None if it must be decoded at full size."""
+    if image_config.get("draft") and image_config["fit"] != "anyres":
+        return functools.partial(resized_size, image_config=image_config)
+    return None
 
 
-def plan_image(size, policy, limit=None):
-    """The Picture that one of `size` (width, height) becomes, before it is cut: its tiles are blank and take no memory."""
-    tiles = tile_count(size, policy, limit)
-    blank_NCYX = np.broadcast_to(np.uint8(0), (tiles, 3, policy["tile"], policy["tile"]))
-    return ProcessedImage(blank_NCYX, image_feature_index(size, policy, tiles), size)
+def plan_image(size, image_config, max_tiles=None):
+    """Returns the ProcessedImage of an image of `size` (width, height), before it is cut.
+
+    Its tiles are blank and take no memory.
+    """
+    tiles = tile_count(size, image_config, max_tiles)
+    tile = image_config["tile"]
+    blank_NCYX = np.broadcast_to(np.uint8(0), (tiles, 3, tile, tile))
+    return ProcessedImage(blank_NCYX, image_feature_index(size, image_config, tiles), size)
 
 
-def load_image(source, policy, limit=None, name=None):
-    """A picture, a path or its bytes, as a Picture, by the model's own policy; limit: at most so many tiles, where fit is tiles."""
-    picture, size = image_files.read_image(source, name, required_size(policy))
-    return plan_image(size, policy, limit)._replace(tiles=cut_into_tiles(picture, policy, limit, size))
+def load_image(source, image_config, max_tiles=None, name=None):
+    """Returns an image (a path, or the bytes of a file) as a ProcessedImage.
+
+    max_tiles: as for tile_grid; name: of bytes, for messages.
+    """
+    image, size = image_files.read_image(source, name, required_size(image_config))
+    tiles_NCYX = cut_into_tiles(image, image_config, max_tiles, size)
+    return plan_image(size, image_config, max_tiles)._replace(tiles=tiles_NCYX)
 
 
 def tile_to_image(tile_CYX):
-    """A tile as a picture to look at."""
+    """Returns a tile as a PIL image."""
     return Image.fromarray(np.ascontiguousarray(tile_CYX.transpose(1, 2, 0)))

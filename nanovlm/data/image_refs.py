@@ -1,4 +1,7 @@
-"""Where a picture lies, and how its bytes are fetched: a file, a member of a zip, a span of a tar, or bytes that came along."""
+"""References to images that are not opened yet, and how their bytes are read.
+
+An image lies in a file of its own, in a zip or in a tar, or its bytes came with its record.
+"""
 
 import functools
 import os
@@ -9,24 +12,24 @@ from typing import NamedTuple
 
 from .. import UserError
 
-MAX_IMAGE_BYTES = 1 << 30  # of a picture's file
+MAX_IMAGE_BYTES = 1 << 30  # of an image's file
 
 
 class ImageFile(NamedTuple):
-    """A picture in a file of its own."""
+    """An image in a file of its own."""
 
     path: str
 
 
 class ZipMember(NamedTuple):
-    """A picture in a zip."""
+    """An image in a zip."""
 
     archive: str
     name: str
 
 
 class TarMember(NamedTuple):
-    """A picture in a tar, by the bytes that it takes there."""
+    """An image in a tar, by its place in bytes."""
 
     file: str
     name: str
@@ -35,7 +38,7 @@ class TarMember(NamedTuple):
 
 
 class ImageBytes(NamedTuple):
-    """A picture that came with its record."""
+    """An image whose bytes came with its record."""
 
     name: str
     content: bytes
@@ -50,48 +53,50 @@ def printable(text):
 
 
 def find_image_ref(path, folder, images, where):
-    """A ref to the picture that a record names: one in `images`, else in the record's own folder, of which a JSON file may give the whole path.
-    Links are followed: they are the doing of whoever laid out the folder, not of a record."""
-    zipped = images and not os.path.isdir(images)
+    """Returns the reference to an image that a record names by `path`.
+
+    The path is relative to `images` (--images: a folder or a zip), or to the record's own folder if
+    there is none; a JSON file may give an absolute path into its own folder. Links are followed:
+    they are made by whoever made the folder, not by a record.
+    Raises UserError, which begins with `where`, if the path leads outside or no such image exists.
+    """
+    is_zip = images and not os.path.isdir(images)
     if not (images or folder is not None):
         raise UserError(
-            f"{where}: it names {path!r} but brings no picture along, and no --images says where that is",
-            "picture missing",
+            f"{where}: it names {path!r} but brings no image, and no --images says where it is",
+            "image missing",
         )
-    named, path = (
-        path,
-        path and os.path.normpath(path),
-    )  # "link/../a" is what it says, not what lies beside where the link leads
+    # "link/../a" is taken as "a", not as what lies beside the target of the link
+    stated, path = path, path and os.path.normpath(path)
     root = os.path.abspath(images or folder or ".")
-    outside = os.path.isabs(path) and (
-        zipped or folder is None or not Path(path).is_relative_to(root)
+    is_outside = os.path.isabs(path) and (
+        is_zip or folder is None or not Path(path).is_relative_to(root)
     )
-    if outside or path.split("/")[0] == "..":
+    if is_outside or path.split("/")[0] == "..":
         raise UserError(
-            f"{where}: the path {named!r} climbs out of {images or folder or '.'}",
+            f"{where}: the path {stated!r} climbs out of {images or folder or '.'}",
             "path climbs out",
         )
-    if not zipped:
+    if not is_zip:
         ref = ImageFile(os.path.join(images or folder, path))
-        there = os.path.isfile(ref.path)
+        exists = os.path.isfile(ref.path)
     else:
         ref = ZipMember(images, path)
         info = open_zip(images, os.getpid()).NameToInfo.get(ref.name)
-        there = (
-            info is not None and not info.is_dir() and not stat.S_ISLNK(info.external_attr >> 16)
-        )
-    if not there:
-        raise UserError(f"{where}: no such picture: {os.path.join(*ref)!r}", "picture missing")
+        exists = info is not None and not info.is_dir()
+        exists = exists and not stat.S_ISLNK(info.external_attr >> 16)
+    if not exists:
+        raise UserError(f"{where}: no such image: {os.path.join(*ref)!r}", "image missing")
     return ref
 
 
 @functools.lru_cache(4)
 def open_zip(path, process):
-    """An opened zip. Each process opens its own: one that is inherited shares its place in the file."""
+    """Returns an open zip. Each process (an id) has its own: a shared one has one file position."""
     try:
         return zipfile.ZipFile(path)
     except FileNotFoundError:
-        raise UserError(f"--images={path} is no folder") from None
+        raise UserError(f"--images={path}: no such folder or zip") from None
     except Exception as error:  # on broken bytes zipfile raises nearly every kind of error
         raise UserError(
             f"--images={path} is neither a folder nor a zip: {one_line(error)}"
@@ -99,7 +104,10 @@ def open_zip(path, process):
 
 
 def load_image_bytes(ref):
-    """(bytes, name for messages) of a picture; raises UserError if it is not there any more, cannot be unpacked or is too large to be one."""
+    """Returns (bytes, name for messages) of an image.
+
+    Raises UserError if it is missing by now, cannot be unpacked or is larger than MAX_IMAGE_BYTES.
+    """
     if isinstance(ref, ImageBytes):
         return ref.content, ref.name
     name = printable(os.path.join(*ref[:2]))
@@ -108,27 +116,25 @@ def load_image_bytes(ref):
         with file:
             if size > MAX_IMAGE_BYTES:
                 raise UserError(
-                    f"{name} has {size:,} bytes, more than the {MAX_IMAGE_BYTES:,} of a picture",
-                    "picture too large",
+                    f"{name} has {size:,} bytes, more than the {MAX_IMAGE_BYTES:,} of an image",
+                    "image too large",
                 )
             content = file.read(size)
     except UserError:
         raise
     except OSError as error:
-        raise UserError(f"{name}: {error.strerror or error}", "picture missing") from None
+        raise UserError(f"{name}: {error.strerror or error}", "image missing") from None
     except Exception as error:  # on broken bytes zipfile raises nearly every kind of error
         raise UserError(
-            f"{name} cannot be unpacked: {one_line(error)}", "picture cannot be unpacked"
+            f"{name} cannot be unpacked: {one_line(error)}", "image cannot be unpacked"
         ) from None
     if len(content) < size:
-        raise UserError(
-            f"{name} ends after {len(content):,} of {size:,} bytes", "picture cut short"
-        )
+        raise UserError(f"{name} ends after {len(content):,} of {size:,} bytes", "image cut short")
     return content, name
 
 
 def open_image_ref(ref):
-    """A file that stands where a picture begins, and how many bytes that has."""
+    """Returns (file, size): an open file, positioned at the image, and the image's bytes."""
     match ref:
         case ImageFile(path):
             file = open(path, "rb")
@@ -138,5 +144,5 @@ def open_image_ref(ref):
             file.seek(offset)
             return file, size
         case ZipMember(path, name):
-            pack = open_zip(path, os.getpid())
-            return pack.open(name), pack.getinfo(name).file_size
+            archive = open_zip(path, os.getpid())
+            return archive.open(name), archive.getinfo(name).file_size

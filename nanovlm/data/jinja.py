@@ -1,8 +1,9 @@
-"""What does a stranger's chat template write? A program of its own, so that one which never ends, or wants all memory, takes nobody along:
+"""Renders an unknown chat template in a process of its own, with limits on time and memory:
 
-    python -P nanovlm/jinja.py SECONDS BYTES < {"jinja", "tokens", "asked": [[turns, parts], …]}
+    python -P nanovlm/data/jinja.py SECONDS BYTES < {"jinja", "tokens", "conversations"}
 
-It prints a JSON list: of each conversation what is written, null where the template refuses it. chat.recognise asks, and knows the answer's meaning.
+"conversations" is a list of [turns, parts]. It prints a JSON list: the text of each conversation,
+or null if the template refuses it. `chat_template.render_jinja` starts it.
 """
 
 import contextlib
@@ -13,11 +14,11 @@ import sys
 import jinja2.ext  # comes with torch
 import jinja2.sandbox
 
-MAX_CHARS = 100_000  # letters; published templates write a few hundred
+MAX_CHARS = 100_000  # published templates write a few hundred
 
 
 class Generation(jinja2.ext.Extension):
-    """{% generation %} … {% endgeneration %}, which tells transformers what the assistant says: written as it stands."""
+    """{% generation %} … {% endgeneration %}, transformers' loss mask: its content is kept."""
 
     tags = {"generation"}
 
@@ -27,8 +28,11 @@ class Generation(jinja2.ext.Extension):
 
 
 def render_jinja_template(jinja, tokens, turns, parts):
-    """What a template writes of a conversation that waits for an answer, in the sandbox that transformers uses; None if it refuses it.
-    parts: what is said comes as a list of parts, of which each is a text or a picture."""
+    """Returns a template's text of a conversation with a generation prompt; None if it refuses.
+
+    It runs in the sandbox that transformers uses. parts: the content of a message is a list of
+    parts, each a text or an image, instead of one text.
+    """
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols, Generation]
     )
@@ -37,37 +41,34 @@ def render_jinja_template(jinja, tokens, turns, parts):
         raise jinja2.TemplateError(message)
 
     messages = [
-        {"role": role, "content": [{"type": "text", "text": said}] if parts else said}
-        for role, said in turns
+        {"role": role, "content": [{"type": "text", "text": text}] if parts else text}
+        for role, text in turns
     ]
     try:
         text = environment.from_string(jinja).render(
             messages=messages, add_generation_prompt=True, raise_exception=raise_exception, **tokens
         )
-    except MemoryError:  # told by the exit code
+    except MemoryError:  # the exit code reports it
         raise
-    except Exception:  # a template may raise all that Python does: it divides by nothing, asks for what is not there, nests too deep
+    except Exception:  # a template can raise any error of Python
         return None
     return text if len(text) <= MAX_CHARS else None
 
 
 def limit_resources(seconds, size):
-    """From here on this process has so many seconds of a core and bytes of memory, and can write no file."""
+    """Limit this process to `seconds` of CPU time and `size` bytes of memory, and to no files."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
-    with contextlib.suppress(ValueError):  # macOS knows no such limit
+    with contextlib.suppress(ValueError):  # macOS has no such limit
         resource.setrlimit(resource.RLIMIT_AS, (size, size))
 
 
 if __name__ == "__main__":
     limit_resources(*map(int, sys.argv[1:]))
-    given = json.load(sys.stdin)
-    print(
-        json.dumps(
-            [
-                render_jinja_template(given["jinja"], given["tokens"], turns, parts)
-                for turns, parts in given["asked"]
-            ]
-        )
-    )
+    request = json.load(sys.stdin)
+    texts = [
+        render_jinja_template(request["jinja"], request["tokens"], turns, parts)
+        for turns, parts in request["conversations"]
+    ]
+    print(json.dumps(texts))

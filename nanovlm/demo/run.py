@@ -33,8 +33,8 @@ IMAGE_CONFIG = {
     "draft": True,
 }
 SHAPES = dict(
-    vision={"tile": 64, "patch": 8, "width": 128, "layers": 4, "heads": 4, "ffn": 512},
-    decoder={"width": 128, "layers": 4, "heads": 4, "kv_heads": 2, "ffn": 384},
+    vision={"tile": 64, "patch": 8, "width": 128, "layers": 4, "heads": 4, "intermediate_size": 512},
+    decoder={"width": 128, "layers": 4, "heads": 4, "kv_heads": 2, "intermediate_size": 384},
 )
 
 
@@ -150,7 +150,7 @@ def create_random_model(out):
     create_model(
         texts,
         out=out,
-        vocabulary=512,
+        vocab_size=512,
         template="mistral",
         image_config=IMAGE_CONFIG,
         seed=0,

@@ -336,10 +336,10 @@ def mathvista_score(answer, references, question):
             break
     if len(found) != 1:
         return None
-    return float(format_value(found.pop(), kind, question) == reference)
+    return float(format_reference(found.pop(), kind, question) == reference)
 
 
-def format_value(found, kind, question):
+def format_reference(found, kind, question):
     """Returns a number or list as MathVista's references are written."""
     if kind == "list":
         try:

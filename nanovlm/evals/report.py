@@ -44,7 +44,7 @@ class TableLine(NamedTuple):
 # ---- progress ----
 
 
-class Progress:
+class EvaluationProgress:
     """Prints how far an evaluation is to standard error, every few seconds."""
 
     def __init__(self, total, answered_before):

@@ -82,7 +82,7 @@ def render_prompt(checkpoint, turns):
     return text
 
 
-def load_image(ref, image_config):
+def load_question_image(ref, image_config):
     content, name = image_refs.load_image_bytes(ref)
     return image_processing.load_image(content, image_config, name=name)
 
@@ -220,7 +220,9 @@ def answer_questions(
     def load(members):
         prompts = []
         for i in members:
-            images = [load_image(ref, checkpoint.image_config) for ref in questions[i]["image"]]
+            images = [
+                load_question_image(ref, checkpoint.image_config) for ref in questions[i]["image"]
+            ]
             prompts.append((questions[i]["question"], images))
         return prompts
 
@@ -505,7 +507,7 @@ def run_benchmark(
         lengths = prompt_lengths(checkpoint, questions)
         if rank == 0:
             check_prompt_lengths(checkpoint, lengths, generation["max_tokens"])
-    progress = report.Progress(len(questions), len(answers))
+    progress = report.EvaluationProgress(len(questions), len(answers))
     done = distributed.all_gather_object(list(answers))[0]
     options = dict(batch=batch, done=done, lengths=lengths, **generation)
     writes = out and rank == 0

@@ -31,7 +31,7 @@ def generate(
     on the others. cuda_graph: types of devices on which the steps of a long answer are captured. A
     model in training mode is never captured, as a thread that pins memory would break the capture.
     """
-    decoder, device = model.decoder, model.decoder.embed.weight.device
+    decoder, device = model.decoder, model.decoder.embed_tokens.weight.device
     B, T = len(prompts), max(map(len, prompts))
     pad_B = torch.tensor([T - len(prompt) for prompt in prompts], device=device)
     ids_BT = torch.tensor([[0] * (T - len(p)) + list(p) for p in prompts], device=device)
@@ -90,7 +90,7 @@ class DecodeStep:
         self.count += 1
         if self.graph_step is not None:
             return self.graph_step(ids_B)
-        return self.prefill(self.decoder.embed(ids_B[:, None]))
+        return self.prefill(self.decoder.embed_tokens(ids_B[:, None]))
 
 
 def sample_next_token(logits_BV, temperature, top_k, top_p, generators):

@@ -149,7 +149,7 @@ class CUDAGraphStep:
 
     def step(self):
         positions_B1 = self.positions_BS.index_select(1, self.cache.position_1)
-        x_B1D = self.decoder.embed(self.ids_B[:, None])
+        x_B1D = self.decoder.embed_tokens(self.ids_B[:, None])
         hidden_B1D = self.decoder(x_B1D, positions_B1, self.documents_BS, self.cache)
         return self.decoder.lm_head(hidden_B1D[:, -1])
 

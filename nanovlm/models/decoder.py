@@ -77,7 +77,7 @@ class KVCache:
     inference/optimize.py has a StaticKVCache, which counts on the GPU (cache_length)."""
 
     def __init__(self, decoder, batch_size, max_length):
-        block, weight = decoder.layers[0], decoder.embed.weight
+        block, weight = decoder.layers[0], decoder.embed_tokens.weight
         shape = (batch_size, max_length, block.kv_heads, block.head_dim)
         self.layers = [(weight.new_empty(shape), weight.new_empty(shape)) for _ in decoder.layers]
         self.length, self.cache_length = 0, None
@@ -154,9 +154,9 @@ class Decoder(nn.Module):
         self.head_dim, self.rope_theta, self.rope_scaling = head_dim or width // heads, rope_theta, rope_scaling
         windows = sliding_window if isinstance(sliding_window, list) else [sliding_window] * layers
         block = dict(
-            width=width, heads=heads, kv_heads=kv_heads, head_size=self.head_dim, ffn=intermediate_size, eps=eps
+            width=width, heads=heads, kv_heads=kv_heads, head_dim=self.head_dim, intermediate_size=intermediate_size, eps=eps
         )
-        self.embed = nn.Embedding(vocab_size, width)
+        self.embed_tokens = nn.Embedding(vocab_size, width)
         self.layers = nn.ModuleList(Block(sliding_window=windows[i], **block) for i in range(layers))
         self.norm = RMSNorm(width, eps)
         self.lm_head = nn.Linear(width, vocab_size, bias=False)
@@ -168,7 +168,7 @@ class Decoder(nn.Module):
             nn.init.normal_(layer.o_proj.weight, std=(2 * layers * width) ** -0.5)
             nn.init.normal_(layer.down_proj.weight, std=(2 * layers * intermediate_size) ** -0.5)
         if tied:
-            self.lm_head.weight = self.embed.weight
+            self.lm_head.weight = self.embed_tokens.weight
 
     def forward(self, x_BTD, positions_BT, documents_BS=None, cache=None):
         angles = rope_angles(positions_BT, self.head_dim, self.rope_theta, self.rope_scaling)

@@ -96,7 +96,7 @@ class VisionEncoder(nn.Module):
         block = dict(
             width=width,
             heads=heads,
-            ffn=intermediate_size,
+            intermediate_size=intermediate_size,
             activation=activation,
             eps=eps,
             layer_scale=layer_scale,

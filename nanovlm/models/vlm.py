@@ -59,7 +59,7 @@ class VLM(nn.Module):
         for each image token; -1, the last feature, is the newline). Raises UserError if the ids hold
         more or fewer image tokens than there are features.
         """
-        x_BTD = self.decoder.embed(ids_BT.clamp(min=0))
+        x_BTD = self.decoder.embed_tokens(ids_BT.clamp(min=0))
         is_image_BT = ids_BT == IMAGE_TOKEN_ID
         count = int(is_image_BT.sum())
         if len(tiles_NCYX):

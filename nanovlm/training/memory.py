@@ -22,7 +22,7 @@ class FakeForward(torch.nn.Module):
         features = model.encode_images(
             tiles if len(tiles) else tiles.new_empty(1, 3, model.tile, model.tile)
         )
-        x_BTD = model.decoder.embed(batch["ids_BT"].clamp(min=0))
+        x_BTD = model.decoder.embed_tokens(batch["ids_BT"].clamp(min=0))
         if "image_feature_index" in batch:
             features = features[batch["image_feature_index"]]
         x_BTD = x_BTD.masked_scatter(

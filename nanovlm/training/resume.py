@@ -37,7 +37,7 @@ from ..distributed import (
     on_rank_0,
     raise_on_all_ranks,
 )
-from ..files import read_json, read_tensors, write_tensors
+from ..files import parameter_name, read_json, read_tensors, write_tensors
 
 
 def optimizer_state(model, optimizer):
@@ -74,7 +74,7 @@ def load_optimizer(step, model, optimizer):
     """Load the optimizer state of a step's folder, which any number of ranks may have written."""
     shards, path = step / "sharded", step / "training.safetensors"
     if not shards.is_dir():
-        return copy_optimizer_state(model, optimizer, read_tensors(path), path)
+        return copy_optimizer_state(model, optimizer, read_optimizer_state(path), path)
     names = []
     for name in sharded.read_pieces(shards):
         if name.startswith("optimizer."):
@@ -82,6 +82,11 @@ def load_optimizer(step, model, optimizer):
     allocate_optimizer_state(model, optimizer, names, shards)
     state = optimizer_state(model, optimizer)
     sharded.read_shards({f"optimizer.{name}": tensor for name, tensor in state.items()}, shards)
+
+
+def read_optimizer_state(path):
+    """Returns the tensors of a training.safetensors, under today's names of the parameters."""
+    return {parameter_name(name): tensor for name, tensor in read_tensors(path).items()}
 
 
 def copy_optimizer_state(model, optimizer, tensors, path):

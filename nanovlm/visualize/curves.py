@@ -23,7 +23,7 @@ def read_curves(paths):
     return runs
 
 
-def draw_curves(runs, out):
+def plot_curves(runs, out):
     """Draws the curves of several runs into one image file, with matplotlib."""
     try:
         from matplotlib.figure import Figure

@@ -37,8 +37,8 @@ def sample_as_text(samples, i, tokenizer):
             if image_tokens == 0:
                 number, image = next(next_images)
                 tiles, image_tokens = len(image.tiles), len(image.feature_index)
-                plural = "s" * (tiles > 1)
-                parts.append(f"<image {number}: {tiles} tile{plural}, {image_tokens} tokens>")
+                count = f"{tiles} tile{'s' * (tiles > 1)}"
+                parts.append(f"<image {number}: {count}, {image_tokens} tokens>")
             image_tokens -= 1
         lines.append(f"{'label' if has_loss else 'no loss':>8}  {'|'.join(parts)}")
     return "\n".join(lines)
@@ -49,19 +49,19 @@ def token_as_text(token_id, tokenizer):
     return repr(text)[1:-1]
 
 
-def tile_mosaic(tiles_NCYX, columns=6):
+def concat_tiles(tiles_NCYX, columns=6):
     """Returns one image of all tiles, side by side in `columns`."""
     count, _, height, width = tiles_NCYX.shape
     columns, lines = min(columns, count), -(-count // columns)
     size = columns * (width + GAP) - GAP, lines * (height + GAP) - GAP
-    mosaic = Image.new("RGB", size, "white")
+    image = Image.new("RGB", size, "white")
     for n, tile_CYX in enumerate(tiles_NCYX):
-        corner = n % columns * (width + GAP), n // columns * (height + GAP)
-        mosaic.paste(image_processing.tile_to_image(tile_CYX), corner)
-    return mosaic
+        position = n % columns * (width + GAP), n // columns * (height + GAP)
+        image.paste(image_processing.tile_to_image(tile_CYX), position)
+    return image
 
 
-def describe_dataset(samples, weights, seq_len, tokens_per_s):
+def summarize_dataset(samples, weights, seq_len, tokens_per_s):
     """Returns what a dataset contains, and how many sequences of seq_len tokens an epoch takes.
 
     With the time of an epoch, if tokens_per_s is not 0.
@@ -77,10 +77,10 @@ def describe_dataset(samples, weights, seq_len, tokens_per_s):
     lengths, all_lengths = samples.table[epoch, LENGTH], samples.table[:, LENGTH]
     image_counts = samples.table[:, IMAGE_COUNT]
     tiles = sum(len(shard["tiles"]) for shard in samples.shards)
-    labels = sum(int(shard["trained"].sum()) for shard in samples.shards)
+    labels = sum(int(shard["loss_mask"].sum()) for shard in samples.shards)
     text_tokens = sum(len(shard["ids"]) for shard in samples.shards)
     longest = all_lengths.argmax()
-    percentiles = ", ".join(
+    quantiles = ", ".join(
         f"{share}% {length:,.0f}"
         for share, length in zip((5, 50, 95), np.percentile(lengths, (5, 50, 95)), strict=True)
     )
@@ -89,7 +89,7 @@ def describe_dataset(samples, weights, seq_len, tokens_per_s):
         "them held out for validation",
         f"images: {image_counts.sum():,} in {tiles:,} tiles; {(image_counts == 0).sum():,} samples "
         "have none",
-        f"tokens of a sample: {percentiles}, the longest {all_lengths[longest]:,} "
+        f"tokens of a sample: {quantiles}, the longest {all_lengths[longest]:,} "
         f"({samples.names[longest]})",
         f"labels: {labels:,} tokens, {labels / all_lengths.sum():.1%} of all, "
         f"{labels / text_tokens:.1%} of the text",

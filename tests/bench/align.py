@@ -7,8 +7,8 @@ Every held-out photograph is asked for three times: of the stitched model, of th
 which tells whether it looks.
 
 Two settings are not the stage's own. --lr=1e-3 (LLaVA-1.5's): the preset 1.5e-4 is Megatron's for 20,000 steps, too slow for 185. After 60 steps of
-8 it names 68.0% (validation loss 0.23), 1e-3 names 88.7% (0.036). --shuffle=4 pools 4 × 4 patches: a row has 66 tokens, not 306, of which the
-brain, frozen but passed through forward and back, does all the work; an answer's 7 tokens are 11% of a row, and one of them names the thing.
+8 it names 68.0% (validation loss 0.23), 1e-3 names 88.7% (0.036). --shuffle=4 pools 4 × 4 patches: a sequence has 66 tokens, not 306, of which the
+language model, frozen but passed through forward and back, does all the work; an answer's 7 tokens are 11% of a sequence, and one of them names the thing.
 """
 
 import json
@@ -33,10 +33,10 @@ def align(
     raw, shards, stitched, aligned, exam, other = (
         out / name for name in ("raw", "data", "stitched", "aligned", "exam.jsonl", "other.jsonl")
     )
-    eye, brain = doors / "data/real/dinov2", doors / "data/real/smollm2"
-    if not (eye.is_dir() and brain.is_dir()):
+    vision, decoder = doors / "data/real/dinov2", doors / "data/real/smollm2"
+    if not (vision.is_dir() and decoder.is_dir()):
         raise UserError(
-            f"{eye.parent} does not hold dinov2 and smollm2: python -m pytest tests/test_real.py writes them"
+            f"{vision.parent} does not hold dinov2 and smollm2: python -m pytest tests/test_real.py writes them"
         )
     if not (raw / "test.json").exists():
         fetch(raw, 1500, 300)
@@ -60,8 +60,8 @@ def align(
         (
             "prepare.py",
             "stitch",
-            f"--vision={eye}",
-            f"--decoder={brain}",
+            f"--vision={vision}",
+            f"--decoder={decoder}",
             "--tile=224",
             "--fit=squash",
             "--shuffle=4",
@@ -82,8 +82,8 @@ def align(
             f"--model={stitched}",
             f"--data={shards}",
             f"--out={aligned}",
-            "--batch=8",
-            "--row=66",
+            "--global_batch_size=8",
+            "--seq_len=66",
             f"--steps={steps}",
             "--lr=1e-3",
         ),

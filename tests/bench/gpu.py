@@ -54,19 +54,19 @@ HEAD_START = (
 )
 MOST = 1e-2  # relative error of bfloat16
 MISTRAL = dict(
-    vocabulary=32768,
+    vocab_size=32768,
     width=4096,
     layers=32,
     heads=32,
     kv_heads=8,
-    ffn=14336,
-    head_size=128,
-    theta=1e6,
+    intermediate_size=14336,
+    head_dim=128,
+    rope_theta=1e6,
 )  # 7B Instruct v0.3
 SMOLLM2 = dict(
-    vocabulary=49152, width=576, layers=30, heads=9, kv_heads=3, ffn=1536, tied=True
+    vocab_size=49152, width=576, layers=30, heads=9, kv_heads=3, intermediate_size=1536, tied=True
 )  # 135M
-BLIND = dict(tile=2, patch=1, width=4, layers=1, heads=1, ffn=1)  # nothing is looked at
+BLIND = dict(tile=2, patch=1, width=4, layers=1, heads=1, intermediate_size=1)  # nothing is looked at
 
 
 # ---- correct first ----
@@ -183,7 +183,7 @@ def check_loss(run):
 def check_model(run):
     """A whole decoder: what a kernel alone cannot get wrong, where it stands in the model can be."""
     T, shapes = (
-        (9, dict(vocabulary=41, width=24, layers=2, heads=6, kv_heads=2, ffn=36, head_size=8))
+        (9, dict(vocab_size=41, width=24, layers=2, heads=6, kv_heads=2, intermediate_size=36, head_dim=8))
         if run.dry
         else (577, SMOLLM2)
     )
@@ -408,7 +408,7 @@ def time_loss(run):
 
 def blind(shapes, device, dtype):
     """A VLM with this decoder and next to no eye, of random numbers."""
-    model = VLM(vision=BLIND, decoder=shapes | {"layers": 0, "vocabulary": 1})
+    model = VLM(vision=BLIND, decoder=shapes | {"layers": 0, "vocab_size": 1})
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -460,7 +460,7 @@ def time_decode(run):
         for name, p in model.decoder.named_parameters()
         if name != "embed.weight"
     )
-    cached = 2 * MISTRAL["layers"] * (1024 + 96) * MISTRAL["kv_heads"] * MISTRAL["head_size"] * 2
+    cached = 2 * MISTRAL["layers"] * (1024 + 96) * MISTRAL["kv_heads"] * MISTRAL["head_dim"] * 2
     optimize(model)
 
     def ours(ids, count):

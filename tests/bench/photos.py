@@ -98,23 +98,23 @@ def photos(
         fetch(raw, train, test)
     began = time.time()
     for door, *settings in [
-        ("prepare.py", "new", f"--source={raw}/train.json", f"--out={out}/newborn"),
+        ("prepare.py", "random_init", f"--source={raw}/train.json", f"--out={out}/random_init"),
         (
             "prepare.py",
             "data",
-            f"--model={out}/newborn",
+            f"--model={out}/random_init",
             f"--source={raw}/train.json",
             f"--images={raw}/images",
             f"--out={shards}",
         ),
         (
             "train.py",
-            "--stage=eye",
+            "--stage=vision",
             "--freeze=none",
-            f"--model={out}/newborn",
+            f"--model={out}/random_init",
             f"--data={shards}",
             f"--out={made}",
-            "--row=336",
+            "--seq_len=336",
             f"--steps={steps}",
         ),
         (

@@ -40,9 +40,9 @@ BLOCK = {
 
 
 def ours(folder, dtype, ready=True):
-    part = huggingface.brain(folder)
-    eye = dict(tile=2, patch=1, width=4, layers=1, heads=1, ffn=1)  # nothing is looked at
-    model = VLM(vision=eye, decoder=part.shapes["decoder"] | {"layers": 0, "vocabulary": 1})
+    part = huggingface.read_decoder(folder)
+    eye = dict(tile=2, patch=1, width=4, layers=1, heads=1, intermediate_size=1)  # nothing is looked at
+    model = VLM(vision=eye, decoder=part.shapes["decoder"] | {"layers": 0, "vocab_size": 1})
     model.decoder = part.model.decoder
     model = model.to(dtype).eval()
     if ready:
@@ -203,7 +203,7 @@ def speech(folder, dtype, threads, tokens, rounds):
     else:
         speakers.append(llama_cpp)
     spawn, stands = multiprocessing.get_context("spawn"), []
-    ids, pipes = huggingface.brain(folder, tensors=False).tokenizer.encode(PROMPT), {}
+    ids, pipes = huggingface.read_decoder(folder, tensors=False).tokenizer.encode(PROMPT), {}
     for speaker in speakers:
         pipes[speaker], end = spawn.Pipe()
         stands.append(

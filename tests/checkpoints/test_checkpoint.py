@@ -9,16 +9,18 @@ from conftest import DECODER, VISION, make_batch, make_samples, make_vlm
 from safetensors.torch import load_file, save_file
 
 from nanovlm import UserError
-from nanovlm.checkpoints import checkpoint as weights
-from nanovlm.checkpoints import stitch
+from nanovlm.checkpoints import checkpoint as checkpoint_module
+from nanovlm.checkpoints import sharded, stitch
 from nanovlm.checkpoints.checkpoint import (
     Checkpoint,
-    load_checkpoint_info,
-    load_checkpoint,
+    copy_from_shards,
     latest_checkpoint,
+    load_checkpoint,
+    load_checkpoint_info,
     read_json,
     read_tensors,
     save_checkpoint,
+    saved_parameters,
 )
 from nanovlm.data import tokenizer
 from nanovlm.training import resume
@@ -40,7 +42,7 @@ def words():
 
 
 def make_checkpoint(words, seed=0, policy=POLICY, template="mistral", **decoder):
-    decoder = {"vocabulary": words.vocab_size, **decoder}
+    decoder = {"vocab_size": words.vocab_size, **decoder}
     model = make_vlm(seed, decoder=decoder, mean=policy["mean"], std=policy["std"])
     shapes = {"vision": VISION, "decoder": DECODER | decoder, "shuffle": 2}
     return Checkpoint(model, words, shapes, policy, template, {"born": f"seed {seed}"})
@@ -51,7 +53,7 @@ def save_step(checkpoint, out, step):
     bias = checkpoint.model.requires_grad_(False).projector.down_proj.bias.requires_grad_(True)
     optimizer, bias.grad = torch.optim.AdamW([bias]), torch.ones_like(bias)
     optimizer.step()
-    resume.Saves(checkpoint, optimizer, out, {}, keep=1).write(step, last=True)
+    resume.Saver(checkpoint, optimizer, out, {}, keep_checkpoints=1).save(step, is_last=True)
 
 
 def same_tensors(a, b):
@@ -64,8 +66,8 @@ def test_what_is_saved_is_what_is_loaded(words, tmp_path, tied):
     save_checkpoint(saved, tmp_path / "a")
     loaded = load_checkpoint(tmp_path / "a")
     same_tensors(loaded.model.state_dict(), saved.model.state_dict())
-    assert (loaded.model.decoder.lm_head.weight is loaded.model.decoder.embed.weight) == tied
-    assert ("decoder.head.weight" in load_file(tmp_path / "a" / "model.safetensors")) != tied
+    assert (loaded.model.decoder.lm_head.weight is loaded.model.decoder.embed_tokens.weight) == tied
+    assert ("decoder.lm_head.weight" in load_file(tmp_path / "a" / "model.safetensors")) != tied
     assert (loaded.shapes, loaded.image_config, loaded.chat_template) == (
         saved.shapes,
         saved.image_config,
@@ -85,13 +87,13 @@ def test_missing_unused_and_misshapen_tensors_are_all_named(words, tmp_path):
     tensors = load_file(tmp_path / "a" / "model.safetensors")
     del tensors["vision.positions"]
     tensors["decoder.extra"] = torch.zeros(2)
-    tensors["projector.up.weight"] = tensors["projector.up.weight"].T.contiguous()
+    tensors["projector.up_proj.weight"] = tensors["projector.up_proj.weight"].T.contiguous()
     save_file(tensors, tmp_path / "a" / "model.safetensors")
     with pytest.raises(UserError) as mistake:
         load_checkpoint(tmp_path / "a")
     assert str(mistake.value) == (
         f"{tmp_path / 'a' / 'model.safetensors'}: vision.positions is missing; decoder.extra in model.safetensors is not "
-        "used; projector.up.weight in model.safetensors is [80, 24], the model expects [24, 80]"
+        "used; projector.up_proj.weight in model.safetensors is [80, 24], the model expects [24, 80]"
     )
 
 
@@ -99,12 +101,12 @@ def test_missing_unused_and_misshapen_tensors_are_all_named(words, tmp_path):
 def test_a_number_that_is_not_finite_is_named(words, tmp_path, number):
     save_checkpoint(make_checkpoint(words), tmp_path / "a")
     tensors = load_file(tmp_path / "a" / "model.safetensors")
-    tensors["vision.layers.1.up.bias"][3] = number
+    tensors["vision.layers.1.up_proj.bias"][3] = number
     save_file(tensors, tmp_path / "a" / "model.safetensors")
     for dtype in (torch.float32, torch.bfloat16, None):
         with pytest.raises(
             UserError,
-            match="vision.layers.1.up.bias in model.safetensors holds a NaN or infinite value",
+            match="vision.layers.1.up_proj.bias in model.safetensors holds a NaN or infinite value",
         ):
             load_checkpoint(tmp_path / "a", dtype=dtype)
 
@@ -128,7 +130,7 @@ def test_a_description_is_all_but_the_model_and_reads_no_weights(words, tmp_path
 
 
 def test_a_vocabulary_smaller_than_the_tokenizer_is_refused(words, tmp_path):
-    checkpoint = make_checkpoint(words, vocabulary=words.vocab_size - 1)
+    checkpoint = make_checkpoint(words, vocab_size=words.vocab_size - 1)
     save_checkpoint(checkpoint, tmp_path / "a")
     with pytest.raises(
         UserError,
@@ -216,7 +218,7 @@ def test_the_newest_step_counts_and_what_a_killed_writer_left_does_not(words, tm
     )
 
 
-@pytest.mark.parametrize("fails", ["write_tensors", "sync"])
+@pytest.mark.parametrize("fails", ["write_tensors", "fsync_path"])
 def test_a_save_that_fails_leaves_what_was_there(words, tmp_path, monkeypatch, fails):
     """tests/test_train.py does it with a limit of the system's; here at each step of the writing."""
     old, new = make_checkpoint(words, seed=0), make_checkpoint(words, seed=1)
@@ -227,12 +229,12 @@ def test_a_save_that_fails_leaves_what_was_there(words, tmp_path, monkeypatch, f
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(weights, fails, full)
+    monkeypatch.setattr(checkpoint_module, fails, full)
     with pytest.raises(OSError, match="No space left"):
         save_checkpoint(new, tmp_path / "a")
     with pytest.raises(
         UserError,
-        match=r"step-000004 could not be saved \(No space left on device\); .*step-000003 is whole",
+        match=r"step-000004 could not be saved \(No space left on device\); .*step-000003 is complete",
     ):
         save_step(new, tmp_path / "run", 4)
     assert sorted(path.name for path in tmp_path.rglob("*") if path.is_dir()) == [
@@ -266,6 +268,111 @@ def step(model, optimizer, seed):
     optimizer.step()
 
 
+# What commit 1c7a388 called the keys of shapes and the parameters.
+VISION_V1 = {"tile": 12, "patch": 3, "width": 20, "layers": 2, "heads": 5, "ffn": 28, "read": -1}
+DECODER_V1 = {
+    "vocabulary": 260,
+    "width": 24,
+    "layers": 3,
+    "heads": 6,
+    "kv_heads": 2,
+    "ffn": 36,
+    "head_size": 8,
+    "window": [None, 5, 3],
+    "theta": 50.0,
+    "scaling": {"rope_type": "linear", "factor": 2.0},
+}
+PARAMETERS_V1 = {
+    "decoder.embed_tokens": "decoder.embed",
+    "decoder.lm_head": "decoder.head",
+    "q_proj": "query",
+    "k_proj": "key",
+    "v_proj": "value",
+    "o_proj": "out",
+    "gate_proj": "gate",
+    "up_proj": "up",
+    "down_proj": "down",
+}
+
+
+def name_in_v1(name):
+    for new, old in PARAMETERS_V1.items():
+        name = name.replace(f"{new}.", f"{old}.")
+    return name
+
+
+def test_a_folder_of_version_1_loads(words, tmp_path):
+    """The JSON files as commit 1c7a388 wrote them, and all weights under their old names."""
+    decoder = {
+        "vocab_size": 260,
+        "sliding_window": [None, 5, 3],
+        "rope_theta": 50.0,
+        "rope_scaling": {"rope_type": "linear", "factor": 2.0},
+    }
+    model = make_vlm(0, decoder=decoder, mean=POLICY["mean"], std=POLICY["std"])
+    model.requires_grad_(False).projector.requires_grad_(True)
+    optimizer = torch.optim.AdamW(model.projector.parameters(), lr=0.1)
+    step(model, optimizer, 1)
+    folder = tmp_path / "run" / "step-000007"
+    folder.mkdir(parents=True)
+    meta = {
+        "version": 1,
+        "shapes": {"vision": VISION_V1, "decoder": DECODER_V1, "shuffle": 2},
+        "policy": POLICY,
+        "template": "mistral",
+        "card": {"newborn": "seed 0", "brain": "9 steps", "eye": "7 steps"},
+    }
+    (folder / "nanovlm.json").write_text(json.dumps(meta))
+    training = {"step": 7, "batch": 12, "row": 320, "floor": 2e-5, "validation": 0.5}
+    (folder / "training.json").write_text(json.dumps(training))
+    words.save(folder)
+    weights = {name_in_v1(name): tensor for name, tensor in model.state_dict().items()}
+    assert "decoder.layers.2.gate.weight" in weights and "vision.layers.1.out.bias" in weights
+    save_file(weights, folder / "model.safetensors")
+    state = resume.optimizer_state(model, optimizer)
+    state = {name_in_v1(name): tensor.clone() for name, tensor in state.items()}
+    assert "projector.up.weight/exp_avg" in state
+    save_file(state, folder / "training.safetensors")
+    save_file({"post_layernorm.bias": torch.ones(20)}, folder / "spare.safetensors")
+
+    loaded = load_checkpoint(tmp_path / "run")
+    same_tensors(loaded.model.state_dict(), model.state_dict())
+    batch = make_batch([make_samples()])
+    with torch.no_grad():
+        assert torch.equal(loaded.model(**batch), model(**batch))
+    assert loaded.image_config == POLICY and loaded.chat_template == "mistral"
+    assert loaded.shapes["vision"] == VISION | {"vision_feature_layer": -1}
+    assert loaded.shapes["decoder"] == DECODER | decoder
+    assert loaded.unused_vision_tensors.keys() == {"post_layernorm.bias"}
+    assert loaded.history == {
+        "random_init": "seed 0",
+        "decoder": "9 steps",
+        "vision": "7 steps",
+        "folder": str(folder),
+    }
+    training = read_json(folder / "training.json", "step")
+    assert training["global_batch_size"] == 12 and training["val_loss"] == 0.5
+    loaded.model.requires_grad_(False).projector.requires_grad_(True)
+    again = torch.optim.AdamW(loaded.model.projector.parameters(), lr=0.1)
+    resume.load_optimizer(folder, loaded.model, again)
+    same_tensors(
+        resume.optimizer_state(loaded.model, again), resume.optimizer_state(model, optimizer)
+    )
+    save_checkpoint(loaded, tmp_path / "new")
+    written = json.loads((tmp_path / "new" / "nanovlm.json").read_text())
+    assert written["version"] == 2 and "image_config" in written
+    assert load_checkpoint(tmp_path / "new").shapes == loaded.shapes
+
+
+def test_shards_of_version_1_are_read(words, tmp_path):
+    model = make_checkpoint(words).model
+    old = {f"model.{name_in_v1(name)}": p for name, p in saved_parameters(model).items()}
+    sharded.write_shards(old, tmp_path / "sharded")
+    fresh = {name: torch.zeros_like(p) for name, p in saved_parameters(model).items()}
+    copy_from_shards(fresh, tmp_path / "sharded")
+    same_tensors(fresh, saved_parameters(model))
+
+
 def test_the_optimizer_goes_on_where_it_was(words, tmp_path):
     """Three updates are two updates, a checkpoint, and one more."""
     models = [make_checkpoint(words).model for _ in range(2)]
@@ -278,9 +385,9 @@ def test_the_optimizer_goes_on_where_it_was(words, tmp_path):
         step(models[0], optimizers[0], seed)
     for seed in (1, 2):
         step(models[1], optimizers[1], seed)
-    save_file(resume.moments(models[1], optimizers[1]), tmp_path / "o")
+    save_file(resume.optimizer_state(models[1], optimizers[1]), tmp_path / "o")
     optimizers[1] = torch.optim.AdamW(models[1].projector.parameters(), lr=0.1, fused=True)
-    resume.put_optimizer(models[1], optimizers[1], read_tensors(tmp_path / "o"), "o")
+    resume.copy_optimizer_state(models[1], optimizers[1], read_tensors(tmp_path / "o"), "o")
     step(models[1], optimizers[1], 3)
     same_tensors(models[0].state_dict(), models[1].state_dict())
 
@@ -290,13 +397,13 @@ def test_an_optimizer_of_other_parts_is_refused(words):
     model.requires_grad_(False).projector.requires_grad_(True)
     optimizer = torch.optim.AdamW(model.projector.parameters())
     step(model, optimizer, 1)
-    tensors = resume.moments(model, optimizer)
+    tensors = resume.optimizer_state(model, optimizer)
     model.vision.post_norm.requires_grad_(True)
-    with pytest.raises(UserError, match="vision.post_norm.bias is trained, but has no state"):
-        resume.put_optimizer(model, optimizer, tensors, "o")
+    with pytest.raises(UserError, match="vision.post_norm.bias is trained, but has no optimizer state"):
+        resume.copy_optimizer_state(model, optimizer, tensors, "o")
     model.requires_grad_(False).projector.down_proj.requires_grad_(True)
-    with pytest.raises(UserError, match="projector.up.bias is frozen, but has a state"):
-        resume.put_optimizer(model, optimizer, tensors, "o")
+    with pytest.raises(UserError, match="projector.up_proj.bias is frozen, but has an optimizer state"):
+        resume.copy_optimizer_state(model, optimizer, tensors, "o")
 
 
 def test_stitching_changes_no_number_and_the_brain_says_what_it_said_alone(words):

@@ -866,8 +866,8 @@ def test_pictures_that_would_come_out_otherwise_are_refused(change, said, eye_fo
 @pytest.mark.parametrize(
     "choices, said",
     [
-        ({"read": 0}, "--read=0"),
-        ({"read": -4}, "--read=-4 is not among the 3 layers"),
+        ({"vision_feature_layer": 0}, "--vision_feature_layer=0"),
+        ({"vision_feature_layer": -4}, "--vision_feature_layer=-4 is not among the 3 layers"),
         ({"tile": 3}, "tile of 3"),
         ({"shuffle": 3}, "--shuffle=3 does not divide the 4 patches"),
     ],
@@ -1159,7 +1159,7 @@ def test_a_stitch_that_changed_a_number_is_found_out(published, tmp_path):
     assert stitch.verify_stitch(tmp_path / "out", alone) < 1e-4
     for name, what in [
         ("vision.layers.1.mlp_norm.bias", "the eye's features"),
-        ("decoder.layers.1.query.weight", "the brain's logits"),
+        ("decoder.layers.1.q_proj.weight", "the brain's logits"),
     ]:
         tensors = load_file(tmp_path / "out/model.safetensors")
         save_file(tensors | {name: tensors[name] * 1.1}, tmp_path / "out/model.safetensors")

@@ -582,9 +582,9 @@ ROPE = {
     "original_max_position_embeddings": 32,
 }
 MADE = {
-    "SigLIP before its last layer": dict(eye="siglip", read=-2),
-    "SigLIP un-normed": dict(eye="siglip", read=-1),
-    "a layer from below": dict(read=2),
+    "SigLIP before its last layer": dict(eye="siglip", vision_feature_layer=-2),
+    "SigLIP un-normed": dict(eye="siglip", vision_feature_layer=-1),
+    "a layer from below": dict(vision_feature_layer=2),
     "padded": dict(fit="pad"),
     "cropped": dict(fit="crop"),
     "larger": dict(tile=42),
@@ -647,7 +647,7 @@ def test_the_grid_is_the_one_that_transformers_chooses():
         (dict(tiles=4), "InternVL's tiles: stitch without --tiles"),
         (
             dict(eye="siglip"),
-            "whose last layer is normed: stitch a public CLIP or SigLIP folder with --read=-2",
+            "whose last layer is normed: stitch a public CLIP or SigLIP folder with --vision_feature_layer=-2",
         ),
     ],
 )
@@ -682,7 +682,7 @@ def test_a_public_eye_takes_tiles_and_one_of_ours_has_settled_it(tmp_path):
 
 
 def test_an_eye_of_another_kind_is_refused():
-    vision = dict(tile=28, patch=7, width=20, layers=2, heads=5, ffn=28)
+    vision = dict(tile=28, patch=7, width=20, layers=2, heads=5, intermediate_size=28)
     assert llava.vision_type(vision) == "siglip_vision_model"
     assert (
         llava.vision_type(vision | dict(class_token=True, pre_norm=True, patch_bias=False))
@@ -868,10 +868,10 @@ def test_numbers_stay_as_their_files_have_them(dtype, folders, tmp_path):
         folder / "model.safetensors",
         metadata={"format": "pt"},
     )
-    kept = load_checkpoint(folder, dtype=sample.DTYPES["auto"])
+    kept = load_checkpoint(folder, dtype=sample.WEIGHT_DTYPES["auto"])
     assert {p.dtype for p in kept.model.parameters()} == {dtype}
     assert {
-        p.dtype for p in load_checkpoint(folder, dtype=sample.DTYPES["float32"]).model.parameters()
+        p.dtype for p in load_checkpoint(folder, dtype=sample.WEIGHT_DTYPES["float32"]).model.parameters()
     } == {torch.float32}
     picture((90, 31)).save(tmp_path / "a.png")
     list(

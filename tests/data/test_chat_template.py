@@ -352,7 +352,7 @@ def test_ids_are_those_of_apply_chat_template_with_a_converted_sentencepiece(nam
     )
 
 
-def test_after_a_picture_a_tokenizer_with_its_space_first_has_none():
+def test_after_an_image_a_tokenizer_with_its_space_first_has_none():
     """LLaVA-1.5: the processor puts the start token before a prompt, of which the tokenizer cuts out <image>."""
     theirs, ours = layout("v1", "first")
     turns = [
@@ -368,10 +368,10 @@ def test_after_a_picture_a_tokenizer_with_its_space_first_has_none():
     assert [image if i == IMAGE_TOKEN_ID else i for i in ids] == [ours.special["<s>"], *wanted]
 
 
-# ---- pictures ----
+# ---- images ----
 
 
-def test_plain_is_a_picture_and_its_caption():
+def test_plain_is_an_image_and_its_caption():
     """LLaVA's pretraining: what the data asks is left out, the caption alone is trained. SentencePiece's ids are those that LLaVA trained with."""
     theirs, ours = of_mistral("v1")[1].files["tokenizer.model"], of_mistral("v1")[1]
     caption = SentencePieceProcessor(model_proto=theirs).encode("Two eggs.")
@@ -388,7 +388,7 @@ def test_plain_is_a_picture_and_its_caption():
     )
     with pytest.raises(
         UserError,
-        match="plain shows a picture and asks nothing: it cannot ask 'Any milk.', only 'Give a brief",
+        match="plain shows an image and asks nothing: it cannot ask 'Any milk.', only 'Give a brief",
     ):
         chat_template.render_conversation([("user", "<image>\nAny milk?")], ours, "plain")
 
@@ -401,11 +401,11 @@ def test_plain_is_a_picture_and_its_caption():
         "What?\n<image>",
         "Is <image> like <image>?",
         "<image><image>",
-        "no picture",
+        "no image",
         "<image",
     ],
 )
-def test_a_picture_stands_where_the_text_says_so(template, text):
+def test_an_image_stands_where_the_text_says_so(template, text):
     (ids, trained), parts = render([("user", text)], template), text.split("<image>")
     assert ids.count(IMAGE_TOKEN_ID) == len(parts) - 1 and not any(trained)
     said = WORDS.decode([i for i in ids if i != IMAGE_TOKEN_ID])
@@ -424,7 +424,7 @@ def test_a_picture_stands_where_the_text_says_so(template, text):
         )
 
 
-def test_pictures_may_come_in_any_turn_but_the_assistants():
+def test_images_may_come_in_any_turn_but_the_assistants():
     ids, _ = render(
         [
             ("system", "<image>"),
@@ -509,15 +509,15 @@ GOOD = [turn("human", "<image>Hi"), turn("gpt", "Hello")]
         ({"conversations": [turn("system", "Hi")]}, "turns must go .* not system"),
         (
             {"conversations": [turn("human", "Hi"), turn("gpt", "Hello")]},
-            "0 <image> in its text but 1 pictures",
+            "0 <image> in its text but 1 images",
         ),
         (
             {"conversations": [turn("human", "<image><image>"), turn("gpt", "Hello")]},
-            "2 <image> in its text but 1 pictures",
+            "2 <image> in its text but 1 images",
         ),
         (
             {"conversations": [turn("human", "Hi"), turn("gpt", "<image>")]},
-            "0 <image> in its text but 1 pictures",
+            "0 <image> in its text but 1 images",
         ),
         ({"conversations": [GOOD[0], turn("gpt", " \n")]}, "turn 2, the assistant's, is empty"),
         (
@@ -551,17 +551,17 @@ def test_a_good_record_passes():
 # ---- tags ----
 
 
-def test_tags_are_untrained_text_before_each_tile_which_is_a_picture_of_its_own():
-    words, policy = (
+def test_tags_are_untrained_text_before_each_tile_which_is_an_image_of_its_own():
+    words, image_config = (
         tokenizer.train_tokenizer(["a b"], 256, ["</s>"]),
         {"tile": 12, "patch": 3, "shuffle": 2, "fit": "tiles", "tiles": 4, "thumbnail": True},
     )
-    wide = image_processing.plan_image((24, 12), policy | {"choice": "aspect"})._replace(
+    wide = image_processing.plan_image((24, 12), image_config | {"choice": "aspect"})._replace(
         tiles=np.arange(3)
     )
     ids, trained = [97, IMAGE_TOKEN_ID, 98, 99], [False, False, False, True]
-    tagged, mask, pictures = chat_template.add_tile_tags(
-        ids, trained, [wide], words, policy | {"tags": True}
+    tagged, mask, images = chat_template.add_tile_tags(
+        ids, trained, [wide], words, image_config | {"tags": True}
     )
     assert tagged == [
         97,
@@ -575,13 +575,13 @@ def test_tags_are_untrained_text_before_each_tile_which_is_a_picture_of_its_own(
         99,
     ]
     assert mask == [False] * (len(tagged) - 1) + [True]
-    assert [(p.tiles.tolist(), p.feature_index.tolist(), p.size) for p in pictures] == [
+    assert [(p.tiles.tolist(), p.feature_index.tolist(), p.size) for p in images] == [
         ([n], [0, 1, 2, 3], (24, 12)) for n in range(3)
     ]
-    assert chat_template.add_tile_tags(ids, trained, [wide], words, policy | {"tags": False}) == (
+    assert chat_template.add_tile_tags(ids, trained, [wide], words, image_config | {"tags": False}) == (
         ids,
         trained,
         [wide],
     )
-    with pytest.raises(UserError, match="1 places for pictures but 2 pictures"):
-        chat_template.add_tile_tags(ids, trained, [wide, wide], words, policy | {"tags": True})
+    with pytest.raises(UserError, match="1 image tokens but 2 images"):
+        chat_template.add_tile_tags(ids, trained, [wide, wide], words, image_config | {"tags": True})

@@ -15,7 +15,7 @@ from nanovlm import IGNORE_INDEX, IMAGE_TOKEN_ID, UserError
 from nanovlm.data import dataset, image_processing
 
 TILE, TOKENS = 6, 4  # pixels across a tile; tokens a tile: patches of 3 pixels
-POLICY = {
+IMAGE_CONFIG = {
     "tile": TILE,
     "patch": 3,
     "shuffle": 1,
@@ -28,10 +28,10 @@ POLICY = {
     "mean": [0.1, 0.2, 0.3],
     "std": [0.4, 0.5, 0.6],
 }
-FINGERPRINT = {"tokenizer": "abc", "chat_template": "mistral", "image_config": POLICY}
+FINGERPRINT = {"tokenizer": "abc", "chat_template": "mistral", "image_config": IMAGE_CONFIG}
 
 
-def make_picture(g, tiles):
+def make_image(g, tiles):
     tiles_NCYX = g.integers(256, size=(tiles, 3, TILE, TILE), dtype=np.uint8)
     return image_processing.ProcessedImage(
         tiles_NCYX, np.arange(tiles * TOKENS), (int(g.integers(9, 99)), int(g.integers(9, 99)))
@@ -39,19 +39,19 @@ def make_picture(g, tiles):
 
 
 def make_samples(count=30, seed=0, longest=12):
-    """[(name, ids, trained, pictures)]: 0 to 2 pictures of 1 to 3 tiles among random words, the later words trained."""
+    """[(name, ids, trained, images)]: 0 to 2 images of 1 to 3 tiles among random words, the later words trained."""
     g, samples = np.random.default_rng(seed), []
     for number in range(count):
-        pictures = [make_picture(g, g.integers(1, 4)) for _ in range(g.integers(0, 3))]
+        images = [make_image(g, g.integers(1, 4)) for _ in range(g.integers(0, 3))]
         words = g.integers(0, 500, size=g.integers(4, longest)).tolist()
         places = g.integers(
-            0, 3, size=len(pictures)
-        ).tolist()  # pictures stand anywhere before the answer
+            0, 3, size=len(images)
+        ).tolist()  # images stand anywhere before the answer
         ids = words[:2]
         for place in sorted(places, reverse=True):
             ids.insert(place, IMAGE_TOKEN_ID)
         trained = [0] * len(ids) + [1] * (len(words) - 2)
-        samples.append((f"sample {number} 🥚", ids + words[2:], trained, pictures))
+        samples.append((f"sample {number} 🥚", ids + words[2:], trained, images))
     return samples
 
 
@@ -59,9 +59,9 @@ def write(out, *shards):
     return dataset.PreparedDataset(write_set(out, FINGERPRINT, *shards))
 
 
-def expanded(ids, pictures):
-    """A list of ids with each IMAGE as often as its picture has tokens, one by one."""
-    counts = iter([len(tiles) * TOKENS for tiles, _, _ in pictures])
+def expanded(ids, images):
+    """A list of ids with each IMAGE as often as its image has tokens, one by one."""
+    counts = iter([len(tiles) * TOKENS for tiles, _, _ in images])
     return [
         i for x in ids for i in ([IMAGE_TOKEN_ID] * next(counts) if x == IMAGE_TOKEN_ID else [x])
     ]
@@ -79,13 +79,13 @@ def test_a_set_read_back_is_what_was_written_in_one_shard_or_in_many_some_of_the
         tmp_path / "set", *(samples[start:end] for start, end in itertools.pairwise([0, *cuts, 30]))
     )
     assert read.names == [name for name, *_ in samples]
-    for i, (_, ids, trained, pictures) in enumerate(samples):
+    for i, (_, ids, trained, images) in enumerate(samples):
         ids_T, targets_T, found = read.read(i)
-        assert ids_T.tolist() == expanded(ids, pictures)
+        assert ids_T.tolist() == expanded(ids, images)
         assert len(ids_T) == read.table[i, dataset.LENGTH]
         answer = [x for x, is_trained in zip(ids, trained, strict=True) if is_trained]
         assert [x for x in targets_T.tolist() if x != IGNORE_INDEX] == answer
-        for (tiles_NCYX, places, size), wanted in zip(found, pictures, strict=True):
+        for (tiles_NCYX, places, size), wanted in zip(found, images, strict=True):
             assert np.array_equal(tiles_NCYX, wanted.tiles) and tiles_NCYX.dtype == np.uint8
             assert np.array_equal(places, wanted.feature_index) and size == wanted.size
 
@@ -107,19 +107,19 @@ def test_ten_lines_of_numpy_read_a_set_as_the_format_says(tmp_path):
     code = "\n".join(line[4:] for line in dataset.__doc__.split("by numpy alone:")[1].splitlines())
     space = {"np": np}
     exec(code.replace("data/NAME", str(tmp_path)).replace("336", str(TILE)), space)
-    _, ids, trained, pictures = make_samples()[7]
-    assert space["ids"].tolist() == ids and space["trained"].tolist() == trained
+    _, ids, trained, images = make_samples()[7]
+    assert space["ids"].tolist() == ids and space["loss_mask"].tolist() == trained
     assert (
-        np.array_equal(space["pixels"], pictures[0].tiles)
-        and (space["width"], space["height"]) == pictures[0].size
+        np.array_equal(space["pixels"], images[0].tiles)
+        and (space["width"], space["height"]) == images[0].size
     )
 
 
 def test_a_target_is_the_next_token_where_that_is_trained(tmp_path):
-    picture = make_picture(np.random.default_rng(0), 1)
+    image = make_image(np.random.default_rng(0), 1)
     ids_T, targets_T, _ = write(
         tmp_path / "set",
-        [("one", [7, IMAGE_TOKEN_ID, 8, 9, 10, 11], [0, 0, 0, 1, 1, 0], [picture])],
+        [("one", [7, IMAGE_TOKEN_ID, 8, 9, 10, 11], [0, 0, 0, 1, 1, 0], [image])],
     ).read(0)
     assert ids_T.tolist() == [7, *[IMAGE_TOKEN_ID] * TOKENS, 8, 9, 10, 11]
     assert targets_T.tolist() == [IGNORE_INDEX] * 5 + [9, 10, IGNORE_INDEX, IGNORE_INDEX]
@@ -136,15 +136,15 @@ def test_a_set_may_have_more_shards_than_a_process_may_have_open_files(tmp_path)
 
 
 @given(st.lists(st.integers(1, 9), max_size=5), st.integers(0, 3))
-def test_expanding_repeats_each_picture_by_its_own_count(counts, words):
+def test_expanding_repeats_each_image_by_its_own_count(counts, words):
     ids = [x for _ in counts for x in (*range(words), IMAGE_TOKEN_ID)]
     want = [x for count in counts for x in (*range(words), *[IMAGE_TOKEN_ID] * count)]
     assert dataset.expand_image_tokens(ids, counts).tolist() == want
 
 
 @pytest.mark.parametrize("places, counts", [(2, [4]), (0, [4]), (1, []), (1, [4, 4])])
-def test_places_and_pictures_that_differ_in_number_are_told_with_both(places, counts):
-    with pytest.raises(UserError, match=f"{places} places for pictures but {len(counts)} pictures"):
+def test_places_and_images_that_differ_in_number_are_told_with_both(places, counts):
+    with pytest.raises(UserError, match=f"{places} image tokens but {len(counts)} images"):
         dataset.expand_image_tokens([5, *[IMAGE_TOKEN_ID] * places], counts)
 
 
@@ -157,7 +157,7 @@ def test_an_error_while_writing_leaves_nothing(tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        dataset.write_shard(tmp_path / "00000", POLICY, interrupted())
+        dataset.write_shard(tmp_path / "00000", IMAGE_CONFIG, interrupted())
     assert not os.listdir(tmp_path)
 
 
@@ -168,13 +168,13 @@ def test_a_full_disk_leaves_nothing(tmp_path):
     )  # a file may not grow beyond this: as a full disk, an OSError
     try:
         with pytest.raises(OSError, match="File too large"):
-            dataset.write_shard(tmp_path / "00000", POLICY, make_samples(300))
+            dataset.write_shard(tmp_path / "00000", IMAGE_CONFIG, make_samples(300))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert not os.listdir(tmp_path)
 
 
-PICTURE = image_processing.ProcessedImage(
+IMAGE = image_processing.ProcessedImage(
     np.zeros((1, 3, TILE, TILE), np.uint8), np.arange(TOKENS), (5, 7)
 )
 
@@ -187,24 +187,24 @@ PICTURE = image_processing.ProcessedImage(
         (("\ud800", [1], [1], []), "not one line"),
         (("", [1], [1], []), "not one line"),
         (("x", [1, 2], [1], []), "x: 2 ids but 1 marks"),
-        (("x", [IMAGE_TOKEN_ID], [0], []), "1 places for pictures but 0 pictures"),
-        (("x", [IMAGE_TOKEN_ID], [0], [PICTURE, PICTURE]), "1 places for pictures but 2 pictures"),
+        (("x", [IMAGE_TOKEN_ID], [0], []), "1 image tokens but 0 images"),
+        (("x", [IMAGE_TOKEN_ID], [0], [IMAGE, IMAGE]), "1 image tokens but 2 images"),
         (
             (
                 "x",
                 [IMAGE_TOKEN_ID],
                 [0],
-                [PICTURE._replace(tiles=PICTURE.tiles.astype(np.float32))],
+                [IMAGE._replace(tiles=IMAGE.tiles.astype(np.float32))],
             ),
             "x: tiles are float32",
         ),
         (
-            ("x", [IMAGE_TOKEN_ID], [0], [PICTURE._replace(tiles=PICTURE.tiles[..., :3])]),
+            ("x", [IMAGE_TOKEN_ID], [0], [IMAGE._replace(tiles=IMAGE.tiles[..., :3])]),
             r"x: tiles are uint8 \[3, 6, 3\], the set's uint8 \[3, 6, 6\]",
         ),
         (
-            ("x", [IMAGE_TOKEN_ID], [0], [PICTURE._replace(feature_index=np.arange(3))]),
-            "takes 3 tokens, by its policy 4",
+            ("x", [IMAGE_TOKEN_ID], [0], [IMAGE._replace(feature_index=np.arange(3))]),
+            "takes 3 tokens, by its image_config 4",
         ),
     ],
 )
@@ -269,7 +269,7 @@ def test_a_header_that_is_broken_or_of_another_version(tmp_path, text, said):
     "letters, other, said",
     [
         ('"image_config"', '"image_confik"', "KeyError: 'image_config'"),
-        ('"fit"', '"fir"', "picture policy: fit is missing"),
+        ('"fit"', '"fir"', "image config: fit is missing"),
         ('"samples"', '"simples"', "two numbers for each"),
         ('"fingerprint": {', '"fingerprint": 7, "lost": {', "is broken"),
         ('"shards": [', '"shards": [3, ', "is broken"),
@@ -303,15 +303,15 @@ def test_a_folder_that_is_no_set(tmp_path, folder, said):
         ),
         (FINGERPRINT | {"chat_template": "chatml"}, "its chat_template is mistral, the model's chatml$"),
         (
-            FINGERPRINT | {"image_config": POLICY | {"fit": "crop"}},
+            FINGERPRINT | {"image_config": IMAGE_CONFIG | {"fit": "crop"}},
             "its image_config fit is tiles, the model's crop$",
         ),
         (
-            FINGERPRINT | {"image_config": POLICY | {"tile": 8, "mean": [0.4]}},
+            FINGERPRINT | {"image_config": IMAGE_CONFIG | {"tile": 8, "mean": [0.4]}},
             r"image_config tile is 6, .* 8; its image_config mean is \[0.1, .*\], .* \[0.4\]$",
         ),
         (
-            FINGERPRINT | {"image_config": POLICY | {"grid": 12}},
+            FINGERPRINT | {"image_config": IMAGE_CONFIG | {"grid": 12}},
             "its image_config grid is None, the model's 12$",
         ),
     ],

@@ -19,7 +19,7 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 from nanovlm import UserError
 from nanovlm.data import image_files, image_processing
 
-POLICY = {
+IMAGE_CONFIG = {
     "tile": 24,
     "patch": 4,
     "shuffle": 2,
@@ -53,13 +53,13 @@ def noise(width, height, channels=3, seed=0, dtype=np.uint8):
 
 
 def pixels(path):
-    picture = image_files.read_image(path)[0]
-    assert picture.mode == "RGB"
-    return np.asarray(picture)
+    image = image_files.read_image(path)[0]
+    assert image.mode == "RGB"
+    return np.asarray(image)
 
 
-def saved(path, picture, **how):
-    picture.save(path, **how)
+def saved(path, image, **how):
+    image.save(path, **how)
     return path
 
 
@@ -69,7 +69,7 @@ def near(found, want, levels=1):
 
 
 def png(path, width, height, depth, kind, rows, *extra):
-    """A PNG by its specification, for what Pillow reads but does not write; kind 0 is grey, 2 colour; rows: bytes of each row, or None."""
+    """A PNG by its specification, for what Pillow reads but does not write; kind 0 is gray, 2 colour; rows: bytes of each row, or None."""
 
     def chunk(name, data):
         return (
@@ -99,8 +99,8 @@ def test_lossless_formats_give_back_their_pixels(tmp_path, suffix):
 
 @pytest.mark.parametrize("suffix", ["png", "tiff", "webp", "jpg"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_turns_a_picture_upright(tmp_path, suffix, orientation):
-    """EXIF 2.32, 4.6.4 A: where the stored row 0 and column 0 lie in the upright picture."""
+def test_exif_turns_an_image_upright(tmp_path, suffix, orientation):
+    """EXIF 2.32, 4.6.4 A: where the stored row 0 and column 0 lie in the upright image."""
     upright = np.repeat(
         np.repeat(noise(3, 2), 16, 0), 16, 1
     )  # whole blocks of one colour, which even JPEG keeps nearly
@@ -141,21 +141,21 @@ def test_exif_turns_a_picture_upright(tmp_path, suffix, orientation):
     ],
 )
 def test_16_bit_grey_is_scaled_not_clipped(tmp_path, name, prefix):
-    grey = np.array([[0, 255, 256, 32768, 65535, 40000]], dtype=np.uint16)
+    gray = np.array([[0, 255, 256, 32768, 65535, 40000]], dtype=np.uint16)
     path = tmp_path / name
     if name == "a.pgm":
-        path.write_bytes(b"P5 6 1 65535\n" + grey.astype(">u2").tobytes())
+        path.write_bytes(b"P5 6 1 65535\n" + gray.astype(">u2").tobytes())
     else:
-        Image.fromarray(grey.astype(prefix or "<u2")).save(path)
+        Image.fromarray(gray.astype(prefix or "<u2")).save(path)
     with Image.open(path) as stored:
         assert stored.mode in ("I", "I;16", "I;16B")
     assert pixels(path).tolist() == [[[v] * 3 for v in (0, 0, 1, 128, 255, 156)]]
 
 
 def test_16_bit_grey_looks_like_the_same_grey_in_16_bit_colour(tmp_path):
-    grey = noise(8, 5, channels=1, dtype=np.uint16).astype(">u2")
-    one = png(tmp_path / "grey.png", 8, 5, 16, 0, [row.tobytes() for row in grey])
-    three = png(tmp_path / "colour.png", 8, 5, 16, 2, [np.repeat(row, 3).tobytes() for row in grey])
+    gray = noise(8, 5, channels=1, dtype=np.uint16).astype(">u2")
+    one = png(tmp_path / "gray.png", 8, 5, 16, 0, [row.tobytes() for row in gray])
+    three = png(tmp_path / "colour.png", 8, 5, 16, 2, [np.repeat(row, 3).tobytes() for row in gray])
     assert np.array_equal(pixels(one), pixels(three))
 
 
@@ -172,10 +172,10 @@ def test_grey_outside_16_bits_and_floats_are_refused(tmp_path):
 
 def test_modes_without_transparency_keep_their_look(tmp_path):
     colour = Image.fromarray(noise(13, 9))
-    palette, grey, bits = colour.quantize(16), colour.convert("L"), colour.convert("1")
-    for picture in (palette, grey, bits):
+    palette, gray, bits = colour.quantize(16), colour.convert("L"), colour.convert("1")
+    for image in (palette, gray, bits):
         assert np.array_equal(
-            pixels(saved(tmp_path / "a.png", picture)), np.asarray(picture.convert("RGB"))
+            pixels(saved(tmp_path / "a.png", image)), np.asarray(image.convert("RGB"))
         )
     ink = np.array(
         [[[0, 0, 0, 0], [255, 0, 0, 0], [0, 255, 0, 0], [0, 0, 255, 0], [0, 0, 0, 255]]], np.uint8
@@ -224,9 +224,9 @@ def test_a_png_colour_that_stands_for_nothing_is_white(tmp_path, depth, kind, sa
 
 
 @pytest.mark.parametrize(
-    "depth, row, grey", [(2, 0b00_01_10_11, [0, 85, 170, 255]), (4, 0x17F4, [17, 119, 255, 68])]
+    "depth, row, gray", [(2, 0b00_01_10_11, [0, 85, 170, 255]), (4, 0x17F4, [17, 119, 255, 68])]
 )
-def test_few_bits_of_grey_name_their_nothing_in_their_own_depth(tmp_path, depth, row, grey):
+def test_few_bits_of_grey_name_their_nothing_in_their_own_depth(tmp_path, depth, row, gray):
     for nothing in range(2**depth):
         path = png(
             tmp_path / "a.png",
@@ -237,7 +237,7 @@ def test_few_bits_of_grey_name_their_nothing_in_their_own_depth(tmp_path, depth,
             [row.to_bytes(depth // 2)],
             (b"tRNS", struct.pack(">H", nothing)),
         )
-        want = [255 if v == nothing * 255 / (2**depth - 1) else v for v in grey]
+        want = [255 if v == nothing * 255 / (2**depth - 1) else v for v in gray]
         assert pixels(path)[0, :, 0].tolist() == want, nothing
 
 
@@ -281,20 +281,20 @@ def test_an_animation_is_its_first_frame(tmp_path, suffix):
         ("missing.png", None, "No such file"),
         ("nul\0.png", None, "null byte"),
         ("empty.png", b"", r"empty \(0 bytes\)"),
-        ("text.png", b"not a picture at all", "no picture that can be read here"),
+        ("text.png", b"not an image at all", "no image that can be read here"),
         (
             "page.eps",
             b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
-            "no picture that can be read here",
+            "no image that can be read here",
         ),  # would run ghostscript
         (
             "page.svg",
             b"<svg xmlns='http://www.w3.org/2000/svg'/>",
-            "no picture that can be read here",
+            "no image that can be read here",
         ),
     ],
 )
-def test_what_is_no_picture_is_named(tmp_path, name, content, said):
+def test_what_is_no_image_is_named(tmp_path, name, content, said):
     path = tmp_path / name
     if content is not None:
         path.write_bytes(content)
@@ -302,9 +302,9 @@ def test_what_is_no_picture_is_named(tmp_path, name, content, said):
         image_files.read_image(path)
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
     assert caught.value.reason == {
-        "missing.png": "picture missing",
-        "nul\0.png": "picture cut short",
-    }.get(name, "no picture")
+        "missing.png": "image missing",
+        "nul\0.png": "image cut short",
+    }.get(name, "no image")
 
 
 def test_what_the_system_says_is_not_blamed_on_the_file(tmp_path):
@@ -387,14 +387,14 @@ def test_nothing_global_changes_and_no_warning_leaks(tmp_path, monkeypatch):
 
 
 def encoded():
-    """A small picture in every format that is read: {format: bytes}."""
-    picture, exif, files = Image.fromarray(noise(20, 14)), Image.Exif(), {}
+    """A small image in every format that is read: {format: bytes}."""
+    image, exif, files = Image.fromarray(noise(20, 14)), Image.Exif(), {}
     exif[0x0112] = 6
     for name in image_files.IMAGE_FORMATS:
         how = {"exif": exif} if name in ("JPEG", "PNG", "WEBP", "TIFF") else {}
-        picture.save(file := io.BytesIO(), name, **how)
+        image.save(file := io.BytesIO(), name, **how)
         files[name] = file.getvalue()
-    picture.save(file := io.BytesIO(), "TIFF", compression="tiff_lzw")
+    image.save(file := io.BytesIO(), "TIFF", compression="tiff_lzw")
     return files | {"TIFF lzw": file.getvalue()}
 
 
@@ -422,7 +422,7 @@ def test_a_file_cut_short_is_refused_or_has_lost_no_pixel(tmp_path, name):
     st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), max_size=6),
     st.binary(max_size=8),
 )
-def test_corrupted_bytes_give_a_picture_or_a_mistake(tmp_path_factory, name, changes, tail):
+def test_corrupted_bytes_give_an_image_or_a_mistake(tmp_path_factory, name, changes, tail):
     content = bytearray(FILES[name])
     for where, byte in changes:
         content[int(where**2 * len(content))] = (
@@ -453,15 +453,15 @@ def photo(width, height, seed=0):
     )
 
 
-def jpeg(picture, **how):
-    picture.save(file := io.BytesIO(), "JPEG", **how)
+def jpeg(image, **how):
+    image.save(file := io.BytesIO(), "JPEG", **how)
     return file.getvalue()
 
 
-def turned_jpeg(picture, orientation):
+def turned_jpeg(image, orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
-    return jpeg(picture, exif=exif)
+    return jpeg(image, exif=exif)
 
 
 def ycck(width, height):
@@ -502,7 +502,7 @@ def test_jpegs_of_every_mode_are_what_pillow_makes_of_them_upright(name):
             if turn > 1
             else stored.convert("RGB")
         )
-    found = image_processing.load_image(content, POLICY)
+    found = image_processing.load_image(content, IMAGE_CONFIG)
     assert found.size == upright.size == ((70, 96) if turn >= 5 else (96, 70))
     assert np.array_equal(np.asarray(image_files.read_image(content)[0]), np.asarray(upright))
 
@@ -513,7 +513,7 @@ def test_bytes_are_read_as_their_file_is(tmp_path, name):
     path.write_bytes(FILES[name])
     assert np.array_equal(np.asarray(image_files.read_image(FILES[name])[0]), pixels(path))
     assert np.array_equal(
-        image_processing.load_image(FILES[name], POLICY).tiles, image_processing.load_image(path, POLICY).tiles
+        image_processing.load_image(FILES[name], IMAGE_CONFIG).tiles, image_processing.load_image(path, IMAGE_CONFIG).tiles
     )
 
 
@@ -537,15 +537,15 @@ def test_a_transparent_16_bit_png_is_read_from_bytes_too(tmp_path):
 @pytest.mark.parametrize(
     "content, said, reason",
     [
-        (b"", r"is empty \(0 bytes\)", "no picture"),
-        (b"text", "no picture that can be read here", "no picture"),
-        (FILES["JPEG"][:-60], "broken or cut short", "picture cut short"),
+        (b"", r"is empty \(0 bytes\)", "no image"),
+        (b"text", "no image that can be read here", "no image"),
+        (FILES["JPEG"][:-60], "broken or cut short", "image cut short"),
     ],
 )
 def test_a_mistake_about_bytes_names_whose_they_are(content, said, reason):
     for name in (None, "a.tar, 000012.jpg"):
-        with pytest.raises(UserError, match=f"^{name or 'the picture'} .*{said}") as caught:
-            image_processing.load_image(content, POLICY, name=name)
+        with pytest.raises(UserError, match=f"^{name or 'the image'} .*{said}") as caught:
+            image_processing.load_image(content, IMAGE_CONFIG, name=name)
         assert caught.value.reason == reason
 
 
@@ -555,13 +555,13 @@ def test_every_refusal_has_a_reason_to_be_counted_by(tmp_path):
             image_files.read_image(path)
         return caught.value.reason
 
-    assert reason(tmp_path / "none.png") == "picture missing" and reason(tmp_path) == "no picture"
-    assert reason(png(tmp_path / "a.png", 20_001, 101, 8, 2, None)) == "picture too large"
-    assert reason(png(tmp_path / "a.png", 60_000, 60_000, 8, 2, None)) == "picture too large"
-    assert reason(png(tmp_path / "a.png", 401, 2, 8, 2, None)) == "picture too long and thin"
+    assert reason(tmp_path / "none.png") == "image missing" and reason(tmp_path) == "no image"
+    assert reason(png(tmp_path / "a.png", 20_001, 101, 8, 2, None)) == "image too large"
+    assert reason(png(tmp_path / "a.png", 60_000, 60_000, 8, 2, None)) == "image too large"
+    assert reason(png(tmp_path / "a.png", 401, 2, 8, 2, None)) == "image too long and thin"
     assert (
         reason(saved(tmp_path / "a.tiff", Image.fromarray(np.ones((1, 2), np.float32))))
-        == "picture of strange pixels"
+        == "unsupported pixel format"
     )
 
 
@@ -574,34 +574,34 @@ def test_every_refusal_has_a_reason_to_be_counted_by(tmp_path):
 @pytest.mark.parametrize("orientation", [1, 6])
 def test_a_draft_is_twice_what_it_is_resized_to_and_looks_the_same(fit, to, orientation):
     """Within 4 levels, on a photograph, but for where a bar of pad begins: there by a quarter of a pixel. Places and size are those of the whole."""
-    policy = POLICY | ({"fit": fit} if fit != "tiles" else TILES | {"tiles": 10})
+    image_config = IMAGE_CONFIG | ({"fit": fit} if fit != "tiles" else TILES | {"tiles": 10})
     wide = {"tiles": (600, 240)}.get(fit, (600, 480))
     stored = photo(*wide) if orientation == 1 else photo(*wide).transpose(Image.Transpose.ROTATE_90)
     content = turned_jpeg(stored, orientation)
     whole, drafted = (
-        image_processing.load_image(content, policy),
-        image_processing.load_image(content, policy | {"draft": True}),
+        image_processing.load_image(content, image_config),
+        image_processing.load_image(content, image_config | {"draft": True}),
     )
     assert whole.size == drafted.size == wide and np.array_equal(whole.feature_index, drafted.feature_index)
     assert near(
         drafted.tiles, whole.tiles, levels=20 if fit == "pad" else 4
     ) and not np.array_equal(drafted.tiles, whole.tiles)
-    assert image_processing.resized_size(wide, policy) == to
+    assert image_processing.resized_size(wide, image_config) == to
     across, down = image_files.read_image(
-        content, needed=image_processing.required_size(policy | {"draft": True})
+        content, required_size=image_processing.required_size(image_config | {"draft": True})
     )[0].size
     assert across < wide[0] and across >= 2 * to[0] and down >= 2 * to[1]
 
 
 def test_a_draft_leaves_alone_what_has_no_dct_and_what_is_not_large_enough():
-    for picture, how, policy in [
-        (photo(600, 480), "PNG", POLICY),
-        (photo(95, 95), "JPEG", POLICY),
-        (photo(600, 480), "JPEG", POLICY | {"fit": "anyres", "pinpoints": [[48, 24], [24, 48]]}),
+    for image, how, image_config in [
+        (photo(600, 480), "PNG", IMAGE_CONFIG),
+        (photo(95, 95), "JPEG", IMAGE_CONFIG),
+        (photo(600, 480), "JPEG", IMAGE_CONFIG | {"fit": "anyres", "pinpoints": [[48, 24], [24, 48]]}),
     ]:
-        picture.save(file := io.BytesIO(), how)
+        image.save(file := io.BytesIO(), how)
         whole, drafted = (
-            image_processing.load_image(file.getvalue(), policy | {"draft": draft})
+            image_processing.load_image(file.getvalue(), image_config | {"draft": draft})
             for draft in (False, True)
         )
         assert np.array_equal(whole.tiles, drafted.tiles)
@@ -618,7 +618,7 @@ def test_a_tile_takes_its_patches_shuffled():
         image_processing.tokens_per_tile({"tile": 448, "patch": 14, "shuffle": 2}) == 256
     )  # InternVL
     assert image_processing.tokens_per_tile({"tile": 64, "patch": 8, "shuffle": 2}) == 16
-    assert image_processing.image_token_count((50, 40), POLICY) == 9
+    assert image_processing.image_token_count((50, 40), IMAGE_CONFIG) == 9
 
 
 def internvls_choice(size, tile, most, area_weighted=False):
@@ -681,18 +681,18 @@ EDGES = [
 @pytest.mark.parametrize("most", [12, 8, 6, 4, 2, 1])
 def test_a_grid_is_the_reference_rules(choice, most):
     for tile in (336, 448):
-        policy = POLICY | TILES | {"tile": tile, "choice": choice}
+        image_config = IMAGE_CONFIG | TILES | {"tile": tile, "choice": choice}
         for size in [(width, height) for width in EDGES for height in EDGES]:
             columns, rows = internvls_choice(size, tile, most, choice == "area")
             assert (
-                image_processing.tile_grid(size, policy | {"tiles": most})
-                == image_processing.tile_grid(size, policy, limit=most)
+                image_processing.tile_grid(size, image_config | {"tiles": most})
+                == image_processing.tile_grid(size, image_config, max_tiles=most)
                 == (rows, columns)
             ), size
-            assert image_processing.tile_grid(size, policy | {"tiles": most}, limit=20) == (
+            assert image_processing.tile_grid(size, image_config | {"tiles": most}, max_tiles=20) == (
                 rows,
                 columns,
-            )  # a limit never raises the policy's own
+            )  # a limit never raises the image_config's own
 
 
 def test_every_token_of_every_tile_is_counted_and_read(tmp_path):
@@ -702,37 +702,37 @@ def test_every_token_of_every_tile_is_counted_and_read(tmp_path):
         ({"thumbnail": False}, None, 6),
         ({}, 1, 1),
     ]:
-        policy, path = (
-            POLICY | TILES | change,
+        image_config, path = (
+            IMAGE_CONFIG | TILES | change,
             saved(tmp_path / "a.png", Image.fromarray(noise(60, 40))),
         )
-        picture = image_processing.load_image(path, policy, limit)
-        assert image_processing.tile_count((60, 40), policy, limit) == tiles == len(picture.tiles)
+        image = image_processing.load_image(path, image_config, limit)
+        assert image_processing.tile_count((60, 40), image_config, limit) == tiles == len(image.tiles)
         assert (
-            picture.feature_index.tolist() == list(range(tiles * 9))
-            and image_processing.image_token_count((60, 40), policy, limit) == tiles * 9
+            image.feature_index.tolist() == list(range(tiles * 9))
+            and image_processing.image_token_count((60, 40), image_config, limit) == tiles * 9
         )
-        assert picture.size == (60, 40)
+        assert image.size == (60, 40)
         planned = image_processing.plan_image(
-            (60, 40), policy, limit
-        )  # what a picture will be is known from its size
+            (60, 40), image_config, limit
+        )  # what an image will be is known from its size
         assert (
-            planned.size == picture.size
-            and np.array_equal(planned.feature_index, picture.feature_index)
-            and planned.tiles.shape == picture.tiles.shape
+            planned.size == image.size
+            and np.array_equal(planned.feature_index, image.feature_index)
+            and planned.tiles.shape == image.tiles.shape
         )
 
 
-def test_tags_number_the_tiles_and_name_the_whole_picture():
-    policy = POLICY | TILES | {"tags": True}
-    assert image_processing.tile_tags(3, policy) == ["<tile_1>", "<tile_2>", "<tile_global_thumbnail>"]
-    assert image_processing.tile_tags(1, policy) == [
+def test_tags_number_the_tiles_and_name_the_whole_image():
+    image_config = IMAGE_CONFIG | TILES | {"tags": True}
+    assert image_processing.tile_tags(3, image_config) == ["<tile_1>", "<tile_2>", "<tile_global_thumbnail>"]
+    assert image_processing.tile_tags(1, image_config) == [
         "<tile_global_thumbnail>"
-    ]  # as NVLM has it: one tile is the whole picture
-    assert image_processing.tile_tags(2, policy | {"thumbnail": False}) == ["<tile_1>", "<tile_2>"]
+    ]  # as NVLM has it: one tile is the whole image
+    assert image_processing.tile_tags(2, image_config | {"thumbnail": False}) == ["<tile_1>", "<tile_2>"]
     assert (
-        image_processing.tile_tags(3, policy | {"tags": False}) is None
-        and image_processing.tile_tags(1, POLICY) is None
+        image_processing.tile_tags(3, image_config | {"tags": False}) is None
+        and image_processing.tile_tags(1, IMAGE_CONFIG) is None
     )
 
 
@@ -765,13 +765,13 @@ def test_tags_number_the_tiles_and_name_the_whole_picture():
     ],
 )
 def test_a_policy_that_means_nothing_is_refused(change, said):
-    for good in (POLICY, POLICY | {"draft": True}, POLICY | TILES):
+    for good in (IMAGE_CONFIG, IMAGE_CONFIG | {"draft": True}, IMAGE_CONFIG | TILES):
         image_processing.check_image_config(good)
     with pytest.raises(UserError, match=said):
-        image_processing.check_image_config(POLICY | change)
+        image_processing.check_image_config(IMAGE_CONFIG | change)
     with pytest.raises(UserError, match="fit is missing"):
         image_processing.check_image_config(
-            {name: value for name, value in POLICY.items() if name != "fit"}
+            {name: value for name, value in IMAGE_CONFIG.items() if name != "fit"}
         )
 
 
@@ -781,7 +781,7 @@ def test_a_policy_that_means_nothing_is_refused(change, said):
 @pytest.mark.parametrize("resample", image_processing.RESAMPLE_FILTERS)
 @pytest.mark.parametrize("size", SHAPES)
 def test_crop_is_clips(size, resample):
-    picture, tile = Image.fromarray(noise(*size)), POLICY["tile"]
+    image, tile = Image.fromarray(noise(*size)), IMAGE_CONFIG["tile"]
     clip = CLIPImageProcessorPil(
         size={"shortest_edge": tile},
         crop_size={"height": tile, "width": tile},
@@ -789,16 +789,16 @@ def test_crop_is_clips(size, resample):
         do_rescale=False,
         do_normalize=False,
     )
-    want = clip(picture, return_tensors="np")["pixel_values"]
-    assert near(image_processing.cut_into_tiles(picture, POLICY | {"fit": "crop", "resample": resample}), want)
+    want = clip(image, return_tensors="np")["pixel_values"]
+    assert near(image_processing.cut_into_tiles(image, IMAGE_CONFIG | {"fit": "crop", "resample": resample}), want)
 
 
 @pytest.mark.parametrize("resample", image_processing.RESAMPLE_FILTERS)
 @pytest.mark.parametrize("size", SHAPES)
 def test_pad_is_llavas(size, resample):
-    picture, tile, kind = (
+    image, tile, kind = (
         Image.fromarray(noise(*size)),
-        POLICY["tile"],
+        IMAGE_CONFIG["tile"],
         image_processing.RESAMPLE_FILTERS[resample],
     )
     llava = LlavaImageProcessorPil(
@@ -808,31 +808,31 @@ def test_pad_is_llavas(size, resample):
         do_pad=True,
         do_rescale=False,
         do_normalize=False,
-        image_mean=POLICY["mean"],
+        image_mean=IMAGE_CONFIG["mean"],
     )
-    found = image_processing.cut_into_tiles(picture, POLICY | {"fit": "pad", "resample": resample})
-    assert near(found, llava(picture, return_tensors="np")["pixel_values"])
-    square = Image.new("RGB", (max(size),) * 2, (122, 116, 104))  # LLaVA-1.5's grey
-    square.paste(picture, ((max(size) - size[0]) // 2, (max(size) - size[1]) // 2))
+    found = image_processing.cut_into_tiles(image, IMAGE_CONFIG | {"fit": "pad", "resample": resample})
+    assert near(found, llava(image, return_tensors="np")["pixel_values"])
+    square = Image.new("RGB", (max(size),) * 2, (122, 116, 104))  # LLaVA-1.5's gray
+    square.paste(image, ((max(size) - size[0]) // 2, (max(size) - size[1]) // 2))
     assert near(found[0], np.asarray(square.resize((tile, tile), kind)).transpose(2, 0, 1))
 
 
 @pytest.mark.parametrize("resample", image_processing.RESAMPLE_FILTERS)
 @pytest.mark.parametrize("size", SHAPES)
 def test_squash_is_a_plain_resize(size, resample):
-    picture = Image.fromarray(noise(*size))
-    want = np.asarray(picture.resize((24, 24), image_processing.RESAMPLE_FILTERS[resample]))
-    found = image_processing.cut_into_tiles(picture, POLICY | {"resample": resample})
+    image = Image.fromarray(noise(*size))
+    want = np.asarray(image.resize((24, 24), image_processing.RESAMPLE_FILTERS[resample]))
+    found = image_processing.cut_into_tiles(image, IMAGE_CONFIG | {"resample": resample})
     assert near(found, want.transpose(2, 0, 1)[None])
 
 
 @pytest.mark.parametrize("fit", [*image_processing.FITS, "tiles"])
 def test_tiles_are_one_uint8_array_that_shows_the_file(tmp_path, fit):
-    path, policy = (
+    path, image_config = (
         saved(tmp_path / "a.png", Image.fromarray(noise(24, 24))),
-        POLICY | TILES | {"fit": fit},
+        IMAGE_CONFIG | TILES | {"fit": fit},
     )
-    tiles_NCYX = image_processing.load_image(path, policy).tiles
+    tiles_NCYX = image_processing.load_image(path, image_config).tiles
     assert tiles_NCYX.shape == (1, 3, 24, 24) and tiles_NCYX.dtype == np.uint8
     assert (
         tiles_NCYX.flags.c_contiguous and tiles_NCYX.flags.writeable
@@ -841,11 +841,11 @@ def test_tiles_are_one_uint8_array_that_shows_the_file(tmp_path, fit):
 
 
 def test_resampling_matters():
-    picture = Image.fromarray(noise(50, 31))
+    image = Image.fromarray(noise(50, 31))
     assert (
         len(
             {
-                image_processing.cut_into_tiles(picture, POLICY | {"fit": f, "resample": r}).tobytes()
+                image_processing.cut_into_tiles(image, IMAGE_CONFIG | {"fit": f, "resample": r}).tobytes()
                 for f in image_processing.FITS
                 for r in image_processing.RESAMPLE_FILTERS
             }
@@ -861,10 +861,10 @@ EDGE = st.sampled_from([1, 2, 3, 5, 17, 24, 64, 101, 224, 333, 600])
 @given(EDGE, EDGE, EDGE, EDGE, st.sampled_from(sorted(image_processing.RESAMPLE_FILTERS)))
 def test_resizing_is_pillows_to_a_level(width, height, columns, rows, resample):
     """Narrowed or widened, down or across first, lines of one pixel: noise is the worst case."""
-    picture = noise(width, height)
-    want = Image.fromarray(picture).resize((columns, rows), image_processing.RESAMPLE_FILTERS[resample])
+    image = noise(width, height)
+    want = Image.fromarray(image).resize((columns, rows), image_processing.RESAMPLE_FILTERS[resample])
     assert near(
-        image_processing.resize_image(picture, (columns, rows), resample),
+        image_processing.resize_image(image, (columns, rows), resample),
         np.asarray(want).transpose(2, 0, 1),
     )
 
@@ -874,10 +874,10 @@ def test_resizing_is_pillows_to_a_level(width, height, columns, rows, resample):
 def test_resizing_to_a_width_of_one_is_left_to_pillow(width, resample, monkeypatch):
     """torch's way if the CPU has no AVX2 gets it wrong; ATEN_CPU_CAPABILITY=default shows it on any."""
     monkeypatch.setattr(image_processing.F, "interpolate", None)
-    picture = noise(width, 9)
-    want = Image.fromarray(picture).resize((1, 4), image_processing.RESAMPLE_FILTERS[resample])
+    image = noise(width, 9)
+    want = Image.fromarray(image).resize((1, 4), image_processing.RESAMPLE_FILTERS[resample])
     assert np.array_equal(
-        image_processing.resize_image(picture, (1, 4), resample), np.asarray(want).transpose(2, 0, 1)
+        image_processing.resize_image(image, (1, 4), resample), np.asarray(want).transpose(2, 0, 1)
     )
 
 
@@ -901,31 +901,31 @@ def test_resizing_is_the_same_on_any_count_of_threads_and_in_a_batch(size):
 @pytest.mark.parametrize("resample", image_processing.RESAMPLE_FILTERS)
 @pytest.mark.parametrize("size", SHAPES)
 def test_tiles_are_pillows_resize_and_crop(size, resample):
-    """InternVL's `dynamic_preprocess`: squashed to the grid, cut row by row, the whole picture last if there are several."""
-    picture, policy, tile = (
+    """InternVL's `dynamic_preprocess`: squashed to the grid, cut row by row, the whole image last if there are several."""
+    image, image_config, tile = (
         Image.fromarray(noise(*size)),
-        POLICY | TILES | {"resample": resample},
+        IMAGE_CONFIG | TILES | {"resample": resample},
         24,
     )
     columns, rows = internvls_choice(size, tile, 12)
     squashed, parts = (
-        picture.resize((columns * tile, rows * tile), image_processing.RESAMPLE_FILTERS[resample]),
+        image.resize((columns * tile, rows * tile), image_processing.RESAMPLE_FILTERS[resample]),
         [],
     )
     for i in range(columns * rows):
         left, top = i % columns * tile, i // columns * tile
         parts.append(squashed.crop((left, top, left + tile, top + tile)))
-    parts += [picture.resize((tile, tile), image_processing.RESAMPLE_FILTERS[resample])] * (len(parts) > 1)
+    parts += [image.resize((tile, tile), image_processing.RESAMPLE_FILTERS[resample])] * (len(parts) > 1)
     want = np.stack([np.asarray(part).transpose(2, 0, 1) for part in parts])
-    assert near(image_processing.cut_into_tiles(picture, policy), want)
+    assert near(image_processing.cut_into_tiles(image, image_config), want)
     assert near(
-        image_processing.cut_into_tiles(picture, policy | {"thumbnail": False}), want[: columns * rows]
+        image_processing.cut_into_tiles(image, image_config | {"thumbnail": False}), want[: columns * rows]
     )
 
 
 @pytest.mark.parametrize("size", SHAPES)
 def test_tiles_are_those_of_internvl_in_transformers(size):
-    picture = Image.fromarray(noise(*size))
+    image = Image.fromarray(noise(*size))
     theirs = GotOcr2ImageProcessorPil(
         crop_to_patches=True,
         min_patches=1,
@@ -936,16 +936,16 @@ def test_tiles_are_those_of_internvl_in_transformers(size):
         do_normalize=False,
     )
     assert near(
-        image_processing.cut_into_tiles(picture, POLICY | TILES),
-        theirs(picture, return_tensors="np")["pixel_values"],
+        image_processing.cut_into_tiles(image, IMAGE_CONFIG | TILES),
+        theirs(image, return_tensors="np")["pixel_values"],
     )
 
 
-def test_a_limit_makes_fewer_tiles_of_the_same_picture():
-    picture, policy = Image.fromarray(noise(96, 72)), POLICY | TILES
+def test_a_limit_makes_fewer_tiles_of_the_same_image():
+    image, image_config = Image.fromarray(noise(96, 72)), IMAGE_CONFIG | TILES
     assert [
-        len(image_processing.cut_into_tiles(picture, policy, limit)) for limit in (None, 12, 8, 6, 4, 2, 1)
+        len(image_processing.cut_into_tiles(image, image_config, limit)) for limit in (None, 12, 8, 6, 4, 2, 1)
     ] == [13, 13, 7, 7, 5, 1, 1]
     assert np.array_equal(
-        image_processing.cut_into_tiles(picture, policy, 1), image_processing.cut_into_tiles(picture, POLICY)
-    )  # one tile is the picture, squashed
+        image_processing.cut_into_tiles(image, image_config, 1), image_processing.cut_into_tiles(image, IMAGE_CONFIG)
+    )  # one tile is the image, squashed

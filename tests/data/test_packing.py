@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from test_dataset import POLICY, TOKENS, make_picture, make_samples, write
+from test_dataset import IMAGE_CONFIG, TOKENS, make_image, make_samples, write
 
 from nanovlm import IGNORE_INDEX, UserError
 from nanovlm.data import dataset, image_processing, packing
@@ -81,21 +81,21 @@ def test_positions_restart_documents_count_up_and_targets_stay_at_home(written):
             batch["documents_BT"][b].diff()[: sum(written.table[members, dataset.LENGTH]) - 1] >= 0
         ).all()
         assert (batch["targets_BT"][b][batch["documents_BT"][b] == -1] == IGNORE_INDEX).all()
-    tiles = [picture.tiles for members in rows for i in members for picture in written.read(i)[2]]
+    tiles = [image.tiles for members in rows for i in members for image in written.read(i)[2]]
     assert np.array_equal(batch["tiles_NCYX"].numpy(), np.concatenate(tiles))
     assert batch["image_feature_index"].tolist() == list(range(TOKENS * len(batch["tiles_NCYX"])))
 
 
-def test_a_batch_without_pictures_has_no_tiles(tmp_path):
+def test_a_batch_without_images_has_no_tiles(tmp_path):
     batch, _ = packing.collate(write(tmp_path / "set", [("words", [1, 2], [0, 1], [])]), [[0]])
     assert batch["tiles_NCYX"].shape == (0, 3, 6, 6) and batch["image_feature_index"].shape == (0,)
 
 
-def test_places_of_several_pictures_count_on_from_the_tiles_before_and_newlines_stay_newlines():
+def test_places_of_several_images_count_on_from_the_tiles_before_and_newlines_stay_newlines():
     g = np.random.default_rng(0)
-    first = make_picture(g, 3)._replace(feature_index=np.array([0, 11, image_processing.IMAGE_NEWLINE]))
-    second = make_picture(g, 2)._replace(feature_index=np.array([7, image_processing.IMAGE_NEWLINE, 1]))
-    assert packing.collate_images([first, second], POLICY)["image_feature_index"].tolist() == [
+    first = make_image(g, 3)._replace(feature_index=np.array([0, 11, image_processing.IMAGE_NEWLINE]))
+    second = make_image(g, 2)._replace(feature_index=np.array([7, image_processing.IMAGE_NEWLINE, 1]))
+    assert packing.collate_images([first, second], IMAGE_CONFIG)["image_feature_index"].tolist() == [
         0,
         11,
         -1,

@@ -1,4 +1,4 @@
-"""The demonstration's world is a fair teacher: the same for everybody, right in what it says, and its exam shows nothing that was trained on."""
+"""The demonstration's data: the same for everybody, right answers, and no training fridge in the evaluation."""
 
 import json
 import random
@@ -14,7 +14,7 @@ from nanovlm.demo import fridge
 
 def write(folder, **how):
     fridge.write_fridges(
-        out=folder, **{"scenes": 24, "text": 30, "exam": 7, "seed": 5, "workers": 2} | how
+        out=folder, **{"scenes": 24, "text": 30, "eval_scenes": 7, "seed": 5, "workers": 2} | how
     )
     return {
         str(path.relative_to(folder)): path.read_bytes()
@@ -41,19 +41,19 @@ def test_a_world_that_is_not_whole_leaves_nothing_behind(tmp_path, monkeypatch):
 
     monkeypatch.setattr(fridge, "draw_scene", stopped)
     with pytest.raises(KeyboardInterrupt):
-        write(tmp_path / "deep" / "fridge", scenes=0, exam=0)
+        write(tmp_path / "deep" / "fridge", scenes=0, eval_scenes=0)
     assert not any((tmp_path / "deep").iterdir())
 
 
 def test_the_same_number_gives_the_same_fridge_in_a_larger_world(world, tmp_path):
     _, files = world
-    larger = write(tmp_path / "larger", scenes=30, exam=9)
+    larger = write(tmp_path / "larger", scenes=30, eval_scenes=9)
     assert all(
         larger[name] == content for name, content in files.items() if name.startswith("images/")
     )
 
 
-def test_the_exam_shares_no_composition_with_training():
+def test_evaluation_shares_no_content_with_training():
     """What stands on which shelf in which order, gaps aside: the hash decides, so no pair of scenes need ever be compared."""
 
     def composition(seed, held_out):
@@ -194,13 +194,13 @@ def test_what_was_taken_is_what_the_second_fridge_lacks():
     )
 
 
-def test_a_plan_has_a_word_for_each_square_that_the_eye_sees():
+def test_a_grid_description_has_a_word_for_each_square():
     assert (
         fridge.grid_description(SCENE) == " top apple . milk middle . . . bottom egg cake egg drawer . juice ."
     )
 
 
-def test_a_food_changes_the_picture_in_its_own_square_most():
+def test_a_food_changes_the_image_in_its_own_square_most():
     """The same chance with and without a food: what differs lies where the food stands."""
     empty = {place: (None,) * 3 for place in fridge.SHELVES}
     for row, place in enumerate(fridge.SHELVES):

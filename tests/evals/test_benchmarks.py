@@ -217,7 +217,10 @@ def test_how_to_answer_stands_behind_the_question_once(tmp_path):
             json.dumps({**GOOD, "answers": ["\udfff"]}),
             r"`answers` must be a list of non-empty texts, not \['\\udfff",
         ),
-        (json.dumps({**GOOD, "choices": ["x", "\ud800"]}), "`choices` must be a list of non-empty texts"),
+        (
+            json.dumps({**GOOD, "choices": ["x", "\ud800"]}),
+            "`choices` must be a list of non-empty texts",
+        ),
         (
             json.dumps({**GOOD, "choices": 0}),
             "`choices` must be a list of non-empty texts, not 0",
@@ -422,13 +425,17 @@ def test_what_does_not_go_together_is_named(tmp_path):
         UserError, match=r"question 1: its answers, \['C'\], are not letters of its 2 choices"
     ):
         read(tmp_path, json.dumps({**GOOD, "answers": ["C"], "choices": ["x", "y"]}), "letters")
-    with pytest.raises(UserError, match="a question has 27 choices, but there are 26 letters: 'What"):
+    with pytest.raises(
+        UserError, match="a question has 27 choices, but there are 26 letters: 'What"
+    ):
         read(tmp_path, json.dumps({**GOOD, "answers": ["A"], "choices": ["x"] * 27}), "letters")
     with pytest.raises(
         UserError, match="--annotations=x.json: the answers of exact are in its questions"
     ):
         read(tmp_path, json.dumps(GOOD), annotations="x.json")
-    with pytest.raises(UserError, match="--images=.*: no question of .*exam.json has the path of an image"):
+    with pytest.raises(
+        UserError, match="--images=.*: no question of .*exam.json has the path of an image"
+    ):
         read(
             tmp_path,
             json.dumps({"id": 1, "question": "Why?", "answers": ["So."]}),
@@ -524,9 +531,9 @@ def test_coco_in_karpathys_split_in_blips_and_in_its_own(tmp_path):
         "answers": seen,
     }
     assert (
-        benchmarks.load_questions("coco", tmp_path / "dataset_coco.json", tmp_path / "captions_val2014.json")[
-            0
-        ]["answers"]
+        benchmarks.load_questions(
+            "coco", tmp_path / "dataset_coco.json", tmp_path / "captions_val2014.json"
+        )[0]["answers"]
         == seen
     )
     with pytest.raises(
@@ -538,7 +545,9 @@ def test_coco_in_karpathys_split_in_blips_and_in_its_own(tmp_path):
         {"captions_val2014.json": CAPTIONS | {"annotations": CAPTIONS["annotations"][::2]}},
     )  # those of the first picture
     with pytest.raises(UserError, match="question 2: `answers` must be a list of non-empty texts"):
-        benchmarks.load_questions("coco", tmp_path / "dataset_coco.json", tmp_path / "captions_val2014.json")
+        benchmarks.load_questions(
+            "coco", tmp_path / "dataset_coco.json", tmp_path / "captions_val2014.json"
+        )
 
 
 def vqav2(split):
@@ -587,7 +596,9 @@ def test_vqav2_with_its_annotations_and_its_secret_test(tmp_path):
             "test2015/COCO_test2015_000000262148.jpg": None,
         },
     )
-    rows = benchmarks.load_questions("vqav2", pack(tmp_path / "q"), pack(tmp_path / "a"), str(tmp_path))
+    rows = benchmarks.load_questions(
+        "vqav2", pack(tmp_path / "q"), pack(tmp_path / "a"), str(tmp_path)
+    )
     assert rows[1] == {
         "id": 262148001,
         "kind": "other",
@@ -634,7 +645,9 @@ def test_vqav2_with_its_annotations_and_its_secret_test(tmp_path):
             and rows[0]["image"][0].path.endswith("test2015/COCO_test2015_000000262148.jpg")
         )
     handed = json.loads(
-        benchmarks.format_submission("vqav2", [row | {"answer": f" {k}\n"} for k, row in enumerate(rows)])
+        benchmarks.format_submission(
+            "vqav2", [row | {"answer": f" {k}\n"} for k, row in enumerate(rows)]
+        )
     )
     assert handed == [
         {"question_id": 262148000, "answer": "0"},
@@ -679,9 +692,9 @@ def test_textvqa(tmp_path):
         "choices": [],
         "question": asked("what is the brand?", benchmarks.WORD_PROMPT),
     }
-    assert benchmarks.load_questions("textvqa", tmp_path / "TextVQA_0.5.1_test.json", images=images) == [
-        {**row, "answers": []}
-    ]
+    assert benchmarks.load_questions(
+        "textvqa", tmp_path / "TextVQA_0.5.1_test.json", images=images
+    ) == [{**row, "answers": []}]
 
 
 def test_chartqa_of_both_kinds_out_of_the_zip_as_downloaded(tmp_path):
@@ -714,7 +727,10 @@ def test_chartqa_of_both_kinds_out_of_the_zip_as_downloaded(tmp_path):
     assert benchmarks.load_questions("chartqa", tmp_path / "c" / "ChartQA Dataset")[3]["image"][
         0
     ].path.endswith("/test/png/41699051005347.png")
-    assert len(benchmarks.load_questions("chartqa", f"{archive}/ChartQA Dataset/test/test_human.json")) == 2
+    assert (
+        len(benchmarks.load_questions("chartqa", f"{archive}/ChartQA Dataset/test/test_human.json"))
+        == 2
+    )
     with pytest.raises(UserError, match="test_augmented.json, question 1: no such picture"):
         benchmarks.load_questions("chartqa", archive, images=str(tmp_path))
 
@@ -806,7 +822,9 @@ def test_ai2d_letters_stand_in_the_places_of_the_labels(tmp_path):
     Image.new("RGB", (90, 80), (0, 0, 255)).save(tmp_path / "ai2d/images/0.png")
     lay(tmp_path, {"ai2d/images/10.png": None})
     for questions in (tmp_path, pack(tmp_path)):
-        lettered, plain = benchmarks.load_questions("ai2d", questions, tmp_path / "ai2d_test_ids.csv")
+        lettered, plain = benchmarks.load_questions(
+            "ai2d", questions, tmp_path / "ai2d_test_ids.csv"
+        )
         assert plain["question"] == asked(
             "Which one hears?", "A. ears", "B. nose", "C. A", "D. face", LETTER_PROMPT
         )
@@ -816,7 +834,8 @@ def test_ai2d_letters_stand_in_the_places_of_the_labels(tmp_path):
             told["answerTexts"],
         )
         before, after = (
-            image_files.read_image(image_refs.load_image_bytes(row["image"][0])[0])[0] for row in (plain, lettered)
+            image_files.read_image(image_refs.load_image_bytes(row["image"][0])[0])[0]
+            for row in (plain, lettered)
         )
         changed = [
             (x, y)
@@ -903,9 +922,12 @@ def test_mmmu_has_each_picture_where_it_is_named(tmp_path):
         first["question"]
         == f"<image>\nOf <image>, which is it?\nA. <image>\nB. it's <image>\n{LETTER_PROMPT}"
     )
-    assert [image_files.read_image(ref.content)[1][0] for ref in first["image"]] == [13, 12, 11, 12], (
-        "the one that nothing names stands in front"
-    )
+    assert [image_files.read_image(ref.content)[1][0] for ref in first["image"]] == [
+        13,
+        12,
+        11,
+        12,
+    ], "the one that nothing names stands in front"
     assert (first["kind"], first["answers"], first["choices"]) == (
         "Art_Theory",
         ["B"],
@@ -954,7 +976,9 @@ def test_mmmu_has_each_picture_where_it_is_named(tmp_path):
             benchmarks.load_questions("mmmu", tmp_path / "open")
         assert len(str(mistake.value)) < 500
     lay(tmp_path, {"bad/validation-0.parquet": [mmmu(question="<image 4>?", image_1=shown(1, 20))]})
-    with pytest.raises(UserError, match="validation-0.parquet, question 1: `image` must be a non-empty text"):
+    with pytest.raises(
+        UserError, match="validation-0.parquet, question 1: `image` must be a non-empty text"
+    ):
         benchmarks.load_questions("mmmu", tmp_path / "bad")
     with pytest.raises(UserError, match="a parquet in a zip is not read: unpack"):
         benchmarks.load_questions("mmmu", pack(tmp_path / "bad"))
@@ -1091,7 +1115,9 @@ def test_popes_three_files_begin_their_ids_anew(tmp_path):
         "popular",
         asked(record["text"], SHORT_PROMPT),
     )
-    assert rows == benchmarks.load_questions("pope", tmp_path / "output", images=str(tmp_path / "val2014"))
+    assert rows == benchmarks.load_questions(
+        "pope", tmp_path / "output", images=str(tmp_path / "val2014")
+    )
 
 
 def test_mme_in_both_of_its_folders_layouts(tmp_path):
@@ -1123,12 +1149,14 @@ def test_mme_in_both_of_its_folders_layouts(tmp_path):
         "choices": [],
         "question": asked("Is it blue?", SHORT_PROMPT),
     }
-    assert rows[0]["image"] == [image_refs.ZipMember(archive, "M/MME_Benchmark/artwork/images/9.png")]
+    assert rows[0]["image"] == [
+        image_refs.ZipMember(archive, "M/MME_Benchmark/artwork/images/9.png")
+    ]
     folder = tmp_path / "m" / "M" / "MME_Benchmark"
     assert without_pictures(benchmarks.load_questions("mme", folder)) == without_pictures(rows)
-    assert without_pictures(benchmarks.load_questions("mme", folder / "artwork")) == without_pictures(
-        rows[:2]
-    )
+    assert without_pictures(
+        benchmarks.load_questions("mme", folder / "artwork")
+    ) == without_pictures(rows[:2])
     (folder / "color" / "0001.jpg").unlink()
     with pytest.raises(UserError, match="color/0001.txt: no such picture: .*0001"):
         benchmarks.load_questions("mme", folder)
@@ -1189,7 +1217,10 @@ def test_mathvista_in_both_editions(tmp_path):
         [rows[0], rows[1] | {"question": asked(query)}]
     ), "what the owner asks is asked as it stands"
     assert isinstance(again[0]["image"][0], image_refs.ImageBytes)
-    assert benchmarks.load_questions("mathvista", f"{tmp_path}/p/data/test-*.parquet")[0]["answers"] == []
+    assert (
+        benchmarks.load_questions("mathvista", f"{tmp_path}/p/data/test-*.parquet")[0]["answers"]
+        == []
+    )
     del record["answer"]
     assert (
         benchmarks.load_questions(
@@ -1246,9 +1277,9 @@ def test_prompts_can_be_replaced_and_submissions_are_known(tmp_path):
             "1.png": None,
         },
     )
-    assert benchmarks.load_questions("chartqa", tmp_path, prompt="Be brief.")[0]["question"] == asked(
-        "How many?", "Be brief."
-    )
+    assert benchmarks.load_questions("chartqa", tmp_path, prompt="Be brief.")[0][
+        "question"
+    ] == asked("How many?", "Be brief.")
     assert benchmarks.load_questions("chartqa", tmp_path)[0]["answers"] == ["14"]
     assert (
         benchmarks.format_submission("coco", [{"id": 42, "answer": "A cat."}])
@@ -1392,7 +1423,11 @@ def test_choices_count_only_where_their_letters_come_in_order_and_the_answer_is_
                 ("text", 1),
             )
         ),
-        ("textvqa", {"question_id": 1, "answers": []}, "`answers` must be a list of non-empty texts"),
+        (
+            "textvqa",
+            {"question_id": 1, "answers": []},
+            "`answers` must be a list of non-empty texts",
+        ),
         (
             "textvqa",
             {"question_id": 1, "answers": ["red"] * 3},
@@ -1532,6 +1567,6 @@ def test_a_right_answer_to_a_row_is_marked_right_by_its_benchmarks_score(tmp_pat
         ("realworldqa", ["yes"]),
     ):
         rows = benchmarks.load_questions(name, tmp_path)
-        assert metrics.score_answers(benchmarks.BENCHMARKS[name].metric, answers, rows) == [1.0] * len(
-            answers
-        ), name
+        assert metrics.score_answers(benchmarks.BENCHMARKS[name].metric, answers, rows) == [
+            1.0
+        ] * len(answers), name

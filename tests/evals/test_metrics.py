@@ -51,7 +51,9 @@ def people(**counts):
     ],
 )
 def test_vqa_accuracy_leaves_each_of_ten_people_out(matches, score):
-    assert vqa_accuracy("red", people(red=matches, blue=10 - matches)) == pytest.approx(score, abs=1e-12)
+    assert vqa_accuracy("red", people(red=matches, blue=10 - matches)) == pytest.approx(
+        score, abs=1e-12
+    )
 
 
 def test_vqa_normalises_only_where_people_differ():
@@ -220,11 +222,15 @@ def test_vqa_equals_a_literal_transcription_on_random_answers():
             [rng.choice(pool) for _ in range(10)],
             rng.choice([*pool, "red", "\tthe red.\n"]),
         )
-        assert vqa_accuracy(answer, golds) == pytest.approx(literal.accuracy(answer, golds), abs=1e-12), (
+        assert vqa_accuracy(answer, golds) == pytest.approx(
+            literal.accuracy(answer, golds), abs=1e-12
+        ), (
             answer,
             golds,
         )
-        assert textvqa_accuracy(answer, golds) == pytest.approx(literal.textvqa(answer, golds), abs=1e-12), (
+        assert textvqa_accuracy(answer, golds) == pytest.approx(
+            literal.textvqa(answer, golds), abs=1e-12
+        ), (
             answer,
             golds,
         )
@@ -317,7 +323,10 @@ def test_relaxed_equals_pix2structs():
     ]
     made = [sign + stem + unit for sign in ("", "-") for stem in stems for unit in ("", "%")]
     for prediction, target in itertools.product(made, made):
-        assert relaxed_accuracy(prediction, [target]) == literal(target, prediction), (prediction, target)
+        assert relaxed_accuracy(prediction, [target]) == literal(target, prediction), (
+            prediction,
+            target,
+        )
 
 
 @pytest.mark.parametrize(
@@ -438,19 +447,26 @@ def test_letters_without_choices():
         and letter_score("a cat", ["A"], {"choices": []}) is None
     )
     assert (
-        letter_score("Yes.", ["yes"], {"choices": []}) == 1 and letter_score("3", ["4"], {"choices": []}) == 0
+        letter_score("Yes.", ["yes"], {"choices": []}) == 1
+        and letter_score("3", ["4"], {"choices": []}) == 0
     )  # RealWorldQA's open questions
-    assert letter_score("red", ["A"], {"choices": ["red", "Red."]}) is None  # two choices with one text
+    assert (
+        letter_score("red", ["A"], {"choices": ["red", "Red."]}) is None
+    )  # two choices with one text
 
 
 def test_mmmu_reads_open_answers_as_its_script_does():
     ask = {"choices": []}
     assert mmmu_score("B", ["B"], {"choices": ["1", "2"]}) == 1
-    assert mmmu_score("So the result is 1234.501 volts", ["1,234.50"], ask) == 1  # a number to two places
+    assert (
+        mmmu_score("So the result is 1234.501 volts", ["1,234.50"], ask) == 1
+    )  # a number to two places
     assert (
         mmmu_score("It is 1,234.5 volts", ["1234.50"], ask) == 0
     )  # its script finds 1,234 and 234.5 here
-    assert mmmu_score("x = 0.334", ["0.33"], ask) == 1 and mmmu_score("x = 0.344", ["0.33"], ask) == 0
+    assert (
+        mmmu_score("x = 0.334", ["0.33"], ask) == 1 and mmmu_score("x = 0.344", ["0.33"], ask) == 0
+    )
     assert mmmu_score("The organ is the left Ventricle.", ["left ventricle"], ask) == 1
     assert (
         mmmu_score("It is 12 and then it is 7", ["12"], ask) == 0
@@ -702,9 +718,9 @@ def test_words_are_stanfords(tmp_path):
     ]
     lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split("\n")
     for text, line in zip(texts, lines, strict=False):
-        assert tokenize_caption(text) == [token for token in line.split() if token not in ptb.PUNCTUATIONS], (
-            text
-        )
+        assert tokenize_caption(text) == [
+            token for token in line.split() if token not in ptb.PUNCTUATIONS
+        ], text
 
 
 # ---- over all ----
@@ -732,7 +748,9 @@ def test_pope_by_hand():
     )
     for question, kind in zip(questions, ["random", "popular"] * 3, strict=True):
         question["kind"] = kind
-    parts = benchmark_metrics("pope", questions, answers, score_answers("yesno", answers, questions))
+    parts = benchmark_metrics(
+        "pope", questions, answers, score_answers("yesno", answers, questions)
+    )
     assert got.items() <= parts.items() and len(parts) == 3 * 5 + 1
     assert (
         parts["random accuracy"] == 2 / 3 and parts["popular yes-rate"] == 2 / 3
@@ -763,9 +781,9 @@ def test_pope_by_hand():
 def test_one_answer_to_all_of_pope(answer, want):
     questions = balanced(40)
     answers = [answer] * 40
-    assert benchmark_metrics("pope", questions, answers, score_answers("yesno", answers, questions)) == pytest.approx(
-        want
-    )
+    assert benchmark_metrics(
+        "pope", questions, answers, score_answers("yesno", answers, questions)
+    ) == pytest.approx(want)
 
 
 def test_a_random_answerer_gets_what_chance_gives():
@@ -777,15 +795,22 @@ def test_a_random_answerer_gets_what_chance_gives():
     ]
     always, thrown = ["A"] * n, [rng.choice("ABCD") for _ in range(n)]
     share = sum(question["answers"] == ["A"] for question in questions) / n
-    assert benchmark_metrics("mmstar", questions, always, score_answers("letters", always, questions)) == {
+    assert benchmark_metrics(
+        "mmstar", questions, always, score_answers("letters", always, questions)
+    ) == {
         "accuracy": share,
         "unparsed": 0,
     }
-    got = benchmark_metrics("mmstar", questions, thrown, score_answers("letters", thrown, questions))["accuracy"]
+    got = benchmark_metrics(
+        "mmstar", questions, thrown, score_answers("letters", thrown, questions)
+    )["accuracy"]
     assert abs(got - 0.25) < 4 * math.sqrt(0.25 * 0.75 / n)
     coins = [rng.choice(["yes", "no"]) for _ in range(n)]
     assert abs(
-        benchmark_metrics("pope", balanced(n), coins, score_answers("yesno", coins, balanced(n)))["accuracy"] - 0.5
+        benchmark_metrics("pope", balanced(n), coins, score_answers("yesno", coins, balanced(n)))[
+            "accuracy"
+        ]
+        - 0.5
     ) < 4 * math.sqrt(0.25 / n)
 
 
@@ -820,8 +845,15 @@ def test_mme_by_hand():
         }
     )
     always = ["yes"] * 6
-    assert benchmark_metrics("mme", questions, always, score_answers("mme", always, questions))["total"] == 100
-    part = benchmark_metrics("mme", questions[:5], answers[:5], score_answers("mme", answers[:5], questions[:5]))
+    assert (
+        benchmark_metrics("mme", questions, always, score_answers("mme", always, questions))[
+            "total"
+        ]
+        == 100
+    )
+    part = benchmark_metrics(
+        "mme", questions[:5], answers[:5], score_answers("mme", answers[:5], questions[:5])
+    )
     assert part["images without two questions (acc+ is not MME's)"] == 1
 
 
@@ -844,7 +876,10 @@ def test_the_other_summaries():
     assert got == pytest.approx(
         {"accuracy": 1 / 3, "Art and Design": 0.5, "Science": 0, "unparsed": 1 / 3}
     )
-    assert benchmark_metrics("docvqa", kinds, ["", "", ""], [1.0, 0.5, 0.0]) == {"ANLS": 0.5, "unparsed": 0}
+    assert benchmark_metrics("docvqa", kinds, ["", "", ""], [1.0, 0.5, 0.0]) == {
+        "ANLS": 0.5,
+        "unparsed": 0,
+    }
     assert benchmark_metrics("coco", kinds, ["", "", ""], [1.0, 0.5, 0.0]) == {
         "CIDEr-D as in pycocoevalcap (word weights of these 3 images)": 0.5
     }
@@ -858,6 +893,6 @@ def test_the_interval_is_the_binomials():
     assert low == pytest.approx(0.3 - half, abs=0.005) and high == pytest.approx(
         0.3 + half, abs=0.005
     )
-    assert confidence_interval(scores, seed=1) == (low, high) != confidence_interval(scores, seed=2) and confidence_interval(
-        [1.0] * 9, seed=0
-    ) == (1.0, 1.0)
+    assert confidence_interval(scores, seed=1) == (low, high) != confidence_interval(
+        scores, seed=2
+    ) and confidence_interval([1.0] * 9, seed=0) == (1.0, 1.0)

@@ -27,7 +27,7 @@ from nanovlm.checkpoints.checkpoint import Checkpoint, load_checkpoint, save_che
 from nanovlm.data import image_processing, image_refs, tokenizer
 from nanovlm.evals import benchmarks, report, runner
 
-POLICY = {
+IMAGE_CONFIG = {
     "tile": 12,
     "patch": 3,
     "shuffle": 2,
@@ -36,7 +36,7 @@ POLICY = {
     "mean": [0.5] * 3,
     "std": [0.5] * 3,
 }
-TILES = POLICY | {"fit": "tiles", "tiles": 6, "choice": "aspect", "thumbnail": True, "tags": False}
+TILES = IMAGE_CONFIG | {"fit": "tiles", "tiles": 6, "choice": "aspect", "thumbnail": True, "tags": False}
 CPU = torch.device("cpu")
 ROW = {
     "id": "x",
@@ -52,13 +52,13 @@ ROW = {
 def make_home(home):
     """A checkpoint that speaks in bytes and often ends, pictures of three sizes, and an exam of 23 questions of many lengths."""
     words = tokenizer.train_tokenizer(["a b"], 256, ["<s>", "[INST]", "[/INST]", "</s>"])
-    model = make_vlm(decoder={"vocabulary": words.vocab_size})
+    model = make_vlm(decoder={"vocab_size": words.vocab_size})
     with torch.no_grad():
         model.decoder.lm_head.weight[259] *= 2.5
         model.decoder.lm_head.weight[128:256] *= 0.5  # mostly letters
-    shapes = {"vision": VISION, "decoder": DECODER | {"vocabulary": words.vocab_size}, "shuffle": 2}
+    shapes = {"vision": VISION, "decoder": DECODER | {"vocab_size": words.vocab_size}, "shuffle": 2}
     save_checkpoint(
-        Checkpoint(model, words, shapes, POLICY, "mistral", {"born": "here"}), home / "model"
+        Checkpoint(model, words, shapes, IMAGE_CONFIG, "mistral", {"born": "here"}), home / "model"
     )
     g = np.random.default_rng(0)
     for name, (width, height) in {"a": (12, 12), "b": (50, 13), "c": (11, 70)}.items():
@@ -118,14 +118,20 @@ def tiled(checkpoint):
 
 def alone(checkpoint, question, **choices):
     """The answer as sample.py gives it, and its tokens."""
-    pictures = [image_processing.load_image(ref.path, checkpoint.image_config) for ref in question["image"]]
-    parts = list(sample.stream_answer(checkpoint, [("user", question["question"])], pictures, **choices))
+    pictures = [
+        image_processing.load_image(ref.path, checkpoint.image_config) for ref in question["image"]
+    ]
+    parts = list(
+        sample.stream_answer(checkpoint, [("user", question["question"])], pictures, **choices)
+    )
     return "".join(parts)
 
 
 def answers(checkpoint, questions, **how):
     """In the order of the questions."""
-    found = sorted(pair for pairs in runner.answer_questions(checkpoint, questions, **how) for pair in pairs)
+    found = sorted(
+        pair for pairs in runner.answer_questions(checkpoint, questions, **how) for pair in pairs
+    )
     assert [i for i, _ in found] == list(range(len(questions)))
     return [said for _, said in found]
 
@@ -176,7 +182,11 @@ def test_blank_hides_the_pictures_and_nothing_else(checkpoint):
     asked = [("<image>x", [seen(3)]), ("<image>x", [seen(250)]), ("y", [])]
     texts, blind, grey = (
         [one.text for one in runner.generate_answers(checkpoint, what, max_tokens=20, **how)]
-        for what, how in [(asked, {}), (asked, {"blank_images": True}), ([("<image>x", [seen(128)])], {})]
+        for what, how in [
+            (asked, {}),
+            (asked, {"blank_images": True}),
+            ([("<image>x", [seen(128)])], {}),
+        ]
     )
     assert texts[0] != texts[1] and blind[0] == blind[1] == grey[0] and blind[2] == texts[2]
 
@@ -199,7 +209,10 @@ def test_neighbours_in_length_share_a_batch(checkpoint, questions, cut):
     checkpoint = cut(checkpoint)
     lengths = []
     for question in questions:
-        pictures = [image_processing.load_image(ref.path, checkpoint.image_config) for ref in question["image"]]
+        pictures = [
+            image_processing.load_image(ref.path, checkpoint.image_config)
+            for ref in question["image"]
+        ]
         lengths.append(
             len(runner.encode_prompt(checkpoint, [("user", question["question"])], pictures))
         )
@@ -293,7 +306,9 @@ def test_captions_are_marked_all_at_once(capsys):
     report.print_table(report.make_table(rows), {}, "captions")
     said = capsys.readouterr().out
     mean = f"{100 * sum(marks) / 3:.1f}"
-    assert f"{mean:>6} CIDEr-D" in said and "do not compare it with scores over other images" in said
+    assert (
+        f"{mean:>6} CIDEr-D" in said and "do not compare it with scores over other images" in said
+    )
     page = report.html_page(rows, 3 * [{"image": []}], report.make_table(rows), "captions", "m")
     assert f"<td>3<td>{mean}<td>" in page and page.count("%") == 2, (
         "on the page, too, only what was unparsed and cut off is a share"
@@ -354,7 +369,9 @@ def test_a_secret_test_is_handed_in_unmarked(home, checkpoint, tmp_path, monkeyp
         for i, text in ((7, "What?"), (8, "When?"))
     ]
     (tmp_path / "test_v1.0.json").write_text(json.dumps({"data": asked}))
-    questions = benchmarks.load_questions("docvqa", str(tmp_path / "test_v1.0.json"), images=str(home))
+    questions = benchmarks.load_questions(
+        "docvqa", str(tmp_path / "test_v1.0.json"), images=str(home)
+    )
     answering(monkeypatch, lambda text: " 1993" if "When" in text else "milk\n")
     rows, about = runner.run_benchmark(checkpoint, questions, benchmark="docvqa", max_tokens=9)
     runner.summarize(
@@ -437,9 +454,9 @@ def test_an_exam_that_is_stopped_goes_on_to_the_same_bytes_and_asks_nothing_twic
     one, other = (
         json.loads((tmp_path / f"{name}.json").read_text()) for name in ("whole", "stopped")
     )
-    assert {name: one[name] for name in ("settings", "history", "versions", "table", "figures")} == {
-        name: other[name] for name in ("settings", "history", "versions", "table", "figures")
-    }
+    assert {
+        name: one[name] for name in ("settings", "history", "versions", "table", "figures")
+    } == {name: other[name] for name in ("settings", "history", "versions", "table", "figures")}
 
 
 @pytest.mark.parametrize("torn", ["", '{"id": "n0", "answer": "to', json.dumps(ROW), "\0" * 9])
@@ -453,7 +470,9 @@ def test_an_exam_goes_on_behind_the_last_line_that_is_whole_in_the_same_file(tmp
     whole = json.dumps(ROW | {"id": "y"}) + "\n"
     out.write_text(whole + torn)
     with open(out, "a") as writer:
-        assert list(runner.resume_answers(out, [question, question | {"id": "y"}], asked, {})) == [1]
+        assert list(runner.resume_answers(out, [question, question | {"id": "y"}], asked, {})) == [
+            1
+        ]
         writer.write("more")
     assert out.read_text() == whole + "more"
     with pytest.raises(UserError, match=f"{out} answers question y, which is not in --questions"):
@@ -524,7 +543,7 @@ def test_the_json_beside_says_what_was_asked_and_how_it_went(checkpoint, questio
 def test_progress_tells_speed_score_and_the_time_left(monkeypatch, capsys):
     clock = [100.0]
     monkeypatch.setattr(report.time, "perf_counter", lambda: clock[0])
-    progress = report.Progress(20, 4)
+    progress = report.EvaluationProgress(20, 4)
     assert progress.speeds() == {}, "of nothing in no time"
     clock[0] = 102.0
     rows = [{"tokens": 10, "score": score, "answers": ["x"]} for score in (1, 1, 0, None)]
@@ -554,9 +573,9 @@ def test_versions_know_our_own_files_and_what_a_picture_passes_through(tmp_path,
     assert runner.package_versions() == told
     with open(tmp_path / "nanovlm" / "data" / "chat_template.py", "a") as file:
         file.write("\n")
-    assert [name for name, version in runner.package_versions().items() if version != told[name]] == [
-        "nanovlm"
-    ]
+    assert [
+        name for name, version in runner.package_versions().items() if version != told[name]
+    ] == ["nanovlm"]
 
 
 def test_a_model_is_known_by_what_its_files_hold_and_not_by_where_they_lie_and_since_when(
@@ -742,14 +761,19 @@ def two(home, rank, world):
         if rank == 0:
             runner.summarize(rows, about, questions[:count], "contains", out=str(out))
         did[out.stem, "rows"] = distributed.all_gather_object(rows and len(rows))
-    did["ask"] = distributed.all_gather_object(runner.evaluate(checkpoint, questions, rank, world, batch=4, **how))
+    did["ask"] = distributed.all_gather_object(
+        runner.evaluate(checkpoint, questions, rank, world, batch=4, **how)
+    )
     sharded = load_checkpoint(home / "model", dtype=None)
     model, mixed = distributed.wrap_model(sharded.model.train(), "fsdp", CPU, torch.float32)
     for batch in (4, 100):  # with a batch for one of two in the last round; with one in all
         did["fsdp", batch] = distributed.all_gather_object(
             runner.evaluate(sharded, questions, rank, world, autocast=mixed, batch=batch, **how)
         )
-    broken = [questions[0], questions[5] | {"image": [image_refs.ImageBytes("torn.png", b"\x89PNG")]}]
+    broken = [
+        questions[0],
+        questions[5] | {"image": [image_refs.ImageBytes("torn.png", b"\x89PNG")]},
+    ]
     try:
         runner.evaluate(checkpoint, broken, rank, world, batch=1, **how)
     except (UserError, SystemExit) as end:
@@ -791,7 +815,9 @@ def ranks(home):
         __file__,
         str(home),
     ]
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])  # pytest's own does not reach a process
+    path = os.pathsep.join(
+        [str(ROOT), str(ROOT / "tests")]
+    )  # pytest's own does not reach a process
     environment = {**os.environ, "PYTHONPATH": path}
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=200, cwd=ROOT, env=environment

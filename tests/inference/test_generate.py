@@ -23,8 +23,8 @@ from nanovlm.models.decoder import KVCache
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2], [6, 5, 3], [5, 8, 9, 7, 9]]
 SHAPES = {
     "plain": {},
-    "window": {"window": 6},
-    "windows": {"window": [None, 5, 3]},
+    "window": {"sliding_window": 6},
+    "windows": {"sliding_window": [None, 5, 3]},
     "every head its keys": {"kv_heads": 6},
     "tied": {"tied": True},
 }
@@ -36,7 +36,7 @@ def reading_again(vlm, prompt, count):
     for _ in range(count):
         ids_BT = torch.tensor([prompt + said])
         with torch.no_grad():
-            hidden_BTD = vlm.decoder(vlm.decoder.embed(ids_BT), torch.arange(ids_BT.shape[1])[None])
+            hidden_BTD = vlm.decoder(vlm.decoder.embed_tokens(ids_BT), torch.arange(ids_BT.shape[1])[None])
             said.append(int(vlm.decoder.lm_head(hidden_BTD[0, -1]).argmax()))
     return said
 
@@ -118,7 +118,7 @@ def test_ready_holds_every_large_weight_once_and_a_tied_one_twice(vlm, monkeypat
     assert not kept, "a tensor that was read from a file keeps all of it in memory"
     tied = make_vlm(decoder={"tied": True})
     once = sum(p.numel() for p in tied.parameters())
-    assert numbers(optimize(tied)) == once + tied.decoder.embed.weight.numel()
+    assert numbers(optimize(tied)) == once + tied.decoder.embed_tokens.weight.numel()
 
 
 def packs(dtype):
@@ -166,7 +166,7 @@ def test_a_step_in_a_fixed_cache_gives_the_logits_of_one_in_a_growing_one(
     choice, window, padded, monkeypatch
 ):
     """By the formulas, and by the kernels that a card would record."""
-    vlm = make_vlm(decoder={"window": window})
+    vlm = make_vlm(decoder={"sliding_window": window})
     ids_BT, positions_BS = torch.randint(41, (2, 7)), torch.arange(16).expand(2, -1)
     documents_BS = torch.tensor([[0] * 3 + [1] * 13, [1] * 16]) if padded else None
     caches = [KVCache(vlm.decoder, 2, 16) for _ in range(2)]
@@ -177,7 +177,7 @@ def test_a_step_in_a_fixed_cache_gives_the_logits_of_one_in_a_growing_one(
         for cache in caches
     )
     with torch.no_grad():
-        x_BTD = vlm.decoder.embed(ids_BT)
+        x_BTD = vlm.decoder.embed_tokens(ids_BT)
         torch.testing.assert_close(growing.prefill(x_BTD), start.prefill(x_BTD), rtol=0, atol=0)
         fixed = CUDAGraphStep(vlm.decoder, caches[1], positions_BS, documents_BS)
         monkeypatch.setattr(dispatch, "choice", choice)
@@ -236,7 +236,7 @@ def test_a_short_answer_is_not_recorded(vlm, monkeypatch):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="wants a CUDA card: nothing else records")
 @pytest.mark.parametrize("window", [None, 6])
 def test_on_a_card_a_recorded_step_says_what_a_fresh_one_says(window):
-    vlm = optimize(make_vlm(decoder={"window": window}).cuda())
+    vlm = optimize(make_vlm(decoder={"sliding_window": window}).cuda())
     count = 2 * CAPTURE_AFTER
     assert said(vlm, PROMPTS, count, cuda_graph=("cuda",)) == said(
         vlm, PROMPTS, count, cuda_graph=()

@@ -111,7 +111,7 @@ def test_cached_generation_equals_reading_everything_again_each_time(vlm):
 )
 @pytest.mark.parametrize("window", [None, 6])
 def test_rows_of_a_batch_say_what_they_say_alone(how, window):
-    vlm = make_vlm(decoder={"window": window})
+    vlm = make_vlm(decoder={"sliding_window": window})
     samples = make_samples()
     prompts, tiles = [ids.tolist() for ids, _, _ in samples], [t for _, _, t in samples]
     together = list(
@@ -227,10 +227,10 @@ def test_a_cache_longer_than_the_new_tokens_continues_where_it_stopped(vlm):
     ids_BT = torch.randint(41, (2, 11))
     positions_BT = torch.arange(11).expand(2, -1)
     with torch.no_grad():
-        whole = vlm.decoder(vlm.decoder.embed(ids_BT), positions_BT)
+        whole = vlm.decoder(vlm.decoder.embed_tokens(ids_BT), positions_BT)
         cache = KVCache(vlm.decoder, 2, 20)
         parts = [
-            vlm.decoder(vlm.decoder.embed(ids_BT[:, p]), positions_BT[:, p], cache=cache)
+            vlm.decoder(vlm.decoder.embed_tokens(ids_BT[:, p]), positions_BT[:, p], cache=cache)
             for p in (slice(0, 4), slice(4, 10), slice(10, 11))
         ]
     torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-4, atol=1e-5)
@@ -244,7 +244,7 @@ CHANGED = {
         width=40,
         layers=3,
         heads=4,
-        ffn=30,
+        intermediate_size=30,
         class_token=True,
         pre_norm=True,
         post_norm=False,
@@ -252,26 +252,26 @@ CHANGED = {
         activation="quick_gelu",
         layer_scale=True,
         eps=0.1,
-        read=-2,
+        vision_feature_layer=-2,
     ),
     Decoder: dict(
-        vocabulary=43,
+        vocab_size=43,
         width=32,
         layers=2,
         heads=4,
         kv_heads=3,
-        ffn=40,
-        head_size=10,
-        theta=50.0,
-        scaling={"rope_type": "linear", "factor": 2.0},
+        intermediate_size=40,
+        head_dim=10,
+        rope_theta=50.0,
+        rope_scaling={"rope_type": "linear", "factor": 2.0},
         eps=0.1,
-        window=[3, None, 4],
+        sliding_window=[3, None, 4],
         tied=True,
     ),
     Projector: dict(vision_width=24, width=28, shuffle=1, newline=True),
     VLM: dict(
-        vision=VISION | {"ffn": 30},
-        decoder=DECODER | {"ffn": 40},
+        vision=VISION | {"intermediate_size": 30},
+        decoder=DECODER | {"intermediate_size": 40},
         shuffle=1,
         mean=(0.1, 0.2, 0.3),
         std=(0.3, 0.2, 0.1),
@@ -299,7 +299,7 @@ def output(kind, arguments):
                 ]
             )
         if kind is Decoder:
-            return model.lm_head(model(model.embed(torch.arange(13)[None]), torch.arange(13)[None]))
+            return model.lm_head(model(model.embed_tokens(torch.arange(13)[None]), torch.arange(13)[None]))
         if kind is Projector:
             return model(torch.linspace(-1, 1, 16 * arguments["vision_width"]).reshape(1, 16, -1))
         ids_BT = torch.tensor(

@@ -18,7 +18,7 @@ from test_llava import IMAGE_ID, KINDS, publish
 import train
 from nanovlm import IGNORE_INDEX
 from nanovlm.checkpoints import llava
-from nanovlm.checkpoints.checkpoint import load_checkpoint_info, load_checkpoint
+from nanovlm.checkpoints.checkpoint import load_checkpoint, load_checkpoint_info
 from nanovlm.data import dataset, image_processing, packing
 
 STEPS, ROW, BATCH = 20, 96, 3
@@ -69,7 +69,7 @@ def padded(samples, numbers, policy):
     )
 
 
-def their_run(home, samples, trained, lr, floor, decay, clip, warmup):
+def their_run(home, samples, trained, lr, min_lr, weight_decay, grad_clip, warmup):
     """(losses, gradient norms) of the plain loop, and the model that it leaves."""
     model = (
         hf.LlavaForConditionalGeneration.from_pretrained(
@@ -83,7 +83,7 @@ def their_run(home, samples, trained, lr, floor, decay, clip, warmup):
     mine = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
         [
-            {"params": [p for p in mine if p.dim() > 1], "weight_decay": decay},
+            {"params": [p for p in mine if p.dim() > 1], "weight_decay": weight_decay},
             {"params": [p for p in mine if p.dim() == 1], "weight_decay": 0.0},
         ],
         betas=(0.9, 0.95),
@@ -98,15 +98,15 @@ def their_run(home, samples, trained, lr, floor, decay, clip, warmup):
         rate = (
             lr * (step + 1) / warmup
             if step < warmup
-            else floor
-            + (lr - floor) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (STEPS - warmup)))
+            else min_lr
+            + (lr - min_lr) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (STEPS - warmup)))
         )
         for group in optimizer.param_groups:
             group["lr"] = rate
         ((_, members),) = next(loader)
         loss = model(**padded(samples, members, policy)).loss
         loss.backward()
-        norms.append(torch.nn.utils.clip_grad_norm_(mine, clip).item())
+        norms.append(torch.nn.utils.clip_grad_norm_(mine, grad_clip).item())
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
@@ -123,7 +123,7 @@ def their_run(home, samples, trained, lr, floor, decay, clip, warmup):
 def test_twenty_steps_are_those_of_transformers(home, tmp_path, stage, trained):
     how = dict(lr=3e-3, min_lr=3e-4, weight_decay=0.1, grad_clip=0.7)
     samples = dataset.PreparedDataset(home / "data")
-    losses, norms, theirs = their_run(home, samples, trained, warmup_ratio=4, **how)
+    losses, norms, theirs = their_run(home, samples, trained, warmup=4, **how)
     train.train(
         stage=stage,
         model=str(home / "llava"),

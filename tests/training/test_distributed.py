@@ -51,9 +51,9 @@ from nanovlm.training import memory, recipes, resume
 
 CPU = torch.device("cpu")
 DEEP = {
-    "vision": dict(tile=12, patch=3, width=80, layers=6, heads=5, ffn=200),
+    "vision": dict(tile=12, patch=3, width=80, layers=6, heads=5, intermediate_size=200),
     "shuffle": 2,
-    "decoder": dict(vocabulary=800, width=96, layers=12, heads=6, kv_heads=2, ffn=250),
+    "decoder": dict(vocab_size=800, width=96, layers=12, heads=6, kv_heads=2, intermediate_size=250),
 }
 FREEZINGS = [
     (),
@@ -413,7 +413,7 @@ def alike(a, b, rtol=1e-4):
             for x in did[kind].values()
         )
     a, b = (
-        {name: x for name, x in did["weights"].items() if "key.bias" not in name} for did in (a, b)
+        {name: x for name, x in did["weights"].items() if "k_proj.bias" not in name} for did in (a, b)
     )
     torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 
@@ -616,7 +616,7 @@ def same_to_rounding(a, b, after=0):
         {
             name: x
             for name, x in load_file(out / "step-000008" / "model.safetensors").items()
-            if "key.bias" not in name
+            if "k_proj.bias" not in name
         }
         for out in (a, b)
     )
@@ -775,7 +775,7 @@ def test_sampling_and_an_evaluation_read_any_run(home, of_two, capsys):
 def test_a_parameter_that_is_never_loaded_is_nan_and_is_not_trained(home, of_two, monkeypatch):
     """However it came about: here the reader leaves one tensor out."""
     read = sharded.read_shards
-    missing = "model.projector.up.bias"
+    missing = "model.projector.up_proj.bias"
     monkeypatch.setattr(
         sharded,
         "read_shards",
@@ -783,7 +783,7 @@ def test_a_parameter_that_is_never_loaded_is_nan_and_is_not_trained(home, of_two
     )
     with pytest.raises(
         UserError,
-        match="projector.up.bias holds NaN, or was never loaded; nothing is trained from there",
+        match="projector.up_proj.bias holds NaN, or was never loaded; nothing is trained from there",
     ):
         train.train(**settings(home, "from nowhere", model=str(home / "sharded only")))
     assert not (home / "from nowhere" / "log.jsonl").exists()

@@ -35,7 +35,7 @@ from nanovlm.training import flops, memory
         {"vision": 1},
     ],
 )
-@pytest.mark.parametrize("vision", [{}, {"class_token": True, "read": -2}])
+@pytest.mark.parametrize("vision", [{}, {"class_token": True, "vision_feature_layer": -2}])
 def test_operations_are_those_that_torch_counts(rates, vision):
     """By products written out, which is how the counter sees attention too."""
     model = make_vlm(vision=vision).train()
@@ -49,21 +49,21 @@ def test_operations_are_those_that_torch_counts(rates, vision):
     rows, length = batch["ids_BT"].shape
     assert length == 13 + TOKENS
     trained = int((batch["targets_BT"] != IGNORE_INDEX).sum())
-    told = flops.flops(model, rates, rows, length, len(batch["tiles_NCYX"]), trained)
+    parts = flops.step_flops(model, rates, rows, length, len(batch["tiles_NCYX"]), trained)
     assert (
-        sum(told.values())
+        sum(parts.values())
         == counter.get_total_flops()
-        == flops.of_batches(model, rates, [(batch, [])])
+        == flops.micro_batch_flops(model, rates, [(batch, [])])
     )
-    assert flops.of_batches(model, rates, [(batch, [])] * 3) == 3 * sum(told.values())
+    assert flops.micro_batch_flops(model, rates, [(batch, [])] * 3) == 3 * sum(parts.values())
 
 
-def test_a_row_is_assumed_half_of_pictures():
-    row, tiles, trained = flops.assumed_row(40, {"tile": 12, "patch": 3, "shuffle": 2})
-    assert (tiles, trained) == (5, 10) and int(
-        (row["ids_BT"] == IMAGE_TOKEN_ID).sum()
+def test_an_assumed_sequence_is_half_images():
+    sequence, tiles, labels = flops.assumed_sequence(40, {"tile": 12, "patch": 3, "shuffle": 2})
+    assert (tiles, labels) == (5, 10) and int(
+        (sequence["ids_BT"] == IMAGE_TOKEN_ID).sum()
     ) == 5 * TOKENS == 20
-    assert int((row["targets_BT"] != IGNORE_INDEX).sum()) == 10 and row["tiles_NCYX"].shape == (
+    assert int((sequence["targets_BT"] != IGNORE_INDEX).sum()) == 10 and sequence["tiles_NCYX"].shape == (
         5,
         3,
         12,
@@ -87,15 +87,14 @@ def test_seven_billion_parameters_are_planned_for_without_any(tmp_path):
         time.time(),
         "print(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])",
     )  # getrusage's would be our own, if larger
-    code = f"import sys, train; from nanovlm import cli; cli.run_script(train.train); {peak}"
+    code = f"import sys, prepare; from nanovlm import cli; cli.run_script(prepare.estimate); {peak}"
     words = [
         "--stage=sft",
         f"--model={tmp_path}",
-        "--dry_run=true",
-        "--micro=1",
-        "--recompute=decoder",
+        "--micro_batch_size=1",
+        "--activation_checkpointing=decoder",
         "--mfu=0.5",
-        "--peak=1000",
+        "--peak_tflops=1000",
     ]
     done = subprocess.run(
         [sys.executable, "-c", code, *words], capture_output=True, text=True, cwd=ROOT, timeout=120
@@ -104,7 +103,8 @@ def test_seven_billion_parameters_are_planned_for_without_any(tmp_path):
     first, *_, one, eight, sixty_four, kilobytes = done.stdout.splitlines()
     assert (
         first
-        == "sft: 20,000 steps of 128 rows of 2,048 tokens, 512 of them trained, and 1 tiles (assumed)"
+        == "sft: 20,000 steps of 128 sequences of 2,048 tokens; "
+        "assumed: 512 labelled tokens and 1 tiles in each"
     )
     assert (
         "7,248,023,552" in done.stdout
@@ -112,35 +112,35 @@ def test_seven_billion_parameters_are_planned_for_without_any(tmp_path):
         and "e+16" in done.stdout
     )
     assert (
-        one.startswith("  1 card: 11")
-        and one.endswith("7.3 days at 500 TFLOP/s a card")
+        one.startswith("  1 GPU: 11")
+        and one.endswith("7.3 days at 500 TFLOP/s a GPU")
         and "by fsdp" not in one
     )
     assert (
-        "GiB a card by ddp" in eight
+        "GiB a GPU by ddp" in eight
         and "GiB by fsdp" in eight
-        and sixty_four.endswith("0.1 days at 500 TFLOP/s a card")
+        and sixty_four.endswith("0.1 days at 500 TFLOP/s a GPU")
     )
     assert (
         int(kilobytes) < 2_000_000 and time.time() - began < 60
     )  # on a busy machine; it takes a fifth of that alone
 
 
-def test_cards_without_a_row_are_not_told_of(tmp_path, capsys):
-    """Of nine rows a step, 64 cards would have none for most."""
+def test_gpus_without_a_sequence_are_not_printed(tmp_path, capsys):
+    """Of nine sequences in a step, 64 GPUs would have none for most."""
     model, policy = make_vlm().train(), {"tile": 12, "patch": 3, "shuffle": 2}
     run = SimpleNamespace(
         stage="sft",
         steps=7,
-        batch=9,
-        micro=2,
-        row=40,
+        global_batch_size=9,
+        micro_batch_size=2,
+        seq_len=40,
         dtype="float32",
-        recompute="none",
-        offload=False,
+        activation_checkpointing="none",
+        cpu_offload=False,
         rates={"projector": 1.0, "decoder": 1.0},
     )
     model.vision.requires_grad_(False)
     memory.print_estimate(run, model, policy, speed=1e9)
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split(":")[0].strip() for line in lines[-2:]] == ["1 card", "8 cards"]
+    assert [line.split(":")[0].strip() for line in lines[-2:]] == ["1 GPU", "8 GPUs"]

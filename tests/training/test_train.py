@@ -78,7 +78,7 @@ def make_home(home):
     """A folder with a checkpoint `model`, a set `data`, and `whole`, a run that nothing interrupted."""
     words = tokenizer.train_tokenizer(["a b"], 256, ["<s>", "[INST]", "[/INST]", "</s>"])
     torch.manual_seed(0)
-    shapes = {"vision": VISION, "decoder": DECODER | {"vocabulary": words.vocab_size}, "shuffle": 2}
+    shapes = {"vision": VISION, "decoder": DECODER | {"vocab_size": words.vocab_size}, "shuffle": 2}
     checkpoint = Checkpoint(
         build_model(shapes, POLICY), words, shapes, POLICY, "mistral", {"newborn": "seed 0"}
     )
@@ -142,7 +142,8 @@ TWO_RANKS = [
 
 def launch(command, chosen, timeout=100):
     """train.py in processes of its own, to be waited for."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join(folder for folder in sys.path if folder)  # as pytest has set it
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     return subprocess.run(
         [*command, *words_of(chosen)],
         capture_output=True,
@@ -182,7 +183,7 @@ def same_run_to_rounding(a, b):
     for x, y in zip(log_of(a), log_of(b), strict=True):
         assert x == pytest.approx(y, rel=1e-4)
     a, b = (
-        {name: x for name, x in state_of(out).items() if "key.bias" not in name} for out in (a, b)
+        {name: x for name, x in state_of(out).items() if "k_proj.bias" not in name} for out in (a, b)
     )
     torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 
@@ -333,8 +334,8 @@ def peak_bytes(run):
 def test_estimated_memory_is_the_memory_taken(rates, dtype, activation_checkpointing):
     torch.manual_seed(0)
     model = VLM(
-        vision=dict(tile=24, patch=3, width=80, layers=3, heads=5, ffn=200),
-        decoder=dict(vocabulary=1500, width=96, layers=4, heads=6, kv_heads=2, ffn=250),
+        vision=dict(tile=24, patch=3, width=80, layers=3, heads=5, intermediate_size=200),
+        decoder=dict(vocab_size=1500, width=96, layers=4, heads=6, kv_heads=2, intermediate_size=250),
         shuffle=4,
     ).train()
     for part, module in model.named_children():
@@ -690,7 +691,7 @@ def test_a_loss_that_is_no_number_names_its_step_and_sample_and_changes_nothing(
     poison = 200  # an id that only one sample has, whose embedding is made NaN
     checkpoint = load_checkpoint(home / "model")
     with torch.no_grad():
-        checkpoint.model.decoder.embed.weight[poison] = math.nan
+        checkpoint.model.decoder.embed_tokens.weight[poison] = math.nan
     monkeypatch.setattr(
         train, "load_checkpoint", lambda *_, **__: checkpoint
     )  # what is in a file is never NaN
@@ -897,7 +898,7 @@ def test_stages_chain_by_default(home, tmp_path, monkeypatch):
         and end.history["pretrain"] == start.history["pretrain"]
     )
     assert torch.equal(end.model.vision.positions, start.model.vision.positions)
-    assert not torch.equal(end.model.decoder.embed.weight, start.model.decoder.embed.weight)
+    assert not torch.equal(end.model.decoder.embed_tokens.weight, start.model.decoder.embed_tokens.weight)
 
 
 def test_the_command_to_go_on_is_what_was_typed(monkeypatch):
