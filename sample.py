@@ -10,12 +10,13 @@ Only the answer goes to standard output. Without a prompt the question is "What 
 
 Evaluate it on a benchmark, your own questions or a public one:
 
-    python sample.py --questions=data/fridge/exam.jsonl --images=data/fridge/images --out=a.jsonl
+    python sample.py --questions=data/demo/fridge/questions.jsonl --images=data/demo/fridge/images
     torchrun --nproc_per_node=8 sample.py --benchmark=mmmu --questions=MMMU --out=mmmu.jsonl
     python sample.py --score=mmmu.jsonl
 """
 
 import itertools
+import os
 import sys
 import time
 from pathlib import Path
@@ -38,7 +39,7 @@ from nanovlm.kernels import dispatch
 def sample(
     *,
     # --- model and question
-    model: str = "out/sft",  # a checkpoint, a run's folder, or a public LLaVA: folder or owner/name
+    model: str = "",  # a checkpoint, run or LLaVA, or owner/name; empty: out/sft, else out/demo/sft
     image: list[str] = [],  # an image file; may be repeated
     prompt: str = "",  # the question, with <image> for each image; empty: standard input
     chat: bool = False,  # a conversation: answer the prompt, then each line of standard input
@@ -66,8 +67,12 @@ def sample(
     """Answer a question about images, or about text alone; or evaluate a model on a benchmark."""
     settings = SimpleNamespace(**locals())
     check_rules(settings)
+    if not (model or score):
+        settings.model = model = default_model()
     dispatch.choice = kernels
-    generation = {name: getattr(settings, name) for name in GENERATION}
+    generation = dict(
+        temperature=temperature, top_p=top_p, top_k=top_k, max_tokens=max_tokens, seed=seed
+    )
     if questions or score:
         return run_evaluation(settings, generation)
     question = "" if chat else read_question(prompt, len(image))
@@ -82,7 +87,6 @@ def sample(
 
 # ---- rules that the settings must meet ----
 
-GENERATION = ("temperature", "top_p", "top_k", "max_tokens", "seed")
 WEIGHT_DTYPES = {
     "auto": None,
     "float32": torch.float32,
@@ -115,6 +119,22 @@ UNUSED = [  # (settings, that change nothing if this holds, in words)
 ]
 
 
+DEFAULT_MODELS = ("out/sft", "out/demo/sft")  # your own, else the demonstration's
+
+
+def default_model():
+    """Returns the model to use without --model, and prints it."""
+    for model in DEFAULT_MODELS:
+        if Path(model).exists():
+            if os.environ.get("RANK", "0") == "0":
+                cli.print_status(f"--model={model}")
+            return model
+    raise UserError(
+        f"there is no {' or '.join(DEFAULT_MODELS)}: give a --model, or run `python train.py`, "
+        f"the demonstration, which makes {DEFAULT_MODELS[-1]}"
+    )
+
+
 def check_rules(settings):
     """Raises UserError for settings out of range, in conflict, without effect, or without a file.
 
@@ -126,10 +146,9 @@ def check_rules(settings):
     for name, choices in CHOICES.items():
         if values[name] not in choices:
             raise UserError(f"--{name}={values[name]} is none of {', '.join(choices)}")
-    if not (settings.score or Path(settings.model).exists() or files.is_repo_id(settings.model)):
-        raise UserError(
-            f"no such model: {settings.model}; `python train.py` makes out/sft, the demonstration's"
-        )
+    model = settings.model
+    if model and not (settings.score or Path(model).exists() or files.is_repo_id(model)):
+        raise UserError(f"no such model: {model}; `python train.py` makes {DEFAULT_MODELS[-1]}")
     for names, needed in NEEDS:
         typed = [name for name in names.split() if name in changed]
         if typed and not any(values[name] for name in needed.split()):

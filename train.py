@@ -370,7 +370,7 @@ def make_loader(samples, run, device, rank, world, start):
         rank=rank,
         world_size=world,
         start_step=start,
-        pin=device.type == "cuda",
+        pin_memory=device.type == "cuda",
     )
 
 
@@ -441,7 +441,12 @@ def plan_memory(run, model, samples, device, dtype, rank, world):
     The estimate is for the first sequence of the data.
     """
     first = PackedDataLoader(
-        samples, global_batch_size=1, micro_batch_size=1, seq_len=run.seq_len, seed=run.seed, weights=run.weights
+        samples,
+        global_batch_size=1,
+        micro_batch_size=1,
+        seq_len=run.seq_len,
+        seed=run.seed,
+        weights=run.weights,
     )
     ((sequence, _),) = next(first)
     options = dict(

@@ -11,7 +11,7 @@ A name carries the shape of its tensor: `q_BTHK` has four dimensions. The letter
 A lower-case letter is a part of its capital (n of N tokens in a chunk); 1 is a dimension of size 1.
 """
 
-IMAGE_TOKEN_ID = -1  # stands for an image among token ids; no vocabulary has it, so it needs no embedding
+IMAGE_TOKEN_ID = -1  # the id of an image token; no vocabulary has it, so it needs no embedding
 IGNORE_INDEX = -100  # label of a token that has no loss, as in PyTorch's cross_entropy
 
 

@@ -154,7 +154,7 @@ def parse_arguments(function, argv):
             hint = did_you_mean(text.lstrip("-").split("=")[0], kinds, "--")
             wrong.append(f"{text!r} belongs to no setting{hint}")
         elif name not in kinds:
-            wrong.append(f"--{name} is no setting{did_you_mean(name, kinds, '--')}")
+            wrong.append(f"--{name} is not a setting{did_you_mean(name, kinds, '--')}")
         elif text is None or (not text and name not in may_be_empty):
             wrong.append(f"--{name} needs a value, {type_name(kinds[name])}")
         elif kinds[name] == list[str]:

@@ -150,14 +150,14 @@ def test_a_default_list_is_never_grown():
         ("--lr --resume", "--lr needs a value, a number"),
         ("--lr=1 --lr=2", "--lr=2 comes after another --lr"),
         ("--vision-lr=1 --vision_lr 2", "--vision_lr=2 comes after another"),
-        ("--vison_lr=1", "--vison_lr is no setting, did you mean --vision_lr?"),
-        ("--xyzzy=1", "--xyzzy is no setting"),
+        ("--vison_lr=1", "--vison_lr is not a setting, did you mean --vision_lr?"),
+        ("--xyzzy=1", "--xyzzy is not a setting"),
         ("fast", "'fast' belongs to no setting"),
         ("lr=3", "'lr=3' belongs to no setting, did you mean --lr?"),
         ("-steps 3", "'-steps' belongs to no setting, did you mean --steps?"),
-        ("--keep=1", "--keep is no setting"),
-        ("--warmup=1", "--warmup is no setting, did you mean --warmup_ratio?"),
-        ("--dry_run=1", "--dry_run is no setting, did you mean `python prepare.py estimate`?"),
+        ("--keep=1", "--keep is not a setting"),
+        ("--warmup=1", "--warmup is not a setting, did you mean --warmup_ratio?"),
+        ("--dry_run=1", "--dry_run is not a setting, did you mean `python prepare.py estimate`?"),
     ],
 )
 def test_an_error_names_the_setting_and_the_text(line, said):
@@ -273,10 +273,7 @@ def run(scripts, line):
         ("one.py --path=missing.txt", (1, "", "error: missing.txt: No such file or directory\n")),
         ("one.py --path=interrupt", (130, "", "")),
         ("two.py second --n 4", (0, "second 4\n", "")),
-        (
-            "two.py",
-            (1, "", "error: the first word is a command (first, second): there is none\n"),
-        ),
+        ("two.py", (1, "", "error: the first word is a command (first, second): there is none\n")),
         (
             "two.py secnd",
             (

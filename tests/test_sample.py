@@ -1,4 +1,4 @@
-"""What the sample door says, and says of what it cannot do: the answer alone on standard output, all else on standard error."""
+"""sample.py: the answer alone goes to standard output, all else to standard error."""
 
 import io
 import json
@@ -14,7 +14,7 @@ import torch
 from conftest import DECODER, ROOT, TOKENS, VISION, make_vlm
 from PIL import Image
 
-import sample as door
+import sample as script
 from nanovlm import IMAGE_TOKEN_ID, cli
 from nanovlm.checkpoints.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from nanovlm.data import image_processing, packing, tokenizer
@@ -35,7 +35,7 @@ START, OPEN, CLOSE, END = range(256, 260)
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """A folder with a checkpoint `model` that speaks in bytes and often ends, `endless` that never does, and two pictures."""
+    """A folder with a checkpoint `model` whose answers often end, `endless`, and two images."""
     home = tmp_path_factory.mktemp("home")
     words = tokenizer.train_tokenizer(["a b"], 256, ["<s>", "[INST]", "[/INST]", "</s>"])
     shapes = {"vision": VISION, "decoder": DECODER | {"vocab_size": words.vocab_size}, "shuffle": 2}
@@ -60,8 +60,8 @@ def checkpoint(home):
 
 
 @pytest.fixture
-def ask(home, capsys, monkeypatch):
-    """sample.py's words typed in `home` -> (exit code, standard output, standard error), in this process."""
+def run_sample(home, capsys, monkeypatch):
+    """Runs sample.py in `home`: words -> (exit code, standard output, standard error)."""
 
     def run(*words, piped=b""):
         monkeypatch.chdir(home)
@@ -75,7 +75,7 @@ def ask(home, capsys, monkeypatch):
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(piped), encoding="utf-8"))
         code = 0
         try:
-            cli.run_script(door.sample)
+            cli.run_script(script.sample)
         except SystemExit as end:
             code = end.code
         if isinstance(code, str):  # what Python then does with it
@@ -97,7 +97,7 @@ def expected(checkpoint, ids, tiles, max_tokens=256, **how):
         if tiles
         else torch.zeros(0, 3, 12, 12, dtype=torch.uint8)
     )
-    said = [
+    generated = [
         i
         for (i,) in generate(
             checkpoint.model, [ids], tiles_NCYX, stop={END}, max_tokens=max_tokens, **how
@@ -109,25 +109,27 @@ def expected(checkpoint, ids, tiles, max_tokens=256, **how):
         CLOSE: b"[/INST]",
         END: b"",
     }
-    return b"".join(shown[i] for i in said).decode(errors="replace"), said
+    return b"".join(shown[i] for i in generated).decode(errors="replace"), generated
 
 
 def turn(text):
-    """The ids of Mistral's [INST]…[/INST]: a byte is its own id here, a picture takes TOKENS places."""
+    """The ids of Mistral's [INST]…[/INST]: a byte is its own id, an image takes TOKENS ids."""
     parts = text.split("<image>")
-    said = list(parts[0].encode())
+    ids = list(parts[0].encode())
     for part in parts[1:]:
-        said += [IMAGE_TOKEN_ID] * TOKENS + list(part.encode())
-    return [OPEN, *said, CLOSE]
+        ids += [IMAGE_TOKEN_ID] * TOKENS + list(part.encode())
+    return [OPEN, *ids, CLOSE]
 
 
-def test_only_the_answer_goes_to_standard_output_and_ends_at_the_end_token(home, checkpoint, ask):
+def test_only_the_answer_goes_to_standard_output_and_ends_at_the_end_token(
+    home, checkpoint, run_sample
+):
     ended = 0
     for text in ("what", "is there", "how many of these", "?", "and now"):
         answer, ids = expected(
             checkpoint, [START, *turn("<image>\n" + text)], tiles_of(home, "a.png"), max_tokens=60
         )
-        code, out, err = ask("--image=a.png", "--prompt", text, "--max_tokens=60")
+        code, out, err = run_sample("--image=a.png", "--prompt", text, "--max_tokens=60")
         assert (code, out) == (0, answer + "\n")
         count = len(ids) - (ids[-1] == END)
         assert err.startswith(f"{count} tokens in ") and err.endswith(
@@ -139,7 +141,7 @@ def test_only_the_answer_goes_to_standard_output_and_ends_at_the_end_token(home,
 
 
 @pytest.mark.parametrize(
-    "words, asked, pictures",
+    "words, prompt, images",
     [
         (["--prompt=hm"], "hm", []),
         (["--image=b.png", "--prompt=hm"], "<image>\nhm", ["b.png"]),
@@ -167,16 +169,16 @@ def test_only_the_answer_goes_to_standard_output_and_ends_at_the_end_token(home,
         ),  # a user who types a special token has typed letters
     ],
 )
-def test_a_question_is_its_pictures_and_its_words(home, checkpoint, ask, words, asked, pictures):
-    answer, _ = expected(
-        checkpoint, [START, *turn(asked)], tiles_of(home, *pictures), max_tokens=12
-    )
-    assert ask(*words, "--max_tokens=12")[:2] == (0, answer + "\n")
+def test_a_question_is_its_images_and_its_words(
+    home, checkpoint, run_sample, words, prompt, images
+):
+    answer, _ = expected(checkpoint, [START, *turn(prompt)], tiles_of(home, *images), max_tokens=12)
+    assert run_sample(*words, "--max_tokens=12")[:2] == (0, answer + "\n")
 
 
 @torch.no_grad()
-def test_every_tile_of_a_tagged_picture_stands_behind_its_tag(checkpoint):
-    """NVLM's way: the tags are words like any, and what stands behind each is what the eye sees in that tile."""
+def test_every_tile_of_a_tagged_image_follows_its_tag(checkpoint):
+    """As in NVLM: each tag is text, followed by the features of its tile."""
     policy = IMAGE_CONFIG | {
         "fit": "tiles",
         "tiles": 6,
@@ -201,7 +203,7 @@ def test_every_tile_of_a_tagged_picture_stands_behind_its_tag(checkpoint):
     ]
     place, ids = (
         [IMAGE_TOKEN_ID] * TOKENS,
-        door.encode_prompt(tagged, [("user", "a<image>b<image>")], shown),
+        script.encode_prompt(tagged, [("user", "a<image>b<image>")], shown),
     )
     assert ids == [
         START,
@@ -219,7 +221,7 @@ def test_every_tile_of_a_tagged_picture_stands_behind_its_tag(checkpoint):
         CLOSE,
     ]
     x_BTD = tagged.model.embed(torch.tensor([ids]), **packing.collate_images(shown, policy))
-    tiles_NCYX = torch.from_numpy(np.concatenate([picture.tiles for picture in shown]))
+    tiles_NCYX = torch.from_numpy(np.concatenate([image.tiles for image in shown]))
     torch.testing.assert_close(
         x_BTD[torch.tensor([ids]) == IMAGE_TOKEN_ID], tagged.model.encode_images(tiles_NCYX)
     )
@@ -227,11 +229,11 @@ def test_every_tile_of_a_tagged_picture_stands_behind_its_tag(checkpoint):
         tagged, [("a<image>b<image>", shown), ("hm", [])], max_tokens=5
     )
     assert together[0].text == "".join(
-        door.stream_answer(tagged, [("user", "a<image>b<image>")], shown, max_tokens=5)
+        script.stream_answer(tagged, [("user", "a<image>b<image>")], shown, max_tokens=5)
     )
 
 
-def test_the_question_is_typed_else_piped_else_the_demonstrations(home, checkpoint, ask):
+def test_the_question_is_typed_else_piped_else_the_demonstrations(home, checkpoint, run_sample):
     piped, typed, fridge = (
         expected(
             checkpoint, [START, *turn(f"<image>\n{text}")], tiles_of(home, "a.png"), max_tokens=12
@@ -240,17 +242,19 @@ def test_the_question_is_typed_else_piped_else_the_demonstrations(home, checkpoi
         for text in ("a piped\nquestion", "typed", "What is in the fridge?")
     )
     assert len({piped, typed, fridge}) == 3
-    assert ask("--image=a.png", "--max_tokens=12", piped=b" a piped\nquestion\n")[1] == piped
+    assert run_sample("--image=a.png", "--max_tokens=12", piped=b" a piped\nquestion\n")[1] == piped
     assert (
-        ask("--image=a.png", "--max_tokens=12", "--prompt=typed", piped=b"a piped question")[1]
+        run_sample("--image=a.png", "--max_tokens=12", "--prompt=typed", piped=b"a piped question")[
+            1
+        ]
         == typed
     )
-    assert ask("--image=a.png", "--max_tokens=12", piped=b" \n\n")[1] == fridge
+    assert run_sample("--image=a.png", "--max_tokens=12", piped=b" \n\n")[1] == fridge
 
 
-def test_greedy_unless_asked_and_a_seed_draws_the_same_again(ask):
+def test_greedy_by_default_and_a_seed_samples_the_same_again(run_sample):
     def say(*how):
-        code, out, _ = ask("--image=a.png", "--prompt=x", "--max_tokens=30", *how)
+        code, out, _ = run_sample("--image=a.png", "--prompt=x", "--max_tokens=30", *how)
         assert code == 0
         return out
 
@@ -264,34 +268,36 @@ def test_greedy_unless_asked_and_a_seed_draws_the_same_again(ask):
 
 def test_a_letter_in_several_tokens_is_printed_once_it_is_complete(monkeypatch):
     bytes_of_text = "é🍎a".encode() + b"\xf0\x9f"
-    monkeypatch.setattr(door, "generate", lambda *_, **__: ([i] for i in bytes_of_text))
+    monkeypatch.setattr(script, "generate", lambda *_, **__: ([i] for i in bytes_of_text))
     words = tokenizer.train_tokenizer(["a b"], 256, ["</s>"])
     checkpoint = Checkpoint(None, words, {}, IMAGE_CONFIG, "mistral", {"folder": "nowhere"})
     words.special |= {"<s>": 257, "[INST]": 258, "[/INST]": 259}
-    parts = list(door.stream_answer(checkpoint, [("user", "x")], [], max_tokens=99))
+    parts = list(script.stream_answer(checkpoint, [("user", "x")], [], max_tokens=99))
     assert parts == ["", "é", "", "", "", "🍎", "a", "", "", "\ufffd"]
 
 
-def test_a_conversation_sees_its_own_past_and_the_pictures_of_its_first_turn(home, checkpoint, ask):
+def test_a_conversation_sees_its_own_past_and_the_images_of_its_first_turn(
+    home, checkpoint, run_sample
+):
     tiles, ids, spoken = tiles_of(home, "a.png"), [START], []
     for text in ("<image>\nfirst", "second", "third"):
         ids += turn(text)
         answer, _ = expected(checkpoint, ids, tiles, max_tokens=8)
         spoken.append(answer + "\n")
         ids += [*answer.strip().encode(), END]
-    code, out, err = ask(
+    code, out, err = run_sample(
         "--image=a.png", "--chat=true", "--max_tokens=8", piped=b"first\n\nsecond\n  third \n"
     )
     assert (code, out) == (0, "".join(spoken)) and err.count("> ") == 5
-    code, out, _ = ask(
+    code, out, _ = run_sample(
         "--image=a.png", "--chat=true", "--max_tokens=8", "--prompt=first", piped=b"second\nthird"
     )
-    assert (code, out) == (0, "".join(spoken)), "a prompt is the first thing said"
-    assert ask("--prompt=second", "--max_tokens=8")[1] != spoken[1]
+    assert (code, out) == (0, "".join(spoken)), "a prompt is the first thing message"
+    assert run_sample("--prompt=second", "--max_tokens=8")[1] != spoken[1]
 
 
-def test_a_conversation_goes_on_after_a_line_that_cannot_be_asked(ask):
-    code, out, err = ask(
+def test_a_conversation_continues_after_an_invalid_line(run_sample):
+    code, out, err = run_sample(
         "--image=a.png",
         "--chat=true",
         "--max_tokens=8",
@@ -300,14 +306,14 @@ def test_a_conversation_goes_on_after_a_line_that_cannot_be_asked(ask):
     assert (
         code == 0
         and out
-        == ask("--image=a.png", "--chat=true", "--max_tokens=8", piped=b"first\nsecond\n")[1]
+        == run_sample("--image=a.png", "--chat=true", "--max_tokens=8", piped=b"first\nsecond\n")[1]
     )
     assert "error: the question has 2 <image>, but 1 images are given\n" in err
     assert "error: the question has 1 <image>, but 0 images are given\n" in err
 
 
 @pytest.mark.parametrize(
-    "words, said",
+    "words, message",
     [
         (["--top_p=0"], "--top_p=0.0 must be from 0.001 to 1"),
         (["--top_p=1.5"], "--top_p=1.5 must be from 0.001 to 1"),
@@ -322,21 +328,19 @@ def test_a_conversation_goes_on_after_a_line_that_cannot_be_asked(ask):
         ),
         (
             ["--top_k=-1", "--seed=-1"],
-            "--top_k=-1 must be at least 0 and below 2^31; --seed=-1 must be at least 0 and below 2^63",
+            "--top_k=-1 must be at least 0 and below 2^31; "
+            "--seed=-1 must be at least 0 and below 2^63",
         ),
         (
             ["--model=out/none", "--prompt=a"],
-            "no such model: out/none; `python train.py` makes out/sft, the demonstration's",
+            "no such model: out/none; `python train.py` makes out/demo/sft",
         ),
         (["--model=.", "--prompt=a"], ". holds no nanovlm checkpoint"),
         (
             [],
             "there is no question: give a --prompt, an --image, or --chat=true for a conversation",
         ),
-        (
-            ["--prompt=a <image>"],
-            "the question has 1 <image>, but 0 images are given",
-        ),
+        (["--prompt=a <image>"], "the question has 1 <image>, but 0 images are given"),
         (
             ["--prompt=a <image>", "--image=a.png", "--image=a.png"],
             "the question has 1 <image>, but 2 images are given",
@@ -344,32 +348,29 @@ def test_a_conversation_goes_on_after_a_line_that_cannot_be_asked(ask):
         (["--prompt=a", "--image=none.png"], "none.png: No such file or directory"),
         (
             ["--prompt=a", "--image=model/nanovlm.json"],
-            "model/nanovlm.json is no picture that can be read here",
+            "model/nanovlm.json is no image that can be read here",
         ),
-        (["--prompt=a", "--image=model"], "model is a folder, not a picture"),
+        (["--prompt=a", "--image=model"], "model is a folder, not an image"),
         (
             ["--prompt=a", "--max_tokens=1048576"],
             "4 tokens of prompt and --max_tokens=1048576 are more than 1,048,576",
         ),
         (["--prompt=a \udce9"], r"the question is not text in utf-8: 'a \udce9'"),
         (
-            ["--questions=exam.jsonl", "--image=a.png"],
+            ["--questions=questions.jsonl", "--image=a.png"],
             "--questions and --image do not go together",
         ),
         (
-            ["--questions=exam.jsonl", "--chat=true"],
+            ["--questions=questions.jsonl", "--chat=true"],
             "--questions and --chat do not go together",
         ),
         (["--prompt=a", "--out=answers.jsonl"], "--out needs --questions or --score"),
-        (
-            ["--prompt=a", "--benchmark=contains"],
-            "--benchmark needs --questions or --score",
-        ),
+        (["--prompt=a", "--benchmark=contains"], "--benchmark needs --questions or --score"),
         (["--prompt=a", "--batch=3"], "--batch needs --questions or --score"),
-        (["--questions=exam.jsonl", "--batch=0"], "--batch=0 must be at least 1"),
-        (["--questions=exam.jsonl"], "no such file: exam.jsonl"),
+        (["--questions=questions.jsonl", "--batch=0"], "--batch=0 must be at least 1"),
+        (["--questions=questions.jsonl"], "no such file: questions.jsonl"),
         (
-            ["--questions=exam.jsonl", "--out=answers.json"],
+            ["--questions=questions.jsonl", "--out=answers.json"],
             "--out=answers.json: the scores take this name; use another for the answers",
         ),
         (["--score=answers.jsonl", "--report=page.html"], "--report needs --questions"),
@@ -379,22 +380,22 @@ def test_a_conversation_goes_on_after_a_line_that_cannot_be_asked(ask):
         ),
         (["--score=answers.jsonl", "--benchmark=exact"], "no such file: answers.jsonl"),
         (
-            ["--questions=exam.jsonl", "--submission=answers.txt"],
+            ["--questions=questions.jsonl", "--submission=answers.txt"],
             "--submission: exact has no submission format; ",
         ),
         (
-            ["--questions=exam.jsonl", "--out=none/answers.jsonl"],
+            ["--questions=questions.jsonl", "--out=none/answers.jsonl"],
             "--out=none/answers.jsonl: there is no folder none",
         ),
         (
-            ["--questions=exam.jsonl", "--benchmark=extact"],
+            ["--questions=questions.jsonl", "--benchmark=extact"],
             "--benchmark=extact is not known: exact, contains, ",
         ),
         (["--prompt=a", "--image="], "--image needs a value, a text"),
         (["--prompt=a", "--top_p=0.5"], "--top_p=0.5 changes nothing at --temperature=0"),
         (["--prompt=a", "--seed=5"], "--seed=5 changes nothing at --temperature=0"),
         (
-            ["--questions=exam.jsonl", "--top_k=5", "--seed=5"],
+            ["--questions=questions.jsonl", "--top_k=5", "--seed=5"],
             "--top_k=5 changes nothing at --temperature=0",
         ),  # an exam's intervals are drawn
         *(
@@ -413,23 +414,23 @@ def test_a_conversation_goes_on_after_a_line_that_cannot_be_asked(ask):
             )
         ),
         (
-            ["--questions=exam.jsonl", "--report=exam.jsonl"],
-            "--report and --questions are one file, exam.jsonl: choose another",
+            ["--questions=questions.jsonl", "--report=questions.jsonl"],
+            "--report and --questions are one file, questions.jsonl: choose another",
         ),
         (
-            ["--questions=exam.jsonl", "--report=./model/../exam.jsonl"],
-            "--report and --questions are one file, exam.jsonl: choose another",
+            ["--questions=questions.jsonl", "--report=./model/../questions.jsonl"],
+            "--report and --questions are one file, questions.jsonl: choose another",
         ),
         (
             ["--questions=a.json", "--out=a.jsonl"],
             "the scores beside --out and --questions are one file, a.json: choose another",
         ),
         (
-            ["--questions=exam.jsonl", "--out=a.jsonl", "--report=a.jsonl"],
+            ["--questions=questions.jsonl", "--out=a.jsonl", "--report=a.jsonl"],
             "--report and --out are one file, a.jsonl: choose another",
         ),
         (
-            ["--questions=exam.jsonl", "--out=a.jsonl", "--report=a.json"],
+            ["--questions=questions.jsonl", "--out=a.jsonl", "--report=a.json"],
             "the scores beside --out and --report are one file, a.json: choose another",
         ),
         (
@@ -437,93 +438,97 @@ def test_a_conversation_goes_on_after_a_line_that_cannot_be_asked(ask):
             "--out and --score are one file, a.jsonl: choose another",
         ),
         (
-            ["--questions=exam.jsonl", "--annotations=b", "--submission=b"],
+            ["--questions=questions.jsonl", "--annotations=b", "--submission=b"],
             "--submission and --annotations are one file, b: choose another",
         ),
         (
-            ["--questions=exam.jsonl", "--report=a", "--submission=a"],
+            ["--questions=questions.jsonl", "--report=a", "--submission=a"],
             "--submission and --report are one file, a: choose another",
         ),
         (
-            ["--questions=exam.jsonl", "--report=a.png"],
+            ["--questions=questions.jsonl", "--report=a.png"],
             "--report=a.png exists and is something else: choose another",
         ),
         (
-            ["--questions=exam.jsonl", "--report=model"],
+            ["--questions=questions.jsonl", "--report=model"],
             "--report=model exists and is something else: choose another",
         ),
         (
-            ["--questions=exam.jsonl", "--benchmark=docvqa", "--submission=a.png"],
+            ["--questions=questions.jsonl", "--benchmark=docvqa", "--submission=a.png"],
             "--submission=a.png exists and is something else: choose another",
         ),
         (["--device=abacus", "--prompt=a"], "--device=abacus is none of auto, cpu, cuda"),
         (["--kernels=mine", "--prompt=a"], "--kernels=mine is none of auto, torch"),
     ],
 )
-def test_what_cannot_be_done_is_one_line_and_exit_code_1(ask, words, said):
-    code, out, err = ask(*words)
+def test_what_cannot_be_done_is_one_line_and_exit_code_1(run_sample, words, message):
+    code, out, err = run_sample(*words)
     assert (code, out, err.count("\n")) == (1, "", 1)
-    assert err.startswith(f"error: {said}")
+    assert err.startswith(f"error: {message}")
 
 
-def test_a_prompt_longer_than_anything_it_was_trained_on_is_answered_with_a_warning(home, ask):
+def test_a_prompt_longer_than_those_of_training_is_answered_with_a_warning(home, run_sample):
     (home / "model" / "training.json").write_text('{"step": 1, "row": 20}')
     try:
         assert (
-            ask(f"--prompt={'x' * 17}", "--max_tokens=3")[2].count("\n") == 1
+            run_sample(f"--prompt={'x' * 17}", "--max_tokens=3")[2].count("\n") == 1
         )  # with <s>, [INST], [/INST] 20 tokens
-        code, out, err = ask(f"--prompt={'x' * 18}", "--max_tokens=3")
+        code, out, err = run_sample(f"--prompt={'x' * 18}", "--max_tokens=3")
     finally:
         (home / "model" / "training.json").unlink()
     assert code == 0 and out
     assert err.startswith(
-        "the prompt takes 21 tokens, but the model was trained on sequences of 20: the answers may be poor\n"
+        "the prompt takes 21 tokens, but the model was trained on sequences of 20: the answers may "
+        "be poor\n"
     )
 
 
-EXAM = [
+QUESTIONS = [
     {"id": 1, "kind": "seen", "image": "a.png", "question": "hm"},
     {"id": "b", "kind": "seen", "image": ["b.png"], "question": "hm"},
-    {"id": 3, "kind": "told", "question": "hm"},
+    {"id": 3, "kind": "text", "question": "hm"},
     {"id": 4, "kind": "seen", "image": ["b.png", "a.png"], "question": "<image> or <image>?"},
 ]
 
 
 @pytest.fixture(scope="module")
-def exam(home, checkpoint):
-    """An exam in home/sub, of whose four questions two are marked right: their answers were taken from the model beforehand."""
-    asked = ["<image>\nhm", "<image>\nhm", "hm", "<image> or <image>?"]
-    said = [
+def question_words(home, checkpoint):
+    """home/sub has 4 questions; 2 of their references are the answers that the model gives."""
+    prompts = ["<image>\nhm", "<image>\nhm", "hm", "<image> or <image>?"]
+    generated = [
         expected(checkpoint, [START, *turn(text)], tiles_of(home, *names), max_tokens=9)[0].strip()
-        for text, names in zip(asked, (["a.png"], ["b.png"], [], ["b.png", "a.png"]), strict=True)
+        for text, names in zip(prompts, (["a.png"], ["b.png"], [], ["b.png", "a.png"]), strict=True)
     ]
-    right = [["milk", said[0]], [said[1] + "!"], [said[2] + "!"], [said[3]]]
+    right = [["milk", generated[0]], [generated[1] + "!"], [generated[2] + "!"], [generated[3]]]
     (home / "sub").mkdir()
-    (home / "sub" / "exam.jsonl").write_text(
+    (home / "sub" / "questions.jsonl").write_text(
         "".join(
-            json.dumps({**q, "answers": golds}) + "\n" for q, golds in zip(EXAM, right, strict=True)
+            json.dumps({**q, "answers": references}) + "\n"
+            for q, references in zip(QUESTIONS, right, strict=True)
         )
     )
-    return ["--questions=sub/exam.jsonl", "--images=.", "--max_tokens=9"]
+    return ["--questions=sub/questions.jsonl", "--images=.", "--max_tokens=9"]
 
 
-def test_an_exam_asks_what_a_user_would_and_marks_it(home, ask, exam):
-    code, out, err = ask(*exam, "--out=sub/answers.jsonl")
-    told = [line.split() for line in out.splitlines()]
-    assert code == 0 and [line[:5] for line in told] == [
+def test_an_evaluation_asks_what_a_user_would_and_scores_it(home, run_sample, question_words):
+    code, out, err = run_sample(*question_words, "--out=sub/answers.jsonl")
+    table = [line.split() for line in out.splitlines()]
+    assert code == 0 and [line[:5] for line in table] == [
         ["seen", "3", "questions", "66.7%", "right"],
-        ["told", "1", "questions", "0.0%", "right"],
+        ["text", "1", "questions", "0.0%", "right"],
         ["all", "4", "questions", "50.0%", "right"],
     ]
-    said = [json.loads(line) for line in (home / "sub" / "answers.jsonl").read_text().splitlines()]
-    assert [(row["id"], row["kind"], row["score"]) for row in said] == [
+    results = [
+        json.loads(line) for line in (home / "sub" / "answers.jsonl").read_text().splitlines()
+    ]
+    assert [(row["id"], row["kind"], row["score"]) for row in results] == [
         (1, "seen", 1.0),
         ("b", "seen", 0.0),
-        (3, "told", 0.0),
+        (3, "table", 0.0),
         (4, "seen", 1.0),
     ]
     for row, words in zip(
-        said,
+        results,
         (
             ["--image=a.png", "--prompt=hm"],
             ["--image=b.png", "--prompt=hm"],
@@ -532,27 +537,34 @@ def test_an_exam_asks_what_a_user_would_and_marks_it(home, ask, exam):
         ),
         strict=True,
     ):
-        _, alone, err_alone = ask(*words, "--max_tokens=9")
+        _, alone, err_alone = run_sample(*words, "--max_tokens=9")
         assert row["answer"] == alone[:-1] and row["cut"] == ("cut off" in err_alone)
     assert (
-        said[0]["prompt"] == "<s>[INST]<image>\nhm[/INST]"
-        and said[3]["prompt"] == "<s>[INST]<image> or <image>?[/INST]"
+        results[0]["prompt"] == "<s>[INST]<image>\nhm[/INST]"
+        and results[3]["prompt"] == "<s>[INST]<image> or <image>?[/INST]"
     )
-    assert "a.png" in ask("--questions=sub/exam.jsonl", "--max_tokens=9")[2], (
-        "pictures are named from the exam's own folder"
+    assert "a.png" in run_sample("--questions=sub/questions.jsonl", "--max_tokens=9")[2], (
+        "images are named from the question_words's own folder"
     )
 
 
-def test_an_exam_is_marked_again_without_a_model(home, ask, exam):
+def test_answers_are_scored_again_without_a_model(home, run_sample, question_words):
     (home / "again").mkdir(exist_ok=True)
-    _, table, _ = ask(*exam, "--out=again/answers.jsonl", "--report=again/page.html")
+    _, table, _ = run_sample(
+        *question_words, "--out=again/answers.jsonl", "--report=again/page.html"
+    )
     answers, page = (
         (home / "again/answers.jsonl").read_bytes(),
         (home / "again/page.html").read_text(),
     )
-    assert ask("--score=again/answers.jsonl") == (0, table, ""), "by what the table's file says"
-    code, out, _ = ask(
-        "--score=again/answers.jsonl", "--out=again/b.jsonl", *exam[:2], "--report=again/b.html"
+    assert run_sample("--score=again/answers.jsonl") == (0, table, ""), (
+        "by what the table's file says"
+    )
+    code, out, _ = run_sample(
+        "--score=again/answers.jsonl",
+        "--out=again/b.jsonl",
+        *question_words[:2],
+        "--report=again/b.html",
     )
     assert (code, out, (home / "again/b.jsonl").read_bytes()) == (0, table, answers)
     assert (
@@ -560,14 +572,20 @@ def test_an_exam_is_marked_again_without_a_model(home, ask, exam):
         and page.count("<img ") == 4
         and page.count("<section>") == 4
     )
-    assert ask("--score=again/answers.jsonl", "--benchmark=contains", "--out=again/c.jsonl")[0] == 0
     assert (
-        ask("--score=again/answers.jsonl", *exam[:2], "--prompt=hm", "--out=again/b.jsonl")[0] == 0
+        run_sample("--score=again/answers.jsonl", "--benchmark=contains", "--out=again/c.jsonl")[0]
+        == 0
+    )
+    assert (
+        run_sample(
+            "--score=again/answers.jsonl", *question_words[:2], "--prompt=hm", "--out=again/b.jsonl"
+        )[0]
+        == 0
     ), "its own, again"
-    assert ask(*exam[:2], "--max_tokens=3", "--out=again/d.jsonl")[0] == 0
+    assert run_sample(*question_words[:2], "--max_tokens=3", "--out=again/d.jsonl")[0] == 0
     assert (
         "--out=again/d.jsonl has the answers of another evaluation"
-        in ask("--score=again/answers.jsonl", "--out=again/d.jsonl")[2]
+        in run_sample("--score=again/answers.jsonl", "--out=again/d.jsonl")[2]
     )
     assert json.loads((home / "again/c.json").read_text())["table"][-1]["score"] >= 0.5
     assert json.loads((home / "again/c.json").read_text())["settings"]["benchmark"] == "contains", (
@@ -575,27 +593,27 @@ def test_an_exam_is_marked_again_without_a_model(home, ask, exam):
     )
 
 
-def test_an_exam_that_was_asked_otherwise_is_not_gone_on_with(home, ask, exam):
-    assert ask(*exam, "--out=sub/first.jsonl")[0] == 0
-    for change, said in [
+def test_answers_with_other_settings_are_not_resumed(home, run_sample, question_words):
+    assert run_sample(*question_words, "--out=sub/first.jsonl")[0] == 0
+    for change, message in [
         ("--max_tokens=8", "max_tokens was 9, now 8"),
         ("--seed=3", "seed was 0, now 3"),
         ("--model=endless", "model was "),
         ("--prompt=Say.", "questions was "),
         ("--benchmark=contains", "benchmark was exact, now contains"),
     ]:
-        code, out, err = ask(
-            *(word for word in exam if word.split("=")[0] != change.split("=")[0]),
+        code, out, err = run_sample(
+            *(word for word in question_words if word.split("=")[0] != change.split("=")[0]),
             change,
             "--out=sub/first.jsonl",
         )
         assert (
             (code, out, err.count("\n")) == (1, "", 1)
             and "cannot be resumed: " in err
-            and said in err
+            and message in err
         )
     before = (home / "model" / "model.safetensors").read_bytes()
-    for last, said in (
+    for last, message in (
         (before[-1], ""),
         (
             before[-1] ^ 1,
@@ -605,35 +623,38 @@ def test_an_exam_that_was_asked_otherwise_is_not_gone_on_with(home, ask, exam):
         (home / "model" / "model.safetensors").write_bytes(
             before[:-1] + bytes([last])
         )  # anew, so that it is younger
-        err = ask(*exam, "--out=sub/first.jsonl")[2]
-        assert err.startswith(said) if said else err == "", "another model in the same folder"
+        err = run_sample(*question_words, "--out=sub/first.jsonl")[2]
+        assert err.startswith(message) if message else err == "", "another model in the same folder"
     (home / "model" / "model.safetensors").write_bytes(before)
     (home / "sub" / "first.json").unlink()
     assert (
         "--out=sub/first.jsonl exists, but not sub/first.json with its settings: choose another"
-        in ask(*exam, "--out=sub/first.jsonl")[2]
+        in run_sample(*question_words, "--out=sub/first.jsonl")[2]
     )
 
 
-def test_nothing_that_is_not_an_exams_is_written_over(home, ask, exam):
+def test_no_other_file_is_overwritten(home, run_sample, question_words):
     (home / "mine.json").write_text('{"asked": 5}')
     (home / "other.jsonl").write_text("{}")
-    assert ask(*exam, "--out=right.jsonl")[0] == 0
-    for words in (exam, ["--score=right.jsonl"]):
+    assert run_sample(*question_words, "--out=right.jsonl")[0] == 0
+    for words in (question_words, ["--score=right.jsonl"]):
         assert (
             "mine.json, where the scores of mine.jsonl belong, is something else"
-            in ask(*words, "--out=mine.jsonl")[2]
+            in run_sample(*words, "--out=mine.jsonl")[2]
         )
-        assert "--out=other.jsonl exists, but not other.json" in ask(*words, "--out=other.jsonl")[2]
+        assert (
+            "--out=other.jsonl exists, but not other.json"
+            in run_sample(*words, "--out=other.jsonl")[2]
+        )
     assert (home / "mine.json").read_text() == '{"asked": 5}' and (
         home / "other.jsonl"
     ).read_text() == "{}"
     (home / "right.json").unlink()
     assert (
-        "give --benchmark" in ask("--score=right.jsonl")[2]
-        and ask("--score=right.jsonl", "--benchmark=exact", "--out=fresh.jsonl")[0] == 0
+        "give --benchmark" in run_sample("--score=right.jsonl")[2]
+        and run_sample("--score=right.jsonl", "--benchmark=exact", "--out=fresh.jsonl")[0] == 0
     )
-    assert ask("--score=fresh.jsonl")[0] == 0, "whose table says by which rules"
+    assert run_sample("--score=fresh.jsonl")[0] == 0, "whose table says by which rules"
 
 
 # ---- through a process of its own ----
@@ -647,7 +668,7 @@ def launch(home, *words, **how):
     )
 
 
-def test_a_shell_gets_the_answer_as_bytes_and_letters_it_does_not_have_as_escapes(home, ask):
+def test_a_shell_gets_the_answer_as_bytes_and_letters_it_does_not_have_as_escapes(home, run_sample):
     process = launch(
         home,
         "--model=model",
@@ -660,7 +681,9 @@ def test_a_shell_gets_the_answer_as_bytes_and_letters_it_does_not_have_as_escape
         stdin=subprocess.PIPE,
     )
     out, err = process.communicate(b"what is it?\n", timeout=60)
-    answer = ask("--image=a.png", "--max_tokens=40", "--temperature=2", "--prompt=what is it?")[1]
+    answer = run_sample(
+        "--image=a.png", "--max_tokens=40", "--temperature=2", "--prompt=what is it?"
+    )[1]
     assert not answer.isascii()
     assert (process.returncode, out) == (
         0,
@@ -669,12 +692,12 @@ def test_a_shell_gets_the_answer_as_bytes_and_letters_it_does_not_have_as_escape
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals as POSIX has them")
-def test_an_exam_that_is_being_sat_is_closed_to_others_and_ctrl_c_says_how_it_goes_on(home, ask):
+def test_a_running_evaluation_locks_its_file_and_ctrl_c_says_how_to_resume(home, run_sample):
     words = [
         "--model=endless",
         "--device=cpu",
         "--questions=hard.jsonl",
-        "--out=sat.jsonl",
+        "--out=locked.jsonl",
         "--batch=1",
         "--max_tokens=1000",
     ]
@@ -694,24 +717,26 @@ def test_an_exam_that_is_being_sat_is_closed_to_others_and_ctrl_c_says_how_it_go
     }
     (home / "done.jsonl").write_text(json.dumps(row) + "\n")
     process = launch(home, *words)
-    while not (home / "sat.jsonl").exists() or (home / "sat.jsonl").read_text().count("\n") < 2:
+    while (
+        not (home / "locked.jsonl").exists() or (home / "locked.jsonl").read_text().count("\n") < 2
+    ):
         assert process.poll() is None, process.communicate()
         time.sleep(0.05)
-    table = (home / "sat.json").read_bytes()
-    marking = ["--score=done.jsonl", "--benchmark=exact", "--out=sat.jsonl"]
-    for other, said in (
-        (words, "sat.jsonl is being written by another process"),
-        (marking, "--out=sat.jsonl has the answers of another evaluation"),
+    table = (home / "locked.json").read_bytes()
+    rescoring = ["--score=done.jsonl", "--benchmark=exact", "--out=locked.jsonl"]
+    for other, message in (
+        (words, "locked.jsonl is being written by another process"),
+        (rescoring, "--out=locked.jsonl has the answers of another evaluation"),
     ):
-        assert ask(*other)[0] == 1 and ask(*other)[2].startswith(f"error: {said}"), (
-            "neither to sit it nor to leave other marks there"
-        )
-    assert (home / "sat.json").read_bytes() == table
+        assert run_sample(*other)[0] == 1 and run_sample(*other)[2].startswith(
+            f"error: {message}"
+        ), "neither to sit it nor to leave other scores there"
+    assert (home / "locked.json").read_bytes() == table
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
-    said = b"\nthe answers so far are in sat.jsonl; the same command resumes with the rest\n"
-    assert process.returncode == 130 and err.endswith(said) and b"Traceback" not in err
-    assert 2 <= len(list(runner.read_results(home / "sat.jsonl"))) < 500
+    message = b"\nthe answers so far are in locked.jsonl; the same command resumes with the rest\n"
+    assert process.returncode == 130 and err.endswith(message) and b"Traceback" not in err
+    assert 2 <= len(list(runner.read_results(home / "locked.jsonl"))) < 500
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals as POSIX has them")

@@ -103,7 +103,7 @@ def world(tmp_path_factory):
     words.save(home / "data")
     (home / "pictures").mkdir()
     Image.new("RGB", (12, 12), "red").save(home / "pictures" / "egg.png")
-    train.train(**test_train.settings(home, "run", steps=4, save_every=2, keep=2, validate_every=4))
+    train.train(**test_train.settings(home, "run", steps=4, save_every=2, keep_checkpoints=2, validate_every=4))
     return home
 
 
@@ -126,7 +126,7 @@ def cut(world, source, out, **settings):
         model=str(world / "model"),
         source=[str(source)],
         out=str(out),
-        row=200,
+        seq_len=200,
         workers=1,
         max_skipped=0,
         **settings,
@@ -257,7 +257,7 @@ def test_a_pickle_beside_shards_does_not_run_when_training_goes_on(world, mine, 
     run = mine("run")
     shutil.rmtree(run / "step-000004")
     spoil_shards(run / "step-000002", sentinel)
-    how = dict(steps=4, save_every=2, keep=2, validate_every=4)
+    how = dict(steps=4, save_every=2, keep_checkpoints=2, validate_every=4)
     with refused():
         train.train(**test_train.settings(world, "run", **how) | {"out": str(run), "resume": True})
 
@@ -570,7 +570,7 @@ def test_an_array_of_pickled_objects_in_place_of_a_file_of_a_set_does_not_run(ki
         array.getvalue().ljust(path.stat().st_size, b"\n")[: path.stat().st_size]
     )  # of the size that its header says
     with refused("data"):
-        prepare.check(data=str(bad), row=22)
+        prepare.check(data=str(bad), seq_len=22)
     with contextlib.suppress(UserError):
         prepare.show(data=str(bad), sample="sample-1", out=str(bad / "sample.png"))
 
@@ -579,7 +579,7 @@ def test_pickles_beside_the_files_of_a_set_are_never_read(world, mine, sentinel)
     bad = mine("data")
     for name in ("skipped.jsonl", "cache.pkl", "00000/ids.npy", "00000/receipt.json"):
         put(bad / name, pickle.dumps(WAYS["os.system"](sentinel)))
-    prepare.check(data=str(bad), row=22)
+    prepare.check(data=str(bad), seq_len=22)
 
 
 @pytest.mark.parametrize(
@@ -590,8 +590,8 @@ def test_pickles_beside_the_files_of_a_set_are_never_read(world, mine, sentinel)
         ("samples", 6, 0, -5),
         ("samples", 6, 3, 10**9),
         ("samples", 6, 1, 2**63 - 1),
-        ("pictures", 4, 1, 10**7),
-        ("pictures", 4, 0, -1),
+        ("images", 4, 1, 10**7),
+        ("images", 4, 0, -1),
     ],
 )
 def test_a_table_that_leads_out_of_its_files_is_refused(file, width, column, value, world, mine):
@@ -718,21 +718,21 @@ def test_a_picture_that_is_none_of_ours_or_unpacks_to_too_much_is_refused(
 ):
     path = put(tmp_path / "a.png", PICTURES[kind](sentinel))
     for source in (path, path.read_bytes()):
-        with refused("is no picture that can be read here|is broken or cut short|pixels"):
+        with refused("is no image that can be read here|is broken or cut short|pixels"):
             image_files.read_image(source)
 
 
 def test_postscript_is_refused_by_each_script(world, tmp_path, ghostscript, sentinel):
     bad = put(tmp_path / "a.png", eps(sentinel))
-    with refused("a.png is no picture"):
+    with refused("a.png is no image"):
         ask(world / "model", image=[str(bad)])
     put(tmp_path / "a.json", [{"id": 1, "image": "a.png", "conversations": QUESTION}])
-    with refused("a.png is no picture"):
+    with refused("a.png is no image"):
         cut(world, tmp_path / "a.json", tmp_path / "set")
     exam = put(
         tmp_path / "exam.jsonl", {"id": 1, "image": "a.png", "question": "What?", "answers": ["x"]}
     )
-    with refused("a.png is no picture"):
+    with refused("a.png is no image"):
         sample.sample(model=str(world / "model"), questions=str(exam), device="cpu")
 
 
@@ -811,7 +811,7 @@ def test_a_record_names_no_picture_outside_its_folder_and_none_is_fetched(
             tmp_path / "pictures" / "exam.jsonl",
             {"id": 1, "image": name, "question": "What?", "answers": ["x"]},
         )
-        with refused("climbs out|no such picture"):
+        with refused("climbs out|no such image"):
             benchmarks.load_questions("exact", str(exam), images=beside.get("images", ""))
 
 
@@ -856,7 +856,7 @@ def test_a_zip_of_questions_unpacks_nothing_and_reads_nothing_outside(tmp_path):
     with zipfile.ZipFile(tmp_path / "exam.zip", "w") as pack:
         pack.writestr("a/exam.jsonl", json.dumps(exam))
         pack.writestr("../evil.png", b"")
-    with refused("no such picture|climbs out"):
+    with refused("no such image|climbs out"):
         benchmarks.load_questions("exact", str(tmp_path / "exam.zip"))
     assert not list(tmp_path.parent.glob("evil.png"))
 

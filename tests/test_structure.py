@@ -81,7 +81,9 @@ def top(name):
 
 def test_imports_only_go_down_the_folders():
     floor = {name: number for number, names in enumerate(ORDER) for name in names}
-    assert {top(name) for name in PLACES} == floor.keys(), "a folder without a line, or a line too many"
+    assert {top(name) for name in PLACES} == floor.keys(), (
+        "a folder without a line, or a line too many"
+    )
     wrong = []
     for path in FILES:
         here = place(path)
@@ -113,7 +115,9 @@ def test_the_core_stands_alone():
     )
     loaded = {name for name in done.stdout.split() if name.split(".")[0] in ("nanovlm", "triton")}
     core = {"nanovlm", "nanovlm.kernels", "nanovlm.kernels.dispatch", "nanovlm.models"}
-    assert loaded == core | {f"nanovlm.models.{path.stem}" for path in files if path.stem != "__init__"}
+    assert loaded == core | {
+        f"nanovlm.models.{path.stem}" for path in files if path.stem != "__init__"
+    }
 
 
 FOLDERS = sorted({path.parent for path in FILES if path.parent not in (ROOT, ROOT / "nanovlm")})
@@ -132,7 +136,9 @@ def code_tokens(source):
     """Python tokens without comments, docstrings, line ends and indentation."""
     docstrings = set()
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(
+            node
+        ):
             docstrings.add(node.body[0].lineno)
     skipped = (
         tokenize.COMMENT,
@@ -214,7 +220,9 @@ def test_each_fault_is_seen():
     assert list(faults(long)) == [f"line 1: f has {MAX_STATEMENTS + 1} statements"]
     assert list(faults(long.replace("    x = 1\n", "", 1))) == []
     assert list(faults(deep)) == ["line 1: f has 5 blocks in one another", "line 10: a bare except"]
-    assert list(faults("m.load(s, strict=False)\nzip(a, b, strict=False)\nx = 1  # TODO later\n")) == [
+    assert list(
+        faults("m.load(s, strict=False)\nzip(a, b, strict=False)\nx = 1  # TODO later\n")
+    ) == [
         "line 1: strict=False",
         "line 3: x = 1  # TODO later",
     ]

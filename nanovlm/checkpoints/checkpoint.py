@@ -1,7 +1,7 @@
 """Checkpoints: a folder that holds everything needed to use a model.
 
     model.safetensors     all parameters, under the names of nanovlm's modules
-    nanovlm.json          version, arguments of the constructors, image config, chat template, history
+    nanovlm.json          version, arguments of VLM, image config, chat template, history
     tokenizer.json        or tekken.json, or tokenizer.model: the tokenizer's own files, unchanged
     unused_vision_tensors.safetensors
                           only with a pretrained vision encoder: the layers after the feature layer,
@@ -40,7 +40,7 @@ class Checkpoint(NamedTuple):
     chat_template: str  # how conversations become text (data/chat_template.py)
     history: dict  # where each part came from
     unused_vision_tensors: dict = {}  # of layers after the feature layer, by their published names
-    sharded: Path | None = None  # the folder of weights that load_deferred_weights still has to read
+    sharded: Path | None = None  # folder of weights that load_deferred_weights has to read
 
     def fingerprint(self):
         return make_fingerprint(self)

@@ -1,11 +1,15 @@
-"""Public models, as their owners publish them: an eye or a brain out of a Hugging Face folder.
+"""Pretrained models: the vision encoder or the decoder of a Hugging Face folder.
 
-    config.json                its numbers; a field that would change the result and that we do not compute is refused by its name
-    *.safetensors              its weights, in one file or in shards that an index lists; else pytorch_model.bin, read as plain tensors only
-    preprocessor_config.json   how an eye wants its pictures
-    tokenizer.*, tekken.json   how a brain cuts its text; its chat template is recognised by what it writes, never by the folder's name
+    config.json                its numbers; a field that would change the result, and that this
+                               project does not compute, raises a UserError that names it
+    *.safetensors              its weights, in one file or in shards with an index; else
+                               pytorch_model.bin, of which only tensors are unpickled
+    preprocessor_config.json   the image config of a vision encoder
+    tokenizer.*, tekken.json   the tokenizer of a decoder; its chat template is identified by the
+                               text that it writes, never by the folder's name
 
-Names are translated by one table, which export reads too; disk.py holds files and tensors to what is wanted.
+One table translates the names of tensors, for import and export. files.py compares names, shapes
+and dtypes with the expected ones.
 """
 
 import math
@@ -30,7 +34,8 @@ from ..files import (
 from ..models.decoder import Decoder
 from ..models.vision_encoder import VisionEncoder
 
-# ---- names: ours to theirs; * is the number of a layer. A name of a module stands for its weight and bias ----
+# ---- names of tensors, ours: published. * is a layer's number. A module's name stands for its
+# weight and bias ----
 CLIP = {
     "class_token": "embeddings.class_embedding",
     "patches": "embeddings.patch_embedding",
@@ -76,29 +81,38 @@ LLAMA = {
     "layers.*.up_proj": "model.layers.*.mlp.up_proj",
     "layers.*.down_proj": "model.layers.*.mlp.down_proj",
 }
-# What stands in front of those names where the part belongs to something larger, in the spellings of transformers 4 and 5.
+# The prefixes of those names in a larger model, in transformers 4 and 5: (pattern, replacement).
 VISION_PREFIXES = [(r"^(model\.)?(vision_tower\.)?(vision_model\.|dinov2\.)?", "")]
 DECODER_PREFIXES = [
     (r"^(model\.)?language_model\.(model\.)?(?!lm_head)", "model."),
     (r"^language_model\.(?=lm_head)", ""),
 ]
-# What a folder may hold that a part does not read: the other parts, heads for other tasks, tables that are computed.
+# Tensors that a folder may hold and a part does not use: other parts, heads for other tasks, and
+# tables that are computed.
 VISION_IGNORED = (
-    r"text_model\.|(text|visual)_projection\.|logit_(scale|bias)$|head\.|classifier\.|embeddings\.(position_ids|mask_token)$|"
+    r"text_model\.|(text|visual)_projection\.|logit_(scale|bias)$|head\.|classifier\.|"
+    r"embeddings\.(position_ids|mask_token)$|"
     r"multi_modal_projector\.|language_model\.|lm_head\.|image_newline$"
 )
-DECODER_IGNORED = r".*rotary_emb\.inv_freq$|(model\.)?(vision_tower|vision_model|multi_modal_projector)\.|(model\.)?image_newline$"
+DECODER_IGNORED = (
+    r".*rotary_emb\.inv_freq$|(model\.)?(vision_tower|vision_model|multi_modal_projector)\.|"
+    r"(model\.)?image_newline$"
+)
 
 
 def published_name(name, table):
-    """Their name of our parameter: "layers.3.q_proj.weight" -> "model.layers.3.self_attn.q_proj.weight"."""
+    """Returns the published name of our parameter.
+
+    "layers.3.q_proj.weight" -> "model.layers.3.self_attn.q_proj.weight"
+    """
     key, number = re.sub(r"\.\d+\.", ".*.", name), re.search(r"\.(\d+)\.", name)
     module, _, kind = key.rpartition(".")
-    found = table[key] if key in table else f"{table[module]}.{kind}"
-    return found.replace("*", number[1]) if number else found
+    published = table[key] if key in table else f"{table[module]}.{kind}"
+    return published.replace("*", number[1]) if number else published
 
 
-# ---- config.json: what transformers assumes where a folder is silent, and the fields that must say what we compute ----
+# ---- config.json: the defaults of transformers, and fields that must have the value that this
+# project computes ----
 DEFAULTS = {
     "clip_vision_model": dict(
         hidden_size=768,
@@ -157,10 +171,8 @@ DEFAULTS = {
     ),
 }
 DEFAULTS["ministral"] = DEFAULTS["mistral"]
-VISION_TYPES, DECODER_TYPES = (
-    ("clip_vision_model", "siglip_vision_model", "dinov2"),
-    ("llama", "mistral", "ministral"),
-)
+VISION_TYPES = ("clip_vision_model", "siglip_vision_model", "dinov2")
+DECODER_TYPES = ("llama", "mistral", "ministral")
 VISION_REQUIRED = dict(
     num_channels=3,
     qkv_bias=True,
@@ -198,17 +210,12 @@ DECODER_REQUIRED = dict(
     use_parallel_residual=False,
     add_cross_attention=False,
 )
-MAX_LAYERS = 1024  # each is built, without its numbers, before they are missed
+MAX_LAYERS = 1024  # a model is built on the meta device before weights are found to be missing
 IMAGE_REQUIRED = dict(do_resize=True, do_rescale=True, do_normalize=True, do_image_splitting=False)
-PINPOINTS = [
-    [336, 672],
-    [672, 336],
-    [672, 672],
-    [1008, 336],
-    [336, 1008],
-]  # where a LLaVA-NeXT says none
+# the default of LLaVA-NeXT
+PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
 ACTIVATION = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
-ROPE_FIELDS = {  # what each kind of stretching needs, and what it may leave out
+ROPE_FIELDS = {  # of each rope_type, with their defaults; ... is a required field
     "default": {},
     "linear": dict(factor=...),
     "llama3": dict(
@@ -227,162 +234,157 @@ ROPE_FIELDS = {  # what each kind of stretching needs, and what it may leave out
 }
 
 
-def check_fields(config, must, where):
-    """Raise UserError where a field says something else than what is computed here; null says nothing."""
-    for field, value in must.items():
+def check_fields(config, required, where):
+    """Raises UserError if a field differs from what this project computes. null is no value."""
+    for field, value in required.items():
         if config.get(field) not in (None, value):
-            raise UserError(
-                f"{where}: {field} {config[field]} is not known here{'' if value is None else f', only {value}'}"
-            )
+            only = "" if value is None else f", only {value}"
+            raise UserError(f"{where}: {field} {config[field]} is not known here{only}")
 
 
-def model_config(config, inner, kinds, where):
-    """The part of a config that describes an eye or a brain, with what transformers would assume filled in."""
+def model_config(config, inner, types, where):
+    """Returns the part of a config that describes a vision encoder or a decoder, with the defaults
+    of transformers."""
     check_fields(config, dict(auto_map=None, quantization_config=None), where)
-    if config.get("model_type") not in kinds and isinstance(config.get(inner), dict):
-        outer = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}.get(
-            config.get("model_type")
-        )
-        if config.get("model_type") in ("llava", "llava_next"):
-            outer = "clip_vision_model" if inner == "vision_config" else "llama"
-        given = {"model_type": outer} | config[inner]
-        if older := config.get(
-            f"{inner}_dict"
-        ):  # CLIP's first spelling, which transformers puts above the second
-            given |= DEFAULTS.get(given["model_type"], {}) | older
-        config = given
-    kind = config.get("model_type")
-    if kind not in kinds:
+    if config.get("model_type") not in types and isinstance(config.get(inner), dict):
+        config = inner_config(config, inner)
+    model_type = config.get("model_type")
+    if model_type not in types:
         raise UserError(
-            f"{where}: a model of type {kind} is not known here, only {', '.join(kinds)}"
+            f"{where}: a model of type {model_type} is not known here, only {', '.join(types)}"
         )
-    config = {**DEFAULTS[kind], **config}
-    for field, usual in DEFAULTS[kind].items():
-        if (
-            isinstance(usual, int)
-            and usual > 1
-            and field != "sliding_window"
-            and (type(config[field]) is not int or config[field] < 1)
-        ):
+    config = {**DEFAULTS[model_type], **config}
+    for field, default in DEFAULTS[model_type].items():
+        is_size = isinstance(default, int) and default > 1 and field != "sliding_window"
+        if is_size and (type(config[field]) is not int or config[field] < 1):
             raise UserError(f"{where}: {field} {config[field]!r} is no whole number from 1 on")
     if config["num_hidden_layers"] > MAX_LAYERS:
         raise UserError(
-            f"{where}: num_hidden_layers {config['num_hidden_layers']} is more than the {MAX_LAYERS} that are allowed"
+            f"{where}: num_hidden_layers {config['num_hidden_layers']} is more than the "
+            f"{MAX_LAYERS} that are allowed"
         )
     return config
 
 
+def inner_config(config, inner):
+    """Returns the vision_config or text_config of a larger model's config, with its model_type."""
+    outer = config.get("model_type")
+    model_type = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}.get(outer)
+    if outer in ("llava", "llava_next"):
+        model_type = "clip_vision_model" if inner == "vision_config" else "llama"
+    found = {"model_type": model_type} | config[inner]
+    # CLIP's first name of the section; transformers gives it precedence over the second
+    if first := config.get(f"{inner}_dict"):
+        found |= DEFAULTS.get(found["model_type"], {}) | first
+    return found
+
+
 def vision_shapes(config, tile, vision_feature_layer, where):
-    """The arguments of VisionEncoder for an eye of its own tile size unless `tile` says another, and its own layer unless `read` does."""
-    kind, layers, patch = config["model_type"], config["num_hidden_layers"], config["patch_size"]
+    """Returns the arguments of VisionEncoder. vision_feature_layer: None for the usual one: the
+    last but one of CLIP, as in LLaVA, the normed last of the others."""
+    model_type, layers = config["model_type"], config["num_hidden_layers"]
+    patch = config["patch_size"]
     check_fields(config, VISION_REQUIRED, where)
     if config["hidden_act"] not in ACTIVATION:
         raise UserError(
-            f"{where}: hidden_act {config['hidden_act']} is not known here, only {', '.join(ACTIVATION)}"
+            f"{where}: hidden_act {config['hidden_act']} is not known here, only "
+            f"{', '.join(ACTIVATION)}"
         )
     if not isinstance(patch, int) or tile < patch:
         raise UserError(
             f"{where}: a tile of {tile} pixels and patches of {patch} do not go together"
         )
-    if vision_feature_layer is not None and not -layers <= vision_feature_layer <= layers or vision_feature_layer == 0:
-        raise UserError(f"--vision_feature_layer={vision_feature_layer} is not among the {layers} layers of {where}")
-    own = {
+    layer = vision_feature_layer
+    if layer is not None and (layer == 0 or not -layers <= layer <= layers):
+        raise UserError(
+            f"--vision_feature_layer={layer} is not among the {layers} layers of {where}"
+        )
+    options = {
         "clip_vision_model": dict(class_token=True, pre_norm=True, patch_bias=False),
         "siglip_vision_model": {},
         "dinov2": dict(class_token=True, layer_scale=True),
-    }[kind]
-    clip = (
-        kind == "clip_vision_model"
-    )  # LLaVA's choice for CLIP; the others are read at their normed end
+    }[model_type]
+    is_clip = model_type == "clip_vision_model"
+    mlp_size = config.get("intermediate_size") or int(config["hidden_size"] * config["mlp_ratio"])
     return dict(
         tile=tile,
         patch=patch,
         width=config["hidden_size"],
         layers=layers,
         heads=config["num_attention_heads"],
-        intermediate_size=config.get("intermediate_size") or int(config["hidden_size"] * config["mlp_ratio"]),
+        intermediate_size=mlp_size,
         activation=ACTIVATION[config["hidden_act"]],
         eps=config["layer_norm_eps"],
-        vision_feature_layer=vision_feature_layer or (-2 if clip else -1),
-        post_norm=not clip and vision_feature_layer is None,
-        **own,
+        vision_feature_layer=vision_feature_layer or (-2 if is_clip else -1),
+        post_norm=not is_clip and vision_feature_layer is None,
+        **options,
     )
 
 
 def rope_config(config, where):
-    """(theta, scaling): the arguments of Decoder, from rope_parameters (transformers 5) or rope_theta and rope_scaling (4)."""
-    given = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    theta, kind = (
-        given.pop("rope_theta", config.get("rope_theta")) or 10000.0,
-        given.pop("rope_type", given.get("type", "default")),
-    )
-    given.pop("type", None)
-    check_fields(given, dict(partial_rotary_factor=1.0), where)
-    given.pop("partial_rotary_factor", None)
-    if kind not in ROPE_FIELDS:
-        raise UserError(f"{where}: RoPE of type {kind} is not known here, only {', '.join(ROPE_FIELDS)}")
-    if odd := given.keys() - ROPE_FIELDS[kind].keys():
+    """Returns (rope_theta, rope_scaling) of Decoder, from rope_parameters (transformers 5) or
+    rope_theta and rope_scaling (transformers 4)."""
+    fields = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    theta = fields.pop("rope_theta", config.get("rope_theta")) or 10000.0
+    rope_type = fields.pop("rope_type", fields.get("type", "default"))
+    fields.pop("type", None)
+    check_fields(fields, dict(partial_rotary_factor=1.0), where)
+    fields.pop("partial_rotary_factor", None)
+    if rope_type not in ROPE_FIELDS:
         raise UserError(
-            f"{where}: RoPE of type {kind} is not known to have {', '.join(sorted(odd))}"
+            f"{where}: RoPE of type {rope_type} is not known here, only {', '.join(ROPE_FIELDS)}"
         )
-    if absent := [
-        name for name, value in ROPE_FIELDS[kind].items() if value is ... and given.get(name) is None
-    ]:
-        raise UserError(f"{where}: RoPE of type {kind} needs {', '.join(absent)}")
-    if kind == "default":
+    defaults = ROPE_FIELDS[rope_type]
+    if unknown := fields.keys() - defaults.keys():
+        raise UserError(
+            f"{where}: RoPE of type {rope_type} is not known to have {', '.join(sorted(unknown))}"
+        )
+    fields = {name: value for name, value in fields.items() if value is not None}
+    if missing := [n for n, value in defaults.items() if value is ... and n not in fields]:
+        raise UserError(f"{where}: RoPE of type {rope_type} needs {', '.join(missing)}")
+    if rope_type == "default":
         return theta, None
-    scaling = {
-        "rope_type": kind,
-        **ROPE_FIELDS[kind],
-        **{name: value for name, value in given.items() if value is not None},
-    }
-    if kind != "linear":
+    scaling = {"rope_type": rope_type, **defaults, **fields}
+    if rope_type != "linear":
         scaling["original_max_position_embeddings"] = (
             config.get("original_max_position_embeddings")
             or scaling["original_max_position_embeddings"]
             or config["max_position_embeddings"]
         )
-    if kind == "yarn":
-        growth, over, under = (
-            0.1 * (m or 1) * math.log(max(scaling["factor"], 1)) + 1
-            for m in (1, scaling["mscale"], scaling["mscale_all_dim"])
-        )
-        scaling["attention_factor"] = scaling["attention_factor"] or (
-            over / under if scaling["mscale"] and scaling["mscale_all_dim"] else growth
-        )
+    if rope_type == "yarn" and not scaling["attention_factor"]:
+        scaling["attention_factor"] = yarn_attention_factor(scaling)
     return theta, scaling
 
 
+def yarn_attention_factor(scaling):
+    """Returns the factor of q · k that transformers computes for YaRN (Peng et al. 2023)."""
+    mscale, mscale_all_dim = scaling["mscale"], scaling["mscale_all_dim"]
+
+    def attention_scale(m):
+        return 0.1 * m * math.log(max(scaling["factor"], 1)) + 1
+
+    if mscale and mscale_all_dim:
+        return attention_scale(mscale) / attention_scale(mscale_all_dim)
+    return attention_scale(1)
+
+
 def decoder_shapes(config, where):
-    """The arguments of Decoder."""
-    check_fields(
-        config,
-        DECODER_REQUIRED | (dict(sliding_window=None) if config["model_type"] == "llama" else {}),
-        where,
-    )
+    """Returns the arguments of Decoder."""
+    required = DECODER_REQUIRED
+    if config["model_type"] == "llama":
+        required = required | dict(sliding_window=None)
+    check_fields(config, required, where)
     theta, scaling = rope_config(config, where)
-    layers, window = config["num_hidden_layers"], config.get("sliding_window")
-    usual = ["full_attention" if window is None else "sliding_attention"] * layers
-    kinds = config.get("layer_types") or usual
-    mixed = (
-        config["model_type"] == "ministral"
-        and window is not None
-        and len(kinds) == layers
-        and set(kinds) <= {"full_attention", *usual}
-    )
-    if kinds != usual and not mixed:
-        raise UserError(
-            f"{where}: layer_types {kinds} do not fit {layers} layers of {config['model_type']} with a sliding_window of {window}"
-        )
-    windows = [window if kind == "sliding_attention" else None for kind in kinds]
+    layers, heads = config["num_hidden_layers"], config["num_attention_heads"]
+    windows = layer_windows(config, where)
     return dict(
         vocab_size=config["vocab_size"],
         width=config["hidden_size"],
         layers=layers,
-        heads=config["num_attention_heads"],
-        kv_heads=config["num_key_value_heads"] or config["num_attention_heads"],
+        heads=heads,
+        kv_heads=config["num_key_value_heads"] or heads,
         intermediate_size=config["intermediate_size"],
-        head_dim=config["head_dim"] or config["hidden_size"] // config["num_attention_heads"],
+        head_dim=config["head_dim"] or config["hidden_size"] // heads,
         rope_theta=theta,
         rope_scaling=scaling,
         eps=config["rms_norm_eps"],
@@ -391,224 +393,252 @@ def decoder_shapes(config, where):
     )
 
 
-def load_published_tensors(module, table, found, unread, files):
-    """Put tensors into a module built on the meta device, without a copy; strict as disk.checked is."""
-    own = {published_name(name, table): name for name in module.state_dict()}
-    shapes = {theirname: module.get_parameter(name).shape for theirname, name in own.items()}
-    module.load_state_dict(
-        {own[name]: tensor for name, tensor in match_finite_tensors(shapes, found, unread, files).items()},
-        assign=True,
-    )
+def layer_windows(config, where):
+    """Returns the sliding window of each layer, None for full attention. Only Ministral mixes."""
+    layers, window = config["num_hidden_layers"], config.get("sliding_window")
+    usual = "full_attention" if window is None else "sliding_attention"
+    types = config.get("layer_types") or [usual] * layers
+    can_mix = config["model_type"] == "ministral" and window is not None
+    is_mixed = can_mix and len(types) == layers and set(types) <= {"full_attention", usual}
+    if types != [usual] * layers and not is_mixed:
+        raise UserError(
+            f"{where}: layer_types {types} do not fit {layers} layers of {config['model_type']} "
+            f"with a sliding_window of {window}"
+        )
+    return [window if layer == "sliding_attention" else None for layer in types]
+
+
+def load_published_tensors(module, table, found, ignored, files):
+    """Put tensors into a module that was built on the meta device, without a copy.
+
+    As strict as files.match_finite_tensors.
+    """
+    our_name = {published_name(name, table): name for name in module.state_dict()}
+    shapes = {theirs: module.get_parameter(ours).shape for theirs, ours in our_name.items()}
+    matched = match_finite_tensors(shapes, found, ignored, files)
+    state = {our_name[name]: tensor for name, tensor in matched.items()}
+    module.load_state_dict(state, assign=True)
     return module.eval()
 
 
 # ---- the parts ----
 class Part(NamedTuple):
-    """What an eye or a brain alone can fill of a Checkpoint."""
+    """The fields of a Checkpoint that a vision encoder or a decoder alone determines."""
 
-    model: SimpleNamespace | None  # .vision or .decoder; None where no weights were asked for
+    model: SimpleNamespace | None  # .vision or .decoder; None if tensors=False
     shapes: dict
     history: dict
     image_config: dict | None = None
     tokenizer: Tokenizer | None = None
     chat_template: str | None = None
-    unused_vision_tensors: dict = {}  # tensors of an eye that are not read, by their own names: a LLaVA folder must hold them
+    unused_vision_tensors: dict = {}  # of layers after the feature layer, by their published names
 
 
 def read_image_config(folder, tile, fit):
-    """How the folder's own preprocessor treats a picture, as images.py says it; tile and fit override it."""
-    path = next(
-        (
-            p
-            for p in (folder / "preprocessor_config.json", folder / "processor_config.json")
-            if p.is_file()
-        ),
-        None,
-    )
-    if path is None:
+    """Returns the image config that the folder's own preprocessor implies; tile and fit override
+    it."""
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        path = folder / name
+        if path.is_file():
+            break
+    else:
         raise UserError(
-            f"{folder} holds no preprocessor_config.json: how its eye wants pictures is not known"
+            f"{folder} holds no preprocessor_config.json, so its image config is not known"
         )
     config = read_json(path)
     config = config.get("image_processor", config)
     check_fields(config, IMAGE_REQUIRED, path)
-    resample, rescale = (
-        {2: "bilinear", 3: "bicubic"}.get(config.get("resample", 3)),
-        config.get("rescale_factor", 1 / 255),
-    )
+    resample = {2: "bilinear", 3: "bicubic"}.get(config.get("resample", 3))
+    rescale = config.get("rescale_factor", 1 / 255)
     if resample is None or abs(rescale * 255 - 1) > 1e-6:
         raise UserError(
-            f"{path}: resample {config.get('resample')} or rescale_factor {rescale} is not known here, only 2 or 3, and 1/255"
+            f"{path}: resample {config.get('resample')} or rescale_factor {rescale} is not known "
+            "here, only 2 or 3, and 1/255"
         )
     if missing := {"image_mean", "image_std"} - config.keys():
-        raise UserError(f"{path} does not say its {', '.join(sorted(missing))}")
-    size, crop = (
-        config.get("size"),
-        config.get("crop_size") if config.get("do_center_crop") else None,
-    )
-    edges = [
-        set(edge.values()) if isinstance(edge, dict) else {edge}
-        for edge in (size, crop)
-        if edge is not None
-    ]
+        raise UserError(f"{path} holds no {', '.join(sorted(missing))}")
+    size = config.get("size")
+    crop = config.get("crop_size") if config.get("do_center_crop") else None
+    edges = []
+    for edge in (size, crop):
+        if edge is not None:
+            edges.append(set(edge.values()) if isinstance(edge, dict) else {edge})
     if tile is None and (not edges or len(edges[-1]) != 1):
         raise UserError(
-            f"{path}: what it makes of a picture, size {size}, crop {crop}, is not square: say --tile"
+            f"{path}: its images, size {size}, crop {crop}, are not square: choose --tile"
         )
-    own_fit = (
-        None
-        if not edges or edges[0] != edges[-1]
-        else "squash"
-        if isinstance(size, dict) and "height" in size
-        else "crop"
-        if crop
-        else None
-    )
-    pinpoints, llava = {}, str(config.get("image_processor_type")).startswith("LlavaImageProcessor")
-    if (
-        str(config.get("image_processor_type")).startswith("LlavaNextImageProcessor")
-        or "image_grid_pinpoints" in config
-    ):
-        own_fit = own_fit and "anyres"  # its do_pad is of tiles to a batch
-        pinpoints = {"pinpoints": config.get("image_grid_pinpoints", PINPOINTS)}
-    elif llava and config.get("do_pad"):
-        own_fit = own_fit and "pad"
-    else:
-        check_fields(config, dict(do_pad=False), path)
-    if not (fit or own_fit):  # DINOv2's own enlarges to 256 and cuts 224 out of the middle
+    own_fit = preprocessor_fit(config, edges, path)
+    if not (fit or own_fit):  # DINOv2's resizes to 256 and crops 224 from the center
         raise UserError(
-            f"{path}: its way with pictures, size {size}, crop {crop}, is not known here: say --fit, squash, pad or crop"
+            f"{path}: its resizing, size {size}, crop {crop}, is not known here: choose --fit, "
+            "squash, pad or crop"
         )
-    return {
+    image_config = {
         "tile": tile or edges[-1].pop(),
         "fit": fit or own_fit,
         "resample": resample,
         "mean": config["image_mean"],
         "std": config["image_std"],
-        **({} if fit else pinpoints),
     }
+    if is_llava_next(config) and not fit:
+        image_config["pinpoints"] = config.get("image_grid_pinpoints", PINPOINTS)
+    return image_config
+
+
+def is_llava_next(config):
+    """Whether a preprocessor cuts images into tiles by the AnyRes method of LLaVA-NeXT."""
+    processor = str(config.get("image_processor_type"))
+    return processor.startswith("LlavaNextImageProcessor") or "image_grid_pinpoints" in config
+
+
+def preprocessor_fit(config, edges, path):
+    """Returns how a preprocessor makes an image square: "anyres", "pad", "squash" or "crop".
+
+    edges: the lengths of its size and of its crop. None if it crops from a larger size.
+    """
+    size, fit = config.get("size"), None
+    if edges and edges[0] == edges[-1]:
+        if isinstance(size, dict) and "height" in size:
+            fit = "squash"
+        elif config.get("do_center_crop") and config.get("crop_size"):
+            fit = "crop"
+    processor = str(config.get("image_processor_type"))
+    if is_llava_next(config):
+        return fit and "anyres"  # its do_pad pads the tiles of a batch
+    if processor.startswith("LlavaImageProcessor") and config.get("do_pad"):
+        return fit and "pad"
+    check_fields(config, dict(do_pad=False), path)
+    return fit
 
 
 def resize_position_embeddings(positions_PD, side, leading):
-    """The embeddings of a square grid of places, made into side × side by the bicubic filter that transformers uses; `leading` ones stay."""
+    """Resize a square grid of position embeddings to side × side, with the bicubic filter that
+    transformers uses. The first `leading` ones, of the class token, stay."""
     grid_pD = positions_PD[leading:]
     old = math.isqrt(len(grid_pD))
     grid_1DYX = grid_pD.float().T.unflatten(1, (old, old))[None]
-    resized = (
-        F.interpolate(grid_1DYX, size=(side, side), mode="bicubic", align_corners=False)[0]
-        .flatten(1)
-        .T
-    )
-    return torch.cat([positions_PD[:leading], resized.to(positions_PD.dtype)])
+    resized_1DYX = F.interpolate(grid_1DYX, size=(side, side), mode="bicubic", align_corners=False)
+    resized_PD = resized_1DYX[0].flatten(1).T
+    return torch.cat([positions_PD[:leading], resized_PD.to(positions_PD.dtype)])
 
 
-def read_vision_encoder(name, *, tile=None, fit=None, vision_feature_layer=None, shuffle=1, tensors=True, **more):
-    """The eye of a CLIP, SigLIP or DINOv2 folder. tile: pixels, other than its own; fit: as images.py; read: a layer's output, un-normed;
-    tensors: False for all but the model; more: what its picture policy has besides, as images.py says it."""
+def read_vision_encoder(
+    name, *, tile=None, fit=None, vision_feature_layer=None, shuffle=1, tensors=True, **more
+):
+    """Returns the vision encoder of a CLIP, SigLIP or DINOv2 folder as a Part.
+
+    tile: pixels, None for its own. fit, more: of the image config (data/image_processing.py).
+    vision_feature_layer: the layer whose output is used, without the final norm; None for the
+    usual one. tensors: False for a Part without its model.
+    """
     folder = find_pretrained(name)
-    where = folder / "config.json"
-    config = model_config(read_json(where), "vision_config", VISION_TYPES, where)
-    own, patch = config["image_size"] // config["patch_size"], config["patch_size"]
-    policy = read_image_config(folder, tile, fit) | {"patch": patch, "shuffle": shuffle, **more}
-    shapes = vision_shapes(config, policy["tile"], vision_feature_layer, where)
-    side = policy["tile"] // patch
+    path = folder / "config.json"
+    config = model_config(read_json(path), "vision_config", VISION_TYPES, path)
+    patch = config["patch_size"]
+    image_config = read_image_config(folder, tile, fit)
+    image_config |= {"patch": patch, "shuffle": shuffle, **more}
+    shapes = vision_shapes(config, image_config["tile"], vision_feature_layer, path)
+    side, own_side = image_config["tile"] // patch, config["image_size"] // patch
     if side % shuffle:
         raise UserError(
-            f"--shuffle={shuffle} does not divide the {side} patches across a tile of {policy['tile']} pixels"
+            f"--shuffle={shuffle} does not divide the {side} patches across a tile of "
+            f"{image_config['tile']} pixels"
         )
-    part = Part(None, {"vision": shapes, "shuffle": shuffle}, {}, image_config=policy)
+    part = Part(None, {"vision": shapes, "shuffle": shuffle}, {}, image_config=image_config)
     if not tensors:
         return part
     files = list_weight_files(folder)
-    table, found = (
-        DINOV2 if config["model_type"] == "dinov2" else CLIP,
-        read_weights(files, VISION_PREFIXES),
-    )
-    places, leading = published_name("positions", table), int("class_token" in shapes)
-    tensor, path = found.get(places, (torch.empty(0, 0), None))
-    if side != own and tensor.shape[-2] == leading + own**2:
-        found[places] = resize_position_embeddings(tensor.flatten(0, -2), side, leading), path
+    table = DINOV2 if config["model_type"] == "dinov2" else CLIP
+    found = read_weights(files, VISION_PREFIXES)
+    positions, leading = published_name("positions", table), int("class_token" in shapes)
+    tensor, source = found.get(positions, (torch.empty(0, 0), None))
+    if side != own_side and tensor.shape[-2] == leading + own_side**2:
+        resized = resize_position_embeddings(tensor.flatten(0, -2), side, leading)
+        found[positions] = resized, source
     with torch.device("meta"):
-        whole, vision = VisionEncoder(**shapes | {"vision_feature_layer": -1, "post_norm": True}), VisionEncoder(**shapes)
-    after = load_published_tensors(whole, table, found, VISION_IGNORED, files).state_dict()
-    vision.load_state_dict({name: after.pop(name) for name in vision.state_dict()}, assign=True)
-    spare = {published_name(name, table): tensor for name, tensor in after.items()} | {
-        n: t for n, (t, _) in found.items() if n.startswith("head.")
-    }
+        all_layers = VisionEncoder(**shapes | {"vision_feature_layer": -1, "post_norm": True})
+        vision = VisionEncoder(**shapes)
+    load_published_tensors(all_layers, table, found, VISION_IGNORED, files)
+    unused = all_layers.state_dict()
+    used = {name: unused.pop(name) for name in vision.state_dict()}
+    vision.load_state_dict(used, assign=True)
+    unused = {published_name(name, table): tensor for name, tensor in unused.items()}
+    unused |= {name: pair[0] for name, pair in found.items() if name.startswith("head.")}
     return part._replace(
-        model=SimpleNamespace(vision=vision.eval()), history=weights_source(name, folder, files), unused_vision_tensors=spare
+        model=SimpleNamespace(vision=vision.eval()),
+        history=weights_source(name, folder, files),
+        unused_vision_tensors=unused,
     )
 
 
-def read_decoder(name, *, template=None, usual=None, tensors=True):
-    """The brain of a Llama or Mistral folder with its tokenizer. template: a name of chat.TEMPLATES, where the folder's own is not known;
-    usual: one for a folder that states none; tensors: False for all but the model."""
+def read_decoder(name, *, template=None, default_template=None, tensors=True):
+    """Returns the decoder of a Llama or Mistral folder, with its tokenizer, as a Part.
+
+    template: a name of chat_template.TEMPLATES, if the folder's own is unknown. default_template:
+    one for a folder without a template. tensors: False for a Part without its model.
+    """
     folder = find_pretrained(name)
-    where = folder / "config.json"
-    config = model_config(read_json(where), "text_config", DECODER_TYPES, where)
-    shapes = decoder_shapes(config, where)
+    path = folder / "config.json"
+    config = model_config(read_json(path), "text_config", DECODER_TYPES, path)
+    shapes = decoder_shapes(config, path)
     tokenizer = Tokenizer.load(folder)
     jinja, tokens = read_chat_template(folder)
-    template = (
-        template
-        or (usual if jinja is None else None)
-        or chat_template.identify_template(jinja, tokens, tokenizer, folder)
-    )
-    chat_template.end_token_id(tokenizer, template)  # or a UserError
-    check_vocab_size(tokenizer, shapes, where)
+    if jinja is None:
+        template = template or default_template
+    template = template or chat_template.identify_template(jinja, tokens, tokenizer, folder)
+    chat_template.end_token_id(tokenizer, template)  # raises UserError if there is none
+    check_vocab_size(tokenizer, shapes, path)
     part = Part(None, {"decoder": shapes}, {}, tokenizer=tokenizer, chat_template=template)
     if not tensors:
         return part
     files = list_weight_files(folder)
     found = read_weights(files, DECODER_PREFIXES)
     if shapes["tied"] and "model.embed_tokens.weight" in found:
-        embed = found["model.embed_tokens.weight"]
-        if not torch.equal(found.setdefault("lm_head.weight", embed)[0], embed[0]):
+        embedding = found["model.embed_tokens.weight"]
+        if not torch.equal(found.setdefault("lm_head.weight", embedding)[0], embedding[0]):
             raise UserError(
-                f"{folder}: tie_word_embeddings is true, but lm_head.weight is not embed_tokens.weight"
+                f"{folder}: tie_word_embeddings is true, but lm_head.weight is not "
+                "embed_tokens.weight"
             )
     with torch.device("meta"):
         decoder = Decoder(**shapes)
     load_published_tensors(decoder, LLAMA, found, DECODER_IGNORED, files)
     if shapes["tied"]:
         decoder.lm_head.weight = decoder.embed_tokens.weight
-    card = weights_source(name, folder, files)
-    card["folder"]["max_position_embeddings"] = config["max_position_embeddings"]
-    return part._replace(model=SimpleNamespace(decoder=decoder), history=card)
+    history = weights_source(name, folder, files)
+    history["folder"]["max_position_embeddings"] = config["max_position_embeddings"]
+    return part._replace(model=SimpleNamespace(decoder=decoder), history=history)
 
 
 def check_vocab_size(tokenizer, shapes, where):
-    """Raise UserError unless the brain has a row for every token."""
+    """Raises UserError if the tokenizer has more tokens than the decoder has embeddings."""
     if tokenizer.vocab_size > shapes["vocab_size"]:
         raise UserError(
-            f"{where}: the vocabulary is {shapes['vocab_size']:,}, its folder's tokenizer knows {tokenizer.vocab_size:,} tokens"
+            f"{where}: the vocabulary is {shapes['vocab_size']:,}, its folder's tokenizer knows "
+            f"{tokenizer.vocab_size:,} tokens"
         )
 
 
 def read_chat_template(folder):
-    """(Jinja text or None, {bos_token, eos_token}) of a folder; transformers has written it into three files over the years."""
-    config = (
-        read_json(folder / "tokenizer_config.json")
-        if (folder / "tokenizer_config.json").is_file()
-        else {}
-    )
-    tokens = {
-        name: value.get("content") if isinstance(value, dict) else value
-        for name in ("bos_token", "eos_token")
-        if (value := config.get(name)) is not None
-    }
+    """Returns (Jinja text or None, {bos_token, eos_token}) of a folder.
+
+    transformers has stored the template in three different files over the years.
+    """
+    path = folder / "tokenizer_config.json"
+    config = read_json(path) if path.is_file() else {}
+    tokens = {}
+    for name in ("bos_token", "eos_token"):
+        value = config.get(name)
+        if value is not None:
+            tokens[name] = value.get("content") if isinstance(value, dict) else value
     text = config.get("chat_template")
     if (folder / "chat_template.json").is_file():
         text = read_json(folder / "chat_template.json").get("chat_template", text)
     if (folder / "chat_template.jinja").is_file():
         text = (folder / "chat_template.jinja").read_text(errors="replace")
-    if isinstance(text, list):  # several, by name
-        text = next(
-            (
-                one.get("template")
-                for one in text
-                if isinstance(one, dict) and one.get("name") == "default"
-            ),
-            None,
-        )
+    if isinstance(text, list):  # several templates with names
+        named, text = [item for item in text if isinstance(item, dict)], None
+        for item in named:
+            if item.get("name") == "default":
+                return item.get("template"), tokens
     return text, tokens

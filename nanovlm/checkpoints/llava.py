@@ -48,7 +48,7 @@ def read_llava(name, dtype=None, template=None, tensors=True):
         raise UserError(f"{where}: vision_feature_layer {layer} is not known here, only one layer")
     eye = huggingface.read_vision_encoder(name, vision_feature_layer=layer, tensors=tensors)
     brain = huggingface.read_decoder(
-        name, template=template, usual=default_template(config), tensors=tensors
+        name, template=template, default_template=default_template(config), tensors=tensors
     )
     config.setdefault("vision_feature_select_strategy", "default")
     strategy = "default" if eye.shapes["vision"].get("class_token") else "full"

@@ -167,7 +167,7 @@ def read_turns(record, name):
         role, text = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
         if not isinstance(role, str) or role not in ROLES or not isinstance(text, str):
             raise UserError(
-                f"{name}: a turn needs a text and a role, one of {', '.join(ROLES)}; "
+                f"{name}: a turn needs a text and a role, one of {', '.join(ROLES)}, "
                 f"not {str(turn)[:80]}",
                 "no conversation",
             )

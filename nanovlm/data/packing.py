@@ -1,7 +1,8 @@
-"""The order in which training reads samples, and the rows that it packs them into.
+"""The order in which training reads samples, and the sequences into which it packs them.
 
-A step's rows are a function of (seed, step): not of the number of ranks or micro-batches, nor of anything that happened before. So a run resumes
-anywhere, on any number of machines, with nothing to remember but the step.
+The sequences of a step are a function of (seed, step). They depend neither on the number of ranks
+or micro-batches nor on earlier steps. So a run resumes at any step on any number of machines, and
+the step is all that it has to remember.
 """
 
 import itertools
@@ -16,13 +17,16 @@ from .. import IGNORE_INDEX, UserError
 from . import image_processing
 from .dataset import LENGTH
 
-PACKING_WINDOW = (
-    1024  # samples: enough to fill their rows to the brim, few enough to leave the order random
-)
+# samples packed together: enough to fill the sequences, few enough to keep the order random
+PACKING_WINDOW = 1024
 
 
 def parse_dataset_weights(text):
-    """The folders and weights of "a:0.7,b:0.3" (shares of the samples that are read), or of "a,b", whose weights are None: each sample once."""
+    """Returns (folders, weights) of --data.
+
+    "a:0.7,b:0.3" gives each dataset's share of the samples that are read. "a,b" gives None as
+    weights: each sample is read once per epoch. Raises UserError if it can be neither.
+    """
     folders, weights = [], []
     for part in text.split(","):
         folder, colon, weight = part.strip().rpartition(":")
@@ -30,17 +34,17 @@ def parse_dataset_weights(text):
             folder, weight = part.strip(), None
         folders.append(folder)
         weights.append(weight)
-    if "" in folders or len(set(map(Path, folders))) < len(folders):
-        raise UserError(
-            f"--data={text} names {'nothing between two commas' if '' in folders else 'a set twice'}"
-        )
+    if "" in folders:
+        raise UserError(f"--data={text} names nothing between two commas")
+    if len(set(map(Path, folders))) < len(folders):
+        raise UserError(f"--data={text} names a dataset twice")
     if set(weights) == {None}:
         return folders, None
     try:
         numbers = [float(weight) for weight in weights]
     except (TypeError, ValueError):
         raise UserError(
-            f"--data={text}: either each set has a weight, a number after a colon, or none has"
+            f"--data={text}: give each dataset a weight, a number after a colon, or give none"
         ) from None
     if not all(0 < number < math.inf for number in numbers):
         raise UserError(f"--data={text}: weights must be above 0")
@@ -48,142 +52,167 @@ def parse_dataset_weights(text):
 
 
 def epoch_samples(set_of, weights, seed, epoch):
-    """The samples of an epoch, in order of their numbers: every one once; or by the weights of their sets, as many as there are in all.
+    """Returns the numbers of an epoch's samples, sorted.
 
-    A set is walked through in permutations, one after another, and each epoch takes up where the one before left off.
+    set_of: the dataset of each sample. Without weights each sample comes once. With weights there
+    are equally many samples, drawn by the weights of their datasets: a dataset is read in one
+    permutation after another, and each epoch continues where the last one ended.
     """
     if weights is None:
         return np.arange(len(set_of))
-    drawn = []
+    parts = []
     for number, weight in enumerate(weights):
         members = np.flatnonzero(set_of == number)
         first, last = (math.floor(weight * len(set_of) * e) for e in (epoch, epoch + 1))
-        for walk in range(first // len(members), -(-last // len(members))):
-            order = np.random.default_rng([seed, number, walk]).permutation(members)
-            before = walk * len(members)
-            drawn.append(order[max(first - before, 0) : last - before])
-    return np.sort(np.concatenate(drawn))
+        for cycle in range(first // len(members), -(-last // len(members))):
+            order = np.random.default_rng([seed, number, cycle]).permutation(members)
+            start = cycle * len(members)
+            parts.append(order[max(first - start, 0) : last - start])
+    return np.sort(np.concatenate(parts))
 
 
-def pack_sequences(lengths, row, window=PACKING_WINDOW):
-    """Positions in `lengths` put into rows of at most `row` tokens: of each `window` of them the longest first, into the fullest row that has room
-    (best fit decreasing, Johnson 1973). Rows come in the order of their first members, so that a shuffled order stays one."""
+def pack_sequences(lengths, seq_len, window=PACKING_WINDOW):
+    """Yields the positions in `lengths` that are packed into each sequence of at most seq_len
+    tokens.
+
+    Best fit decreasing (Johnson 1973): of each `window` of samples the longest comes first, into
+    the fullest sequence that has room. Sequences come in the order of their first members, so a
+    shuffled order stays shuffled.
+    """
     lengths = np.asarray(lengths)
     for start in range(0, len(lengths), window):
-        span = lengths[start : start + window]
-        rows = []  # (room, number, members), the fullest first
-        for i in np.argsort(-span, kind="stable").tolist():
-            length, at = int(span[i]), bisect_left(rows, (int(span[i]),))
-            room, number, members = rows.pop(at) if at < len(rows) else (row, len(rows), [])
-            insort(rows, (room - length, number, [*members, start + i]))
-        yield from sorted(sorted(members) for _, _, members in rows)
+        window_lengths = lengths[start : start + window]
+        sequences = []  # (room, number, members), the fullest first
+        for i in np.argsort(-window_lengths, kind="stable").tolist():
+            length = int(window_lengths[i])
+            position = bisect_left(sequences, (length,))
+            if position < len(sequences):
+                room, number, members = sequences.pop(position)
+            else:
+                room, number, members = seq_len, len(sequences), []
+            insort(sequences, (room - length, number, [*members, start + i]))
+        yield from sorted(sorted(members) for _, _, members in sequences)
 
 
-def packed_sequences(lengths, row, seed, set_of=None, weights=None):
-    """Packed rows without end, an epoch after another, each in an order of its own: a function of (seed, number of the row) and nothing else."""
+def packed_sequences(lengths, seq_len, seed, set_of=None, weights=None):
+    """Yields packed sequences without end, each the positions of its samples in `lengths`.
+
+    Each epoch has an order of its own. A sequence is a function of (seed, its number) alone.
+    """
     set_of = np.zeros(len(lengths), int) if set_of is None else set_of
     for epoch in itertools.count():
-        drawn = epoch_samples(set_of, weights, seed, epoch)
-        order = drawn[np.random.default_rng([seed, epoch]).permutation(len(drawn))]
-        for members in pack_sequences(lengths[order], row):
+        samples = epoch_samples(set_of, weights, seed, epoch)
+        order = samples[np.random.default_rng([seed, epoch]).permutation(len(samples))]
+        for members in pack_sequences(lengths[order], seq_len):
             yield order[members]
 
 
-def collate_images(pictures, policy, pin=False):
-    """Pictures, or none, as the model takes them: all their tiles as one uint8 tensor (N, C, Y, X), and which of all their tokens are read; pin:
-    in memory that a GPU can fetch from by itself."""
-    count, tile, tokens = (
-        sum(len(picture.tiles) for picture in pictures),
-        policy["tile"],
-        image_processing.tokens_per_tile(policy),
-    )
-    tiles_NCYX = torch.empty(count, 3, tile, tile, dtype=torch.uint8, pin_memory=pin)
-    read, before = [np.empty(0, np.int64)], 0
-    for tiles_nCYX, places, _ in pictures:
-        tiles_NCYX.numpy()[before : before + len(tiles_nCYX)] = tiles_nCYX
-        read.append(
-            np.where(
-                places == image_processing.IMAGE_NEWLINE,
-                image_processing.IMAGE_NEWLINE,
-                places + before * tokens,
-            )
-        )
-        before += len(tiles_nCYX)
-    return {"tiles_NCYX": tiles_NCYX, "image_feature_index": torch.from_numpy(np.concatenate(read))}
+def collate_images(images, image_config, pin_memory=False):
+    """Returns a list of ProcessedImages, which may be empty, as arguments of VLM.forward.
 
-
-def collate(samples, rows, pin=False):
-    """Rows of sample numbers -> the arguments of VLM.forward as a dict of tensors, with the numbers beside them.
-
-    Each sample is a document: positions restart at 0 and documents_BT counts up. Padding is document -1, trains nothing, and is no longer than
-    the longest row needs: one token, where a row has no members, as a rank is given that has to wait for others' rows.
+    tiles_NCYX: all their tiles, uint8. image_feature_index: their feature_index, counted over all
+    tiles. pin_memory: a GPU can copy the tiles by itself.
     """
-    read = [[samples.read(i) for i in members] for members in rows]
-    T = max(1, *(sum(len(ids) for ids, _, _ in row) for row in read))
-    ids_BT, positions_BT = np.zeros((len(rows), T), np.int64), np.zeros((len(rows), T), np.int64)
-    targets_BT, documents_BT = (
-        np.full((len(rows), T), IGNORE_INDEX, np.int64),
-        np.full((len(rows), T), -1, np.int32),
-    )
-    for b, row in enumerate(read):
+    count = sum(len(image.tiles) for image in images)
+    tile = image_config["tile"]
+    tokens = image_processing.tokens_per_tile(image_config)
+    newline = image_processing.IMAGE_NEWLINE
+    tiles_NCYX = torch.empty(count, 3, tile, tile, dtype=torch.uint8, pin_memory=pin_memory)
+    indices, start = [np.empty(0, np.int64)], 0
+    for tiles_nCYX, feature_index, _ in images:
+        tiles_NCYX.numpy()[start : start + len(tiles_nCYX)] = tiles_nCYX
+        is_newline = feature_index == newline
+        indices.append(np.where(is_newline, newline, feature_index + start * tokens))
+        start += len(tiles_nCYX)
+    index = torch.from_numpy(np.concatenate(indices))
+    return {"tiles_NCYX": tiles_NCYX, "image_feature_index": index}
+
+
+def collate(samples, sequences, pin_memory=False):
+    """Returns (the arguments of VLM.forward as a dict of tensors, the numbers of the samples).
+
+    sequences: a list of sample numbers each. Packed samples never attend to each other: each is a
+    document with a number in documents_BT, and its positions start at 0. Padding is document -1 and
+    has no labels. T is the longest sequence, at least one token: a rank with no samples gets an
+    empty sequence, because it takes part in the collectives of the others.
+    """
+    read = [[samples.read(i) for i in members] for members in sequences]
+    B, T = len(sequences), max(1, *(sum(len(ids) for ids, _, _ in sequence) for sequence in read))
+    ids_BT, positions_BT = np.zeros((B, T), np.int64), np.zeros((B, T), np.int64)
+    targets_BT = np.full((B, T), IGNORE_INDEX, np.int64)
+    documents_BT = np.full((B, T), -1, np.int32)
+    all_images = []
+    for b, sequence in enumerate(read):
         start = 0
-        for document, (ids_t, targets_t, _) in enumerate(row):
+        for document, (ids_t, targets_t, images) in enumerate(sequence):
             span = slice(start, start + len(ids_t))
             ids_BT[b, span], targets_BT[b, span] = ids_t, targets_t
             positions_BT[b, span], documents_BT[b, span] = np.arange(len(ids_t)), document
             start = span.stop
+            all_images += images
     arrays = {
         "ids_BT": ids_BT,
         "targets_BT": targets_BT,
         "positions_BT": positions_BT,
         "documents_BT": documents_BT,
     }
-    batch = {
-        name: torch.from_numpy(a).pin_memory() if pin else torch.from_numpy(a)
-        for name, a in arrays.items()
-    }
-    pictures = collate_images(
-        [picture for row in read for _, _, pictures in row for picture in pictures],
-        samples.image_config,
-        pin,
-    )
-    return batch | pictures, [int(i) for members in rows for i in members]
+    batch = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    if pin_memory:
+        batch = {name: tensor.pin_memory() for name, tensor in batch.items()}
+    batch |= collate_images(all_images, samples.image_config, pin_memory)
+    return batch, [int(i) for members in sequences for i in members]
 
 
 class PackedDataLoader:
-    """Step after step, the micro-batches of one rank: a function of (seed, step), whatever the number of ranks and micro-batches.
+    """Yields the micro-batches of one rank, step after step: a function of (seed, step).
 
-    Every rank gets as many micro-batches, for each is a call of the model that under FSDP all take part in; the last may be one blank row.
-    batch: rows of a step over all ranks; micro: rows of a micro-batch; start: the step to begin with; weights: of the sets, as read_blend says.
+    global_batch_size: sequences of a step over all ranks; micro_batch_size: sequences of a
+    micro-batch; start_step: the first step; weights: of the datasets, as parse_dataset_weights
+    returns them.
+    All ranks get equally many micro-batches, because under FSDP each call of the model is
+    collective. The last one may be one empty sequence.
     """
 
     def __init__(
-        self, samples, *, seq_len, global_batch_size, micro_batch_size, seed, weights=None, rank=0, world_size=1, start_step=0, pin=False
+        self,
+        samples,
+        *,
+        seq_len,
+        global_batch_size,
+        micro_batch_size,
+        seed,
+        weights=None,
+        rank=0,
+        world_size=1,
+        start_step=0,
+        pin_memory=False,
     ):
-        self.samples, self.micro, self.rank, self.world, self.pin = samples, micro_batch_size, rank, world_size, pin
+        self.samples, self.pin_memory = samples, pin_memory
+        self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
+        self.rank, self.world_size = rank, world_size
         training = samples.split(validation=False)
         lengths, set_of = samples.table[training, LENGTH], samples.set_of[training]
         for number, folder in enumerate(samples.folders):
             if not (set_of == number).any():
                 raise UserError(f"{folder} holds no training samples")
-        longest = samples.table[
-            :, LENGTH
-        ].argmax()  # held-out samples too: validation packs them into the same rows
+        # Validation samples count too: they are packed into sequences of the same length.
+        longest = samples.table[:, LENGTH].argmax()
         if samples.table[longest, LENGTH] > seq_len:
             folder = samples.folders[samples.set_of[longest]]
             raise UserError(
-                f"{folder}: sample {samples.names[longest]} takes {samples.table[longest, LENGTH]} tokens, a row holds --row={seq_len}"
+                f"{folder}: sample {samples.names[longest]} takes "
+                f"{samples.table[longest, LENGTH]} tokens, more than --seq_len={seq_len}"
             )
-        self.rows = (
-            training[members] for members in packed_sequences(lengths, seq_len, seed, set_of, weights)
-        )
-        self.rows = itertools.islice(self.rows, start_step * global_batch_size, None)
-        self.batch = global_batch_size
+        sequences = packed_sequences(lengths, seq_len, seed, set_of, weights)
+        sequences = (training[members] for members in sequences)
+        self.sequences = itertools.islice(sequences, start_step * global_batch_size, None)
 
     def __next__(self):
-        rows = list(itertools.islice(self.rows, self.batch))[self.rank :: self.world]
-        most = -(-self.batch // self.world)  # rows of a rank
-        return [
-            collate(self.samples, rows[i : i + self.micro] or [[]], self.pin)
-            for i in range(0, most, self.micro)
-        ]
+        step = list(itertools.islice(self.sequences, self.global_batch_size))
+        sequences = step[self.rank :: self.world_size]
+        per_rank = -(-self.global_batch_size // self.world_size)
+        batches = []
+        for i in range(0, per_rank, self.micro_batch_size):
+            members = sequences[i : i + self.micro_batch_size] or [[]]
+            batches.append(collate(self.samples, members, self.pin_memory))
+        return batches

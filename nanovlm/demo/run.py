@@ -33,7 +33,14 @@ IMAGE_CONFIG = {
     "draft": True,
 }
 SHAPES = dict(
-    vision={"tile": 64, "patch": 8, "width": 128, "layers": 4, "heads": 4, "intermediate_size": 512},
+    vision={
+        "tile": 64,
+        "patch": 8,
+        "width": 128,
+        "layers": 4,
+        "heads": 4,
+        "intermediate_size": 512,
+    },
     decoder={"width": 128, "layers": 4, "heads": 4, "kv_heads": 2, "intermediate_size": 384},
 )
 

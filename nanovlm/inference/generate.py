@@ -23,7 +23,7 @@ def generate(
     seed=0,
     cuda_graph=("cuda",),
 ):
-    """Continues every prompt, a list of ids with one IMAGE for each image token.
+    """Continues every prompt, a list of ids with one IMAGE_TOKEN_ID for each image token.
 
     Yields a list for each step: the next id of every sequence, None once it has ended. A sequence
     ends after an id of `stop`, which is yielded, or after max_tokens. Prompts of unequal length are

@@ -36,7 +36,7 @@ FLOAT32 = {
 TABLE = {  # compute capability: {(BLOCK_DMODEL, bytes of a number): (BLOCK_M, BLOCK_N, num_warps,
     # num_stages) of the forward kernel, of the kernel for dk and dv, of the kernel for dq}
     (0, 0): {  # the interpreter: small, so that short sequences have several blocks
-        (256, 4): ((32, 16, 4, 1), (32, 16, 4, 1), (16, 32, 4, 1)),
+        (256, 4): ((32, 16, 4, 1), (32, 16, 4, 1), (16, 32, 4, 1))
     },
     (8, 0): {
         (64, 2): ((128, 64, 8, 3), (32, 128, 8, 2), (128, 64, 8, 2)),

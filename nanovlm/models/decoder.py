@@ -73,7 +73,7 @@ def apply_rope(x, angles):
 
 
 class KVCache:
-    """Keys and values of the tokens so far: two tensors (B, S, G, K) a layer, filled up to `length`.
+    """Keys and values of the tokens so far: two tensors (B, S, G, K) a layer, filled to `length`.
     inference/optimize.py has a StaticKVCache, which counts on the GPU (cache_length)."""
 
     def __init__(self, decoder, batch_size, max_length):
@@ -128,10 +128,11 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Embeddings x_BTD -> normed hidden states hidden_BTD; `head` maps those to logits (B, T, V).
+    """Embeddings x_BTD -> normed hidden states hidden_BTD; lm_head maps those to logits (B, T, V).
 
-    theta, scaling: see `rope_angles`. window: how far back a token attends, for all layers or a
-    list of one a layer (Ministral); None: to the start. tied: head and embedding share a weight.
+    rope_theta, rope_scaling: see `rope_angles`. sliding_window: how far back a token attends, for
+    all layers or a list of one a layer (Ministral); None: to the start. tied: lm_head and
+    embed_tokens share a weight.
     """
 
     def __init__(
@@ -151,13 +152,15 @@ class Decoder(nn.Module):
         tied=False,
     ):
         super().__init__()
-        self.head_dim, self.rope_theta, self.rope_scaling = head_dim or width // heads, rope_theta, rope_scaling
+        self.head_dim = head_dim or width // heads
+        self.rope_theta, self.rope_scaling = rope_theta, rope_scaling
         windows = sliding_window if isinstance(sliding_window, list) else [sliding_window] * layers
-        block = dict(
-            width=width, heads=heads, kv_heads=kv_heads, head_dim=self.head_dim, intermediate_size=intermediate_size, eps=eps
-        )
+        block = dict(width=width, heads=heads, kv_heads=kv_heads, head_dim=self.head_dim)
+        block |= dict(intermediate_size=intermediate_size, eps=eps)
         self.embed_tokens = nn.Embedding(vocab_size, width)
-        self.layers = nn.ModuleList(Block(sliding_window=windows[i], **block) for i in range(layers))
+        self.layers = nn.ModuleList(
+            Block(sliding_window=windows[i], **block) for i in range(layers)
+        )
         self.norm = RMSNorm(width, eps)
         self.lm_head = nn.Linear(width, vocab_size, bias=False)
         # Llama's 0.02 is this for a width of 2,500; small widths need more.

@@ -44,10 +44,12 @@ class Block(nn.Module):
         self.heads = heads
         self.activation = ACTIVATIONS[activation]
         self.attention_norm = nn.LayerNorm(width, eps)
-        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(width, width) for _ in range(4))
+        layers = [nn.Linear(width, width) for _ in range(4)]
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = layers
         self.attention = Attention(causal=False)
         self.mlp_norm = nn.LayerNorm(width, eps)
-        self.up_proj, self.down_proj = nn.Linear(width, intermediate_size), nn.Linear(intermediate_size, width)
+        self.up_proj = nn.Linear(width, intermediate_size)
+        self.down_proj = nn.Linear(intermediate_size, width)
         self.attention_scale = nn.Parameter(torch.ones(width)) if layer_scale else None
         self.mlp_scale = nn.Parameter(torch.ones(width)) if layer_scale else None
 
@@ -64,9 +66,9 @@ class Block(nn.Module):
 class VisionEncoder(nn.Module):
     """Tiles (normalised floats) tiles_NCYX -> features_NPD, one a patch, row by row.
 
-    read: the layer whose output is returned, counted as transformers counts hidden states: -1 the
-    last, -2 the last but one, 0 what enters the first layer. Layers after it are not built.
-    post_norm: apply the final LayerNorm to that output. The class token is not returned.
+    vision_feature_layer: the layer whose output is returned, counted as in transformers: -1 the
+    last, -2 the last but one, 0 the input of the first. Layers after it are not built. post_norm:
+    apply the final LayerNorm to that output. The class token is not returned.
     """
 
     def __init__(
@@ -101,7 +103,7 @@ class VisionEncoder(nn.Module):
             eps=eps,
             layer_scale=layer_scale,
         )
-        depth = layers + 1 + vision_feature_layer if vision_feature_layer < 0 else vision_feature_layer
+        depth = vision_feature_layer + (layers + 1 if vision_feature_layer < 0 else 0)
         self.layers = nn.ModuleList(Block(**block) for _ in range(depth))
         self.post_norm = nn.LayerNorm(width, eps) if post_norm else None
 

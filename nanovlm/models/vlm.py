@@ -6,7 +6,7 @@ An image of 64 × 64 pixels, followed through the demonstration's model:
     features_NPD    (1, 64, 128)     vision encoder: one vector for each patch of 8 × 8 pixels
     features_NPD    (1, 16, 512)     pixel shuffle by 2: 2 × 2 patches become one token
     features_NPD    (1, 16, 128)     projector: as wide as the decoder's embeddings
-    x_BTD           (1, T, 128)      put where the ids say IMAGE, among the embeddings of the text
+    x_BTD           (1, T, 128)      at the image tokens' places, between text embeddings
 """
 
 import torch
@@ -24,14 +24,7 @@ class VLM(nn.Module):
     Projector. mean, std: three numbers each, of pixels between 0 and 1."""
 
     def __init__(
-        self,
-        *,
-        vision,
-        decoder,
-        shuffle=1,
-        mean=(0.5, 0.5, 0.5),
-        std=(0.5, 0.5, 0.5),
-        newline=False,
+        self, *, vision, decoder, shuffle=1, mean=(0.5,) * 3, std=(0.5,) * 3, newline=False
     ):
         super().__init__()
         self.vision = VisionEncoder(**vision)
@@ -53,11 +46,11 @@ class VLM(nn.Module):
         return self.projector(features_NPD.to(self.projector.up_proj.weight.dtype))
 
     def embed(self, ids_BT, tiles_NCYX, image_feature_index=None):
-        """Returns x_BTD: embeddings of the text, with image features where the ids say IMAGE.
+        """Returns x_BTD: embeddings of the text, and image features in place of image tokens.
 
         The features are taken in order: all of them, or those at `image_feature_index` (one number
-        for each image token; -1, the last feature, is the newline). Raises UserError if the ids hold
-        more or fewer image tokens than there are features.
+        for each image token; -1, the last feature, is the newline). Raises UserError unless there
+        are as many image tokens as features.
         """
         x_BTD = self.decoder.embed_tokens(ids_BT.clamp(min=0))
         is_image_BT = ids_BT == IMAGE_TOKEN_ID
@@ -67,12 +60,10 @@ class VLM(nn.Module):
             if image_feature_index is not None:
                 features = features[image_feature_index.to(features.device)]
             if count != len(features):
-                raise UserError(
-                    f"the ids hold {count} image tokens, the images make {len(features)} features"
-                )
+                raise UserError(f"{count} image tokens in the ids, {len(features)} image features")
             return x_BTD.masked_scatter(is_image_BT[..., None], features.to(x_BTD.dtype))
         if count:
-            raise UserError(f"the ids hold {count} image tokens, but there is no image")
+            raise UserError(f"{count} image tokens in the ids, but there is no image")
         if self.training:
             # Other ranks may have images and wait for this rank's gradients: encode a blank tile.
             size = (1, 3, self.tile, self.tile)
@@ -85,8 +76,9 @@ class VLM(nn.Module):
     ):
         """Returns the cross-entropy loss (float32), summed over all tokens that have a label.
 
-        targets_BT: the next id, or UNTRAINED where the loss mask is off. positions_BT: a token's
-        position in its sample. documents_BT: the number of its sample, for packed sequences.
+        targets_BT: a token's label: the next id, or IGNORE_INDEX where the loss mask is 0.
+        positions_BT: its position in its sample. documents_BT: the number of its sample, for
+        packed sequences.
         """
         x_BTD = self.embed(ids_BT, tiles_NCYX, image_feature_index)
         hidden_BTD = self.decoder(x_BTD, positions_BT, documents_BT)

@@ -157,7 +157,9 @@ def reading(folder, photographs, count, rounds):
     took = seconds(
         rounds,
         memcpy=lambda: np.copyto(target, source),
-        tiles=lambda: one_after_another(packing.collate_images(pictures, POLICY) for pictures in found),
+        tiles=lambda: one_after_another(
+            packing.collate_images(pictures, POLICY) for pictures in found
+        ),
         batches=lambda: one_after_another(
             packing.collate(samples, [[i] for i in lot]) for lot in lots
         ),

@@ -34,7 +34,7 @@ MISTRAL, SMOLLM2 = files("mistral_common") / "data", ROOT / "data/real/smollm2/t
 TEXTS = {
     "question": "What is in the fridge, and is there enough milk left to make pancakes for four?",
     "prose": (ROOT / "README.md").read_text()[:4000],
-    "code": (ROOT / "nanovlm/tokenizer.py").read_text()[:4000],
+    "code": (ROOT / "nanovlm/data/tokenizer.py").read_text()[:4000],
     "cjk": "日本の卵は新鮮で、冷蔵庫の一番下の引き出しに入っている。今天天气很好,我们去公园散步吧。안녕하세요, 오늘 날씨가 좋네요. "
     * 20,
     "emoji": "👩\u200d🍳 is cooking 🥚🥚🍳 with 👨\u200d👩\u200d👧 and 🏳\ufe0f\u200d🌈 🇫🇷! 😂😂😂 "

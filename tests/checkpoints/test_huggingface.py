@@ -301,23 +301,24 @@ def test_an_eye_that_computes_something_else_is_refused_by_name(make, field, val
         huggingface.read_vision_encoder(tmp_path)
 
 
+REQUIRED = {"brain": huggingface.DECODER_REQUIRED, "eye": huggingface.VISION_REQUIRED}
+READERS = {"brain": huggingface.read_decoder, "eye": huggingface.read_vision_encoder}
+
+
 @pytest.mark.parametrize(
     "part, field",
     [
         (part, field)
-        for part in ("brain", "eye")
-        for field in getattr(huggingface, f"{part.upper()}_MUST")
+        for part, fields in REQUIRED.items()
+        for field in fields
     ],
 )
 def test_each_field_that_would_change_a_result_is_refused(part, field, request):
-    folder, must = (
-        request.getfixturevalue(f"{part}_folder"),
-        getattr(huggingface, f"{part.upper()}_MUST"),
-    )
-    value = {True: False, False: True}.get(must[field], 7)
+    folder = request.getfixturevalue(f"{part}_folder")
+    value = {True: False, False: True}.get(REQUIRED[part][field], 7)
     edit(folder / "config.json", **{field: value})
     with pytest.raises(UserError, match=f"config.json: {field} {value} is not known here"):
-        getattr(huggingface, part)(folder)
+        READERS[part](folder)
 
 
 # What changes no result: how transformers starts, trains, caches and labels; parts that are not read; which ids begin and end a text (the template's)

@@ -388,7 +388,7 @@ def test_plain_is_an_image_and_its_caption():
     )
     with pytest.raises(
         UserError,
-        match="plain shows an image and asks nothing: it cannot ask 'Any milk.', only 'Give a brief",
+        match="plain takes an image and no question: it cannot ask 'Any milk.', only 'Give a brief",
     ):
         chat_template.render_conversation([("user", "<image>\nAny milk?")], ours, "plain")
 
@@ -494,8 +494,8 @@ GOOD = [turn("human", "<image>Hi"), turn("gpt", "Hello")]
         ({"conversations": [turn(["human"], "Hi")]}, "one of human"),
         ({"conversations": [turn(None, "Hi")]}, "one of human"),
         ({"conversations": [turn("human", "egg \ud83e")]}, r"half a character .*'egg \\ud83e'"),
-        ({"conversations": [turn("human", None)]}, "is a text, not"),
-        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "is a text, not"),
+        ({"conversations": [turn("human", None)]}, "a turn needs a text and a role"),
+        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "a turn needs a text and a role"),
         (
             {"conversations": [*GOOD, turn("gpt", "Hello")]},
             "turns must go .* not user, assistant, assistant",

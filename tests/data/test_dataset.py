@@ -101,6 +101,25 @@ def test_several_sets_are_read_one_after_another(tmp_path):
     assert read.read(7)[0].tolist() == expanded(first[0][1], first[0][3])
 
 
+def test_a_dataset_of_version_2_is_read_by_its_old_names(tmp_path):
+    now = write(tmp_path / "set", make_samples())
+    for new, old in dataset.VERSION_2_FILES.items():
+        (tmp_path / "set" / "00000" / new).rename(tmp_path / "set" / "00000" / old)
+    header = (tmp_path / "set" / "header.json").read_text()
+    names = {"image_config": "policy", "chat_template": "template"} | dataset.VERSION_2_FILES
+    for new, old in names.items():
+        header = header.replace(f'"{new}"', f'"{old}"')
+    header = header.replace(f'"version": {dataset.DATASET_VERSION}', '"version": 2')
+    (tmp_path / "set" / "header.json").write_text(header)
+    old = dataset.PreparedDataset(tmp_path / "set")
+    assert old.fingerprint == now.fingerprint and not dataset.verify_checksums(tmp_path / "set")
+    for i in range(len(now.names)):
+        (ids, targets, images), (old_ids, old_targets, old_images) = now.read(i), old.read(i)
+        assert np.array_equal(ids, old_ids) and np.array_equal(targets, old_targets)
+        for image, old_image in zip(images, old_images, strict=True):
+            assert np.array_equal(image.tiles, old_image.tiles) and image.size == old_image.size
+
+
 def test_ten_lines_of_numpy_read_a_set_as_the_format_says(tmp_path):
     """The example in data.py's first lines, run as it stands there but for its path and the size of a tile."""
     write(tmp_path, make_samples())
@@ -186,7 +205,7 @@ IMAGE = image_processing.ProcessedImage(
         (("a\u2028b", [1], [1], []), "not one line"),
         (("\ud800", [1], [1], []), "not one line"),
         (("", [1], [1], []), "not one line"),
-        (("x", [1, 2], [1], []), "x: 2 ids but 1 marks"),
+        (("x", [1, 2], [1], []), "x: 2 ids but a loss mask of 1"),
         (("x", [IMAGE_TOKEN_ID], [0], []), "1 image tokens but 0 images"),
         (("x", [IMAGE_TOKEN_ID], [0], [IMAGE, IMAGE]), "1 image tokens but 2 images"),
         (
@@ -200,11 +219,11 @@ IMAGE = image_processing.ProcessedImage(
         ),
         (
             ("x", [IMAGE_TOKEN_ID], [0], [IMAGE._replace(tiles=IMAGE.tiles[..., :3])]),
-            r"x: tiles are uint8 \[3, 6, 3\], the set's uint8 \[3, 6, 6\]",
+            r"x: tiles are uint8 \[3, 6, 3\], the dataset's uint8 \[3, 6, 6\]",
         ),
         (
             ("x", [IMAGE_TOKEN_ID], [0], [IMAGE._replace(feature_index=np.arange(3))]),
-            "takes 3 tokens, by its image_config 4",
+            "takes 3 tokens, by its image config 4",
         ),
     ],
 )
@@ -252,7 +271,7 @@ def test_a_single_altered_bit_is_named_by_its_file(tmp_path, kind):
         ("{}", "header.json is broken"),
         ("\xff", "header.json is broken"),
         (json.dumps({"version": 1}), f"format 1, this reads {dataset.DATASET_VERSION}"),
-        (json.dumps({"version": dataset.DATASET_VERSION}), "does not say its fingerprint, shards"),
+        (json.dumps({"version": dataset.DATASET_VERSION}), "lacks fingerprint, shards"),
         (
             json.dumps({"version": dataset.DATASET_VERSION, "fingerprint": FINGERPRINT, "shards": []}),
             "holds no samples",

@@ -108,12 +108,15 @@ def test_places_of_several_images_count_on_from_the_tiles_before_and_newlines_st
 # ---- the order ----
 
 
-def loader(samples, **how):
-    return packing.PackedDataLoader(samples, **{"row": 64, "batch": 7, "micro": 2, "seed": 0, **how})
+LOADER = {"seq_len": 64, "global_batch_size": 7, "micro_batch_size": 2, "seed": 0}
 
 
-def steps_of(samples, count, **how):
-    loading = loader(samples, **how)
+def loader(samples, **options):
+    return packing.PackedDataLoader(samples, **(LOADER | options))
+
+
+def steps_of(samples, count, **options):
+    loading = loader(samples, **options)
     return [next(loading) for _ in range(count)]
 
 
@@ -135,8 +138,8 @@ def rows_of(step):
 @pytest.mark.parametrize("world", [1, 2, 3, 7])
 @pytest.mark.parametrize("micro", [1, 2, 5])
 def test_a_step_is_the_same_rows_over_any_number_of_ranks_and_micro_batches(written, world, micro):
-    whole = loader(written, micro=7)
-    ranks = [loader(written, micro=micro, rank=rank, world=world) for rank in range(world)]
+    whole = loader(written, micro_batch_size=7)
+    ranks = [loader(written, micro_batch_size=micro, rank=rank, world_size=world) for rank in range(world)]
     for _ in range(8):  # the set is 300 samples, so that some steps reach into the next epoch
         want, parts = rows_of(next(whole)), [next(rank) for rank in ranks]
         shared = [rows_of(part) for part in parts]
@@ -152,7 +155,8 @@ def test_a_step_is_the_same_rows_over_any_number_of_ranks_and_micro_batches(writ
         for batch in (batch for part in parts for batch, members in part if not members):
             assert (
                 batch["ids_BT"].shape == (1, 1)
-                and batch["targets_BT"] == batch["documents_BT"] == -1
+                and batch["targets_BT"] == IGNORE_INDEX
+                and batch["documents_BT"] == -1
                 and not len(batch["tiles_NCYX"])
             )
 
@@ -160,7 +164,7 @@ def test_a_step_is_the_same_rows_over_any_number_of_ranks_and_micro_batches(writ
 def test_starting_at_a_step_is_having_run_up_to_it(written):
     ran = steps_of(written, 20)
     for start in (0, 1, 13, 19):
-        batch, members = next(loader(written, start=start))[0]
+        batch, members = next(loader(written, start_step=start))[0]
         assert members == ran[start][0][1]
         assert all(x.equal(ran[start][0][0][name]) for name, x in batch.items())
 
@@ -263,9 +267,9 @@ def test_a_blend_gives_each_set_its_share_at_every_length_of_run(blended):
 def test_a_blend_is_the_same_over_ranks_and_from_any_step(blended):
     weights = [0.2, 0.5, 0.3]
     ran = steps_of(blended, 30, weights=weights)
-    assert members_of(next(loader(blended, weights=weights, start=23))) == members_of(ran[23])
+    assert members_of(next(loader(blended, weights=weights, start_step=23))) == members_of(ran[23])
     ranks = [
-        steps_of(blended, 30, weights=weights, rank=rank, world=3, micro=1) for rank in range(3)
+        steps_of(blended, 30, weights=weights, rank=rank, world_size=3, micro_batch_size=1) for rank in range(3)
     ]
     for whole, parts in zip(ran, zip(*ranks, strict=True), strict=True):
         assert sorted(rows_of(whole)) == sorted(row for part in parts for row in rows_of(part))
@@ -305,15 +309,15 @@ def test_a_colon_may_belong_to_a_folders_name(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "text, said",
     [
-        ("a:0.5,b", "either each set has a weight"),
-        ("a:x,b:1", "either each set has a weight"),
+        ("a:0.5,b", "give each dataset a weight"),
+        ("a:x,b:1", "give each dataset a weight"),
         ("a:0,b:1", "above 0"),
         ("a:-1", "above 0"),
         ("a:nan", "above 0"),
         ("a:inf,b:1", "above 0"),
         ("a,,b", "nothing between two commas"),
-        ("a,a", "a set twice"),
-        ("a,./a/", "a set twice"),
+        ("a,a", "a dataset twice"),
+        ("a,./a/", "a dataset twice"),
         (":1", "nothing between"),
     ],
 )
@@ -329,10 +333,10 @@ def test_a_sample_longer_than_a_row_is_named_with_both_numbers(written):
     longest = written.table[:, dataset.LENGTH].argmax()
     with pytest.raises(
         UserError,
-        match=f"{written.names[longest]} takes {written.table[longest, dataset.LENGTH]} tokens, a row holds --row=19",
+        match=f"{written.names[longest]} takes {written.table[longest, dataset.LENGTH]} tokens, more than --seq_len=19",
     ):
-        loader(written, row=19)
-    loader(written, row=int(written.table[longest, dataset.LENGTH]))
+        loader(written, seq_len=19)
+    loader(written, seq_len=int(written.table[longest, dataset.LENGTH]))
 
 
 def test_a_set_whose_every_sample_is_held_out_trains_nothing(tmp_path):

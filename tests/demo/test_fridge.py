@@ -67,7 +67,9 @@ def test_evaluation_shares_no_content_with_training():
     pairs = filter(
         None,
         (
-            fridge.remove_random_food(random.Random(seed), fridge.random_scene(random.Random(seed), True), True)
+            fridge.remove_random_food(
+                random.Random(seed), fridge.random_scene(random.Random(seed), True), True
+            )
             for seed in range(40)
         ),
     )
@@ -183,7 +185,10 @@ def test_counts_and_presence_worked_out_by_hand():
 
 def test_what_was_taken_is_what_the_second_fridge_lacks():
     rest, food = next(
-        filter(None, (fridge.remove_random_food(random.Random(3), SCENE, part) for part in (False, True)))
+        filter(
+            None,
+            (fridge.remove_random_food(random.Random(3), SCENE, part) for part in (False, True)),
+        )
     )
     assert Counter(fridge.foods(SCENE)) - Counter(fridge.foods(rest)) == Counter([food])
     asked = dict(fridge.taken_questions(SCENE, rest, food))
@@ -196,7 +201,8 @@ def test_what_was_taken_is_what_the_second_fridge_lacks():
 
 def test_a_grid_description_has_a_word_for_each_square():
     assert (
-        fridge.grid_description(SCENE) == " top apple . milk middle . . . bottom egg cake egg drawer . juice ."
+        fridge.grid_description(SCENE)
+        == " top apple . milk middle . . . bottom egg cake egg drawer . juice ."
     )
 
 
@@ -207,7 +213,8 @@ def test_a_food_changes_the_image_in_its_own_square_most():
         for column in range(3):
             scene = empty | {place: tuple("apple" if i == column else None for i in range(3))}
             one, other = (
-                np.asarray(fridge.draw_scene(s, random.Random(0))).astype(int) for s in (scene, empty)
+                np.asarray(fridge.draw_scene(s, random.Random(0))).astype(int)
+                for s in (scene, empty)
             )
             differs = (
                 np.abs(one - other).sum(-1).reshape(4, fridge.SQUARE, 4, fridge.SQUARE).sum((1, 3))
@@ -216,5 +223,7 @@ def test_a_food_changes_the_image_in_its_own_square_most():
 
 
 def test_no_two_drawings_of_a_scene_are_alike():
-    drawings = [np.asarray(fridge.draw_scene(SCENE, random.Random(i))).astype(int) for i in range(4)]
+    drawings = [
+        np.asarray(fridge.draw_scene(SCENE, random.Random(i))).astype(int) for i in range(4)
+    ]
     assert min(np.abs(a - b).mean() for i, a in enumerate(drawings) for b in drawings[:i]) > 3

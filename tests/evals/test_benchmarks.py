@@ -1,4 +1,4 @@
-"""Each benchmark is read from a small fixture in its owner's layout: question, golds, pictures; and what is wrong with a paper is named."""
+"""Each benchmark is read from a small fixture in its owner's format; errors name the question."""
 
 import io
 import json
@@ -20,21 +20,21 @@ GOOD = {"id": "a", "question": "What?", "answers": ["milk"], "image": "a.jpg", "
 TEN = ["net", "net", "net", "netting", "net", "mesh", "net", "net", "racket net", "net"]
 
 
-def turns(*said):
+def turns(*texts):
     return [
         {"from": who, "value": text}
-        for who, text in zip(["human", "gpt", "human", "gpt"], said, strict=False)
+        for who, text in zip(["human", "gpt", "human", "gpt"], texts, strict=False)
     ]
 
 
 def jpeg(width=5, height=7):
-    picture = io.BytesIO()
-    Image.new("RGB", (width, height), (width, 90, 20)).save(picture, "JPEG")
-    return picture.getvalue()
+    image_file = io.BytesIO()
+    Image.new("RGB", (width, height), (width, 90, 20)).save(image_file, "JPEG")
+    return image_file.getvalue()
 
 
-def lay(folder, files):
-    """Files of a download: {path: text, bytes, JSON, or a list of rows of a parquet}; a picture where the content is None."""
+def write_files(folder, files):
+    """Write {path: text, bytes, JSON, or the rows of a parquet}; None: an image."""
     for path, content in files.items():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         if path.endswith(".parquet"):
@@ -48,12 +48,12 @@ def lay(folder, files):
     return folder
 
 
-def pack(folder):
+def make_zip(folder):
     """The folder as a zip, as it is downloaded."""
     with zipfile.ZipFile(f"{folder}.zip", "w") as archive:
         for file in sorted(file for file in folder.rglob("*") if file.is_file()):
             archive.write(file, file.relative_to(folder))
-        archive.writestr("__MACOSX/one-more/._exam.jsonl", "{")
+        archive.writestr("__MACOSX/one-more/._questions.jsonl", "{")
     return f"{folder}.zip"
 
 
@@ -61,25 +61,25 @@ def lines(records):
     return "".join(json.dumps(record) + "\n" for record in records)
 
 
-def asked(text, *more, pictures=1):
-    return "<image>\n" * pictures + "\n".join([text, *more])
+def prompt_text(text, *more, images=1):
+    return "<image>\n" * images + "\n".join([text, *more])
 
 
-def without_pictures(rows):
+def without_images(rows):
     return [{name: value for name, value in row.items() if name != "image"} for row in rows]
 
 
 # ---- anybody's questions ----
 
 
-def read(tmp_path, text, name="exact", **how):
-    (tmp_path / "exam.json").write_text(text, encoding="utf-8")
-    for name_of_picture in ("a.jpg", "b.jpg"):
-        (tmp_path / name_of_picture).write_bytes(jpeg())
-    return benchmarks.load_questions(name, tmp_path / "exam.json", **how)
+def read_user_questions(tmp_path, text, name="exact", **how):
+    (tmp_path / "questions.json").write_text(text, encoding="utf-8")
+    for image_name in ("a.jpg", "b.jpg"):
+        (tmp_path / image_name).write_bytes(jpeg())
+    return benchmarks.load_questions(name, tmp_path / "questions.json", **how)
 
 
-def test_json_lines_a_list_and_llavas_format_are_the_same_exam(tmp_path):
+def test_json_lines_a_list_and_llavas_format_give_the_same_questions(tmp_path):
     a, b = (image_refs.ImageFile(str(tmp_path / name)) for name in ("a.jpg", "b.jpg"))
     records = [
         GOOD,
@@ -113,12 +113,14 @@ def test_json_lines_a_list_and_llavas_format_are_the_same_exam(tmp_path):
         },
     ]
     assert (
-        read(tmp_path, "\n\n".join(json.dumps(record, ensure_ascii=False) for record in records))
+        read_user_questions(
+            tmp_path, "\n\n".join(json.dumps(record, ensure_ascii=False) for record in records)
+        )
         == want
     )
-    assert read(tmp_path, json.dumps(records, indent=1)) == want
-    assert read(tmp_path, "\ufeff" + json.dumps(records)) == want
-    assert read(tmp_path, json.dumps(records[0])) == want[:1], "a single line"
+    assert read_user_questions(tmp_path, json.dumps(records, indent=1)) == want
+    assert read_user_questions(tmp_path, "\ufeff" + json.dumps(records)) == want
+    assert read_user_questions(tmp_path, json.dumps(records[0])) == want[:1], "a single line"
     llava = [
         {
             "id": "a",
@@ -127,57 +129,63 @@ def test_json_lines_a_list_and_llavas_format_are_the_same_exam(tmp_path):
             "conversations": turns("What?\n<image>", "milk", "Sure?", "yes"),
         }
     ]
-    assert read(tmp_path, json.dumps(llava)) == [{**want[0], "question": "What?\n<image>"}], (
-        "the picture stays where it was"
-    )
+    assert read_user_questions(tmp_path, json.dumps(llava)) == [
+        {**want[0], "question": "What?\n<image>"}
+    ], "the image stays where it was"
     bare = [{"id": 1, "image": "a.jpg", "conversations": turns("<image>", "a cat")}]
     for name in ("exact", "contains", "letters", "captions"):
-        for said in (llava, bare):
+        for source in (llava, bare):
             assert (
-                read(tmp_path, json.dumps(said), name, prompt="Say.")[0]["question"]
+                read_user_questions(tmp_path, json.dumps(source), name, prompt="Say.")[0][
+                    "question"
+                ]
                 == "<image>\nSay."
             )
 
 
 def test_how_to_answer_stands_behind_the_question_once(tmp_path):
     choose = {**GOOD, "answers": ["B"], "choices": ["an egg", "milk"]}
-    assert read(tmp_path, json.dumps(GOOD), "contains")[0]["question"] == asked("What?")
-    assert read(tmp_path, json.dumps(choose))[0]["question"] == asked("What?"), (
-        "letters alone are chosen from"
-    )
+    assert read_user_questions(tmp_path, json.dumps(GOOD), "contains")[0][
+        "question"
+    ] == prompt_text("What?")
+    assert read_user_questions(tmp_path, json.dumps(choose))[0]["question"] == prompt_text(
+        "What?"
+    ), "letters alone are chosen from"
     for question in ("What?", f"What?\n{SHORT_PROMPT}"):
-        assert read(tmp_path, json.dumps({**GOOD, "answers": TEN, "question": question}), "vqa")[0][
-            "question"
-        ] == asked("What?", SHORT_PROMPT)
-    (row,) = read(tmp_path, json.dumps(choose), "letters")
+        assert read_user_questions(
+            tmp_path, json.dumps({**GOOD, "answers": TEN, "question": question}), "vqa"
+        )[0]["question"] == prompt_text("What?", SHORT_PROMPT)
+    (row,) = read_user_questions(tmp_path, json.dumps(choose), "letters")
     assert (row["question"], row["choices"]) == (
-        asked("What?", "A. an egg", "B. milk", LETTER_PROMPT),
+        prompt_text("What?", "A. an egg", "B. milk", LETTER_PROMPT),
         ["an egg", "milk"],
     )
-    assert read(tmp_path, json.dumps(choose), "letters", prompt="Well?")[0]["question"] == asked(
-        "Well?"
-    )
+    assert read_user_questions(tmp_path, json.dumps(choose), "letters", prompt="Well?")[0][
+        "question"
+    ] == prompt_text("Well?")
     caption = {"id": 1, "image": "a.jpg", "answers": ["A cat.", "Cats."]}
-    assert read(tmp_path, json.dumps(caption), "captions")[0]["question"] == asked(CAPTION_PROMPT)
+    assert read_user_questions(tmp_path, json.dumps(caption), "captions")[0][
+        "question"
+    ] == prompt_text(CAPTION_PROMPT)
 
 
 @pytest.mark.parametrize(
-    "text, said",
+    "text, message",
     [
-        ("", "exam.json has no questions"),
-        ("[]", "exam.json has no questions"),
-        ("[{]", "exam.json: not JSON: "),
-        (json.dumps(GOOD) + "\n{", "exam.json, line 2: not JSON: "),
-        ("3", "exam.json, question 1 is not an object: 3"),
-        ("[[]]", r"exam.json, question 1 is not an object: \[\]"),
-        (json.dumps({"id": 1}), "exam.json, question 1: no question, answers; it has id"),
+        ("", "questions.json has no questions"),
+        ("[]", "questions.json has no questions"),
+        ("[{]", "questions.json: not JSON: "),
+        (json.dumps(GOOD) + "\n{", "questions.json, line 2: not JSON: "),
+        ("3", "questions.json, question 1 is not an object: 3"),
+        ("[[]]", r"questions.json, question 1 is not an object: \[\]"),
+        (json.dumps({"id": 1}), "questions.json, question 1: no question, answers; it has id"),
         (
             json.dumps(GOOD) + "\n" + json.dumps(GOOD),
-            "exam.json, question 2: the id a is already that of .*exam.json, question 1",
+            "questions.json, question 2: the id a is already that of .*questions.json, question 1",
         ),
         (
             json.dumps([{**GOOD, "id": 1}, {**GOOD, "id": "1"}]),
-            "exam.json, question 2: the id 1 is already that of",
+            "questions.json, question 2: the id 1 is already that of",
         ),
         (
             json.dumps({**GOOD, "answers": "milk"}),
@@ -197,14 +205,14 @@ def test_how_to_answer_stands_behind_the_question_once(tmp_path):
             "`image` must be a non-empty text, not None",
         ),
         (json.dumps({**GOOD, "image": [1]}), "`image` must be a non-empty text"),
-        (json.dumps({**GOOD, "image": "c.jpg"}), "exam.json, question 1: no such picture: .*c.jpg"),
+        (
+            json.dumps({**GOOD, "image": "c.jpg"}),
+            "questions.json, question 1: no such image: .*c.jpg",
+        ),
         (json.dumps({**GOOD, "image": "../a.jpg"}), "question 1: the path .*a.jpg' climbs out"),
         (json.dumps({**GOOD, "question": None}), "question 1: no question"),
         (json.dumps({**GOOD, "question": 3}), "`question` must be a non-empty text"),
-        (
-            json.dumps({**GOOD, "question": "<image> "}),
-            "`question` must be a non-empty text",
-        ),
+        (json.dumps({**GOOD, "question": "<image> "}), "`question` must be a non-empty text"),
         (
             json.dumps({**GOOD, "question": "<image> or <image>?"}),
             "question 1: 2 <image> in its text, but 1 images",
@@ -221,10 +229,7 @@ def test_how_to_answer_stands_behind_the_question_once(tmp_path):
             json.dumps({**GOOD, "choices": ["x", "\ud800"]}),
             "`choices` must be a list of non-empty texts",
         ),
-        (
-            json.dumps({**GOOD, "choices": 0}),
-            "`choices` must be a list of non-empty texts, not 0",
-        ),
+        (json.dumps({**GOOD, "choices": 0}), "`choices` must be a list of non-empty texts, not 0"),
         *(
             (
                 json.dumps({**GOOD, part: name}),
@@ -262,38 +267,39 @@ def test_how_to_answer_stands_behind_the_question_once(tmp_path):
         ),
     ],
 )
-def test_what_is_no_exam_is_named(tmp_path, text, said):
-    with pytest.raises(UserError, match=said) as mistake:
-        read(tmp_path, text)
-    assert "\n" not in str(mistake.value)
+def test_an_invalid_question_is_named_in_one_line(tmp_path, text, message):
+    with pytest.raises(UserError, match=message) as error:
+        read_user_questions(tmp_path, text)
+    assert "\n" not in str(error.value)
 
 
 def test_a_kind_may_be_a_number_and_is_all_where_it_is_blank(tmp_path):
     for kind, want in ((0, "0"), (1.5, "1.5"), ("", "all"), (None, "all"), ("Übung", "Übung")):
-        assert read(tmp_path, json.dumps(GOOD | {"kind": kind}))[0]["kind"] == want
+        assert read_user_questions(tmp_path, json.dumps(GOOD | {"kind": kind}))[0]["kind"] == want
 
 
-def test_what_llavas_format_says_besides_changes_nothing(tmp_path):
+def test_other_fields_of_llavas_format_change_nothing(tmp_path):
     llava = {"id": "a", "image": "a.jpg", "conversations": turns("What?", "milk")}
-    assert read(tmp_path, json.dumps([llava | {"prompt": 3, "model": "x", "width": 5}])) == read(
-        tmp_path, json.dumps([llava])
-    )
+    assert read_user_questions(
+        tmp_path, json.dumps([llava | {"prompt": 3, "model": "x", "width": 5}])
+    ) == read_user_questions(tmp_path, json.dumps([llava]))
 
 
 def test_a_zip_that_is_none_is_called_so(tmp_path):
-    lay(tmp_path / "z", {"exam.jsonl": lines([GOOD]), "a.jpg": None})
-    whole = Path(pack(tmp_path / "z")).read_bytes()
+    write_files(tmp_path / "z", {"questions.jsonl": lines([GOOD]), "a.jpg": None})
+    whole = Path(make_zip(tmp_path / "z")).read_bytes()
     for number, content in enumerate(
         (b"", b"PK\3\4", whole[:-30], whole.replace(b"PK\1\2", b"PK\1\3"))
     ):
         (tmp_path / f"{number}.zip").write_bytes(content)
-        for part in ("", "/exam.jsonl"):
+        for part in ("", "/questions.jsonl"):
             with pytest.raises(
                 UserError,
-                match=f"^{tmp_path}/{number}.zip is neither a folder nor a zip: (File is not|Bad magic)",
+                match=f"^{tmp_path}/{number}.zip is neither a folder nor a zip: "
+                "(File is not|Bad magic)",
             ):
                 benchmarks.load_questions("exact", f"{tmp_path}/{number}.zip{part}")
-    lay(tmp_path, {"folder.zip/exam.jsonl": lines([GOOD]), "folder.zip/a.jpg": None})
+    write_files(tmp_path, {"folder.zip/questions.jsonl": lines([GOOD]), "folder.zip/a.jpg": None})
     assert benchmarks.load_questions("exact", tmp_path / "folder.zip")[0]["image"] == [
         image_refs.ImageFile(f"{tmp_path}/folder.zip/a.jpg")
     ]
@@ -303,19 +309,19 @@ def test_a_zip_that_is_none_is_called_so(tmp_path):
 
 
 def test_names_may_be_in_any_script(tmp_path):
-    folder = lay(
+    folder = write_files(
         tmp_path / "prüf [1] 试卷",
         {
-            "exäm*.jsonl": lines([GOOD | {"image": "圖 {0}.jpg", "id": "ä/1", "kind": "何"}]),
+            "fragen*.jsonl": lines([GOOD | {"image": "圖 {0}.jpg", "id": "ä/1", "kind": "何"}]),
             "圖 {0}.jpg": None,
         },
     )
-    for questions in (folder, folder / "exäm*.jsonl"):
+    for questions in (folder, folder / "fragen*.jsonl"):
         assert benchmarks.load_questions("exact", questions)[0]["image"] == [
             image_refs.ImageFile(f"{folder}/圖 {{0}}.jpg")
         ]
-    archive = pack(folder)
-    for questions in (archive, f"{archive}/exäm*.jsonl"):
+    archive = make_zip(folder)
+    for questions in (archive, f"{archive}/fragen*.jsonl"):
         (row,) = benchmarks.load_questions("exact", questions)
         assert row["image"] == [image_refs.ZipMember(archive, "圖 {0}.jpg")] and (
             row["id"],
@@ -323,34 +329,34 @@ def test_names_may_be_in_any_script(tmp_path):
         ) == ("ä/1", "何")
 
 
-def test_a_question_that_lost_its_picture_is_not_asked_without_it(tmp_path):
-    """Anybody's questions may have none, but a caption is of one; of the owners' each has one, and of another benchmark's file a field is missing."""
+def test_a_question_that_lost_its_image_is_refused(tmp_path):
+    """Only a user's own questions may have no image, except for captions."""
     record = {"questionId": 1, "question": "What?", "answers": ["milk"]}
-    for name, told in (
+    for name, fields in (
         ("infovqa", {"image": "documents/a.jpg"}),
         ("docvqa", {"image_local_name": "a.jpg"}),
         ("docvqa", {"image": []}),
     ):
         with pytest.raises(
             UserError,
-            match=f"question 1: no image; it has questionId, question, answers, {[*told][0]}",
+            match=f"question 1: no image; it has questionId, question, answers, {[*fields][0]}",
         ):
-            read(tmp_path, json.dumps([record | told]), name)
+            read_user_questions(tmp_path, json.dumps([record | fields]), name)
     blind = {name: value for name, value in GOOD.items() if name != "image"}
-    assert read(tmp_path, json.dumps(blind))[0]["question"] == "What?"
+    assert read_user_questions(tmp_path, json.dumps(blind))[0]["question"] == "What?"
     for empty in ({}, {"image": []}, {"image": None}):
         with pytest.raises(
             UserError, match="question 1: no image; it has id, question, answers, kind"
         ):
-            read(tmp_path, json.dumps(blind | empty), "captions")
+            read_user_questions(tmp_path, json.dumps(blind | empty), "captions")
     with pytest.raises(UserError, match="question 1: no image; it has id, question"):
         benchmarks.load_questions(
-            "mmmu", lay(tmp_path, {"validation-0.parquet": [mmmu(options="['x', 'y']")]})
+            "mmmu", write_files(tmp_path, {"validation-0.parquet": [mmmu(options="['x', 'y']")]})
         )
 
 
-def test_annotations_that_say_nothing_of_the_questions_are_refused(tmp_path):
-    lay(
+def test_annotations_of_other_questions_are_refused(tmp_path):
+    write_files(
         tmp_path,
         {
             "q.json": KARPATHY,
@@ -365,23 +371,23 @@ def test_annotations_that_say_nothing_of_the_questions_are_refused(tmp_path):
         for number, wrong in enumerate(([], {}, 3, "x", None, KARPATHY)):
             with pytest.raises(
                 UserError,
-                match=f"{questions} and .*{number}.json are not in the format that {name} is published in: (Key|Type)Error",
+                match=f"{questions} and .*{number}.json are not in the format that {name} is "
+                "published in: (Key|Type)Error",
             ):
                 benchmarks.load_questions(
                     name,
                     tmp_path / questions,
-                    lay(tmp_path, {f"{number}.json": json.dumps(wrong)}) / f"{number}.json",
+                    write_files(tmp_path, {f"{number}.json": json.dumps(wrong)}) / f"{number}.json",
                 )
         with pytest.raises(UserError, match="notes.csv are not in the format that"):
             benchmarks.load_questions(name, tmp_path / questions, tmp_path / "notes.csv")
     with pytest.raises(
-        UserError,
-        match=r"question 1: `answers` must be a list of non-empty texts, not \[None\]",
+        UserError, match=r"question 1: `answers` must be a list of non-empty texts, not \[None\]"
     ):
         benchmarks.load_questions(
             "coco",
             tmp_path / "q.json",
-            lay(tmp_path, {"none.json": {"annotations": []}}) / "none.json",
+            write_files(tmp_path, {"none.json": {"annotations": []}}) / "none.json",
         )
     with pytest.raises(
         UserError, match="--annotations=.*a has 2 files: name the one of these questions"
@@ -389,26 +395,26 @@ def test_annotations_that_say_nothing_of_the_questions_are_refused(tmp_path):
         benchmarks.load_questions("coco", tmp_path / "q.json", tmp_path / "a")
 
 
-def test_an_exam_may_be_a_zip_or_a_part_of_one(tmp_path):
-    lay(
+def test_questions_may_be_a_zip_or_a_part_of_one(tmp_path):
+    write_files(
         tmp_path / "z",
         {
-            "one/exam.json": [GOOD],
+            "one/questions.json": [GOOD],
             "one/a.jpg": None,
-            "one-more/exam.jsonl": lines([GOOD | {"id": "b"}]),
+            "one-more/questions.jsonl": lines([GOOD | {"id": "b"}]),
             "one-more/a.jpg": None,
         },
     )
-    archive = pack(tmp_path / "z")
+    archive = make_zip(tmp_path / "z")
     for part, wanted in (
         ("one", "one"),
-        ("one/exam.json", "one"),
+        ("one/questions.json", "one"),
         ("one-more", "one-more"),
         ("", "one-more"),
     ):
         (row,) = benchmarks.load_questions("exact", f"{archive}/{part}")
         assert row["image"] == [image_refs.ZipMember(archive, f"{wanted}/a.jpg")], (
-            "lines are asked before a list, and what a Mac adds never"
+            "lines are prompt_text before a list, and what a Mac adds never"
         )
     with pytest.raises(UserError, match=re.escape(f"{archive}/two has no *.jsonl and no *.json")):
         benchmarks.load_questions("exact", f"{archive}/two")
@@ -424,27 +430,31 @@ def test_what_does_not_go_together_is_named(tmp_path):
     with pytest.raises(
         UserError, match=r"question 1: its answers, \['C'\], are not letters of its 2 choices"
     ):
-        read(tmp_path, json.dumps({**GOOD, "answers": ["C"], "choices": ["x", "y"]}), "letters")
+        read_user_questions(
+            tmp_path, json.dumps({**GOOD, "answers": ["C"], "choices": ["x", "y"]}), "letters"
+        )
     with pytest.raises(
         UserError, match="a question has 27 choices, but there are 26 letters: 'What"
     ):
-        read(tmp_path, json.dumps({**GOOD, "answers": ["A"], "choices": ["x"] * 27}), "letters")
+        read_user_questions(
+            tmp_path, json.dumps({**GOOD, "answers": ["A"], "choices": ["x"] * 27}), "letters"
+        )
     with pytest.raises(
         UserError, match="--annotations=x.json: the answers of exact are in its questions"
     ):
-        read(tmp_path, json.dumps(GOOD), annotations="x.json")
+        read_user_questions(tmp_path, json.dumps(GOOD), annotations="x.json")
     with pytest.raises(
-        UserError, match="--images=.*: no question of .*exam.json has the path of an image"
+        UserError, match="--images=.*: no question of .*questions.json has the path of an image"
     ):
-        read(
+        read_user_questions(
             tmp_path,
             json.dumps({"id": 1, "question": "Why?", "answers": ["So."]}),
             images=str(tmp_path),
         )
-    (tmp_path / "exam.json").write_bytes(b"\xff\xfe")
-    with pytest.raises(UserError, match="exam.json is not text in UTF-8"):
-        benchmarks.load_questions("exact", tmp_path / "exam.json")
-    lay(
+    (tmp_path / "questions.json").write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match="questions.json is not text in UTF-8"):
+        benchmarks.load_questions("exact", tmp_path / "questions.json")
+    write_files(
         tmp_path,
         {
             "pope/coco_pope_random.json": lines(
@@ -498,7 +508,7 @@ CAPTIONS = {
 
 
 def test_coco_in_karpathys_split_in_blips_and_in_its_own(tmp_path):
-    lay(
+    write_files(
         tmp_path,
         {
             "dataset_coco.json": KARPATHY,
@@ -515,12 +525,12 @@ def test_coco_in_karpathys_split_in_blips_and_in_its_own(tmp_path):
         "A cat, sitting.",
         "A cat, asleep.",
     ]
-    assert rows[0]["question"] == asked(CAPTION_PROMPT) and rows[1]["image"] == [
+    assert rows[0]["question"] == prompt_text(CAPTION_PROMPT) and rows[1]["image"] == [
         image_refs.ImageFile(f"{tmp_path}/val2014/COCO_val2014_000000522418.jpg")
     ]
     assert benchmarks.load_questions(
         "coco", tmp_path / "dataset_coco.json", images=f"{tmp_path}/val2014", prompt="Say."
-    )[1]["question"] == asked("Say.")
+    )[1]["question"] == prompt_text("Say.")
     assert benchmarks.load_questions("coco", tmp_path / "coco_karpathy_test.json")[0] == {
         **rows[0],
         "answers": ["One.", "Two."],
@@ -540,10 +550,10 @@ def test_coco_in_karpathys_split_in_blips_and_in_its_own(tmp_path):
         UserError, match="other.json is not in the format that coco is published in: KeyError"
     ):
         benchmarks.load_questions("coco", tmp_path / "other.json")
-    lay(
+    write_files(
         tmp_path,
         {"captions_val2014.json": CAPTIONS | {"annotations": CAPTIONS["annotations"][::2]}},
-    )  # those of the first picture
+    )  # those of the first image
     with pytest.raises(UserError, match="question 2: `answers` must be a list of non-empty texts"):
         benchmarks.load_questions(
             "coco", tmp_path / "dataset_coco.json", tmp_path / "captions_val2014.json"
@@ -586,10 +596,10 @@ NOTES = {
 }
 
 
-def test_vqav2_with_its_annotations_and_its_secret_test(tmp_path):
-    lay(tmp_path / "q", {"v2_OpenEnded_mscoco_val2014_questions.json": vqav2("val2014")})
-    lay(tmp_path / "a", {"v2_mscoco_val2014_annotations.json": NOTES})
-    lay(
+def test_vqav2_with_its_annotations_and_its_hidden_test_set(tmp_path):
+    write_files(tmp_path / "q", {"v2_OpenEnded_mscoco_val2014_questions.json": vqav2("val2014")})
+    write_files(tmp_path / "a", {"v2_mscoco_val2014_annotations.json": NOTES})
+    write_files(
         tmp_path,
         {
             "val2014/COCO_val2014_000000262148.jpg": None,
@@ -597,7 +607,7 @@ def test_vqav2_with_its_annotations_and_its_secret_test(tmp_path):
         },
     )
     rows = benchmarks.load_questions(
-        "vqav2", pack(tmp_path / "q"), pack(tmp_path / "a"), str(tmp_path)
+        "vqav2", make_zip(tmp_path / "q"), make_zip(tmp_path / "a"), str(tmp_path)
     )
     assert rows[1] == {
         "id": 262148001,
@@ -605,7 +615,7 @@ def test_vqav2_with_its_annotations_and_its_secret_test(tmp_path):
         "image": [image_refs.ImageFile(f"{tmp_path}/val2014/COCO_val2014_000000262148.jpg")],
         "answers": TEN,
         "choices": [],
-        "question": asked("What is the net?", SHORT_PROMPT),
+        "question": prompt_text("What is the net?", SHORT_PROMPT),
     }
     with pytest.raises(
         UserError, match="val2014 has published answers: give them as --annotations"
@@ -613,7 +623,8 @@ def test_vqav2_with_its_annotations_and_its_secret_test(tmp_path):
         benchmarks.load_questions("vqav2", tmp_path / "q", images=str(tmp_path))
     with pytest.raises(
         UserError,
-        match="questions.json and .*questions.json are not in the format that vqav2 is published in: KeyError: 'annotations'",
+        match="questions.json and .*questions.json are not in the format that vqav2 is published "
+        "in: KeyError: 'annotations'",
     ):
         benchmarks.load_questions(
             "vqav2",
@@ -621,13 +632,13 @@ def test_vqav2_with_its_annotations_and_its_secret_test(tmp_path):
             tmp_path / "q/v2_OpenEnded_mscoco_val2014_questions.json",
             str(tmp_path),
         )
-    lay(
+    write_files(
         tmp_path / "a",
         {"v2_mscoco_val2014_annotations.json": NOTES | {"annotations": NOTES["annotations"][:1]}},
     )
     with pytest.raises(UserError, match="--annotations has no answers to question 262148001"):
         benchmarks.load_questions("vqav2", tmp_path / "q", tmp_path / "a", str(tmp_path))
-    lay(
+    write_files(
         tmp_path / "t",
         {
             f"v2_OpenEnded_mscoco_{split}_questions.json": vqav2(split)
@@ -635,7 +646,7 @@ def test_vqav2_with_its_annotations_and_its_secret_test(tmp_path):
         },
     )
     for path in (
-        pack(tmp_path / "t"),
+        make_zip(tmp_path / "t"),
         f"{tmp_path}/t.zip/v2_OpenEnded_mscoco_test-dev2015_questions.json",
     ):
         rows = benchmarks.load_questions("vqav2", path, images=str(tmp_path))
@@ -670,7 +681,7 @@ def test_textvqa(tmp_path):
         "set_name": "val",
     }
     secret = {name: value for name, value in record.items() if name != "answers"}
-    lay(
+    write_files(
         tmp_path,
         {
             f"TextVQA_0.5.1_{split}.json": {
@@ -682,7 +693,9 @@ def test_textvqa(tmp_path):
             for split, data in {"val": record, "test": secret}.items()
         },
     )
-    images = pack(lay(tmp_path / "train_val_images", {"train_images/003a8ae2ef43b901.jpg": None}))
+    images = make_zip(
+        write_files(tmp_path / "train_val_images", {"train_images/003a8ae2ef43b901.jpg": None})
+    )
     (row,) = benchmarks.load_questions("textvqa", tmp_path, images=images)
     assert row == {
         "id": 34602,
@@ -690,7 +703,7 @@ def test_textvqa(tmp_path):
         "image": [image_refs.ZipMember(images, "train_images/003a8ae2ef43b901.jpg")],
         "answers": ["nokia"] * 10,
         "choices": [],
-        "question": asked("what is the brand?", benchmarks.WORD_PROMPT),
+        "question": prompt_text("what is the brand?", benchmarks.WORD_PROMPT),
     }
     assert benchmarks.load_questions(
         "textvqa", tmp_path / "TextVQA_0.5.1_test.json", images=images
@@ -708,11 +721,11 @@ def test_chartqa_of_both_kinds_out_of_the_zip_as_downloaded(tmp_path):
         for split in ("test", "val")
         for kind in ("human", "augmented")
     ]
-    lay(
+    write_files(
         tmp_path / "c/ChartQA Dataset",
         {part: [record, record] for part in parts} | {"test/png/41699051005347.png": None},
     )
-    archive = pack(tmp_path / "c")
+    archive = make_zip(tmp_path / "c")
     rows = benchmarks.load_questions("chartqa", archive)
     assert [row["id"] for row in rows] == ["augmented/0", "augmented/1", "human/0", "human/1"]
     assert rows[2] == {
@@ -721,7 +734,7 @@ def test_chartqa_of_both_kinds_out_of_the_zip_as_downloaded(tmp_path):
         "image": [image_refs.ZipMember(archive, "ChartQA Dataset/test/png/41699051005347.png")],
         "answers": ["14"],
         "choices": [],
-        "question": asked(record["query"], SHORT_PROMPT),
+        "question": prompt_text(record["query"], SHORT_PROMPT),
     }
     assert image_refs.load_image_bytes(rows[2]["image"][0])[0] == jpeg()
     assert benchmarks.load_questions("chartqa", tmp_path / "c" / "ChartQA Dataset")[3]["image"][
@@ -731,7 +744,7 @@ def test_chartqa_of_both_kinds_out_of_the_zip_as_downloaded(tmp_path):
         len(benchmarks.load_questions("chartqa", f"{archive}/ChartQA Dataset/test/test_human.json"))
         == 2
     )
-    with pytest.raises(UserError, match="test_augmented.json, question 1: no such picture"):
+    with pytest.raises(UserError, match="test_augmented.json, question 1: no such image"):
         benchmarks.load_questions("chartqa", archive, images=str(tmp_path))
 
 
@@ -771,7 +784,7 @@ def test_docvqa_and_infovqa(tmp_path, name, file, record, image):
         file.format("test", ""): [record],
         file.format("train", ""): 3,
     }
-    lay(
+    write_files(
         tmp_path,
         {
             file: {"dataset_name": name, "dataset_version": "1.0", "data": data}
@@ -786,7 +799,7 @@ def test_docvqa_and_infovqa(tmp_path, name, file, record, image):
         "image": [image_refs.ImageFile(f"{tmp_path}/{image}")],
         "answers": ["1/8/93"],
         "choices": [],
-        "question": asked("what is the date?", benchmarks.WORD_PROMPT),
+        "question": prompt_text("what is the date?", benchmarks.WORD_PROMPT),
     }
     (row,) = benchmarks.load_questions(
         name, tmp_path / file.format("test", ""), images=str(tmp_path / image.split("/")[0])
@@ -799,16 +812,16 @@ def test_docvqa_and_infovqa(tmp_path, name, file, record, image):
 
 
 def test_ai2d_letters_stand_in_the_places_of_the_labels(tmp_path):
-    told = {"answerTexts": ["ears", "nose", "A", "face"], "correctAnswer": 3}
+    entry = {"answerTexts": ["ears", "nose", "A", "face"], "correctAnswer": 3}
     sheet = {
         "imageName": "0.png",
         "questions": {
-            "What is A in the diagram?": {"abcLabel": True, "questionId": "0.png-0", **told},
-            "Which one hears?": {"abcLabel": False, "questionId": "0.png-1", **told},
+            "What is A in the diagram?": {"abcLabel": True, "questionId": "0.png-0", **entry},
+            "Which one hears?": {"abcLabel": False, "questionId": "0.png-1", **entry},
         },
     }
     label = {"id": "T0", "rectangle": [[20, 30], [60, 50]], "value": "ears", "replacementText": "A"}
-    lay(
+    write_files(
         tmp_path,
         {
             "ai2d/questions/0.png.json": sheet,
@@ -820,18 +833,18 @@ def test_ai2d_letters_stand_in_the_places_of_the_labels(tmp_path):
     )
     (tmp_path / "ai2d/images").mkdir()
     Image.new("RGB", (90, 80), (0, 0, 255)).save(tmp_path / "ai2d/images/0.png")
-    lay(tmp_path, {"ai2d/images/10.png": None})
-    for questions in (tmp_path, pack(tmp_path)):
+    write_files(tmp_path, {"ai2d/images/10.png": None})
+    for questions in (tmp_path, make_zip(tmp_path)):
         lettered, plain = benchmarks.load_questions(
             "ai2d", questions, tmp_path / "ai2d_test_ids.csv"
         )
-        assert plain["question"] == asked(
+        assert plain["question"] == prompt_text(
             "Which one hears?", "A. ears", "B. nose", "C. A", "D. face", LETTER_PROMPT
         )
         assert (plain["id"], plain["answers"], plain["choices"]) == (
             "0.png-1",
             ["D"],
-            told["answerTexts"],
+            entry["answerTexts"],
         )
         before, after = (
             image_files.read_image(image_refs.load_image_bytes(row["image"][0])[0])[0]
@@ -851,19 +864,21 @@ def test_ai2d_letters_stand_in_the_places_of_the_labels(tmp_path):
         benchmarks.load_questions("ai2d", tmp_path, tmp_path / "ai2d_test_ids.csv")
     with pytest.raises(
         UserError,
-        match="AI2D is evaluated on its test diagrams: give their list, ai2d_test_ids.csv, as --annotations",
+        match="AI2D is evaluated on its test diagrams: give their list, ai2d_test_ids.csv, as "
+        "--annotations",
     ):
         benchmarks.load_questions("ai2d", tmp_path)
     (tmp_path / "ai2d_test_ids.csv").write_text("0\n")
     for wrong in (4, -1):
-        asks = {"Which?": {"abcLabel": False, "questionId": "q", **told, "correctAnswer": wrong}}
-        lay(tmp_path, {"ai2d/questions/0.png.json": {**sheet, "questions": asks}})
+        asks = {"Which?": {"abcLabel": False, "questionId": "q", **entry, "correctAnswer": wrong}}
+        write_files(tmp_path, {"ai2d/questions/0.png.json": {**sheet, "questions": asks}})
         with pytest.raises(
             UserError,
-            match=r"0.png.json, question 1: its answers, \['[EZ]'\], are not letters of its 4 choices",
+            match=r"0.png.json, question 1: its answers, \['[EZ]'\], are not letters of its "
+            "4 choices",
         ):
             benchmarks.load_questions("ai2d", tmp_path, tmp_path / "ai2d_test_ids.csv")
-    lay(tmp_path, {"ai2d/questions/0.png.json": sheet})
+    write_files(tmp_path, {"ai2d/questions/0.png.json": sheet})
     (tmp_path / "ai2d/annotations/0.png.json").unlink()
     with pytest.raises(UserError, match="annotations/0.png.json: No such file"):
         benchmarks.load_questions("ai2d", tmp_path, tmp_path / "ai2d_test_ids.csv")
@@ -873,7 +888,7 @@ def shown(name, width):
     return {"bytes": jpeg(width), "path": f"{name}.jpg"}
 
 
-def mmmu(**told):
+def mmmu(**fields):
     return {
         "id": "validation_Art_Theory_3",
         "question": "Where?",
@@ -885,11 +900,11 @@ def mmmu(**told):
         "topic_difficulty": "Easy",
         "question_type": "multiple-choice",
         "subfield": "Art",
-        **told,
+        **fields,
     }
 
 
-def test_mmmu_has_each_picture_where_it_is_named(tmp_path):
+def test_mmmu_has_each_image_where_it_is_named(tmp_path):
     three = {f"image_{k}": shown(k, 10 + k) for k in (1, 2, 3)}
     rows = [
         mmmu(
@@ -904,7 +919,7 @@ def test_mmmu_has_each_picture_where_it_is_named(tmp_path):
             image_1=shown(1, 20),
         ),
     ]
-    lay(
+    write_files(
         tmp_path,
         {
             "Art_Theory/validation-00000-of-00001.parquet": rows,
@@ -939,7 +954,7 @@ def test_mmmu_has_each_picture_where_it_is_named(tmp_path):
     )
     assert (music["kind"], music["question"]) == (
         "Music",
-        asked("Where?", "A. x", "B. y", LETTER_PROMPT),
+        prompt_text("Where?", "A. x", "B. y", LETTER_PROMPT),
     )
     (test,) = benchmarks.load_questions("mmmu", f"{tmp_path}/*/test-*.parquet")
     assert (test["id"], test["answers"]) == ("test_Music_1", [])
@@ -950,13 +965,13 @@ def test_mmmu_has_each_picture_where_it_is_named(tmp_path):
     ):
         (row,) = benchmarks.load_questions(
             "mmmu",
-            lay(
+            write_files(
                 tmp_path, {"open/validation-0.parquet": [mmmu(answer=answer, image_1=shown(1, 20))]}
             )
             / "open",
         )
         assert row["answers"] == want, "only a list of texts is several answers"
-    lay(
+    write_files(
         tmp_path,
         {
             "open/validation-0.parquet": [
@@ -969,19 +984,23 @@ def test_mmmu_has_each_picture_where_it_is_named(tmp_path):
     ):
         benchmarks.load_questions("mmmu", tmp_path / "open")
     for options in ("{'x': 1}", "['x', 2]", "['x'", "-" * 50_000 + "1"):
-        lay(tmp_path, {"open/validation-0.parquet": [mmmu(options=options, image_1=shown(1, 20))]})
+        write_files(
+            tmp_path, {"open/validation-0.parquet": [mmmu(options=options, image_1=shown(1, 20))]}
+        )
         with pytest.raises(
             UserError, match="that mmmu is published in: ValueError: options are no list of texts: "
-        ) as mistake:
+        ) as error:
             benchmarks.load_questions("mmmu", tmp_path / "open")
-        assert len(str(mistake.value)) < 500
-    lay(tmp_path, {"bad/validation-0.parquet": [mmmu(question="<image 4>?", image_1=shown(1, 20))]})
+        assert len(str(error.value)) < 500
+    write_files(
+        tmp_path, {"bad/validation-0.parquet": [mmmu(question="<image 4>?", image_1=shown(1, 20))]}
+    )
     with pytest.raises(
         UserError, match="validation-0.parquet, question 1: `image` must be a non-empty text"
     ):
         benchmarks.load_questions("mmmu", tmp_path / "bad")
     with pytest.raises(UserError, match="a parquet in a zip is not read: unpack"):
-        benchmarks.load_questions("mmmu", pack(tmp_path / "bad"))
+        benchmarks.load_questions("mmmu", make_zip(tmp_path / "bad"))
 
 
 def test_mmstar_has_its_choices_in_the_question(tmp_path):
@@ -1001,22 +1020,22 @@ def test_mmstar_has_its_choices_in_the_question(tmp_path):
     }
     odd = {**record, "index": 2, "question": "Which?\nOptions: B: 3, A: 4"}
     first, second, third = benchmarks.load_questions(
-        "mmstar", lay(tmp_path, {"mmstar.parquet": [record, lined, odd]})
+        "mmstar", write_files(tmp_path, {"mmstar.parquet": [record, lined, odd]})
     )
     assert first["choices"] == ["A book, on B.", "The cat.", "None"] and (
         first["id"],
         first["kind"],
     ) == (0, "coarse perception")
-    assert first["question"] == asked(
+    assert first["question"] == prompt_text(
         "Which is it?", "A. A book, on B.", "B. The cat.", "C. None", LETTER_PROMPT
     )
-    assert second["choices"] == ["3,\n4", "5"] and second["question"] == asked(
+    assert second["choices"] == ["3,\n4", "5"] and second["question"] == prompt_text(
         "Hint: Choose.\nQuestion: Which?", "A. 3,\n4", "B. 5", LETTER_PROMPT
     )
-    assert third["choices"] == [] and third["question"] == asked(
+    assert third["choices"] == [] and third["question"] == prompt_text(
         "Which?\nOptions: B: 3, A: 4", LETTER_PROMPT
     ), "as it stands"
-    for number, (said, answer, choices) in enumerate(
+    for number, (options, answer, choices) in enumerate(
         [
             ("A: x, B: y, C:z, D:w", "C", ["x", "y", "z", "w"]),
             ("A: ratio A:B, B: 1:2\n", "B", ["ratio A:B", "1:2"]),
@@ -1028,17 +1047,19 @@ def test_mmstar_has_its_choices_in_the_question(tmp_path):
             ),  # a letter past those found; where the last ends is not told
         ]
     ):
-        text = f"Which?\nOptions: {said}"
+        text = f"Which?\nOptions: {options}"
         (row,) = benchmarks.load_questions(
             "mmstar",
-            lay(tmp_path, {f"{number}.parquet": [{**record, "question": text, "answer": answer}]})
+            write_files(
+                tmp_path, {f"{number}.parquet": [{**record, "question": text, "answer": answer}]}
+            )
             / f"{number}.parquet",
         )
         lines = [f"{letter}. {choice}" for letter, choice in zip("ABCD", choices, strict=False)]
         assert (row["choices"], row["question"]) == (
             choices,
-            asked("Which?" if choices else text.strip(), *lines, LETTER_PROMPT),
-        ), said
+            prompt_text("Which?" if choices else text.strip(), *lines, LETTER_PROMPT),
+        ), options
     assert image_refs.load_image_bytes(first["image"][0])[0] == jpeg()
 
 
@@ -1061,8 +1082,8 @@ def test_ocrbench_in_both_editions(tmp_path):
             "answers": "x ^ 2",
         },
     ]
-    lay(tmp_path, {"OCRBench/OCRBench.json": records, "OCRBench/FullTest.json": 3})
-    lay(tmp_path, {"OCRBench_Images/IIIT5K/1.png": None, "OCRBench_Images/HME/1.png": None})
+    write_files(tmp_path, {"OCRBench/OCRBench.json": records, "OCRBench/FullTest.json": 3})
+    write_files(tmp_path, {"OCRBench_Images/IIIT5K/1.png": None, "OCRBench_Images/HME/1.png": None})
     rows = benchmarks.load_questions("ocrbench", tmp_path)
     assert rows[1] == {
         "id": 1,
@@ -1070,7 +1091,7 @@ def test_ocrbench_in_both_editions(tmp_path):
         "image": [image_refs.ImageFile(f"{tmp_path}/OCRBench_Images/HME/1.png")],
         "answers": ["x ^ 2"],
         "choices": [],
-        "question": asked("Write it."),
+        "question": prompt_text("Write it."),
         "dataset_name": "HME100k",
     }
     table = [
@@ -1084,9 +1105,9 @@ def test_ocrbench_in_both_editions(tmp_path):
         for r in records
     ]
     again = benchmarks.load_questions(
-        "ocrbench", lay(tmp_path / "hub", {"data/test-00000-of-00001.parquet": table})
+        "ocrbench", write_files(tmp_path / "hub", {"data/test-00000-of-00001.parquet": table})
     )
-    assert without_pictures(again) == without_pictures(rows)
+    assert without_images(again) == without_images(rows)
 
 
 def test_popes_three_files_begin_their_ids_anew(tmp_path):
@@ -1097,7 +1118,7 @@ def test_popes_three_files_begin_their_ids_anew(tmp_path):
         "label": "yes",
     }
     kinds = ["adversarial", "popular", "random"]
-    lay(
+    write_files(
         tmp_path,
         {
             f"output/coco/coco_pope_{kind}.json": lines(
@@ -1113,7 +1134,7 @@ def test_popes_three_files_begin_their_ids_anew(tmp_path):
     ] and rows[3]["answers"] == ["no"]
     assert (rows[2]["kind"], rows[2]["question"]) == (
         "popular",
-        asked(record["text"], SHORT_PROMPT),
+        prompt_text(record["text"], SHORT_PROMPT),
     )
     assert rows == benchmarks.load_questions(
         "pope", tmp_path / "output", images=str(tmp_path / "val2014")
@@ -1123,7 +1144,7 @@ def test_popes_three_files_begin_their_ids_anew(tmp_path):
 def test_mme_in_both_of_its_folders_layouts(tmp_path):
     asks = "Is it {}? Please answer yes or no.\t{}\n"
     text = asks.format("red", "Yes") + asks.format("blue", "No") + "\n"
-    lay(
+    write_files(
         tmp_path / "m/M",
         {
             "MME_Benchmark/color/0001.txt": text,
@@ -1133,7 +1154,7 @@ def test_mme_in_both_of_its_folders_layouts(tmp_path):
             "MME_Benchmark/artwork/images/9.png": None,
         },
     )
-    archive = pack(tmp_path / "m")
+    archive = make_zip(tmp_path / "m")
     rows = benchmarks.load_questions("mme", archive)
     assert [row["id"] for row in rows] == [
         "artwork/9/1",
@@ -1147,18 +1168,18 @@ def test_mme_in_both_of_its_folders_layouts(tmp_path):
         "image": [image_refs.ZipMember(archive, "M/MME_Benchmark/color/0001.jpg")],
         "answers": ["No"],
         "choices": [],
-        "question": asked("Is it blue?", SHORT_PROMPT),
+        "question": prompt_text("Is it blue?", SHORT_PROMPT),
     }
     assert rows[0]["image"] == [
         image_refs.ZipMember(archive, "M/MME_Benchmark/artwork/images/9.png")
     ]
     folder = tmp_path / "m" / "M" / "MME_Benchmark"
-    assert without_pictures(benchmarks.load_questions("mme", folder)) == without_pictures(rows)
-    assert without_pictures(
-        benchmarks.load_questions("mme", folder / "artwork")
-    ) == without_pictures(rows[:2])
+    assert without_images(benchmarks.load_questions("mme", folder)) == without_images(rows)
+    assert without_images(benchmarks.load_questions("mme", folder / "artwork")) == without_images(
+        rows[:2]
+    )
     (folder / "color" / "0001.jpg").unlink()
-    with pytest.raises(UserError, match="color/0001.txt: no such picture: .*0001"):
+    with pytest.raises(UserError, match="color/0001.txt: no such image: .*0001"):
         benchmarks.load_questions("mme", folder)
 
 
@@ -1184,10 +1205,13 @@ def test_mathvista_in_both_editions(tmp_path):
         "unit": None,
         "precision": None,
     }
-    lay(tmp_path / "j", {"annot_testmini.json": {"1": record, "2": choose}, "images/1.jpg": None})
+    write_files(
+        tmp_path / "j", {"annot_testmini.json": {"1": record, "2": choose}, "images/1.jpg": None}
+    )
     rows = benchmarks.load_questions("mathvista", tmp_path / "j")
     query = (
-        "Hint: Please answer the question requiring a floating-point number with one decimal place and provide the final value, "
+        "Hint: Please answer the question requiring a floating-point number with one decimal place "
+        "and provide the final value, "
         "e.g., 1.2, 1.3, 1.4, at the end.\nQuestion: how far? (Unit: cm)"
     )
     assert rows[0] == {
@@ -1196,16 +1220,19 @@ def test_mathvista_in_both_editions(tmp_path):
         "image": [image_refs.ImageFile(f"{tmp_path}/j/images/1.jpg")],
         "answers": ["1.2"],
         "choices": [],
-        "question": asked(query),
+        "question": prompt_text(query),
         "answer_type": "float",
         "precision": 1.0,
     }
-    hint = "Hint: Please answer the question and provide the correct option letter, e.g., A, B, C, D, at the end."
-    assert rows[1]["choices"] == ["3", "4"] and rows[1]["question"] == asked(
+    hint = (
+        "Hint: Please answer the question and provide the correct option letter, e.g., A, B, C, D, "
+        "at the end."
+    )
+    assert rows[1]["choices"] == ["3", "4"] and rows[1]["question"] == prompt_text(
         hint, "Question: how far?", "Choices:", "(A) 3", "(B) 4"
     )
     table = [row | {"decoded_image": shown("1", 5), "query": query} for row in (record, choose)]
-    lay(
+    write_files(
         tmp_path / "p",
         {
             "data/testmini-00000-of-00001-72.parquet": table,
@@ -1213,9 +1240,9 @@ def test_mathvista_in_both_editions(tmp_path):
         },
     )
     again = benchmarks.load_questions("mathvista", tmp_path / "p")
-    assert without_pictures(again) == without_pictures(
-        [rows[0], rows[1] | {"question": asked(query)}]
-    ), "what the owner asks is asked as it stands"
+    assert without_images(again) == without_images(
+        [rows[0], rows[1] | {"question": prompt_text(query)}]
+    ), "what the owner asks is prompt_text as it stands"
     assert isinstance(again[0]["image"][0], image_refs.ImageBytes)
     assert (
         benchmarks.load_questions("mathvista", f"{tmp_path}/p/data/test-*.parquet")[0]["answers"]
@@ -1224,7 +1251,7 @@ def test_mathvista_in_both_editions(tmp_path):
     del record["answer"]
     assert (
         benchmarks.load_questions(
-            "mathvista", lay(tmp_path / "j", {"test.json": {"1": record}}) / "test.json"
+            "mathvista", write_files(tmp_path / "j", {"test.json": {"1": record}}) / "test.json"
         )[0]["answers"]
         == []
     )
@@ -1244,10 +1271,10 @@ def test_realworldqa_in_both_editions(tmp_path):
             "answer": "2",
         },
     ]
-    lay(
+    write_files(
         tmp_path / "z", {"annotations.jsonl": lines(records), "images/0.webp": None, "1.webp": None}
     )
-    archive = pack(tmp_path / "z")
+    archive = make_zip(tmp_path / "z")
     rows = benchmarks.load_questions("realworldqa", archive)
     assert rows == [
         {
@@ -1256,7 +1283,7 @@ def test_realworldqa_in_both_editions(tmp_path):
             "image": [image_refs.ZipMember(archive, ("images/0.webp", "1.webp")[k])],
             "answers": [record["answer"]],
             "choices": [["Left", "Straight on", "Right"], []][k],
-            "question": asked(record["question"]),
+            "question": prompt_text(record["question"]),
         }
         for k, record in enumerate(records)
     ]
@@ -1264,13 +1291,13 @@ def test_realworldqa_in_both_editions(tmp_path):
         f"data/test-0000{k}-of-00002.parquet": [{**record, "image": shown(k, 5)}]
         for k, record in enumerate(records)
     }
-    assert without_pictures(
-        benchmarks.load_questions("realworldqa", lay(tmp_path / "p", shards))
-    ) == without_pictures(rows)
+    assert without_images(
+        benchmarks.load_questions("realworldqa", write_files(tmp_path / "p", shards))
+    ) == without_images(rows)
 
 
 def test_prompts_can_be_replaced_and_submissions_are_known(tmp_path):
-    lay(
+    write_files(
         tmp_path,
         {
             "test_human.json": [{"imgname": "1.png", "query": "How many?", "label": 14}],
@@ -1279,7 +1306,7 @@ def test_prompts_can_be_replaced_and_submissions_are_known(tmp_path):
     )
     assert benchmarks.load_questions("chartqa", tmp_path, prompt="Be brief.")[0][
         "question"
-    ] == asked("How many?", "Be brief.")
+    ] == prompt_text("How many?", "Be brief.")
     assert benchmarks.load_questions("chartqa", tmp_path)[0]["answers"] == ["14"]
     assert (
         benchmarks.format_submission("coco", [{"id": 42, "answer": "A cat."}])
@@ -1311,9 +1338,7 @@ def test_prompts_can_be_replaced_and_submissions_are_known(tmp_path):
         ("realworldqa", ["annotations.json", "test-00000-of-00002.parquet"]),
     ],
 )
-def test_of_several_files_in_a_folder_the_one_with_published_answers_is_asked(
-    tmp_path, name, files
-):
+def test_of_several_files_in_a_folder_the_one_with_published_answers_is_read(tmp_path, name, files):
     for file in (
         *files,
         "train.json",
@@ -1353,13 +1378,13 @@ def test_of_several_files_in_a_folder_the_one_with_published_answers_is_asked(
         ("realworldqa", "0.webp", ["images/0.webp", "0.webp"]),
     ],
 )
-def test_images_may_be_the_folder_of_the_pictures_or_one_above_it(tmp_path, name, value, places):
+def test_images_may_be_the_folder_of_the_images_or_one_above_it(tmp_path, name, value, places):
     for place in places:
         found = formats.find_image(
             value,
             benchmarks.BENCHMARKS[name].image_paths,
             formats.QuestionFile("elsewhere", "q.json"),
-            str(lay(tmp_path, {place: None})),
+            str(write_files(tmp_path, {place: None})),
             "here",
         )
         assert found == image_refs.ImageFile(f"{tmp_path}/{place}")
@@ -1378,20 +1403,12 @@ def test_choices_count_only_where_their_letters_come_in_order_and_the_answer_is_
 
 
 @pytest.mark.parametrize(
-    "name, told, said",
+    "name, fields, message",
     [
         ("pope", {"label": "maybe"}, r"its answers, \['maybe'\], are not yes or no"),
-        (
-            "pope",
-            {"label": []},
-            r"`answers` must be a list of non-empty texts, not \[\[\]\]",
-        ),
+        ("pope", {"label": []}, r"`answers` must be a list of non-empty texts, not \[\[\]\]"),
         ("ocrbench", {"answers": ""}, "`answers` must be a list of non-empty texts"),
-        (
-            "ocrbench",
-            {"answers": ["x", " "]},
-            "`answers` must be a list of non-empty texts",
-        ),
+        ("ocrbench", {"answers": ["x", " "]}, "`answers` must be a list of non-empty texts"),
         ("ocrbench", {"answers": []}, "`answers` must be a list of non-empty texts"),
         (
             "ocrbench",
@@ -1437,8 +1454,8 @@ def test_choices_count_only_where_their_letters_come_in_order_and_the_answer_is_
         ("vqa", {"answers": ["red"]}, "has 1 reference answers, but VQA accuracy needs"),
     ],
 )
-def test_an_answer_that_no_score_could_take_is_refused_before_anything_is_asked(
-    tmp_path, name, told, said
+def test_a_reference_that_no_metric_can_score_is_refused_before_anything_is_generated(
+    tmp_path, name, fields, message
 ):
     record = (
         {
@@ -1450,46 +1467,45 @@ def test_an_answer_that_no_score_could_take_is_refused_before_anything_is_asked(
             "text": "Is it?",
             "query": "Is it?",
             "dataset_name": "IIIT5K",
-            **told,
+            **fields,
         }
         if name != "vqa"
-        else GOOD | told
+        else GOOD | fields
     )
-    with pytest.raises(UserError, match=f"exam.json, question 1:? .*{said}"):
-        read(tmp_path, json.dumps([record]), name)
+    with pytest.raises(UserError, match=f"questions.json, question 1:? .*{message}"):
+        read_user_questions(tmp_path, json.dumps([record]), name)
 
 
-@pytest.mark.parametrize("name, gold", [("pope", "x\ny"), ("letters", "x\ny" * 99)])
-def test_an_answer_that_cannot_be_is_told_in_one_short_line(tmp_path, name, gold):
+@pytest.mark.parametrize("name, reference", [("pope", "x\ny"), ("letters", "x\ny" * 99)])
+def test_an_invalid_reference_is_named_in_one_short_line(tmp_path, name, reference):
     record = (
-        GOOD | {"answers": [gold], "choices": ["x", "y"]}
+        GOOD | {"answers": [reference], "choices": ["x", "y"]}
         if name == "letters"
-        else {"image": "a.jpg", "text": "Is it?", "label": gold}
+        else {"image": "a.jpg", "text": "Is it?", "label": reference}
     )
-    with pytest.raises(UserError, match="question 1: its answers, ") as mistake:
-        read(tmp_path, json.dumps([record]), name)
-    assert "\n" not in str(mistake.value) and len(str(mistake.value)) < 300
+    with pytest.raises(UserError, match="question 1: its answers, ") as error:
+        read_user_questions(tmp_path, json.dumps([record]), name)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 300
 
 
-def test_answers_are_secret_of_all_questions_or_of_none(tmp_path):
+def test_answers_are_hidden_for_all_questions_or_for_none(tmp_path):
     record = {"questionId": 1, "question": "What?", "image": "a.jpg"}
-    assert read(tmp_path, json.dumps([record]), "docvqa")[0]["answers"] == []
+    assert read_user_questions(tmp_path, json.dumps([record]), "docvqa")[0]["answers"] == []
     with pytest.raises(
-        UserError, match="exam.json: 1 of 2 questions have no answers, the first is 1"
+        UserError, match="questions.json: 1 of 2 questions have no answers, the first is 1"
     ):
-        read(
+        read_user_questions(
             tmp_path,
             json.dumps([record, record | {"questionId": 2, "answers": ["milk"]}]),
             "docvqa",
         )
     with pytest.raises(
-        UserError,
-        match=r"`answers` must be a list of non-empty texts, not \['milk', None\]",
+        UserError, match=r"`answers` must be a list of non-empty texts, not \['milk', None\]"
     ):
-        read(tmp_path, json.dumps([record | {"answers": ["milk", None]}]), "docvqa")
-    lay(tmp_path, {"q.json": vqav2("val2014"), "COCO_val2014_000000262148.jpg": None})
+        read_user_questions(tmp_path, json.dumps([record | {"answers": ["milk", None]}]), "docvqa")
+    write_files(tmp_path, {"q.json": vqav2("val2014"), "COCO_val2014_000000262148.jpg": None})
     for answers in (None, []):
-        lay(
+        write_files(
             tmp_path,
             {
                 "n.json": {
@@ -1503,13 +1519,18 @@ def test_answers_are_secret_of_all_questions_or_of_none(tmp_path):
             benchmarks.load_questions("vqav2", tmp_path / "q.json", tmp_path / "n.json")
 
 
-def test_a_person_who_said_nothing_is_one_of_the_ten(tmp_path):
+def test_a_blank_reference_is_one_of_the_ten(tmp_path):
     record = {"question_id": 1, "image_id": "a", "question": "What?", "answers": ["red"] * 9 + [""]}
-    assert read(tmp_path, json.dumps([record]), "textvqa")[0]["answers"] == ["red"] * 9 + [""]
+    assert read_user_questions(tmp_path, json.dumps([record]), "textvqa")[0]["answers"] == [
+        "red"
+    ] * 9 + [""]
 
 
 def test_every_benchmark_of_the_issue_is_here_and_uses_only_what_is_there():
-    names = "coco vqav2 textvqa chartqa docvqa infovqa ai2d mmmu mmstar ocrbench pope mme mathvista realworldqa vqa exact contains letters captions"
+    names = (
+        "coco vqav2 textvqa chartqa docvqa infovqa ai2d mmmu mmstar ocrbench pope mme mathvista "
+        "realworldqa vqa exact contains letters captions"
+    )
     assert benchmarks.BENCHMARKS.keys() == set(names.split())
     for name, benchmark in benchmarks.BENCHMARKS.items():
         assert all(
@@ -1519,8 +1540,8 @@ def test_every_benchmark_of_the_issue_is_here_and_uses_only_what_is_there():
         assert benchmark.metric in {*metrics.METRICS, "captions"}, name
 
 
-def test_a_right_answer_to_a_row_is_marked_right_by_its_benchmarks_score(tmp_path):
-    """What a reader gives is what the score takes: MathVista's gold is a choice's text, MMMU's a letter or one of several texts, MME's says Yes."""
+def test_a_right_answer_is_scored_right_by_the_metric_of_its_benchmark(tmp_path):
+    """The references of MathVista are the text of a choice, of MMMU a letter or texts, of MME Yes."""
     number = {
         "pid": "1",
         "image": "a.jpg",
@@ -1532,7 +1553,7 @@ def test_a_right_answer_to_a_row_is_marked_right_by_its_benchmarks_score(tmp_pat
         "question": "?",
         "metadata": {"task": "x"},
     }
-    lay(
+    write_files(
         tmp_path,
         {
             "testmini.json": [

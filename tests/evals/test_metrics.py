@@ -1,4 +1,4 @@
-"""Marks by hand, with the arithmetic; by the owners' own programs where a package has them; and by a plain transcription of the definition."""
+"""Scores by hand, by the owners' own programs if a package has them, and by their definitions."""
 
 import itertools
 import math
@@ -69,7 +69,7 @@ def test_vqa_normalises_only_where_people_differ():
 
 
 @pytest.mark.parametrize(
-    "said, kept",
+    "text, kept",
     [
         ("The two Cats", "2 cats"),
         ("a", ""),  # why letters never come through here
@@ -77,7 +77,7 @@ def test_vqa_normalises_only_where_people_differ():
         ("dont", "don't"),
         ("couldn'tve been", "couldn't've been"),
         ("somebody'd", "somebodyd"),  # the table's own slip
-        ("1,000", "1000"),  # a comma between digits: all marks go without a space
+        ("1,000", "1000"),  # a comma between digits: all scores go without a space
         ("yes/no", "yes no"),  # else a mark is a space
         ("yes / no", "yes no"),  # or nothing where a space is beside it
         ("yes, no/maybe", "yes no maybe"),
@@ -90,12 +90,15 @@ def test_vqa_normalises_only_where_people_differ():
         ("." * 33, "."),  # the script strips 32 periods at the most
     ],
 )
-def test_vqa_normalisation(said, kept):
-    assert metrics.normalize_vqa(said) == kept
+def test_vqa_normalisation(text, kept):
+    assert metrics.normalize_vqa(text) == kept
 
 
 def test_the_contractions_are_the_scripts():
-    """The fingerprint is of vqaEval.py's table, without the four pairs that lower-cased words never meet and two that change nothing."""
+    """The checksum is that of vqaEval.py's table.
+
+    It is without the four pairs that lower-cased words never meet, and two that change nothing.
+    """
     table = "\n".join(f"{short} {full}" for short, full in sorted(metrics.CONTRACTIONS.items()))
     assert len(metrics.CONTRACTIONS) == 114 and zlib.crc32(table.encode()) == 621764067
 
@@ -163,28 +166,31 @@ class Literal:
             for word in out
         )
 
-    def accuracy(self, answer, golds):
+    def accuracy(self, answer, references):
         answer = answer.replace("\n", " ").replace("\t", " ").strip()
-        if len(set(golds)) > 1:
-            golds = [self.articles(self.punctuation(gold)) for gold in golds]
+        if len(set(references)) > 1:
+            references = [self.articles(self.punctuation(reference)) for reference in references]
             answer = self.articles(self.punctuation(answer))
-        marks = []
-        for i in range(len(golds)):
-            others = [gold for j, gold in enumerate(golds) if j != i]
-            marks.append(min(1, len([gold for gold in others if gold == answer]) / 3))
-        return sum(marks) / len(marks)
+        scores = []
+        for i in range(len(references)):
+            others = [reference for j, reference in enumerate(references) if j != i]
+            scores.append(
+                min(1, len([reference for reference in others if reference == answer]) / 3)
+            )
+        return sum(scores) / len(scores)
 
-    def textvqa(self, answer, golds):
+    def textvqa(self, answer, references):
         def tidy(text):
             text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
             return self.articles(
                 self.punctuation(text.replace("\n", " ").replace("\t", " ").strip())
             )
 
-        golds, answer = list(enumerate(map(tidy, golds))), tidy(answer)
+        references, answer = list(enumerate(map(tidy, references))), tidy(answer)
         return sum(
-            min(1, len([g for g in golds if g != left and g[1] == answer]) / 3) for left in golds
-        ) / len(golds)
+            min(1, len([g for g in references if g != left and g[1] == answer]) / 3)
+            for left in references
+        ) / len(references)
 
 
 def test_vqa_equals_a_literal_transcription_on_random_answers():
@@ -218,26 +224,20 @@ def test_vqa_equals_a_literal_transcription_on_random_answers():
 
     for _ in range(3000):
         pool = [phrase() for _ in range(rng.randint(1, 4))]
-        golds, answer = (
+        references, answer = (
             [rng.choice(pool) for _ in range(10)],
             rng.choice([*pool, "red", "\tthe red.\n"]),
         )
-        assert vqa_accuracy(answer, golds) == pytest.approx(
-            literal.accuracy(answer, golds), abs=1e-12
-        ), (
-            answer,
-            golds,
-        )
-        assert textvqa_accuracy(answer, golds) == pytest.approx(
-            literal.textvqa(answer, golds), abs=1e-12
-        ), (
-            answer,
-            golds,
-        )
+        assert vqa_accuracy(answer, references) == pytest.approx(
+            literal.accuracy(answer, references), abs=1e-12
+        ), (answer, references)
+        assert textvqa_accuracy(answer, references) == pytest.approx(
+            literal.textvqa(answer, references), abs=1e-12
+        ), (answer, references)
 
 
 @pytest.mark.parametrize(
-    "score, question, said",
+    "score, question, message",
     [
         (
             "vqa",
@@ -253,8 +253,8 @@ def test_vqa_equals_a_literal_transcription_on_random_answers():
         ("mathvista", {"answers": ["7"], "choices": []}, "question 7 has no answer_type"),
     ],
 )
-def test_what_cannot_be_marked_so_is_named(score, question, said):
-    with pytest.raises(UserError, match=said):
+def test_a_question_that_a_metric_cannot_score_is_named(score, question, message):
+    with pytest.raises(UserError, match=message):
         score_answers(score, ["red"], [{"id": 7, **question}])
 
 
@@ -262,7 +262,7 @@ def test_what_cannot_be_marked_so_is_named(score, question, said):
 
 
 @pytest.mark.parametrize(
-    "answer, gold, score",
+    "answer, reference, score",
     [
         ("105", "100", 1),
         ("105.1", "100", 0),
@@ -288,8 +288,8 @@ def test_what_cannot_be_marked_so_is_named(score, question, said):
         ("3 cats", "3", 0),
     ],
 )
-def test_relaxed_accuracy(answer, gold, score):
-    assert relaxed_accuracy(answer, [gold]) == score
+def test_relaxed_accuracy(answer, reference, score):
+    assert relaxed_accuracy(answer, [reference]) == score
 
 
 def test_relaxed_equals_pix2structs():
@@ -330,20 +330,20 @@ def test_relaxed_equals_pix2structs():
 
 
 @pytest.mark.parametrize(
-    "answer, golds, score",
+    "answer, references, score",
     [
         ("kitten", ["sitting"], 1 - 3 / 7),  # two letters changed, one added, of seven
         ("abcd", ["abxy"], 0.0),  # NL = 2/4: not under 0.5
         ("abcde", ["abcxy"], 1 - 2 / 5),
-        (" Paris ", ["paris", "london"], 1.0),  # case and ends; the best of the golds
+        (" Paris ", ["paris", "london"], 1.0),  # case and ends; the best of the references
         ("paris.", ["paris"], 1 - 1 / 6),  # a period is an edit
         ("the paris", ["paris"], 1 - 4 / 9),  # so is an article
         ("", ["paris"], 0.0),
         ("x", ["a much longer text"], 0.0),
     ],
 )
-def test_anls(answer, golds, score):
-    assert levenshtein_score(answer, golds) == pytest.approx(score, abs=1e-12)
+def test_anls(answer, references, score):
+    assert levenshtein_score(answer, references) == pytest.approx(score, abs=1e-12)
 
 
 def test_anls_equals_the_recursion():
@@ -434,9 +434,9 @@ def test_ocrbench_is_containment_and_at_most_one_a_question():
 )
 def test_letters_are_read_or_left_unparsed(answer, letter):
     question = {"choices": ["a cat", "a dog", "a large horse", "a cow"]}
-    for gold in "ABCD":
-        assert letter_score(answer, [gold], question) == (
-            None if letter is None else float(letter == gold)
+    for reference in "ABCD":
+        assert letter_score(answer, [reference], question) == (
+            None if letter is None else float(letter == reference)
         )
 
 
@@ -475,7 +475,7 @@ def test_mmmu_reads_open_answers_as_its_script_does():
     assert mmmu_score("", ["6"], ask) == 0
 
 
-def mmmu_open(response, gold):
+def mmmu_open(response, reference):
     """MMMU's parse_open_response and eval_open, step by step."""
 
     def normalize(string):
@@ -507,7 +507,7 @@ def mmmu_open(response, gold):
             r"-?\d+(?:\.\d+)?[eE][+-]?\d+", key
         )
         found += re.findall(r"-?(?:\d+\.\d+|\.\d+|\d+\b)(?![eE][+-]?\d+)(?![,\d])", key)
-    wanted = [norm for answer in gold for norm in normalize(answer)]
+    wanted = [norm for answer in reference for norm in normalize(answer)]
     for guess in [norm for text in found for norm in normalize(text)]:
         if isinstance(guess, str) and any(
             isinstance(norm, str) and norm in guess for norm in wanted
@@ -540,14 +540,28 @@ def test_mmmu_equals_a_literal_transcription_on_random_answers():
         "3.14159 ",
         "$6,000",
     ]
-    golds = ["12", "1234.50", "-3", "0.5", "2000", "left ventricle", "C", "3.14", "6,000", "16v"]
+    references = [
+        "12",
+        "1234.50",
+        "-3",
+        "0.5",
+        "2000",
+        "left ventricle",
+        "C",
+        "3.14",
+        "6,000",
+        "16v",
+    ]
     for _ in range(4000):
-        answer, gold = (
+        answer, reference = (
             "".join(rng.choices(pieces, k=rng.randint(1, 6))),
-            rng.sample(golds, rng.randint(1, 2)),
+            rng.sample(references, rng.randint(1, 2)),
         )
-        assert mmmu_score(answer, gold, {"choices": []}) == mmmu_open(answer, gold), (answer, gold)
-        right += mmmu_open(answer, gold)
+        assert mmmu_score(answer, reference, {"choices": []}) == mmmu_open(answer, reference), (
+            answer,
+            reference,
+        )
+        right += mmmu_open(answer, reference)
     assert 400 < right < 3600, "both come up"
 
 
@@ -569,8 +583,10 @@ def test_mmmu_equals_a_literal_transcription_on_random_answers():
     ],
 )
 def test_yes_and_no_are_whole_words(answer, word):
-    for gold in ("yes", "no"):
-        assert pope_score(answer, [gold]) == (None if word is None else float(word == gold))
+    for reference in ("yes", "no"):
+        assert pope_score(answer, [reference]) == (
+            None if word is None else float(word == reference)
+        )
 
 
 def test_mme_takes_the_first_word():
@@ -583,7 +599,7 @@ def test_mme_takes_the_first_word():
 
 
 @pytest.mark.parametrize(
-    "answer, gold, score, question",
+    "answer, reference, score, question",
     [
         ("B", "large", 1, {"choices": ["small", "large"]}),
         ("(A) small", "large", 0, {"choices": ["small", "large"]}),
@@ -615,8 +631,8 @@ def test_mme_takes_the_first_word():
         ("", "7", None, {"answer_type": "integer"}),
     ],
 )
-def test_mathvista(answer, gold, score, question):
-    assert mathvista_score(answer, [gold], question) == score
+def test_mathvista(answer, reference, score, question):
+    assert mathvista_score(answer, [reference], question) == score
 
 
 # ---- captions ----
@@ -638,18 +654,18 @@ def test_cider_equals_pycocoevalcap_on_random_captions():
         random.Random(11),
         sorted({word for caption in CAPTIONS for word in caption.split()}),
     )
-    for pictures in (1, 2, 37):
+    for image_count in (1, 2, 37):
         pool = CAPTIONS + [
             " ".join(rng.choices(vocabulary, k=rng.randint(1, 9))) for _ in range(20)
         ]
-        golds = [rng.choices(pool, k=rng.randint(1, 6)) for _ in range(pictures)]
+        references = [rng.choices(pool, k=rng.randint(1, 6)) for _ in range(image_count)]
         answers = [
             rng.choice([*CAPTIONS, "", rng.choice(texts), "riding riding riding"])
-            for texts in golds
+            for texts in references
         ]
-        score, each = cider_scores(answers, golds)
+        score, each = cider_scores(answers, references)
         theirs, parts = Cider().compute_score(
-            dict(enumerate(golds)), {i: [answer] for i, answer in enumerate(answers)}
+            dict(enumerate(references)), {i: [answer] for i, answer in enumerate(answers)}
         )
         assert score == pytest.approx(theirs, abs=1e-6) and each == pytest.approx(
             list(parts), abs=1e-6
@@ -657,10 +673,11 @@ def test_cider_equals_pycocoevalcap_on_random_captions():
 
 
 def test_cider_by_hand():
-    """Two pictures with one reference each, which share no word: each weight is log 2, which cancels, and cosines are of counts.
+    """Two images with one reference each, which share no word.
 
-    "a cat sat" / "a cat ran": 1-grams 2/3, 2-grams 1/2, 3-grams 0, no 4-grams: 10 x (2/3 + 1/2) / 4. Both have two pairs of words: no penalty.
-    "dog" / "dog": 1-grams 1, the others none: 10 / 4.
+    Each weight is log 2, which cancels: cosines are of counts. "a cat sat", "a cat ran": 1-grams
+    2/3, 2-grams 1/2, 3-grams 0, no 4-grams: 10 x (2/3 + 1/2) / 4. Both have two pairs of words: no
+    penalty.
     """
     score, each = cider_scores(["a cat sat", "dog"], [["a cat ran"], ["dog"]])
     assert each == pytest.approx([10 * (2 / 3 + 1 / 2) / 4, 10 / 4]) and score == pytest.approx(
@@ -677,14 +694,26 @@ def test_cider_wants_references():
         cider_scores(["a", "b"], [["a"], []])
 
 
-TREEBANK = {  # as Stanford's PTBTokenizer 3.4.1 with -lowerCase wrote them, less what pycocoevalcap drops
+TREEBANK = {  # by PTBTokenizer 3.4.1 -lowerCase, less what pycocoevalcap drops
     "A man's dog isn't here; it can't run!": "a man 's dog is n't here it ca n't run",
-    'The (small) "red" t-shirt, $5.00 at 3:30 p.m. on Jan. 5th...': "the -lrb- small -rrb- red t-shirt $ 5.00 at 3:30 p.m. on jan. 5th",
-    "black/white cat & dog -- isn't it? 50% of it's": "black/white cat & dog is n't it 50 % of it 's",
-    "I'm gonna cannot we'll they've he'd o'clock 'tis 'twas dogs' tail": "i 'm gon na can not we 'll they 've he 'd o'clock 't is 't was dogs tail",
-    "A dog... with a U.S. flag and Mr. Smith. and St. Louis No. 5": "a dog with a u.s. flag and mr. smith and st. louis no. 5",
-    "1,000 people 3.5 meters #1 @home a*b [x] 1/2 cup e-mail": "1,000 people 3.5 meters # 1 @home a * b -lsb- x -rsb- 1/2 cup e-mail",
-    "a \u201cstop\u201d sign it\u2019s caf\u00e9 \u2013 dash \u2014 long \u2026 end": "a stop sign it 's caf\u00e9 dash long end",
+    'The (small) "red" t-shirt, $5.00 at 3:30 p.m. on Jan. 5th...': (
+        "the -lrb- small -rrb- red t-shirt $ 5.00 at 3:30 p.m. on jan. 5th"
+    ),
+    "black/white cat & dog -- isn't it? 50% of it's": (
+        "black/white cat & dog is n't it 50 % of it 's"
+    ),
+    "I'm gonna cannot we'll they've he'd o'clock 'tis 'twas dogs' tail": (
+        "i 'm gon na can not we 'll they 've he 'd o'clock 't is 't was dogs tail"
+    ),
+    "A dog... with a U.S. flag and Mr. Smith. and St. Louis No. 5": (
+        "a dog with a u.s. flag and mr. smith and st. louis no. 5"
+    ),
+    "1,000 people 3.5 meters #1 @home a*b [x] 1/2 cup e-mail": (
+        "1,000 people 3.5 meters # 1 @home a * b -lsb- x -rsb- 1/2 cup e-mail"
+    ),
+    "a \u201cstop\u201d sign it\u2019s caf\u00e9 \u2013 dash \u2014 long \u2026 end": (
+        "a stop sign it 's caf\u00e9 dash long end"
+    ),
     "don't y'all 80's 1980s '90s d'oh ma'am": "do n't y' all 80 's 1980s '90s d'oh ma'am",
 }
 
@@ -732,8 +761,11 @@ def balanced(n):
 
 
 def test_pope_by_hand():
-    """Golds yes yes yes no no no; said yes yes no yes no ?: right 3 of 6; 2 of the 3 yes are so; 2 of the 3 wanted; F1 2 x (2/3)^2 / (4/3) = 2/3."""
-    questions = [{"kind": "all", "answers": [gold]} for gold in ["yes"] * 3 + ["no"] * 3]
+    """References yes yes yes no no no, answers yes yes no yes no ?: 3 of 6 are right.
+
+    2 of the 3 yes are right, 2 of the 3 expected ones are found: F1 = 2 x (2/3)^2 / (4/3) = 2/3.
+    """
+    questions = [{"kind": "all", "answers": [reference]} for reference in ["yes"] * 3 + ["no"] * 3]
     answers = ["Yes", "yes, one", "no", "yes", "No.", "a dog"]
     got = benchmark_metrics("pope", questions, answers, score_answers("yesno", answers, questions))
     assert got == pytest.approx(
@@ -754,7 +786,7 @@ def test_pope_by_hand():
     assert got.items() <= parts.items() and len(parts) == 3 * 5 + 1
     assert (
         parts["random accuracy"] == 2 / 3 and parts["popular yes-rate"] == 2 / 3
-    )  # random: yes yes no ...: golds yes yes no, said yes no No.
+    )  # random: yes yes no ...: references yes yes no, said yes no No.
 
 
 @pytest.mark.parametrize(
@@ -797,10 +829,7 @@ def test_a_random_answerer_gets_what_chance_gives():
     share = sum(question["answers"] == ["A"] for question in questions) / n
     assert benchmark_metrics(
         "mmstar", questions, always, score_answers("letters", always, questions)
-    ) == {
-        "accuracy": share,
-        "unparsed": 0,
-    }
+    ) == {"accuracy": share, "unparsed": 0}
     got = benchmark_metrics(
         "mmstar", questions, thrown, score_answers("letters", thrown, questions)
     )["accuracy"]
@@ -815,22 +844,25 @@ def test_a_random_answerer_gets_what_chance_gives():
 
 
 def test_an_empty_answer_gets_nothing_anywhere():
-    golds = {"yesno": ["yes"], "mme": ["yes"], "letters": ["B"], "mathvista": ["3"]}
+    references = {"yesno": ["yes"], "mme": ["yes"], "letters": ["B"], "mathvista": ["3"]}
     question = {"choices": [], "dataset_name": "IAM", "answer_type": "integer", "precision": 1}
     for name, score in metrics.METRICS.items():
-        assert not score("", golds.get(name, ["red"] * 10), question), name
-        assert (score("", golds.get(name, ["red"] * 10), question) is None) == (
-            name in golds
+        assert not score("", references.get(name, ["red"] * 10), question), name
+        assert (score("", references.get(name, ["red"] * 10), question) is None) == (
+            name in references
         )  # nothing to read is told from wrong
 
 
 def test_mme_by_hand():
-    """Perception: two pictures of `count`, 3 of 4 answers right, one picture wholly: 75 + 50. Cognition: one picture, none right by an unparsed and a
-    wrong one: 0. An always-yes answerer has acc 50 and acc+ 0 in each category, as each picture has a yes and a no."""
+    """Perception: two images of `count`, 3 of 4 answers right, one image with both: 75 + 50.
+
+    Cognition: one image, an unparsed and a wrong answer: 0. A model that always answers yes has acc
+    50 and acc+ 0 in each category, as each image has a yes and a no.
+    """
     questions = [
-        {"kind": kind, "image": [image], "answers": [gold]}
+        {"kind": kind, "image": [image], "answers": [reference]}
         for kind, image in (("count", "a.jpg"), ("count", "b.jpg"), ("code_reasoning", "a.jpg"))
-        for gold in ("Yes", "No")
+        for reference in ("Yes", "No")
     ]
     answers = ["yes", "no", "yes", "Yes", "notice", "yes"]
     got = benchmark_metrics("mme", questions, answers, score_answers("mme", answers, questions))
@@ -886,7 +918,10 @@ def test_the_other_summaries():
 
 
 def test_the_interval_is_the_binomials():
-    """Of n coins with share p the middle 95% is p +- 1.96 sqrt(p (1 - p) / n); None counts as 0; the same seed, the same interval."""
+    """Of n coins with share p, the middle 95% is p ± 1.96 √(p (1 - p) / n); None counts as 0.
+
+    The same seed gives the same interval.
+    """
     scores = [1.0] * 300 + [0.0] * 600 + [None] * 100
     low, high = confidence_interval(scores, seed=1)
     half = 1.96 * math.sqrt(0.3 * 0.7 / 1000)

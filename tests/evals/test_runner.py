@@ -1,6 +1,7 @@
-"""An exam asks each question once, on however many ranks and whatever interrupts it, and its answers are those that are given one by one.
+"""An evaluation asks each question once, on any number of ranks and despite interruptions.
 
-Everything that two ranks do is done in one launch of this file, since most of a launch is waiting for torch.
+Its answers are those that are given one by one. Everything that two ranks do is in one launch of
+this file, since most of a launch is the import of torch.
 """
 
 import base64
@@ -36,7 +37,13 @@ IMAGE_CONFIG = {
     "mean": [0.5] * 3,
     "std": [0.5] * 3,
 }
-TILES = IMAGE_CONFIG | {"fit": "tiles", "tiles": 6, "choice": "aspect", "thumbnail": True, "tags": False}
+TILES = IMAGE_CONFIG | {
+    "fit": "tiles",
+    "tiles": 6,
+    "choice": "aspect",
+    "thumbnail": True,
+    "tags": False,
+}
 CPU = torch.device("cpu")
 ROW = {
     "id": "x",
@@ -50,7 +57,7 @@ ROW = {
 
 
 def make_home(home):
-    """A checkpoint that speaks in bytes and often ends, pictures of three sizes, and an exam of 23 questions of many lengths."""
+    """A checkpoint whose tokens are bytes and often end, images of 3 sizes, and 23 questions."""
     words = tokenizer.train_tokenizer(["a b"], 256, ["<s>", "[INST]", "[/INST]", "</s>"])
     model = make_vlm(decoder={"vocab_size": words.vocab_size})
     with torch.no_grad():
@@ -65,13 +72,13 @@ def make_home(home):
         Image.fromarray(g.integers(256, size=(height, width, 3), dtype=np.uint8)).save(
             home / f"{name}.png"
         )
-    kinds, shown, asked = (
+    kinds, shown, records = (
         ["one", "two", "<three>"],
         [["a.png"], [], ["b.png", "c.png"], ["c.png"], ["b.png"]],
         [],
     )
     for i in range(23):
-        asked.append(
+        records.append(
             {
                 "id": i if i % 2 else f"n{i}",
                 "kind": kinds[i % 3],
@@ -80,25 +87,27 @@ def make_home(home):
                 "answers": ["nothing", "?"][: 1 + i % 2],
             }
         )
-    write_exam(home, asked)
-    said = answers(
+    write_questions(home, records)
+    generated = answers(
         load_checkpoint(home / "model"),
-        benchmarks.load_questions("exact", str(home / "exam.jsonl")),
+        benchmarks.load_questions("exact", str(home / "questions.jsonl")),
         max_tokens=12,
     )
     for i in (4, 5, 9, 13, 14, 17):  # what is right of these
-        asked[i]["answers"].append(said[i].text.strip() or "?")
-    write_exam(home, asked)
+        records[i]["answers"].append(generated[i].text.strip() or "?")
+    write_questions(home, records)
     return home
 
 
-def write_exam(home, asked):
-    (home / "exam.jsonl").write_text("".join(json.dumps(question) + "\n" for question in asked))
+def write_questions(home, records):
+    (home / "questions.jsonl").write_text(
+        "".join(json.dumps(question) + "\n" for question in records)
+    )
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    return make_home(tmp_path_factory.mktemp("exam"))
+    return make_home(tmp_path_factory.mktemp("evaluation"))
 
 
 @pytest.fixture(scope="module")
@@ -108,21 +117,21 @@ def checkpoint(home):
 
 @pytest.fixture(scope="module")
 def questions(home):
-    return benchmarks.load_questions("contains", str(home / "exam.jsonl"))
+    return benchmarks.load_questions("contains", str(home / "questions.jsonl"))
 
 
 def tiled(checkpoint):
-    """A model that cuts its pictures into tiles, so that these take as many tokens as their shape asks for."""
+    """A model that cuts images into tiles: their number of tokens depends on their size."""
     return checkpoint._replace(image_config=TILES)
 
 
 def alone(checkpoint, question, **choices):
     """The answer as sample.py gives it, and its tokens."""
-    pictures = [
+    images = [
         image_processing.load_image(ref.path, checkpoint.image_config) for ref in question["image"]
     ]
     parts = list(
-        sample.stream_answer(checkpoint, [("user", question["question"])], pictures, **choices)
+        sample.stream_answer(checkpoint, [("user", question["question"])], images, **choices)
     )
     return "".join(parts)
 
@@ -133,7 +142,7 @@ def answers(checkpoint, questions, **how):
         pair for pairs in runner.answer_questions(checkpoint, questions, **how) for pair in pairs
     )
     assert [i for i, _ in found] == list(range(len(questions)))
-    return [said for _, said in found]
+    return [output for _, output in found]
 
 
 # ---- asking ----
@@ -147,11 +156,11 @@ def test_many_answers_at_once_are_the_answers_one_by_one(checkpoint, questions, 
     checkpoint = cut(checkpoint)
     want = [alone(checkpoint, question, **how) for question in questions]
     for batch in (1, 4, 100):
-        said = answers(checkpoint, questions, batch=batch, **how)
-        assert [one.text for one in said] == want
+        output = answers(checkpoint, questions, batch=batch, **how)
+        assert [one.text for one in output] == want
         assert (
-            all(one.cut == (one.tokens == how["max_tokens"]) or not one.cut for one in said)
-            and len({one.cut for one in said}) == 2
+            all(one.cut == (one.tokens == how["max_tokens"]) or not one.cut for one in output)
+            and len({one.cut for one in output}) == 2
         )
     assert len(set(want)) > 10
     assert answers(checkpoint, [], max_tokens=3) == []
@@ -164,16 +173,16 @@ def test_an_answer_is_cut_off_if_it_has_not_ended_and_its_tokens_count_the_end(
     short = next(one for one in long if not one.cut and one.tokens > 2)
     question = [questions[long.index(short)]]
     for most, cut in ((short.tokens - 1, True), (short.tokens, False), (short.tokens + 1, False)):
-        (said,) = answers(checkpoint, question, max_tokens=most)
-        assert (said.cut, said.tokens, said.text) == (
+        (output,) = answers(checkpoint, question, max_tokens=most)
+        assert (output.cut, output.tokens, output.text) == (
             cut,
             min(most, short.tokens),
-            short.text if not cut else said.text,
+            short.text if not cut else output.text,
         )
-        assert short.text.startswith(said.text.rstrip("\ufffd"))
+        assert short.text.startswith(output.text.rstrip("\ufffd"))
 
 
-def test_blank_hides_the_pictures_and_nothing_else(checkpoint):
+def test_blank_images_hides_the_images_and_nothing_else(checkpoint):
     def seen(color):
         return image_processing.ProcessedImage(
             np.full((1, 3, 12, 12), color, np.uint8), np.arange(4), (12, 12)
@@ -205,16 +214,16 @@ def test_the_model_is_called_in_the_context_that_is_given(checkpoint, questions)
 
 @pytest.mark.parametrize("cut", [lambda checkpoint: checkpoint, tiled])
 def test_neighbours_in_length_share_a_batch(checkpoint, questions, cut):
-    """The longest of a batch is no longer than the shortest of the next, by what the model reads; of as long ones, the first comes first."""
+    """No prompt is longer than those of the next batch; equal lengths keep their order."""
     checkpoint = cut(checkpoint)
     lengths = []
     for question in questions:
-        pictures = [
+        images = [
             image_processing.load_image(ref.path, checkpoint.image_config)
             for ref in question["image"]
         ]
         lengths.append(
-            len(runner.encode_prompt(checkpoint, [("user", question["question"])], pictures))
+            len(runner.encode_prompt(checkpoint, [("user", question["question"])], images))
         )
     assert runner.prompt_lengths(checkpoint, questions) == lengths
     batches = runner.batches_by_length(lengths, 4)
@@ -230,12 +239,12 @@ def test_sizes_are_read_of_files_zips_and_bytes_alike(home, tmp_path):
         == (50, 13)
     )
     for ref in (
-        image_refs.ImageBytes("b", b"no picture"),
-        image_refs.ImageFile(str(home / "exam.jsonl")),
+        image_refs.ImageBytes("b", b"no image"),
+        image_refs.ImageFile(str(home / "questions.jsonl")),
         image_refs.ImageFile(str(home / "none.png")),
     ):
         with pytest.raises(
-            UserError, match="b is no picture|exam.jsonl is no picture|none.png: No such file"
+            UserError, match="b is no image|questions.jsonl is no image|none.png: No such file"
         ):
             runner.read_image_size(ref)
 
@@ -259,7 +268,7 @@ def test_the_table_counts_each_question_once_in_its_kind_and_once_in_all():
 
 
 def test_the_interval_is_as_wide_as_theory_says():
-    """Of n answers, a share p right: the mean's deviation is √(p (1 - p) / n), the interval 1.96 of these on both sides."""
+    """The mean of n answers, a share p right, has the deviation √(p (1 - p) / n): ± 1.96 of it."""
     rows = [row(float(i % 4 == 0)) for i in range(1000)]
     line = report.make_table(rows, seed=1)[-1]
     half = 1.96 * (0.25 * 0.75 / 1000) ** 0.5
@@ -267,7 +276,7 @@ def test_the_interval_is_as_wide_as_theory_says():
     assert line == report.make_table(rows, seed=1)[-1] != report.make_table(rows, seed=2)[-1]
 
 
-def test_what_has_no_right_answer_is_not_marked():
+def test_an_answer_without_references_has_no_score():
     rows = runner.score_results(
         [
             {**row(None, answers=()), "answer": "x"},
@@ -282,32 +291,35 @@ def test_what_has_no_right_answer_is_not_marked():
     assert report.make_table(rows[:1])[-1][2:6] == (None, None, None, None)
 
 
-def test_what_no_rule_could_mark_is_refused_before_it_is_asked(checkpoint, questions, monkeypatch):
+def test_a_question_that_cannot_be_scored_is_refused_before_anything_is_generated(
+    checkpoint, questions, monkeypatch
+):
     monkeypatch.setattr(runner, "generate_answers", None)
     for begin in (runner.run_benchmark, runner.evaluate):
         with pytest.raises(UserError, match="question n0 has 1 reference answers"):
             begin(checkpoint, questions, benchmark="vqa", max_tokens=3)
 
 
-def test_captions_are_marked_all_at_once(capsys):
-    """CIDEr's idf needs the whole corpus: a caption that all pictures have says nothing."""
+def test_captions_are_scored_all_at_once(capsys):
+    """CIDEr's idf needs the whole corpus: a caption that all images have says nothing."""
     rows = [
-        {**row(None), "answer": said, "answers": golds, "prompt": "?"}
-        for said, golds in [
+        {**row(None), "answer": answer, "answers": references, "prompt": "?"}
+        for answer, references in [
             ("a cat on a mat", ["a cat on a mat", "the cat sits"]),
             ("a dog", ["a bird flies", "a dog"]),
             ("nothing", ["a house", "some house"]),
         ]
     ]
     rows = runner.score_results(rows, "captions")
-    marks = [one["score"] for one in rows]
-    assert marks[0] > marks[1] > marks[2] == 0
+    scores = [one["score"] for one in rows]
+    assert scores[0] > scores[1] > scores[2] == 0
     assert report.needs_all_answers("captions") and not report.needs_all_answers("vqa")
     report.print_table(report.make_table(rows), {}, "captions")
-    said = capsys.readouterr().out
-    mean = f"{100 * sum(marks) / 3:.1f}"
+    output = capsys.readouterr().out
+    mean = f"{100 * sum(scores) / 3:.1f}"
     assert (
-        f"{mean:>6} CIDEr-D" in said and "do not compare it with scores over other images" in said
+        f"{mean:>6} CIDEr-D" in output
+        and "do not compare it with scores over other images" in output
     )
     page = report.html_page(rows, 3 * [{"image": []}], report.make_table(rows), "captions", "m")
     assert f"<td>3<td>{mean}<td>" in page and page.count("%") == 2, (
@@ -318,26 +330,31 @@ def test_captions_are_marked_all_at_once(capsys):
 # ---- an exam from beginning to end ----
 
 
-def answering(monkeypatch, say):
-    """A model that gives the answer say(text of the question) and sees nothing."""
+def answer_by(monkeypatch, give):
+    """A model that gives the answer give(text of the question) and sees nothing."""
     monkeypatch.setattr(
         runner,
         "generate_answers",
-        lambda checkpoint, asked, **how: [
-            runner.Answer(say(text), 2, False, text) for text, _ in asked
+        lambda checkpoint, prompts, **how: [
+            runner.Answer(give(text), 2, False, text) for text, _ in prompts
         ],
     )
 
 
-def test_a_benchmark_is_told_by_its_owners_figures(home, checkpoint, tmp_path, monkeypatch, capsys):
-    """Always "yes", of questions of which half are to be answered by no: POPE 50% accuracy, all yes, F1 2 · 0.5 · 1 / 1.5; MME 50 of 100 for acc, and
-    none for acc+, which wants both questions of a picture."""
+def test_a_benchmark_is_reported_by_its_owners_metrics(
+    home, checkpoint, tmp_path, monkeypatch, capsys
+):
+    """Always "yes", and half of the references are no.
+
+    POPE: accuracy 50%, all yes, F1 2 · 0.5 · 1 / 1.5. MME: 50 of 100 for acc, 0 for acc+, which
+    needs both answers of an image.
+    """
     records = [
         {"question_id": i, "image": "a.png", "text": f"Is it {i}?", "label": label}
         for i, label in enumerate(("yes", "no"))
     ]
-    asked = "".join(json.dumps(record) + "\n" for record in records)
-    files = {f"pope/coco_pope_{kind}.json": asked for kind in ("random", "popular")} | {
+    lines = "".join(json.dumps(record) + "\n" for record in records)
+    files = {f"pope/coco_pope_{kind}.json": lines for kind in ("random", "popular")} | {
         "pope/a.png": None
     }
     for kind in ("color", "code_reasoning", "count"):
@@ -348,31 +365,33 @@ def test_a_benchmark_is_told_by_its_owners_figures(home, checkpoint, tmp_path, m
     for path, text in files.items():
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_bytes((text and text.encode()) or (home / "a.png").read_bytes())
-    told = {}
+    tables = {}
     for name in ("pope", "mme"):
         questions = benchmarks.load_questions(name, str(tmp_path / name))
-        answering(monkeypatch, lambda text: "Yes.")
+        answer_by(monkeypatch, lambda text: "Yes.")
         rows, about = runner.run_benchmark(checkpoint, questions, benchmark=name, max_tokens=9)
         runner.summarize(rows, about, questions, name)
-        told[name] = capsys.readouterr().out.splitlines()
-    assert [line.split()[:5] for line in told["pope"][:3]] == [
+        tables[name] = capsys.readouterr().out.splitlines()
+    assert [line.split()[:5] for line in tables["pope"][:3]] == [
         [kind, count, "questions", "50.0%", "right"]
         for kind, count in (("popular", "2"), ("random", "2"), ("all", "4"))
     ]
-    assert {"F1: 0.66667", "yes-rate: 1", "precision: 0.5", "recall: 1"} <= set(told["pope"])
-    assert {"perception: 100", "cognition: 50", "total: 150", "color: 50"} <= set(told["mme"])
+    assert {"F1: 0.66667", "yes-rate: 1", "precision: 0.5", "recall: 1"} <= set(tables["pope"])
+    assert {"perception: 100", "cognition: 50", "total: 150", "color: 50"} <= set(tables["mme"])
 
 
-def test_a_secret_test_is_handed_in_unmarked(home, checkpoint, tmp_path, monkeypatch, capsys):
-    asked = [
+def test_a_hidden_test_set_is_submitted_without_scores(
+    home, checkpoint, tmp_path, monkeypatch, capsys
+):
+    records = [
         {"questionId": i, "question": text, "image": "documents/a.png"}
         for i, text in ((7, "What?"), (8, "When?"))
     ]
-    (tmp_path / "test_v1.0.json").write_text(json.dumps({"data": asked}))
+    (tmp_path / "test_v1.0.json").write_text(json.dumps({"data": records}))
     questions = benchmarks.load_questions(
         "docvqa", str(tmp_path / "test_v1.0.json"), images=str(home)
     )
-    answering(monkeypatch, lambda text: " 1993" if "When" in text else "milk\n")
+    answer_by(monkeypatch, lambda text: " 1993" if "When" in text else "milk\n")
     rows, about = runner.run_benchmark(checkpoint, questions, benchmark="docvqa", max_tokens=9)
     runner.summarize(
         rows,
@@ -398,7 +417,7 @@ def without_speed(table):
     return table.replace(found[0], "")
 
 
-def sit(checkpoint, questions, out, **how):
+def run_and_summarize(checkpoint, questions, out, **how):
     rows, about = runner.run_benchmark(
         checkpoint,
         questions,
@@ -410,18 +429,18 @@ def sit(checkpoint, questions, out, **how):
     return rows
 
 
-def test_an_exam_that_is_stopped_goes_on_to_the_same_bytes_and_asks_nothing_twice(
+def test_an_interrupted_evaluation_resumes_to_the_same_bytes_and_asks_nothing_twice(
     checkpoint, questions, tmp_path, monkeypatch, capsys
 ):
-    sit(checkpoint, questions, tmp_path / "whole.jsonl")
+    run_and_summarize(checkpoint, questions, tmp_path / "whole.jsonl")
     table = without_speed(capsys.readouterr().out)
-    answer, asked = runner.generate_answers, []
+    answer, prompts = runner.generate_answers, []
 
     def until(most):
         def counted(checkpoint, some, **how):
-            if len(asked) >= most:
+            if len(prompts) >= most:
                 raise KeyboardInterrupt
-            asked.extend(text for text, _ in some)
+            prompts.extend(text for text, _ in some)
             return answer(checkpoint, some, **how)
 
         return counted
@@ -430,26 +449,26 @@ def test_an_exam_that_is_stopped_goes_on_to_the_same_bytes_and_asks_nothing_twic
     for most in (8, 15):
         monkeypatch.setattr(runner, "generate_answers", until(most))
         with pytest.raises(KeyboardInterrupt):
-            sit(checkpoint, questions, out)
+            run_and_summarize(checkpoint, questions, out)
         assert (
-            len(out.read_text().splitlines()) == len(asked)
+            len(out.read_text().splitlines()) == len(prompts)
             and json.loads(out.with_suffix(".json").read_text())["settings"]
         )
         with open(out, "a") as file:
             file.write('{"id": "n0", "answer": "to')  # a line that was torn
     monkeypatch.setattr(runner, "generate_answers", until(100))
     capsys.readouterr()
-    sit(checkpoint, questions, out)
-    assert sorted(asked) == sorted(question["question"] for question in questions)
+    run_and_summarize(checkpoint, questions, out)
+    assert sorted(prompts) == sorted(question["question"] for question in questions)
     assert (
         out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
         and without_speed(last := capsys.readouterr().out) == table
     )
-    told = out.with_suffix(".json").read_text()
-    sit(checkpoint, questions, out, batch=5)
-    assert len(asked) == 23, "an exam that is over is not asked again"
-    assert out.with_suffix(".json").read_text() == told and capsys.readouterr().out == last, (
-        "nor is it told otherwise how it was asked, and how fast"
+    metadata = out.with_suffix(".json").read_text()
+    run_and_summarize(checkpoint, questions, out, batch=5)
+    assert len(prompts) == 23, "an exam that is over is not prompts again"
+    assert out.with_suffix(".json").read_text() == metadata and capsys.readouterr().out == last, (
+        "nor is it metadata otherwise how it was prompts, and how fast"
     )
     one, other = (
         json.loads((tmp_path / f"{name}.json").read_text()) for name in ("whole", "stopped")
@@ -460,23 +479,23 @@ def test_an_exam_that_is_stopped_goes_on_to_the_same_bytes_and_asks_nothing_twic
 
 
 @pytest.mark.parametrize("torn", ["", '{"id": "n0", "answer": "to', json.dumps(ROW), "\0" * 9])
-def test_an_exam_goes_on_behind_the_last_line_that_is_whole_in_the_same_file(tmp_path, torn):
-    out, asked, question = (
+def test_an_evaluation_resumes_after_the_last_complete_line(tmp_path, torn):
+    out, settings, question = (
         tmp_path / "answers.jsonl",
         {"benchmark": "exact"},
         {"id": "x", "question": "?"},
     )
-    (tmp_path / "answers.json").write_text(json.dumps({"settings": asked}))
+    (tmp_path / "answers.json").write_text(json.dumps({"settings": settings}))
     whole = json.dumps(ROW | {"id": "y"}) + "\n"
     out.write_text(whole + torn)
     with open(out, "a") as writer:
-        assert list(runner.resume_answers(out, [question, question | {"id": "y"}], asked, {})) == [
-            1
-        ]
+        assert list(
+            runner.resume_answers(out, [question, question | {"id": "y"}], settings, {})
+        ) == [1]
         writer.write("more")
     assert out.read_text() == whole + "more"
     with pytest.raises(UserError, match=f"{out} answers question y, which is not in --questions"):
-        runner.resume_answers(out, [question], asked, {})
+        runner.resume_answers(out, [question], settings, {})
 
 
 @pytest.mark.parametrize(
@@ -491,11 +510,12 @@ def test_an_exam_goes_on_behind_the_last_line_that_is_whole_in_the_same_file(tmp
         '{"asked": {"benchmark": "exact"}, "card": 5}',
     ],
 )
-def test_what_is_no_table_of_an_exam_is_named(tmp_path, kept):
+def test_a_file_that_is_no_answers_json_is_named(tmp_path, kept):
     (tmp_path / "answers.json").write_text(kept)
     with pytest.raises(
         UserError,
-        match=f"^{tmp_path}/answers.json(, where the scores of .* belong, is something else| is no JSON object)",
+        match=f"^{tmp_path}/answers.json(, where the scores of .* belong, is something else| is no "
+        "JSON object)",
     ):
         runner.read_metadata(tmp_path / "answers.jsonl")
 
@@ -514,33 +534,35 @@ def test_a_line_is_written_as_soon_as_it_is_answered(checkpoint, questions, tmp_
         return answer(*arguments, **how)
 
     monkeypatch.setattr(runner, "generate_answers", watched)
-    sit(checkpoint, questions, out)
+    run_and_summarize(checkpoint, questions, out)
     assert seen == [0, 3, 7, 11, 15, 19], "the longest first: the batch of three"
 
 
-def test_the_json_beside_says_what_was_asked_and_how_it_went(checkpoint, questions, tmp_path):
-    rows = sit(checkpoint, questions, tmp_path / "answers.jsonl", seed=5, temperature=0.5)
-    told = json.loads((tmp_path / "answers.json").read_text())
-    asked = told["settings"]
-    assert {name: asked[name] for name in ("benchmark", "seed", "temperature", "max_tokens")} == {
-        "benchmark": "contains",
-        "seed": 5,
-        "temperature": 0.5,
-        "max_tokens": 12,
-    }
-    assert (
-        told["history"]["folder"].endswith("model")
-        and re.fullmatch("[0-9a-f]{8}", asked["model"])
-        and asked["questions"].startswith("23 (")
+def test_answers_json_has_the_settings_and_the_scores(checkpoint, questions, tmp_path):
+    rows = run_and_summarize(
+        checkpoint, questions, tmp_path / "answers.jsonl", seed=5, temperature=0.5
     )
-    assert told["history"]["born"] == "here" and told["batch"] == 4
-    assert told["table"][-1] == report.make_table(rows)[-1]._asdict() and told["answers_per_s"] > 0
-    assert told["tokens_per_s"] / told["answers_per_s"] == pytest.approx(
+    metadata = json.loads((tmp_path / "answers.json").read_text())
+    settings = metadata["settings"]
+    assert {
+        name: settings[name] for name in ("benchmark", "seed", "temperature", "max_tokens")
+    } == {"benchmark": "contains", "seed": 5, "temperature": 0.5, "max_tokens": 12}
+    assert (
+        metadata["history"]["folder"].endswith("model")
+        and re.fullmatch("[0-9a-f]{8}", settings["model"])
+        and settings["questions"].startswith("23 (")
+    )
+    assert metadata["history"]["born"] == "here" and metadata["batch"] == 4
+    assert (
+        metadata["table"][-1] == report.make_table(rows)[-1]._asdict()
+        and metadata["answers_per_s"] > 0
+    )
+    assert metadata["tokens_per_s"] / metadata["answers_per_s"] == pytest.approx(
         sum(row["tokens"] for row in rows) / 23
     )
 
 
-def test_progress_tells_speed_score_and_the_time_left(monkeypatch, capsys):
+def test_progress_prints_speed_score_and_the_time_left(monkeypatch, capsys):
     clock = [100.0]
     monkeypatch.setattr(report.time, "perf_counter", lambda: clock[0])
     progress = report.EvaluationProgress(20, 4)
@@ -551,30 +573,32 @@ def test_progress_tells_speed_score_and_the_time_left(monkeypatch, capsys):
     assert capsys.readouterr().err == ""
     clock[0] = 106.0
     progress.update(rows[:2], "exact")  # 6 in 6 s: one a second; 4 of 6 right; 10 left
-    said = capsys.readouterr().err
-    assert said == "10/20 questions | 1.0 answers/s | 66.7% so far | 0:00:10 left\n"
+    output = capsys.readouterr().err
+    assert output == "10/20 questions | 1.0 answers/s | 66.7% so far | 0:00:10 left\n"
     assert progress.speeds() == {"answers_per_s": 1.0, "tokens_per_s": 10.0}
 
 
 def test_the_table_ends_with_the_speed_where_it_is_known(capsys):
-    for speed, said in ((1234.5, "0.0% cut off   1,234 tokens/s"), (None, "0.0% cut off")):
+    for speed, message in ((1234.5, "0.0% cut off   1,234 tokens/s"), (None, "0.0% cut off")):
         report.print_table(report.make_table([row(1, "b"), row(0, "a")]), {}, "exact", speed)
         b, a, every = capsys.readouterr().out.splitlines()
-        assert every.endswith(said) and a.endswith("cut off") and b.endswith("cut off")
+        assert every.endswith(message) and a.endswith("cut off") and b.endswith("cut off")
 
 
-def test_versions_know_our_own_files_and_what_a_picture_passes_through(tmp_path, monkeypatch):
-    told = runner.package_versions()
+def test_versions_include_our_own_files_and_what_an_image_passes_through(tmp_path, monkeypatch):
+    versions = runner.package_versions()
     assert (
-        told["torch"] == torch.__version__ and told["numpy"] == np.__version__ and "pillow" in told
+        versions["torch"] == torch.__version__
+        and versions["numpy"] == np.__version__
+        and "pillow" in versions
     )
     shutil.copytree(Path(runner.__file__).parents[1], tmp_path / "nanovlm")
     monkeypatch.setattr(runner, "__file__", str(tmp_path / "nanovlm" / "evals" / "runner.py"))
-    assert runner.package_versions() == told
+    assert runner.package_versions() == versions
     with open(tmp_path / "nanovlm" / "data" / "chat_template.py", "a") as file:
         file.write("\n")
     assert [
-        name for name, version in runner.package_versions().items() if version != told[name]
+        name for name, version in runner.package_versions().items() if version != versions[name]
     ] == ["nanovlm"]
 
 
@@ -604,9 +628,7 @@ def test_a_model_is_known_by_what_its_files_hold_and_not_by_where_they_lie_and_s
 @pytest.mark.parametrize(
     "name", ["model.safetensors", "pytorch_model.bin", "sharded/rank-00000.safetensors"]
 )
-def test_of_a_large_file_of_weights_a_sample_is_read_that_no_layer_slips_through(
-    tmp_path, monkeypatch, name
-):
+def test_the_hash_of_a_large_weights_file_samples_every_layer(tmp_path, monkeypatch, name):
     """Of 1,000 bytes the first 8 of every 125 are read here."""
     monkeypatch.setattr(runner, "HASH_BLOCK", 8)
     (tmp_path / "sharded").mkdir()
@@ -622,7 +644,7 @@ def test_of_a_large_file_of_weights_a_sample_is_read_that_no_layer_slips_through
     assert runner.hash_weights(str(tmp_path)) != known[0]
 
 
-def test_prompts_longer_than_anything_the_model_was_trained_on_are_warned_of_before_they_are_asked(
+def test_prompts_longer_than_those_of_training_give_a_warning(
     checkpoint, questions, tmp_path, capsys
 ):
     lengths, checkpoint = (
@@ -632,33 +654,35 @@ def test_prompts_longer_than_anything_the_model_was_trained_on_are_warned_of_bef
     longest, row = max(lengths), sorted(lengths)[-4]
     long = sum(length > row for length in lengths)
     assert 0 < long < 4
-    for trained, said in (
+    for seq_len, message in (
         (longest, ""),
         (
             row,
-            f"{long} of 23 prompts take up to {longest} tokens, but the model was trained on sequences of {row}: "
-            "the answers may be poor\n",
+            f"{long} of 23 prompts take up to {longest} tokens, but the model was trained on "
+            f"sequences of {row}: the answers may be poor\n",
         ),
     ):
-        (tmp_path / "training.json").write_text(json.dumps({"step": 1, "row": trained}))
+        (tmp_path / "training.json").write_text(json.dumps({"step": 1, "row": seq_len}))
         runner.run_benchmark(checkpoint, questions, benchmark="contains", max_tokens=1)
-        assert capsys.readouterr().err == said
+        assert capsys.readouterr().err == message
     (tmp_path / "training.json").write_text("{}")
     with pytest.raises(UserError, match="training.json holds no step"):
         runner.check_prompt_lengths(checkpoint, lengths, 1)
     with pytest.raises(
         UserError,
-        match=f"^{longest} tokens of prompt and --max_tokens=1048576 are more than 1,048,576 together$",
+        match=f"^{longest} tokens of prompt and --max_tokens=1048576 are more than 1,048,576 "
+        "together$",
     ):
         runner.run_benchmark(checkpoint, questions, benchmark="contains", max_tokens=1 << 20)
 
 
 @pytest.mark.parametrize(
-    "text, said",
+    "text, message",
     [
         (
             '{"id": 1}\n',
-            "line 1: not an answer, kind, prompt, answer, answers, tokens, cut missing or of the wrong type: {'id': 1}",
+            "line 1: not an answer, kind, prompt, answer, answers, tokens, cut missing or of the "
+            "wrong type: {'id': 1}",
         ),
         ("[]\n", "line 1: not an answer"),
         ('{"id": 1\n{"id": 2}\n', "line 1: not JSON"),
@@ -674,16 +698,16 @@ def test_prompts_longer_than_anything_the_model_was_trained_on_are_warned_of_bef
         ("", "has no answers"),
     ],
 )
-def test_what_is_no_file_of_answers_is_named(tmp_path, text, said):
+def test_a_file_that_is_no_answers_jsonl_is_named(tmp_path, text, message):
     (tmp_path / "answers.jsonl").write_text(text)
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         runner.rescore(tmp_path / "answers.jsonl", [], "exact")
 
 
-def test_answers_are_marked_again_by_the_right_answers_that_questions_have_now(
+def test_answers_are_scored_again_by_the_references_that_the_questions_have_now(
     checkpoint, questions, tmp_path
 ):
-    rows = sit(checkpoint, questions, tmp_path / "answers.jsonl")
+    rows = run_and_summarize(checkpoint, questions, tmp_path / "answers.jsonl")
     assert runner.rescore(tmp_path / "answers.jsonl", [], "contains") == rows
     taught = [
         question | {"answers": [row["answer"]]}
@@ -727,10 +751,10 @@ def test_the_page_shows_the_worst_first_and_needs_nothing_but_itself(home, quest
         and "&lt;b&gt;7" in text
     )
     assert not re.search(r"https?://|<script|<link|url\(", text)
-    marks = re.findall(r'class="score">([\w. ]+)<', text)
-    assert marks == ["unparsed"] * 5 + ["0.00"] * 4 + ["0.25"] * 4 + ["0.50"] * 5 + ["1.00"] * 4 + [
-        "not scored"
-    ]
+    scores = re.findall(r'class="score">([\w. ]+)<', text)
+    assert scores == ["unparsed"] * 5 + ["0.00"] * 4 + ["0.25"] * 4 + ["0.50"] * 5 + [
+        "1.00"
+    ] * 4 + ["not scored"]
     assert text.count("(cut off)") == 1
     found = pictures_in(text)
     assert len(found) == sum(len(question["image"]) for question in questions) and {
@@ -750,7 +774,7 @@ def two(home, rank, world):
     """What two ranks do; the table that each of them gets is None but for the first."""
     checkpoint = load_checkpoint(home / "model")
     questions, did, how = (
-        benchmarks.load_questions("contains", str(home / "exam.jsonl")),
+        benchmarks.load_questions("contains", str(home / "questions.jsonl")),
         {},
         dict(benchmark="contains", max_tokens=12),
     )
@@ -796,12 +820,12 @@ def sitting(out, rank):
 
 def marking_again(home, name):
     """What `sample.py --score` prints on a rank, or what it ends with."""
-    with contextlib.redirect_stdout(io.StringIO()) as said:
+    with contextlib.redirect_stdout(io.StringIO()) as output:
         try:
             sample.sample(score=str(home / f"{name}.jsonl"), device="cpu")
         except (UserError, SystemExit) as end:
             return type(end).__name__
-    return said.getvalue()
+    return output.getvalue()
 
 
 @pytest.fixture(scope="module")
@@ -829,7 +853,7 @@ def ranks(home):
 def test_ranks_share_the_questions_and_leave_the_same_bytes_as_one(
     ranks, home, checkpoint, questions, tmp_path
 ):
-    sit(checkpoint, questions, tmp_path / "one.jsonl")
+    run_and_summarize(checkpoint, questions, tmp_path / "one.jsonl")
     assert (home / "two.jsonl").read_bytes() == (tmp_path / "one.jsonl").read_bytes()
     assert ranks["two", "rows"] == [23, None] and ranks["few", "rows"] == [3, None], (
         "with less to do than there are ranks, too"
@@ -838,9 +862,7 @@ def test_ranks_share_the_questions_and_leave_the_same_bytes_as_one(
 
 
 @pytest.mark.parametrize("how", ["ask", ("fsdp", 4), ("fsdp", 100)])
-def test_a_model_in_training_that_lies_in_parts_gets_the_same_table(
-    ranks, checkpoint, questions, how
-):
+def test_a_sharded_model_in_training_gets_the_same_table(ranks, checkpoint, questions, how):
     table, other = ranks[how]
     assert (
         table == runner.evaluate(checkpoint, questions, benchmark="contains", max_tokens=12)
@@ -849,7 +871,7 @@ def test_a_model_in_training_that_lies_in_parts_gets_the_same_table(
     assert 0 < table[-1].score < 1
 
 
-def test_a_picture_that_one_rank_cannot_read_ends_all_of_them(ranks):
+def test_an_image_that_one_rank_cannot_read_ends_all_ranks(ranks):
     assert sorted(name for name, _ in ranks["broken"]) == ["SystemExit", "UserError"]
     assert any("torn.png is" in text for _, text in ranks["broken"])
 
@@ -858,7 +880,7 @@ def test_a_file_that_another_process_holds_ends_all_ranks(ranks):
     assert ranks["held"] == ["UserError", "SystemExit"]
 
 
-def test_answers_are_marked_again_once_however_many_ranks_there_are(ranks):
+def test_answers_are_scored_again_once_on_any_number_of_ranks(ranks):
     first, other = ranks["score"]
     assert (
         len(first.splitlines()) > 1

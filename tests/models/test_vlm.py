@@ -217,7 +217,7 @@ def test_a_row_without_pictures_still_gives_every_part_a_gradient_of_zero(vlm):
 
 def test_more_or_fewer_image_tokens_than_features_name_both_counts(vlm):
     ids_T, targets_T, tiles = make_samples()[0]
-    with pytest.raises(UserError, match=r"4 image tokens, .* make 8"):
+    with pytest.raises(UserError, match=r"4 image tokens .* 8 image features"):
         vlm.embed(ids_T[None], torch.cat([tiles, tiles]))
     with pytest.raises(UserError, match="4 image tokens.*no image"):
         vlm.embed(ids_T[None], tiles[:0])

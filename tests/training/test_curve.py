@@ -90,7 +90,9 @@ def their_run(home, samples, trained, lr, min_lr, weight_decay, grad_clip, warmu
     )
     policy, loader, losses, norms = (
         samples.image_config,
-        packing.PackedDataLoader(samples, row=ROW, batch=BATCH, micro=BATCH, seed=0),
+        packing.PackedDataLoader(
+            samples, seq_len=ROW, global_batch_size=BATCH, micro_batch_size=BATCH, seed=0
+        ),
         [],
         [],
     )

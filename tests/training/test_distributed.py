@@ -53,7 +53,9 @@ CPU = torch.device("cpu")
 DEEP = {
     "vision": dict(tile=12, patch=3, width=80, layers=6, heads=5, intermediate_size=200),
     "shuffle": 2,
-    "decoder": dict(vocab_size=800, width=96, layers=12, heads=6, kv_heads=2, intermediate_size=250),
+    "decoder": dict(
+        vocab_size=800, width=96, layers=12, heads=6, kv_heads=2, intermediate_size=250
+    ),
 }
 FREEZINGS = [
     (),
@@ -88,12 +90,22 @@ def learn(
     rates = {part: 1e-2 for part in recipes.PARTS if part not in freeze}
     for part in freeze:
         getattr(vlm, part).requires_grad_(False)
-    distributed.checkpoint_activations(distributed.transformer_blocks(vlm, activation_checkpointing))
+    distributed.checkpoint_activations(
+        distributed.transformer_blocks(vlm, activation_checkpointing)
+    )
     distributed.compile_blocks(distributed.transformer_blocks(vlm) if other.get("compile") else ())
-    wrapped, mixed = distributed.wrap_model(vlm, how, CPU, dtype, hsdp_shard_size, other.get("cpu_offload", False))
+    wrapped, mixed = distributed.wrap_model(
+        vlm, how, CPU, dtype, hsdp_shard_size, other.get("cpu_offload", False)
+    )
     optimizer = train.make_optimizer(vlm, rates, 0.1, (0.9, 0.95))
     loader = packing.PackedDataLoader(
-        dataset.PreparedDataset(home / name), row=22, batch=5, micro=micro_batch_size, seed=0, rank=rank, world_size=world
+        dataset.PreparedDataset(home / name),
+        seq_len=22,
+        global_batch_size=5,
+        micro_batch_size=micro_batch_size,
+        seed=0,
+        rank=rank,
+        world_size=world,
     )
     did = {"loss": [], "norm": [], "gradients": {}}
     for step in (1, 2):
@@ -107,15 +119,22 @@ def learn(
         }
         did["norm"] += distributed.clip_grad_norm(vlm, rates, 1.0).values()
         did["loss"].append(loss)
-        train.set_learning_rates(optimizer, step, SimpleNamespace(steps=9, warmup_ratio=0, min_lr=0, lr=1))
+        train.set_learning_rates(
+            optimizer, step, SimpleNamespace(steps=9, warmup_ratio=0, min_lr=0, lr=1)
+        )
         optimizer.step()
         held = [
             sum(distributed.local_tensor(x).nbytes for x in some)
-            for some in (vlm.parameters(), grads.values(), resume.optimizer_state(vlm, optimizer).values())
+            for some in (
+                vlm.parameters(),
+                grads.values(),
+                resume.optimizer_state(vlm, optimizer).values(),
+            )
         ]
         optimizer.zero_grad()
     did["weights"] = {
-        parameter: distributed.full_tensor(x).clone() for parameter, x in saved_parameters(vlm).items()
+        parameter: distributed.full_tensor(x).clone()
+        for parameter, x in saved_parameters(vlm).items()
     }
     did["held"] = dict(
         zip(("weights", "gradients", "moments"), distributed.all_reduce_sum(held, CPU), strict=True)
@@ -130,9 +149,9 @@ def before_the_last(home, rank, world, how):
     batches = next(
         packing.PackedDataLoader(
             dataset.PreparedDataset(home / "every"),
-            row=22,
-            batch=5,
-            micro=2,
+            seq_len=22,
+            global_batch_size=5,
+            micro_batch_size=2,
             seed=0,
             rank=rank,
             world_size=world,
@@ -144,7 +163,9 @@ def before_the_last(home, rank, world, how):
             wrapped(**batch).backward()
         grads = [distributed.full_tensor(p.grad) for p in vlm.parameters() if p.grad is not None]
         norms.append(
-            distributed.all_gather_object(torch.nn.utils.get_total_norm(grads).item() if grads else None)
+            distributed.all_gather_object(
+                torch.nn.utils.get_total_norm(grads).item() if grads else None
+            )
         )
     return norms
 
@@ -163,7 +184,17 @@ def two(home, rank, world):
     did["cpu_offload"] = learn(home, rank, world, "fsdp", cpu_offload=True)
     did["compiled"] = [
         (
-            learn(home, rank, world, "fsdp", (), name, micro_batch_size=5, activation_checkpointing="decoder", compile=True),
+            learn(
+                home,
+                rank,
+                world,
+                "fsdp",
+                (),
+                name,
+                micro_batch_size=5,
+                activation_checkpointing="decoder",
+                compile=True,
+            ),
             distributed.count_compiled_graphs(),
         )
         for name in SETS
@@ -179,13 +210,21 @@ def two(home, rank, world):
     did["fsdp"] = run(home, "fsdp", parallel="fsdp", keep_checkpoints=9)
     go_on_from(home, "fsdp", 3, "fsdp to fsdp", parallel="fsdp")
     go_on_from(home, "fsdp", 3, "fsdp to ddp", parallel="ddp", keep_checkpoints=9)
-    go_on_from(home, "fsdp to ddp", 6, "ddp to fsdp", parallel="fsdp", activation_checkpointing="decoder")
+    go_on_from(
+        home, "fsdp to ddp", 6, "ddp to fsdp", parallel="fsdp", activation_checkpointing="decoder"
+    )
     if rank == 0:
         sharded_alone(home)
     for source, how in itertools.product(STARTS, ("ddp", "fsdp")):
         run(home, f"{source}, then {how} on 2", **next_stage(home, source), parallel=how)
     for how in ("ddp", "fsdp"):
-        run(home, f"{how} with an exam", parallel=how, eval_questions=str(home / "exam.jsonl"), eval_every=5)
+        run(
+            home,
+            f"{how} with an exam",
+            parallel=how,
+            eval_questions=str(home / "exam.jsonl"),
+            eval_every=5,
+        )
     did["full"], did["bent"], did["odd"] = (
         failing(home, broken) for broken in (full_on_rank_1, bent_on_rank_1, odd_on_rank_1)
     )
@@ -203,7 +242,9 @@ def four(home, rank, world):
     whole = sum(p.nbytes for p in deep.parameters())
     did["loading"] = (
         whole,
-        distributed.all_gather_object(peak_bytes(lambda: distributed.wrap_model(deep, "fsdp", CPU, torch.float32))),
+        distributed.all_gather_object(
+            peak_bytes(lambda: distributed.wrap_model(deep, "fsdp", CPU, torch.float32))
+        ),
     )
     return did
 
@@ -312,7 +353,9 @@ def odd_on_rank_1():
 
     def save_odd(self, *arguments):
         if distributed.dist.get_rank() == 1:
-            distributed.local_tensor(self.checkpoint.model.decoder.norm.weight.detach())[-1] = torch.inf
+            distributed.local_tensor(self.checkpoint.model.decoder.norm.weight.detach())[-1] = (
+                torch.inf
+            )
         save(self, *arguments)
 
     resume.Saver.save = save_odd
@@ -413,7 +456,8 @@ def alike(a, b, rtol=1e-4):
             for x in did[kind].values()
         )
     a, b = (
-        {name: x for name, x in did["weights"].items() if "k_proj.bias" not in name} for did in (a, b)
+        {name: x for name, x in did["weights"].items() if "k_proj.bias" not in name}
+        for did in (a, b)
     )
     torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 
@@ -427,7 +471,13 @@ def test_the_cases_are_what_they_are_said_to_be(home):
     ]:
         loaders = [
             packing.PackedDataLoader(
-                dataset.PreparedDataset(home / name), row=22, batch=5, micro=2, seed=0, rank=rank, world_size=2
+                dataset.PreparedDataset(home / name),
+                seq_len=22,
+                global_batch_size=5,
+                micro_batch_size=2,
+                seed=0,
+                rank=rank,
+                world_size=2,
             )
             for rank in (0, 1)
         ]
@@ -561,7 +611,10 @@ def test_no_rank_ever_holds_a_whole_model_while_it_loads_its_part(of_four):
 
 def test_a_frozen_part_keeps_nothing_for_the_backward_pass(home):
     """A frozen eye nothing at all, for nobody asks; a frozen brain what its activations need to hand gradients on, and nothing for its weights."""
-    model, samples = load_checkpoint(home / "model").model.train(), dataset.PreparedDataset(home / "every")
+    model, samples = (
+        load_checkpoint(home / "model").model.train(),
+        dataset.PreparedDataset(home / "every"),
+    )
     batch = packing.collate(samples, [[0]])[0]
     kept = {}
     for freeze in ((), ("vision",), ("vision", "decoder")):
@@ -625,7 +678,9 @@ def same_to_rounding(a, b, after=0):
 
 def test_a_sharded_run_is_one_process_and_says_the_same_of_itself(home, of_two):
     same_to_rounding(home / "fsdp", home / "whole")
-    assert "parallel: fsdp, as requested" in of_two["fsdp"] and of_two["fsdp"].count(": answer ") == 4
+    assert (
+        "parallel: fsdp, as requested" in of_two["fsdp"] and of_two["fsdp"].count(": answer ") == 4
+    )
     steps = {
         step.name: sorted(path.name for path in step.iterdir())
         for step in list_checkpoints(home / "fsdp")
@@ -896,12 +951,14 @@ def bend(tensors, path, write=resume.write_tensors):
 def test_the_best_step_stays_beside_the_newest(home):
     checkpoint = load_checkpoint(home / "model")
     saved = resume.Saver(
-        checkpoint, torch.optim.AdamW(checkpoint.model.parameters()), home / "kept", {}, keep_checkpoints=2
+        checkpoint,
+        torch.optim.AdamW(checkpoint.model.parameters()),
+        home / "kept",
+        {},
+        keep_checkpoints=2,
     )
     for step, loss in enumerate([3.0, 1.0, 2.0, 4.0, None, 5.0], 1):
-        saved.save(
-            step, False, {} if loss is None else {"val_loss": loss, "blank_image_loss": 9.0}
-        )
+        saved.save(step, False, {} if loss is None else {"val_loss": loss, "blank_image_loss": 9.0})
     assert [step.name for step in list_checkpoints(home / "kept")] == [
         "step-000002",
         "step-000005",
@@ -913,8 +970,14 @@ def test_the_best_step_stays_beside_the_newest(home):
     ("wrong", "message"),
     [
         (dict(parallel="both"), "--parallel=both is none of auto, ddp, fsdp"),
-        (dict(activation_checkpointing="some"), "--activation_checkpointing=some is none of none, decoder, all"),
-        (dict(hsdp_shard_size=2), "--hsdp_shard_size=2 needs --parallel=fsdp, and must divide the 1 ranks"),
+        (
+            dict(activation_checkpointing="some"),
+            "--activation_checkpointing=some is none of none, decoder, all",
+        ),
+        (
+            dict(hsdp_shard_size=2),
+            "--hsdp_shard_size=2 needs --parallel=fsdp, and must divide the 1 ranks",
+        ),
         (dict(keep_checkpoints=0), "--keep_checkpoints=0 must be at least 1"),
         (dict(parallel="ddp"), "--parallel=ddp is for several processes: start them with torchrun"),
     ],

@@ -63,12 +63,9 @@ def test_an_assumed_sequence_is_half_images():
     assert (tiles, labels) == (5, 10) and int(
         (sequence["ids_BT"] == IMAGE_TOKEN_ID).sum()
     ) == 5 * TOKENS == 20
-    assert int((sequence["targets_BT"] != IGNORE_INDEX).sum()) == 10 and sequence["tiles_NCYX"].shape == (
-        5,
-        3,
-        12,
-        12,
-    )
+    assert int((sequence["targets_BT"] != IGNORE_INDEX).sum()) == 10 and sequence[
+        "tiles_NCYX"
+    ].shape == (5, 3, 12, 12)
 
 
 def test_seven_billion_parameters_are_planned_for_without_any(tmp_path):
@@ -102,8 +99,7 @@ def test_seven_billion_parameters_are_planned_for_without_any(tmp_path):
     assert done.returncode == 0, done.stderr
     first, *_, one, eight, sixty_four, kilobytes = done.stdout.splitlines()
     assert (
-        first
-        == "sft: 20,000 steps of 128 sequences of 2,048 tokens; "
+        first == "sft: 20,000 steps of 128 sequences of 2,048 tokens; "
         "assumed: 512 labelled tokens and 1 tiles in each"
     )
     assert (

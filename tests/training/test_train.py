@@ -183,7 +183,8 @@ def same_run_to_rounding(a, b):
     for x, y in zip(log_of(a), log_of(b), strict=True):
         assert x == pytest.approx(y, rel=1e-4)
     a, b = (
-        {name: x for name, x in state_of(out).items() if "k_proj.bias" not in name} for out in (a, b)
+        {name: x for name, x in state_of(out).items() if "k_proj.bias" not in name}
+        for out in (a, b)
     )
     torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 
@@ -285,7 +286,13 @@ def test_a_run_is_the_textbook_loop(home):
         for matrix in (True, False)
     ]
     optimizer = torch.optim.AdamW(groups, betas=(0.8, 0.9))
-    loader = packing.PackedDataLoader(dataset.PreparedDataset(home / "data"), row=22, batch=5, micro=5, seed=0)
+    loader = packing.PackedDataLoader(
+        dataset.PreparedDataset(home / "data"),
+        seq_len=22,
+        global_batch_size=5,
+        micro_batch_size=5,
+        seed=0,
+    )
     model.vision.requires_grad_(False)
     for line, share in zip(
         log_of(home / "by-hand"), (1, 1), strict=True
@@ -335,7 +342,9 @@ def test_estimated_memory_is_the_memory_taken(rates, dtype, activation_checkpoin
     torch.manual_seed(0)
     model = VLM(
         vision=dict(tile=24, patch=3, width=80, layers=3, heads=5, intermediate_size=200),
-        decoder=dict(vocab_size=1500, width=96, layers=4, heads=6, kv_heads=2, intermediate_size=250),
+        decoder=dict(
+            vocab_size=1500, width=96, layers=4, heads=6, kv_heads=2, intermediate_size=250
+        ),
         shuffle=4,
     ).train()
     for part, module in model.named_children():
@@ -352,7 +361,9 @@ def test_estimated_memory_is_the_memory_taken(rates, dtype, activation_checkpoin
     foretold = memory.estimate_memory(
         model, row, 6, torch.device("cpu"), dtype, activation_checkpointing=activation_checkpointing
     )
-    distributed.checkpoint_activations(distributed.transformer_blocks(model, activation_checkpointing))
+    distributed.checkpoint_activations(
+        distributed.transformer_blocks(model, activation_checkpointing)
+    )
 
     def step():
         train.compute_gradients(
@@ -451,7 +462,15 @@ def test_two_ranks_are_one_even_where_one_of_them_has_no_picture(home):
         *(
             itertools.islice(iter(lambda x=rank: next(x), None), 8)
             for rank in (
-                packing.PackedDataLoader(samples, row=22, batch=5, micro=2, seed=0, rank=r, world_size=2)
+                packing.PackedDataLoader(
+                    samples,
+                    seq_len=22,
+                    global_batch_size=5,
+                    micro_batch_size=2,
+                    seed=0,
+                    rank=r,
+                    world_size=2,
+                )
                 for r in (0, 1)
             )
         ),
@@ -562,7 +581,13 @@ def test_a_run_says_what_it_came_to_over_all_its_stops(home, capsys):
     samples, tokens, hours, best = re.fullmatch(
         r"(\d+) samples, (\d+) tokens, (\S+) hours, best val_loss (\S+ at step \d)", whole
     ).groups()
-    loader = packing.PackedDataLoader(dataset.PreparedDataset(home / "data"), row=22, batch=5, micro=5, seed=0)
+    loader = packing.PackedDataLoader(
+        dataset.PreparedDataset(home / "data"),
+        seq_len=22,
+        global_batch_size=5,
+        micro_batch_size=5,
+        seed=0,
+    )
     batches = [next(loader)[0] for _ in range(8)]
     assert int(samples) == sum(len(members) for _, members in batches)
     assert int(tokens) == sum(int((batch["documents_BT"] >= 0).sum()) for batch, _ in batches)
@@ -629,7 +654,9 @@ def test_a_run_stopped_by_a_signal_goes_on_bit_for_bit(home, monkeypatch, capsys
 def test_a_second_ctrl_c_does_not_wait(capsys):
     with signals.SignalHandler(0) as handler:
         os.kill(os.getpid(), signal.SIGINT)
-        assert handler.received == signal.SIGINT and "finishing this step" in capsys.readouterr().err
+        assert (
+            handler.received == signal.SIGINT and "finishing this step" in capsys.readouterr().err
+        )
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
@@ -706,7 +733,13 @@ def test_a_loss_that_is_no_number_names_its_step_and_sample_and_changes_nothing(
         seq_len=21,
         freeze="decoder",
     )
-    loader = packing.PackedDataLoader(dataset.PreparedDataset(chosen["data"]), row=21, batch=5, micro=1, seed=0)
+    loader = packing.PackedDataLoader(
+        dataset.PreparedDataset(chosen["data"]),
+        seq_len=21,
+        global_batch_size=5,
+        micro_batch_size=1,
+        seed=0,
+    )
     names = loader.samples.names
     step, row = next(
         (step, members)
@@ -753,7 +786,10 @@ REFUSED = [
         "--lr=0 must be above 0; --projector_lr=0 .*--grad_clip=-1.0 must",
     ),
     (dict(min_lr=0.02), "--min_lr=0.02 must be between 0 and --lr=0.01"),
-    (dict(warmup_ratio=1.0, beta1=-0.1, beta2=1), "--warmup_ratio=1.0 .*--beta1=-0.1 .*--beta2=1 must"),
+    (
+        dict(warmup_ratio=1.0, beta1=-0.1, beta2=1),
+        "--warmup_ratio=1.0 .*--beta1=-0.1 .*--beta2=1 must",
+    ),
     (dict(weight_decay=-0.1, seed=-1), "--weight_decay=-0.1 must be at least 0; --seed=-1 must"),
     (dict(dtype="float16"), "--dtype=float16 is none of auto"),
     (dict(device="tpu"), "--device=tpu is none of auto"),
@@ -776,7 +812,10 @@ REFUSED = [
     (dict(model="no/model"), "no such model: no/model"),
     (dict(seq_len=12), r"sample sample-\d+ takes 20 tokens, a row holds --seq_len=12"),
     (dict(resume=True), "--resume=true, but .*refused holds no checkpoint of a run"),
-    (dict(stage=""), "--seq_len=22, --steps=8.*: the demonstration takes no settings; give a --stage"),
+    (
+        dict(stage=""),
+        "--seq_len=22, --steps=8.*: the demonstration takes no settings; give a --stage",
+    ),
 ]
 
 
@@ -826,7 +865,9 @@ def test_a_held_out_sample_must_fit_into_a_row_as_well(home):
     ]
     conftest.write_set(home / "long", load_checkpoint(home / "model").fingerprint(), samples)
     assert dataset.is_validation("sample-33")
-    with pytest.raises(UserError, match="sample sample-33 takes 23 tokens, a row holds --seq_len=22"):
+    with pytest.raises(
+        UserError, match="sample sample-33 takes 23 tokens, a row holds --seq_len=22"
+    ):
         train.train(**settings(home, "refused", data=str(home / "long")))
 
 
@@ -890,7 +931,9 @@ def test_stages_chain_by_default(home, tmp_path, monkeypatch):
     os.mkdir("data")
     for name in ("captions", "chats"):
         os.symlink(home / "data", f"data/{name}")
-    train.train(stage="pretrain", model=str(home / "model"), steps=1, global_batch_size=1, seq_len=22)
+    train.train(
+        stage="pretrain", model=str(home / "model"), steps=1, global_batch_size=1, seq_len=22
+    )
     train.train(stage="sft", steps=1, global_batch_size=1, seq_len=22)
     start, end = load_checkpoint("out/pretrain"), load_checkpoint("out/sft")
     assert (
@@ -898,7 +941,9 @@ def test_stages_chain_by_default(home, tmp_path, monkeypatch):
         and end.history["pretrain"] == start.history["pretrain"]
     )
     assert torch.equal(end.model.vision.positions, start.model.vision.positions)
-    assert not torch.equal(end.model.decoder.embed_tokens.weight, start.model.decoder.embed_tokens.weight)
+    assert not torch.equal(
+        end.model.decoder.embed_tokens.weight, start.model.decoder.embed_tokens.weight
+    )
 
 
 def test_the_command_to_go_on_is_what_was_typed(monkeypatch):

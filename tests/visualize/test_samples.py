@@ -17,8 +17,8 @@ WORDS = tokenizer.train_tokenizer(["a b"], 256, ["<s>", "[INST]", "[/INST]", "</
 
 
 @pytest.fixture
-def told(tmp_path):
-    """A set of one sample with two pictures, of 2 tiles and of 1, and its tokenizer."""
+def prepared(tmp_path):
+    """A set of one sample with two images, of 2 tiles and of 1, and its tokenizer."""
     g, special = np.random.default_rng(0), WORDS.special
     ids = [
         special["<s>"],
@@ -32,14 +32,14 @@ def told(tmp_path):
         special["</s>"],
     ]
     trained = [0] * (len(ids) - 4) + [1] * 4
-    pictures = [make_image(g, 2), make_image(g, 1)]
-    write_set(tmp_path / "set", FINGERPRINT, [("one", ids, trained, pictures)])
+    images = [make_image(g, 2), make_image(g, 1)]
+    write_set(tmp_path / "set", FINGERPRINT, [("one", ids, trained, images)])
     WORDS.save(tmp_path / "set")
-    return tmp_path / "set", pictures
+    return tmp_path / "set", images
 
 
-def test_a_sample_is_shown_token_by_token_pictures_as_their_counts(told, capsys, tmp_path):
-    folder, pictures = told
+def test_a_sample_is_shown_token_by_token_with_images_as_counts(prepared, capsys, tmp_path):
+    folder, images = prepared
     prepare.show(data=str(folder), sample="one", out=str(tmp_path / "tiles.png"))
     assert capsys.readouterr().out == (
         "one: 24 tokens, 4 of them labels, images: 2\n"
@@ -48,43 +48,43 @@ def test_a_sample_is_shown_token_by_token_pictures_as_their_counts(told, capsys,
         "   label  n|\\\\xc3|\\\\xa9|</s>\n"
     )
     sheet = np.asarray(Image.open(tmp_path / "tiles.png"))
-    for n, tile_CYX in enumerate(np.concatenate([picture.tiles for picture in pictures])):
+    for n, tile_CYX in enumerate(np.concatenate([image.tiles for image in images])):
         left = n * (TILE + samples.GAP)
         assert np.array_equal(sheet[:, left : left + TILE], tile_CYX.transpose(1, 2, 0))
 
 
-def test_a_sample_that_is_not_there_is_told_with_one_that_is(told):
+def test_a_missing_sample_is_named_with_a_similar_one(prepared):
     with pytest.raises(UserError, match="holds no sample 'onne', but 'one'"):
-        prepare.show(data=str(told[0]), sample="onne")
+        prepare.show(data=str(prepared[0]), sample="onne")
 
 
 @pytest.mark.parametrize(
-    "settings, said",
+    "settings, message",
     [
         (dict(sample="one", out="tiles"), "an --out that ends in .png: .*--out=tiles"),
         (dict(sample="one", data=""), "show needs --data"),
     ],
 )
-def test_nothing_is_shown_that_could_not_be_written(told, capsys, settings, said):
-    with pytest.raises(UserError, match=said):
-        prepare.show(**{"data": str(told[0]), **settings})
+def test_nothing_is_shown_that_could_not_be_written(prepared, capsys, settings, message):
+    with pytest.raises(UserError, match=message):
+        prepare.show(**{"data": str(prepared[0]), **settings})
     assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize(
-    "settings, said",
+    "settings, message",
     [
         (dict(seq_len=0), "--seq_len=0 at"),
         (dict(tokens_per_s=-5.0), "--tokens_per_s=-5.0 at"),
         (dict(data=""), "--data"),
     ],
 )
-def test_settings_of_check_that_cannot_be_are_told(told, settings, said):
-    with pytest.raises(UserError, match=said):
-        prepare.check(**{"data": str(told[0]), **settings})
+def test_invalid_settings_of_check_are_named(prepared, settings, message):
+    with pytest.raises(UserError, match=message):
+        prepare.check(**{"data": str(prepared[0]), **settings})
 
 
-def test_a_set_of_which_all_is_held_out_is_told(tmp_path):
+def test_a_dataset_that_is_all_held_out_is_named(tmp_path):
     samples = make_samples(200)
     held = [sample for sample in samples if dataset.is_validation(sample[0])]
     write(tmp_path / "held", held)
@@ -97,7 +97,7 @@ def test_a_set_of_which_all_is_held_out_is_told(tmp_path):
             prepare.check(data=text)
 
 
-def test_a_mosaic_breaks_into_rows():
+def test_concat_tiles_breaks_into_lines():
     tiles_NCYX = np.arange(5 * 3 * 2 * 7, dtype=np.uint8).reshape(5, 3, 2, 7)
     sheet = np.asarray(samples.concat_tiles(tiles_NCYX, columns=2))
     assert sheet.shape == (3 * 2 + 2 * samples.GAP, 2 * 7 + samples.GAP, 3)
@@ -107,30 +107,30 @@ def test_a_mosaic_breaks_into_rows():
     )
 
 
-def test_a_report_counts_what_is_there(tmp_path, capsys):
+def test_the_summary_counts_what_is_there(tmp_path, capsys):
     samples = make_samples(200)
     write(tmp_path / "set", samples[:90], samples[90:])
     prepare.check(data=str(tmp_path / "set"), seq_len=64, tokens_per_s=1000.0)
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     training = [sample for sample in samples if not dataset.is_validation(sample[0])]
-    tiles = sum(len(picture.tiles) for *_, pictures in samples for picture in pictures)
+    tiles = sum(len(image.tiles) for *_, images in samples for image in images)
     length = sum(
-        len(ids) + sum(len(picture.tiles) * TOKENS - 1 for picture in pictures)
-        for _, ids, _, pictures in training
+        len(ids) + sum(len(image.tiles) * TOKENS - 1 for image in images)
+        for _, ids, _, images in training
     )
     assert (
-        f"200 samples, {200 - len(training)} of them held out" in said
-        and f"in {tiles:,} tiles" in said
+        f"200 samples, {200 - len(training)} of them held out" in output
+        and f"in {tiles:,} tiles" in output
     )
-    assert f"labels: {sum(map(sum, (trained for _, _, trained, _ in samples))):,} tokens" in said
+    assert f"labels: {sum(map(sum, (trained for _, _, trained, _ in samples))):,} tokens" in output
     assert (
-        f"an epoch: {len(training)} samples, {length:,} tokens in" in said
-        and f"at 1,000 tokens/s: 0:00:{round(length / 1000):02}" in said
+        f"an epoch: {len(training)} samples, {length:,} tokens in" in output
+        and f"at 1,000 tokens/s: 0:00:{round(length / 1000):02}" in output
     )
-    assert said.endswith("all checksums are right\n")
+    assert output.endswith("all checksums are right\n")
 
 
-def test_a_row_too_short_and_a_damaged_byte_are_told(tmp_path, capsys):
+def test_a_sequence_too_short_and_a_damaged_byte_are_named(tmp_path, capsys):
     write(tmp_path / "set", make_samples(20))
     longest = dataset.PreparedDataset(tmp_path / "set").table[:, dataset.LENGTH].max()
     prepare.check(data=str(tmp_path / "set"), seq_len=int(longest) - 1)
@@ -185,15 +185,15 @@ def test_the_curves_of_runs_are_drawn_even_of_one_that_is_still_running(tmp_path
 
 
 @pytest.mark.parametrize(
-    "lines, said",
+    "lines, message",
     [
         (["{"], "line 1: not JSON"),
         (["5"], "line 1 is not from a training run"),
         (['{"loss": 1}'], "line 1 is not from a training run"),
     ],
 )
-def test_a_file_that_is_no_log_is_told(tmp_path, lines, said):
+def test_a_file_that_is_no_log_is_named(tmp_path, lines, message):
     path = tmp_path / "log.jsonl"
     path.write_text("\n".join([*lines, '{"step": 1}']))
-    with pytest.raises(UserError, match=f"{path}, {said}"):
+    with pytest.raises(UserError, match=f"{path}, {message}"):
         curves.read_curves([path])
