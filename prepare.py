@@ -38,7 +38,7 @@ from nanovlm.preprocess.readers import read_texts
 from nanovlm.training.memory import print_estimate
 from nanovlm.training.recipes import freeze_parts, load_settings
 from nanovlm.visualize.curves import plot_curves, read_curves
-from nanovlm.visualize.samples import summarize_dataset, sample_as_text, concat_tiles
+from nanovlm.visualize.samples import concat_tiles, sample_as_text, summarize_dataset
 
 
 def refuse_to_overwrite(out):

@@ -12,6 +12,7 @@ import os
 import shlex
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from types import SimpleNamespace
@@ -133,8 +134,7 @@ def train(
             print_on_rank_0(rank, f"{stage}: {run.out} has all of its {start} steps already")
             return
         loader = make_loader(samples, run, device, rank, world, start)
-        validation_set = pack_validation_set(samples, run.seq_len)
-        questions = load_eval_questions(run)
+        validation = pack_validation_set(samples, run.seq_len), load_eval_questions(run)
         print_on_rank_0(rank, describe_run(run, saved, device, world))
 
     # ---- DDP, FSDP or one process ----
@@ -155,7 +155,34 @@ def train(
         load_optimizer(saved, vlm, optimizer)
     saver = Saver(checkpoint, optimizer, run.out, must_agree, run.keep_checkpoints)
 
-    # ---- the training loop ----
+    metrics_at = partial(
+        run_validation, run, checkpoint, samples, *validation, autocast, rank, world
+    )
+    stopped_by = training_loop(
+        run,
+        vlm,
+        wrapped,
+        autocast,
+        optimizer,
+        loader,
+        samples,
+        metrics_at,
+        saver,
+        device,
+        rank,
+        start,
+    )
+    if stopped_by:
+        stopped_by.exit(resume_command(given))
+
+
+def training_loop(
+    run, vlm, wrapped, autocast, optimizer, loader, samples, metrics_at, saver, device, rank, start
+):
+    """Train from step `start` on. Returns the SignalHandler if a signal stopped it, else None.
+
+    vlm: the model; wrapped: the same under DDP or FSDP; metrics_at: `run_validation` of a step.
+    """
     done, stopping = start, False
     with (
         Logger(run.out, start, run.steps, rank, run.tensorboard) as logger,
@@ -178,9 +205,7 @@ def train(
 
             is_last, stopping = done == run.steps, step.stopping
             saving = is_last or stopping or done % run.save_every == 0
-            metrics = run_validation(
-                run, done, checkpoint, samples, validation_set, questions, autocast, rank, world
-            )
+            metrics = metrics_at(done)
             logger.count_step(step, micro_batch_flops(vlm, run.rates, batches))
             if metrics or saving or done % run.log_every == 0:
                 logger.log(
@@ -195,9 +220,8 @@ def train(
             if saving:
                 saver.save(done, is_last, metrics)
             timer.end_phase("between_steps")
-    logger.print_summary(done, stage)
-    if done < run.steps:
-        signals.exit(resume_command(given))
+    logger.print_summary(done, run.stage)
+    return signals if done < run.steps else None
 
 
 # ---- the optimizer and a step ----
@@ -298,15 +322,15 @@ def check_finite(done, step, grad_norm, batches, samples, out):
         on_rank_0(write_subset, samples, suspects, folder)
         raise UserError(
             f"step {done}: loss {step.loss}, gradient norm {grad_norm}; earlier checkpoints are "
-            f"unchanged. PreparedDataset: {', '.join(names[:50])}{more}. "
+            f"unchanged. Samples: {', '.join(names[:50])}{more}. "
             f"Look at one: python prepare.py show --data={folder} --sample={shlex.quote(names[0])}"
         )
 
 
 def run_validation(
-    run, done, checkpoint, samples, validation_set, questions, autocast, rank, world
+    run, checkpoint, samples, validation_set, questions, autocast, rank, world, done
 ):
-    """Metrics of this step; identical on every rank.
+    """Validation metrics of step `done`; identical on every rank.
 
     Returns val_loss and blank_image_loss every --validate_every steps, eval_score every
     --eval_every steps, all of them at the last step, {} at other steps.

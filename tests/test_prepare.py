@@ -314,7 +314,7 @@ def test_a_tokenizer_is_trained_on_all_records_that_can_be_read(door, tmp_path, 
         tmp_path / "lines" / "tokenizer.json"
     ).read_bytes()
     assert (
-        f"learnt without 1 of {len(RECORDS) + 1} records, which cannot be read: {lines}, line 5 is not JSON"
+        f"trained without 1 of {len(RECORDS) + 1} records, which cannot be read: {lines}, line 5 is not JSON"
         in capsys.readouterr().err
     )
 
@@ -322,7 +322,7 @@ def test_a_tokenizer_is_trained_on_all_records_that_can_be_read(door, tmp_path, 
 def test_a_tokenizer_without_any_text_is_refused(door, tmp_path):
     refused(
         door("random_init", source=source(tmp_path, [changed(conversations=talk("<image>", " "))])),
-        "there is nothing to learn a tokenizer from: ",
+        "there is no text to train a tokenizer on: ",
     )
 
 

@@ -524,7 +524,7 @@ def test_an_evaluation_asks_what_a_user_would_and_scores_it(home, run_sample, qu
     assert [(row["id"], row["kind"], row["score"]) for row in results] == [
         (1, "seen", 1.0),
         ("b", "seen", 0.0),
-        (3, "table", 0.0),
+        (3, "text", 0.0),
         (4, "seen", 1.0),
     ]
     for row, words in zip(

@@ -96,7 +96,7 @@ def world(tmp_path_factory):
         shapes,
         test_train.POLICY,
         "mistral",
-        {"newborn": "seed 0"},
+        {"random_init": "seed 0"},
     )
     save_checkpoint(checkpoint, home / "model")
     test_train.write_set(home / "data", checkpoint)

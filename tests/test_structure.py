@@ -323,14 +323,26 @@ GLOSSARY = {
     r"\bspeaks?\b": "generate",
     r"\bdoors?\b": "script",
 }
+# Names that the field does not use for these things; a search for the right one would not find them.
+GLOSSARY_NAMES = """said told asked spoken golds marks papers sit conclude picture pictures policy card
+hold_still spread lay_out foretell make_room resolve together mine whole settle stretch rotate
+by_document visible see newborn eye brain exam head_size ffn vocabulary micro recompute offload
+Mistake UNTRAINED IMAGE Speaker""".split()
 # The demonstration's world has doors and answers questions; the README's first lines may say eyes.
 GLOSSARY_ASIDE = {"demo/fridge"}
 
 
+def is_table_of_old_names(node):
+    targets = node.targets if isinstance(node, ast.Assign) else []
+    return any(getattr(target, "id", "").startswith("OLD_") for target in targets)
+
+
 def texts(path):
-    """Names, and every string: docstrings, messages, help. Remarks on settings, too."""
+    """Names, and every string: docstrings, messages, help. Remarks on settings, too. Tables of old
+    names, OLD_…, say what they translate."""
     source = path.read_text()
     tree = ast.parse(source)
+    tree.body = [node for node in tree.body if not is_table_of_old_names(node)]
     yield from (name.replace("_", " ") for name in defined_names(tree))
     for node in ast.walk(tree):
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
@@ -348,6 +360,13 @@ def test_no_word_of_the_glossarys_left_column_is_used(path):
         f"{pattern} ({better}): {text[:80]!r}"
         for text in texts(path)
         for pattern, better in GLOSSARY.items()
-        if re.search(pattern, text, re.IGNORECASE)
+        if re.search(pattern, text, re.IGNORECASE if pattern.islower() else 0)
     ]
     assert not found, found
+
+
+@pytest.mark.parametrize("path", FILES, ids=place)
+def test_no_name_of_the_glossarys_left_column_is_defined(path):
+    if place(path) not in GLOSSARY_ASIDE:
+        names = set(defined_names(ast.parse(path.read_text())))
+        assert not names & set(GLOSSARY_NAMES)

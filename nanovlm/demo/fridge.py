@@ -41,7 +41,7 @@ PLURAL = {
     "cake": "slices of cake",
 }
 FOODS = list(PLURAL)
-RECIPES = {
+DISHES = {
     "an omelette": ("egg", "milk", "cheese"),
     "a fruit salad": ("apple", "grapes", "juice"),
     "a fish supper": ("fish", "carrot", "broccoli"),
@@ -220,9 +220,9 @@ def taken_questions(scene, rest, food):
 
 
 def recipe_question(rng, scene):
-    recipe = rng.choice(list(RECIPES))
+    recipe = rng.choice(list(DISHES))
     return f"What is missing for {recipe}?", join_words(
-        [food for food in RECIPES[recipe] if food not in foods(scene)]
+        [food for food in DISHES[recipe] if food not in foods(scene)]
     )
 
 
@@ -266,11 +266,11 @@ def text_conversation(rng):
     """
     style = rng.random()
     if style < 0.04:
-        recipe = rng.choice(list(RECIPES))
+        recipe = rng.choice(list(DISHES))
         return make_conversation(
             [
                 ("Hello!", "Hello! Show me your fridge."),
-                (f"What do I need for {recipe}?", join_words(list(RECIPES[recipe]))),
+                (f"What do I need for {recipe}?", join_words(list(DISHES[recipe]))),
             ],
             "",
         )

@@ -148,7 +148,7 @@ def prepare_inputs():
             source=[f"{FRIDGE}/{name}.json"],
             images=f"{FRIDGE}/images",
             out=f"data/demo/{name}",
-            row=2048,
+            seq_len=2048,
         )
 
 

@@ -1,4 +1,4 @@
-"""The benchmarks: where the questions of each are, how they are asked, which metric scores them.
+"""The benchmarks: for each, the files of its questions, its prompt, and the metric of its answers.
 
 A benchmark is one entry of BENCHMARKS. formats.py parses its files, metrics.py scores its answers.
 """
@@ -37,7 +37,7 @@ TEXT_METRICS = ("vqa", "textvqa", "anls", "relaxed")
 
 
 class Benchmark(NamedTuple):
-    """How the files of a benchmark are read, and how its questions are asked and scored.
+    """The files of a benchmark and their keys, its prompt, and its metric.
 
     A key that is two names, such as "answers answer", is that of two editions: a record has one.
     """
@@ -49,7 +49,7 @@ class Benchmark(NamedTuple):
     annotation_files: tuple = ()  # like files, if the references are in a separate file
     id_key: str = "id"  # "": the questions are numbered
     image_key: str = "image"
-    image_paths: tuple = ("{}",)  # where an image of this name may be
+    image_paths: tuple = ("{}",)  # the paths at which an image of this name may be
     question_key: str = "question"
     answers_key: str = "answers answer"
     kind_key: str = "kind"
@@ -209,34 +209,34 @@ def load_questions(name, questions, annotations="", images="", prompt=""):
     """
     benchmark = find_benchmark(name)
     notes = read_annotations(name, annotations) if annotations else None
-    rows, seen, path_count = [], {}, 0
+    result, seen, path_count = [], {}, 0
     for file in find_question_files(questions, benchmark.files):
         records = read_benchmark(name, file, notes, annotations)
         for number, record in enumerate(records, 1):
             where = f"{file.name}, question {number}"
-            row = make_question(benchmark, record, len(rows), prompt, where)
-            before = seen.setdefault(str(row["id"]), where)
+            entry = make_question(benchmark, record, len(result), prompt, where)
+            before = seen.setdefault(str(entry["id"]), where)
             if before != where:
-                raise UserError(f"{where}: the id {row['id']} is already that of {before}")
-            path_count += sum(isinstance(value, str) for value in row["image"])
-            row["image"] = [
+                raise UserError(f"{where}: the id {entry['id']} is already that of {before}")
+            path_count += sum(isinstance(value, str) for value in entry["image"])
+            entry["image"] = [
                 find_image(value, benchmark.image_paths, file, images, where)
-                for value in row["image"]
+                for value in entry["image"]
             ]
-            rows.append(row)
-    if not rows:
+            result.append(entry)
+    if not result:
         raise UserError(f"{questions} has no questions")
-    hidden = [row["id"] for row in rows if not row["answers"]]
-    if 0 < len(hidden) < len(rows):
+    hidden = [entry["id"] for entry in result if not entry["answers"]]
+    if 0 < len(hidden) < len(result):
         raise UserError(
-            f"{questions}: {len(hidden):,} of {len(rows):,} questions have no answers, the first "
+            f"{questions}: {len(hidden):,} of {len(result):,} questions have no answers, the first "
             f"is {hidden[0]}"
         )
     if images and not path_count:
         raise UserError(
             f"--images={images}: no question of {questions} has the path of an image: leave it out"
         )
-    return rows
+    return result
 
 
 def read_annotations(name, annotations):
@@ -390,5 +390,8 @@ def format_submission(name, results):
         known = [other for other, benchmark in BENCHMARKS.items() if benchmark.submission_keys]
         raise UserError(f"--submission: {name} has no submission format; {', '.join(known)} have")
     return json.dumps(
-        [dict(zip(keys, (row["id"], row["answer"].strip()), strict=True)) for row in results]
+        [
+            dict(zip(keys, (result["id"], result["answer"].strip()), strict=True))
+            for result in results
+        ]
     )

@@ -10,14 +10,7 @@ from collections import Counter
 from .. import UserError
 
 # pycocoevalcap keeps brackets: they are -lrb- here, but its list of removed tokens has -LRB-.
-BRACKETS = {
-    "(": "-lrb-",
-    ")": "-rrb-",
-    "[": "-lsb-",
-    "]": "-rsb-",
-    "{": "-lcb-",
-    "}": "-rcb-",
-}
+BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
 CONTRACTION = r"(?:n't|'(?:s|m|d|ll|ve|re))(?!\w)"
 ABBREVIATIONS = (
     "mr|mrs|ms|dr|prof|st|ave|jr|sr|inc|corp|ltd|vs|etc"
@@ -97,6 +90,7 @@ def cider_scores(answers, references):
 def count_ngrams(text):
     """Returns how often each sequence of one to four words occurs in a text."""
     tokens = tokenize_caption(text)
-    return Counter(
-        tuple(tokens[i : i + n]) for n in range(1, 5) for i in range(len(tokens) - n + 1)
-    )
+    counts = Counter()
+    for n in range(1, 5):
+        counts.update(tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1))
+    return counts

@@ -139,7 +139,7 @@ def find_image(value, paths, file, images, where):
     """Returns a ref to an image that a record contains or names.
 
     A name is tried in each of `paths`: in `images` if given, else beside the questions' file, else
-    in the folder or zip where this was found.
+    in the folder or zip that has this file.
     """
     if isinstance(value, ImageBytes | ImageFile | ZipMember):
         return value
@@ -307,7 +307,7 @@ def draw_letters(ref, labels):
 
 
 def parse_mmmu(content, file, notes):
-    """Up to seven images, each where the text has its <image 2>, else in front.
+    """Up to seven images, each at its <image 2> in the text, or else in front.
 
     Lists of choices and of answers are written in Python; the id has the subject.
     """

@@ -35,12 +35,12 @@ FULL_FORMS = """
     why's won't would've wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're
     you've"""
 # vqaEval.py's table: each full form without one of its apostrophes. The last pair is its own error.
-CONTRACTIONS = {
-    full[:i] + full[i + 1 :]: full
-    for full in FULL_FORMS.split()
-    for i in range(len(full))
-    if full[i] == "'"
-} | {"somebody'd": "somebodyd"}
+CONTRACTIONS = {}
+for full in FULL_FORMS.split():
+    for i in range(len(full)):
+        if full[i] == "'":
+            CONTRACTIONS[full[:i] + full[i + 1 :]] = full
+CONTRACTIONS["somebody'd"] = "somebodyd"
 
 
 # ---- metrics that compare texts ----
@@ -275,8 +275,8 @@ def mmmu_score(answer, references, question):
     for response in responses:
         for pattern in MMMU_NUMBERS:
             numbers += re.findall(pattern, response)
-    expected = [form for text in references for form in normalize_mmmu(text)]
-    found = [form for text in responses + numbers for form in normalize_mmmu(text)]
+    expected = sum(map(normalize_mmmu, references), [])
+    found = sum(map(normalize_mmmu, responses + numbers), [])
     for form in found:
         if isinstance(form, float) and form in expected:
             return 1.0
@@ -554,7 +554,7 @@ def mme_metrics(questions, scores):
         images.setdefault(str(question["image"]), []).append(score or 0)
     incomplete = 0
     for kind, images in kinds.items():
-        answers = [score for image_scores in images.values() for score in image_scores]
+        answers = sum(images.values(), [])
         both_right = [min(image_scores) for image_scores in images.values()]
         sums[kind] = 100 * mean_score(answers) + 100 * mean_score(both_right)
         incomplete += sum(len(image_scores) != 2 for image_scores in images.values())

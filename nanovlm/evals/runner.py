@@ -557,10 +557,12 @@ def rescore(path, questions, benchmark):
 
 def summarize(results, metadata, questions, benchmark, seed=0, *, out="", page="", submission=""):
     """Prints the table and the metrics that the benchmark's owners report; writes the files."""
-    lines, known = report.make_table(results, seed), [row for row in results if row["answers"]]
+    lines = report.make_table(results, seed)
+    known = [result for result in results if result["answers"]]
     owner_metrics = {}
     if known:
-        answers, scores = [row["answer"] for row in known], [row["score"] for row in known]
+        answers = [result["answer"] for result in known]
+        scores = [result["score"] for result in known]
         owner_metrics = metrics.benchmark_metrics(benchmark, known, answers, scores)
     report.print_table(lines, owner_metrics, benchmark, metadata.get("tokens_per_s"))
     settings = {**metadata.get("settings", {}), "benchmark": benchmark}

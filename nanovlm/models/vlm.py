@@ -66,8 +66,7 @@ class VLM(nn.Module):
             raise UserError(f"{count} image tokens in the ids, but there is no image")
         if self.training:
             # Other ranks may have images and wait for this rank's gradients: encode a blank tile.
-            size = (1, 3, self.tile, self.tile)
-            blank_1CYX = torch.zeros(size, dtype=torch.uint8, device=ids_BT.device)
+            blank_1CYX = ids_BT.new_zeros((1, 3, self.tile, self.tile), dtype=torch.uint8)
             x_BTD = x_BTD + self.encode_images(blank_1CYX).sum().to(x_BTD.dtype) * 0
         return x_BTD
 

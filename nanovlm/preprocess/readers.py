@@ -1,14 +1,18 @@
-"""Any collection of pictures and conversations as a stream of records, and any record as a Sample.
+"""Any collection of images and conversations becomes a stream of records, and a record a Sample.
 
-What a source is shows in its first bytes, what a record is in its fields; names count for the members of a tar alone.
+The first bytes of a source show its format, and the fields of a record its kind (records.py). Names
+matter only for the members of a tar.
 
     source           its records
-    JSON list,       objects; `image` or `images` are paths into --images (a folder or a zip), or beside the source
-    JSON lines
-    WebDataset tar   the members that share a key (a name up to its first dot): pictures, and a json (an object or LLaVA's list of turns) or a txt
+    JSON list,       objects; `image` or `images` are paths into --images (a folder or a zip), or
+    JSON lines       beside the source
+    WebDataset tar   the members that share a key (a name up to its first dot): images, and a json
+    (an
+                     object or LLaVA's list of turns) or a txt
     parquet          rows; `image` or `images` are bytes, {"bytes", "path"} or paths
 
-A record without an id is named by where it stands. One that cannot be used is dirt, told of by a UserError with a reason, and never stops the others.
+A record without an id is named by its place. A record that cannot be used has an error with a
+reason, and never stops the others.
 """
 
 import glob
@@ -24,57 +28,61 @@ from typing import NamedTuple
 
 from .. import UserError, cli
 from ..data.dataset import check_sample_name
-from ..data.image_refs import ImageBytes, TarMember, open_zip, find_image_ref, load_image_bytes, one_line, printable
+from ..data.image_refs import (
+    ImageBytes,
+    TarMember,
+    find_image_ref,
+    load_image_bytes,
+    one_line,
+    open_zip,
+    printable,
+)
 from . import records
 from .records import UNKNOWN_KIND
 
-IMAGE_SUFFIXES = (
-    "jpg",
-    "jpeg",
-    "png",
-    "webp",
-    "bmp",
-    "gif",
-    "tif",
-    "tiff",
-    "ppm",
-)  # how such members of a tar end
-COMPRESSION_MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
-MAX_TEXT = 1 << 26  # of a tar's json or txt
-MAX_DEPTH = 32  # lists and objects in one another
+# names of a tar's members that are images
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm")
+COMPRESSION_MAGIC = {
+    b"\x1f\x8b": "gzip",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ": "xz",
+    b"\x28\xb5\x2f\xfd": "zstd",
+}
+MAX_TEXT = 1 << 26  # bytes of a tar's json or txt
+MAX_DEPTH = 32  # of lists and objects inside one another
 
 
 class RawRecord(NamedTuple):
-    """A record as it stands in its source; small enough to be handed to another process."""
+    """A record as its source has it; small enough to be sent to another process."""
 
     where: str  # for messages
     record: dict | None
-    images: list  # refs to those that the source brings along; empty where the record names files
-    error: tuple | None  # (reason, text) where it could not be read
-    name: str  # its id if it states none: the key in a tar, else the file's name and the record's number
-    folder: str | None = (
-        None  # in which the files lie that it names; None in a tar or parquet, which may name none outside --images
-    )
-    position: float = 0.0  # how far it is in all sources, from 0 to 1
+    images: list  # refs to images that the source contains; empty if the record names files
+    error: tuple | None  # (reason, text) if it cannot be read
+    name: str  # its id if it has none: the key in a tar, else the file's name and its number
+    # in which the files that it names lie; None in a tar or parquet, which may only use --images
+    folder: str | None = None
+    position: float = 0.0  # in all sources, from 0 to 1
 
 
 class Sample(NamedTuple):
-    """A record as a conversation, everything but the insides of its pictures checked."""
+    """A record as a conversation; all but the content of its images is checked."""
 
     name: str  # its id
     where: str  # for messages
     turns: list  # [(role, text)]
-    images: list  # refs, one for each <image>
+    images: list  # refs, one per <image>
 
 
 # ---- sources ----
 
 
 def read_records(paths, images=""):
-    """Raws of all sources in their order, one after another; each of `paths` is a file, a folder of .tar and .parquet, or a pattern such as a-*.tar.
+    """Returns an iterator over the RawRecords of all sources, in order.
 
-    Raises UserError, before the first Raw, for what is no source or begins with a record of no known kind; while reading, for one that is damaged
-    in such a way that nobody can tell what is lost.
+    Each of `paths` is a file, a folder of .tar and .parquet files, or a pattern such as a-*.tar.
+    Raises UserError at once for what is no source or begins with a record of unknown kind, and
+    while reading if a source is damaged so that the number of lost records is unknown.
     """
     if images and not os.path.isdir(images):
         open_zip(images, os.getpid())
@@ -94,7 +102,8 @@ def chain_sources(sources):
 
 
 def source_stamps(paths, images=""):
-    """{file: [bytes, time of its last change in ns]} of the sources, and of `images` if it is a zip."""
+    """Returns {file: [bytes, time of its last change in ns]} of the sources, and of a zip of
+    images."""
     named = [*find_source_files(paths), *([images] if os.path.isfile(images) else [])]
     return {file: [os.stat(file).st_size, os.stat(file).st_mtime_ns] for file in named}
 
@@ -102,18 +111,15 @@ def source_stamps(paths, images=""):
 def find_source_files(paths):
     found = []
     for path in paths:
-        new = (
-            [str(file) for file in Path(path).glob("*") if file.suffix in (".tar", ".parquet")]
-            if os.path.isdir(path)
-            else [path]
-        )
-        new = sorted(filter(os.path.isfile, new if os.path.lexists(path) else glob.glob(path)))
+        new = [path] if os.path.lexists(path) else glob.glob(path)
+        if os.path.isdir(path):
+            members = Path(path).glob("*")
+            new = [str(file) for file in members if file.suffix in (".tar", ".parquet")]
+        new = sorted(filter(os.path.isfile, new))
         if not new:
-            raise UserError(
-                f"{path} holds neither .tar nor .parquet files"
-                if os.path.isdir(path)
-                else f"no such file: {path}"
-            )
+            if os.path.isdir(path):
+                raise UserError(f"{path} holds neither .tar nor .parquet files")
+            raise UserError(f"no such file: {path}")
         found += new
     if not found:
         raise UserError("no source is named")
@@ -123,17 +129,18 @@ def find_source_files(paths):
 
 
 def open_source(file):
-    """A function that reads the file's Raws from its beginning."""
+    """Returns a function that reads the RawRecords of a file from its beginning."""
     try:
         with open(file, "rb") as beginning:
             head = beginning.read(4096)
     except OSError as error:
         raise UserError(f"{file}: {error.strerror}") from None
-    packing = next((name for magic, name in COMPRESSION_MAGIC.items() if head.startswith(magic)), None)
-    if packing:
-        raise UserError(
-            f"{file} is packed by {packing}, in which nothing can be found without unpacking all before it: unpack it first"
-        )
+    for magic, compression in COMPRESSION_MAGIC.items():
+        if head.startswith(magic):
+            raise UserError(
+                f"{file} is packed by {compression}, in which nothing can be found without "
+                "unpacking all before it: unpack it first"
+            )
     if head[:4] == b"PAR1":
         return partial(read_parquet_records, file)
     if head[257:262] == b"ustar":
@@ -143,26 +150,27 @@ def open_source(file):
             return partial(read_json_lines, file)
         case b"[":
             return partial(read_json_list, file, parse_json_list(file))
+    if not head:
+        raise UserError(f"{file} is empty")
     raise UserError(
         f"{file} is neither JSON nor an unpacked tar nor parquet: it begins with {head[:40]!r}"
-        if head
-        else f"{file} is empty"
     )
 
 
 def check_first_record(raws):
-    """Raise UserError, quoting the first record that could be read, unless its kind is known."""
-    begin = list(itertools.islice(raws(), 10))
-    if not begin:
+    """Raises UserError, which quotes the first readable record, if its kind is unknown."""
+    head = list(itertools.islice(raws(), 10))
+    if not head:
         raise UserError(f"{raws.args[0]} holds no samples")
-    first = next((raw for raw in begin if not raw.error or raw.error[0] == UNKNOWN_KIND), begin[0])
+    readable = [raw for raw in head if not raw.error or raw.error[0] == UNKNOWN_KIND]
+    first = (readable or head)[0]
     if first.error:
         raise UserError(first.error[1], first.error[0])
     records.require_kind(first.record, first.where)
 
 
 def parse_json(text):
-    """What a JSON text says; ValueError if it is none."""
+    """Returns the value of a JSON text; raises ValueError if it is none."""
     try:
         return json.loads(text)
     except RecursionError:
@@ -177,7 +185,8 @@ def parse_json_list(file):
 
 
 def make_record(where, record, name, images=(), folder=None):
-    """A Raw of what was read, if that is an object that can be handled."""
+    """Returns the RawRecord of a JSON value, with an error if it is no object or nested too
+    deep."""
     if is_nested_too_deep(record):
         return make_error_record(
             where,
@@ -186,11 +195,13 @@ def make_record(where, record, name, images=(), folder=None):
             f"{where} has more than {MAX_DEPTH} lists and objects in one another",
         )
     if not isinstance(record, dict):
-        return make_error_record(where, name, UNKNOWN_KIND, f"{where} is no object: {record!r:.200}")
+        text = f"{where} is no object: {record!r:.200}"
+        return make_error_record(where, name, UNKNOWN_KIND, text)
     return RawRecord(where, record, list(images), None, name, folder)
 
 
 def make_error_record(where, name, reason, text):
+    """Returns the RawRecord of a record that cannot be read."""
     return RawRecord(where, None, [], (reason, text), name)
 
 
@@ -239,30 +250,32 @@ def parse_record(text, where, name, **more):
 
 
 def read_parquet_records(file):
-    for number, (row, at) in enumerate(read_parquet(file), 1):
-        where, column = (
-            f"{file}, row {number}",
-            next((name for name in ("images", "image") if row.get(name)), None),
-        )
+    """Yields the RawRecords of a parquet file."""
+    for number, (row, position) in enumerate(read_parquet(file), 1):
+        where = f"{file}, row {number}"
+        column = next((name for name in ("images", "image") if row.get(name)), None)
         values = row.pop(column, None) or []
-        parts = [
-            value
-            if isinstance(value, dict)
-            else {"bytes" if isinstance(value, bytes) else "path": value}
-            for value in (values if isinstance(values, list) else [values])
-        ]
-        pictures = [
-            ImageBytes(f"{where}, picture {i}", part["bytes"])
+        parts = []
+        for value in values if isinstance(values, list) else [values]:
+            if not isinstance(value, dict):
+                value = {"bytes" if isinstance(value, bytes) else "path": value}
+            parts.append(value)
+        images = [
+            ImageBytes(f"{where}, image {i}", part["bytes"])
             for i, part in enumerate(parts, 1)
             if isinstance(part.get("bytes"), bytes)
         ]
-        if len(pictures) < len(parts):
-            row["images"], pictures = [part.get("path") for part in parts], []
-        yield make_record(where, row, f"{Path(file).name}:{number}", pictures)._replace(position=at)
+        if len(images) < len(parts):
+            row["images"], images = [part.get("path") for part in parts], []
+        raw = make_record(where, row, f"{Path(file).name}:{number}", images)
+        yield raw._replace(position=position)
 
 
 def read_parquet(file):
-    """Its rows as dicts, of which few are in memory at a time, and how far in the file each is."""
+    """Yields (row, position) of each row: a dict, and its place in the file from 0 to 1.
+
+    Few rows are in memory at a time.
+    """
     try:
         from pyarrow import parquet
     except ImportError:
@@ -276,9 +289,7 @@ def read_parquet(file):
                 for row in batch.to_pylist():
                     rows += 1
                     yield row, rows / table.metadata.num_rows
-    except (
-        Exception
-    ) as error:  # Arrow has its own kinds of error, and the conversion of odd columns raises others
+    except Exception as error:  # Arrow and the conversion of odd columns raise many kinds of error
         raise UserError(f"{file} cannot be read beyond row {rows}: {one_line(error)}") from None
 
 
@@ -286,7 +297,7 @@ def read_parquet(file):
 
 
 def read_tar_records(file):
-    """Members side by side under one key as a Raw, as webdataset groups them."""
+    """Yields a RawRecord for adjacent members that share a key, as webdataset groups them."""
     size = os.path.getsize(file)
     for key, group in itertools.groupby(tar_members(file), lambda member: tar_key(member.name)[0]):
         members = list(group)
@@ -294,19 +305,18 @@ def read_tar_records(file):
 
 
 def tar_members(file):
-    """Headers of all but folders and hidden files; their contents are passed over."""
+    """Yields the headers of all members but folders and hidden files; contents are not read."""
     try:
         with tarfile.open(file, "r:") as tar:
             while (member := tar.next()) is not None:
                 if member.size < 0:  # the next member would be one before it
                     raise tarfile.ReadError(f"the size of {member.name!a} is {member.size}")
-                tar.members.clear()  # which would else hold all
+                tar.members.clear()  # otherwise it grows with the tar
                 if not member.isdir() and not os.path.basename(member.name).startswith("."):
                     yield member
             tar.fileobj.seek(tar.offset)
-            if (
-                tar.fileobj.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE
-            ):  # tarfile takes whatever is no header for the end
+            # tarfile takes anything that is no header for the end
+            if tar.fileobj.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
                 raise tarfile.ReadError(
                     f"neither a member nor the end stands at byte {tar.offset:,}"
                 )
@@ -315,7 +325,7 @@ def tar_members(file):
 
 
 def tar_key(name):
-    """("shards/000012", "jpg") of "./shards/000012.left.jpg"."""
+    """Returns ("shards/000012", "jpg") for "./shards/000012.left.jpg"."""
     folder, slash, base = name.removeprefix("./").rpartition("/")
     stem, _, suffix = base.partition(".")
     return folder + slash + stem, suffix.rpartition(".")[2].lower()
@@ -326,115 +336,120 @@ def is_unsafe_name(name):
 
 
 def make_tar_record(file, key, members):
+    """Returns the RawRecord of the members that share a key."""
     where = f"{file}, {printable(key)}"
-    if odd := next((name for name in (member.name for member in members) if is_unsafe_name(name)), None):
-        return make_error_record(
-            where,
-            key,
-            "odd name of a tar member",
-            f"{where}: the member {odd!a} would lie outside, or cannot be written",
-        )
-    if odd := next((member for member in members if not member.isreg() or member.issparse()), None):
-        return make_error_record(
-            where,
-            key,
-            "a tar member is no plain file",
-            f"{where}: the member {odd.name!a} is a link, a device or full of holes",
-        )
-    spans = [
-        (tar_key(member.name)[1], TarMember(file, member.name, member.offset_data, member.size))
-        for member in members
-    ]
-    pictures = [span for suffix, span in spans if suffix in IMAGE_SUFFIXES]
-    texts = {suffix: span for suffix, span in spans if suffix in ("json", "txt")}
-    if len(texts) != sum(suffix in ("json", "txt") for suffix, _ in spans):
-        return make_error_record(
-            where,
-            key,
+    error = partial(make_error_record, where, key)
+    for member in members:
+        if is_unsafe_name(member.name):
+            return error(
+                "unsafe name of a tar member",
+                f"{where}: the member {member.name!a} would lie outside, or cannot be printed",
+            )
+    for member in members:
+        if not member.isreg() or member.issparse():
+            return error(
+                "a tar member is no plain file",
+                f"{where}: the member {member.name!a} is a link, a device or a sparse file",
+            )
+    images, texts, suffixes = [], {}, []
+    for member in members:
+        suffix = tar_key(member.name)[1]
+        ref = TarMember(file, member.name, member.offset_data, member.size)
+        suffixes.append(suffix)
+        if suffix in IMAGE_SUFFIXES:
+            images.append(ref)
+        if suffix in ("json", "txt"):
+            texts[suffix] = ref
+    if len(texts) != sum(suffix in ("json", "txt") for suffix in suffixes):
+        return error(
             "two texts under one key",
-            f"{where} has two members of one kind: {', '.join(suffix for suffix, _ in spans)}",
+            f"{where} has two members of one kind: {', '.join(suffixes)}",
         )
-    return parse_tar_text(where, key, texts, pictures)
+    return parse_tar_text(where, key, texts, images)
 
 
-def parse_tar_text(where, key, texts, pictures):
-    """The record that a json or a txt among the members is; a json that is none (notes about the picture) gives way to the txt beside it."""
+def parse_tar_text(where, key, texts, images):
+    """Returns the RawRecord of a json or a txt in a tar; texts: {suffix: ref}.
+
+    If the json is of unknown kind (metadata of the image), the txt beside it is the record.
+    """
+    error = partial(make_error_record, where, key)
     if not texts:
-        return make_error_record(where, key, UNKNOWN_KIND, f"{where} has neither a json nor a txt among its members")
-    if large := next((span for span in texts.values() if span.size > MAX_TEXT), None):
-        return make_error_record(
-            where,
-            key,
-            "text too large",
-            f"{where}: {large.name!a} has {large.size:,} bytes, more than the {MAX_TEXT:,} of a text",
-        )
+        return error(UNKNOWN_KIND, f"{where} has neither a json nor a txt among its members")
+    for ref in texts.values():
+        if ref.size > MAX_TEXT:
+            return error(
+                "text too large",
+                f"{where}: {ref.name!a} has {ref.size:,} bytes, "
+                f"more than the {MAX_TEXT:,} of a text",
+            )
     if "json" in texts:
-        told = parse_record(load_image_bytes(texts["json"])[0], where, key, images=pictures)
-        if told.error or "txt" not in texts or records.find_kind(told.record):
-            return told
+        raw = parse_record(load_image_bytes(texts["json"])[0], where, key, images=images)
+        if raw.error or "txt" not in texts or records.find_kind(raw.record):
+            return raw
     try:
-        return make_record(where, {"caption": load_image_bytes(texts["txt"])[0].decode()}, key, pictures)
-    except UnicodeDecodeError as error:
-        return make_error_record(
-            where,
-            key,
+        caption = load_image_bytes(texts["txt"])[0].decode()
+    except UnicodeDecodeError as problem:
+        return error(
             "not text in UTF-8",
-            f"{where}: {texts['txt'].name!a} is not text in UTF-8: {error}",
+            f"{where}: {texts['txt'].name!a} is not text in UTF-8: {problem}",
         )
+    return make_record(where, {"caption": caption}, key, images)
 
 
 # ---- samples ----
 
 
 def make_sample(raw, images=""):
-    """A Raw as a Sample; raises UserError. images: as in `read`."""
+    """Returns a RawRecord as a Sample; images: as in read_records. Raises UserError."""
     name, where, turns, paths = parse_conversation(raw)
-    return Sample(
-        name,
-        where,
-        turns,
-        raw.images or [find_image_ref(path, raw.folder, images, where) for path in paths],
-    )
+    refs = raw.images or [find_image_ref(path, raw.folder, images, where) for path in paths]
+    return Sample(name, where, turns, refs)
 
 
 def parse_conversation(raw):
-    """(name, where, turns) of the Sample that a Raw is, and the paths of pictures that it names, wherever these are; raises UserError."""
+    """Returns (name, where, turns) of the Sample of a RawRecord, and the image paths that it names.
+
+    The images may be missing. Raises UserError.
+    """
     if raw.error:
         raise UserError(raw.error[1], raw.error[0])
     name, where = sample_name(raw)
     paths = [] if raw.images else records.image_paths(raw.record, where)
-    return name, where, records.record_turns(raw.record, name, len(raw.images or paths), where), paths
+    turns = records.record_turns(raw.record, name, len(raw.images or paths), where)
+    return name, where, turns, paths
 
 
 def sample_name(raw):
-    """A sample's id, and where it is, for messages."""
-    own = records.stated_id(raw.record)
-    if isinstance(own, bool) or not isinstance(own, str | int | float | None):
+    """Returns (id, where) of a record; where is for messages. Raises UserError if the id is bad."""
+    stated = records.stated_id(raw.record)
+    if isinstance(stated, bool) or not isinstance(stated, str | int | float | None):
         raise UserError(
-            f"{raw.where}: its id is neither a text nor a number: {own!r:.80}",
+            f"{raw.where}: its id is neither a text nor a number: {stated!r:.80}",
             "id is not one line of text",
         )
-    name = raw.name if own is None else str(own)
+    name = raw.name if stated is None else str(stated)
     try:
         check_sample_name(name)
-    except UserError as mistake:
-        raise UserError(f"{raw.where}: {mistake}", "id is not one line of text") from None
-    return name, raw.where if own is None else f"{raw.where} ({name})"
+    except UserError as error:
+        raise UserError(f"{raw.where}: {error}", "id is not one line of text") from None
+    return name, raw.where if stated is None else f"{raw.where} ({name})"
 
 
 def record_id(raw):
-    """The id under which a record is listed, whether it can be used or not."""
-    own = records.stated_id(raw.record or {})
-    return printable(str(own)) if isinstance(own, str | int | float) else printable(raw.name)
+    """Returns the id under which a record is listed, even if it cannot be used."""
+    stated = records.stated_id(raw.record or {})
+    return printable(str(stated) if isinstance(stated, str | int | float) else raw.name)
 
 
 def record_digest(raw):
-    """A digest of a sample's id and of all that it says and shows, by which one that comes twice is known; in a tar, pictures count by their sizes.
+    """Returns a digest of a record's id, texts and images, by which a duplicate is found.
 
-    LLaVA's own mix gives one id to all conversations about one picture: those differ.
+    Images in a tar count by their sizes. LLaVA's own mix gives one id to all conversations about
+    one image; their texts differ.
     """
     record = raw.record or {}
-    shown = [
+    images = [
         hashlib.sha256(ref.content).hexdigest() if isinstance(ref, ImageBytes) else ref.size
         for ref in raw.images
     ]
@@ -442,23 +457,26 @@ def record_digest(raw):
         raw.name if records.stated_id(record) is None else None,
         raw.folder if records.first_field(record, "image", "images") else None,
     ]
-    return hashlib.sha256(
-        json.dumps([*place, raw.error, record, shown], sort_keys=True, default=repr).encode()
-    ).digest()
+    content = json.dumps([*place, raw.error, record, images], sort_keys=True, default=repr)
+    return hashlib.sha256(content.encode()).digest()
 
 
 def read_texts(paths):
-    """What anybody says in any conversation of some sources. What cannot be read of them is left out and counted; `data` tells of each."""
-    read, wrong = 0, []
-    for raw in read(paths):
+    """Yields the text of each turn of some sources, to train a tokenizer.
+
+    Records that cannot be read are left out and counted; `prepare.py data` names each of them.
+    """
+    count, errors = 0, []
+    for raw in read_records(paths):
         try:
             yield from (text for _, text in parse_conversation(raw)[2])
-            read += 1
-        except UserError as mistake:
-            wrong.append(str(mistake))
-    if not read:
-        raise UserError(f"there is nothing to learn a tokenizer from: {wrong[0]}")
-    if wrong:
+            count += 1
+        except UserError as error:
+            errors.append(str(error))
+    if not count:
+        raise UserError(f"there is no text to train a tokenizer on: {errors[0]}")
+    if errors:
         cli.print_status(
-            f"learnt without {len(wrong):,} of {read + len(wrong):,} records, which cannot be read: {wrong[0]}"
+            f"trained without {len(errors):,} of {count + len(errors):,} records, "
+            f"which cannot be read: {errors[0]}"
         )

@@ -1,13 +1,15 @@
-"""Any record of pictures and words as a conversation. What a record is shows in its fields:
+"""Any record of images and words becomes a conversation. The fields of a record show its kind:
 
-    fields                                   the conversation
-    conversations | messages                 its own; a turn may be a list of parts, as OpenAI's
-    texts                                    its pairs of user and assistant, the pictures first (the_cauldron)
-    question | context, choices | options    choices by letter; the answer is the letter of the right one, an index or a letter itself
-    question | context, answers | answer     one of the answers, by weight if there are weights
-    caption | text                           one of LLaVA's requests for a brief description, answered by the caption
+    fields                                  the conversation
+    conversations | messages                its own; a turn may be a list of parts, as OpenAI's
+    texts                                   its pairs of user and assistant (the_cauldron)
+    question | context, choices | options   choices by letter; the answer is the letter of the right
+                                            one, which is given by its letter or index
+    question | context, answers | answer    one of the answers, by weight if there are weights
+    caption | text                          a request for a brief description, and the caption
 
-What is drawn is drawn by a hash of the sample's id, so that it is the same in every run.
+Images come first unless the text says where. Random choices are made by a hash of the sample's id,
+so they are the same in every run.
 """
 
 import hashlib
@@ -37,7 +39,7 @@ UNKNOWN_KIND = "no known kind of record"
 
 
 def first_field(record, *names):
-    """The first that a record has of several names for one thing."""
+    """Returns the first field that a record has of several names for one thing, or None."""
     return next((record[name] for name in names if record.get(name) is not None), None)
 
 
@@ -46,83 +48,89 @@ def stated_id(record):
 
 
 def find_kind(record):
-    """The function that makes a conversation of such a record; None if there is none."""
-    return next(
-        (
-            kind
-            for kind, *things in RECORD_KINDS
-            if all(first_field(record, *names) is not None for names in things)
-        ),
-        None,
-    )
+    """Returns the function that makes a conversation of a record, or None if its kind is
+    unknown."""
+    for kind, *fields in RECORD_KINDS:
+        if all(first_field(record, *names) is not None for names in fields):
+            return kind
+    return None
 
 
 def require_kind(record, where):
+    """Returns the function of find_kind; raises UserError if there is none."""
     if not (kind := find_kind(record)):
         raise UserError(
-            f"{where} is {UNKNOWN_KIND} (of a conversation, a question with answers or choices, a caption): {record!r:.200}",
+            f"{where} is {UNKNOWN_KIND} (of a conversation, a question with answers or choices, "
+            f"a caption): {record!r:.200}",
             UNKNOWN_KIND,
         )
     return kind
 
 
-def record_turns(record, name, pictures, where):
-    """[(role, text)] of a record, checked; name: its id; pictures: how many it has. Raises UserError."""
+def record_turns(record, name, image_count, where):
+    """Returns a record as [(role, text)], checked; name: its id. Raises UserError."""
     kind = require_kind(record, where)
     try:
-        said = kind(record, name)
-    except UserError as mistake:
-        raise UserError(f"{where}: {mistake}", mistake.reason) from None
-    if kind is caption_question and not pictures:
-        raise UserError(f"{where}: a caption, but no picture", "no picture")
-    said = chat_template.read_turns(
-        {"conversations": said if kind is conversation_turns else alternate_turns(said, pictures)}, where
-    )
-    chat_template.check_turns(said, pictures, where)
-    return said
+        turns = kind(record, name)
+    except UserError as error:
+        raise UserError(f"{where}: {error}", error.reason) from None
+    if kind is caption_question and not image_count:
+        raise UserError(f"{where}: a caption, but no image", "no image")
+    if kind is not conversation_turns:
+        turns = alternate_turns(turns, image_count)
+    turns = chat_template.read_turns({"conversations": turns}, where)
+    chat_template.check_turns(turns, image_count, where)
+    return turns
 
 
 def image_paths(record, where):
-    """Of the pictures that a record names."""
+    """Returns the paths of the images that a record names."""
     value = first_field(record, "image", "images") or []
     listed = [value] if isinstance(value, str) else value
     if not isinstance(listed, list) or not all(isinstance(path, str) for path in listed):
         raise UserError(
             f"{where}: `image` is neither a path nor a list of paths: {value!r:.80}",
-            "no path of a picture",
+            "no path of an image",
         )
     return listed
 
 
-def alternate_turns(texts, pictures):
-    """What a user and an assistant say in turn; the pictures come first unless the user says where."""
+def alternate_turns(texts, image_count):
+    """Returns texts as messages of user and assistant in turn.
+
+    The images come first unless the user's texts say where.
+    """
     if texts and not any("<image>" in text for text in texts[::2]):
-        texts = ["<image>\n" * pictures + texts[0], *texts[1:]]
+        texts = ["<image>\n" * image_count + texts[0], *texts[1:]]
     return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
 
 
-def as_text(value, what):
-    """A text, or a number as one."""
+def as_text(value, name):
+    """Returns a text, or a number as text; raises UserError for anything else."""
     if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise UserError(f"its {what} is no text: {value!r:.80}", f"{what} is no text")
+        raise UserError(f"its {name} is no text: {value!r:.80}", f"{name} is no text")
     return str(value).strip()
 
 
-def hash_fraction(what, name):
-    """A number from 0 up to 1 for a sample, another for everything that is drawn."""
-    return int.from_bytes(hashlib.sha256(f"{what} {name}".encode()).digest()[:6], "little") / 2**48
+def hash_fraction(purpose, name):
+    """Returns a pseudorandom number in [0, 1) for a sample, a different one for each purpose."""
+    digest = hashlib.sha256(f"{purpose} {name}".encode()).digest()
+    return int.from_bytes(digest[:6], "little") / 2**48
 
 
-# ---- kinds: what user and assistant say in turn ----
+# ---- kinds of records: each returns the texts of user and assistant, in turn ----
 
 
 def conversation_turns(record, name):
-    said = record.get("conversations") or record.get("messages") or []
-    return [join_parts(turn) for turn in said] if isinstance(said, list) else said
+    turns = record.get("conversations") or record.get("messages") or []
+    return [join_parts(turn) for turn in turns] if isinstance(turns, list) else turns
 
 
 def join_parts(turn):
-    """A turn in parts as one text, a line for each, <image> where a picture is; as it was if it has other parts."""
+    """Returns a turn of parts as one text, a line per part and <image> for an image.
+
+    A turn with other parts is returned unchanged.
+    """
     parts = first_field(turn, "value", "content") if isinstance(turn, dict) else None
     lines = []
     for part in parts if isinstance(parts, list) else [None]:
@@ -137,12 +145,12 @@ def join_parts(turn):
 
 
 def text_pairs(record, name):
-    texts = record["texts"] if isinstance(record["texts"], list) else [record["texts"]]
-    return [
-        as_text(pair.get(role) if isinstance(pair, dict) else None, "turn")
-        for pair in texts
-        for role in ("user", "assistant")
-    ]
+    pairs = record["texts"] if isinstance(record["texts"], list) else [record["texts"]]
+    texts = []
+    for pair in pairs:
+        for role in ("user", "assistant"):
+            texts.append(as_text(pair.get(role) if isinstance(pair, dict) else None, "turn"))
+    return texts
 
 
 def choice_question(record, name):
@@ -154,38 +162,31 @@ def choice_question(record, name):
             f"its choices are no list of up to {len(LETTERS)}: {options!r:.80}",
             "choices are no list",
         )
-    number = (
-        LETTERS.index(letter)
-        if isinstance(right, str) and (letter := right.strip().upper()) in [*LETTERS]
-        else right
-    )
+    number = right
+    if isinstance(right, str) and right.strip().upper() in [*LETTERS]:
+        number = LETTERS.index(right.strip().upper())
     if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < len(options):
         raise UserError(
-            f"{right!r:.80} is neither the letter nor the index of one of its {len(options)} choices",
+            f"{right!r:.80} is neither the letter nor the index of one of its "
+            f"{len(options)} choices",
             "no right choice",
         )
-    return [
-        multiple_choice(
-            as_text(first_field(record, *QUESTION), "question"),
-            [as_text(option, "choice") for option in options],
-        ),
-        LETTERS[number],
-    ]
+    question = as_text(first_field(record, *QUESTION), "question")
+    options = [as_text(option, "choice") for option in options]
+    return [multiple_choice(question, options), LETTERS[number]]
 
 
 def multiple_choice(question, options):
-    return "\n".join(
-        [
-            question,
-            *(f"{LETTERS[i]}. {option}" for i, option in enumerate(options)),
-            chat_template.LETTER_PROMPT,
-        ]
-    )
+    """Returns the prompt of a question with lettered options."""
+    lines = [f"{LETTERS[i]}. {option}" for i, option in enumerate(options)]
+    return "\n".join([question, *lines, chat_template.LETTER_PROMPT])
 
 
 def answer_question(record, name):
-    asked = f"{as_text(first_field(record, *QUESTION), 'question')}\n{chat_template.SHORT_PROMPT}"
-    return [asked, choose_answer(first_field(record, *ANSWERS), first_field(record, *WEIGHTS), name)]
+    question = as_text(first_field(record, *QUESTION), "question")
+    answers, weights = first_field(record, *ANSWERS), first_field(record, *WEIGHTS)
+    prompt = f"{question}\n{chat_template.SHORT_PROMPT}"
+    return [prompt, choose_answer(answers, weights, name)]
 
 
 def caption_question(record, name):
@@ -196,7 +197,10 @@ def caption_question(record, name):
 
 
 def choose_answer(answers, weights, name):
-    """One of several answers, the more weight the likelier, always the same for a sample; Megatron's task_encoder.py draws anew each time."""
+    """Returns one of several answers, with a probability in proportion to its weight.
+
+    It is always the same for a sample. Megatron's task_encoder.py draws a new one each time.
+    """
     answers = answers if isinstance(answers, list) else [] if answers is None else [answers]
     weights = [1] * len(answers) if weights is None else weights
     if (
@@ -208,7 +212,8 @@ def choose_answer(answers, weights, name):
         )
     ):
         raise UserError(
-            f"its weights are not a number from 0 on for each of {len(answers)} answers: {weights!r:.80}",
+            f"its weights are not a number from 0 on for each of {len(answers)} answers: "
+            f"{weights!r:.80}",
             "wrong weights",
         )
     ends = list(itertools.accumulate(weights))
@@ -218,16 +223,13 @@ def choose_answer(answers, weights, name):
     return as_text(chosen.get("answer") if isinstance(chosen, dict) else chosen, "answer")
 
 
-QUESTION, CHOICES, RIGHT = (
-    ("question", "context"),
-    ("choices", "options"),
-    ("correct_choice_idx", "correct", "answer"),
-)
-ANSWERS, WEIGHTS, CAPTION = (
-    ("answers", "answer"),
-    ("answer_weights", "weights"),
-    ("caption", "text"),
-)
+# names of fields; a record has any one of them
+QUESTION = ("question", "context")
+CHOICES = ("choices", "options")
+RIGHT = ("correct_choice_idx", "correct", "answer")
+ANSWERS = ("answers", "answer")
+WEIGHTS = ("answer_weights", "weights")
+CAPTION = ("caption", "text")
 RECORD_KINDS = [
     (conversation_turns, ("conversations", "messages")),
     (text_pairs, ("texts",)),

@@ -63,7 +63,7 @@ STAGES = {
 }
 # LLaVA-1.5 (scripts/v1_5/pretrain.sh and finetune.sh): one epoch of its 558,128 captions and of its
 # 665,298 conversations. LLaVA has one sample in a sequence.
-LLAVA = {
+LLAVA_1_5 = {
     "pretrain": dict(
         lr=1e-3,
         min_lr=0.0,
@@ -86,7 +86,7 @@ LLAVA = {
         beta2=0.999,
     ),
 }
-RECIPES = {"megatron": STAGES, "llava": LLAVA}
+RECIPES = {"megatron": STAGES, "llava": LLAVA_1_5}
 PARTS = ("vision", "projector", "decoder")
 OLD_STAGES = {"brain": "decoder", "eye": "vision"}  # in runs of an older version
 # These settings may change when a run resumes; all others must stay as they were.
@@ -240,7 +240,7 @@ def check_settings(run, world, unused):
 
 def check_inputs(run):
     """Raise UserError, which says what to do first, if the model or the data does not exist."""
-    if not (Path(run.model).exists() or is_repo_id(run.model)):
+    if not (run.resume or Path(run.model).exists() or is_repo_id(run.model)):
         raise UserError(
             f"no such model: {run.model}. --stage={run.stage} starts from a checkpoint: "
             f"{FIRST[run.stage]}; or give another --model. "

@@ -642,7 +642,7 @@ def bench(run, parts, out):
         "card": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "triton": triton.__version__,
-        "nanovlm": runner.versions()["nanovlm"],
+        "nanovlm": runner.package_versions()["nanovlm"],
         "wrong": wrong,
         "rates": run.rates,
         "rows": [],

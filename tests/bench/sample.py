@@ -26,7 +26,7 @@ def answers_per_s(checkpoint, questions, batch, max_tokens):
     began = time.time()
     said = sorted(
         pair
-        for pairs in runner.answers(checkpoint, questions, batch=batch, max_tokens=max_tokens)
+        for pairs in runner.answer_questions(checkpoint, questions, batch=batch, max_tokens=max_tokens)
         for pair in pairs
     )
     return len(questions) / (time.time() - began), [one.text for _, one in said]
@@ -34,7 +34,7 @@ def answers_per_s(checkpoint, questions, batch, max_tokens):
 
 def exam(model, questions, images, count, batch, max_tokens, rounds):
     """Print answers a second one by one and at once, each the median over the rounds, and the median of the rounds' ratios."""
-    asked = benchmarks.read("exact", questions, images=images)
+    asked = benchmarks.load_questions("exact", questions, images=images)
     asked = asked[:: max(1, len(asked) // count)][:count]
     checkpoint, speeds, same = load_checkpoint(model), [], 0
     optimize(checkpoint.model)

@@ -501,7 +501,7 @@ def keep_no_weights(folder):
             spoil(norm=torch.full((48,), torch.nan)),
             "model.norm.weight in model.safetensors holds a NaN or infinite value",
         ),
-        (spoil(norm=torch.full((48,), -torch.inf)), "not finite"),
+        (spoil(norm=torch.full((48,), -torch.inf)), "NaN or infinite"),
         (
             spoil(norm=torch.ones(48, dtype=torch.int8)),
             "model.norm.weight in model.safetensors has dtype torch.int8",
@@ -851,10 +851,10 @@ def test_pictures_are_treated_as_the_folder_says(config, choices, fit, tile, res
         ({"do_normalize": False}, "do_normalize False"),
         ({"resample": 0}, "resample 0"),
         ({"rescale_factor": 1 / 127}, "rescale_factor 0.007"),
-        ({"image_mean": ...}, "does not say its image_mean"),
-        ({"size": {"shortest_edge": 32}}, "say --fit"),
-        ({"do_center_crop": False}, "say --fit"),
-        ({"crop_size": {"height": 28, "width": 35}}, "say --tile"),
+        ({"image_mean": ...}, "holds no image_mean"),
+        ({"size": {"shortest_edge": 32}}, "choose --fit"),
+        ({"do_center_crop": False}, "choose --fit"),
+        ({"crop_size": {"height": 28, "width": 35}}, "choose --tile"),
     ],
 )
 def test_pictures_that_would_come_out_otherwise_are_refused(change, said, eye_folder):
@@ -1027,7 +1027,7 @@ def test_a_template_is_found_where_transformers_has_put_it(place, brain_folder):
     [
         (
             ...,
-            "states no chat template; say which it is by --template of prepare.py, .*: mistral, ",
+            "has no chat template; name it by --template of prepare.py: .*: mistral, ",
         ),
         ("{{ messages[0]['content'] }}", "its chat template writes 'Hello', as none of ours does"),
         ("{{ ''.__class__.__mro__ }}", "writes None"),  # the sandbox refuses it
@@ -1059,7 +1059,7 @@ def test_stitched_it_sees_and_says_what_its_parts_do_alone(tmp_path, capsys):
         "decoder": str(publish(brain, tmp_path / "brain")),
     }
     prepare.stitch(**public, out=str(tmp_path / "out"), tile=56, shuffle=2)
-    assert "what they do alone: the largest difference is 0" in capsys.readouterr().err
+    assert "the largest difference is 0" in capsys.readouterr().err
     made = load_checkpoint(tmp_path / "out", dtype=None)
     assert {
         part: next(getattr(made.model, part).parameters()).dtype
@@ -1159,8 +1159,8 @@ def test_a_stitch_that_changed_a_number_is_found_out(published, tmp_path):
     save_checkpoint(stitch.stitch_parts(eye, brain, 0), tmp_path / "out")
     assert stitch.verify_stitch(tmp_path / "out", alone) < 1e-4
     for name, what in [
-        ("vision.layers.1.mlp_norm.bias", "the eye's features"),
-        ("decoder.layers.1.q_proj.weight", "the brain's logits"),
+        ("vision.layers.1.mlp_norm.bias", "the features of the vision encoder"),
+        ("decoder.layers.1.q_proj.weight", "the logits of the decoder"),
     ]:
         tensors = load_file(tmp_path / "out/model.safetensors")
         save_file(tensors | {name: tensors[name] * 1.1}, tmp_path / "out/model.safetensors")

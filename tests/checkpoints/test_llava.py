@@ -21,9 +21,9 @@ import sample
 from nanovlm import IMAGE_TOKEN_ID, UserError
 from nanovlm.checkpoints import huggingface, llava
 from nanovlm.checkpoints.checkpoint import (
-    load_checkpoint_info,
     export_checkpoint,
     load_checkpoint,
+    load_checkpoint_info,
     save_checkpoint,
 )
 from nanovlm.data import chat_template, dataset, image_processing, packing, tokenizer
@@ -282,7 +282,7 @@ def test_a_folder_comes_back_tensor_for_tensor(kind, spell, tmp_path):
 
 
 def test_shards_and_their_index(folders, tmp_path, monkeypatch):
-    monkeypatch.setattr(llava, "SHARD_BYTES", 200_000)
+    monkeypatch.setattr(llava, "MAX_SHARD_BYTES", 200_000)
     out = exported(folders["1.5"], tmp_path / "out")
     index = json.loads((out / "model.safetensors.index.json").read_text())
     shards = sorted(path.name for path in out.glob("*.safetensors"))
@@ -643,11 +643,11 @@ def test_the_grid_is_the_one_that_transformers_chooses():
 @pytest.mark.parametrize(
     "change, said",
     [
-        (dict(shuffle=2), "pixel shuffle by 2: stitch a public eye without --shuffle"),
+        (dict(shuffle=2), "pixel shuffle by 2: stitch without --shuffle"),
         (dict(tiles=4), "InternVL's tiles: stitch without --tiles"),
         (
             dict(eye="siglip"),
-            "whose last layer is normed: stitch a public CLIP or SigLIP folder with --vision_feature_layer=-2",
+            "a norm after the last layer of the vision encoder: stitch a CLIP or SigLIP folder with --vision_feature_layer=-2",
         ),
     ],
 )
@@ -674,7 +674,7 @@ def test_a_public_eye_takes_tiles_and_one_of_ours_has_settled_it(tmp_path):
         "draft": True,
     }
     with pytest.raises(
-        UserError, match="--tiles=4 is for a public model's folder; .* has settled it"
+        UserError, match="--tiles=4 is for a Hugging Face folder; .* has its own"
     ):
         prepare.stitch(
             vision=str(ours), decoder=str(tmp_path / "brain"), out=str(tmp_path / "again"), tiles=4
@@ -731,7 +731,7 @@ def edit(path, **fields):
             {"image_grid_pinpoints": [[28, 50]]},
             r"pinpoints \[\[28, 50\]\] is no list of heights and widths in whole tiles",
         ),
-        ("preprocessor_config.json", {"size": {"shortest_edge": 40}}, "say --fit"),
+        ("preprocessor_config.json", {"size": {"shortest_edge": 40}}, "choose --fit"),
     ],
 )
 def test_a_folder_that_computes_something_else_is_refused_by_name(file, fields, said, tmp_path):
@@ -802,7 +802,7 @@ def test_a_template_that_nobody_knows_is_said_to_export_which_stores_it(tmp_path
     assert load_checkpoint(tmp_path / "out").chat_template == "vicuna"
     save_checkpoint(load_checkpoint(tmp_path / "out"), tmp_path / "ours")
     with pytest.raises(
-        UserError, match="--template=llava is for a published LLaVA; .*ours has settled it"
+        UserError, match="--template=llava: .*ours is a checkpoint and has its own template"
     ):
         prepare.export(model=str(tmp_path / "ours"), out=str(tmp_path / "again"), template="llava")
 

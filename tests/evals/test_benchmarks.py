@@ -1541,7 +1541,7 @@ def test_every_benchmark_of_the_issue_is_here_and_uses_only_what_is_there():
 
 
 def test_a_right_answer_is_scored_right_by_the_metric_of_its_benchmark(tmp_path):
-    """The references of MathVista are the text of a choice, of MMMU a letter or texts, of MME Yes."""
+    """The references of MathVista are the text of a choice, MMMU's a letter or texts, MME's Yes."""
     number = {
         "pid": "1",
         "image": "a.jpg",

@@ -47,13 +47,13 @@ def record(number, image, answer="Yes.", **other):
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """23 records and their pictures; every third has none."""
+    """23 records and their images; every third has none."""
     home, g = tmp_path_factory.mktemp("home"), np.random.default_rng(0)
     for number, size in enumerate([(20, 20), (60, 20), (33, 50), (7, 90)]):
         Image.fromarray(g.integers(256, size=(*size[::-1], 3), dtype=np.uint8)).save(
             home / f"{number}.png"
         )
-    (home / "text.jpg").write_text("I am no picture")
+    (home / "text.jpg").write_text("I am no image")
     (home / "good.json").write_text(
         json.dumps(
             [record(number, f"{number % 4}.png" if number % 3 else None) for number in range(23)]
@@ -100,15 +100,15 @@ def test_what_is_in_a_set_is_what_the_source_says(home, tmp_path):
     make(tmp_path / "set", home / "good.json")
     samples = dataset.PreparedDataset(tmp_path / "set")
     for i in range(23):
-        ids_T, targets_T, pictures = samples.read(i)
-        assert len(pictures) == (i % 3 > 0)
+        ids_T, targets_T, images = samples.read(i)
+        assert len(images) == (i % 3 > 0)
         said, trained = (
             WORDS.decode([x for x in array.tolist() if x >= 0]) for array in (ids_T, targets_T)
         )
         assert trained == "Yes.</s>" and f"{i}?" in said
-        for picture in pictures:
+        for image in images:
             assert np.array_equal(
-                picture.tiles, image_processing.load_image(home / f"{i % 4}.png", POLICY).tiles
+                image.tiles, image_processing.load_image(home / f"{i % 4}.png", POLICY).tiles
             )
 
 
@@ -214,10 +214,10 @@ def test_killed_at_its_very_end_it_ends_the_same(home, tmp_path, monkeypatch, at
 @pytest.mark.parametrize(
     "other, said",
     [
-        (dict(recipe=RECIPE._replace(seq_len=61)), "its row is 60, now 61"),
+        (dict(recipe=RECIPE._replace(seq_len=61)), "its seq_len is 60, now 61"),
         (
             dict(recipe=RECIPE._replace(image_config=POLICY | {"tiles": 4})),
-            "its fingerprint policy tiles is 6, now 4",
+            "its fingerprint image_config tiles is 6, now 4",
         ),
         (
             dict(recipe=RECIPE._replace(chat_template="mistral-v1")),
@@ -244,7 +244,7 @@ def test_a_set_goes_on_only_with_the_source_and_settings_that_it_was_begun_with(
         make(tmp_path / "set", source, **other)
 
 
-def test_other_pictures_or_another_order_of_sources_is_another_set(home, tmp_path, monkeypatch):
+def test_other_images_or_another_order_of_sources_is_another_set(home, tmp_path, monkeypatch):
     """Shards are counted through all sources: in another order, records would be lost and others there twice."""
     for name in ("a", "b"):
         (tmp_path / f"{name}.json").write_text(
@@ -291,9 +291,9 @@ def test_time_left_is_told_of_what_is_left_whatever_an_earlier_run_has_left_out(
     monkeypatch.setattr(build.time, "time", lambda: now[0])
     progress = build.Progress()
     progress.found, now[0] = 0.3, 104.0
-    progress.tell(30, 10**9, 0.15)
+    progress.update(30, 10**9, 0.15)
     now[0] = 108.0
-    progress.tell(10, 10**9, 0.05)
+    progress.update(10, 10**9, 0.05)
     assert capsys.readouterr().err == "40 samples, 5/s, 2.0 GB of tiles, 20 s left\n"
 
 
@@ -341,8 +341,8 @@ def test_a_disk_that_is_full_at_the_very_last_file_spoils_nothing(home, tmp_path
     assert content(tmp_path / "set") == content(tmp_path / "whole")
 
 
-def test_a_shard_ends_where_the_pictures_that_its_records_carry_grow_large(monkeypatch):
-    """Parquet's records bring their pictures along, which would else lie in memory a thousand at a time for each worker."""
+def test_a_shard_ends_where_the_images_that_its_records_carry_grow_large(monkeypatch):
+    """Parquet's records bring their images along, which would else lie in memory a thousand at a time for each worker."""
     monkeypatch.setattr(build, "SHARD_IMAGE_BYTES", 100)
     sizes = [60, 60, 10, 0, 0, 0, 0, 101, 99, 1, 1]
     raws = [
@@ -365,15 +365,15 @@ def dirty(home, tmp_path):
     (tmp_path / "cut.png").write_bytes((home / "0.png").read_bytes()[:300])
     Image.new("RGB", (4, 900)).save(tmp_path / "thin.png")
     (tmp_path / "0.png").write_bytes((home / "0.png").read_bytes())
-    (tmp_path / "text.jpg").write_text("I am no picture")
+    (tmp_path / "text.jpg").write_text("I am no image")
     bad = {
-        "picture cut short": record(1, "cut.png"),
-        "picture too long and thin": record(2, "thin.png"),
-        "no picture": record(3, "text.jpg"),
-        "picture missing": record(4, "nowhere.png"),
+        "image cut short": record(1, "cut.png"),
+        "image too long and thin": record(2, "thin.png"),
+        "no image": record(3, "text.jpg"),
+        "image missing": record(4, "nowhere.png"),
         "empty answer": record(5, None, answer=" "),
         "wrong number of <image>": record(6, None) | {"image": "0.png"},
-        "longer than a row": record(7, None, answer="word " * 30),
+        "longer than seq_len": record(7, None, answer="word " * 30),
         "duplicate": record(100, "0.png"),
     }
     records = [
@@ -397,7 +397,7 @@ def test_each_kind_of_dirt_is_skipped_counted_and_listed(home, tmp_path):
     listed = [
         json.loads(line) for line in (tmp_path / "set" / "skipped.jsonl").read_text().splitlines()
     ]
-    assert listed == skipped and all(str(source) in one["where"] and one["said"] for one in listed)
+    assert listed == skipped and all(str(source) in one["where"] and one["error"] for one in listed)
     assert {one["id"] for one in listed if one["reason"] != "broken JSON"} == {
         *(f"id {n}" for n in range(1, 8)),
         "id 100",
@@ -439,8 +439,8 @@ def test_tiles_step_down_until_the_sample_fits(home, tmp_path, row, tiles):
     (tmp_path / "one.json").write_text(json.dumps([record(1, str(home / "wide.png"))]))
     Image.new("RGB", (240, 40)).save(home / "wide.png")
     make(tmp_path / "set", tmp_path / "one.json", RECIPE._replace(seq_len=row))
-    ids_T, _, (picture,) = dataset.PreparedDataset(tmp_path / "set").read(0)
-    assert len(picture.tiles) == tiles and len(ids_T) == 11 + 4 * tiles <= row
+    ids_T, _, (image,) = dataset.PreparedDataset(tmp_path / "set").read(0)
+    assert len(image.tiles) == tiles and len(ids_T) == 11 + 4 * tiles <= row
 
 
 def test_a_sample_that_fits_no_row_is_skipped_with_both_numbers(home, tmp_path):
@@ -450,10 +450,10 @@ def test_a_sample_that_fits_no_row_is_skipped_with_both_numbers(home, tmp_path):
     (said,) = make(
         tmp_path / "set", tmp_path / "one.json", RECIPE._replace(seq_len=14), max_skipped=0.5
     )
-    assert said["reason"] == "longer than a row" and "15 tokens, --row=14" in said["said"]
+    assert said["reason"] == "longer than seq_len" and "15 tokens, --seq_len=14" in said["error"]
 
 
-def test_pictures_that_cannot_fit_are_not_even_opened(home, tmp_path, monkeypatch):
+def test_images_that_cannot_fit_are_not_even_opened(home, tmp_path, monkeypatch):
     """10 of at least 4 tokens each, and words."""
     many = {
         "id": "many",
@@ -462,13 +462,13 @@ def test_pictures_that_cannot_fit_are_not_even_opened(home, tmp_path, monkeypatc
     }
     many["conversations"][0]["value"] = "<image>" * 10
     (tmp_path / "two.json").write_text(json.dumps([many, record(2, None)]))
-    monkeypatch.setattr(build.image_files, "read_image", lambda *_: pytest.fail("a picture was opened"))
+    monkeypatch.setattr(build.image_files, "read_image", lambda *_: pytest.fail("an image was opened"))
     (said,) = make(
         tmp_path / "set",
         tmp_path / "two.json",
         RECIPE._replace(seq_len=40, images=str(home)),
         max_skipped=0.5,
     )
-    assert said["reason"] == "longer than a row" and re.search(
-        r"at least 4\d tokens, --row=40", said["said"]
+    assert said["reason"] == "longer than seq_len" and re.search(
+        r"at least 4\d tokens, --seq_len=40", said["error"]
     )

@@ -261,7 +261,7 @@ def test_absolute_paths_are_good_in_a_json_alone_and_within_the_folder_of_its_pi
     with webdataset.TarWriter(str(folder / "a.tar")) as tar:
         tar.write({"__key__": "1", "json": record})
         tar.write({"__key__": "2", "json": {**record, "image": "0.jpg"}})
-    assert reasons(readers.read_records([str(folder / "a.tar")])) == ["picture missing"] * 2
+    assert reasons(readers.read_records([str(folder / "a.tar")])) == ["image missing"] * 2
     assert reasons(readers.read_records([str(folder / "a.tar")]), str(folder)) == ["path climbs out"]
 
 
@@ -398,7 +398,7 @@ def test_captions_are_asked_for_in_llavas_eleven_ways_by_the_id_alone():
         50 < sum(asked.endswith(answer) for (_, asked), (_, answer) in paired) < 150
     )  # 91: which of several captions is another draw
     assert turns_of({"text": ["An egg."]}, 2)[0][1].startswith("<image>\n<image>\n")
-    with pytest.raises(UserError, match="a caption, but no picture"):
+    with pytest.raises(UserError, match="a caption, but no image"):
         turns_of({"caption": "An egg."})
 
 
@@ -490,11 +490,11 @@ def add_sample(tar, key):
 @pytest.mark.parametrize(
     "name, fields, reason",
     [
-        ("../b.jpg", {}, "odd name of a tar member"),
-        ("x/../../b.jpg", {}, "odd name of a tar member"),
-        ("/etc/b.jpg", {}, "odd name of a tar member"),
-        ("b\n.jpg", {}, "odd name of a tar member"),
-        ("b\udcff.jpg", {}, "odd name of a tar member"),
+        ("../b.jpg", {}, "unsafe name of a tar member"),
+        ("x/../../b.jpg", {}, "unsafe name of a tar member"),
+        ("/etc/b.jpg", {}, "unsafe name of a tar member"),
+        ("b\n.jpg", {}, "unsafe name of a tar member"),
+        ("b\udcff.jpg", {}, "unsafe name of a tar member"),
         ("..", {}, None),
         (
             "b.jpg",
@@ -513,7 +513,7 @@ def add_sample(tar, key):
         ("b.json", {"content": b"{"}, "broken JSON"),
         ("b.json", {"content": b"5"}, "no known kind of record"),
         ("b.txt", {"content": b"\xff"}, "not text in UTF-8"),
-        ("b.txt", {"content": b" \n"}, "no picture"),
+        ("b.txt", {"content": b" \n"}, "no image"),
         ("a.txt", {"content": b"again"}, "two texts under one key"),
         ("b.json", {"content": b"[" * 40 + b"]" * 40}, "nested too deep"),
         ("b.txt", {"content": b" " * (readers.MAX_TEXT + 1)}, "text too large"),
@@ -607,14 +607,14 @@ def zip_of(path, members, **settings):
         ("a/../../evil.jpg", "path climbs out"),
         ("/evil.jpg", "path climbs out"),
         ("..", "path climbs out"),
-        ("nowhere.jpg", "picture missing"),
-        ("deep", "picture missing"),
-        ("deep/", "picture missing"),
-        ("link.jpg", "picture missing"),
-        ("a\0b", "picture missing"),
-        ("\ud800", "picture missing"),
+        ("nowhere.jpg", "image missing"),
+        ("deep", "image missing"),
+        ("deep/", "image missing"),
+        ("link.jpg", "image missing"),
+        ("a\0b", "image missing"),
+        ("\ud800", "image missing"),
         ("", "wrong number of <image>"),
-        ("x" * 5000, "picture missing"),
+        ("x" * 5000, "image missing"),
     ],
 )
 def test_a_path_that_leads_out_or_nowhere(tmp_path, path, reason):
@@ -654,12 +654,12 @@ def test_a_member_that_cannot_be_unpacked_is_told(tmp_path):
 def test_a_file_too_large_to_be_a_picture_is_not_read(tmp_path):
     with open(tmp_path / "a.jpg", "wb") as file:
         file.truncate(image_refs.MAX_IMAGE_BYTES + 1)  # a hole: it takes no room
-    with pytest.raises(UserError, match="more than the 1,073,741,824 of a picture") as caught:
+    with pytest.raises(UserError, match="more than the 1,073,741,824 of an image") as caught:
         readers.load_image_bytes(image_refs.ImageFile(str(tmp_path / "a.jpg")))
-    assert caught.value.reason == "picture too large"
+    assert caught.value.reason == "image too large"
     with pytest.raises(UserError, match="ends after 0 of 5 bytes") as caught:
         readers.load_image_bytes(image_refs.TarMember(str(tmp_path / "a.jpg"), "0.jpg", image_refs.MAX_IMAGE_BYTES + 1, 5))
-    assert caught.value.reason == "picture cut short"
+    assert caught.value.reason == "image cut short"
     with pytest.raises(UserError, match="No such file"):
         readers.load_image_bytes(image_refs.ImageFile(str(tmp_path / "b.jpg")))
 
@@ -673,7 +673,7 @@ def test_parquet_of_plain_bytes_or_paths_without_ids(folder):
     ]
     parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "a.parquet")
     found = shown(readers.read_records([str(folder)]))
-    assert [found[0][0], found[1], found[2][0]] == ["a.parquet:1", "no picture", "a.parquet:3"]
+    assert [found[0][0], found[1], found[2][0]] == ["a.parquet:1", "no image", "a.parquet:3"]
     assert [found[i][2] for i in (0, 2)] == [[PICTURES["0.jpg"]], [PICTURES["1.jpg"]]]
     parquet.write_table(
         pyarrow.Table.from_pylist(
@@ -681,8 +681,8 @@ def test_parquet_of_plain_bytes_or_paths_without_ids(folder):
         ),
         folder / "a.parquet",
     )
-    assert reasons(readers.read_records([str(folder)]), str(folder)) == ["picture missing"]
-    assert reasons(readers.read_records([str(folder)])) == ["picture missing"] * 2
+    assert reasons(readers.read_records([str(folder)]), str(folder)) == ["image missing"]
+    assert reasons(readers.read_records([str(folder)])) == ["image missing"] * 2
 
 
 def test_without_pyarrow_parquet_is_refused_by_name(folder, monkeypatch):
@@ -744,7 +744,7 @@ def test_sources_and_pictures_that_are_not_there(tmp_path):
         (["nowhere.json"], "", "no such file: nowhere.json"),
         (["no-*.tar"], "", "no such file: no-*.tar"),
         ([str(tmp_path / "empty")], "", "holds neither .tar nor .parquet"),
-        ([good], "nowhere", "--images=nowhere is no folder"),
+        ([good], "nowhere", "--images=nowhere: no such folder or zip"),
         ([good], good, "is neither a folder nor a zip"),
     ]:
         with pytest.raises(UserError, match=re.escape(said)):
@@ -801,10 +801,10 @@ CHOSEN = {"id": "x", "question": "What?", "choices": ["a", "b"], "answer": "A"}
         (GOOD | {"id": ""}, "id is not one line of text"),
         (GOOD | {"id": "a\nb"}, "id is not one line of text"),
         (GOOD | {"id": "\ud800"}, "id is not one line of text"),
-        (GOOD | {"image": 5}, "no path of a picture"),
-        (GOOD | {"image": [None]}, "no path of a picture"),
-        (GOOD | {"image": {"bytes": "x"}}, "no path of a picture"),
-        (GOOD | {"image": "nowhere.jpg"}, "picture missing"),
+        (GOOD | {"image": 5}, "no path of an image"),
+        (GOOD | {"image": [None]}, "no path of an image"),
+        (GOOD | {"image": {"bytes": "x"}}, "no path of an image"),
+        (GOOD | {"image": "nowhere.jpg"}, "image missing"),
         (GOOD | {"image": []}, "wrong number of <image>"),
         (GOOD | {"image": ["0.jpg", "0.jpg"]}, "wrong number of <image>"),
         (GOOD | {"image": "../0.jpg"}, "path climbs out"),
@@ -842,7 +842,7 @@ CHOSEN = {"id": "x", "question": "What?", "choices": ["a", "b"], "answer": "A"}
         (CHOSEN | {"choices": "ab"}, "choices are no list"),
         (CHOSEN | {"choices": ["a"] * 27}, "choices are no list"),
         (CHOSEN | {"choices": ["a", None]}, "choice is no text"),
-        ({"id": "x", "caption": "An egg."}, "no picture"),
+        ({"id": "x", "caption": "An egg."}, "no image"),
         ({"id": "x", "image": "0.jpg", "caption": {}}, "answer is no text"),
     ],
 )

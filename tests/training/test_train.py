@@ -80,7 +80,7 @@ def make_home(home):
     torch.manual_seed(0)
     shapes = {"vision": VISION, "decoder": DECODER | {"vocab_size": words.vocab_size}, "shuffle": 2}
     checkpoint = Checkpoint(
-        build_model(shapes, POLICY), words, shapes, POLICY, "mistral", {"newborn": "seed 0"}
+        build_model(shapes, POLICY), words, shapes, POLICY, "mistral", {"random_init": "seed 0"}
     )
     save_checkpoint(checkpoint, home / "model")
     write_set(home / "data", checkpoint)
@@ -665,16 +665,16 @@ def test_a_second_ctrl_c_does_not_wait(capsys):
 def test_a_run_killed_while_it_saves_goes_on_from_the_checkpoint_before(home):
     killer = """if 1:
         import os, signal, train
-        from nanovlm import weights
-        sync, calls = weights.sync, []
+        from nanovlm.checkpoints import checkpoint
+        fsync_path, calls = checkpoint.fsync_path, []
         def kill_at_the_second_save(path):
             calls.append(path)
             if sum(str(p).endswith("model.safetensors") for p in calls) == 2:
                 with open(calls[0].parent.parent / "log.jsonl", "a") as log:
                     log.write('{"step": 7, "lo')  # a line torn by the kill
                 os.kill(os.getpid(), signal.SIGKILL)
-            sync(path)
-        weights.sync = kill_at_the_second_save
+            fsync_path(path)
+        checkpoint.fsync_path = kill_at_the_second_save
         train.cli.run_script(train.train)
     """
     assert (
