@@ -93,7 +93,7 @@ WEIGHT_DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
-CHOICES = {"dtype": WEIGHT_DTYPES, "kernels": ("auto", "torch")}
+ALLOWED_VALUES = {"dtype": WEIGHT_DTYPES, "kernels": ("auto", "torch")}
 RANGES = {  # beyond these, a quotient in float32 becomes infinite or a probability 0
     "temperature": ("0 or from 0.001 to 1000", lambda x: x == 0 or 0.001 <= x <= 1000),
     "top_p": ("from 0.001 to 1", lambda x: 0.001 <= x <= 1),
@@ -143,7 +143,7 @@ def check_rules(settings):
     values = vars(settings)
     changed = cli.changed_settings(sample, values)
     check_ranges({name: values[name] for name in RANGES})
-    for name, choices in CHOICES.items():
+    for name, choices in ALLOWED_VALUES.items():
         if values[name] not in choices:
             raise UserError(f"--{name}={values[name]} is none of {', '.join(choices)}")
     model = settings.model

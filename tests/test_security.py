@@ -33,11 +33,11 @@ import prepare
 import sample
 import train
 from nanovlm import UserError
-from nanovlm import files as disk
 from nanovlm.checkpoints import huggingface
 from nanovlm.checkpoints.checkpoint import Checkpoint, load_checkpoint_info, save_checkpoint
 from nanovlm.data import chat_template, dataset, image_files, jinja, tokenizer
 from nanovlm.evals import benchmarks, formats
+from nanovlm.files import download_pretrained
 
 QUESTION = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "An egg."}]
 
@@ -954,5 +954,5 @@ def test_a_model_of_somebodys_is_never_fetched_with_code():
             lambda name, allow_patterns: asked.extend(allow_patterns) or "."
         )
 
-    disk.download_pretrained("some/body", Hub)
+    download_pretrained("some/body", Hub)
     assert asked == ["config.json", "model.safetensors"]

@@ -71,7 +71,7 @@ def read_llava(name, dtype=None, template=None, tensors=True):
     )
     if not tensors:
         return fields
-    model, vision_prefix = join_parts(vision, decoder, shapes, folder)
+    model, vision_prefix = build_llava(vision, decoder, shapes, folder)
     if dtype is not None:
         model.to(dtype)
     source = decoder.history["folder"] | {"vision_names": vision_prefix}
@@ -107,7 +107,7 @@ def default_template(config):
     return {"mistral": "mistral-v1", "llama": "llava"}.get(model_type)
 
 
-def join_parts(vision, decoder, shapes, folder):
+def build_llava(vision, decoder, shapes, folder):
     """Returns (VLM of the two parts and the folder's projector, prefix of its vision tensors)."""
     paths = files.list_weight_files(folder)
     found = files.read_weights(paths, [(r"^model\.", "")])
@@ -510,7 +510,7 @@ def jinja_template(template, tokenizer):
         )
     slots |= dict(
         opening_answer=answer_needs_space(opening, tokenizer, form),
-        no_space_before=" " if tokenizer.front == "missing" else "<image>",
+        no_space_before=" " if tokenizer.prefix_space == "missing" else "<image>",
         inside=bool(inside),
         first=inside == "first",
     )
@@ -565,4 +565,4 @@ def answer_needs_space(opening, tokenizer, form):
     if space is not None:
         return space
     ends_special = opening.endswith(tuple(tokenizer.special))
-    return tokenizer.front in ("always", "missing") and not ends_special
+    return tokenizer.prefix_space in ("always", "missing") and not ends_special

@@ -41,7 +41,7 @@ from ..files import OLD_NAMES, rename_keys
 from . import image_processing
 
 DATASET_VERSION = 3
-READABLE_VERSIONS = (2, 3)  # version 2 has other names: those of files.OLD_NAMES, and these files
+READABLE_DATASET_VERSIONS = (2, 3)  # version 2 has other names: those of files.OLD_NAMES, and these files
 VERSION_2_FILES = {"images": "pictures", "loss_mask": "trained"}
 # LENGTH: tokens of the sample, with the tokens of its images
 COLUMNS = FIRST_ID, ID_COUNT, FIRST_IMAGE, IMAGE_COUNT, LENGTH, IS_VALIDATION = range(6)
@@ -231,7 +231,7 @@ def read_header(folder):
         raise UserError(
             f"{path} is broken ({type(error).__name__}: {error}): prepare it again"
         ) from None
-    if version not in READABLE_VERSIONS:
+    if version not in READABLE_DATASET_VERSIONS:
         raise UserError(
             f"{folder}: written in format {version}, this reads {DATASET_VERSION}: prepare it again"
         )

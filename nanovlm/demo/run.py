@@ -61,11 +61,16 @@ def run_stage(train, stage, title, **settings):
     train(stage=stage, out=out, resume=resume, validate_every=200, log_every=50, **settings)
 
 
-def score_questions(model, questions, blank=False):
-    """[(kind, questions, share of right answers)], the last over all; blank: with grey images."""
+def score_questions(model, questions, blank_images=False):
+    """[(kind, questions, share of right answers)], the last over all kinds."""
     checkpoint = load_checkpoint(model, pick_device("auto"))
     table = evaluate(
-        checkpoint, questions, benchmark="exact", batch=100, blank=blank, max_tokens=64
+        checkpoint,
+        questions,
+        benchmark="exact",
+        batch=100,
+        blank_images=blank_images,
+        max_tokens=64,
     )
     return [line[:3] for line in table]
 
@@ -110,7 +115,7 @@ def run_demonstration(train):
         "before_pretrain": before,
         "after_pretrain": after,
         "sft": score_questions("out/demo/sft", questions),
-        "blank_image": score_questions("out/demo/sft", questions, blank=True),
+        "blank_image": score_questions("out/demo/sft", questions, blank_images=True),
     }
     print_scores(scores)
     Path("out/demo/scores.json").write_text(json.dumps(scores))

@@ -162,7 +162,7 @@ def rmsnorm_bwd_kernel(
 # ---- The operator: launches, shapes, derivative ----
 
 
-def with_strides(x):
+def view_as_BTD(x):
     """Returns x as (B, T, D) with contiguous vectors, a view of nearly every x, and the strides of
     B and T."""
     x_BTD = x if x.stride(-1) == 1 else x.contiguous()
@@ -187,8 +187,8 @@ def rmsnorm_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns (x + y, empty if y is None; the norm, of `dtype`; the scale of each vector)."""
     total, normed, scale = rmsnorm_forward_fake(x, y, weight, eps, dtype)
-    x_BTD, *x_strides = with_strides(x)
-    y_BTD, *y_strides = with_strides(x if y is None else y)
+    x_BTD, *x_strides = view_as_BTD(x)
+    y_BTD, *y_strides = view_as_BTD(x if y is None else y)
     blocks, n_rows = block_sizes(x, dispatch.config(TABLE, x.device)[0]), scale.numel()
     if n_rows:
         with torch.cuda.device_of(x):
@@ -232,9 +232,9 @@ def rmsnorm_backward(
     resident = dispatch.num_sms(x.device) * max(1, threads // (32 * blocks["num_warps"]))
     n_programs = min(triton.cdiv(n_rows, blocks["BLOCK_N"]), resident)
     partial = x.new_empty((n_programs, x.shape[-1]) if train else 0, dtype=torch.float32)
-    grad_BTD, *grad_strides = with_strides(grad)
-    sum_BTD, *sum_strides = with_strides(x if grad_sum is None else grad_sum)
-    x_BTD, *x_strides = with_strides(x)
+    grad_BTD, *grad_strides = view_as_BTD(grad)
+    sum_BTD, *sum_strides = view_as_BTD(x if grad_sum is None else grad_sum)
+    x_BTD, *x_strides = view_as_BTD(x)
     if n_rows:
         with torch.cuda.device_of(x):
             rmsnorm_bwd_kernel[(n_programs,)](

@@ -65,14 +65,14 @@ def print_answers(checkpoint, samples, sequences, autocast, is_printed=True, cou
 
 def print_answer(checkpoint, samples, i, autocast, is_printed):
     """is_printed: False on a rank that only takes part in the forward passes."""
-    ids_T, targets_T, pictures = samples.read(i)
+    ids_T, targets_T, images = samples.read(i)
     is_labelled_T = targets_T != IGNORE_INDEX  # the next token is part of an answer
     if not is_labelled_T.any():
         return
     start = int(is_labelled_T.argmax()) + 1
     end = start + int((~is_labelled_T[start:]).argmax())
     end_token_id = int(ids_T[end])
-    image_ends = np.cumsum([0, *(len(picture.feature_index) for picture in pictures)])
+    image_ends = np.cumsum([0, *(len(image.feature_index) for image in images)])
     image_tokens = (ids_T[:start] == IMAGE_TOKEN_ID).sum()
     images_before = int(np.searchsorted(image_ends, image_tokens))
     # On sharded models all ranks generate equally many tokens: if one rank's logits differed in the
@@ -82,7 +82,7 @@ def print_answer(checkpoint, samples, i, autocast, is_printed):
         tokens = generate(
             checkpoint.model,
             [ids_T[:start].tolist()],
-            **collate_images(pictures[:images_before], samples.image_config),
+            **collate_images(images[:images_before], samples.image_config),
             stop=stop,
             max_tokens=64,
         )

@@ -9,7 +9,6 @@ from conftest import DECODER, VISION, make_batch, make_samples, make_vlm
 from safetensors.torch import load_file, save_file
 
 from nanovlm import UserError
-from nanovlm.checkpoints import checkpoint as checkpoint_module
 from nanovlm.checkpoints import sharded, stitch
 from nanovlm.checkpoints.checkpoint import (
     Checkpoint,
@@ -229,7 +228,7 @@ def test_a_save_that_fails_leaves_what_was_there(words, tmp_path, monkeypatch, f
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(checkpoint_module, fails, full)
+    monkeypatch.setattr(f"nanovlm.checkpoints.checkpoint.{fails}", full)
     with pytest.raises(OSError, match="No space left"):
         save_checkpoint(new, tmp_path / "a")
     with pytest.raises(

@@ -16,10 +16,16 @@ from test_parity import BRAIN, CHATML, clip, dinov2, publish, shake, siglip
 
 import prepare
 from nanovlm import UserError
-from nanovlm import files as disk
 from nanovlm.checkpoints import huggingface, stitch
 from nanovlm.checkpoints.checkpoint import load_checkpoint, save_checkpoint
 from nanovlm.data import chat_template, image_processing, tokenizer
+from nanovlm.files import (
+    download_pretrained,
+    list_weight_files,
+    match_tensors,
+    read_json,
+    read_weights,
+)
 
 
 def llama(**other):
@@ -655,9 +661,9 @@ def resident():
 def test_a_full_size_mistral_is_planned_without_a_number_of_it(tmp_path):
     """14.5 GB in name only: names, shapes and bytes are held against the config, and nothing is allocated. A wrong one is told as soon."""
     folder = mistral_7b(tmp_path)
-    files, where = disk.list_weight_files(folder), folder / "config.json"
+    paths, where = list_weight_files(folder), folder / "config.json"
     shapes = huggingface.decoder_shapes(
-        huggingface.model_config(disk.read_json(where), "text_config", huggingface.DECODER_TYPES, where), where
+        huggingface.model_config(read_json(where), "text_config", huggingface.DECODER_TYPES, where), where
     )
     with torch.device("meta"):
         wanted = {
@@ -665,13 +671,13 @@ def test_a_full_size_mistral_is_planned_without_a_number_of_it(tmp_path):
             for name, t in huggingface.Decoder(**shapes).state_dict().items()
         }
     before = resident()
-    plan = disk.match_tensors(
-        wanted, disk.read_weights(files, huggingface.DECODER_PREFIXES), huggingface.DECODER_IGNORED, files
+    plan = match_tensors(
+        wanted, read_weights(paths, huggingface.DECODER_PREFIXES), huggingface.DECODER_IGNORED, paths
     )
     total = json.loads((folder / "model.safetensors.index.json").read_text())["metadata"][
         "total_size"
     ]
-    assert len(files) == 3 and sum(tensor.nbytes for tensor in plan.values()) == total == sum(
+    assert len(paths) == 3 and sum(tensor.nbytes for tensor in plan.values()) == total == sum(
         2 * shape.numel() for shape in wanted.values()
     )
     assert {name: tensor.shape for name, tensor in plan.items()} == wanted and {
@@ -691,9 +697,9 @@ def test_a_full_size_mistral_is_planned_without_a_number_of_it(tmp_path):
         huggingface.load_published_tensors(
             other,
             huggingface.LLAMA,
-            disk.read_weights(files, huggingface.DECODER_PREFIXES),
+            read_weights(paths, huggingface.DECODER_PREFIXES),
             huggingface.DECODER_IGNORED,
-            files,
+            paths,
         )
     assert resident() - before < 20e6
 
@@ -764,7 +770,7 @@ class Hub:
 
 
 def test_only_what_is_read_is_fetched(tmp_path):
-    files = [
+    names = [
         "README.md",
         "config.json",
         "consolidated.safetensors",
@@ -773,21 +779,21 @@ def test_only_what_is_read_is_fetched(tmp_path):
         "pytorch_model.bin",
         "tokenizer.model",
     ]
-    hub = Hub(files, tmp_path)
-    assert disk.download_pretrained("a/b", hub) == tmp_path and hub.asked == [
+    hub = Hub(names, tmp_path)
+    assert download_pretrained("a/b", hub) == tmp_path and hub.asked == [
         "README.md",
         "config.json",
         "model-1.safetensors",
         "tokenizer.model",
     ]
     hub.files = ["config.json", "pytorch_model.bin", "flax_model.msgpack"]
-    disk.download_pretrained("a/b", hub)
+    download_pretrained("a/b", hub)
     assert hub.asked == ["config.json", "pytorch_model.bin"]
     with pytest.raises(
         UserError,
         match="a/b is no local folder and was not downloaded: ConnectionError no route to host",
     ):
-        disk.download_pretrained("a/b", Hub(files, None))
+        download_pretrained("a/b", Hub(names, None))
 
 
 # ---- pictures ----
@@ -1100,7 +1106,7 @@ def test_an_eye_of_ours_and_a_brain_of_theirs(published, tmp_path):
     first, second = load_checkpoint(out), load_checkpoint(tmp_path / "second")
     same(second.model, first.model)
     assert first.shapes == second.shapes and first.image_config == second.image_config
-    with pytest.raises(UserError, match="--tile=42 is for a public model's folder"):
+    with pytest.raises(UserError, match="--tile=42 is for a Hugging Face folder"):
         prepare.stitch(vision=out, decoder=public[1], tile=42)
 
 

@@ -810,7 +810,7 @@ REFUSED = [
     ),
     (dict(data="no/data"), "no/data is no prepared data"),
     (dict(model="no/model"), "no such model: no/model"),
-    (dict(seq_len=12), r"sample sample-\d+ takes 20 tokens, a row holds --seq_len=12"),
+    (dict(seq_len=12), r"sample sample-\d+ takes 20 tokens, more than --seq_len=12"),
     (dict(resume=True), "--resume=true, but .*refused holds no checkpoint of a run"),
     (
         dict(stage=""),
@@ -866,7 +866,7 @@ def test_a_held_out_sample_must_fit_into_a_row_as_well(home):
     conftest.write_set(home / "long", load_checkpoint(home / "model").fingerprint(), samples)
     assert dataset.is_validation("sample-33")
     with pytest.raises(
-        UserError, match="sample sample-33 takes 23 tokens, a row holds --seq_len=22"
+        UserError, match="sample sample-33 takes 23 tokens, more than --seq_len=22"
     ):
         train.train(**settings(home, "refused", data=str(home / "long")))
 
