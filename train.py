@@ -366,7 +366,8 @@ def find_resume_checkpoint(run):
 def load_for_training(folder, run):
     """Load a checkpoint, freeze the parts that do not train, and note the stage in its history.
 
-    Its weights stay in their file until it is known which rank needs which (`finish_loading`).
+    Its weights stay in their file until it is known which rank needs which
+    (`load_deferred_weights`).
     """
     checkpoint = load_checkpoint(folder, dtype=None, defer_weights=True)
     checkpoint.history[run.stage] = f"{run.steps} steps from {run.model} on {run.data}"

@@ -230,7 +230,7 @@ def wrap_model(model, parallel, device, dtype, hsdp_shard_size=0, cpu_offload=Fa
 def materialize(p, device):
     """Give a parameter its own float32 memory on a device, so that nothing writes into its file.
 
-    A parameter on the meta device becomes NaN: `finish_loading` refuses what is never loaded.
+    A parameter on the meta device becomes NaN: `load_deferred_weights` refuses a NaN that stays.
     """
     values = torch.full(p.shape, torch.nan, dtype=torch.float32, device=device)
     if not p.is_meta:

@@ -1,4 +1,4 @@
-"""What tests share: a model whose sizes all differ, so that a swapped axis cannot go unnoticed."""
+"""Shared by tests: a model whose sizes all differ, so that a swapped axis is noticed."""
 
 import json
 import os
@@ -9,27 +9,34 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent
-os.environ["TRITON_INTERPRET"] = (
-    "1"  # read when triton is imported: kernels run on the CPU, an instruction at a time
-)
+# triton reads it when it is imported: kernels are interpreted on the CPU
+os.environ["TRITON_INTERPRET"] = "1"
 sys.path.insert(0, str(ROOT))
-with torch.device(
-    "meta"
-):  # at its first use torch lists what makes tensors: not amid transformers' from_pretrained, where linspace is another
+# torch.device lists the tensor factories at its first use: not inside from_pretrained of
+# transformers, which replaces linspace
+with torch.device("meta"):
     torch.empty(0)
-torch.set_num_threads(
-    1
-)  # models this small gain nothing from more, and lose much where another process wants the core
+# small models gain nothing from more threads, and lose much if another process uses the core
+torch.set_num_threads(1)
 
 from nanovlm import IGNORE_INDEX, IMAGE_TOKEN_ID  # noqa: E402
 from nanovlm.data import dataset  # noqa: E402
 from nanovlm.models.vlm import VLM  # noqa: E402
 
 VISION = dict(tile=12, patch=3, width=20, layers=2, heads=5, intermediate_size=28)  # 16 patches
-DECODER = dict(vocab_size=41, width=24, layers=3, heads=6, kv_heads=2, intermediate_size=36, head_dim=8)
-TOKENS = 4  # a picture, after pixel shuffle by 2
+DECODER = dict(
+    vocab_size=41,
+    width=24,
+    layers=3,
+    heads=6,
+    kv_heads=2,
+    intermediate_size=36,
+    head_dim=8,
+)
+TOKENS = 4  # of an image, after pixel shuffle by 2
 
-# The shapes of Megatron-LM/examples/multimodal: CLIP ViT-L/14@336, read at the last layer but one, and Mistral-7B-Instruct-v0.3.
+# The shapes of Megatron-LM/examples/multimodal: CLIP ViT-L/14@336, of which the last layer but one
+# is used, and Mistral-7B-Instruct-v0.3.
 SEVEN_BILLION = {
     "vision": dict(
         tile=336,
@@ -43,10 +50,17 @@ SEVEN_BILLION = {
         patch_bias=False,
         vision_feature_layer=-2,
     ),
-    "decoder": dict(vocab_size=32768, width=4096, layers=32, heads=32, kv_heads=8, intermediate_size=14336),
+    "decoder": dict(
+        vocab_size=32768,
+        width=4096,
+        layers=32,
+        heads=32,
+        kv_heads=8,
+        intermediate_size=14336,
+    ),
     "shuffle": 1,
 }
-SEVEN_BILLION_POLICY = {
+SEVEN_BILLION_IMAGE_CONFIG = {
     "tile": 336,
     "patch": 14,
     "shuffle": 1,
@@ -63,9 +77,8 @@ def make_vlm(seed=0, vision={}, decoder={}, **other):
         **{"vision": VISION | vision, "decoder": DECODER | decoder, "shuffle": 2, **other}
     ).eval()
     with torch.no_grad():
-        for p in (
-            model.parameters()
-        ):  # away from the neat values of a fresh start, so that every path shows in the output
+        # initial zeros and ones would hide some paths
+        for p in model.parameters():
             p.add_(torch.randn_like(p) * 0.1)
     return model
 
@@ -75,11 +88,12 @@ def vlm():
     return make_vlm()
 
 
-def make_samples(seed=0, lengths=(9, 14, 6, 11), pictures=(1, 0, 2, 1)):
-    """[(ids_T, targets_T, tiles_NCYX)]: random words, pictures at the start, the later half trained."""
+def make_samples(seed=0, lengths=(9, 14, 6, 11), images=(1, 0, 2, 1)):
+    """[(ids_T, targets_T, tiles_NCYX)]: random words after images; the later half has
+    labels."""
     g = torch.Generator().manual_seed(seed)
     samples = []
-    for length, count in zip(lengths, pictures, strict=True):
+    for length, count in zip(lengths, images, strict=True):
         words = torch.randint(41, (length,), generator=g)
         ids_T = torch.cat([torch.full((count * TOKENS,), IMAGE_TOKEN_ID), words])
         targets_T = torch.full_like(ids_T, IGNORE_INDEX)
@@ -94,11 +108,11 @@ def make_samples(seed=0, lengths=(9, 14, 6, 11), pictures=(1, 0, 2, 1)):
     return samples
 
 
-def make_batch(rows):
-    """Rows of samples packed side by side, as VLM.forward takes them; padded on the right as document -1."""
-    T = max(sum(len(ids) for ids, _, _ in row) for row in rows)
+def make_batch(sequences):
+    """Packed sequences, each a list of samples, for VLM.forward. Padding is document -1."""
+    T = max(sum(len(ids) for ids, _, _ in row) for row in sequences)
     batch = {
-        name: torch.full((len(rows), T), fill)
+        name: torch.full((len(sequences), T), fill)
         for name, fill in [
             ("ids_BT", 0),
             ("targets_BT", IGNORE_INDEX),
@@ -106,9 +120,9 @@ def make_batch(rows):
             ("documents_BT", -1),
         ]
     }
-    for b, row in enumerate(rows):
+    for b, samples in enumerate(sequences):
         start = 0
-        for document, (ids, targets, _) in enumerate(row):
+        for document, (ids, targets, _) in enumerate(samples):
             span = slice(start, start + len(ids))
             for name, value in [
                 ("ids_BT", ids),
@@ -118,11 +132,11 @@ def make_batch(rows):
             ]:
                 batch[name][b, span] = value
             start = span.stop
-    return batch | {"tiles_NCYX": torch.cat([tiles for row in rows for _, _, tiles in row])}
+    return batch | {"tiles_NCYX": torch.cat([tiles for row in sequences for _, _, tiles in row])}
 
 
 def write_set(out, fingerprint, *shards):
-    """A prepared set of several shards, each a list of samples as data.write_shard takes them."""
+    """A prepared dataset of several shards, each a list of samples as write_shard takes them."""
     receipts = []
     for number, samples in enumerate(shards):
         dataset.write_shard(out / f"{number:05d}", fingerprint["image_config"], samples)

@@ -418,7 +418,7 @@ def test_no_known_escape_from_jinjas_sandbox_runs(sentinel):
 @pytest.mark.parametrize("template", TOO_MUCH)
 def test_a_template_that_takes_all_time_or_memory_is_stopped(template, words, monkeypatch):
     monkeypatch.setattr(chat_template, "JINJA_SECONDS", 1)
-    with refused("the folder: its chat template could not be tried within 1 s and 1024 MiB"):
+    with refused("the folder: its chat template did not finish within 1 s and 1024 MiB"):
         chat_template.identify_template(template, {}, words, "the folder")
 
 

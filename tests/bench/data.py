@@ -208,7 +208,7 @@ def bench(
     rounds: int = 9,  # of each measurement
     photographs: int = 48,  # drawn
     samples: int = 512,  # in the set that is written and read
-    chats: str = "data/chats",  # the demonstration's set, whose lengths are packed if it is there
+    chats: str = "data/demo/chats",  # the demonstration's set, whose lengths are packed if it is there
 ):
     """Print every figure as a ratio to what stands beside it in the same run."""
     torch.set_num_threads(1)

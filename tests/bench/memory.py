@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
-from conftest import SEVEN_BILLION, SEVEN_BILLION_POLICY  # noqa: E402
+from conftest import SEVEN_BILLION, SEVEN_BILLION_IMAGE_CONFIG  # noqa: E402
 
 import prepare  # noqa: E402
 from nanovlm import cli  # noqa: E402
@@ -36,9 +36,9 @@ def bench():
     for chosen, gpus in OPTIONS:
         run = load_settings(defaults | {"micro_batch_size": 1} | chosen, 1)
         with torch.device("meta"):
-            model = build_model(SEVEN_BILLION, SEVEN_BILLION_POLICY).train()
+            model = build_model(SEVEN_BILLION, SEVEN_BILLION_IMAGE_CONFIG).train()
         freeze_parts(model, run.rates)
-        sequence, *_ = assumed_sequence(run.seq_len, SEVEN_BILLION_POLICY)
+        sequence, *_ = assumed_sequence(run.seq_len, SEVEN_BILLION_IMAGE_CONFIG)
         parallel = "fsdp" if gpus > 1 or run.cpu_offload else "none"
         sizes = gpu_memory(run, model, sequence, parallel, gpus)
         words = " ".join(f"--{name}={cli.format_value(value)}" for name, value in chosen.items())

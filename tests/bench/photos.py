@@ -1,4 +1,4 @@
-"""Real photographs, from nothing: the four commands of the README's "Your own pictures" on CIFAR-10, and the time they take.
+"""The README's four commands for your own images, on CIFAR-10, and the time they take.
 
     python tests/bench/photos.py                          50,000 photographs, 500 held out: minutes on two CPU cores
     python tests/bench/photos.py --train=4000 --steps=60  a short form
@@ -76,8 +76,8 @@ def fetch(out, train, test):
                     "image": path,
                     "label": name,
                     "conversations": [
-                        {"from": who, "value": said}
-                        for who, said in zip(["human", "gpt"], turns, strict=True)
+                        {"from": role, "value": text}
+                        for role, text in zip(["human", "gpt"], turns, strict=True)
                     ],
                 }
             )
@@ -91,13 +91,13 @@ def photos(
     test: int = 500,  # photographs held out
     steps: int = 1500,  # of about 48 photographs
 ):
-    """Fetch CIFAR-10, then prepare, train and examine as the README does."""
+    """Fetch CIFAR-10, then prepare, train and evaluate as the README does."""
     out = Path(out)
     raw, made, shards = out / "raw", out / "run", out / "data"
     if not (raw / "test.json").exists():
         fetch(raw, train, test)
-    began = time.time()
-    for door, *settings in [
+    start = time.time()
+    for script, *settings in [
         ("prepare.py", "random_init", f"--source={raw}/train.json", f"--out={out}/random_init"),
         (
             "prepare.py",
@@ -126,9 +126,9 @@ def photos(
             f"--prompt={CAPTION_PROMPT}",
         ),
     ]:
-        print("python", door, *settings, flush=True)
-        subprocess.run([sys.executable, Path(__file__).parents[2] / door, *settings], check=True)
-    print(f"{time.time() - began:.0f} s in all")
+        print("python", script, *settings, flush=True)
+        subprocess.run([sys.executable, Path(__file__).parents[2] / script, *settings], check=True)
+    print(f"{time.time() - start:.0f} s in all")
 
 
 if __name__ == "__main__":

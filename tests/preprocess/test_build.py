@@ -141,10 +141,10 @@ def test_interrupted_and_begun_again_is_uninterrupted(home, tmp_path, monkeypatc
 
 KILLED = """
 import os, signal, sys
-sys.path.insert(0, {root!r})
-from nanovlm import data, gather
-import test_gather as t
-gather.SHARD = 4
+sys.path[:0] = [{root!r}, {root!r} + "/tests/preprocess"]
+from nanovlm.preprocess import build
+import test_build as t
+build.SHARD_RECORDS = 4
 if __name__ == "__main__":
     t.make({out!r}, {source!r}, workers=2)
 """
@@ -194,7 +194,7 @@ def test_workers_do_not_outlive_their_parent(home, tmp_path):
     assert process.returncode == -signal.SIGKILL and not (tmp_path / "set").exists()
 
 
-@pytest.mark.parametrize("at", ["write_header", "tidy"])
+@pytest.mark.parametrize("at", ["write_header", "remove_build_files"])
 def test_killed_at_its_very_end_it_ends_the_same(home, tmp_path, monkeypatch, at):
     make(tmp_path / "whole", home / "good.json")
     owner, real = (dataset, dataset.write_header) if at == "write_header" else (build, build.remove_build_files)
@@ -221,7 +221,7 @@ def test_killed_at_its_very_end_it_ends_the_same(home, tmp_path, monkeypatch, at
         ),
         (
             dict(recipe=RECIPE._replace(chat_template="mistral-v1")),
-            "its fingerprint template is mistral, now mistral-v1",
+            "its fingerprint chat_template is mistral, now mistral-v1",
         ),
         (dict(), "good.json is"),
     ],
@@ -239,7 +239,7 @@ def test_a_set_goes_on_only_with_the_source_and_settings_that_it_was_begun_with(
     if not other:
         source.write_bytes(source.read_bytes() + b" ")
     with pytest.raises(
-        UserError, match=f"set.tmp was begun otherwise: .*{said}.*; remove it to begin anew"
+        UserError, match=f"set.tmp was begun with other settings: .*{said}.*; remove it to start again"
     ):
         make(tmp_path / "set", source, **other)
 
@@ -273,7 +273,7 @@ def test_a_source_that_changes_while_it_is_read_makes_no_set(home, tmp_path, mon
         "build_shard",
         lambda *task: (source.write_bytes(source.read_bytes() + b" "), cut(*task))[1],
     )
-    with pytest.raises(UserError, match="texts.json is .*, now .*; remove it to begin anew"):
+    with pytest.raises(UserError, match="texts.json is .*, now .*; remove it to start again"):
         make(tmp_path / "set", source)
     assert sorted(os.listdir(tmp_path)) == ["set.tmp", "texts.json"]
 
@@ -319,7 +319,7 @@ def test_a_full_disk_keeps_what_is_whole_and_says_how_to_go_on(home, tmp_path, m
     monkeypatch.setattr(dataset, "write_shard", full)
     with pytest.raises(OSError) as caught:
         make(tmp_path / "set", home / "good.json")
-    assert "the same command goes on with the rest" in caught.value.filename
+    assert "the same command continues" in caught.value.filename
     assert sorted(path.name for path in (tmp_path / "set.tmp").glob("0*")) == ["00000", "00001"]
 
 
@@ -438,7 +438,7 @@ def test_tiles_step_down_until_the_sample_fits(home, tmp_path, row, tiles):
     """240 × 40 pixels ask for 6 tiles in a row and a thumbnail; 4, 2 and 1 are what it steps down to. Each takes 4 tokens, the words 11."""
     (tmp_path / "one.json").write_text(json.dumps([record(1, str(home / "wide.png"))]))
     Image.new("RGB", (240, 40)).save(home / "wide.png")
-    make(tmp_path / "set", tmp_path / "one.json", RECIPE._replace(seq_len=row))
+    make(tmp_path / "set", tmp_path / "one.json", RECIPE._replace(seq_len=row, images="/"))
     ids_T, _, (image,) = dataset.PreparedDataset(tmp_path / "set").read(0)
     assert len(image.tiles) == tiles and len(ids_T) == 11 + 4 * tiles <= row
 
@@ -448,7 +448,10 @@ def test_a_sample_that_fits_no_row_is_skipped_with_both_numbers(home, tmp_path):
         json.dumps([record(1, str(home / "0.png")), record(2, None)])
     )
     (said,) = make(
-        tmp_path / "set", tmp_path / "one.json", RECIPE._replace(seq_len=14), max_skipped=0.5
+        tmp_path / "set",
+        tmp_path / "one.json",
+        RECIPE._replace(seq_len=14, images="/"),
+        max_skipped=0.5,
     )
     assert said["reason"] == "longer than seq_len" and "15 tokens, --seq_len=14" in said["error"]
 

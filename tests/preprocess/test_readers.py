@@ -334,7 +334,7 @@ def test_openai_parts_become_text_with_the_pictures_in_place():
 def test_pictures_without_a_place_in_a_conversation_are_never_guessed():
     with pytest.raises(UserError, match="0 <image> in its text but 1 images"):
         turns_of({"conversations": talk("What is it?", "An egg.")}, 1)
-    with pytest.raises(UserError, match="1 <image> in its text but 2 pictures"):
+    with pytest.raises(UserError, match="1 <image> in its text but 2 images"):
         turns_of({"question": "What is in <image>?", "answer": "An egg."}, 2)
     assert turns_of({"question": "What is in <image>?", "answer": "An egg."}, 1)[0][1].startswith(
         "What is in <image>?\n"

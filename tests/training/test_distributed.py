@@ -30,7 +30,7 @@ from test_train import (
     peak_bytes,
     settings,
     words_of,
-    write_exam,
+    write_questions,
     write_set,
 )
 
@@ -63,7 +63,7 @@ FREEZINGS = [
     ("decoder",),
     ("vision", "decoder"),
     ("vision", "projector"),
-]  # none, and those of sft, eye, pretrain and brain
+]  # none, and those of sft, vision, pretrain and decoder
 SETS = ["data", "every", "none"]  # every third sample has a picture, every one, none
 MANY = [(how, freeze, name) for how in ("ddp", "fsdp") for freeze in FREEZINGS for name in SETS]
 
@@ -206,7 +206,7 @@ def two(home, rank, world):
         distributed.choose_parallelism(asked, needed, CPU)
         for asked, needed in [("auto", 10), ("auto", 2**60), ("ddp", 2**60), ("fsdp", 10)]
     ]
-    did["memory"] = {accumulates: foretold_and_taken(accumulates) for accumulates in (False, True)}
+    did["memory"] = {accumulates: estimated_and_taken(accumulates) for accumulates in (False, True)}
     did["fsdp"] = run(home, "fsdp", parallel="fsdp", keep_checkpoints=9)
     go_on_from(home, "fsdp", 3, "fsdp to fsdp", parallel="fsdp")
     go_on_from(home, "fsdp", 3, "fsdp to ddp", parallel="ddp", keep_checkpoints=9)
@@ -220,9 +220,9 @@ def two(home, rank, world):
     for how in ("ddp", "fsdp"):
         run(
             home,
-            f"{how} with an exam",
+            f"{how} with an evaluation",
             parallel=how,
-            eval_questions=str(home / "exam.jsonl"),
+            eval_questions=str(home / "questions.jsonl"),
             eval_every=5,
         )
     did["full"], did["bent"], did["odd"] = (
@@ -363,13 +363,13 @@ def odd_on_rank_1():
     resume.Saver.save = save
 
 
-def foretold_and_taken(accumulates):
+def estimated_and_taken(accumulates):
     """Bytes of this rank at the height of a step under FSDP, as memory.memory has them and as they are."""
     torch.manual_seed(0)
     model = VLM(**DEEP).train()
     model.vision.requires_grad_(False)
-    row = make_batch([make_samples(lengths=(40, 61), pictures=(1, 2))])
-    foretold = memory.estimate_memory(
+    row = make_batch([make_samples(lengths=(40, 61), images=(1, 2))])
+    estimated = memory.estimate_memory(
         model, row, 6, CPU, torch.float32, parallel="fsdp", shards=2, accumulates=accumulates
     )
     distributed.wrap_model(model, "fsdp", CPU, torch.float32)
@@ -388,7 +388,7 @@ def foretold_and_taken(accumulates):
         distributed.local_tensor(x).nbytes
         for x in [*model.parameters(), *resume.optimizer_state(model, optimizer).values()]
     )
-    return sum(foretold.values()), held + peak_bytes(step)
+    return sum(estimated.values()), held + peak_bytes(step)
 
 
 # ---- and what they are to have done ----
@@ -397,7 +397,7 @@ def foretold_and_taken(accumulates):
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     home = make_home(tmp_path_factory.mktemp("ranks"))
-    write_exam(home, "whole")
+    write_questions(home, "whole")
     checkpoint = load_checkpoint(home / "model")
     write_set(home / "every", checkpoint, every=1)
     write_set(home / "none", checkpoint, every=0)
@@ -537,7 +537,7 @@ def test_blocks_computed_again_tied_heads_and_other_micro_batches_change_nothing
         alike(learn(home, activation_checkpointing=which), alone, rtol=1e-6)
 
 
-def test_what_lies_with_the_host_is_what_lies_on_the_card(home, of_two):
+def test_offloaded_is_the_same_as_on_the_device(home, of_two):
     alike(of_two["cpu_offload"], of_two["fsdp", (), "data"], rtol=1e-6)
 
 
@@ -592,9 +592,9 @@ def test_the_choice_is_by_what_fits(of_two):
 
 
 @pytest.mark.parametrize("accumulates", [False, True])
-def test_the_memory_foretold_of_a_part_is_the_memory_taken(of_two, accumulates):
-    foretold, taken = of_two["memory"][accumulates]
-    assert foretold == pytest.approx(taken, rel=0.15)
+def test_the_estimated_memory_of_a_shard_is_the_memory_taken(of_two, accumulates):
+    estimated, taken = of_two["memory"][accumulates]
+    assert estimated == pytest.approx(taken, rel=0.15)
 
 
 def test_no_rank_ever_holds_a_whole_model_while_it_loads_its_part(of_four):
@@ -610,7 +610,9 @@ def test_no_rank_ever_holds_a_whole_model_while_it_loads_its_part(of_four):
 
 
 def test_a_frozen_part_keeps_nothing_for_the_backward_pass(home):
-    """A frozen eye nothing at all, for nobody asks; a frozen brain what its activations need to hand gradients on, and nothing for its weights."""
+    """A frozen vision encoder keeps nothing. A frozen decoder keeps what the gradients of its inputs
+    need, and nothing for its weights.
+    """
     model, samples = (
         load_checkpoint(home / "model").model.train(),
         dataset.PreparedDataset(home / "every"),
@@ -694,10 +696,10 @@ def test_a_sharded_run_is_one_process_and_says_the_same_of_itself(home, of_two):
 
 
 @pytest.mark.parametrize("how", ["ddp", "fsdp"])
-def test_an_exam_is_shared_by_all_ranks_each_question_once(home, of_two, how):
+def test_an_evaluation_is_shared_by_all_ranks_each_question_once(home, of_two, how):
     told = {
         line["step"]: line["eval_score"]
-        for line in log_of(home / f"{how} with an exam")
+        for line in log_of(home / f"{how} with an evaluation")
         if "eval_score" in line
     }
     assert told.keys() == {5, 8} and told[8] == pytest.approx(2 / 3)
@@ -767,7 +769,7 @@ def rewrite(parts, change):
         ("all ranks are missing", r"sharded holds no rank-\*.safetensors"),
         ("older", "sharded was written by an older nanovlm: its .metadata is a pickle"),
         ("a tensor is missing", "sharded: decoder.norm.weight is missing"),
-        ("a tensor too many", "sharded: odd is saved there, but the model has none"),
+        ("a tensor too many", "sharded: odd is saved, but the model has none"),
         (
             "another shape",
             r"decoder.norm.weight is \[5\] torch.float32, the model has \[24\] torch.float32",
@@ -815,7 +817,7 @@ def test_sampling_and_an_evaluation_read_any_run(home, of_two, capsys):
     for source in STARTS:
         sample.sample(model=str(home / STARTS[source]), prompt="a b", max_tokens=9, device="cpu")
         sample.sample(
-            model=str(home / STARTS[source]), questions=str(home / "exam.jsonl"), device="cpu"
+            model=str(home / STARTS[source]), questions=str(home / "questions.jsonl"), device="cpu"
         )
         answers[source] = re.sub(r"[\d,]+ tokens/s", "", capsys.readouterr().out)
     assert (
@@ -838,7 +840,7 @@ def test_a_parameter_that_is_never_loaded_is_nan_and_is_not_trained(home, of_two
     )
     with pytest.raises(
         UserError,
-        match="projector.up_proj.bias holds NaN, or was never loaded; nothing is trained from there",
+        match="projector.up_proj.bias holds NaN, or was never loaded; start from another checkpoint",
     ):
         train.train(**settings(home, "from nowhere", model=str(home / "sharded only")))
     assert not (home / "from nowhere" / "log.jsonl").exists()
@@ -886,7 +888,7 @@ def test_a_save_that_fails_on_one_rank_fails_on_all_and_leaves_the_one_before(of
     assert ends[1] == ("SystemExit", "1")
 
 
-def test_what_is_no_number_on_one_rank_is_saved_by_none(of_two):
+def test_an_infinite_weight_on_one_rank_is_saved_by_none(of_two):
     said = "step 3: decoder.norm.weight is NaN or infinite, so it is not saved; no checkpoint is complete"
     assert of_two["odd"] == ([("UserError", said), ("SystemExit", "1")], ["log.jsonl"])
 

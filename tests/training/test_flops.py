@@ -10,7 +10,7 @@ import pytest
 from conftest import (
     ROOT,
     SEVEN_BILLION,
-    SEVEN_BILLION_POLICY,
+    SEVEN_BILLION_IMAGE_CONFIG,
     TOKENS,
     make_batch,
     make_samples,
@@ -42,7 +42,7 @@ def test_operations_are_those_that_torch_counts(rates, vision):
     for part in ("vision", "projector", "decoder"):
         getattr(model, part).requires_grad_(part in rates)
     batch = make_batch(
-        [[sample] for sample in make_samples(lengths=(13, 13, 9, 13), pictures=(1, 1, 2, 1))]
+        [[sample] for sample in make_samples(lengths=(13, 13, 9, 13), images=(1, 1, 2, 1))]
     )
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model(**batch).backward()
@@ -74,7 +74,7 @@ def test_seven_billion_parameters_are_planned_for_without_any(tmp_path):
     meta = {
         "version": 2,
         "shapes": SEVEN_BILLION,
-        "image_config": SEVEN_BILLION_POLICY,
+        "image_config": SEVEN_BILLION_IMAGE_CONFIG,
         "chat_template": "mistral",
         "history": {},
     }

@@ -192,7 +192,7 @@ def same_run_to_rounding(a, b):
 # ---- the parts of the loop ----
 
 
-def test_the_rate_rises_in_a_line_and_falls_in_half_a_cosine():
+def test_the_learning_rate_has_linear_warmup_and_half_a_cosine():
     at = lambda step, low=0.1: train.learning_rate(step, steps=100, warmup_steps=10, min_ratio=low)  # noqa: E731
     assert [at(0), at(4), at(9), at(10)] == pytest.approx([0.1, 0.5, 1, 1])
     assert [at(55), at(100)] == pytest.approx([0.55, 0.1])  # half way down, and down
@@ -245,7 +245,7 @@ def test_a_recipe_sets_what_nobody_typed():
         )
 
 
-def test_matrices_decay_vectors_do_not_and_each_part_has_its_rate(vlm):
+def test_matrices_decay_vectors_do_not_and_each_part_has_its_learning_rate(vlm):
     optimizer = train.make_optimizer(vlm, {"projector": 0.3, "decoder": 0.2}, 0.1, (0.8, 0.7))
     name_of = {id(p): name for name, p in vlm.named_parameters()}
     seen = {
@@ -350,7 +350,7 @@ def test_estimated_memory_is_the_memory_taken(rates, dtype, activation_checkpoin
     for part, module in model.named_children():
         module.requires_grad_(part in rates)
     row, mixed = (
-        make_batch([make_samples(lengths=(40, 61), pictures=(1, 2))]),
+        make_batch([make_samples(lengths=(40, 61), images=(1, 2))]),
         torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16),
     )
     row["tiles_NCYX"] = row["tiles_NCYX"].repeat(1, 1, 2, 2)  # 64 patches, 4 tokens
@@ -378,7 +378,7 @@ def test_estimated_memory_is_the_memory_taken(rates, dtype, activation_checkpoin
     assert sum(foretold.values()) == pytest.approx(held + peak_bytes(step), rel=0.15)
 
 
-def test_the_plan_says_what_trains_at_which_rate(home, capsys):
+def test_the_plan_says_what_trains_at_which_learning_rate(home, capsys):
     train.train(**settings(home, "plan", freeze="vision", steps=1, projector_lr=0.02))
     table = {
         words[0]: words[1:]
@@ -456,7 +456,7 @@ def test_accumulated_micro_batches_are_one_batch(home):
 
 
 def test_two_ranks_are_one_even_where_one_of_them_has_no_picture(home):
-    """With the eye trained, so that its gradients are waited for."""
+    """With the vision encoder trained, so that the ranks wait for its gradients."""
     samples = dataset.PreparedDataset(home / "data")
     steps = zip(
         *(
@@ -506,7 +506,7 @@ def test_looking_and_logging_change_nothing(home):
     ]
 
 
-def write_exam(home, out, right=(0, 2)):
+def write_questions(home, out, right=(0, 2)):
     """Three questions, the second without a picture, of which a run's final model answers those that are `right`."""
     image_processing.tile_to_image(
         np.random.default_rng(2).integers(256, size=(3, 12, 12), dtype=np.uint8)
@@ -515,7 +515,7 @@ def write_exam(home, out, right=(0, 2)):
         {"id": i, "image": ["seen.png"] * (i != 1), "question": text, "answers": ["?"]}
         for i, text in enumerate(("a b", "b a a", "b"))
     ]
-    path = home / "exam.jsonl"
+    path = home / "questions.jsonl"
     for known in (False, True):
         path.write_text("".join(json.dumps(line) + "\n" for line in lines))
         if not known:
@@ -529,15 +529,15 @@ def write_exam(home, out, right=(0, 2)):
     return path
 
 
-def test_an_exam_on_the_way_changes_nothing_and_gives_the_marks_of_one_afterwards(home):
-    exam = write_exam(home, "whole")
-    train.train(**settings(home, "examined", eval_questions=str(exam), eval_every=5))
-    lines = log_of(home / "examined")
+def test_evaluation_during_training_changes_nothing_and_scores_as_one_afterwards(home):
+    questions = write_questions(home, "whole")
+    train.train(**settings(home, "evaluated", eval_questions=str(questions), eval_every=5))
+    lines = log_of(home / "evaluated")
     assert [line["step"] for line in lines if "eval_score" in line] == [5, 8] and lines[-1][
         "eval_score"
     ] == pytest.approx(2 / 3)
     torch.testing.assert_close(
-        state_of(home / "examined"), state_of(home / "whole"), rtol=0, atol=0
+        state_of(home / "evaluated"), state_of(home / "whole"), rtol=0, atol=0
     )
     for wrong, message in (
         (dict(eval_questions="no.jsonl"), "no.jsonl"),
@@ -618,7 +618,7 @@ def test_curves_for_tensorboard_are_those_of_the_log(home, monkeypatch):
     assert not (home / "no board").exists()
 
 
-def test_no_compiler_is_told_before_anything_is_written(home, monkeypatch):
+def test_a_missing_compiler_is_reported_before_anything_is_written(home, monkeypatch):
     monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, "no-compiler"))
     with pytest.raises(
         UserError,
@@ -714,7 +714,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_one_message_from_all_ranks(h
     assert before == {path.name: path.read_bytes() for path in kept.iterdir()}
 
 
-def test_a_loss_that_is_no_number_names_its_step_and_sample_and_changes_nothing(home, monkeypatch):
+def test_a_nan_loss_names_its_step_and_sample_and_changes_nothing(home, monkeypatch):
     poison = 200  # an id that only one sample has, whose embedding is made NaN
     checkpoint = load_checkpoint(home / "model")
     with torch.no_grad():
@@ -823,9 +823,9 @@ REFUSED = [
 def test_nonsense_is_refused_in_one_line_before_anything_is_written(home, wrong, message):
     if wrong.get("device") == "cuda:99" and torch.cuda.is_available():
         pytest.skip("there are cards here")
-    with pytest.raises(UserError, match=message) as mistake:
+    with pytest.raises(UserError, match=message) as error:
         train.train(**settings(home, "refused", **wrong))
-    assert "\n" not in str(mistake.value) and not (home / "refused").exists()
+    assert "\n" not in str(error.value) and not (home / "refused").exists()
 
 
 OTHERS = dict(
@@ -858,16 +858,14 @@ def test_a_run_goes_on_only_with_the_settings_it_had(home, name):
         train.train(**settings(home, "whole", resume=True, **{name: OTHERS[name]}))
 
 
-def test_a_held_out_sample_must_fit_into_a_row_as_well(home):
+def test_a_held_out_sample_must_fit_into_a_sequence_as_well(home):
     samples = [
         (name, [97] * length, [1] * length, [])
         for name, length in [("sample-33", 23), ("short", 7)]
     ]
     conftest.write_set(home / "long", load_checkpoint(home / "model").fingerprint(), samples)
     assert dataset.is_validation("sample-33")
-    with pytest.raises(
-        UserError, match="sample sample-33 takes 23 tokens, more than --seq_len=22"
-    ):
+    with pytest.raises(UserError, match="sample sample-33 takes 23 tokens, more than --seq_len=22"):
         train.train(**settings(home, "refused", data=str(home / "long")))
 
 
@@ -907,7 +905,7 @@ def test_a_folder_is_one_runs(home):
     assert (home / "alive/log.jsonl").read_bytes() == before and not (home / "alive.1").exists()
 
 
-def test_weights_that_are_no_numbers_are_not_saved(home):
+def test_infinite_weights_are_not_saved(home):
     with pytest.raises(
         UserError,
         match=r"^step 1: \S+ is NaN or infinite, so it is not saved; no checkpoint is complete$",
