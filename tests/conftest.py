@@ -25,13 +25,7 @@ from nanovlm.models.vlm import VLM  # noqa: E402
 
 VISION = dict(tile=12, patch=3, width=20, layers=2, heads=5, intermediate_size=28)  # 16 patches
 DECODER = dict(
-    vocab_size=41,
-    width=24,
-    layers=3,
-    heads=6,
-    kv_heads=2,
-    intermediate_size=36,
-    head_dim=8,
+    vocab_size=41, width=24, layers=3, heads=6, kv_heads=2, intermediate_size=36, head_dim=8
 )
 TOKENS = 4  # of an image, after pixel shuffle by 2
 
@@ -51,12 +45,7 @@ SEVEN_BILLION = {
         vision_feature_layer=-2,
     ),
     "decoder": dict(
-        vocab_size=32768,
-        width=4096,
-        layers=32,
-        heads=32,
-        kv_heads=8,
-        intermediate_size=14336,
+        vocab_size=32768, width=4096, layers=32, heads=32, kv_heads=8, intermediate_size=14336
     ),
     "shuffle": 1,
 }

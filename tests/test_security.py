@@ -103,7 +103,11 @@ def world(tmp_path_factory):
     words.save(home / "data")
     (home / "pictures").mkdir()
     Image.new("RGB", (12, 12), "red").save(home / "pictures" / "egg.png")
-    train.train(**test_train.settings(home, "run", steps=4, save_every=2, keep_checkpoints=2, validate_every=4))
+    train.train(
+        **test_train.settings(
+            home, "run", steps=4, save_every=2, keep_checkpoints=2, validate_every=4
+        )
+    )
     return home
 
 

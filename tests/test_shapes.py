@@ -211,7 +211,11 @@ def everything(folder):
     prepare.show(data=str(folder / "set"), sample="sample 3", out=str(folder / "tiles.png"))
     flops.assumed_sequence(51, POLICY)
     samples = dataset.PreparedDataset(folder / "set")
-    (batch, _), *_ = next(packing.PackedDataLoader(samples, seq_len=51, global_batch_size=7, micro_batch_size=7, seed=1))
+    (batch, _), *_ = next(
+        packing.PackedDataLoader(
+            samples, seq_len=51, global_batch_size=7, micro_batch_size=7, seed=1
+        )
+    )
     model.train()(**batch).backward()
     memory.estimate_memory(model, batch, 1, torch.device("cpu"), torch.float32)
     none = packing.collate(samples, [[i] for i in range(300) if i % 3][:7])[0]

@@ -113,9 +113,7 @@ def load_checkpoint_info(folder):
     return Checkpoint(None, tokenizer, **fields)
 
 
-def load_checkpoint(
-    folder, device="cpu", dtype=torch.float32, template=None, defer_weights=False
-):
+def load_checkpoint(folder, device="cpu", dtype=torch.float32, template=None, defer_weights=False):
     """Returns the latest Checkpoint in a folder, or a published LLaVA; its model is in eval mode.
 
     dtype: of all parameters, None for their dtypes in the file.

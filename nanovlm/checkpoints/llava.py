@@ -505,9 +505,7 @@ def jinja_template(template, tokenizer):
     )
     slots = {name: insert_spaces(part, tokenizer, form) for name, part in parts.items()}
     for left, right in BOUNDARIES:
-        slots[f"{left}_{right}"] = needs_space(
-            parts[left], parts.get(right, ""), tokenizer, form
-        )
+        slots[f"{left}_{right}"] = needs_space(parts[left], parts.get(right, ""), tokenizer, form)
     slots |= dict(
         opening_answer=answer_needs_space(opening, tokenizer, form),
         no_space_before=" " if tokenizer.prefix_space == "missing" else "<image>",

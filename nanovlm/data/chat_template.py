@@ -367,8 +367,7 @@ def identify_template(jinja, tokens, tokenizer, where):
     """
     choices = (
         "name it by --template of prepare.py: stitch for a language model, "
-        "export for a whole LLaVA: "
-        + ", ".join(TEMPLATES)
+        "export for a whole LLaVA: " + ", ".join(TEMPLATES)
     )
     if not isinstance(jinja, str):
         raise UserError(f"{where} has no chat template; {choices}")

@@ -41,7 +41,10 @@ from ..files import OLD_NAMES, rename_keys
 from . import image_processing
 
 DATASET_VERSION = 3
-READABLE_DATASET_VERSIONS = (2, 3)  # version 2 has other names: those of files.OLD_NAMES, and these files
+READABLE_DATASET_VERSIONS = (
+    2,
+    3,
+)  # version 2 has other names: those of files.OLD_NAMES, and these files
 VERSION_2_FILES = {"images": "pictures", "loss_mask": "trained"}
 # LENGTH: tokens of the sample, with the tokens of its images
 COLUMNS = FIRST_ID, ID_COUNT, FIRST_IMAGE, IMAGE_COUNT, LENGTH, IS_VALIDATION = range(6)

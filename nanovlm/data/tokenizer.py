@@ -207,8 +207,8 @@ def read_sentencepiece(files, where):
     """
     model = list(protobuf_fields(files["tokenizer.model"]))
     trainer, normalizer, denormalizer = (
-        dict(protobuf_fields(b"".join(value for number, value in model if number == n))) for n in
-        (2, 3, 5)
+        dict(protobuf_fields(b"".join(value for number, value in model if number == n)))
+        for n in (2, 3, 5)
     )
     for name, value, known in (
         ("model_type (1 Unigram, 2 BPE)", trainer.get(3, 1), 2),
@@ -424,8 +424,11 @@ def pre_tokenizer_pattern(spec, where):
     raise UserError(f"{where} changes or cuts texts by {types}, in a way that is not known here")
 
 
-TOKENIZER_READERS = {"tekken.json": read_tekken, "tokenizer.json": read_huggingface,
-"tokenizer.model": read_sentencepiece}
+TOKENIZER_READERS = {
+    "tekken.json": read_tekken,
+    "tokenizer.json": read_huggingface,
+    "tokenizer.model": read_sentencepiece,
+}
 
 
 class Tokenizer:

@@ -19,6 +19,7 @@ KERNELS = {}  # name: (function, unsupported); a kernel's module adds itself whe
 MIN_CAPABILITY = (8, 0)  # the first with matrix products in bfloat16
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 choice = "auto"  # --kernels. torch: formulas only; triton: kernels on the CPU as well, for tests
+imported = False  # whether `import_kernels` has run
 warned = set()  # reasons why a GPU runs a formula
 
 
@@ -44,11 +45,12 @@ def import_kernels():
 
     With TRITON_INTERPRET=1 in the environment, kernels run on the CPU in Triton's interpreter.
     """
-    if not HAS_TRITON:
-        return False
-    from . import attention_backward, cross_entropy, decode_attention, rmsnorm  # noqa: F401
+    global imported
+    if HAS_TRITON and not imported:
+        from . import attention_backward, cross_entropy, decode_attention, rmsnorm  # noqa: F401
 
-    return True
+        imported = True
+    return HAS_TRITON
 
 
 def warn_once(reason):
@@ -67,7 +69,7 @@ def kernel(name, tensor, *tensors):
     formula is to run. Warns once for each reason why a GPU runs a formula."""
     if choice == "torch" or (choice == "auto" and tensor.device.type != "cuda"):
         return None
-    if name not in KERNELS and not import_kernels():
+    if not import_kernels():
         return warn_once("triton is not installed")
     if tensor.is_cuda and capability(tensor.device) < MIN_CAPABILITY:
         own, oldest = (".".join(map(str, c)) for c in (capability(tensor.device), MIN_CAPABILITY))

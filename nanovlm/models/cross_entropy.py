@@ -51,10 +51,11 @@ def chunked_loss(hidden_ND, head_VD, targets_N, dtype, hidden_grad, head_grad):
     loss = torch.zeros((), dtype=sum_dtype, device=hidden_ND.device)
     grad_hidden_ND = torch.empty_like(hidden_ND) if hidden_grad else None
     grad_head_VD = torch.zeros_like(head_VD, dtype=sum_dtype) if head_grad else None
+    needs_grad = hidden_grad or head_grad
     for start in range(0, len(targets_N), chunk):
         part = slice(start, start + chunk)
-        logits_nV = x_ND[part] @ w_VD.T
-        part_loss, grad_nV = loss_function(logits_nV, targets_N[part], hidden_grad or head_grad)
+        # Without a name, the logits are freed as soon as loss_function has read them.
+        part_loss, grad_nV = loss_function(x_ND[part] @ w_VD.T, targets_N[part], needs_grad)
         loss += part_loss
         if hidden_grad:
             grad_hidden_ND[part] = grad_nV @ w_VD

@@ -362,8 +362,7 @@ def make_tar_record(file, key, members):
             texts[suffix] = ref
     if len(texts) != sum(suffix in ("json", "txt") for suffix in suffixes):
         return error(
-            "two texts under one key",
-            f"{where} has two members of one kind: {', '.join(suffixes)}",
+            "two texts under one key", f"{where} has two members of one kind: {', '.join(suffixes)}"
         )
     return parse_tar_text(where, key, texts, images)
 
@@ -391,8 +390,7 @@ def parse_tar_text(where, key, texts, images):
         caption = load_image_bytes(texts["txt"])[0].decode()
     except UnicodeDecodeError as problem:
         return error(
-            "not text in UTF-8",
-            f"{where}: {texts['txt'].name!a} is not text in UTF-8: {problem}",
+            "not text in UTF-8", f"{where}: {texts['txt'].name!a} is not text in UTF-8: {problem}"
         )
     return make_record(where, {"caption": caption}, key, images)
 

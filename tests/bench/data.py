@@ -83,7 +83,7 @@ def cutting(small, large, rounds):
             ],
         )
         print(
-            f"cut {what} to {tile}{', drafted' * draft}: {len(photographs) / took['ours']:,.0f} pictures/s a core, "
+            f"cut {what} to {tile}{', drafted' * draft}: {len(photographs) / took['ours']:,.0f} images/s a core, "
             f"{took['pillow'] / took['ours']:.2f} times a loop of Pillow",
             flush=True,
         )
@@ -198,7 +198,7 @@ def filling(out):
             began = time.perf_counter()
             filled = sum(1 for _ in packing.pack_sequences(lengths, row))
             print(
-                f"pack {name}: {len(lengths):,} samples into rows of {row:,}: {lengths.sum() / filled / row:.1%} full, "
+                f"pack {name}: {len(lengths):,} samples into sequences of {row:,}: {lengths.sum() / filled / row:.1%} full, "
                 f"planned in {time.perf_counter() - began:.1f} s"
             )
 

@@ -66,7 +66,9 @@ MISTRAL = dict(
 SMOLLM2 = dict(
     vocab_size=49152, width=576, layers=30, heads=9, kv_heads=3, intermediate_size=1536, tied=True
 )  # 135M
-BLIND = dict(tile=2, patch=1, width=4, layers=1, heads=1, intermediate_size=1)  # nothing is looked at
+BLIND = dict(
+    tile=2, patch=1, width=4, layers=1, heads=1, intermediate_size=1
+)  # nothing is looked at
 
 
 # ---- correct first ----
@@ -183,7 +185,18 @@ def check_loss(run):
 def check_model(run):
     """A whole decoder: what a kernel alone cannot get wrong, where it stands in the model can be."""
     T, shapes = (
-        (9, dict(vocab_size=41, width=24, layers=2, heads=6, kv_heads=2, intermediate_size=36, head_dim=8))
+        (
+            9,
+            dict(
+                vocab_size=41,
+                width=24,
+                layers=2,
+                heads=6,
+                kv_heads=2,
+                intermediate_size=36,
+                head_dim=8,
+            ),
+        )
         if run.dry
         else (577, SMOLLM2)
     )

@@ -26,7 +26,9 @@ def answers_per_s(checkpoint, questions, batch, max_tokens):
     began = time.time()
     said = sorted(
         pair
-        for pairs in runner.answer_questions(checkpoint, questions, batch=batch, max_tokens=max_tokens)
+        for pairs in runner.answer_questions(
+            checkpoint, questions, batch=batch, max_tokens=max_tokens
+        )
         for pair in pairs
     )
     return len(questions) / (time.time() - began), [one.text for _, one in said]
@@ -58,9 +60,9 @@ def sample(
     dtype: str = "bfloat16",  # of its numbers: bfloat16, float16 or float32
     threads: int = torch.get_num_threads(),  # of each who speaks or answers
     tokens: int = 64,  # said in a round
-    model: str = "out/sft",  # the model that answers
-    questions: str = "data/fridge/exam.jsonl",  # its exam
-    images: str = "data/fridge/images",  # with these pictures
+    model: str = "out/demo/sft",  # the model that answers
+    questions: str = "data/demo/fridge/questions.jsonl",  # questions for it
+    images: str = "data/demo/fridge/images",  # and their images
     count: int = 192,  # so many of the questions, from all parts of the exam
     batch: int = 16,  # at once
     max_tokens: int = 64,  # the longest answer

@@ -41,7 +41,9 @@ BLOCK = {
 
 def ours(folder, dtype, ready=True):
     part = huggingface.read_decoder(folder)
-    eye = dict(tile=2, patch=1, width=4, layers=1, heads=1, intermediate_size=1)  # nothing is looked at
+    eye = dict(
+        tile=2, patch=1, width=4, layers=1, heads=1, intermediate_size=1
+    )  # nothing is looked at
     model = VLM(vision=eye, decoder=part.shapes["decoder"] | {"layers": 0, "vocab_size": 1})
     model.decoder = part.model.decoder
     model = model.to(dtype).eval()
@@ -225,7 +227,7 @@ def speech(folder, dtype, threads, tokens, rounds):
         process.join()
     cores = f"{threads} thread{'s' * (threads > 1)}"
     print(
-        f"{Path(folder).name} in {str(dtype).removeprefix('torch.')}, {cores}, {len(ids)} tokens of prompt, {tokens} said:"
+        f"{Path(folder).name} in {str(dtype).removeprefix('torch.')}, {cores}, {len(ids)} tokens of prompt, {tokens} generated:"
     )
     for speaker in speakers:
         rows = list(zip(found[speaker], found[ours], strict=True))[1:]  # the first round warms up

@@ -180,7 +180,9 @@ def test_another_format_or_half_a_description_is_refused(words, tmp_path):
     with pytest.raises(UserError, match="has format version 7, this nanovlm reads 1 and 2"):
         load_checkpoint(tmp_path / "a")
     path.write_text(
-        json.dumps({name: value for name, value in meta.items() if name not in ("image_config", "history")})
+        json.dumps(
+            {name: value for name, value in meta.items() if name not in ("image_config", "history")}
+        )
     )
     with pytest.raises(UserError, match=r"nanovlm.json holds no image_config, history"):
         load_checkpoint(tmp_path / "a")
@@ -398,10 +400,14 @@ def test_an_optimizer_of_other_parts_is_refused(words):
     step(model, optimizer, 1)
     tensors = resume.optimizer_state(model, optimizer)
     model.vision.post_norm.requires_grad_(True)
-    with pytest.raises(UserError, match="vision.post_norm.bias is trained, but has no optimizer state"):
+    with pytest.raises(
+        UserError, match="vision.post_norm.bias is trained, but has no optimizer state"
+    ):
         resume.copy_optimizer_state(model, optimizer, tensors, "o")
     model.requires_grad_(False).projector.down_proj.requires_grad_(True)
-    with pytest.raises(UserError, match="projector.up_proj.bias is frozen, but has an optimizer state"):
+    with pytest.raises(
+        UserError, match="projector.up_proj.bias is frozen, but has an optimizer state"
+    ):
         resume.copy_optimizer_state(model, optimizer, tensors, "o")
 
 
@@ -414,8 +420,16 @@ def test_stitching_changes_no_number_and_the_brain_says_what_it_said_alone(words
     stitched = stitch.stitch_parts(eye, brain, seed=3)
     same_tensors(stitched.model.vision.state_dict(), eye.model.vision.state_dict())
     same_tensors(stitched.model.decoder.state_dict(), brain.model.decoder.state_dict())
-    assert (stitched.image_config, stitched.chat_template, stitched.tokenizer) == (eye.image_config, "chatml", words)
-    assert stitched.history == {"vision": "an/eye", "decoder": "a/brain", "projector": "fresh, seed 3"}
+    assert (stitched.image_config, stitched.chat_template, stitched.tokenizer) == (
+        eye.image_config,
+        "chatml",
+        words,
+    )
+    assert stitched.history == {
+        "vision": "an/eye",
+        "decoder": "a/brain",
+        "projector": "fresh, seed 3",
+    }
     ids_BT = torch.randint(words.vocab_size, (2, 9))
     positions_BT, none = torch.arange(9).expand(2, -1), torch.zeros(0, 3, 12, 12, dtype=torch.uint8)
     with torch.no_grad():
@@ -424,6 +438,8 @@ def test_stitching_changes_no_number_and_the_brain_says_what_it_said_alone(words
             for m in (stitched.model, brain.model)
         ]
     assert torch.equal(*logits)
-    fresh = [stitch.stitch_parts(eye, brain, seed).model.projector.up_proj.weight for seed in (3, 3, 4)]
+    fresh = [
+        stitch.stitch_parts(eye, brain, seed).model.projector.up_proj.weight for seed in (3, 3, 4)
+    ]
     assert torch.equal(fresh[0], fresh[1]) and not torch.equal(fresh[0], fresh[2])
     assert not torch.equal(fresh[0], eye.model.projector.up_proj.weight)

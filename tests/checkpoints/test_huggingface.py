@@ -165,7 +165,8 @@ def in_a_llava_of_transformers_5(folder):
 def test_every_spelling_of_a_brain_is_the_same_brain(spell, brain_folder, published):
     spell(brain_folder)
     same(
-        huggingface.read_decoder(brain_folder).model.decoder, huggingface.read_decoder(published[1]).model.decoder
+        huggingface.read_decoder(brain_folder).model.decoder,
+        huggingface.read_decoder(published[1]).model.decoder,
     )
 
 
@@ -195,7 +196,10 @@ def test_every_spelling_of_an_eye_is_the_same_eye(prefix, eye_folder, published)
         tensors | beside | {f"{prefix}embeddings.position_ids": torch.arange(17)},
         eye_folder / "model.safetensors",
     )
-    same(huggingface.read_vision_encoder(eye_folder).model.vision, huggingface.read_vision_encoder(published[0]).model.vision)
+    same(
+        huggingface.read_vision_encoder(eye_folder).model.vision,
+        huggingface.read_vision_encoder(published[0]).model.vision,
+    )
 
 
 def test_an_eye_of_a_whole_clip_and_of_a_whole_siglip(tmp_path):
@@ -231,14 +235,17 @@ def test_rope_as_older_and_newer_folders_write_it():
         == huggingface.rope_config(base | new, "here")
         == (5e5, {"rope_type": "linear", "factor": 2.0})
     )
-    yarn = huggingface.rope_config(base | {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "here")[
-        1
-    ]
+    yarn = huggingface.rope_config(
+        base | {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "here"
+    )[1]
     assert (
         yarn["original_max_position_embeddings"] == 2048
     )  # where it is left out, the longest text of all
     assert huggingface.rope_config(base, "here") == (10000.0, None)
-    assert huggingface.rope_config(base | {"rope_theta": 1e6, "rope_scaling": None}, "here") == (1e6, None)
+    assert huggingface.rope_config(base | {"rope_theta": 1e6, "rope_scaling": None}, "here") == (
+        1e6,
+        None,
+    )
 
 
 def test_clips_first_spelling_stands_above_its_second():
@@ -312,12 +319,7 @@ READERS = {"brain": huggingface.read_decoder, "eye": huggingface.read_vision_enc
 
 
 @pytest.mark.parametrize(
-    "part, field",
-    [
-        (part, field)
-        for part, fields in REQUIRED.items()
-        for field in fields
-    ],
+    "part, field", [(part, field) for part, fields in REQUIRED.items() for field in fields]
 )
 def test_each_field_that_would_change_a_result_is_refused(part, field, request):
     folder = request.getfixturevalue(f"{part}_folder")
@@ -663,7 +665,8 @@ def test_a_full_size_mistral_is_planned_without_a_number_of_it(tmp_path):
     folder = mistral_7b(tmp_path)
     paths, where = list_weight_files(folder), folder / "config.json"
     shapes = huggingface.decoder_shapes(
-        huggingface.model_config(read_json(where), "text_config", huggingface.DECODER_TYPES, where), where
+        huggingface.model_config(read_json(where), "text_config", huggingface.DECODER_TYPES, where),
+        where,
     )
     with torch.device("meta"):
         wanted = {
@@ -672,7 +675,10 @@ def test_a_full_size_mistral_is_planned_without_a_number_of_it(tmp_path):
         }
     before = resident()
     plan = match_tensors(
-        wanted, read_weights(paths, huggingface.DECODER_PREFIXES), huggingface.DECODER_IGNORED, paths
+        wanted,
+        read_weights(paths, huggingface.DECODER_PREFIXES),
+        huggingface.DECODER_IGNORED,
+        paths,
     )
     total = json.loads((folder / "model.safetensors.index.json").read_text())["metadata"][
         "total_size"
@@ -848,7 +854,9 @@ def test_pictures_are_treated_as_the_folder_says(config, choices, fit, tile, res
         "mean": config["image_mean"],
         "std": config["image_std"],
     }
-    assert len(part.model.vision.positions) == 1 + image_processing.tokens_per_tile(part.image_config)
+    assert len(part.model.vision.positions) == 1 + image_processing.tokens_per_tile(
+        part.image_config
+    )
 
 
 @pytest.mark.parametrize(
@@ -995,7 +1003,10 @@ def test_our_ids_are_those_of_apply_chat_template(name, tmp_path):
         expected = theirs.apply_chat_template(
             messages, add_generation_prompt=True, tokenize=True, return_dict=False
         )
-        assert chat_template.render_conversation(conversation, words, name.split(",")[0])[0] == expected
+        assert (
+            chat_template.render_conversation(conversation, words, name.split(",")[0])[0]
+            == expected
+        )
 
 
 def test_vicuna_as_fastchat_writes_it():
@@ -1031,10 +1042,7 @@ def test_a_template_is_found_where_transformers_has_put_it(place, brain_folder):
 @pytest.mark.parametrize(
     "template, said",
     [
-        (
-            ...,
-            "has no chat template; name it by --template of prepare.py: .*: mistral, ",
-        ),
+        (..., "has no chat template; name it by --template of prepare.py: .*: mistral, "),
         ("{{ messages[0]['content'] }}", "its chat template writes 'Hello', as none of ours does"),
         ("{{ ''.__class__.__mro__ }}", "writes None"),  # the sandbox refuses it
         ("{{ today }}{{ raise_exception('no') }}", "writes None"),
@@ -1095,7 +1103,10 @@ def test_stitched_it_sees_and_says_what_its_parts_do_alone(tmp_path, capsys):
     ).view(3, 1, 1)
     features = eye.float()(pixels, interpolate_pos_encoding=True).last_hidden_state
     torch.testing.assert_close(
-        loaded.model.encode_images(tiles_NCYX), loaded.model.projector(features), rtol=1e-3, atol=1e-3
+        loaded.model.encode_images(tiles_NCYX),
+        loaded.model.projector(features),
+        rtol=1e-3,
+        atol=1e-3,
     )  # positions rounded to float16
 
 
@@ -1160,7 +1171,10 @@ def test_a_brain_is_in_memory_once(tmp_path):
 
 
 def test_a_stitch_that_changed_a_number_is_found_out(published, tmp_path):
-    eye, brain = huggingface.read_vision_encoder(published[0]), huggingface.read_decoder(published[1])
+    eye, brain = (
+        huggingface.read_vision_encoder(published[0]),
+        huggingface.read_decoder(published[1]),
+    )
     alone = stitch.outputs_of_parts(eye, brain)
     save_checkpoint(stitch.stitch_parts(eye, brain, 0), tmp_path / "out")
     assert stitch.verify_stitch(tmp_path / "out", alone) < 1e-4

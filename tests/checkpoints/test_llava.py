@@ -637,7 +637,9 @@ def test_the_grid_is_the_one_that_transformers_chooses():
             random.permutation(PINPOINTS).tolist(),
         )
         theirs = hf.image_processing_utils.select_best_resolution(size[::-1], pinpoints)
-        assert image_processing.select_best_resolution(size, {"pinpoints": pinpoints}) == list(theirs)
+        assert image_processing.select_best_resolution(size, {"pinpoints": pinpoints}) == list(
+            theirs
+        )
 
 
 @pytest.mark.parametrize(
@@ -673,9 +675,7 @@ def test_a_public_eye_takes_tiles_and_one_of_ours_has_settled_it(tmp_path):
         "tags": True,
         "draft": True,
     }
-    with pytest.raises(
-        UserError, match="--tiles=4 is for a Hugging Face folder; .* has its own"
-    ):
+    with pytest.raises(UserError, match="--tiles=4 is for a Hugging Face folder; .* has its own"):
         prepare.stitch(
             vision=str(ours), decoder=str(tmp_path / "brain"), out=str(tmp_path / "again"), tiles=4
         )
@@ -826,7 +826,10 @@ def test_many_pictures_of_many_sizes_at_once_are_answered_as_one_by_one(folders,
     ours = load_checkpoint(folders["1.6 vicuna"])
     for name, size in SIZES.items():
         picture(size).save(tmp_path / f"{name}.png")
-    shown = {name: image_processing.load_image(tmp_path / f"{name}.png", ours.image_config) for name in SIZES}
+    shown = {
+        name: image_processing.load_image(tmp_path / f"{name}.png", ours.image_config)
+        for name in SIZES
+    }
     questions = [
         ("a cat?", [shown["wide"]]),
         ("or", [shown["tall"], shown["square"]]),
@@ -837,7 +840,9 @@ def test_many_pictures_of_many_sizes_at_once_are_answered_as_one_by_one(folders,
     for said, (text, seen) in zip(
         runner.generate_answers(ours, questions, max_tokens=8), questions, strict=True
     ):
-        assert said.text == "".join(sample.stream_answer(ours, [("user", text)], seen, max_tokens=8))
+        assert said.text == "".join(
+            sample.stream_answer(ours, [("user", text)], seen, max_tokens=8)
+        )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -871,7 +876,8 @@ def test_numbers_stay_as_their_files_have_them(dtype, folders, tmp_path):
     kept = load_checkpoint(folder, dtype=sample.WEIGHT_DTYPES["auto"])
     assert {p.dtype for p in kept.model.parameters()} == {dtype}
     assert {
-        p.dtype for p in load_checkpoint(folder, dtype=sample.WEIGHT_DTYPES["float32"]).model.parameters()
+        p.dtype
+        for p in load_checkpoint(folder, dtype=sample.WEIGHT_DTYPES["float32"]).model.parameters()
     } == {torch.float32}
     picture((90, 31)).save(tmp_path / "a.png")
     list(
@@ -903,7 +909,10 @@ def test_a_llava_next_is_prepared_for_with_pictures_of_any_size(folders, tmp_pat
     prepare.data(model=folder, source=[str(tmp_path / "x.json")], out=str(tmp_path / "set"))
     samples = dataset.PreparedDataset(tmp_path / "set")
     batch, _ = packing.collate(samples, [[0, 1]])
-    shown = [image_processing.load_image(tmp_path / f"{number}.png", ours.image_config) for number in (0, 1)]
+    shown = [
+        image_processing.load_image(tmp_path / f"{number}.png", ours.image_config)
+        for number in (0, 1)
+    ]
     joined = packing.collate_images(shown, ours.image_config)
     assert len(shown[0].feature_index) != len(shown[1].feature_index) and all(
         batch[name].equal(joined[name]) for name in joined

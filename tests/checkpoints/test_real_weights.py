@@ -115,7 +115,8 @@ def test_stitched_and_asked_without_a_picture_it_says_token_for_token_what_the_b
     assert ids == words.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
     ours = [
         i
-        for (i,) in generate(stitched.model, 
+        for (i,) in generate(
+            stitched.model,
             [ids],
             torch.zeros(0),
             stop={chat_template.end_token_id(stitched.tokenizer, stitched.chat_template)},
@@ -174,7 +175,9 @@ def test_a_chat_in_english_makes_sense(stitched):
         ("Which of the two cities has the Eiffel Tower?", "Paris"),
     ]:
         turns.append(("user", asked))
-        ids, _ = chat_template.render_conversation(turns, stitched.tokenizer, stitched.chat_template)
+        ids, _ = chat_template.render_conversation(
+            turns, stitched.tokenizer, stitched.chat_template
+        )
         said = [
             i for (i,) in generate(stitched.model, [ids], torch.zeros(0), stop={end}, max_tokens=60)
         ]

@@ -20,7 +20,11 @@ from nanovlm import IMAGE_TOKEN_ID, UserError
 from nanovlm.data import chat_template, image_processing, tokenizer
 
 NAMES = sorted(
-    {name for template in chat_template.TEMPLATES for name in chat_template.special_token_names(template)}
+    {
+        name
+        for template in chat_template.TEMPLATES
+        for name in chat_template.special_token_names(template)
+    }
 )
 WORDS = tokenizer.train_tokenizer(
     ["What is in the fridge? two eggs and some milk\n\nassistant user system"] * 3, 300, NAMES
@@ -112,7 +116,9 @@ def test_the_name_of_a_special_token_is_plain_text_when_somebody_says_it(templat
 
 
 def test_of_two_special_names_the_longest_is_meant_as_in_hugging_face(tmp_path):
-    words = tokenizer.train_tokenizer(["a b"], 256, ["<s>", "<s>[INST]", "[INST]", "[/INST]", "</s>"])
+    words = tokenizer.train_tokenizer(
+        ["a b"], 256, ["<s>", "<s>[INST]", "[INST]", "[/INST]", "</s>"]
+    )
     words.save(tmp_path)
     theirs = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))(
         "<s>[INST] a [/INST]"
@@ -495,7 +501,10 @@ GOOD = [turn("human", "<image>Hi"), turn("gpt", "Hello")]
         ({"conversations": [turn(None, "Hi")]}, "one of human"),
         ({"conversations": [turn("human", "egg \ud83e")]}, r"half a character .*'egg \\ud83e'"),
         ({"conversations": [turn("human", None)]}, "a turn needs a text and a role"),
-        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "a turn needs a text and a role"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text"}]}]},
+            "a turn needs a text and a role",
+        ),
         (
             {"conversations": [*GOOD, turn("gpt", "Hello")]},
             "turns must go .* not user, assistant, assistant",
@@ -578,10 +587,10 @@ def test_tags_are_untrained_text_before_each_tile_which_is_an_image_of_its_own()
     assert [(p.tiles.tolist(), p.feature_index.tolist(), p.size) for p in images] == [
         ([n], [0, 1, 2, 3], (24, 12)) for n in range(3)
     ]
-    assert chat_template.add_tile_tags(ids, trained, [wide], words, image_config | {"tags": False}) == (
-        ids,
-        trained,
-        [wide],
-    )
+    assert chat_template.add_tile_tags(
+        ids, trained, [wide], words, image_config | {"tags": False}
+    ) == (ids, trained, [wide])
     with pytest.raises(UserError, match="1 image tokens but 2 images"):
-        chat_template.add_tile_tags(ids, trained, [wide, wide], words, image_config | {"tags": True})
+        chat_template.add_tile_tags(
+            ids, trained, [wide, wide], words, image_config | {"tags": True}
+        )

@@ -137,8 +137,7 @@ def test_ten_lines_of_numpy_read_a_set_as_the_format_says(tmp_path):
 def test_a_target_is_the_next_token_where_that_is_trained(tmp_path):
     image = make_image(np.random.default_rng(0), 1)
     ids_T, targets_T, _ = write(
-        tmp_path / "set",
-        [("one", [7, IMAGE_TOKEN_ID, 8, 9, 10, 11], [0, 0, 0, 1, 1, 0], [image])],
+        tmp_path / "set", [("one", [7, IMAGE_TOKEN_ID, 8, 9, 10, 11], [0, 0, 0, 1, 1, 0], [image])]
     ).read(0)
     assert ids_T.tolist() == [7, *[IMAGE_TOKEN_ID] * TOKENS, 8, 9, 10, 11]
     assert targets_T.tolist() == [IGNORE_INDEX] * 5 + [9, 10, IGNORE_INDEX, IGNORE_INDEX]
@@ -209,12 +208,7 @@ IMAGE = image_processing.ProcessedImage(
         (("x", [IMAGE_TOKEN_ID], [0], []), "1 image tokens but 0 images"),
         (("x", [IMAGE_TOKEN_ID], [0], [IMAGE, IMAGE]), "1 image tokens but 2 images"),
         (
-            (
-                "x",
-                [IMAGE_TOKEN_ID],
-                [0],
-                [IMAGE._replace(tiles=IMAGE.tiles.astype(np.float32))],
-            ),
+            ("x", [IMAGE_TOKEN_ID], [0], [IMAGE._replace(tiles=IMAGE.tiles.astype(np.float32))]),
             "x: tiles are float32",
         ),
         (
@@ -273,7 +267,9 @@ def test_a_single_altered_bit_is_named_by_its_file(tmp_path, kind):
         (json.dumps({"version": 1}), f"format 1, this reads {dataset.DATASET_VERSION}"),
         (json.dumps({"version": dataset.DATASET_VERSION}), "lacks fingerprint, shards"),
         (
-            json.dumps({"version": dataset.DATASET_VERSION, "fingerprint": FINGERPRINT, "shards": []}),
+            json.dumps(
+                {"version": dataset.DATASET_VERSION, "fingerprint": FINGERPRINT, "shards": []}
+            ),
             "holds no samples",
         ),
     ],
@@ -320,7 +316,10 @@ def test_a_folder_that_is_no_set(tmp_path, folder, said):
             FINGERPRINT | {"tokenizer": "xyz"},
             "another model: its tokenizer is abc, the model's xyz$",
         ),
-        (FINGERPRINT | {"chat_template": "chatml"}, "its chat_template is mistral, the model's chatml$"),
+        (
+            FINGERPRINT | {"chat_template": "chatml"},
+            "its chat_template is mistral, the model's chatml$",
+        ),
         (
             FINGERPRINT | {"image_config": IMAGE_CONFIG | {"fit": "crop"}},
             "its image_config fit is tiles, the model's crop$",

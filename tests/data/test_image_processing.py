@@ -513,7 +513,8 @@ def test_bytes_are_read_as_their_file_is(tmp_path, name):
     path.write_bytes(FILES[name])
     assert np.array_equal(np.asarray(image_files.read_image(FILES[name])[0]), pixels(path))
     assert np.array_equal(
-        image_processing.load_image(FILES[name], IMAGE_CONFIG).tiles, image_processing.load_image(path, IMAGE_CONFIG).tiles
+        image_processing.load_image(FILES[name], IMAGE_CONFIG).tiles,
+        image_processing.load_image(path, IMAGE_CONFIG).tiles,
     )
 
 
@@ -582,7 +583,9 @@ def test_a_draft_is_twice_what_it_is_resized_to_and_looks_the_same(fit, to, orie
         image_processing.load_image(content, image_config),
         image_processing.load_image(content, image_config | {"draft": True}),
     )
-    assert whole.size == drafted.size == wide and np.array_equal(whole.feature_index, drafted.feature_index)
+    assert whole.size == drafted.size == wide and np.array_equal(
+        whole.feature_index, drafted.feature_index
+    )
     assert near(
         drafted.tiles, whole.tiles, levels=20 if fit == "pad" else 4
     ) and not np.array_equal(drafted.tiles, whole.tiles)
@@ -597,7 +600,11 @@ def test_a_draft_leaves_alone_what_has_no_dct_and_what_is_not_large_enough():
     for image, how, image_config in [
         (photo(600, 480), "PNG", IMAGE_CONFIG),
         (photo(95, 95), "JPEG", IMAGE_CONFIG),
-        (photo(600, 480), "JPEG", IMAGE_CONFIG | {"fit": "anyres", "pinpoints": [[48, 24], [24, 48]]}),
+        (
+            photo(600, 480),
+            "JPEG",
+            IMAGE_CONFIG | {"fit": "anyres", "pinpoints": [[48, 24], [24, 48]]},
+        ),
     ]:
         image.save(file := io.BytesIO(), how)
         whole, drafted = (
@@ -689,10 +696,9 @@ def test_a_grid_is_the_reference_rules(choice, most):
                 == image_processing.tile_grid(size, image_config, max_tiles=most)
                 == (rows, columns)
             ), size
-            assert image_processing.tile_grid(size, image_config | {"tiles": most}, max_tiles=20) == (
-                rows,
-                columns,
-            )  # a limit never raises the image_config's own
+            assert image_processing.tile_grid(
+                size, image_config | {"tiles": most}, max_tiles=20
+            ) == (rows, columns)  # a limit never raises the image_config's own
 
 
 def test_every_token_of_every_tile_is_counted_and_read(tmp_path):
@@ -707,7 +713,9 @@ def test_every_token_of_every_tile_is_counted_and_read(tmp_path):
             saved(tmp_path / "a.png", Image.fromarray(noise(60, 40))),
         )
         image = image_processing.load_image(path, image_config, limit)
-        assert image_processing.tile_count((60, 40), image_config, limit) == tiles == len(image.tiles)
+        assert (
+            image_processing.tile_count((60, 40), image_config, limit) == tiles == len(image.tiles)
+        )
         assert (
             image.feature_index.tolist() == list(range(tiles * 9))
             and image_processing.image_token_count((60, 40), image_config, limit) == tiles * 9
@@ -725,11 +733,18 @@ def test_every_token_of_every_tile_is_counted_and_read(tmp_path):
 
 def test_tags_number_the_tiles_and_name_the_whole_image():
     image_config = IMAGE_CONFIG | TILES | {"tags": True}
-    assert image_processing.tile_tags(3, image_config) == ["<tile_1>", "<tile_2>", "<tile_global_thumbnail>"]
+    assert image_processing.tile_tags(3, image_config) == [
+        "<tile_1>",
+        "<tile_2>",
+        "<tile_global_thumbnail>",
+    ]
     assert image_processing.tile_tags(1, image_config) == [
         "<tile_global_thumbnail>"
     ]  # as NVLM has it: one tile is the whole image
-    assert image_processing.tile_tags(2, image_config | {"thumbnail": False}) == ["<tile_1>", "<tile_2>"]
+    assert image_processing.tile_tags(2, image_config | {"thumbnail": False}) == [
+        "<tile_1>",
+        "<tile_2>",
+    ]
     assert (
         image_processing.tile_tags(3, image_config | {"tags": False}) is None
         and image_processing.tile_tags(1, IMAGE_CONFIG) is None
@@ -790,7 +805,12 @@ def test_crop_is_clips(size, resample):
         do_normalize=False,
     )
     want = clip(image, return_tensors="np")["pixel_values"]
-    assert near(image_processing.cut_into_tiles(image, IMAGE_CONFIG | {"fit": "crop", "resample": resample}), want)
+    assert near(
+        image_processing.cut_into_tiles(
+            image, IMAGE_CONFIG | {"fit": "crop", "resample": resample}
+        ),
+        want,
+    )
 
 
 @pytest.mark.parametrize("resample", image_processing.RESAMPLE_FILTERS)
@@ -810,7 +830,9 @@ def test_pad_is_llavas(size, resample):
         do_normalize=False,
         image_mean=IMAGE_CONFIG["mean"],
     )
-    found = image_processing.cut_into_tiles(image, IMAGE_CONFIG | {"fit": "pad", "resample": resample})
+    found = image_processing.cut_into_tiles(
+        image, IMAGE_CONFIG | {"fit": "pad", "resample": resample}
+    )
     assert near(found, llava(image, return_tensors="np")["pixel_values"])
     square = Image.new("RGB", (max(size),) * 2, (122, 116, 104))  # LLaVA-1.5's gray
     square.paste(image, ((max(size) - size[0]) // 2, (max(size) - size[1]) // 2))
@@ -845,7 +867,9 @@ def test_resampling_matters():
     assert (
         len(
             {
-                image_processing.cut_into_tiles(image, IMAGE_CONFIG | {"fit": f, "resample": r}).tobytes()
+                image_processing.cut_into_tiles(
+                    image, IMAGE_CONFIG | {"fit": f, "resample": r}
+                ).tobytes()
                 for f in image_processing.FITS
                 for r in image_processing.RESAMPLE_FILTERS
             }
@@ -862,7 +886,9 @@ EDGE = st.sampled_from([1, 2, 3, 5, 17, 24, 64, 101, 224, 333, 600])
 def test_resizing_is_pillows_to_a_level(width, height, columns, rows, resample):
     """Narrowed or widened, down or across first, lines of one pixel: noise is the worst case."""
     image = noise(width, height)
-    want = Image.fromarray(image).resize((columns, rows), image_processing.RESAMPLE_FILTERS[resample])
+    want = Image.fromarray(image).resize(
+        (columns, rows), image_processing.RESAMPLE_FILTERS[resample]
+    )
     assert near(
         image_processing.resize_image(image, (columns, rows), resample),
         np.asarray(want).transpose(2, 0, 1),
@@ -915,11 +941,14 @@ def test_tiles_are_pillows_resize_and_crop(size, resample):
     for i in range(columns * rows):
         left, top = i % columns * tile, i // columns * tile
         parts.append(squashed.crop((left, top, left + tile, top + tile)))
-    parts += [image.resize((tile, tile), image_processing.RESAMPLE_FILTERS[resample])] * (len(parts) > 1)
+    parts += [image.resize((tile, tile), image_processing.RESAMPLE_FILTERS[resample])] * (
+        len(parts) > 1
+    )
     want = np.stack([np.asarray(part).transpose(2, 0, 1) for part in parts])
     assert near(image_processing.cut_into_tiles(image, image_config), want)
     assert near(
-        image_processing.cut_into_tiles(image, image_config | {"thumbnail": False}), want[: columns * rows]
+        image_processing.cut_into_tiles(image, image_config | {"thumbnail": False}),
+        want[: columns * rows],
     )
 
 
@@ -944,8 +973,10 @@ def test_tiles_are_those_of_internvl_in_transformers(size):
 def test_a_limit_makes_fewer_tiles_of_the_same_image():
     image, image_config = Image.fromarray(noise(96, 72)), IMAGE_CONFIG | TILES
     assert [
-        len(image_processing.cut_into_tiles(image, image_config, limit)) for limit in (None, 12, 8, 6, 4, 2, 1)
+        len(image_processing.cut_into_tiles(image, image_config, limit))
+        for limit in (None, 12, 8, 6, 4, 2, 1)
     ] == [13, 13, 7, 7, 5, 1, 1]
     assert np.array_equal(
-        image_processing.cut_into_tiles(image, image_config, 1), image_processing.cut_into_tiles(image, IMAGE_CONFIG)
+        image_processing.cut_into_tiles(image, image_config, 1),
+        image_processing.cut_into_tiles(image, IMAGE_CONFIG),
     )  # one tile is the image, squashed

@@ -47,7 +47,9 @@ def test_packing_is_best_fit_decreasing(lengths, row):
             rows[min(fits, key=lambda b: (room[b], b))].append(i)
         else:
             rows.append([i])
-    assert list(packing.pack_sequences(lengths, row, window=len(lengths) + 1)) == sorted(map(sorted, rows))
+    assert list(packing.pack_sequences(lengths, row, window=len(lengths) + 1)) == sorted(
+        map(sorted, rows)
+    )
 
 
 def test_packing_fills_rows():
@@ -93,16 +95,15 @@ def test_a_batch_without_images_has_no_tiles(tmp_path):
 
 def test_places_of_several_images_count_on_from_the_tiles_before_and_newlines_stay_newlines():
     g = np.random.default_rng(0)
-    first = make_image(g, 3)._replace(feature_index=np.array([0, 11, image_processing.IMAGE_NEWLINE]))
-    second = make_image(g, 2)._replace(feature_index=np.array([7, image_processing.IMAGE_NEWLINE, 1]))
-    assert packing.collate_images([first, second], IMAGE_CONFIG)["image_feature_index"].tolist() == [
-        0,
-        11,
-        -1,
-        3 * TOKENS + 7,
-        -1,
-        3 * TOKENS + 1,
-    ]
+    first = make_image(g, 3)._replace(
+        feature_index=np.array([0, 11, image_processing.IMAGE_NEWLINE])
+    )
+    second = make_image(g, 2)._replace(
+        feature_index=np.array([7, image_processing.IMAGE_NEWLINE, 1])
+    )
+    assert packing.collate_images([first, second], IMAGE_CONFIG)[
+        "image_feature_index"
+    ].tolist() == [0, 11, -1, 3 * TOKENS + 7, -1, 3 * TOKENS + 1]
 
 
 # ---- the order ----
@@ -139,7 +140,10 @@ def rows_of(step):
 @pytest.mark.parametrize("micro", [1, 2, 5])
 def test_a_step_is_the_same_rows_over_any_number_of_ranks_and_micro_batches(written, world, micro):
     whole = loader(written, micro_batch_size=7)
-    ranks = [loader(written, micro_batch_size=micro, rank=rank, world_size=world) for rank in range(world)]
+    ranks = [
+        loader(written, micro_batch_size=micro, rank=rank, world_size=world)
+        for rank in range(world)
+    ]
     for _ in range(8):  # the set is 300 samples, so that some steps reach into the next epoch
         want, parts = rows_of(next(whole)), [next(rank) for rank in ranks]
         shared = [rows_of(part) for part in parts]
@@ -269,7 +273,8 @@ def test_a_blend_is_the_same_over_ranks_and_from_any_step(blended):
     ran = steps_of(blended, 30, weights=weights)
     assert members_of(next(loader(blended, weights=weights, start_step=23))) == members_of(ran[23])
     ranks = [
-        steps_of(blended, 30, weights=weights, rank=rank, world_size=3, micro_batch_size=1) for rank in range(3)
+        steps_of(blended, 30, weights=weights, rank=rank, world_size=3, micro_batch_size=1)
+        for rank in range(3)
     ]
     for whole, parts in zip(ran, zip(*ranks, strict=True), strict=True):
         assert sorted(rows_of(whole)) == sorted(row for part in parts for row in rows_of(part))

@@ -36,7 +36,9 @@ def reading_again(vlm, prompt, count):
     for _ in range(count):
         ids_BT = torch.tensor([prompt + said])
         with torch.no_grad():
-            hidden_BTD = vlm.decoder(vlm.decoder.embed_tokens(ids_BT), torch.arange(ids_BT.shape[1])[None])
+            hidden_BTD = vlm.decoder(
+                vlm.decoder.embed_tokens(ids_BT), torch.arange(ids_BT.shape[1])[None]
+            )
             said.append(int(vlm.decoder.lm_head(hidden_BTD[0, -1]).argmax()))
     return said
 

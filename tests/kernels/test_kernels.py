@@ -357,7 +357,15 @@ def test_the_operator_of_the_loss_tells_pytorch_the_truth_about_itself(choice):
 
 def make_block(seed=0):
     torch.manual_seed(seed)
-    return Block(width=24, heads=6, kv_heads=2, head_dim=8, intermediate_size=36, eps=1e-5, sliding_window=None)
+    return Block(
+        width=24,
+        heads=6,
+        kv_heads=2,
+        head_dim=8,
+        intermediate_size=36,
+        eps=1e-5,
+        sliding_window=None,
+    )
 
 
 def block_gradients(block, x_BTD, **autocast):

@@ -111,7 +111,9 @@ def test_an_eye(make, tile, tmp_path):
 def test_an_eye_read_elsewhere(read, tmp_path):
     """--read counts as transformers counts hidden states; the class token is dropped, and no norm applied."""
     theirs = clip(hidden_act="gelu")
-    ours = huggingface.read_vision_encoder(publish(theirs, tmp_path), vision_feature_layer=read).model.vision
+    ours = huggingface.read_vision_encoder(
+        publish(theirs, tmp_path), vision_feature_layer=read
+    ).model.vision
     tiles_NCYX = torch.randn(2, 3, 28, 28)
     close(
         ours(tiles_NCYX), theirs(tiles_NCYX, output_hidden_states=True).hidden_states[read][:, 1:]
@@ -225,7 +227,8 @@ def test_a_brain(kind, tmp_path):
     assert (ours.lm_head.weight is ours.embed_tokens.weight) == (kind == "smollm2")
     ids_BT = torch.randint(301, (2, 45), generator=torch.Generator().manual_seed(5))
     close(
-        ours.lm_head(ours(ours.embed_tokens(ids_BT), torch.arange(45).expand(2, -1))), theirs(ids_BT).logits
+        ours.lm_head(ours(ours.embed_tokens(ids_BT), torch.arange(45).expand(2, -1))),
+        theirs(ids_BT).logits,
     )
 
 

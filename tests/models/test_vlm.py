@@ -299,7 +299,9 @@ def output(kind, arguments):
                 ]
             )
         if kind is Decoder:
-            return model.lm_head(model(model.embed_tokens(torch.arange(13)[None]), torch.arange(13)[None]))
+            return model.lm_head(
+                model(model.embed_tokens(torch.arange(13)[None]), torch.arange(13)[None])
+            )
         if kind is Projector:
             return model(torch.linspace(-1, 1, 16 * arguments["vision_width"]).reshape(1, 16, -1))
         ids_BT = torch.tensor(

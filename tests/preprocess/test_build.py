@@ -197,7 +197,11 @@ def test_workers_do_not_outlive_their_parent(home, tmp_path):
 @pytest.mark.parametrize("at", ["write_header", "remove_build_files"])
 def test_killed_at_its_very_end_it_ends_the_same(home, tmp_path, monkeypatch, at):
     make(tmp_path / "whole", home / "good.json")
-    owner, real = (dataset, dataset.write_header) if at == "write_header" else (build, build.remove_build_files)
+    owner, real = (
+        (dataset, dataset.write_header)
+        if at == "write_header"
+        else (build, build.remove_build_files)
+    )
 
     def killed(*arguments):
         real(*arguments)
@@ -233,13 +237,16 @@ def test_a_set_goes_on_only_with_the_source_and_settings_that_it_was_begun_with(
     source.write_bytes((home / "good.json").read_bytes())
     for path in home.glob("*.png"):
         (tmp_path / path.name).write_bytes(path.read_bytes())
-    monkeypatch.setattr(build, "finish_dataset", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(
+        build, "finish_dataset", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+    )
     with pytest.raises(KeyboardInterrupt):
         make(tmp_path / "set", source)
     if not other:
         source.write_bytes(source.read_bytes() + b" ")
     with pytest.raises(
-        UserError, match=f"set.tmp was begun with other settings: .*{said}.*; remove it to start again"
+        UserError,
+        match=f"set.tmp was begun with other settings: .*{said}.*; remove it to start again",
     ):
         make(tmp_path / "set", source, **other)
 
@@ -254,7 +261,9 @@ def test_other_images_or_another_order_of_sources_is_another_set(home, tmp_path,
         [str(tmp_path / "a.json"), str(tmp_path / "b.json")],
         RECIPE._replace(images=str(home)),
     )
-    monkeypatch.setattr(build, "finish_dataset", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(
+        build, "finish_dataset", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+    )
     with pytest.raises(KeyboardInterrupt):
         build.build_dataset(paths, tmp_path / "set", recipe, 1, 0.0)
     with pytest.raises(
@@ -280,7 +289,10 @@ def test_a_source_that_changes_while_it_is_read_makes_no_set(home, tmp_path, mon
 
 def test_a_slash_behind_its_name_is_no_other_set(home, tmp_path):
     make(f"{tmp_path}/set/", home / "good.json")
-    assert os.listdir(tmp_path) == ["set"] and len(dataset.PreparedDataset(tmp_path / "set").names) == 23
+    assert (
+        os.listdir(tmp_path) == ["set"]
+        and len(dataset.PreparedDataset(tmp_path / "set").names) == 23
+    )
 
 
 def test_time_left_is_told_of_what_is_left_whatever_an_earlier_run_has_left_out(
@@ -346,15 +358,14 @@ def test_a_shard_ends_where_the_images_that_its_records_carry_grow_large(monkeyp
     monkeypatch.setattr(build, "SHARD_IMAGE_BYTES", 100)
     sizes = [60, 60, 10, 0, 0, 0, 0, 101, 99, 1, 1]
     raws = [
-        readers.RawRecord(f"row {n}", {"id": n}, [image_refs.ImageBytes("x", bytes(size))], None, f"{n}")
+        readers.RawRecord(
+            f"row {n}", {"id": n}, [image_refs.ImageBytes("x", bytes(size))], None, f"{n}"
+        )
         for n, size in enumerate(sizes)
     ]
-    assert [[len(raw.images[0].content) for raw in shard] for shard in build.split_into_shards(raws)] == [
-        [60, 60],
-        [10, 0, 0, 0],
-        [0, 101],
-        [99, 1, 1],
-    ]
+    assert [
+        [len(raw.images[0].content) for raw in shard] for shard in build.split_into_shards(raws)
+    ] == [[60, 60], [10, 0, 0, 0], [0, 101], [99, 1, 1]]
 
 
 # ---- dirt ----
@@ -465,7 +476,9 @@ def test_images_that_cannot_fit_are_not_even_opened(home, tmp_path, monkeypatch)
     }
     many["conversations"][0]["value"] = "<image>" * 10
     (tmp_path / "two.json").write_text(json.dumps([many, record(2, None)]))
-    monkeypatch.setattr(build.image_files, "read_image", lambda *_: pytest.fail("an image was opened"))
+    monkeypatch.setattr(
+        build.image_files, "read_image", lambda *_: pytest.fail("an image was opened")
+    )
     (said,) = make(
         tmp_path / "set",
         tmp_path / "two.json",

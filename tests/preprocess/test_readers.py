@@ -159,7 +159,11 @@ def shown(raws, images=""):
         try:
             sample = pickle.loads(pickle.dumps(readers.make_sample(raw, images)))
             found.append(
-                (sample.name, sample.turns, [readers.load_image_bytes(ref)[0] for ref in sample.images])
+                (
+                    sample.name,
+                    sample.turns,
+                    [readers.load_image_bytes(ref)[0] for ref in sample.images],
+                )
             )
         except UserError as mistake:
             assert mistake.reason and "\n" not in str(mistake), mistake
@@ -262,7 +266,9 @@ def test_absolute_paths_are_good_in_a_json_alone_and_within_the_folder_of_its_pi
         tar.write({"__key__": "1", "json": record})
         tar.write({"__key__": "2", "json": {**record, "image": "0.jpg"}})
     assert reasons(readers.read_records([str(folder / "a.tar")])) == ["image missing"] * 2
-    assert reasons(readers.read_records([str(folder / "a.tar")]), str(folder)) == ["path climbs out"]
+    assert reasons(readers.read_records([str(folder / "a.tar")]), str(folder)) == [
+        "path climbs out"
+    ]
 
 
 def test_ids_are_texts_or_numbers_and_where_there_is_none_it_is_the_place(folder):
@@ -279,7 +285,8 @@ def test_ids_are_texts_or_numbers_and_where_there_is_none_it_is_the_place(folder
         {"id": "\ud800", "caption": "x"},
     ]
     listed = [
-        readers.record_id(raw) for raw in readers.read_records([put(folder / "odd.json", [records[0], *odd])])
+        readers.record_id(raw)
+        for raw in readers.read_records([put(folder / "odd.json", [records[0], *odd])])
     ]
     assert listed == [
         "a b",
@@ -658,7 +665,11 @@ def test_a_file_too_large_to_be_a_picture_is_not_read(tmp_path):
         readers.load_image_bytes(image_refs.ImageFile(str(tmp_path / "a.jpg")))
     assert caught.value.reason == "image too large"
     with pytest.raises(UserError, match="ends after 0 of 5 bytes") as caught:
-        readers.load_image_bytes(image_refs.TarMember(str(tmp_path / "a.jpg"), "0.jpg", image_refs.MAX_IMAGE_BYTES + 1, 5))
+        readers.load_image_bytes(
+            image_refs.TarMember(
+                str(tmp_path / "a.jpg"), "0.jpg", image_refs.MAX_IMAGE_BYTES + 1, 5
+            )
+        )
     assert caught.value.reason == "image cut short"
     with pytest.raises(UserError, match="No such file"):
         readers.load_image_bytes(image_refs.ImageFile(str(tmp_path / "b.jpg")))
@@ -869,7 +880,9 @@ def test_only_the_same_id_with_the_same_content_is_the_same_sample(folder):
     reversed_fields = dict(reversed(COLLECTION[0].items()))
     first, *others, same = map(
         readers.record_digest,
-        readers.read_records([put(folder / "a.json", [COLLECTION[0], *other, other[-1], reversed_fields])]),
+        readers.read_records(
+            [put(folder / "a.json", [COLLECTION[0], *other, other[-1], reversed_fields])]
+        ),
     )
     assert same == first and len({first, *others}) == 1 + len(others)  # two without an id are two
     lines = list(map(readers.record_digest, readers.read_records([as_lines(folder)])))
@@ -903,9 +916,15 @@ def test_in_containers_pictures_count_as_well(folder):
             pyarrow.Table.from_pylist([{"id": 0, "image": picture, "caption": "An egg."}]),
             folder / f"{name}.parquet",
         )
-    tars = [readers.record_digest(*readers.read_records([str(folder / f"{name}.tar")])) for name in "abc"]
+    tars = [
+        readers.record_digest(*readers.read_records([str(folder / f"{name}.tar")]))
+        for name in "abc"
+    ]
     assert tars[0] != tars[1] == tars[2]
-    seen = {readers.record_digest(*readers.read_records([str(folder / f"{name}.parquet")])) for name in "abc"}
+    seen = {
+        readers.record_digest(*readers.read_records([str(folder / f"{name}.parquet")]))
+        for name in "abc"
+    }
     assert len(seen) == 3
 
 
@@ -924,9 +943,9 @@ def test_stamps_tell_when_a_source_has_changed(folder):
         os.replace(as_tar(folder), folder / name)
     before = readers.source_stamps(paths, pack)
     assert list(before) == [paths[0], str(folder / "a.tar"), str(folder / "b.tar"), pack]
-    assert before == readers.source_stamps(paths, pack) and set(readers.source_stamps(paths, str(folder))) == set(
-        before
-    ) - {pack}
+    assert before == readers.source_stamps(paths, pack) and set(
+        readers.source_stamps(paths, str(folder))
+    ) == set(before) - {pack}
     assert before[pack] == [os.path.getsize(pack), os.stat(pack).st_mtime_ns]
     os.utime(folder / "b.tar", ns=(1, 1))
     assert [
