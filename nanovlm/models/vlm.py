@@ -76,8 +76,7 @@ class VLM(nn.Module):
         """Returns the cross-entropy loss (float32), summed over all tokens that have a label.
 
         targets_BT: a token's label: the next id, or IGNORE_INDEX where the loss mask is 0.
-        positions_BT: its position in its sample. documents_BT: the number of its sample, for
-        packed sequences.
+        positions_BT: its position in its sample. documents_BT: the number of its sample.
         """
         x_BTD = self.embed(ids_BT, tiles_NCYX, image_feature_index)
         hidden_BTD = self.decoder(x_BTD, positions_BT, documents_BT)
