@@ -72,7 +72,7 @@ NORMAL, UNUSED, BYTE_PIECE = 1, 5, 6
 
 
 def bytes_to_unicode():
-    """Returns GPT-2's character for each byte: itself if it is printable, else one from U+0100 on."""
+    """Returns GPT-2's character for each byte: itself if printable, else one from U+0100 on."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [b for b in range(256) if b not in printable]
     return {b: chr(b) for b in printable} | {b: chr(256 + n) for n, b in enumerate(others)}
