@@ -186,34 +186,34 @@ def training_loop(
     done, stopping = start, False
     with (
         Logger(run.out, start, run.steps, rank, run.tensorboard) as logger,
-        ThreadPoolExecutor(1) as reader,
+        ThreadPoolExecutor(1) as prefetcher,
         SignalHandler(rank) as signals,
         StepTimer(run.profile, vlm, device, run.out, rank) as timer,
     ):
-        next_batches = reader.submit(next, loader)  # read during the step before
+        next_micro_batches = prefetcher.submit(next, loader)  # read during the step before
         while done < run.steps and not stopping:
-            batches = logger.wait(next_batches)
-            next_batches = reader.submit(next, loader)
+            micro_batches = logger.wait(next_micro_batches)
+            next_micro_batches = prefetcher.submit(next, loader)
             lr_now = set_learning_rates(optimizer, done, run)
-            step = compute_gradients(wrapped, batches, device, autocast, signals, timer)
+            stats = compute_gradients(wrapped, micro_batches, device, autocast, signals, timer)
             norms = clip_grad_norm(vlm, run.rates, run.grad_clip)
             done += 1
-            check_finite(done, step, norms["grad_norm"], batches, samples, run.out)
+            check_finite(done, stats, norms["grad_norm"], micro_batches, samples, run.out)
             optimizer.step()
             optimizer.zero_grad()
             timer.end_step("optimizer")
 
-            is_last, stopping = done == run.steps, step.stopping
+            is_last, stopping = done == run.steps, stats.stopping
             saving = is_last or stopping or done % run.save_every == 0
             metrics = metrics_at(done)
-            logger.count_step(step, micro_batch_flops(vlm, run.rates, batches))
+            logger.count_step(stats, micro_batch_flops(vlm, run.rates, micro_batches))
             if metrics or saving or done % run.log_every == 0:
                 logger.log(
                     done,
                     metrics,
-                    loss=step.loss,
+                    loss=stats.loss,
                     lr=lr_now,
-                    label_fraction=step.labels / step.tokens,
+                    label_fraction=stats.labels / stats.tokens,
                     **norms,
                     **timer.pop_seconds(),
                 )
@@ -267,25 +267,27 @@ def make_optimizer(model, rates, weight_decay, betas):
     return torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)
 
 
-def compute_gradients(wrapped, batches, device, autocast, signals, timer):
+def compute_gradients(wrapped, micro_batches, device, autocast, signals, timer):
     """Gradients of one step: the summed loss over the labelled tokens, divided by their number.
 
     Both are over all ranks and micro-batches, so a step does not depend on how it is split.
     Returns `loss`; the numbers of `labels`, `tokens` and `samples` over all ranks; `stopping`,
     whether any rank received a signal; `loss_sums`, one for each micro-batch of this rank.
     """
-    labels = sum(int((batch["targets_BT"] != IGNORE_INDEX).sum()) for batch, _ in batches)
-    tokens = sum(int((batch["documents_BT"] >= 0).sum()) for batch, _ in batches)
-    samples = sum(len(members) for _, members in batches)
+    labels = sum(int((batch["targets_BT"] != IGNORE_INDEX).sum()) for batch, _ in micro_batches)
+    tokens = sum(int((batch["documents_BT"] >= 0).sum()) for batch, _ in micro_batches)
+    samples = sum(len(members) for _, members in micro_batches)
     labels, tokens, samples, world = all_reduce_sum([labels, tokens, samples, 1], device)
     loss_sums = []
-    for number, (batch, _) in enumerate(batches, 1):
+    # Gradient accumulation: one micro-batch after another adds to the gradients. The timer's hooks
+    # end the other phases, between the vision encoder and the decoder (profiler.py).
+    for number, (batch, _) in enumerate(micro_batches, 1):
         batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
-        with no_sync(wrapped, last=number == len(batches)):
+        with no_sync(wrapped, last=number == len(micro_batches)):
             with autocast:
                 loss_sum = wrapped(**batch)
             timer.end_phase("decoder")
-            # `wrapped` averages over the ranks: times `world`, that is a sum.
+            # DDP and FSDP divide gradients by the number of ranks: `world` undoes that.
             (loss_sum * (world / labels if labels else math.nan)).backward()
             timer.end_phase("vision")
         loss_sums.append(loss_sum.detach())

@@ -8,7 +8,8 @@ A name carries the shape of its tensor: `q_BTHK` has four dimensions. The letter
     H query heads   G key/value heads   K size of a head   F width of the MLP   V vocabulary
     C channels   Y X pixels (or patches) down and across
 
-A lower-case letter is a part of its capital (n of N tokens in a chunk); 1 is a dimension of size 1.
+After pixel shuffle, P counts image tokens. In the loss, N counts labelled tokens. A lower-case
+letter is a part of its capital (n of N tokens in a chunk); 1 is a dimension of size 1.
 """
 
 IMAGE_TOKEN_ID = -1  # the id of an image token; no vocabulary has it, so it needs no embedding

@@ -1,6 +1,6 @@
 """Conversations become token ids and their loss mask, made together in one pass.
 
-`render_conversation` is the one place where the loss mask is made. Training, sampling and
+`render_conversation` is the one place where ids and loss mask are made. Training, sampling and
 evaluation call it. It writes a conversation segment by segment, and each segment states if it has a
 loss. The loss mask is true on the assistant's answers and on the token that ends its turn, so that
 the model learns to stop; it is false on everything else. Nothing is searched for in finished ids.

@@ -1,17 +1,18 @@
 """The image processor: any image becomes the uint8 tiles that training and inference both take.
 
-`image_token_count` says how many tokens an image takes, and `load_image` makes its tiles. Both
-follow the image config, a plain dict that is part of the checkpoint:
+`image_feature_index` decides how many tokens an image takes and which features they are;
+`image_token_count` is its length. `load_image` makes the tiles. All follow the image config, a
+plain dict that is part of the checkpoint:
 
     tile      width and height of a tile in pixels
     patch     width and height of a patch in pixels
     shuffle   shuffle² patches become one token (pixel shuffle)
-    fit       squash, pad (to a square, with the mean color), crop (the middle square), tiles,
-    anyres resample  bicubic or bilinear
-    mean, std of pixels between 0 and 1, three numbers each; the model normalizes on its device
-    draft     if true, a JPEG may be decoded at a half, a quarter or an eighth of its size, if that
-    is
-              still at least twice the size that it is resized to
+    fit       squash, pad (to a square, with the mean color), crop (the middle square), tiles or
+              anyres
+    resample  bicubic or bilinear
+    mean, std three numbers each, of pixels between 0 and 1; the model normalizes on its device
+    draft     whether a JPEG may be decoded at a half, a quarter or an eighth of its size, as long
+              as that is at least twice the size that it is resized to
 
     tiles     for fit=tiles, the way of InternVL (Chen et al. 2024) and NVLM (Dai et al. 2024): the
               image is squashed to a grid of at most `tiles` tiles, chosen by its shape, and cut row

@@ -20,8 +20,9 @@ from .vision_encoder import VisionEncoder
 
 
 class VLM(nn.Module):
-    """vision, decoder: the keyword arguments of VisionEncoder and Decoder. shuffle, newline: see
-    Projector. mean, std: three numbers each, of pixels between 0 and 1."""
+    """Returns a loss when called; for logits see inference/generate.py. vision, decoder: keyword
+    arguments of VisionEncoder and Decoder. shuffle, newline: see Projector. mean, std: of pixels
+    between 0 and 1, three numbers each."""
 
     def __init__(
         self, *, vision, decoder, shuffle=1, mean=(0.5,) * 3, std=(0.5,) * 3, newline=False
@@ -39,7 +40,7 @@ class VLM(nn.Module):
         self.register_buffer("std_C11", std_C11, persistent=False)
 
     def encode_images(self, tiles_NCYX):
-        """uint8 tiles -> image features as the decoder reads them, (N · P, D), a newline's last."""
+        """uint8 tiles -> image features (N · P, D), and last the newline vector if there is one."""
         pixels_NCYX = (tiles_NCYX.float() / 255 - self.mean_C11) / self.std_C11
         # pretrained parts may differ in dtype
         features_NPD = self.vision(pixels_NCYX.to(self.vision.patches.weight.dtype))

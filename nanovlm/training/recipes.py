@@ -62,7 +62,8 @@ STAGES = {
     ),
 }
 # LLaVA-1.5 (scripts/v1_5/pretrain.sh and finetune.sh): one epoch of its 558,128 captions and of its
-# 665,298 conversations. LLaVA has one sample in a sequence.
+# 665,298 conversations, with one sample in a sequence. Sequences here are packed with several, so
+# these steps are several epochs; `prepare.py check` prints the sequences of one.
 LLAVA_1_5 = {
     "pretrain": dict(
         lr=1e-3,
