@@ -31,6 +31,7 @@ from nanovlm.inference.generate import CAPTURE_AFTER, generate
 from nanovlm.inference.optimize import optimize
 from nanovlm.kernels import dispatch
 from nanovlm.models.attention import attention
+from nanovlm.models.cross_entropy import linear_cross_entropy
 from nanovlm.training import flops, memory, validation
 
 ALPHABET = "".join(
@@ -64,17 +65,22 @@ DEEP = (
     "AAAAAElFTkSuQmCC"
 )  # a PNG of 5 x 4 pixels, 16-bit colour of which one is transparent: Pillow cannot write it
 C = {"C": 3}
-KNOWN = {  # file: the sizes that a letter may have in it, several where the eye and the brain share it
-    "decoder.py": {"D": 24, "H": 6, "G": 2, "K": 8, "V": 260},
-    "vision.py": C | {"D": 20, "H": 5, "K": 4, "P": (36, 37)},  # 37: with the class token
-    "attention.py": {"H": (6, 5), "G": (2, 5), "K": (8, 4, 16)},  # 16: as wide as a kernel's block
-    "loss.py": {"D": 24, "V": 260},
-    "model.py": C | {"D": (24, 20), "V": 260, "P": (36, 9)},
-    "images.py": C,
-    "data.py": C | {"Y": 18, "X": 18},
-    "packing.py": C | {"Y": 18, "X": 18},
-    "look.py": C | {"Y": 18, "X": 18},
+# file: the sizes that a letter may have in it, several if two parts of the model share the file
+KNOWN = {
+    "models/decoder.py": {"D": 24, "H": 6, "G": 2, "K": 8, "V": 260},
+    "models/vision_encoder.py": C | {"D": 20, "H": 5, "K": 4, "P": (36, 37)},  # 37: class token
+    "models/attention.py": {"H": (6, 5), "G": (2, 5), "K": (8, 4)},
+    "kernels/attention_forward.py": {"H": (6, 5), "G": (2, 5), "K": (8, 4, 16)},  # 16: a block
+    "kernels/attention_backward.py": {"H": (6, 5), "G": (2, 5), "K": (8, 4, 16)},
+    "models/cross_entropy.py": {"D": 24, "V": 260},
+    "models/vlm.py": C | {"D": (24, 20), "V": 260},
+    "models/projector.py": C | {"D": (24, 20), "P": (36, 9)},
+    "data/image_processing.py": C,
+    "data/dataset.py": C | {"Y": 18, "X": 18},
+    "data/packing.py": C | {"Y": 18, "X": 18},
+    "visualize/samples.py": C | {"Y": 18, "X": 18},
 }
+FILES = [*ROOT.glob("*.py"), *ROOT.glob("nanovlm/**/*.py")]
 
 
 def shape_of(value):
@@ -133,7 +139,7 @@ def watching(*folders):
         return look if Path(frame.f_code.co_filename).parent in folders else None
 
     def look(frame, event, arg):
-        file, variables = Path(frame.f_code.co_filename).name, dict(frame.f_locals)
+        file, variables = place(Path(frame.f_code.co_filename)), dict(frame.f_locals)
         for said in lies_of(variables, KNOWN.get(file, {})):
             lies.setdefault(
                 said, f"{file}, before line {frame.f_lineno}, in {frame.f_code.co_name}: {said}"
@@ -151,6 +157,12 @@ def watching(*folders):
         yield lies, seen
     finally:
         sys.settrace(before)
+
+
+def place(path):
+    """A file as KNOWN names it: by its path in nanovlm/, if it lies there."""
+    package = ROOT / "nanovlm"
+    return path.relative_to(package).as_posix() if package in path.parents else path.name
 
 
 def names_in(path):
@@ -229,6 +241,7 @@ def everything(folder):
             torch.arange(19).expand(3, -1),
             torch.arange(57).view(3, 19) // 11,
         ).sum().backward()
+        linear_cross_entropy(torch.randn(3, 24), torch.randn(260, 24), torch.tensor([5, 0, 7]))
         with torch.no_grad():  # and the newest token alone
             attention(
                 torch.randn(3, 1, 6, 8),
@@ -278,7 +291,7 @@ def everything(folder):
 
 @pytest.fixture(scope="module")
 def looked(tmp_path_factory):
-    with watching(ROOT, ROOT / "nanovlm") as (lies, seen):
+    with watching(*{path.parent for path in FILES}) as (lies, seen):
         everything(tmp_path_factory.mktemp("house"))
     return lies, seen
 
@@ -291,8 +304,8 @@ def test_no_name_lies_about_its_shape(looked):
 def test_every_name_that_carries_a_shape_was_looked_at(looked):
     _, seen = looked
     wanted = {
-        (path.name, name)
-        for path in [*ROOT.glob("*.py"), *ROOT.glob("nanovlm/*.py")]
+        (place(path), name)
+        for path in FILES
         for name, _ in names_in(path)
         if LOOKS_LIKE.match(name) and CARRIES.match(name)
     }
@@ -304,8 +317,8 @@ def test_every_name_that_carries_a_shape_was_looked_at(looked):
 def test_every_letter_is_in_the_alphabet():
     assert set(ALPHABET) >= set("BTNDHK")
     strangers = [
-        f"{path.name}:{line} {name}"
-        for path in [*ROOT.glob("*.py"), *ROOT.glob("nanovlm/*.py")]
+        f"{place(path)}:{line} {name}"
+        for path in FILES
         for name, line in names_in(path)
         if LOOKS_LIKE.match(name) and not CARRIES.match(name)
     ]
@@ -354,7 +367,7 @@ def test_a_lie_is_caught(tmp_path, lines, said):
 
 
 def test_a_size_known_in_advance_is_checked():
-    assert list(lies_of({"q_BTHK": torch.zeros(2, 7, 5, 6)}, KNOWN["decoder.py"])) == [
+    assert list(lies_of({"q_BTHK": torch.zeros(2, 7, 5, 6)}, KNOWN["models/decoder.py"])) == [
         "q_BTHK has shape (2, 7, 5, 6), H is 6",
         "q_BTHK has shape (2, 7, 5, 6), K is 8",
     ]

@@ -517,9 +517,9 @@ def resize_position_embeddings(positions_PD, side, leading):
     grid_pD = positions_PD[leading:]
     old = math.isqrt(len(grid_pD))
     grid_1DYX = grid_pD.float().T.unflatten(1, (old, old))[None]
-    resized_1DYX = F.interpolate(grid_1DYX, size=(side, side), mode="bicubic", align_corners=False)
-    resized_PD = resized_1DYX[0].flatten(1).T
-    return torch.cat([positions_PD[:leading], resized_PD.to(positions_PD.dtype)])
+    resized = F.interpolate(grid_1DYX, size=(side, side), mode="bicubic", align_corners=False)
+    resized = resized[0].flatten(1).T  # (side², D)
+    return torch.cat([positions_PD[:leading], resized.to(positions_PD.dtype)])
 
 
 def read_vision_encoder(

@@ -72,9 +72,9 @@ def outputs_of_parts(vision, decoder):
     std_C11 = torch.tensor(vision.image_config["std"]).view(3, 1, 1)
     pixels_NCYX = (tiles_NCYX.float() / 255 - mean_C11) / std_C11
     encoder, language_model = vision.model.vision, decoder.model.decoder
-    features_NPD = encoder(pixels_NCYX.to(encoder.patches.weight.dtype))
-    hidden_BTD = language_model(language_model.embed_tokens(ids_BT), positions_BT)
-    return features_NPD, language_model.lm_head(hidden_BTD)
+    features = encoder(pixels_NCYX.to(encoder.patches.weight.dtype))
+    hidden = language_model(language_model.embed_tokens(ids_BT), positions_BT)
+    return features, language_model.lm_head(hidden)
 
 
 @torch.no_grad()

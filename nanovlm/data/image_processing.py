@@ -330,22 +330,21 @@ def cut_into_tiles(image, image_config, max_tiles=None, size=None):
     tile, fit, resample = (image_config[name] for name in ("tile", "fit", "resample"))
     if fit == "anyres":
         resolution = select_best_resolution(image.size, image_config)
-        overview_CYX = resize_image(pixels, (tile, tile), resample)
-        enlarged_CYX = resize_and_pad(pixels, resolution, resample)
-        return np.concatenate([overview_CYX[None], split_into_tiles(enlarged_CYX, tile)])
+        overview = resize_image(pixels, (tile, tile), resample)
+        enlarged = resize_and_pad(pixels, resolution, resample)
+        return np.concatenate([overview[None], split_into_tiles(enlarged, tile)])
     if fit == "pad":
         square_YXC = expand_to_square(pixels, image_config["mean"])
         return resize_image(square_YXC, (tile, tile), resample)[None]
     new_size = resized_size(size or image.size, image_config, max_tiles)
-    pixels_CYX = resize_image(pixels, new_size, resample)
+    resized = resize_image(pixels, new_size, resample)  # (C, height, width)
     if fit == "crop":
-        top, left = (pixels_CYX.shape[1] - tile) // 2, (pixels_CYX.shape[2] - tile) // 2
-        pixels_CYX = pixels_CYX[:, top : top + tile, left : left + tile]
-        pixels_CYX = np.ascontiguousarray(pixels_CYX)
-    tiles_NCYX = split_into_tiles(pixels_CYX, tile)
+        top, left = (resized.shape[1] - tile) // 2, (resized.shape[2] - tile) // 2
+        resized = np.ascontiguousarray(resized[:, top : top + tile, left : left + tile])
+    tiles_NCYX = split_into_tiles(resized, tile)
     if len(tiles_NCYX) > 1 and image_config["thumbnail"]:
-        thumbnail_CYX = resize_image(pixels, (tile, tile), resample)
-        tiles_NCYX = np.concatenate([tiles_NCYX, thumbnail_CYX[None]])
+        thumbnail = resize_image(pixels, (tile, tile), resample)
+        tiles_NCYX = np.concatenate([tiles_NCYX, thumbnail[None]])
     return tiles_NCYX
 
 

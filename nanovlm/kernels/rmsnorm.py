@@ -162,7 +162,7 @@ def rmsnorm_bwd_kernel(
 # ---- The operator: launches, shapes, derivative ----
 
 
-def view_as_BTD(x):
+def as_three_dims(x):
     """Returns x as (B, T, D) with contiguous vectors, a view of nearly every x, and the strides of
     B and T."""
     x_BTD = x if x.stride(-1) == 1 else x.contiguous()
@@ -187,8 +187,8 @@ def rmsnorm_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns (x + y, empty if y is None; the norm, of `dtype`; the scale of each vector)."""
     total, normed, scale = rmsnorm_forward_fake(x, y, weight, eps, dtype)
-    x_BTD, *x_strides = view_as_BTD(x)
-    y_BTD, *y_strides = view_as_BTD(x if y is None else y)
+    x_BTD, *x_strides = as_three_dims(x)
+    y_BTD, *y_strides = as_three_dims(x if y is None else y)
     blocks, n_rows = block_sizes(x, dispatch.config(TABLE, x.device)[0]), scale.numel()
     if n_rows:
         with torch.cuda.device_of(x):
@@ -226,15 +226,15 @@ def rmsnorm_backward(
     grad: Tensor, grad_sum: Tensor | None, x: Tensor, weight: Tensor, scale: Tensor, train: bool
 ) -> tuple[Tensor, Tensor]:
     """Returns (gradient of x, gradient of the weight; empty if it does not train)."""
-    grad_x, grad_weight = rmsnorm_backward_fake(grad, grad_sum, x, weight, scale, train)
+    x_grad, grad_weight = rmsnorm_backward_fake(grad, grad_sum, x, weight, scale, train)
     _, size, threads, num_stages = dispatch.config(TABLE, x.device)
     blocks, n_rows = block_sizes(x, size), scale.numel()
     resident = dispatch.num_sms(x.device) * max(1, threads // (32 * blocks["num_warps"]))
     n_programs = min(triton.cdiv(n_rows, blocks["BLOCK_N"]), resident)
     partial = x.new_empty((n_programs, x.shape[-1]) if train else 0, dtype=torch.float32)
-    grad_BTD, *grad_strides = view_as_BTD(grad)
-    sum_BTD, *sum_strides = view_as_BTD(x if grad_sum is None else grad_sum)
-    x_BTD, *x_strides = view_as_BTD(x)
+    grad_BTD, *grad_strides = as_three_dims(grad)
+    sum_BTD, *sum_strides = as_three_dims(x if grad_sum is None else grad_sum)
+    x_BTD, *x_strides = as_three_dims(x)
     if n_rows:
         with torch.cuda.device_of(x):
             rmsnorm_bwd_kernel[(n_programs,)](
@@ -243,7 +243,7 @@ def rmsnorm_backward(
                 x_BTD,
                 weight.contiguous(),
                 scale,
-                grad_x,
+                x_grad,
                 partial,
                 n_rows,
                 x_BTD.shape[1],
@@ -256,7 +256,7 @@ def rmsnorm_backward(
                 NUM_STAGES=num_stages,
                 **blocks,
             )
-    return grad_x, partial.sum(0).to(weight.dtype) if train else grad_weight
+    return x_grad, partial.sum(0).to(weight.dtype) if train else grad_weight
 
 
 @rmsnorm_backward.register_fake
@@ -275,12 +275,12 @@ def backward(ctx, grad_sum, grad, _):
     x, weight, scale = ctx.saved_tensors
     train, grad_sum = ctx.needs_input_grad[2], grad_sum if ctx.dtypes[1] else None
     if grad is None:  # only the sum was used
-        grad_x, grad_weight = grad_sum, None
+        x_grad, grad_weight = grad_sum, None
     else:
-        grad_x, grad_weight = torch.ops.nanovlm.rmsnorm_backward(
+        x_grad, grad_weight = torch.ops.nanovlm.rmsnorm_backward(
             grad, grad_sum, x, weight, scale, train
         )
-    grads = [grad_x.to(dtype) if dtype else None for dtype in ctx.dtypes]
+    grads = [x_grad.to(dtype) if dtype else None for dtype in ctx.dtypes]
     return *grads, grad_weight if train else None, None, None
 
 

@@ -108,11 +108,11 @@ class Block(nn.Module):
 
     def forward(self, x_BTD, angles, documents_BS, cache, layer):
         q_BTHK, k_BTGK, v_BTGK = self.qkv(self.attention_norm(x_BTD), angles)
-        k_BSGK, v_BSGK, cache_length = k_BTGK, v_BTGK, None
-        if cache is not None:
+        if cache is None:
+            out_BTHK = self.attention(q_BTHK, k_BTGK, v_BTGK, documents_BS)
+        else:
             k_BSGK, v_BSGK = cache.update(layer, k_BTGK, v_BTGK)
-            cache_length = cache.cache_length
-        out_BTHK = self.attention(q_BTHK, k_BSGK, v_BSGK, documents_BS, cache_length)
+            out_BTHK = self.attention(q_BTHK, k_BSGK, v_BSGK, documents_BS, cache.cache_length)
         x_BTD, normed_BTD = self.mlp_norm(x_BTD, self.o_proj(out_BTHK.flatten(-2)))
         gate_BTF, up_BTF = self.gate_up(normed_BTD)
         return x_BTD + self.down_proj(F.silu(gate_BTF) * up_BTF)

@@ -28,8 +28,8 @@ class Projector(nn.Module):
         self.newline = nn.Parameter(torch.randn(width) * width**-0.5) if newline else None
 
     def forward(self, features_NPD):
-        hidden_NPD = F.gelu(self.up_proj(pixel_shuffle(features_NPD, self.shuffle)))
-        features = self.down_proj(hidden_NPD).flatten(0, 1)
+        hidden = F.gelu(self.up_proj(pixel_shuffle(features_NPD, self.shuffle)))
+        features = self.down_proj(hidden).flatten(0, 1)
         if self.newline is None:
             return features
         return torch.cat([features, self.newline[None].to(features)])

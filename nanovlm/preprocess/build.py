@@ -221,8 +221,8 @@ def process_sample(sample, options):
             continue
         processed = []
         for plan, (image, size) in zip(planned, opened, strict=True):
-            tiles_NCYX = image_processing.cut_into_tiles(image, config, limit, size)
-            processed.append(plan._replace(tiles=tiles_NCYX))
+            tiles = image_processing.cut_into_tiles(image, config, limit, size)
+            processed.append(plan._replace(tiles=tiles))
         tagged = chat_template.add_tile_tags(ids, loss_mask, processed, tokenizer, config)
         return sample.name, *tagged
     raise UserError(

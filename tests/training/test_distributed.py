@@ -624,7 +624,7 @@ def test_a_frozen_part_keeps_nothing_for_the_backward_pass(home):
             getattr(model, part).requires_grad_(part not in freeze)
         kept[freeze] = (
             memory.saved_activation_bytes(model, batch, CPU, torch.float32, False),
-            saved_by(model.vision, model.see, batch["tiles_NCYX"]),
+            saved_by(model.vision, model.encode_images, batch["tiles_NCYX"]),
         )
     assert kept[()][1] > 0 and kept["vision",][1] == kept["vision", "decoder"][1] == 0
     assert kept[()][0] > kept["vision",][0] > kept["vision", "decoder"][0]
