@@ -42,7 +42,7 @@ from nanovlm.visualize.samples import concat_tiles, sample_as_text, summarize_da
 
 
 def refuse_to_overwrite(out):
-    """Raise UserError if a file, a folder or a broken link has the name."""
+    """Raises UserError if a file, a folder or a broken link has the name."""
     if os.path.lexists(out.rstrip("/")):
         raise UserError(f"--out={out} exists already: remove it, or choose another folder")
 
@@ -134,7 +134,7 @@ def random_init(
 
 
 def check_random_init(new):
-    """Raise one UserError that names every setting out of its range."""
+    """Raises one UserError that names every setting out of its range."""
     wrong = []
     for name, value in vars(new).items():
         if type(value) is int and name != "seed" and value < 1:

@@ -304,7 +304,7 @@ def compute_gradients(wrapped, micro_batches, device, autocast, signals, timer):
 
 
 def check_finite(done, step, grad_norm, batches, samples, out):
-    """Raise UserError if the loss or the gradient is NaN or infinite, before the weights change.
+    """Raises UserError if the loss or the gradient is NaN or infinite, before the weights change.
 
     The message names the samples of the micro-batches with such a loss, or else all samples of the
     step. They are written to a data folder of their own.
@@ -379,7 +379,7 @@ def load_for_training(folder, run):
 
 
 def load_samples(run, checkpoint):
-    """Return (samples, shares of the data folders), and check that they are for this model."""
+    """Returns (samples, shares of the data folders); checks that they are for this model."""
     folders, weights = parse_dataset_weights(run.data)
     samples = PreparedDataset(*folders)
     samples.check_fingerprint(checkpoint.fingerprint())
@@ -515,7 +515,7 @@ def move_old_run_aside(run):
 
 
 def check_demonstration(given):
-    """Raise UserError for any setting, and under torchrun: both need a --stage."""
+    """Raises UserError for any setting, and under torchrun: both need a --stage."""
     stages = ", ".join(STAGES)
     changed = cli.changed_settings(train, given).items()
     if changed:

@@ -172,7 +172,7 @@ def parse_arguments(function, argv):
 
 
 def did_you_mean(word, known, dashes=""):
-    """Return ", did you mean --NAME?" if an old or similar name fits, else ""."""
+    """Returns ", did you mean --NAME?" if an old or similar name fits, else ""."""
     for name in OLD_SETTINGS.get(word, ()):
         if name in known:
             return f", did you mean {dashes}{name}?"
@@ -204,7 +204,7 @@ def changed_settings(function, values):
 
 
 def refuse_unused_settings(function, values, used, condition):
-    """Raise UserError for a changed setting that has no effect under a condition."""
+    """Raises UserError for a changed setting that has no effect under a condition."""
     for name, value in changed_settings(function, values).items():
         if name not in used:
             raise UserError(f"--{name}={format_value(value)} changes nothing {condition}")
@@ -228,7 +228,7 @@ def print_help(function):
 
 
 def choose_command(functions, argv):
-    """Return the function that the first word names, and the rest of argv."""
+    """Returns the function that the first word names, and the rest of argv."""
     expected = f"the first word is a command ({', '.join(functions)})"
     if not argv:
         raise UserError(f"{expected}: there is none")

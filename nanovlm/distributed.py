@@ -27,7 +27,7 @@ MEMORY_SHARE = 0.8
 
 
 def pick_device(name):
-    """Return the torch.device of --device. "auto" takes CUDA, then Apple's MPS, then the CPU.
+    """Returns the torch.device of --device. "auto" takes CUDA, then Apple's MPS, then the CPU.
 
     Under torchrun, "auto" and "cuda" take the GPU with the local rank's number. Raises UserError if
     there is no such device.
@@ -100,7 +100,7 @@ def destroy_process_group():
 
 
 def choose_parallelism(parallel, needed, device):
-    """Return (method, reason) for --parallel=auto, ddp or fsdp.
+    """Returns (method, reason) for --parallel=auto, ddp or fsdp.
 
     needed: bytes of a rank that holds the whole model, as `estimate_memory` returns them.
     """
@@ -167,7 +167,7 @@ def count_compiled_graphs():
 
 
 def check_compiler(device):
-    """Raise UserError unless torch.compile works here.
+    """Raises UserError unless torch.compile works here.
 
     It needs a C++ compiler for a CPU, triton for a GPU.
     """
@@ -292,7 +292,7 @@ def local_tensor(tensor):
 
 
 def local_rows(tensor):
-    """Return (rows that this rank holds, index of the first of them, is_first).
+    """Returns (rows that this rank holds, index of the first of them, is_first).
 
     is_first: this is the first rank that holds these rows (other replicas hold them, too).
     """

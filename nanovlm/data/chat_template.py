@@ -306,7 +306,7 @@ def render_conversation(turns, tokenizer, template):
 
 
 def prepend_space(ids, is_answer, tokenizer, form):
-    """Returns if SentencePiece's space stands before the text that follows `ids`.
+    """Returns whether SentencePiece's space stands before the text that follows `ids`.
 
     None leaves it to the tokenizer. A tokenizer that adds the space only at the start of a
     conversation (Metaspace's "first": Mistral v0.3, LLaVA-1.5) leaves the other spaces to the

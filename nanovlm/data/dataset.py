@@ -74,7 +74,7 @@ def make_fingerprint(owner):
 
 
 def is_validation(name, share=1 / 64):
-    """Returns if a sample is for validation: a fixed hash of its id, the same in every dataset."""
+    """Returns whether a sample is for validation: a fixed hash of its id, in every dataset."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little") < share * 2**64
 
 

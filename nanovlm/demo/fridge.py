@@ -91,7 +91,7 @@ def random_scene(rng, held_out):
 
 
 def remove_random_food(rng, scene, held_out):
-    """Return (the scene without one food, that food), which the scene has once.
+    """Returns (the scene without one food, that food), which the scene has once.
 
     The new scene is held out if `held_out`, else a training scene. Returns None if there is none.
     """

@@ -109,7 +109,7 @@ def micro_batch_flops(model, rates, batches):
 
 
 def assumed_sequence(length, image_config):
-    """Return (batch of one sequence, its tiles, its labelled tokens) if only the length is known.
+    """Returns (batch of one sequence, its tiles, its labelled tokens) if only the length is known.
 
     Half of the tokens are image tokens and a quarter have labels, about as in LLaVA's data.
     """

@@ -162,7 +162,7 @@ def load_settings(given, world):
 
 
 def check_settings(run, world, unused):
-    """Raise one UserError that names every setting out of its range.
+    """Raises one UserError that names every setting out of its range.
 
     unused: learning rates of frozen parts. A setting that `run` lacks is not checked.
     """
@@ -240,7 +240,7 @@ def check_settings(run, world, unused):
 
 
 def check_inputs(run):
-    """Raise UserError, which says what to do first, if the model or the data does not exist."""
+    """Raises UserError, which says what to do first, if the model or the data does not exist."""
     if not (run.resume or Path(run.model).exists() or is_repo_id(run.model)):
         raise UserError(
             f"no such model: {run.model}. --stage={run.stage} starts from a checkpoint: "

@@ -21,7 +21,7 @@ def pack_validation_set(samples, seq_len, limit=64):
 
 
 def validate(checkpoint, samples, sequences, rank, world, autocast):
-    """Return `validation_losses` over the sequences of all ranks, and print two answers.
+    """Returns `validation_losses` over the sequences of all ranks, and prints two answers.
 
     Each rank calls the model equally often, with blank sequences at the end: under FSDP a forward
     pass needs all ranks. The model stays in training mode, in which a sequence without images runs
