@@ -185,8 +185,9 @@ def attention_bwd_dkdv_inner(
         head, t = i // n_steps, step_start(i % n_steps, bounds, BLOCK_M, MASKED)
         start = t - offset
         t_T = start + tl.arange(0, BLOCK_M)
-        q_head, do_head = q + head * stride_qh, do + head * stride_gh
+        q_head = q + head * stride_qh
         q_TK = load(q_head, start, seqlen_q, stride_qt, HEAD_DIM, BLOCK_M, BLOCK_DMODEL, MASKED)
+        do_head = do + head * stride_gh
         do_TK = load(do_head, start, seqlen_q, stride_gt, HEAD_DIM, BLOCK_M, BLOCK_DMODEL, MASKED)
         lse_T = tl.load(lse + head * seqlen_q + t_T, mask=t_T < seqlen_q, other=float("inf"))
         qk_ST = tl.dot(k_SK, tl.trans(q_TK), input_precision="tf32x3")
@@ -250,15 +251,16 @@ def attention_bwd_dkdv_kernel(
         start, seqlen_k, 0, first, last, offset, seqlen_k, window, BLOCK_N, BLOCK_M, CAUSAL, True
     )
     k += (batch * stride_kb + head * stride_kh) * STRIDE_UNIT
-    v += (batch * stride_vb + head * stride_vh) * STRIDE_UNIT
-    stride_kt, stride_vt = stride_kt * STRIDE_UNIT, stride_vt * STRIDE_UNIT
+    stride_kt = stride_kt * STRIDE_UNIT
     k_SK = load(k, start, seqlen_k, stride_kt, HEAD_DIM, BLOCK_N, BLOCK_DMODEL, True)
+    v += (batch * stride_vb + head * stride_vh) * STRIDE_UNIT
+    stride_vt = stride_vt * STRIDE_UNIT
     v_SK = load(v, start, seqlen_k, stride_vt, HEAD_DIM, BLOCK_N, BLOCK_DMODEL, True)
     dk_SK = tl.zeros((BLOCK_N, BLOCK_DMODEL), tl.float32)
     dv_SK = tl.zeros((BLOCK_N, BLOCK_DMODEL), tl.float32)
     q += (batch * stride_qb + head * group_size * stride_qh) * STRIDE_UNIT
-    do += (batch * stride_gb + head * group_size * stride_gh) * STRIDE_UNIT
     stride_qt, stride_qh = stride_qt * STRIDE_UNIT, stride_qh * STRIDE_UNIT
+    do += (batch * stride_gb + head * group_size * stride_gh) * STRIDE_UNIT
     stride_gt, stride_gh = stride_gt * STRIDE_UNIT, stride_gh * STRIDE_UNIT
     lse += (batch * n_heads + head * group_size) * seqlen_q
     delta += (batch * n_heads + head * group_size) * seqlen_q

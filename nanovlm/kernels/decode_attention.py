@@ -80,15 +80,17 @@ def decode_split_kernel(
     q += (batch * stride_qb + (kv_head * group_size + h_H1) * stride_qh) * STRIDE_UNIT
     q_HK = tl.load(q + k_1K, mask=(h_H1 < group_size) & (k_1K < HEAD_DIM), other=0.0)
     k += (batch * stride_kb + kv_head * stride_kh) * STRIDE_UNIT
+    stride_kt = stride_kt * STRIDE_UNIT
     v += (batch * stride_vb + kv_head * stride_vh) * STRIDE_UNIT
-    stride_kt, stride_vt = stride_kt * STRIDE_UNIT, stride_vt * STRIDE_UNIT
+    stride_vt = stride_vt * STRIDE_UNIT
     if documents is not None:
         # Keys before the token's own document are not loaded: of the split, its last `count` are.
         documents, count, n_N = documents + batch * stride_db, 0, tl.arange(0, BLOCK_DOC)
         own = tl.load(documents + end - 1)
         for n in range(lo, hi, BLOCK_DOC):
-            document_N = tl.load(documents + n + n_N, mask=n + n_N < hi, other=0)
-            count += tl.sum(((n + n_N < hi) & (document_N == own)).to(tl.int32), axis=0)
+            inside_N = n + n_N < hi
+            document_N = tl.load(documents + n + n_N, mask=inside_N, other=0)
+            count += tl.sum((inside_N & (document_N == own)).to(tl.int32), axis=0)
         lo = hi - count
 
     acc_HK, l_H = tl.zeros((BLOCK_H, BLOCK_DMODEL), tl.float32), tl.zeros((BLOCK_H,), tl.float32)
@@ -96,11 +98,9 @@ def decode_split_kernel(
     for s in range(lo, hi, BLOCK_N):
         inside_S = s + s_S < hi
         mask_SK = inside_S[:, None] & (k_1K < HEAD_DIM)
-        k_start, v_start = (
-            k + tl.cast(s, tl.int64) * stride_kt,
-            v + tl.cast(s, tl.int64) * stride_vt,
-        )
+        k_start = k + tl.cast(s, tl.int64) * stride_kt
         k_SK = tl.load(k_start + s_S[:, None] * stride_kt + k_1K, mask=mask_SK, other=0.0)
+        v_start = v + tl.cast(s, tl.int64) * stride_vt
         v_SK = tl.load(v_start + s_S[:, None] * stride_vt + k_1K, mask=mask_SK, other=0.0)
         qk_HS = tl.dot(q_HK, tl.trans(k_SK), input_precision="tf32x3") * qk_scale
         qk_HS = tl.where(inside_S[None, :], qk_HS, float("-inf"))

@@ -151,8 +151,8 @@ def rmsnorm_bwd_kernel(
             grad_x_ND += load_vectors(
                 grad_sum_ptr, row_N, T, stride_sb, stride_st, column_1D, mask_ND
             )
-        offset_ND = row_N.to(tl.int64)[:, None] * width + column_1D
-        tl.store(grad_x_ptr + offset_ND, grad_x_ND, mask=mask_ND)
+        start_N1 = grad_x_ptr + row_N.to(tl.int64)[:, None] * width
+        tl.store(start_N1 + column_1D, grad_x_ND, mask=mask_ND)
     if WEIGHT:
         grad_weight_1D = tl.sum(grad_weight_ND, axis=0)[None, :]
         partial_1D = partial_ptr + tl.program_id(0) * width + column_1D
