@@ -232,5 +232,5 @@ def test_stitched_then_aligned_it_names_photographs_that_nobody_trained_on(
         for share in re.findall(r"^all +300 questions +([\d.]+)% right", done.stdout, re.MULTILINE)
     ]
     before, after, other = right
-    # How long it takes is the machine's: 493 s on one, 1,100 s on a shared one.
+    # The seconds are not asserted: they depend on the machine and on what else runs on it.
     assert before < 25 and after >= 85 and other < 20, done.stdout
