@@ -98,10 +98,16 @@ def decode_split_kernel(
     for s in range(lo, hi, BLOCK_N):
         inside_S = s + s_S < hi
         mask_SK = inside_S[:, None] & (k_1K < HEAD_DIM)
-        k_start = k + tl.cast(s, tl.int64) * stride_kt
-        k_SK = tl.load(k_start + s_S[:, None] * stride_kt + k_1K, mask=mask_SK, other=0.0)
-        v_start = v + tl.cast(s, tl.int64) * stride_vt
-        v_SK = tl.load(v_start + s_S[:, None] * stride_vt + k_1K, mask=mask_SK, other=0.0)
+        k_SK = tl.load(
+            k + tl.cast(s, tl.int64) * stride_kt + s_S[:, None] * stride_kt + k_1K,
+            mask=mask_SK,
+            other=0.0,
+        )
+        v_SK = tl.load(
+            v + tl.cast(s, tl.int64) * stride_vt + s_S[:, None] * stride_vt + k_1K,
+            mask=mask_SK,
+            other=0.0,
+        )
         qk_HS = tl.dot(q_HK, tl.trans(k_SK), input_precision="tf32x3") * qk_scale
         qk_HS = tl.where(inside_S[None, :], qk_HS, float("-inf"))
         new_m_H = tl.maximum(m_H, tl.max(qk_HS, axis=1))
