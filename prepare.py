@@ -1,14 +1,17 @@
 """Prepare models and data for training:
 
-python prepare.py fridge --out=data/demo/fridge              draw the data of the demonstration
-python prepare.py random_init --source=FILE.json             a tokenizer and random weights
-python prepare.py stitch --vision=DIR --decoder=DIR          join two models by a new projector
-python prepare.py data --model=M --source=FILE.json --images=DIR --out=data/NAME    tiles and tokens
-python prepare.py show --data=data/NAME --sample=ID          a sample as the model gets it
-python prepare.py check --data=data/NAME                     checksums, lengths, time of an epoch
-python prepare.py estimate --stage=sft --model=M             memory and days of a training run
-python prepare.py plot out/*/log.jsonl                       the curves of training runs
-python prepare.py export --model=M --out=DIR                 a LLaVA folder for transformers, vLLM
+    python prepare.py fridge --out=data/demo/fridge         draw the data of the demonstration
+    python prepare.py random_init --source=FILE.json        a tokenizer and random weights
+    python prepare.py stitch --vision=DIR --decoder=DIR     join two models by a new projector
+    python prepare.py data --model=M --source=FILE.json --images=DIR --out=data/NAME
+    python prepare.py show --data=data/NAME --sample=ID     a sample as the model gets it
+    python prepare.py check --data=data/NAME                checksums, lengths, time of an epoch
+    python prepare.py estimate --stage=sft --model=M        memory and days of a training run
+    python prepare.py plot out/*/log.jsonl                  the curves of training runs
+    python prepare.py export --model=M --out=DIR            a LLaVA folder for transformers, vLLM
+
+`data` cuts images into tiles and text into tokens, once, before training.
+COMMAND --help lists its settings.
 """
 
 import difflib
@@ -134,7 +137,7 @@ def random_init(
 
 
 def check_random_init(new):
-    """Raises one UserError that names every setting out of its range."""
+    """Raises a UserError that names all settings below 1, else all that contradict each other."""
     wrong = []
     for name, value in vars(new).items():
         if type(value) is int and name != "seed" and value < 1:
@@ -359,7 +362,7 @@ def estimate(
     info = load_checkpoint_info(run.model)
     with torch.device("meta"):
         model = build_model(info.shapes, info.image_config).train()
-    freeze_parts(model, run.rates)
+    freeze_parts(model, run.peak_lrs)
     print_estimate(run, model, info.image_config, speed=peak_tflops * 1e12 * mfu)
 
 
@@ -395,17 +398,17 @@ def export(
     )
 
 
+COMMANDS = {
+    "fridge": fridge,
+    "random_init": random_init,
+    "stitch": stitch,
+    "data": data,
+    "show": show,
+    "check": check,
+    "estimate": estimate,
+    "plot": plot,
+    "export": export,
+}
+
 if __name__ == "__main__":
-    cli.run_script(
-        {
-            "fridge": fridge,
-            "random_init": random_init,
-            "stitch": stitch,
-            "data": data,
-            "show": show,
-            "check": check,
-            "estimate": estimate,
-            "plot": plot,
-            "export": export,
-        }
-    )
+    cli.run_script(COMMANDS)

@@ -6,7 +6,8 @@
     python sample.py --model=llava-hf/llava-v1.6-mistral-7b-hf --image a.jpg
     echo "Is there any milk?" | python sample.py --image fridge.jpg
 
-Only the answer goes to standard output. Without a prompt the question is "What is in the fridge?".
+Only the answer goes to standard output. If no question is typed or piped, an image is asked
+"What is in the fridge?".
 
 Evaluate it on a benchmark, your own questions or a public one:
 
@@ -41,7 +42,7 @@ def sample(
     # --- model and question
     model: str = "",  # a checkpoint, run or LLaVA, or owner/name; empty: out/sft, else out/demo/sft
     image: list[str] = [],  # an image file; may be repeated
-    prompt: str = "",  # the question, with <image> for each image; empty: standard input
+    prompt: str = "",  # the question, <image> for each image; empty: standard input, else a default
     chat: bool = False,  # a conversation: answer the prompt, then each line of standard input
     # --- benchmark
     benchmark: str = "",  # how to read, ask and score the questions, such as mmmu; empty: exact
@@ -94,7 +95,7 @@ WEIGHT_DTYPES = {
     "float16": torch.float16,
 }
 ALLOWED_VALUES = {"dtype": WEIGHT_DTYPES, "kernels": ("auto", "torch")}
-RANGES = {  # beyond these, a quotient in float32 becomes infinite or a probability 0
+RANGES = {  # a smaller temperature or top_p gives infinity or a probability of 0 in float32
     "temperature": ("0 or from 0.001 to 1000", lambda x: x == 0 or 0.001 <= x <= 1000),
     "top_p": ("from 0.001 to 1", lambda x: 0.001 <= x <= 1),
     "top_k": ("at least 0 and below 2^31", lambda x: 0 <= x < 2**31),

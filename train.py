@@ -1,9 +1,11 @@
 """Train a vision-language model:
 
-python train.py                                 the demonstration: minutes on two CPU cores
-python train.py --stage=pretrain                align a stitched model: train its projector
-python train.py --stage=sft --data=data/mine    fine-tune what `pretrain` left, on your data
-torchrun --nproc_per_node=8 train.py --stage=sft    the same on eight GPUs
+    python train.py                                 the demonstration: minutes on two CPU cores
+    python train.py --stage=pretrain                align a stitched model: train its projector
+    python train.py --stage=sft --data=data/mine    fine-tune what `pretrain` left, on your data
+    torchrun --nproc_per_node=8 train.py --stage=sft    the same on eight GPUs
+
+--help lists the settings.
 """
 
 import itertools
@@ -66,9 +68,11 @@ def train(
     # --- model and data
     stage: str = "",  # decoder, vision, pretrain (projector only) or sft; empty: the demonstration
     recipe: str = "megatron",  # whose values pretrain and sft take: megatron or llava (LLaVA-1.5)
-    model: str | None = None,  # checkpoint to start from; none: the one of the stage before
+    model: str
+    | None = None,  # checkpoint to start from; none: the stage's own, such as out/stitched
     data: str | None = None,  # data of `prepare.py data`; several: a,b or with shares a:0.7,b:0.3
-    out: str | None = None,  # folder of the run; none: out/STAGE
+    out: str
+    | None = None,  # folder of the run; none: out/STAGE, or out/demo/STAGE (decoder, vision)
     resume: bool = False,  # continue from the newest checkpoint in --out
     seq_len: int | None = None,  # tokens in a sequence; whole samples are packed into it
     seed: int = 0,  # of the order of the samples
@@ -123,6 +127,7 @@ def train(
     # ---- model, data, and the step to start from ----
     with raise_on_all_ranks():
         run = load_settings(given, world)
+        dispatch.choice = run.kernels
         saved = find_resume_checkpoint(run)
         check_inputs(run)
         checkpoint = load_for_training(saved or run.model, run)
@@ -134,12 +139,13 @@ def train(
             print_on_rank_0(rank, f"{stage}: {run.out} has all of its {start} steps already")
             return
         loader = make_loader(samples, run, device, rank, world, start)
+        sequence = first_sequence(samples, run)
         validation = pack_validation_set(samples, run.seq_len), load_eval_questions(run)
         print_on_rank_0(rank, describe_run(run, saved, device, world))
 
     # ---- DDP, FSDP or one process ----
     dtype = choose_dtype(run, device)
-    plan_memory(run, vlm, samples, device, dtype, rank, world)
+    plan_memory(run, vlm, sequence, device, dtype, rank, world)
     with raise_on_all_ranks():
         if rank == 0:
             move_old_run_aside(run)
@@ -150,7 +156,7 @@ def train(
         vlm, run.parallel, device, dtype, run.hsdp_shard_size, run.cpu_offload
     )
     load_deferred_weights(checkpoint)
-    optimizer = make_optimizer(vlm, run.rates, run.weight_decay, (run.beta1, run.beta2))
+    optimizer = make_optimizer(vlm, run.peak_lrs, run.weight_decay, (run.beta1, run.beta2))
     if saved:
         load_optimizer(saved, vlm, optimizer)
     saver = Saver(checkpoint, optimizer, run.out, must_agree, run.keep_checkpoints)
@@ -196,7 +202,7 @@ def training_loop(
             next_micro_batches = prefetcher.submit(next, loader)
             lr_now = set_learning_rates(optimizer, done, run)
             stats = compute_gradients(wrapped, micro_batches, device, autocast, signals, timer)
-            norms = clip_grad_norm(vlm, run.rates, run.grad_clip)
+            norms = clip_grad_norm(vlm, run.peak_lrs, run.grad_clip)
             done += 1
             check_finite(done, stats, norms["grad_norm"], micro_batches, samples, run.out)
             optimizer.step()
@@ -206,7 +212,7 @@ def training_loop(
             is_last, stopping = done == run.steps, stats.stopping
             saving = is_last or stopping or done % run.save_every == 0
             metrics = metrics_at(done)
-            logger.count_step(stats, micro_batch_flops(vlm, run.rates, micro_batches))
+            logger.count_step(stats, micro_batch_flops(vlm, run.peak_lrs, micro_batches))
             if metrics or saving or done % run.log_every == 0:
                 logger.log(
                     done,
@@ -251,14 +257,14 @@ def set_learning_rates(optimizer, step, run):
     return run.lr * ratio
 
 
-def make_optimizer(model, rates, weight_decay, betas):
+def make_optimizer(model, peak_lrs, weight_decay, betas):
     """AdamW for the trained parts, with weight decay on matrices only.
 
-    Vectors are norms and biases, which have no reason to be near 0. rates: {part: peak learning
+    Vectors are norms and biases, which have no reason to be near 0. peak_lrs: {part: peak learning
     rate}.
     """
     groups = []
-    for part, peak_lr in rates.items():
+    for part, peak_lr in peak_lrs.items():
         for is_matrix in (True, False):
             params = [p for p in getattr(model, part).parameters() if (p.dim() >= 2) == is_matrix]
             decay = weight_decay if is_matrix else 0.0
@@ -279,8 +285,8 @@ def compute_gradients(wrapped, micro_batches, device, autocast, signals, timer):
     samples = sum(len(members) for _, members in micro_batches)
     labels, tokens, samples, world = all_reduce_sum([labels, tokens, samples, 1], device)
     loss_sums = []
-    # Gradient accumulation: one micro-batch after another adds to the gradients. The timer's hooks
-    # end the other phases, between the vision encoder and the decoder (profiler.py).
+    # Gradient accumulation: one micro-batch after another adds to the gradients. Hooks end
+    # the other phases of the timer inside these calls.
     for number, (batch, _) in enumerate(micro_batches, 1):
         batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
         with no_sync(wrapped, last=number == len(micro_batches)):
@@ -303,16 +309,16 @@ def compute_gradients(wrapped, micro_batches, device, autocast, signals, timer):
     )
 
 
-def check_finite(done, step, grad_norm, batches, samples, out):
+def check_finite(done, stats, grad_norm, micro_batches, samples, out):
     """Raises UserError if the loss or the gradient is NaN or infinite, before the weights change.
 
     The message names the samples of the micro-batches with such a loss, or else all samples of the
     step. They are written to a data folder of their own.
     """
-    if math.isfinite(step.loss) and math.isfinite(grad_norm):
+    if math.isfinite(stats.loss) and math.isfinite(grad_norm):
         return
     own, own_suspects = [], []
-    for loss_sum, (_, members) in zip(step.loss_sums, batches, strict=True):
+    for loss_sum, (_, members) in zip(stats.loss_sums, micro_batches, strict=True):
         own += members
         own_suspects += members if not math.isfinite(loss_sum) else []
     ranks = all_gather_object((own_suspects, own))
@@ -323,7 +329,7 @@ def check_finite(done, step, grad_norm, batches, samples, out):
     with raise_on_all_ranks():
         on_rank_0(write_subset, samples, suspects, folder)
         raise UserError(
-            f"step {done}: loss {step.loss}, gradient norm {grad_norm}; earlier checkpoints are "
+            f"step {done}: loss {stats.loss}, gradient norm {grad_norm}; earlier checkpoints are "
             f"unchanged. Samples: {', '.join(names[:50])}{more}. "
             f"Look at one: python prepare.py show --data={folder} --sample={shlex.quote(names[0])}"
         )
@@ -373,8 +379,7 @@ def load_for_training(folder, run):
     """
     checkpoint = load_checkpoint(folder, dtype=None, defer_weights=True)
     checkpoint.history[run.stage] = f"{run.steps} steps from {run.model} on {run.data}"
-    freeze_parts(checkpoint.model.train(), run.rates)
-    dispatch.choice = run.kernels
+    freeze_parts(checkpoint.model.train(), run.peak_lrs)
     return checkpoint
 
 
@@ -399,6 +404,20 @@ def make_loader(samples, run, device, rank, world, start):
         start_step=start,
         pin_memory=device.type == "cuda",
     )
+
+
+def first_sequence(samples, run):
+    """The first packed sequence of the data, as a batch of one."""
+    loader = PackedDataLoader(
+        samples,
+        global_batch_size=1,
+        micro_batch_size=1,
+        seq_len=run.seq_len,
+        seed=run.seed,
+        weights=run.weights,
+    )
+    ((sequence, _),) = next(loader)
+    return sequence
 
 
 def load_eval_questions(run):
@@ -427,7 +446,7 @@ def settings_to_keep(run, samples):
     tokens = samples.table[:, LENGTH].sum()
     content = f"{len(samples.table):,} samples of {tokens:,} tokens ({checksum})"
     blend = "" if run.weights is None else f" blended by {run.weights}"
-    skipped = (*FREE_ON_RESUME, "rates", "weights")
+    skipped = (*FREE_ON_RESUME, "peak_lrs", "weights")
     settings = {name: value for name, value in vars(run).items() if name not in skipped}
     return settings | {"data": content + blend}
 
@@ -462,20 +481,11 @@ def choose_dtype(run, device):
     return torch.float32
 
 
-def plan_memory(run, model, samples, device, dtype, rank, world):
+def plan_memory(run, model, sequence, device, dtype, rank, world):
     """Choose between DDP and FSDP by the estimated memory of a rank, and print both.
 
-    The estimate is for the first sequence of the data.
+    sequence: a batch of one, for which the estimate is made.
     """
-    first = PackedDataLoader(
-        samples,
-        global_batch_size=1,
-        micro_batch_size=1,
-        seq_len=run.seq_len,
-        seed=run.seed,
-        weights=run.weights,
-    )
-    ((sequence, _),) = next(first)
     options = dict(
         activation_checkpointing=run.activation_checkpointing,
         accumulates=run.micro_batch_size * world < run.global_batch_size,
@@ -493,7 +503,7 @@ def plan_memory(run, model, samples, device, dtype, rank, world):
             check_compiler(device)
     if rank == 0:
         print(f"parallel: {run.parallel}, {reason}")
-        print_plan(model, run.rates, sizes)
+        print_plan(model, run.peak_lrs, sizes)
 
 
 def print_on_rank_0(rank, text):

@@ -56,8 +56,8 @@ def pick_device(name):
     return torch.device("cuda", number)
 
 
-def set_current_device(device):
-    """Make a GPU the current one: streams, CUDA graphs and NCCL use it.
+def activate_device(device):
+    """Make a GPU the current one, for streams, CUDA graphs and NCCL, and import its kernels.
 
     No GPU memory is used before this call.
     """
@@ -102,7 +102,7 @@ def destroy_process_group():
 def choose_parallelism(parallel, needed, device):
     """Returns (method, reason) for --parallel=auto, ddp or fsdp.
 
-    needed: bytes of a rank that holds the whole model, as `estimate_memory` returns them.
+    needed: bytes of a rank that holds the whole model, the sum of `estimate_memory`.
     """
     if not dist.is_initialized():
         if parallel != "auto":
@@ -198,7 +198,7 @@ def wrap_model(model, parallel, device, dtype, hsdp_shard_size=0, cpu_offload=Fa
     hsdp_shard_size: ranks that share one copy of the model (HSDP); 0 means all ranks.
     cpu_offload: parameters, gradients and optimizer state stay in host memory.
     """
-    set_current_device(device)
+    activate_device(device)
     if parallel != "fsdp":
         for p in model.parameters():
             materialize(p, device)

@@ -95,9 +95,10 @@ def rename_keys(value, names):
     return {names.get(key, key): rename_keys(item, names) for key, item in value.items()}
 
 
-def parameter_name(name):
-    """Returns today's name of a parameter that an older version may have saved."""
-    for pattern, replacement in OLD_PARAMETER_NAMES:
+def parameter_name(name, renames=OLD_PARAMETER_NAMES):
+    """Returns a tensor's name after (pattern, replacement) pairs; by default today's name of a
+    parameter that an older version may have saved."""
+    for pattern, replacement in renames:
         name = re.sub(pattern, replacement, name)
     return name
 
@@ -140,6 +141,13 @@ def lock_path(path):
         yield
     finally:
         os.close(handle)
+
+
+def fsync_path(path):
+    """Wait until a file, or a folder's list of names, is on disk."""
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
 
 
 def write_text(path, text):
@@ -266,7 +274,8 @@ def list_weight_files(folder):
 
 def read_weight_index(index):
     """Returns {path: names of its tensors} of a model.safetensors.index.json."""
-    weight_map, files = read_json(index).get("weight_map"), {}
+    weight_map = read_json(index).get("weight_map")
+    files = {}
     is_map = weight_map and isinstance(weight_map, dict)
     if not is_map or not all(isinstance(file, str) for file in weight_map.values()):
         raise UserError(f"{index} holds no weight_map")
@@ -324,10 +333,9 @@ def read_weights(files, renames):
         tensors = read_tensors(path)
         if indexed and (wrong := sorted(tensors.keys() ^ indexed)):
             verb = "holds" if wrong[0] in tensors else "lacks"
-            raise UserError(f"{path} {verb} {wrong[0]}, its folder's index says otherwise")
+            raise UserError(f"{path} {verb} {wrong[0]}, unlike its folder's index")
         for name, tensor in tensors.items():
-            for pattern, replacement in renames:
-                name = re.sub(pattern, replacement, name)
+            name = parameter_name(name, renames)
             if name in found:
                 raise UserError(f"{name} is both in {found[name][1]} and in {path}")
             found[name] = tensor, path

@@ -241,9 +241,9 @@ def test_an_index_that_names_a_file_outside_the_folder_is_refused(name, mine, tm
 
 
 def spoil_shards(step, sentinel):
-    """A step as FSDP leaves it, its index a pickle as torch.distributed.checkpoint reads one.
+    """A step as FSDP leaves it, with a pickled .metadata as torch.distributed.checkpoint reads one.
 
-    What these tests rely on is that nanovlm refuses any folder with a .metadata (parallel.py, weights.py); how it says so is theirs.
+    nanovlm refuses any folder that has a .metadata (checkpoints/sharded.py).
     """
     (step / "model.safetensors").unlink()
     (step / "training.safetensors").unlink(missing_ok=True)

@@ -225,6 +225,8 @@ def test_each_fault_is_seen():
     assert list(faults(long)) == [f"line 1: f has {MAX_STATEMENTS + 1} statements"]
     assert list(faults(long.replace("    x = 1\n", "", 1))) == []
     assert list(faults(deep)) == ["line 1: f has 5 blocks in one another", "line 10: a bare except"]
+    plain = deep.replace("        pass\n    elif b:\n", "").replace("except:", "except E:")
+    assert list(faults(plain)) == ["line 1: f has 5 blocks in one another"]
     assert list(
         faults("m.load(s, strict=False)\nzip(a, b, strict=False)\nx = 1  # TODO later\n")
     ) == ["line 1: strict=False", "line 3: x = 1  # TODO later"]
@@ -330,7 +332,7 @@ GLOSSARY_NAMES = set(
     """told said asked spoken golds marks papers sit conclude picture pictures policy card
     hold_still spread lay_out foretell make_room resolve together mine whole settle stretch rotate
     by_document
-    visible see newborn eye brain exam head_size ffn micro recompute offload Mistake
+    visible see newborn eye brain exam rates warmup places head_size ffn micro recompute offload Mistake
     UNTRAINED IMAGE Speaker""".split()  # noqa: SIM905 (a list of forty strings is no easier to read)
 )
 # The demonstration's world has doors and answers questions; the README's first lines may say eyes.

@@ -21,9 +21,9 @@ from typing import NamedTuple
 import torch
 
 from .. import UserError, distributed, files
-from ..data.dataset import fsync_path, make_fingerprint
+from ..data.dataset import make_fingerprint
 from ..data.tokenizer import Tokenizer
-from ..files import read_json, read_tensors, write_tensors
+from ..files import fsync_path, read_json, read_tensors, write_tensors
 from ..models.vlm import VLM
 from . import huggingface, llava, sharded
 
@@ -121,7 +121,7 @@ def load_checkpoint(folder, device="cpu", dtype=torch.float32, template=None, de
     defer_weights: leave sharded weights in their files and the model on the meta device;
         load_deferred_weights reads them once it is known which rank needs which.
     """
-    distributed.set_current_device(torch.device(device))
+    distributed.activate_device(torch.device(device))
     if is_huggingface(folder):
         found = Checkpoint(**llava.read_llava(folder, dtype, template))
         history = found.history | {"folder": str(folder)}

@@ -8,8 +8,8 @@
     tokenizer.*, tekken.json   the tokenizer of a decoder; its chat template is identified by the
                                text that it writes, never by the folder's name
 
-One table translates the names of tensors, for import and export. files.py compares names, shapes
-and dtypes with the expected ones.
+One table a family translates the names of tensors, for import and export. files.py compares names,
+shapes and dtypes with the expected ones.
 """
 
 import math
@@ -34,8 +34,8 @@ from ..files import (
 from ..models.decoder import Decoder
 from ..models.vision_encoder import VisionEncoder
 
-# ---- names of tensors, ours: published. * is a layer's number. A module's name stands for its
-# weight and bias ----
+# ---- names of tensors ----
+# ours: published. * is a layer's number. A module's name stands for its weight and bias.
 CLIP = {
     "class_token": "embeddings.class_embedding",
     "patches": "embeddings.patch_embedding",
@@ -111,8 +111,8 @@ def published_name(name, table):
     return published.replace("*", number[1]) if number else published
 
 
-# ---- config.json: the defaults of transformers, and fields that must have the value that this
-# project computes ----
+# ---- config.json ----
+# The defaults of transformers, and fields that must have the value that this project computes.
 DEFAULTS = {
     "clip_vision_model": dict(
         hidden_size=768,

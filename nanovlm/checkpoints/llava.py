@@ -1,5 +1,6 @@
-"""LLaVA folders, the layout of LLaVA-1.5 (Liu et al. 2023) and LLaVA-NeXT in transformers, vLLM and
-llama.cpp: import and export of a whole model.
+"""Import and export of a whole model as a LLaVA folder.
+
+It is the layout of LLaVA-1.5 (Liu et al. 2023) and LLaVA-NeXT in transformers, vLLM and llama.cpp:
 
     config.json                vision_config, text_config, and how the two are joined
     model.safetensors          vision_tower.*, multi_modal_projector.*, language_model.*; LLaVA-NeXT
@@ -11,7 +12,7 @@ llama.cpp: import and export of a whole model.
     chat_template.jinja        the chat template
     generation_config.json     which tokens begin and end a text
 
-export raises UserError for what the layout cannot express, and names the setting to train with.
+export raises UserError for what the layout cannot express, and says how to stitch instead.
 """
 
 import json
@@ -152,7 +153,7 @@ def write_llava(checkpoint, folder):
 
 
 def check_exportable(checkpoint):
-    """Raises UserError, which names the settings to train with, if the layout lacks something."""
+    """Raises UserError, which says how to stitch instead, if the layout lacks something."""
     vision, problems = checkpoint.shapes["vision"], []
     if checkpoint.shapes["shuffle"] != 1:
         problems.append(
@@ -398,8 +399,7 @@ def generation_config(checkpoint, image_id):
 
 
 def tokenizer_config(checkpoint, image_id):
-    """add_bos_token is False: the template writes the start token. llama.cpp's converter reads
-    it."""
+    """add_bos_token is False (for llama.cpp's converter): the template writes the start token."""
     form, tokenizer = chat_template.TEMPLATES[checkpoint.chat_template], checkpoint.tokenizer
     flags = {
         "lstrip": False,

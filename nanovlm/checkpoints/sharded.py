@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from .. import UserError, distributed
-from ..files import parameter_name, write_tensors
+from ..files import write_tensors
 
 HEADER = "nanovlm.sharded"  # the key of {name: [first row, *full shape]} in a file's metadata
 
@@ -30,7 +30,6 @@ class Piece(NamedTuple):
     shape: tuple  # of the full tensor
     dtype: torch.dtype
     file: safe_open
-    saved_name: str  # in the file, which an older version may have written
 
 
 def write_shards(state, folder):
@@ -78,17 +77,17 @@ def read_shards(state, folder):
                     f"{folder}: {name} is {list(piece.shape)} {piece.dtype}, the model has "
                     f"{list(tensor.shape)} {tensor.dtype}"
                 )
-            copy_rows(piece, rows, first)
+            copy_rows(piece, name, rows, first)
 
 
-def copy_rows(piece, rows, first):
+def copy_rows(piece, name, rows, first):
     """Copy a piece into `rows` where they overlap; `first` is the index of the first of `rows`."""
     if rows.dim() == 0:
-        rows.copy_(piece.file.get_tensor(piece.saved_name))
+        rows.copy_(piece.file.get_tensor(name))
         return
     start, end = max(first, piece.first), min(first + len(rows), piece.first + piece.rows)
     if start < end:
-        saved = piece.file.get_slice(piece.saved_name)
+        saved = piece.file.get_slice(name)
         rows[start - first : end - first] = saved[start - piece.first : end - piece.first]
 
 
@@ -124,8 +123,7 @@ def read_file_pieces(path):
             if local_shape[1:] != shape[1:]:
                 raise ValueError(f"{name} is {local_shape} here, of {shape}")
             count = local_shape[0] if local_shape else 1
-            piece = Piece(int(first), count, tuple(shape), dtype, file, name)
-            yield parameter_name(name), piece
+            yield name, Piece(int(first), count, tuple(shape), dtype, file)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
     except (SafetensorError, KeyError, ValueError, TypeError) as error:

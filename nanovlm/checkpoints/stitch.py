@@ -25,10 +25,11 @@ def load_decoder(name, **options):
 def load_part(name, read_huggingface, options):
     if not ((Path(name) / "nanovlm.json").is_file() or list_checkpoints(name)):
         return read_huggingface(name, **options)
-    for setting, value in options.items():
+    if options:
+        setting, value = next(iter(options.items()))
         raise UserError(
-            f"--{setting}={value} is for a Hugging Face folder; {name} is a checkpoint of nanovlm "
-            "and has its own"
+            f"--{setting}={cli.format_value(value)} is for a Hugging Face folder; {name} is a "
+            "checkpoint of nanovlm and has its own"
         )
     return load_checkpoint(name)
 

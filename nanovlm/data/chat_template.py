@@ -28,16 +28,18 @@ from . import image_processing
 #     answer   the answer; default: {}
 #     end      the token that ends an answer
 #     after    what follows an ended answer
-# The user's text includes the opening of the assistant's turn, so a prompt for generation is the
-# same segments, cut after the last user.
-# A SentencePiece tokenizer adds a space before each text. So "[INST]{}" gives the "[INST] Hello" of
-# Mistral v2 and v3, and the "[INST]Hello" of Tekken.
+# Optional keys:
 #     inside   the system message stands inside the "first" or the "last" user's message
 #     default  the system message of a conversation that has none
 #     trim     white space that the published template removes: "all" around each message, or the
 #              spaces that end an "answer"
 #     glued    no space between the opening of a turn and its answer
 #     apart    a space between an end token and the next turn (`prepend_space`)
+#     mute     words beside an image are left out (`drop_caption_prompt`)
+# The user's text includes the opening of the assistant's turn, so a prompt for generation is the
+# same segments, cut after the last user.
+# A SentencePiece tokenizer adds a space before each text. So "[INST]{}" gives the "[INST] Hello" of
+# Mistral v2 and v3, and the "[INST]Hello" of Tekken.
 CHATML = {
     "start": "",
     "system": "<|im_start|>system\n{}<|im_end|>\n",
@@ -117,10 +119,9 @@ TEMPLATES = {
         "after": "\n",
         "glued": True,
     },
-    # LLaVA's for pretraining: an image, then its caption. mute: words beside an image are left out
-    # (`drop_caption_prompt`), text without an image is kept. LLaVA ends a caption by a line break;
-    # here the token that ends each answer does. For tokenizers with <s> and </s>: SentencePiece and
-    # Tekken.
+    # LLaVA's for pretraining: an image, then its caption. Text without an image is kept. LLaVA ends
+    # a caption by a line break; here the token that ends each answer does. For tokenizers with <s>
+    # and </s>: SentencePiece and Tekken.
     "plain": {
         "start": "<s>",
         "system": "{}\n\n",
@@ -226,7 +227,7 @@ def drop_caption_prompt(text, is_prompt):
     if is_prompt and words not in ("", CAPTION_PROMPT):
         raise UserError(
             "the template plain takes an image and no question: "
-            f"it cannot ask {words[:80]!r}, only {CAPTION_PROMPT!r}"
+            f"not {words[:80]!r}, only {CAPTION_PROMPT!r}"
         )
     return "<image>" * text.count("<image>")
 
@@ -356,18 +357,18 @@ PROBES = [
 def identify_template(jinja, tokens, tokenizer, where):
     """Returns the name of the template that writes the same text as a published Jinja template.
 
-    They are compared on each probe that the Jinja template accepts. Raises UserError if none of
-    TEMPLATES is equal.
+    jinja: the template's text, or None. tokens: its bos_token and eos_token. They are compared on
+    each probe that the Jinja template accepts. Raises UserError if none of TEMPLATES is equal.
 
     Templates of LLaVA folders take each message as a list of parts, and are compared on one
     question alone: they leave the start token to the tokenizer, and llava-hf's omit or misspell
-    ("<\\s>") the end token after an answer, with which LLaVA was trained.
-    tokens: its bos_token and eos_token. Spaces that a SentencePiece tokenizer adds before a text
-    are not compared, because some published templates write all of them and some only a few.
+    ("<\\s>") the end token after an answer, with which LLaVA was trained. Spaces that a
+    SentencePiece tokenizer adds before a text are not compared, because some published templates
+    write all of them and some only a few.
     """
     choices = (
-        "name it by --template of prepare.py: stitch for a language model, "
-        "export for a whole LLaVA: " + ", ".join(TEMPLATES)
+        "name it by --template of `prepare.py stitch` (a language model) or `prepare.py export` "
+        "(a whole LLaVA): " + ", ".join(TEMPLATES)
     )
     if not isinstance(jinja, str):
         raise UserError(f"{where} has no chat template; {choices}")

@@ -37,14 +37,12 @@ import numpy as np
 import torch
 
 from .. import IGNORE_INDEX, IMAGE_TOKEN_ID, UserError
-from ..files import OLD_NAMES, rename_keys
+from ..files import OLD_NAMES, fsync_path, rename_keys
 from . import image_processing
 
 DATASET_VERSION = 3
-READABLE_DATASET_VERSIONS = (
-    2,
-    3,
-)  # version 2 has other names: those of files.OLD_NAMES, and these files
+READABLE_DATASET_VERSIONS = (2, 3)
+# Version 2 has other names: for the keys of header.json those of files.OLD_NAMES, for files these.
 VERSION_2_FILES = {"images": "pictures", "loss_mask": "trained"}
 # LENGTH: tokens of the sample, with the tokens of its images
 COLUMNS = FIRST_ID, ID_COUNT, FIRST_IMAGE, IMAGE_COUNT, LENGTH, IS_VALIDATION = range(6)
@@ -105,13 +103,6 @@ def expand_image_tokens(ids, counts):
     counts: tokens of each image, in order.
     """
     return np.repeat(np.asarray(ids, np.int64), token_repeats(ids, counts))
-
-
-def fsync_path(path):
-    """Wait until a file, or a folder's list of names, is on disk."""
-    handle = os.open(path, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)
 
 
 # ---- writing ----
@@ -218,7 +209,8 @@ def list_differences(value, expected, name, owner="the model's"):
 def read_header(folder):
     """Returns the header.json of a dataset as a dict, with today's names.
 
-    Raises UserError if it is missing, broken or of a version that is not in READABLE_VERSIONS.
+    Raises UserError if it is missing, broken or of a version that is not in
+    READABLE_DATASET_VERSIONS.
     """
     path = folder / "header.json"
     if not path.is_file():
@@ -236,7 +228,8 @@ def read_header(folder):
         ) from None
     if version not in READABLE_DATASET_VERSIONS:
         raise UserError(
-            f"{folder}: written in format {version}, this reads {DATASET_VERSION}: prepare it again"
+            f"{folder} has format version {version}, this nanovlm reads "
+            f"{' and '.join(map(str, READABLE_DATASET_VERSIONS))}: prepare it again"
         )
     if missing := [key for key in HEADER_KEYS if key not in header]:
         raise UserError(f"{path} lacks {', '.join(missing)}: prepare it again")
@@ -275,7 +268,7 @@ def map_file(path, dtype, rows, shape):
     size = path.stat().st_size if path.exists() else 0
     if size != expected:
         raise UserError(
-            f"{path} has {size} bytes, its header says {expected}: cut short or altered; "
+            f"{path} has {size} bytes, its header has {expected}: cut short or altered; "
             "prepare it again"
         )
     # numpy.memmap keeps its file open, and a process may have 1,024; torch closes it once mapped.
@@ -304,7 +297,7 @@ def read_names(path, letters, count):
     lines = letters.tobytes().split(b"\n")[:-1]
     if len(lines) != count:
         raise UserError(
-            f"{path}/names has {len(lines)} names, its header says {count}: altered; "
+            f"{path}/names has {len(lines)} names, its header has {count}: altered; "
             "prepare it again"
         )
     return [line.decode(errors="replace") for line in lines]
@@ -417,6 +410,6 @@ def verify_checksums(folder):
                     checksum = zlib.crc32(chunk, checksum)
             if checksum != expected:
                 errors.append(
-                    f"{path}: its bytes have the checksum {checksum}, its header says {expected}"
+                    f"{path}: its bytes have the checksum {checksum}, its header has {expected}"
                 )
     return errors

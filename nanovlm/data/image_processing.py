@@ -248,17 +248,14 @@ def image_feature_index(size, image_config, tiles):
 def image_token_count(size, image_config, max_tiles=None):
     """Returns how many image tokens an image of `size` (width, height) takes.
 
-    An image takes one token per entry of its feature_index (image_feature_index), and nothing else
-    in this project counts in another way. checkpoints/random_init.py has only a size and calls this
-    function. preprocess/build.py plans its images, evals/runner.py and sample.py load them, and
-    data/dataset.py reads them from disk: they take the length of the image's own feature_index.
+    It is the length of image_feature_index, the one place where image tokens are counted. Code that
+    has a ProcessedImage takes len(image.feature_index) instead.
     """
     return len(plan_image(size, image_config, max_tiles).feature_index)
 
 
 def tile_tags(tiles, image_config):
-    """Returns NVLM's texts before each of an image's tiles; None if the image config has no
-    tags."""
+    """Returns NVLM's text before each tile of an image; None without tags in the image config."""
     if not image_config.get("tags"):
         return None
     tags = [f"<tile_{i}>" for i in range(1, tiles + 1)]
@@ -269,16 +266,15 @@ def tile_tags(tiles, image_config):
 
 
 def resize_image(pixels, size, resample):
-    """Returns (Y, X, C) uint8 pixels, resized to `size` (width, height) as Pillow does, as (C, Y,
-    X).
+    """Returns an image resized as Pillow does: uint8 (Y, X, C) -> (C, Y, X).
 
-    It is about five times as fast as Pillow if the image gets smaller. Each number is Pillow's or
-    differs from it by one level. torch rounds a filter's weights to 16 bits and Pillow to 32, and
-    both round to whole levels between the two directions. Two steps by torch may differ by a level
-    each, so one number in some millions would differ by two. So Pillow does the first step if it is
-    short (SMALL_IMAGE_PIXELS) or if torch's weights are even coarser (the image gets wider).
-    Pillow 13 resizes the height first if that saves more. The number of threads changes nothing.
-    Another CPU may take another path in torch, with the same bound.
+    size: (width, height). It is about five times as fast as Pillow if the image gets smaller. Each
+    number is Pillow's or differs from it by one level. torch rounds a filter's weights to 16 bits
+    and Pillow to 32, and both round to whole levels between the two directions. Two steps by torch
+    may differ by a level each, so one number in some millions would differ by two. So Pillow does
+    the first step if it is short (SMALL_IMAGE_PIXELS) or if torch's weights are even coarser (the
+    image gets wider). Pillow 13 resizes the height first if that saves more. The number of threads
+    changes nothing. Another CPU may take another path in torch, with the same bound.
     """
     (height, width), (columns, rows) = pixels.shape[:2], size
     if columns == 1:  # torch 2.13 copies the first row to all rows here if the CPU has no AVX2
@@ -349,8 +345,7 @@ def cut_into_tiles(image, image_config, max_tiles=None, size=None):
 
 
 def expand_to_square(pixels_YXC, mean):
-    """Returns an image in the middle of a square of the mean color (`expand2square` of
-    LLaVA-1.5)."""
+    """Returns an image in the middle of a square of the mean color (LLaVA-1.5's expand2square)."""
     height, width, _ = pixels_YXC.shape
     side = max(height, width)
     row = np.tile(np.array([int(x * 255) for x in mean], np.uint8), (side, 1))
@@ -376,8 +371,8 @@ def resize_and_pad(pixels_YXC, resolution, resample):
 
 
 def required_size(image_config):
-    """Returns `required_size` of image_files.read_image: the size that an image is resized to, as a
-    function of its size; None if it must be decoded at full size."""
+    """Returns the function that image_files.read_image takes as `required_size`: from an image's
+    size to the size that it is resized to. It is None if it must be decoded at full size."""
     if image_config.get("draft") and image_config["fit"] != "anyres":
         return functools.partial(resized_size, image_config=image_config)
     return None

@@ -56,14 +56,14 @@ def find_image_ref(path, folder, images, where):
     """Returns the reference to an image that a record names by `path`.
 
     The path is relative to `images` (--images: a folder or a zip), or to the record's own folder if
-    there is none; a JSON file may give an absolute path into its own folder. Links are followed:
+    there is none; a JSON file may also give an absolute path into that folder. Links are followed:
     they are made by whoever made the folder, not by a record.
     Raises UserError, which begins with `where`, if the path leads outside or no such image exists.
     """
     is_zip = images and not os.path.isdir(images)
     if not (images or folder is not None):
         raise UserError(
-            f"{where}: it names {path!r} but brings no image, and no --images says where it is",
+            f"{where}: it names {path!r} but brings no image: give its folder by --images",
             "image missing",
         )
     # "link/../a" is taken as "a", not as what lies beside the target of the link

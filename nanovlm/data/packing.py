@@ -72,8 +72,7 @@ def epoch_samples(set_of, weights, seed, epoch):
 
 
 def pack_sequences(lengths, seq_len, window=PACKING_WINDOW):
-    """Yields the positions in `lengths` that are packed into each sequence of at most seq_len
-    tokens.
+    """Yields the positions in `lengths` of each sequence; a sequence has at most seq_len tokens.
 
     Best fit decreasing (Johnson 1973): of each `window` of samples the longest comes first, into
     the fullest sequence that has room. Sequences come in the order of their first members, so a
@@ -136,7 +135,9 @@ def collate(samples, sequences, pin_memory=False):
     has no labels. T is the longest sequence, at least one token: a rank with no samples gets an
     empty sequence, because it takes part in the collectives of the others.
     """
-    read = [[samples.read(i) for i in members] for members in sequences]
+    read = []
+    for members in sequences:
+        read.append([samples.read(i) for i in members])
     B, T = len(sequences), max(1, *(sum(len(ids) for ids, _, _ in sequence) for sequence in read))
     ids_BT, positions_BT = np.zeros((B, T), np.int64), np.zeros((B, T), np.int64)
     targets_BT = np.full((B, T), IGNORE_INDEX, np.int64)
@@ -160,7 +161,7 @@ def collate(samples, sequences, pin_memory=False):
     if pin_memory:
         batch = {name: tensor.pin_memory() for name, tensor in batch.items()}
     batch |= collate_images(all_images, samples.image_config, pin_memory)
-    return batch, [int(i) for members in sequences for i in members]
+    return batch, list(map(int, itertools.chain.from_iterable(sequences)))
 
 
 class PackedDataLoader:

@@ -301,10 +301,8 @@ def character_vocabulary(pieces, byte_pieces, rank_of, special, pattern, prefix_
 def read_huggingface(files, where):
     """Returns the Vocabulary of a tokenizer.json."""
     spec = json.loads(files["tokenizer.json"])
-    model, special = (
-        spec["model"],
-        {token["content"]: token["id"] for token in spec["added_tokens"]},
-    )
+    model = spec["model"]
+    special = {token["content"]: token["id"] for token in spec["added_tokens"]}
     unknown = [
         f"{key} {model[key]}"
         for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix")
@@ -432,8 +430,7 @@ TOKENIZER_READERS = {
 
 
 class Tokenizer:
-    """A tokenizer: encode(text) -> ids, decode(ids) -> text, stream() for a text that comes id by
-    id.
+    """A tokenizer: encode(text) -> ids, decode(ids) -> text, stream() -> TextStream.
 
     special: the ids of special tokens by name. bytes_of: the bytes of each id.
     files: {name: bytes}, first a file of TOKENIZER_READERS, then those that belong to it. They are
@@ -507,9 +504,9 @@ class Tokenizer:
     def encode(self, text, space=None):
         """Returns the ids of a text.
 
-        space: if SentencePiece's space is put in front; None: as the tokenizer's file says. Raises
-        UserError if the text has half a character (a lone surrogate), or if the pattern does not
-        end.
+        space: whether SentencePiece's space is put in front; None: as the tokenizer's file says.
+        Raises UserError if the text has half a character (a lone surrogate), or if the pattern does
+        not end.
         """
         original = text
         if self.prefix_space and text:

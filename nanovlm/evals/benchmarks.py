@@ -32,7 +32,8 @@ from .formats import (
 
 # TextVQA, DocVQA, InfoVQA
 WORD_PROMPT = "Answer the question using a single word, phrase, or number."
-# Metrics that compare whole texts: a blank reference does no harm. To others it is in every answer.
+# Metrics that compare whole texts. One of their references may be blank; for other metrics, every
+# answer would contain it.
 TEXT_METRICS = ("vqa", "textvqa", "anls", "relaxed")
 
 
@@ -42,7 +43,7 @@ class Benchmark(NamedTuple):
     A key that is two names, such as "answers answer", is that of two editions: a record has one.
     """
 
-    metric: str  # its name in metrics.METRICS
+    metric: str  # its name in metrics.METRICS, or captions
     prompt: str = ""  # follows the question
     files: tuple = ("*.jsonl", "*.json")  # in a folder or zip: the first pattern that matches
     parse: Callable = parse_records  # returns the records of a file

@@ -255,7 +255,7 @@ def parse_vqav2(content, file, notes):
 
 
 def parse_split_files(content, file, notes):
-    """The kind is the last word of the file's name, and a part of the ids, which repeat."""
+    """The files repeat ids, so each id begins with its kind, the last word of the file's name."""
     kind = Path(file.path).stem.rpartition("_")[2]
     return [
         {**record, "kind": kind, "id": f"{kind}/{record.get('question_id', number)}"}
@@ -338,18 +338,15 @@ def parse_python_list(text):
     """Returns the list of texts that Python code spells, or None for something else ("[0, 5)")."""
     try:
         texts = ast.literal_eval(text)
-    except (MemoryError, RecursionError):  # nested too deeply
-        return None
-    except (SyntaxError, TypeError, ValueError):
-        return None
+    except (MemoryError, RecursionError, SyntaxError, TypeError, ValueError):
+        return None  # the first two: nested too deeply
     if isinstance(texts, list) and all(isinstance(text, str) for text in texts):
         return texts
     return None
 
 
 def parse_mmstar(content, file, notes):
-    """The choices follow the question: "Options: A: one, B: two", or "Choices:" and "(A) one" on
-    lines.
+    """Splits off the choices: "Options: A: one, B: two", or "Choices:" and a line "(A) one" each.
 
     A record stays as it is if more text follows the choices: the last one would have no end.
     """

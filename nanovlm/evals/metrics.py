@@ -135,7 +135,7 @@ def parse_number(text):
     return float(found[1].replace(",", "")) / (100 if found[2] else 1) if found else None
 
 
-def levenshtein_score(answer, references, question=None):
+def anls_score(answer, references, question=None):
     """Returns the average normalized Levenshtein similarity, ANLS (DocVQA, InfoVQA).
 
     With the normalized distance NL: 1 - NL if NL < 0.5, else 0; the best over all references. Case
@@ -179,7 +179,7 @@ def ocrbench_score(answer, references, question):
 # ---- metrics that parse what the answer chooses ----
 
 
-def pope_score(answer, references, question=None):
+def yes_no_score(answer, references, question=None):
     """Returns 1.0 if the answer's yes or no (see parse_yes_no) is a reference."""
     word = parse_yes_no(answer)
     return None if word is None else float(word in [text.strip().lower() for text in references])
@@ -356,9 +356,9 @@ METRICS = {
     "vqa": vqa_accuracy,
     "textvqa": textvqa_accuracy,
     "relaxed": relaxed_accuracy,
-    "anls": levenshtein_score,
+    "anls": anls_score,
     "ocrbench": ocrbench_score,
-    "yesno": pope_score,
+    "yesno": yes_no_score,
     "mme": mme_score,
     "letters": letter_score,
     "mmmu": mmmu_score,
@@ -390,8 +390,8 @@ def check_references(metric, question, where):
     kind, places = question.get("answer_type"), question.get("precision")
     if needed and question.get(needed) is None:
         raise UserError(f"{where} has no {needed}, which the metric {metric} needs")
-    is_number = kind in ("integer", "list") or (kind == "float" and places in range(10))
-    if metric == "mathvista" and not letters and not is_number:
+    is_supported = kind in ("integer", "list") or (kind == "float" and places in range(10))
+    if metric == "mathvista" and not letters and not is_supported:
         raise UserError(
             f"{where} has no choices, so that its answer_type must be integer, list, or float with "
             f"a precision from 0 to 9, not {kind!r:.40} with {places!r:.40}"

@@ -38,7 +38,7 @@ class TableLine(NamedTuple):
     low: float | None  # the 95% confidence interval
     high: float | None
     unparsed: float | None  # the share of answers that cannot be parsed
-    cut: float | None  # the share of answers that were cut off
+    cut: float  # the share of answers that were cut off
 
 
 # ---- progress ----
@@ -158,7 +158,7 @@ def score_text(result):
 
 
 def sort_key(result):
-    """Puts answers that could not be parsed first, then low scores, and those without one last."""
+    """Unparsed answers come first, then low scores; questions without references come last."""
     return not result["answers"], -1.0 if result["score"] is None else result["score"]
 
 

@@ -92,7 +92,7 @@ def read_image_size(ref):
 
     It is nearly always the size of the loaded image, which is enough to sort by.
     """
-    content, name = None, None
+    content = None
     if isinstance(ref, image_refs.ImageFile):
         name = ref.path
     else:
@@ -109,7 +109,7 @@ def read_image_size(ref):
 def prompt_lengths(checkpoint, questions):
     """Returns the number of tokens of each question's prompt."""
     sizes, image_config = {}, checkpoint.image_config
-    has_one_tile = image_config["fit"] in image_processing.FITS  # of any size
+    has_one_tile = image_config["fit"] in image_processing.FITS  # whatever the size of the image
     lengths = []
     for question in questions:
         for ref in question["image"]:
@@ -404,7 +404,7 @@ def has_content(path):
 def lock_output(out, rank):
     """Keeps other processes from writing to `out`, by a lock of rank 0.
 
-    After Ctrl-C, it says how to resume.
+    After Ctrl-C, it prints how to resume.
     """
     with contextlib.ExitStack() as locks:
         with distributed.raise_on_all_ranks():

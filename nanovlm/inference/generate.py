@@ -43,12 +43,12 @@ def generate(
     cache = KVCache(decoder, B, T + max_tokens)
     capture = device.type in cuda_graph and not model.training
     step = DecodeStep(decoder, cache, positions_BS, documents_BS, capture=capture)
-    # FSDP2 does not work with the version counters that inference_mode leaves out
+    # FSDP2 needs the version counters that inference_mode leaves out
     no_grad = torch.no_grad if model.training else torch.inference_mode
 
     with no_grad():
         x_BTD = model.embed(ids_BT, tiles_NCYX.to(device), image_feature_index)
-        logits_BV = step.prefill(x_BTD)
+        logits_BV = step.forward(x_BTD)
     finished = [False] * B
     for count in range(1, max_tokens + 1):
         next_B = sample_next_token(logits_BV.float(), temperature, top_k, top_p, generators)
@@ -73,7 +73,7 @@ class DecodeStep:
         self.count, self.graph_step = 0, None
         self.capture = capture and dispatch.choice != "torch"
 
-    def prefill(self, x_BtD):
+    def forward(self, x_BtD):
         """Adds embeddings of the next t tokens of every sequence, all of a prompt or one."""
         start, end = self.cache.length, self.cache.length + x_BtD.shape[1]
         documents_Bs = None if self.documents_BS is None else self.documents_BS[:, :end]
@@ -90,7 +90,7 @@ class DecodeStep:
         self.count += 1
         if self.graph_step is not None:
             return self.graph_step(ids_B)
-        return self.prefill(self.decoder.embed_tokens(ids_B[:, None]))
+        return self.forward(self.decoder.embed_tokens(ids_B[:, None]))
 
 
 def sample_next_token(logits_BV, temperature, top_k, top_p, generators):

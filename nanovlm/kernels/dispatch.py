@@ -4,7 +4,7 @@ Kernels run on CUDA GPUs of compute capability 8.0 (A100) or later. The formula 
 else, and wherever a kernel does not support a shape or dtype. A function of models/ asks `kernel`:
 
     if kernel := dispatch.kernel("rmsnorm", x):
-        return kernel(x, None, weight, eps)
+        return kernel(x, None, weight, eps)[1]
 
 This file does not import triton; `enable` imports the kernels before a model is called on a GPU.
 """

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 def pixel_shuffle(features_NPD, factor):
     """(N, P, D) -> (N, P / factor², D · factor²): a square of patches becomes one token, row by row
-    (InternVL, Chen et al. 2024). It is the inverse of torch.nn.PixelShuffle."""
+    (InternVL, Chen et al. 2024). It is torch.nn.PixelUnshuffle, but for the order of D."""
     side = int(features_NPD.shape[1] ** 0.5) // factor
     blocks_NYyXxD = features_NPD.unflatten(1, (side, factor, side, factor))
     return blocks_NYyXxD.transpose(2, 3).flatten(3).flatten(1, 2)

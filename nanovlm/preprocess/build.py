@@ -17,7 +17,6 @@ import multiprocessing
 import os
 import shutil
 import signal
-import sys
 import threading
 import time
 from collections import Counter
@@ -74,7 +73,7 @@ def build_dataset(paths, out, options, workers, max_skipped):
                 finish_dataset(tmp, count, options, max_skipped)
             remove_build_files(tmp)
             os.rename(tmp, out)
-            dataset.fsync_path(out.parent)
+            files.fsync_path(out.parent)
         return [json.loads(line) for line in (out / "skipped.jsonl").read_text().splitlines()]
     except BrokenProcessPool:
         raise UserError(
@@ -85,7 +84,7 @@ def build_dataset(paths, out, options, workers, max_skipped):
         error.filename = f"{error.filename or out} ({resume_hint(tmp)})"
         raise
     except KeyboardInterrupt:
-        print(f"\n{resume_hint(tmp)}", file=sys.stderr)
+        cli.print_status(f"\n{resume_hint(tmp)}")
         raise
 
 
@@ -130,13 +129,13 @@ def begin_build(tmp, plan):
     for unfinished in tmp.glob("*.tmp"):  # a shard or a plan
         shutil.rmtree(unfinished) if unfinished.is_dir() else unfinished.unlink()
     if not path.exists():
-        half = path.with_suffix(".tmp")
-        half.write_text(json.dumps(plan, indent=1))
-        os.rename(half, path)
+        files.write_text(path, json.dumps(plan, indent=1))
     check_plan(tmp, plan)
 
 
 # ---- the workers ----
+
+OPTIONS = None  # of a worker process; initialize_worker sets it
 
 
 def initialize_worker(options):
@@ -149,7 +148,8 @@ def initialize_worker(options):
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     threading.Thread(target=exit_with_parent, daemon=True).start()
     torch.set_num_threads(1)
-    globals()["OPTIONS"] = options
+    global OPTIONS
+    OPTIONS = options
 
 
 def exit_with_parent():
@@ -158,7 +158,7 @@ def exit_with_parent():
 
 
 def build_shard_in_worker(folder, raws):
-    return build_shard(folder, raws, OPTIONS)  # noqa: F821  initialize_worker sets it
+    return build_shard(folder, raws, OPTIONS)
 
 
 def build_shard(folder, raws, options):
@@ -351,11 +351,9 @@ class Progress:
         if now - self.last_print > 5:
             self.last_print, elapsed = now, now - self.start
             left = elapsed * max(1 - self.found - self.share, 0) / max(self.share, 1e-9)
-            print(
+            cli.print_status(
                 f"{self.records:,} samples, {self.records / elapsed:,.0f}/s, "
-                f"{self.bytes / 1e9:.1f} GB of tiles, {left:,.0f} s left",
-                file=sys.stderr,
-                flush=True,
+                f"{self.bytes / 1e9:.1f} GB of tiles, {left:,.0f} s left"
             )
 
 
@@ -376,7 +374,7 @@ def finish_dataset(tmp, count, options, max_skipped):
         )
     options.tokenizer.save(tmp)
     for path in tmp.iterdir():
-        dataset.fsync_path(path)
+        files.fsync_path(path)
     dataset.write_header(
         tmp, dataset.make_fingerprint(options), [receipt["files"] for receipt in receipts]
     )
@@ -386,7 +384,7 @@ def remove_build_files(tmp):
     """Remove the files that only the workers needed."""
     for path in (*tmp.glob("*/receipt.json"), tmp / "plan.json"):
         path.unlink()
-    dataset.fsync_path(tmp)
+    files.fsync_path(tmp)
 
 
 def count_reasons(skipped):

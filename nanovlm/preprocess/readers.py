@@ -7,8 +7,7 @@ matter only for the members of a tar.
     JSON list,       objects; `image` or `images` are paths into --images (a folder or a zip), or
     JSON lines       beside the source
     WebDataset tar   the members that share a key (a name up to its first dot): images, and a json
-    (an
-                     object or LLaVA's list of turns) or a txt
+                     (an object or LLaVA's list of turns) or a txt
     parquet          rows; `image` or `images` are bytes, {"bytes", "path"} or paths
 
 A record without an id is named by its place. A record that cannot be used has an error with a
@@ -102,8 +101,7 @@ def chain_sources(sources):
 
 
 def source_stamps(paths, images=""):
-    """Returns {file: [bytes, time of its last change in ns]} of the sources, and of a zip of
-    images."""
+    """Returns {file: [bytes, mtime in ns]} of the sources and of a zip of images."""
     named = [*find_source_files(paths), *([images] if os.path.isfile(images) else [])]
     return {file: [os.stat(file).st_size, os.stat(file).st_mtime_ns] for file in named}
 
@@ -185,8 +183,7 @@ def parse_json_list(file):
 
 
 def make_record(where, record, name, images=(), folder=None):
-    """Returns the RawRecord of a JSON value, with an error if it is no object or nested too
-    deep."""
+    """Returns the RawRecord of a JSON value; its error is set if that cannot be a record."""
     if is_nested_too_deep(record):
         return make_error_record(
             where,

@@ -48,8 +48,7 @@ def stated_id(record):
 
 
 def find_kind(record):
-    """Returns the function that makes a conversation of a record, or None if its kind is
-    unknown."""
+    """Returns the function that makes a conversation of a record; None if its kind is unknown."""
     for kind, *fields in RECORD_KINDS:
         if all(first_field(record, *names) is not None for names in fields):
             return kind

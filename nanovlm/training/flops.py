@@ -72,14 +72,14 @@ def decoder_flops(model, sequences, length, trains, checkpointing):
 
 
 def step_flops(
-    model, rates, sequences, length, tiles, labelled_tokens, activation_checkpointing="none"
+    model, peak_lrs, sequences, length, tiles, labelled_tokens, activation_checkpointing="none"
 ):
     """{part: operations} of a training step over sequences of one length.
 
-    rates: {trained part: its learning rate}; tiles: of all sequences; labelled_tokens: tokens with
-    a label, for which the head computes logits; activation_checkpointing: none, decoder or all.
+    peak_lrs: {trained part: its learning rate}; tiles: of all sequences; labelled_tokens: those
+    for which the head computes logits; activation_checkpointing: none, decoder or all.
     """
-    vision, projector, decoder = (part in rates for part in ("vision", "projector", "decoder"))
+    vision, projector, decoder = (part in peak_lrs for part in ("vision", "projector", "decoder"))
     return {
         "vision": vision_flops(model, tiles, vision, activation_checkpointing == "all"),
         "projector": projector_flops(model, tiles, projector, vision),
@@ -92,8 +92,8 @@ def step_flops(
     }
 
 
-def micro_batch_flops(model, rates, batches):
-    """Operations of a training step over the micro-batches that packing.Loader returns.
+def micro_batch_flops(model, peak_lrs, batches):
+    """Operations of a training step over the micro-batches that PackedDataLoader returns.
 
     The second forward pass of activation checkpointing is not counted: it does no useful work.
     """
@@ -102,7 +102,7 @@ def micro_batch_flops(model, rates, batches):
         labelled_tokens = int((batch["targets_BT"] != IGNORE_INDEX).sum())
         sequences, length = batch["ids_BT"].shape
         parts = step_flops(
-            model, rates, sequences, length, len(batch["tiles_NCYX"]), labelled_tokens
+            model, peak_lrs, sequences, length, len(batch["tiles_NCYX"]), labelled_tokens
         )
         total += sum(parts.values())
     return total

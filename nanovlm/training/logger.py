@@ -4,7 +4,7 @@ A line of log.jsonl holds:
 
     step                       optimizer steps so far
     loss                       mean over the labelled tokens of this step
-    lr                         learning rate of --lr at this step; parts with their own scale alike
+    lr                         learning rate of parts without their own; those scale alike
     label_fraction             labelled tokens of this step, as a share of all its tokens
     grad_norm                  before clipping; grad_norm_vision, …: of each trained part
     val_loss, blank_image_loss on the held-out samples, with their images and with grey images
@@ -28,9 +28,9 @@ from ..files import lock_path, read_log, write_text
 
 
 class Logger:
-    """Progress lines on the terminal, in out/log.jsonl and, with --tensorboard, for tensorboard.
+    """Writes the log of a run. A resumed run continues the file; only rank 0 writes.
 
-    A resumed run continues the file; only rank 0 writes. While a logger is open, no other process
+    While a logger is open, no other process
     may train in its folder.
     """
 
@@ -48,19 +48,24 @@ class Logger:
         if self.rank == 0:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.lock.enter_context(lock_path(self.path.parent))
+            if self.tensorboard:
+                self.open_tensorboard()
             self.read_earlier_lines()
         return self
 
     def __exit__(self, *_):
+        if self.writer:
+            self.writer.close()
         self.lock.close()
+
+    def open_tensorboard(self):
+        # Imported here: it takes a second, and not everybody has the package.
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(self.path.parent, purge_step=self.start + 1)
 
     def read_earlier_lines(self):
         """Keep the lines up to the step that the run resumes from, and their totals."""
-        if self.tensorboard:
-            # Imported here: it takes a second, and not everybody has the package.
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.writer = SummaryWriter(self.path.parent, purge_step=self.start + 1)
         lines = read_log(self.path) if self.path.exists() else []
         lines = [line for line in lines if line["step"] <= self.start]
         write_text(self.path, "".join(json.dumps(line) + "\n" for line in lines))
@@ -133,8 +138,6 @@ class Logger:
 
     def print_summary(self, step, name):
         """Print the totals of a run, over all its stops and resumes."""
-        if self.writer:
-            self.writer.close()
         if self.rank:
             return
         seconds = datetime.timedelta(seconds=round(time.time() - self.start_time))

@@ -153,7 +153,7 @@ def gathered_bytes(model, dtype):
     return numbers * dtype.itemsize
 
 
-def print_plan(model, rates, sizes):
+def print_plan(model, peak_lrs, sizes):
     """Print the peak learning rate of each part, and the estimated memory of a rank.
 
     sizes: as `estimate_memory` returns them.
@@ -161,8 +161,8 @@ def print_plan(model, rates, sizes):
     print(f"{'part':10} {'parameters':>13} {'trained':>13} {'peak lr':>9}")
     for part, module in model.named_children():
         count = sum(p.numel() for p in module.parameters())
-        trained = count if part in rates else 0
-        rate = f"{rates[part]:.1e}" if part in rates else "frozen"
+        trained = count if part in peak_lrs else 0
+        rate = f"{peak_lrs[part]:.1e}" if part in peak_lrs else "frozen"
         print(f"{part:10} {count:13,} {trained:13,} {rate:>9}", flush=True)
     sizes = sizes | {"in all": sum(sizes.values())}
     memory = ", ".join(f"{purpose} {size / 2**20:,.0f} MiB" for purpose, size in sizes.items())
@@ -181,10 +181,10 @@ def print_estimate(run, model, image_config, speed):
         f"{run.stage}: {run.steps:,} steps of {batch} sequences of {run.seq_len:,} tokens; "
         f"assumed: {labels:,} labelled tokens and {tiles} tiles in each"
     )
-    print_plan(model, run.rates, gpu_memory(run, model, sequence, "none", 1))
+    print_plan(model, run.peak_lrs, gpu_memory(run, model, sequence, "none", 1))
     flops = step_flops(
         model,
-        run.rates,
+        run.peak_lrs,
         batch,
         run.seq_len,
         batch * tiles,

@@ -7,7 +7,7 @@ import torch
 
 
 class StepTimer:
-    """The seconds of each phase of a step and, with --profile, a trace of a few steps.
+    """With --profile: the seconds of each phase of a step, and a trace of three steps.
 
     data             waiting for the next batch, and copying it to the device
     vision           vision encoder and projector, forward and backward; under DDP also the wait
@@ -16,7 +16,7 @@ class StepTimer:
     optimizer        gradient norm, clipping, AdamW
     between_steps    validation, evaluation, log, checkpoints
 
-    With --profile the GPU is synchronized at the end of each phase. Communication overlaps with the
+    The GPU is synchronized at the end of each phase. Communication overlaps with the
     phases; the trace shows its seconds.
     """
 

@@ -116,9 +116,8 @@ FREE_ON_RESUME = (
     "recipe",
 )
 
-
-# What to do first if the checkpoint that a stage starts from does not exist.
-FIRST = {
+# What makes the checkpoint that a stage starts from, if it does not exist.
+MISSING_MODEL_HINTS = {
     "decoder": "`python train.py` makes the one of the demonstration",
     "vision": "`python train.py` makes the one of the demonstration",
     "pretrain": "`python prepare.py stitch --vision=DIR --decoder=DIR` writes out/stitched",
@@ -129,7 +128,7 @@ FIRST = {
 def load_settings(given, world):
     """The settings of a run on `world` ranks: the user's, else the recipe's values for the stage.
 
-    Adds `rates`, {trained part: peak learning rate}. Raises UserError for values out of range.
+    Adds `peak_lrs`, {trained part: peak learning rate}. Raises UserError for values out of range.
     """
     run = SimpleNamespace(**given)
     if run.stage not in STAGES:
@@ -156,7 +155,7 @@ def load_settings(given, world):
         raise UserError(f"--freeze={run.freeze} leaves nothing to train")
     check_settings(run, world, unused=[f"{part}_lr" for part in frozen])
     own = {part: getattr(run, f"{part}_lr") for part in trained}
-    run.rates = {part: run.lr if rate is None else rate for part, rate in own.items()}
+    run.peak_lrs = {part: run.lr if lr is None else lr for part, lr in own.items()}
     run.micro_batch_size = min(run.micro_batch_size, -(-run.global_batch_size // world))
     return run
 
@@ -244,7 +243,7 @@ def check_inputs(run):
     if not (run.resume or Path(run.model).exists() or is_repo_id(run.model)):
         raise UserError(
             f"no such model: {run.model}. --stage={run.stage} starts from a checkpoint: "
-            f"{FIRST[run.stage]}; or give another --model. "
+            f"{MISSING_MODEL_HINTS[run.stage]}; or give another --model. "
             "`python train.py` without a --stage runs the demonstration, from nothing to sft"
         )
     if run.data == STAGES[run.stage]["data"] and not Path(run.data).exists():
@@ -254,15 +253,15 @@ def check_inputs(run):
         )
 
 
-def freeze_parts(model, rates):
+def freeze_parts(model, peak_lrs):
     """Only the parts with a learning rate get gradients."""
     for part in PARTS:
-        getattr(model, part).requires_grad_(part in rates)
+        getattr(model, part).requires_grad_(part in peak_lrs)
 
 
 def read_saved_settings(path):
     """The step and the settings in a checkpoint's training.json."""
-    settings = read_json(path, "step")
+    settings = read_json(path, "step", "seq_len")
     if settings.get("stage") in OLD_STAGES:
         settings["stage"] = OLD_STAGES[settings["stage"]]
     return settings

@@ -240,7 +240,7 @@ def aot(
         f"{done.warps} · {done.registers} · {done.spilled} · {done.shared:,} {done.products}".rstrip()
     )  # noqa: E731
     lines = [
-        f"Compiled by triton {triton.__version__} for compute capabilities of which no card was there: `python tests/bench/aot.py`. In a cell:\n"
+        f"Compiled by triton {triton.__version__} for compute capabilities of which there was no GPU: `python tests/bench/aot.py`. In a cell:\n"
         "warps of a program · registers of a thread · bytes of them spilled · bytes of shared memory, and what multiplies matrices.\n",
         f"| kernel | of | {' | '.join('.'.join(map(str, capability)) for capability in SHARED)} |",
         "|---|---|" + "---|" * len(SHARED),

@@ -37,7 +37,7 @@ def bench():
         run = load_settings(defaults | {"micro_batch_size": 1} | chosen, 1)
         with torch.device("meta"):
             model = build_model(SEVEN_BILLION, SEVEN_BILLION_IMAGE_CONFIG).train()
-        freeze_parts(model, run.rates)
+        freeze_parts(model, run.peak_lrs)
         sequence, *_ = assumed_sequence(run.seq_len, SEVEN_BILLION_IMAGE_CONFIG)
         parallel = "fsdp" if gpus > 1 or run.cpu_offload else "none"
         sizes = gpu_memory(run, model, sequence, parallel, gpus)

@@ -34,7 +34,7 @@ def answers_per_s(checkpoint, questions, batch, max_tokens):
     return len(questions) / (time.time() - began), [one.text for _, one in said]
 
 
-def exam(model, questions, images, count, batch, max_tokens, rounds):
+def measure_questions(model, questions, images, count, batch, max_tokens, rounds):
     """Print answers a second one by one and at once, each the median over the rounds, and the median of the rounds' ratios."""
     asked = benchmarks.load_questions("exact", questions, images=images)
     asked = asked[:: max(1, len(asked) // count)][:count]
@@ -56,30 +56,30 @@ def exam(model, questions, images, count, batch, max_tokens, rounds):
 
 def sample(
     *,
-    speaker: str = "data/real/smollm2",  # the model that speaks, as Hugging Face has it
+    decoder: str = "data/real/smollm2",  # the language model, a Hugging Face folder
     dtype: str = "bfloat16",  # of its numbers: bfloat16, float16 or float32
-    threads: int = torch.get_num_threads(),  # of each who speaks or answers
-    tokens: int = 64,  # said in a round
+    threads: int = torch.get_num_threads(),  # of each process
+    tokens: int = 64,  # generated in a round
     model: str = "out/demo/sft",  # the model that answers
     questions: str = "data/demo/fridge/questions.jsonl",  # questions for it
     images: str = "data/demo/fridge/images",  # and their images
-    count: int = 192,  # so many of the questions, from all parts of the exam
+    count: int = 192,  # of the questions, spread over all kinds
     batch: int = 16,  # at once
     max_tokens: int = 64,  # the longest answer
     rounds: int = 5,  # all in turns
 ):
-    """Measure both; what is not there is said and left out."""
+    """Measure both; print what is missing."""
     if dtype not in ("bfloat16", "float16", "float32"):
         raise UserError(f"--dtype={dtype} is none of bfloat16, float16, float32")
     torch.set_num_threads(threads)
-    if Path(speaker).is_dir():
-        speech(speaker, getattr(torch, dtype), threads, tokens, rounds)
+    if Path(decoder).is_dir():
+        speech(decoder, getattr(torch, dtype), threads, tokens, rounds)
     else:
-        print(f"nobody speaks: there is no {speaker}")
+        print(f"generation is not measured: there is no {decoder}")
     if Path(model).is_dir():
-        exam(model, questions, images, count, batch, max_tokens, rounds)
+        measure_questions(model, questions, images, count, batch, max_tokens, rounds)
     else:
-        print(f"nobody answers: there is no {model}")
+        print(f"questions are not measured: there is no {model}")
 
 
 if __name__ == "__main__":

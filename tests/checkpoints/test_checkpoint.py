@@ -9,17 +9,15 @@ from conftest import DECODER, VISION, make_batch, make_samples, make_vlm
 from safetensors.torch import load_file, save_file
 
 from nanovlm import UserError
-from nanovlm.checkpoints import sharded, stitch
+from nanovlm.checkpoints import stitch
 from nanovlm.checkpoints.checkpoint import (
     Checkpoint,
-    copy_from_shards,
     latest_checkpoint,
     load_checkpoint,
     load_checkpoint_info,
     read_json,
     read_tensors,
     save_checkpoint,
-    saved_parameters,
 )
 from nanovlm.data import tokenizer
 from nanovlm.training import resume
@@ -363,15 +361,6 @@ def test_a_folder_of_version_1_loads(words, tmp_path):
     written = json.loads((tmp_path / "new" / "nanovlm.json").read_text())
     assert written["version"] == 2 and "image_config" in written
     assert load_checkpoint(tmp_path / "new").shapes == loaded.shapes
-
-
-def test_shards_of_version_1_are_read(words, tmp_path):
-    model = make_checkpoint(words).model
-    old = {f"model.{name_in_v1(name)}": p for name, p in saved_parameters(model).items()}
-    sharded.write_shards(old, tmp_path / "sharded")
-    fresh = {name: torch.zeros_like(p) for name, p in saved_parameters(model).items()}
-    copy_from_shards(fresh, tmp_path / "sharded")
-    same_tensors(fresh, saved_parameters(model))
 
 
 def test_the_optimizer_goes_on_where_it_was(words, tmp_path):

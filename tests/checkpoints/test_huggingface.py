@@ -526,7 +526,7 @@ def keep_no_weights(folder):
         (keep_an_index_of_nothing, "index.json holds no weight_map"),
         (
             take_a_tensor_out_of_its_shard,
-            "model-00001-of-00003.safetensors lacks lm_head.weight, its folder's index says otherwise",
+            "model-00001-of-00003.safetensors lacks lm_head.weight, unlike its folder's index",
         ),
         (
             call_a_tensor_by_two_names,
@@ -534,7 +534,7 @@ def keep_no_weights(folder):
         ),
         (
             put_a_tensor_in_two_shards,
-            "model-00001-of-00003.safetensors holds .*, its folder's index says otherwise",
+            "model-00001-of-00003.safetensors holds .*, unlike its folder's index",
         ),
         (lose_a_shard, "names model-00002-of-00003.safetensors for .*, which is not in the folder"),
         (cut_a_shard, "model-00003-of-00003.safetensors is broken, cut short"),

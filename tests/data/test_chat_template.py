@@ -393,8 +393,7 @@ def test_plain_is_an_image_and_its_caption():
         == "<s>Two eggs and milk.</s>"
     )
     with pytest.raises(
-        UserError,
-        match="plain takes an image and no question: it cannot ask 'Any milk.', only 'Give a brief",
+        UserError, match="plain takes an image and no question: not 'Any milk.', only 'Give a brief"
     ):
         chat_template.render_conversation([("user", "<image>\nAny milk?")], ours, "plain")
 

@@ -17,19 +17,19 @@ from nanovlm import UserError
 from nanovlm.evals import metrics
 from nanovlm.evals.cider import cider_scores, tokenize_caption
 from nanovlm.evals.metrics import (
+    anls_score,
     benchmark_metrics,
     confidence_interval,
     letter_score,
-    levenshtein_score,
     mathvista_score,
     mme_score,
     mmmu_score,
     ocrbench_score,
-    pope_score,
     relaxed_accuracy,
     score_answers,
     textvqa_accuracy,
     vqa_accuracy,
+    yes_no_score,
 )
 
 # ---- VQA accuracy ----
@@ -343,7 +343,7 @@ def test_relaxed_equals_pix2structs():
     ],
 )
 def test_anls(answer, references, score):
-    assert levenshtein_score(answer, references) == pytest.approx(score, abs=1e-12)
+    assert anls_score(answer, references) == pytest.approx(score, abs=1e-12)
 
 
 def test_anls_equals_the_recursion():
@@ -359,7 +359,7 @@ def test_anls_equals_the_recursion():
         a, b = ("".join(rng.choice("ab c") for _ in range(rng.randint(1, 6))) for _ in range(2))
         left, right = a.strip(), b.strip()
         nl = distance(left, right) / max(len(left), len(right), 1)
-        assert levenshtein_score(a, [b]) == pytest.approx(1 - nl if nl < 0.5 else 0.0, abs=1e-12)
+        assert anls_score(a, [b]) == pytest.approx(1 - nl if nl < 0.5 else 0.0, abs=1e-12)
 
 
 def test_exact_and_contains():
@@ -584,7 +584,7 @@ def test_mmmu_equals_a_literal_transcription_on_random_answers():
 )
 def test_yes_and_no_are_whole_words(answer, word):
     for reference in ("yes", "no"):
-        assert pope_score(answer, [reference]) == (
+        assert yes_no_score(answer, [reference]) == (
             None if word is None else float(word == reference)
         )
 

@@ -180,7 +180,7 @@ def test_a_step_in_a_fixed_cache_gives_the_logits_of_one_in_a_growing_one(
     )
     with torch.no_grad():
         x_BTD = vlm.decoder.embed_tokens(ids_BT)
-        torch.testing.assert_close(growing.prefill(x_BTD), start.prefill(x_BTD), rtol=0, atol=0)
+        torch.testing.assert_close(growing.forward(x_BTD), start.forward(x_BTD), rtol=0, atol=0)
         fixed = CUDAGraphStep(vlm.decoder, caches[1], positions_BS, documents_BS)
         monkeypatch.setattr(dispatch, "choice", choice)
         for _ in range(9):  # to the last place

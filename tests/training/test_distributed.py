@@ -87,7 +87,7 @@ def learn(
     Of five rows one of two ranks has three, the other two: in the second of its micro-batches it has none.
     """
     vlm = load_checkpoint(home / model, dtype=None).model.train()
-    rates = {part: 1e-2 for part in recipes.PARTS if part not in freeze}
+    peak_lrs = {part: 1e-2 for part in recipes.PARTS if part not in freeze}
     for part in freeze:
         getattr(vlm, part).requires_grad_(False)
     distributed.checkpoint_activations(
@@ -97,7 +97,7 @@ def learn(
     wrapped, mixed = distributed.wrap_model(
         vlm, how, CPU, dtype, hsdp_shard_size, other.get("cpu_offload", False)
     )
-    optimizer = train.make_optimizer(vlm, rates, 0.1, (0.9, 0.95))
+    optimizer = train.make_optimizer(vlm, peak_lrs, 0.1, (0.9, 0.95))
     loader = packing.PackedDataLoader(
         dataset.PreparedDataset(home / name),
         seq_len=22,
@@ -117,7 +117,7 @@ def learn(
             f"{step} {parameter}": distributed.full_tensor(grad).clone()
             for parameter, grad in grads.items()
         }
-        did["norm"] += distributed.clip_grad_norm(vlm, rates, 1.0).values()
+        did["norm"] += distributed.clip_grad_norm(vlm, peak_lrs, 1.0).values()
         did["loss"].append(loss)
         train.set_learning_rates(
             optimizer, step, SimpleNamespace(steps=9, warmup_ratio=0, min_lr=0, lr=1)

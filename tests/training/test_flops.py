@@ -25,7 +25,7 @@ from nanovlm.training import flops, memory
 
 
 @pytest.mark.parametrize(
-    "rates",
+    "peak_lrs",
     [
         {"vision": 1, "projector": 1, "decoder": 1},
         {"projector": 1},
@@ -36,11 +36,11 @@ from nanovlm.training import flops, memory
     ],
 )
 @pytest.mark.parametrize("vision", [{}, {"class_token": True, "vision_feature_layer": -2}])
-def test_operations_are_those_that_torch_counts(rates, vision):
+def test_operations_are_those_that_torch_counts(peak_lrs, vision):
     """By products written out, which is how the counter sees attention too."""
     model = make_vlm(vision=vision).train()
     for part in ("vision", "projector", "decoder"):
-        getattr(model, part).requires_grad_(part in rates)
+        getattr(model, part).requires_grad_(part in peak_lrs)
     batch = make_batch(
         [[sample] for sample in make_samples(lengths=(13, 13, 9, 13), images=(1, 1, 2, 1))]
     )
@@ -49,13 +49,13 @@ def test_operations_are_those_that_torch_counts(rates, vision):
     rows, length = batch["ids_BT"].shape
     assert length == 13 + TOKENS
     trained = int((batch["targets_BT"] != IGNORE_INDEX).sum())
-    parts = flops.step_flops(model, rates, rows, length, len(batch["tiles_NCYX"]), trained)
+    parts = flops.step_flops(model, peak_lrs, rows, length, len(batch["tiles_NCYX"]), trained)
     assert (
         sum(parts.values())
         == counter.get_total_flops()
-        == flops.micro_batch_flops(model, rates, [(batch, [])])
+        == flops.micro_batch_flops(model, peak_lrs, [(batch, [])])
     )
-    assert flops.micro_batch_flops(model, rates, [(batch, [])] * 3) == 3 * sum(parts.values())
+    assert flops.micro_batch_flops(model, peak_lrs, [(batch, [])] * 3) == 3 * sum(parts.values())
 
 
 def test_an_assumed_sequence_is_half_images():
@@ -134,7 +134,7 @@ def test_gpus_without_a_sequence_are_not_printed(tmp_path, capsys):
         dtype="float32",
         activation_checkpointing="none",
         cpu_offload=False,
-        rates={"projector": 1.0, "decoder": 1.0},
+        peak_lrs={"projector": 1.0, "decoder": 1.0},
     )
     model.vision.requires_grad_(False)
     memory.print_estimate(run, model, policy, speed=1e9)

@@ -335,10 +335,12 @@ def peak_bytes(run):
     return max(itertools.accumulate(size for _, size in sorted(events)))
 
 
-@pytest.mark.parametrize("rates", [{"vision": 1, "projector": 1, "decoder": 1}, {"projector": 1}])
+@pytest.mark.parametrize(
+    "peak_lrs", [{"vision": 1, "projector": 1, "decoder": 1}, {"projector": 1}]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("activation_checkpointing", ["none", "decoder", "all"])
-def test_estimated_memory_is_the_memory_taken(rates, dtype, activation_checkpointing):
+def test_estimated_memory_is_the_memory_taken(peak_lrs, dtype, activation_checkpointing):
     torch.manual_seed(0)
     model = VLM(
         vision=dict(tile=24, patch=3, width=80, layers=3, heads=5, intermediate_size=200),
@@ -348,14 +350,14 @@ def test_estimated_memory_is_the_memory_taken(rates, dtype, activation_checkpoin
         shuffle=4,
     ).train()
     for part, module in model.named_children():
-        module.requires_grad_(part in rates)
+        module.requires_grad_(part in peak_lrs)
     row, mixed = (
         make_batch([make_samples(lengths=(40, 61), images=(1, 2))]),
         torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16),
     )
     row["tiles_NCYX"] = row["tiles_NCYX"].repeat(1, 1, 2, 2)  # 64 patches, 4 tokens
     optimizer, batch = (
-        train.make_optimizer(model, rates, 0.1, (0.9, 0.95)),
+        train.make_optimizer(model, peak_lrs, 0.1, (0.9, 0.95)),
         {name: torch.cat([x] * 6) for name, x in row.items()},
     )
     foretold = memory.estimate_memory(
