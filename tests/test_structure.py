@@ -38,7 +38,7 @@ KNOWS_ONLY = {
 }
 MAX_STATEMENTS, MAX_NESTING = 45, 4  # of a function; a settings signature counts as none
 # Python tokens outside tests, docstrings and comments. It may only fall; the aim is 75,000.
-MAX_TOKENS = 89_300
+MAX_TOKENS = 89_200
 MAX_FOREIGN, MAX_FOREIGN_IN_FOLDER = 0.045, 0.08  # share of words in names
 
 # Top-level names that stand in two files, where both mean the same.

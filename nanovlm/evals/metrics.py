@@ -387,14 +387,14 @@ def check_references(metric, question, where):
     references = [reference.strip() for reference in question["answers"]]
     letters = string.ascii_uppercase[: len(question.get("choices") or [])]
     needed = {"ocrbench": "dataset_name", "mathvista": "answer_type"}.get(metric)
-    kind, places = question.get("answer_type"), question.get("precision")
+    kind, precision = question.get("answer_type"), question.get("precision")
     if needed and question.get(needed) is None:
         raise UserError(f"{where} has no {needed}, which the metric {metric} needs")
-    is_supported = kind in ("integer", "list") or (kind == "float" and places in range(10))
+    is_supported = kind in ("integer", "list") or (kind == "float" and precision in range(10))
     if metric == "mathvista" and not letters and not is_supported:
         raise UserError(
             f"{where} has no choices, so that its answer_type must be integer, list, or float with "
-            f"a precision from 0 to 9, not {kind!r:.40} with {places!r:.40}"
+            f"a precision from 0 to 9, not {kind!r:.40} with {precision!r:.40}"
         )
     if metric in ("vqa", "textvqa") and len(references) < 4:
         raise UserError(
