@@ -1042,7 +1042,7 @@ def test_a_template_is_found_where_transformers_has_put_it(place, brain_folder):
 @pytest.mark.parametrize(
     "template, said",
     [
-        (..., "has no chat template; name it by --template of prepare.py: .*: mistral, "),
+        (..., "has no chat template; name it by --template of .prepare.py stitch. .*: mistral, "),
         ("{{ messages[0]['content'] }}", "its chat template writes 'Hello', as none of ours does"),
         ("{{ ''.__class__.__mro__ }}", "writes None"),  # the sandbox refuses it
         ("{{ today }}{{ raise_exception('no') }}", "writes None"),
