@@ -107,24 +107,24 @@ class Block(nn.Module):
         self.down_proj = nn.Linear(intermediate_size, width, bias=False)
 
     def forward(self, x_BTD, angles, documents_BS, cache, layer):
-        q_BTHK, k_BTGK, v_BTGK = self.qkv(self.attention_norm(x_BTD), angles)
+        qkv = self.qkv_proj(self.attention_norm(x_BTD))
+        q_BTHK, k_BTGK, v_BTGK = (x.unflatten(-1, (-1, self.head_dim)) for x in qkv)
+        q_BTHK, k_BTGK = apply_rope(q_BTHK, angles), apply_rope(k_BTGK, angles)
         if cache is None:
             out_BTHK = self.attention(q_BTHK, k_BTGK, v_BTGK, documents_BS)
         else:
             k_BSGK, v_BSGK = cache.update(layer, k_BTGK, v_BTGK)
             out_BTHK = self.attention(q_BTHK, k_BSGK, v_BSGK, documents_BS, cache.cache_length)
         x_BTD, normed_BTD = self.mlp_norm(x_BTD, self.o_proj(out_BTHK.flatten(-2)))
-        gate_BTF, up_BTF = self.gate_up(normed_BTD)
+        gate_BTF, up_BTF = self.gate_up_proj(normed_BTD)
         return x_BTD + self.down_proj(F.silu(gate_BTF) * up_BTF)
 
-    def qkv(self, normed_BTD, angles):
-        """Returns queries and keys after RoPE, and values."""
-        layers = (self.q_proj, self.k_proj, self.v_proj)
-        q_BTHK, k_BTGK, v_BTGK = (f(normed_BTD).unflatten(-1, (-1, self.head_dim)) for f in layers)
-        return apply_rope(q_BTHK, angles), apply_rope(k_BTGK, angles), v_BTGK
+    # inference/optimize.py replaces each of these two by a single product
+    def qkv_proj(self, x_BTD):
+        return self.q_proj(x_BTD), self.k_proj(x_BTD), self.v_proj(x_BTD)
 
-    def gate_up(self, normed_BTD):
-        return self.gate_proj(normed_BTD), self.up_proj(normed_BTD)
+    def gate_up_proj(self, x_BTD):
+        return self.gate_proj(x_BTD), self.up_proj(x_BTD)
 
 
 class Decoder(nn.Module):

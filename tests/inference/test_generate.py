@@ -50,6 +50,13 @@ def said(vlm, prompts, count, **how):
     return [list(row) for row in rows]
 
 
+def decoder_products(vlm):
+    """The products of an optimized decoder: of a block four (q, k, v are one; gate, up are one)."""
+    joined = [f for block in vlm.decoder.layers for f in (block.qkv_proj, block.gate_up_proj)]
+    packed = [m for m in vlm.decoder.modules() if isinstance(m, PackedLinear)]
+    return [f.product for f in joined] + packed
+
+
 @pytest.mark.parametrize(
     "form", ["as it is", "joined", "packed", "recorded", "packed and recorded"]
 )
@@ -62,11 +69,8 @@ def test_every_form_says_token_for_token_what_reading_again_gives(form, shape, m
     monkeypatch.setattr(generate_file, "CAPTURE_AFTER", 4)
     if form not in ("as it is", "recorded"):
         optimize(vlm)
-        assert all(
-            (m.min_vectors == 1) == ("packed" in form)
-            for m in vlm.decoder.modules()
-            if isinstance(m, PackedLinear)
-        )
+        packed = ["packed" in form] * (4 * len(vlm.decoder.layers) + 1)  # with lm_head
+        assert [p.min_vectors == 1 for p in decoder_products(vlm)] == packed
     how = {"cuda_graph": ("cpu",)} if "recorded" in form else {}
     assert said(vlm, PROMPTS, 12, **how) == expected
     assert [said(vlm, [prompt], 12, **how)[0] for prompt in PROMPTS] == expected
@@ -81,11 +85,7 @@ def test_a_model_that_is_ready_sees_what_it_saw_before(vlm, monkeypatch):
             optimize(vlm).encode_images(tiles_NCYX), before, rtol=1e-4, atol=1e-5
         )
     assert not [m for m in vlm.modules() if isinstance(m, torch.nn.Linear)]
-    products = [
-        sum(isinstance(part, PackedLinear) for part in vars(speaker).values())
-        for speaker in vlm.decoder.layers
-    ]
-    assert products == [4, 4, 4], "query, key and value are one, out, gate and up are one, down"
+    assert len(decoder_products(vlm)) == 4 * len(vlm.decoder.layers) + 1
 
 
 def test_a_prompt_is_read_once_and_every_token_but_the_last(vlm):
@@ -102,17 +102,10 @@ def test_ready_holds_every_large_weight_once_and_a_tied_one_twice(vlm, monkeypat
         return sum(t.numel() for t in {id(t): t for t in held(model)}.values())
 
     def held(model):
-        parts = [
-            *model.modules(),
-            *(part for speaker in model.decoder.layers for part in vars(speaker).values()),
-        ]
-        products = [part for part in parts if isinstance(part, PackedLinear)]
-        norms = [part.keywords["weight"] for part in parts if hasattr(part, "keywords")]
-        return [
-            *model.parameters(),
-            *norms,
-            *(t for m in products for t in (m.weight, m.packed, m.bias) if t is not None),
-        ]
+        others = [m for m in model.modules() if isinstance(m, PackedLinear)]
+        products = {*decoder_products(model), *others}
+        weights = [(m.weight, m.packed, m.bias) for m in products]
+        return [*model.parameters(), *(t for ts in weights for t in ts if t is not None)]
 
     old = [p.data for p in vlm.parameters()]
     assert numbers(optimize(vlm)) == sum(p.numel() for p in make_vlm().parameters())
