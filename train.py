@@ -34,6 +34,8 @@ from nanovlm.distributed import (
     choose_parallelism,
     clip_grad_norm,
     compile_blocks,
+    get_rank,
+    get_world_size,
     init_distributed,
     no_sync,
     on_rank_0,
@@ -136,16 +138,25 @@ def train(
         must_agree = settings_to_keep(run, samples)
         start = resume_step(saved, must_agree) if saved else 0
         if start == run.steps:
-            print_on_rank_0(rank, f"{stage}: {run.out} has all of its {start} steps already")
+            print_on_rank_0(f"{stage}: {run.out} has all of its {start} steps already")
             return
-        loader = make_loader(samples, run, device, rank, world, start)
-        sequence = first_sequence(samples, run)
+        loader = make_loader(
+            samples,
+            run,
+            global_batch_size=run.global_batch_size,
+            micro_batch_size=run.micro_batch_size,
+            rank=rank,
+            world_size=world,
+            start_step=start,
+            pin_memory=device.type == "cuda",
+        )
+        ((sequence, _),) = next(make_loader(samples, run, global_batch_size=1, micro_batch_size=1))
         validation = pack_validation_set(samples, run.seq_len), load_eval_questions(run)
-        print_on_rank_0(rank, describe_run(run, saved, device, world))
+        print_on_rank_0(describe_run(run, saved, device, world))
 
     # ---- DDP, FSDP or one process ----
     dtype = choose_dtype(run, device)
-    plan_memory(run, vlm, sequence, device, dtype, rank, world)
+    plan_memory(run, vlm, sequence, device, dtype, world)
     with raise_on_all_ranks():
         if rank == 0:
             move_old_run_aside(run)
@@ -161,34 +172,20 @@ def train(
         load_optimizer(saved, vlm, optimizer)
     saver = Saver(checkpoint, optimizer, run.out, must_agree, run.keep_checkpoints)
 
-    metrics_at = partial(
-        run_validation, run, checkpoint, samples, *validation, autocast, rank, world
-    )
+    metrics_at = partial(run_validation, run, checkpoint, samples, *validation, autocast)
     stopped_by = training_loop(
-        run,
-        vlm,
-        wrapped,
-        autocast,
-        optimizer,
-        loader,
-        samples,
-        metrics_at,
-        saver,
-        device,
-        rank,
-        start,
+        run, start, vlm, wrapped, autocast, loader, optimizer, metrics_at, saver
     )
     if stopped_by:
         stopped_by.exit(resume_command(given))
 
 
-def training_loop(
-    run, vlm, wrapped, autocast, optimizer, loader, samples, metrics_at, saver, device, rank, start
-):
+def training_loop(run, start, vlm, wrapped, autocast, loader, optimizer, metrics_at, saver):
     """Train from step `start` on. Returns the SignalHandler if a signal stopped it, else None.
 
     vlm: the model; wrapped: the same under DDP or FSDP; metrics_at: `run_validation` of a step.
     """
+    rank, device = get_rank(), vlm.mean_C11.device
     done, stopping = start, False
     with (
         Logger(run.out, start, run.steps, rank, run.tensorboard) as logger,
@@ -204,7 +201,7 @@ def training_loop(
             stats = compute_gradients(wrapped, micro_batches, device, autocast, signals, timer)
             norms = clip_grad_norm(vlm, run.peak_lrs, run.grad_clip)
             done += 1
-            check_finite(done, stats, norms["grad_norm"], micro_batches, samples, run.out)
+            check_finite(done, stats, norms["grad_norm"], micro_batches, loader.samples, run.out)
             optimizer.step()
             optimizer.zero_grad()
             timer.end_step("optimizer")
@@ -335,14 +332,13 @@ def check_finite(done, stats, grad_norm, micro_batches, samples, out):
         )
 
 
-def run_validation(
-    run, checkpoint, samples, validation_set, questions, autocast, rank, world, done
-):
+def run_validation(run, checkpoint, samples, validation_set, questions, autocast, done):
     """Validation metrics of step `done`; identical on every rank.
 
     Returns val_loss and blank_image_loss every --validate_every steps, eval_score every
     --eval_every steps, all of them at the last step, {} at other steps.
     """
+    rank, world = get_rank(), get_world_size()
     is_last, metrics = done == run.steps, {}
     if is_last or done % run.validate_every == 0:
         metrics = validate(checkpoint, samples, validation_set, rank, world, autocast)
@@ -391,33 +387,11 @@ def load_samples(run, checkpoint):
     return samples, weights
 
 
-def make_loader(samples, run, device, rank, world, start):
+def make_loader(samples, run, **options):
+    """Packs the samples in the order of this run. options: see PackedDataLoader."""
     return PackedDataLoader(
-        samples,
-        seq_len=run.seq_len,
-        global_batch_size=run.global_batch_size,
-        micro_batch_size=run.micro_batch_size,
-        seed=run.seed,
-        weights=run.weights,
-        rank=rank,
-        world_size=world,
-        start_step=start,
-        pin_memory=device.type == "cuda",
+        samples, seq_len=run.seq_len, seed=run.seed, weights=run.weights, **options
     )
-
-
-def first_sequence(samples, run):
-    """The first packed sequence of the data, as a batch of one."""
-    loader = PackedDataLoader(
-        samples,
-        global_batch_size=1,
-        micro_batch_size=1,
-        seq_len=run.seq_len,
-        seed=run.seed,
-        weights=run.weights,
-    )
-    ((sequence, _),) = next(loader)
-    return sequence
 
 
 def load_eval_questions(run):
@@ -481,33 +455,25 @@ def choose_dtype(run, device):
     return torch.float32
 
 
-def plan_memory(run, model, sequence, device, dtype, rank, world):
+def plan_memory(run, model, sequence, device, dtype, world):
     """Choose between DDP and FSDP by the estimated memory of a rank, and print both.
 
     sequence: a batch of one, for which the estimate is made.
     """
-    options = dict(
-        activation_checkpointing=run.activation_checkpointing,
-        accumulates=run.micro_batch_size * world < run.global_batch_size,
-    )
-    batch_size = run.micro_batch_size
-    sizes = estimate_memory(model, sequence, batch_size, device, dtype, **options)
+    sizes = estimate_memory(run, model, sequence, device, dtype, "none", world)
     run.parallel, reason = choose_parallelism(run.parallel, sum(sizes.values()), device)
     if run.parallel == "fsdp":
-        options |= dict(shards=run.hsdp_shard_size or world, cpu_offload=run.cpu_offload)
-        sizes = estimate_memory(
-            model, sequence, batch_size, device, dtype, parallel="fsdp", **options
-        )
+        sizes = estimate_memory(run, model, sequence, device, dtype, "fsdp", world)
     if run.compile:
         with raise_on_all_ranks():
             check_compiler(device)
-    if rank == 0:
+    if get_rank() == 0:
         print(f"parallel: {run.parallel}, {reason}")
         print_plan(model, run.peak_lrs, sizes)
 
 
-def print_on_rank_0(rank, text):
-    if rank == 0:
+def print_on_rank_0(text):
+    if get_rank() == 0:
         print(text)
 
 

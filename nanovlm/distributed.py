@@ -86,6 +86,10 @@ def get_rank():
     return dist.get_rank() if dist.is_initialized() else 0
 
 
+def get_world_size():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
 def destroy_process_group():
     """Leave the process group.
 
