@@ -12,6 +12,8 @@ import tokenize
 import pytest
 from conftest import ROOT
 
+from nanovlm.evals.benchmarks import BENCHMARKS
+
 FILES = sorted([*ROOT.glob("*.py"), *ROOT.glob("nanovlm/**/*.py")])
 
 # A file imports only from its own folder and from lines below it.
@@ -377,3 +379,52 @@ def test_no_name_of_the_glossarys_left_column_is_defined(path):
     if place(path) not in GLOSSARY_ASIDE:
         names = set(defined_names(ast.parse(path.read_text())))
         assert not names & GLOSSARY_NAMES
+
+
+# ---- where a change goes ----
+
+# The files that know a family or a benchmark by its name. Comments and docstrings may name it, too.
+KNOWN_BY_NAME = {
+    "decoder family": (
+        r"mistral|vicuna|zephyr|smollm|qwen|gemma|llama(?!3)",
+        {"checkpoints/huggingface", "checkpoints/llava", "data/chat_template"},
+    ),
+    "vision encoder": (
+        r"clip_vision|siglip|dinov2",
+        {"checkpoints/huggingface", "checkpoints/llava"},
+    ),
+    "benchmark": (
+        "|".join(name for name in BENCHMARKS if not BENCHMARKS[name].from_user),
+        {"evals/benchmarks", "evals/formats", "evals/metrics"},
+    ),
+}
+# The default chat template of `prepare.py random_init` and of the demonstration.
+DEFAULT_TEMPLATE = {"prepare": "mistral", "demo/run": "mistral"}
+
+
+def code_strings(tree):
+    """Names that code uses, and its strings without the docstrings."""
+    docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            if id(node) not in docstrings:
+                yield node.value
+        elif isinstance(node, ast.Name | ast.Attribute | ast.arg | ast.FunctionDef):
+            yield next(
+                getattr(node, key) for key in ("id", "attr", "arg", "name") if hasattr(node, key)
+            )
+
+
+@pytest.mark.parametrize("kind", KNOWN_BY_NAME)
+def test_a_family_or_benchmark_is_named_only_where_its_change_goes(kind):
+    pattern, files = KNOWN_BY_NAME[kind]
+    found = collections.defaultdict(set)
+    for path in FILES:
+        for text in code_strings(ast.parse(path.read_text())):
+            if re.search(pattern, text, re.IGNORECASE) and text != DEFAULT_TEMPLATE.get(
+                place(path)
+            ):
+                found[place(path)].add(text[:60])
+    assert found.keys() & files and not found.keys() - files, {
+        name: texts for name, texts in found.items() if name not in files
+    }
