@@ -266,8 +266,8 @@ def test_the_readmes_line_counts_are_the_files():
     counts = {name: len((ROOT / name).read_text().splitlines()) for name, *_ in found}
     wrong = [
         f"| `{name}` | {counts[name]} | {question} |"
-        for name, told, question in found
-        if int(told.replace(",", "")) != counts[name]
+        for name, count, question in found
+        if int(count.replace(",", "")) != counts[name]
     ]
     assert not wrong, f"these rows of README.md should be:{lines_of(wrong)}"
     core = [path for path in FILES if path.parent.name == "models" and path.stem != "__init__"]

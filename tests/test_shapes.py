@@ -1,7 +1,9 @@
-"""Names carry shapes, and no name lies: our files are run with sizes that all differ while every local variable is looked at, line by line.
+"""Names carry shapes, and no name lies.
 
-A name such as q_BTHK must have as many dimensions as letters. At any moment, a capital letter means one size in a function, whichever names carry
-it (an int named T counts too); a lower-case letter is no more than its capital; 1 is 1. Of some letters the size is known in advance.
+Our files run with sizes that all differ, while this test looks at every local variable, line by
+line. A name such as q_BTHK must have as many dimensions as letters. Within a function a capital
+letter means one size at any moment, whichever names carry it; so does an int named T. A lower-case
+letter is no more than its capital; 1 is 1. The size of some letters is known in advance.
 """
 
 import ast
@@ -10,6 +12,7 @@ import contextlib
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
@@ -41,17 +44,13 @@ ALPHABET = "".join(
     )
 )
 CARRIES = re.compile(rf"[a-z]\w*_([{ALPHABET}{ALPHABET.lower()}1]+)$")
-LOOKS_LIKE = re.compile(
-    r"[a-z]\w*_[A-Za-z]*[A-Z]\w*$"
-)  # has a capital at its end: meant to carry a shape
+# A capital in the last part of a name: it is meant to carry a shape.
+LOOKS_LIKE = re.compile(r"[a-z]\w*_[A-Za-z]*[A-Z]\w*$")
 
-EYE = VISION | {
-    "tile": 18,
-    "class_token": True,
-    "layer_scale": True,
-}  # 36 patches, 9 tokens after pixel shuffle by 2
-BRAIN = DECODER | {"vocab_size": 260, "sliding_window": [None, 14, None]}
-POLICY = {
+# 36 patches, 9 tokens after pixel shuffle by 2
+VISION_SHAPES = VISION | {"tile": 18, "class_token": True, "layer_scale": True}
+DECODER_SHAPES = DECODER | {"vocab_size": 260, "sliding_window": [None, 14, None]}
+IMAGE_CONFIG = {
     "tile": 18,
     "patch": 3,
     "shuffle": 2,
@@ -60,12 +59,13 @@ POLICY = {
     "mean": [0.5] * 3,
     "std": [0.5] * 3,
 }
+# A PNG of 5 × 4 pixels in 16-bit color, one of them transparent. Pillow cannot write it.
 DEEP = (
-    "iVBORw0KGgoAAAANSUhEUgAAAAUAAAAEEAIAAACZwb5UAAAABnRSTlMAAAAAAAfwwpIyAAAADElEQVR4nGNgGDgAAAB8AAHDeixI"
-    "AAAAAElFTkSuQmCC"
-)  # a PNG of 5 x 4 pixels, 16-bit colour of which one is transparent: Pillow cannot write it
+    "iVBORw0KGgoAAAANSUhEUgAAAAUAAAAEEAIAAACZwb5UAAAABnRSTlMAAAAAAAfwwpIyAAAADElEQVR4"
+    "nGNgGDgAAAB8AAHDeixIAAAAAElFTkSuQmCC"
+)
 C = {"C": 3}
-# file: the sizes that a letter may have in it, several if two parts of the model share the file
+# {file: the sizes of a letter in it; several if two parts of the model share the file}
 KNOWN = {
     "models/decoder.py": {"D": 24, "H": 6, "G": 2, "K": 8, "V": 260},
     "models/vision_encoder.py": C | {"D": 20, "H": 5, "K": 4, "P": (36, 37)},  # 37: class token
@@ -84,12 +84,11 @@ FILES = [*ROOT.glob("*.py"), *ROOT.glob("nanovlm/**/*.py")]
 
 
 def shape_of(value):
-    """The shape of what a name can stand for: a tensor, an array, or a list of numbers; None if it is something else."""
+    """The shape of a tensor, an array or a list of numbers; None of anything else."""
     if isinstance(value, (torch.Tensor, np.ndarray)):
         return tuple(value.shape)
-    if (
-        isinstance(value, tl.tensor) and value.shape
-    ):  # a block in a kernel, in Triton's interpreter; a number there has no shape
+    # A block in a kernel, in Triton's interpreter. A number there has no shape.
+    if isinstance(value, tl.tensor) and value.shape:
         return tuple(map(int, value.shape))
     return (
         (len(value),)
@@ -99,7 +98,7 @@ def shape_of(value):
 
 
 def lies_of(variables, known):
-    """What is untrue among the names of one function at one moment, as sentences; variables: {name: value}."""
+    """Yields a sentence for each variable of a function whose shape is not what its name says."""
     sizes = {
         name: (value, name)
         for name, value in variables.items()
@@ -124,15 +123,20 @@ def lies_of(variables, known):
             if size not in (allowed if isinstance(allowed, tuple) else (allowed,)):
                 yield f"{name} has shape {shape}, {letter} is {allowed}"
             elif letter != "1" and sizes.setdefault(letter, (size, name))[0] != size:
-                yield f"{name} has shape {shape}, but {letter} is {sizes[letter][0]} in {sizes[letter][1]}"
+                known_size, other = sizes[letter]
+                yield f"{name} has shape {shape}, but {letter} is {known_size} in {other}"
     for letter, size, name, shape in parts:
         if size > sizes.get(letter.upper(), (size, ""))[0]:
-            yield f"{name} has shape {shape}, but all of {letter.upper()} is {sizes[letter.upper()][0]}"
+            capital = letter.upper()
+            yield f"{name} has shape {shape}, but all of {capital} is {sizes[capital][0]}"
 
 
 @contextlib.contextmanager
 def watching(*folders):
-    """Looks at the variables of every function in the folders' files; yields (lies, {(file, name)} that carried a shape)."""
+    """Looks at the variables of every function in the folders' files.
+
+    Yields (lies, the {(file, name)} that carried a shape).
+    """
     lies, seen = {}, set()
 
     def enter(frame, event, arg):
@@ -140,9 +144,9 @@ def watching(*folders):
 
     def look(frame, event, arg):
         file, variables = place(Path(frame.f_code.co_filename)), dict(frame.f_locals)
-        for said in lies_of(variables, KNOWN.get(file, {})):
+        for lie in lies_of(variables, KNOWN.get(file, {})):
             lies.setdefault(
-                said, f"{file}, before line {frame.f_lineno}, in {frame.f_code.co_name}: {said}"
+                lie, f"{file}, before line {frame.f_lineno}, in {frame.f_code.co_name}: {lie}"
             )
         seen.update(
             (file, name)
@@ -175,12 +179,13 @@ def names_in(path):
 
 
 def everything(folder):
-    """Use the whole house, in sizes that all differ: 7 rows, 3 channels, 5 pictures and so on."""
+    """Run all of the project, in sizes that all differ: 7 sequences, 3 channels, 5 images …"""
     words = tokenizer.train_tokenizer(["a b"], 256, ["<s>", "[INST]", "[/INST]", "</s>"])
-    shapes = {"vision": EYE, "decoder": BRAIN, "shuffle": 2}
-    model = make_vlm(vision=EYE, decoder=BRAIN)
+    shapes = {"vision": VISION_SHAPES, "decoder": DECODER_SHAPES, "shuffle": 2}
+    model = make_vlm(vision=VISION_SHAPES, decoder=DECODER_SHAPES)
     save_checkpoint(
-        Checkpoint(model, words, shapes, POLICY, "mistral", {"born": "here"}), folder / "model"
+        Checkpoint(model, words, shapes, IMAGE_CONFIG, "mistral", {"random_init": "here"}),
+        folder / "model",
     )
     checkpoint = load_checkpoint(folder / "model")
     save_checkpoint(stitch.stitch_parts(checkpoint, checkpoint, 0), folder / "stitched")
@@ -191,12 +196,13 @@ def everything(folder):
     Image.fromarray(g.integers(65536, size=(29, 23), dtype=np.uint16)).save(folder / "grey.png")
     Image.fromarray(g.integers(256, size=(23, 29, 3), dtype=np.uint8)).save(folder / "colour.png")
     for fit in image_processing.FITS:
-        image_processing.load_image(folder / "colour.png", POLICY | {"fit": fit})
-    anyres = POLICY | {"fit": "anyres", "pinpoints": [[18, 36], [36, 18]]}
+        image_processing.load_image(folder / "colour.png", IMAGE_CONFIG | {"fit": fit})
+    anyres = IMAGE_CONFIG | {"fit": "anyres", "pinpoints": [[18, 36], [36, 18]]}
     image_processing.load_image(folder / "colour.png", anyres)
     image_processing.load_image(
         folder / "colour.png",
-        POLICY | {"fit": "tiles", "tiles": 4, "choice": "aspect", "thumbnail": True, "tags": True},
+        IMAGE_CONFIG
+        | {"fit": "tiles", "tiles": 4, "choice": "aspect", "thumbnail": True, "tags": True},
     )
     build_model(shapes, anyres).embed(
         torch.full((1, 10), IMAGE_TOKEN_ID),
@@ -204,7 +210,8 @@ def everything(folder):
         torch.arange(10) - 1,
     )
     colour, grey = (
-        image_processing.load_image(folder / name, POLICY) for name in ("colour.png", "grey.png")
+        image_processing.load_image(folder / name, IMAGE_CONFIG)
+        for name in ("colour.png", "grey.png")
     )
     image_processing.tile_to_image(grey.tiles[0])
     (folder / "deep.png").write_bytes(base64.b64decode(DEEP))
@@ -221,7 +228,7 @@ def everything(folder):
     )
     checkpoint.tokenizer.save(folder / "set")
     prepare.show(data=str(folder / "set"), sample="sample 3", out=str(folder / "tiles.png"))
-    flops.assumed_sequence(51, POLICY)
+    flops.assumed_sequence(51, IMAGE_CONFIG)
     samples = dataset.PreparedDataset(folder / "set")
     (batch, _), *_ = next(
         packing.PackedDataLoader(
@@ -229,13 +236,15 @@ def everything(folder):
         )
     )
     model.train()(**batch).backward()
-    memory.estimate_memory(model, batch, 1, torch.device("cpu"), torch.float32)
+    run = SimpleNamespace(micro_batch_size=1, global_batch_size=1, activation_checkpointing="none")
+    memory.estimate_memory(run, model, batch, torch.device("cpu"), torch.float32)
     none = packing.collate(samples, [[i] for i in range(300) if i % 3][:7])[0]
     model(**none).backward()
-    with mock.patch.object(
-        dispatch, "choice", "triton"
-    ):  # three short rows: an interpreter that is looked at, line by line, is slow
-        one = make_vlm(vision=EYE, decoder=BRAIN | {"layers": 1, "sliding_window": 14}).decoder
+    # Three short sequences: the interpreter is slow if each of its lines is looked at.
+    with mock.patch.object(dispatch, "choice", "triton"):
+        one = make_vlm(
+            vision=VISION_SHAPES, decoder=DECODER_SHAPES | {"layers": 1, "sliding_window": 14}
+        ).decoder
         one(
             torch.randn(3, 19, 24),
             torch.arange(19).expand(3, -1),
@@ -257,7 +266,7 @@ def everything(folder):
             "original_max_position_embeddings": 20,
         },
     ):
-        make_vlm(vision=EYE, decoder=BRAIN | {"rope_scaling": scaling})(**none)
+        make_vlm(vision=VISION_SHAPES, decoder=DECODER_SHAPES | {"rope_scaling": scaling})(**none)
 
     questions = [
         ("<image>a longer question", [colour]),
@@ -268,10 +277,10 @@ def everything(folder):
         runner.generate_answers(checkpoint, questions, max_tokens=5, **how)
     runner.generate_answers(checkpoint, questions, blank_images=True, max_tokens=2)
     list(sample.stream_answer(checkpoint, [("user", "<image>x")], [colour], max_tokens=3))
-    spoken = optimize(load_checkpoint(folder / "model").model)
+    optimized = optimize(load_checkpoint(folder / "model").model)
     list(
         generate(
-            spoken,
+            optimized,
             [[3, 4, 5], [6, 7]],
             torch.zeros(0, 3, 18, 18),
             stop=set(),
@@ -292,7 +301,7 @@ def everything(folder):
 @pytest.fixture(scope="module")
 def looked(tmp_path_factory):
     with watching(*{path.parent for path in FILES}) as (lies, seen):
-        everything(tmp_path_factory.mktemp("house"))
+        everything(tmp_path_factory.mktemp("project"))
     return lies, seen
 
 
@@ -326,7 +335,7 @@ def test_every_letter_is_in_the_alphabet():
 
 
 @pytest.mark.parametrize(
-    "lines, said",
+    "lines, lie",
     [
         ("x_BTD = torch.zeros(2, 5)", "x_BTD is Tensor of shape (2, 5)"),
         (
@@ -353,17 +362,17 @@ def test_every_letter_is_in_the_alphabet():
         ("x_BT = torch.zeros(2, 3); first_Bt = x_BT[:, :1]; wave_Tk = torch.zeros(3, 9)", None),
     ],
 )
-def test_a_lie_is_caught(tmp_path, lines, said):
+def test_a_lie_is_caught(tmp_path, lines, lie):
     (tmp_path / "liar.py").write_text(
-        "import numpy as np\nimport torch\n\ndef speak():\n    "
+        "import numpy as np\nimport torch\n\ndef liar():\n    "
         + lines.replace("; ", "\n    ")
         + "\n"
     )
     space = {}
     exec(compile((tmp_path / "liar.py").read_text(), str(tmp_path / "liar.py"), "exec"), space)
     with watching(tmp_path) as (lies, _):
-        space["speak"]()
-    assert list(lies)[:1] == ([said] if said else [])
+        space["liar"]()
+    assert list(lies)[:1] == ([lie] if lie else [])
 
 
 def test_a_size_known_in_advance_is_checked():

@@ -1,4 +1,4 @@
-"""However fast a model speaks, it says what it would say if it read everything again for each token."""
+"""However fast a model generates, its tokens are those of a full forward pass for each token."""
 
 from unittest import mock
 
@@ -30,20 +30,20 @@ SHAPES = {
 }
 
 
-def reading_again(vlm, prompt, count):
+def without_cache(vlm, prompt, count):
     """The likeliest next id, count times, without a cache."""
-    said = []
+    answer = []
     for _ in range(count):
-        ids_BT = torch.tensor([prompt + said])
+        ids_BT = torch.tensor([prompt + answer])
         with torch.no_grad():
             hidden_BTD = vlm.decoder(
                 vlm.decoder.embed_tokens(ids_BT), torch.arange(ids_BT.shape[1])[None]
             )
-            said.append(int(vlm.decoder.lm_head(hidden_BTD[0, -1]).argmax()))
-    return said
+            answer.append(int(vlm.decoder.lm_head(hidden_BTD[0, -1]).argmax()))
+    return answer
 
 
-def said(vlm, prompts, count, **how):
+def answers(vlm, prompts, count, **how):
     rows = zip(
         *generate(vlm, prompts, torch.zeros(0), stop=set(), max_tokens=count, **how), strict=True
     )
@@ -58,25 +58,25 @@ def decoder_products(vlm):
 
 
 @pytest.mark.parametrize(
-    "form", ["as it is", "joined", "packed", "recorded", "packed and recorded"]
+    "form", ["as it is", "joined", "packed", "captured", "packed and captured"]
 )
 @pytest.mark.parametrize("shape", SHAPES)
-def test_every_form_says_token_for_token_what_reading_again_gives(form, shape, monkeypatch):
+def test_every_form_gives_the_tokens_of_full_forward_passes(form, shape, monkeypatch):
     vlm = make_vlm(decoder=SHAPES[shape])
-    expected = [reading_again(vlm, prompt, 12) for prompt in PROMPTS]
+    expected = [without_cache(vlm, prompt, 12) for prompt in PROMPTS]
     assert len({i for row in expected for i in row}) > 5
     monkeypatch.setattr(optimize_file, "MIN_WEIGHT", 0 if "packed" in form else 1 << 40)
     monkeypatch.setattr(generate_file, "CAPTURE_AFTER", 4)
-    if form not in ("as it is", "recorded"):
+    if form not in ("as it is", "captured"):
         optimize(vlm)
         packed = ["packed" in form] * (4 * len(vlm.decoder.layers) + 1)  # with lm_head
         assert [p.min_vectors == 1 for p in decoder_products(vlm)] == packed
-    how = {"cuda_graph": ("cpu",)} if "recorded" in form else {}
-    assert said(vlm, PROMPTS, 12, **how) == expected
-    assert [said(vlm, [prompt], 12, **how)[0] for prompt in PROMPTS] == expected
+    how = {"cuda_graph": ("cpu",)} if "captured" in form else {}
+    assert answers(vlm, PROMPTS, 12, **how) == expected
+    assert [answers(vlm, [prompt], 12, **how)[0] for prompt in PROMPTS] == expected
 
 
-def test_a_model_that_is_ready_sees_what_it_saw_before(vlm, monkeypatch):
+def test_an_optimized_model_gives_the_same_image_features(vlm, monkeypatch):
     _, _, tiles_NCYX = make_samples()[2]
     before = vlm.encode_images(tiles_NCYX)
     monkeypatch.setattr(optimize_file, "MIN_WEIGHT", 0)
@@ -88,14 +88,14 @@ def test_a_model_that_is_ready_sees_what_it_saw_before(vlm, monkeypatch):
     assert len(decoder_products(vlm)) == 4 * len(vlm.decoder.layers) + 1
 
 
-def test_a_prompt_is_read_once_and_every_token_but_the_last(vlm):
+def test_the_decoder_runs_once_on_the_prompt_and_on_each_token_but_the_last(vlm):
     lengths = []
     vlm.decoder.register_forward_pre_hook(lambda _, inputs: lengths.append(inputs[0].shape[1]))
-    said(vlm, PROMPTS[:1], 5)
+    answers(vlm, PROMPTS[:1], 5)
     assert lengths == [len(PROMPTS[0]), 1, 1, 1, 1]
 
 
-def test_ready_holds_every_large_weight_once_and_a_tied_one_twice(vlm, monkeypatch):
+def test_an_optimized_model_holds_each_weight_once_and_a_tied_one_twice(vlm, monkeypatch):
     monkeypatch.setattr(optimize_file, "MIN_WEIGHT", 0)
 
     def numbers(model):
@@ -133,7 +133,9 @@ def packs(dtype):
 @pytest.mark.parametrize("rows", [1, MIN_VECTORS + 3])
 @pytest.mark.parametrize("large", [0, 1 << 40])
 @pytest.mark.parametrize("cpu", ["this one", "one without the instructions"])
-def test_a_product_is_its_layers_side_by_side(dtype, error, bias, rows, large, cpu, monkeypatch):
+def test_a_packed_linear_layer_is_its_layers_side_by_side(
+    dtype, error, bias, rows, large, cpu, monkeypatch
+):
     monkeypatch.setattr(optimize_file, "MIN_WEIGHT", large)
     if cpu == "one without the instructions":
         monkeypatch.setitem(optimize_file.ONEDNN_DTYPES, dtype, lambda: False)
@@ -157,10 +159,10 @@ def test_a_product_is_its_layers_side_by_side(dtype, error, bias, rows, large, c
 @pytest.mark.parametrize("choice", ["torch", "triton"])
 @pytest.mark.parametrize("window", [None, 4])
 @pytest.mark.parametrize("padded", [False, True])
-def test_a_step_in_a_fixed_cache_gives_the_logits_of_one_in_a_growing_one(
+def test_a_step_with_a_static_cache_gives_the_logits_of_one_with_a_growing_cache(
     choice, window, padded, monkeypatch
 ):
-    """By the formulas, and by the kernels that a card would record."""
+    """By the formulas, and by the kernels that a GPU would capture."""
     vlm = make_vlm(decoder={"sliding_window": window})
     ids_BT, positions_BS = torch.randint(41, (2, 7)), torch.arange(16).expand(2, -1)
     documents_BS = torch.tensor([[0] * 3 + [1] * 13, [1] * 16]) if padded else None
@@ -188,7 +190,7 @@ def test_a_step_in_a_fixed_cache_gives_the_logits_of_one_in_a_growing_one(
 @pytest.mark.parametrize("window", [None, 3, 5])
 @pytest.mark.parametrize("documents_S", [None, [0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 1]])
 @pytest.mark.parametrize("end", [1, 6, 11])
-def test_attention_to_the_filled_places_is_attention_to_a_cache_that_ends_there(
+def test_attention_up_to_cache_length_is_attention_to_a_cache_of_that_length(
     window, documents_S, end
 ):
     q, k, v = torch.randn(2, 1, 6, 8), torch.randn(2, 11, 3, 8), torch.randn(2, 11, 3, 8)
@@ -207,32 +209,30 @@ def test_attention_to_the_filled_places_is_attention_to_a_cache_that_ends_there(
     )
 
 
-def test_a_short_answer_is_not_recorded(vlm, monkeypatch):
+def test_a_short_answer_is_not_captured(vlm, monkeypatch):
     made = []
     monkeypatch.setattr(
         optimize_file,
         "StaticKVCache",
         lambda cache: made.append(cache.length) or StaticKVCache(cache),
     )
-    said(vlm, PROMPTS[:1], CAPTURE_AFTER, cuda_graph=("cpu",))
-    said(vlm, PROMPTS[:1], 2 * CAPTURE_AFTER)  # nor is one on a device whose steps are not recorded
-    said(
-        vlm.train(), PROMPTS[:1], 2 * CAPTURE_AFTER, cuda_graph=("cpu",)
-    )  # nor one of a model that trains
+    answers(vlm, PROMPTS[:1], CAPTURE_AFTER, cuda_graph=("cpu",))
+    answers(vlm, PROMPTS[:1], 2 * CAPTURE_AFTER)  # a device without capture
+    answers(vlm.train(), PROMPTS[:1], 2 * CAPTURE_AFTER, cuda_graph=("cpu",))  # training
     vlm.eval()
     with monkeypatch.context() as switch:
         switch.setattr(dispatch, "choice", "torch")
-        said(vlm, PROMPTS[:1], 2 * CAPTURE_AFTER, cuda_graph=("cpu",))
+        answers(vlm, PROMPTS[:1], 2 * CAPTURE_AFTER, cuda_graph=("cpu",))
     assert made == []
-    said(vlm, PROMPTS[:1], CAPTURE_AFTER + 2, cuda_graph=("cpu",))
+    answers(vlm, PROMPTS[:1], CAPTURE_AFTER + 2, cuda_graph=("cpu",))
     assert made == [len(PROMPTS[0]) + CAPTURE_AFTER]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="wants a CUDA card: nothing else records")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("window", [None, 6])
-def test_on_a_card_a_recorded_step_says_what_a_fresh_one_says(window):
+def test_on_a_gpu_a_captured_step_gives_the_tokens_of_an_uncaptured_one(window):
     vlm = optimize(make_vlm(decoder={"sliding_window": window}).cuda())
     count = 2 * CAPTURE_AFTER
-    assert said(vlm, PROMPTS, count, cuda_graph=("cuda",)) == said(
+    assert answers(vlm, PROMPTS, count, cuda_graph=("cuda",)) == answers(
         vlm, PROMPTS, count, cuda_graph=()
     )

@@ -1,4 +1,7 @@
-"""Public folders, read by our loaders, compute what transformers computes from them: the same random weights, the same numbers to 1e-5."""
+"""A published folder, read by our loaders, computes what transformers computes from it (1e-5).
+
+The weights are random.
+"""
 
 import json
 
@@ -11,7 +14,7 @@ from nanovlm.data import tokenizer
 from nanovlm.models.decoder import Decoder
 from nanovlm.models.vision_encoder import VisionEncoder
 
-EYE = dict(
+VISION = dict(
     hidden_size=48,
     intermediate_size=80,
     num_hidden_layers=3,
@@ -19,7 +22,7 @@ EYE = dict(
     image_size=28,
     patch_size=7,
 )
-BRAIN = dict(
+DECODER = dict(
     vocab_size=301,
     hidden_size=48,
     intermediate_size=80,
@@ -41,13 +44,15 @@ WORDS = tokenizer.train_tokenizer(
     ["a cat, a catalogue, the category of cats"], 260, ["<|im_start|>", "<|im_end|>"]
 )
 CHATML = (
-    "{% for m in messages %}{{'<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n'}}{% endfor %}"
+    "{% for m in messages %}"
+    "{{'<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n'}}"
+    "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
 
 def shake(model, seed):
-    """Random numbers everywhere, norms and biases too: a weight left at 0 or 1 could hide that it is not used."""
+    """Random numbers everywhere: a weight left at 0 or 1 could hide that it is not used."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in model.parameters():
@@ -58,7 +63,8 @@ def shake(model, seed):
 
 
 def publish(model, folder, **how):
-    """Write a model as its owner would: config and weights by transformers, the picture policy or tokenizer and template beside them."""
+    """Write a model as its owner would: config and weights by transformers; beside them its image
+    processor, tokenizer and chat template."""
     model.save_pretrained(folder, **how)
     (folder / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR))
     (folder / "tokenizer_config.json").write_text(
@@ -73,23 +79,24 @@ def close(ours, theirs):
 
 
 def clip(**other):
-    return shake(hf.CLIPVisionModel(hf.CLIPVisionConfig(**EYE | other)), 1)
+    return shake(hf.CLIPVisionModel(hf.CLIPVisionConfig(**VISION | other)), 1)
 
 
 def siglip(**other):
-    return shake(hf.SiglipVisionModel(hf.SiglipVisionConfig(**EYE | other)), 2)
+    return shake(hf.SiglipVisionModel(hf.SiglipVisionConfig(**VISION | other)), 2)
 
 
 def dinov2(**other):
-    sizes = {name: size for name, size in EYE.items() if name != "intermediate_size"}
+    sizes = {name: size for name, size in VISION.items() if name != "intermediate_size"}
     return shake(hf.Dinov2Model(hf.Dinov2Config(**sizes | {"mlp_ratio": 2} | other)), 3)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("tile", [28, 42])
 @pytest.mark.parametrize("make", [clip, siglip, dinov2])
-def test_an_eye(make, tile, tmp_path):
-    """CLIP is read before its last layer as LLaVA does, the others at their normed end; larger pictures by interpolated positions."""
+def test_a_vision_encoder_gives_the_features_of_transformers(make, tile, tmp_path):
+    """CLIP's features come before its last layer, as in LLaVA; the others' are the last, normed.
+    Larger images take interpolated position embeddings."""
     theirs = make()
     ours = huggingface.read_vision_encoder(publish(theirs, tmp_path), tile=tile).model.vision
     assert len(ours.layers) == (2 if make is clip else 3)
@@ -108,8 +115,8 @@ def test_an_eye(make, tile, tmp_path):
 
 @torch.no_grad()
 @pytest.mark.parametrize("read", [-3, -1, 2])
-def test_an_eye_read_elsewhere(read, tmp_path):
-    """--read counts as transformers counts hidden states; the class token is dropped, and no norm applied."""
+def test_another_vision_feature_layer(read, tmp_path):
+    """It is counted as transformers counts hidden states, without the class token and the norm."""
     theirs = clip(hidden_act="gelu")
     ours = huggingface.read_vision_encoder(
         publish(theirs, tmp_path), vision_feature_layer=read
@@ -121,8 +128,8 @@ def test_an_eye_read_elsewhere(read, tmp_path):
 
 
 @torch.no_grad()
-def test_an_eye_whose_patches_do_not_fill_the_picture(tmp_path):
-    """SigLIP so400m cuts 27 patches of 14 pixels out of 384; the last 6 pixels are not looked at."""
+def test_patches_that_do_not_fill_the_tile(tmp_path):
+    """SigLIP so400m cuts 27 patches of 14 pixels out of 384; the last 6 pixels are unused."""
     theirs = siglip(image_size=33)
     (publish(theirs, tmp_path) / "preprocessor_config.json").write_text(
         json.dumps(PREPROCESSOR | {"size": {"height": 33, "width": 33}})
@@ -135,7 +142,8 @@ def test_an_eye_whose_patches_do_not_fill_the_picture(tmp_path):
 
 
 DEFAULT = {"rope_type": "default"}
-BRAINS = {  # every kind in its own way: a head size, a window shorter than the text, tied embeddings, RoPE stretched
+# Each differs in its own way: head_dim, a window shorter than the text, tied weights, RoPE scaling.
+DECODERS = {
     "mistral 0.1": (
         hf.MistralForCausalLM,
         hf.MistralConfig,
@@ -219,10 +227,10 @@ BRAINS = {  # every kind in its own way: a head size, a window shorter than the 
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", BRAINS)
-def test_a_brain(kind, tmp_path):
-    model, config, own = BRAINS[kind]
-    theirs = shake(model(config(**BRAIN | own)), 4)
+@pytest.mark.parametrize("kind", DECODERS)
+def test_a_decoder_gives_the_logits_of_transformers(kind, tmp_path):
+    model, config, own = DECODERS[kind]
+    theirs = shake(model(config(**DECODER | own)), 4)
     ours = huggingface.read_decoder(publish(theirs, tmp_path)).model.decoder
     assert (ours.lm_head.weight is ours.embed_tokens.weight) == (kind == "smollm2")
     ids_BT = torch.randint(301, (2, 45), generator=torch.Generator().manual_seed(5))
@@ -243,7 +251,7 @@ def test_a_brain(kind, tmp_path):
     ],
 )
 def test_what_a_config_leaves_out_is_what_transformers_assumes(kind, config):
-    """The config.json of google/siglip-base-patch16-224 says nothing of its eye but its type."""
+    """The config.json of google/siglip-base-patch16-224 has only the type of its vision encoder."""
     assumed = config()
     for field, value in huggingface.DEFAULTS[kind].items():
         theirs = getattr(assumed, field)
@@ -254,21 +262,22 @@ def test_what_a_config_leaves_out_is_what_transformers_assumes(kind, config):
         assert theirs == (derived if value is None and theirs is not None else value), field
 
 
-BIG_BRAIN = dict(hidden_act="silu", rms_norm_eps=1e-5, max_position_embeddings=32768)
-FULL_SIZE = {  # the numbers of the published config.json, and the bytes of its weights at two a number
+BIG_DECODER = dict(hidden_act="silu", rms_norm_eps=1e-5, max_position_embeddings=32768)
+# The published config.json, and the bytes of its weights, two per number.
+FULL_SIZE = {
     "mistralai/Mistral-7B-v0.1": (
-        dict(BIG_BRAIN, model_type="mistral", sliding_window=4096),
+        dict(BIG_DECODER, model_type="mistral", sliding_window=4096),
         14_483_464_192,
     ),
     "mistralai/Mistral-7B-Instruct-v0.3": (
         dict(
-            BIG_BRAIN, model_type="mistral", vocab_size=32768, sliding_window=None, rope_theta=1e6
+            BIG_DECODER, model_type="mistral", vocab_size=32768, sliding_window=None, rope_theta=1e6
         ),
         14_496_047_104,
     ),
     "mistralai/Mistral-Nemo-Instruct-2407": (
         dict(
-            BIG_BRAIN,
+            BIG_DECODER,
             model_type="mistral",
             vocab_size=131072,
             hidden_size=5120,
@@ -281,7 +290,7 @@ FULL_SIZE = {  # the numbers of the published config.json, and the bytes of its 
     ),
     "meta-llama/Meta-Llama-3-8B-Instruct": (
         dict(
-            BIG_BRAIN,
+            BIG_DECODER,
             model_type="llama",
             vocab_size=128256,
             intermediate_size=14336,
@@ -290,13 +299,14 @@ FULL_SIZE = {  # the numbers of the published config.json, and the bytes of its 
         ),
         16_060_522_496,
     ),
-    "lmsys/vicuna-7b-v1.5": (dict(BIG_BRAIN, model_type="llama"), 13_476_831_232),
+    "lmsys/vicuna-7b-v1.5": (dict(BIG_DECODER, model_type="llama"), 13_476_831_232),
 }
 
 
 @pytest.mark.parametrize("name", FULL_SIZE)
-def test_the_plan_of_a_full_size_brain(name):
-    """Names and shapes as transformers has them and the published bytes, without a byte of them in memory."""
+def test_the_shapes_of_a_full_size_decoder(name):
+    """Names and shapes are those of transformers, and the bytes are those published; no weight is
+    in memory."""
     config, size = FULL_SIZE[name]
     shapes = huggingface.decoder_shapes(
         huggingface.model_config(config, "text_config", huggingface.DECODER_TYPES, name), name
@@ -352,7 +362,7 @@ def test_the_plan_of_a_full_size_brain(name):
         ),
     ],
 )
-def test_the_plan_of_a_full_size_eye(model, config):
+def test_the_shapes_of_a_full_size_vision_encoder(model, config):
     shapes = huggingface.vision_shapes(
         huggingface.DEFAULTS[config["model_type"]] | config, config["image_size"], None, "here"
     )

@@ -1,4 +1,4 @@
-"""What a vision-language model must and must not let through."""
+"""The model: packing, causality, generation, loss and attention, each against its definition."""
 
 import inspect
 
@@ -41,7 +41,7 @@ def same_gradients(a, b):
         torch.testing.assert_close(grad, grads_b[name], rtol=1e-3, atol=1e-4, msg=name)
 
 
-def test_packed_rows_give_the_loss_and_gradients_of_the_samples_alone(vlm):
+def test_packed_sequences_give_the_loss_and_gradients_of_the_samples_alone(vlm):
     a, b, c, d = make_samples()
     same_gradients(
         gradients(vlm, [make_batch([[a, b], [c, d]])]),
@@ -93,24 +93,24 @@ def test_a_changed_pixel_changes_what_follows_it_and_nothing_before(vlm):
     )
 
 
-def test_cached_generation_equals_reading_everything_again_each_time(vlm):
+def test_generation_with_a_kv_cache_equals_a_full_forward_pass_for_each_token(vlm):
     ids_T, _, tiles = make_samples()[2]
-    prompt, said = ids_T.tolist(), []
+    prompt, answer = ids_T.tolist(), []
     for _ in range(9):
         batch = make_batch(
-            [[(torch.tensor(prompt + said), torch.full((len(prompt + said),), -1), tiles)]]
+            [[(torch.tensor(prompt + answer), torch.full((len(prompt + answer),), -1), tiles)]]
         )
         with torch.no_grad():
-            said.append(int(vlm.decoder.lm_head(hidden(vlm, batch)[0, -1]).argmax()))
-    assert [i for (i,) in generate(vlm, [prompt], tiles, stop=set(), max_tokens=9)] == said
-    assert len(set(said)) > 2
+            answer.append(int(vlm.decoder.lm_head(hidden(vlm, batch)[0, -1]).argmax()))
+    assert [i for (i,) in generate(vlm, [prompt], tiles, stop=set(), max_tokens=9)] == answer
+    assert len(set(answer)) > 2
 
 
 @pytest.mark.parametrize(
     "how", [{}, {"temperature": 0.9, "seed": 4}, {"temperature": 1.5, "top_k": 5, "top_p": 0.9}]
 )
 @pytest.mark.parametrize("window", [None, 6])
-def test_rows_of_a_batch_say_what_they_say_alone(how, window):
+def test_a_prompt_gets_the_same_answer_in_a_batch_and_alone(how, window):
     vlm = make_vlm(decoder={"sliding_window": window})
     samples = make_samples()
     prompts, tiles = [ids.tolist() for ids, _, _ in samples], [t for _, _, t in samples]
@@ -155,7 +155,7 @@ def test_loss_equals_cross_entropy_in_float64_value_and_gradients():
     assert torch.autograd.gradcheck(lambda h, w: linear_cross_entropy(h, w, targets_N[:6]), small)
 
 
-def test_logits_exist_for_one_chunk_of_trained_tokens_at_a_time():
+def test_logits_exist_for_one_chunk_of_labelled_tokens_at_a_time():
     widest = 0
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
@@ -206,7 +206,7 @@ def test_pixel_shuffle_puts_each_square_of_patches_into_one_token():
     assert shuffled[0, 1].tolist() == [3, 4, 5, 9, 10, 11, 15, 16, 17]  # the upper right square
 
 
-def test_a_row_without_pictures_still_gives_every_part_a_gradient_of_zero(vlm):
+def test_a_batch_without_images_still_gives_every_part_a_gradient_of_zero(vlm):
     loss, grads = gradients(vlm.train(), [make_batch([[make_samples()[1]]])])
     assert all(name in grads for name, _ in vlm.named_parameters())
     assert all(
@@ -236,7 +236,7 @@ def test_a_cache_longer_than_the_new_tokens_continues_where_it_stopped(vlm):
     torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-4, atol=1e-5)
 
 
-# Another value for each argument. Shapes may make it fail to be the same function, so outputs are compared where both exist.
+# Another value for each argument. It may change shapes; outputs are compared where both exist.
 CHANGED = {
     VisionEncoder: dict(
         tile=9,
