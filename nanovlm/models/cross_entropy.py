@@ -19,11 +19,9 @@ CHUNK = 1024  # tokens whose logits exist at once: 128 MB with their gradient, f
 
 def linear_cross_entropy(hidden_ND, head_VD, targets_N):
     """Returns the summed loss (float32) of N labelled tokens; head_VD is the output layer."""
-    if dispatch.kernel("cross_entropy", hidden_ND) or torch.compiler.is_compiling():
-        dtype = dispatch.autocast_dtype(hidden_ND)  # a compiled operator does not see autocast
-        grads = (torch.is_grad_enabled() and x.requires_grad for x in (hidden_ND, head_VD))
-        return linear_cross_entropy_op(hidden_ND, head_VD, targets_N, dtype, *grads)[0]
-    return LinearCrossEntropy.apply(hidden_ND, head_VD, targets_N)
+    dtype = dispatch.autocast_dtype(hidden_ND)  # a compiled operator does not see autocast
+    needs_grad = (torch.is_grad_enabled() and x.requires_grad for x in (hidden_ND, head_VD))
+    return linear_cross_entropy_op(hidden_ND, head_VD, targets_N, dtype, *needs_grad)[0]
 
 
 def chunk_loss(logits_nV, targets_n, needs_grad):
@@ -64,21 +62,7 @@ def chunked_loss(hidden_ND, head_VD, targets_N, dtype, hidden_grad, head_grad):
     return loss, grad_hidden_ND, grad_head_VD.to(head_VD.dtype) if head_grad else None
 
 
-class LinearCrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, hidden_ND, head_VD, targets_N):
-        dtype = dispatch.autocast_dtype(hidden_ND)
-        needs_grad = ctx.needs_input_grad[:2]
-        loss, *grads = chunked_loss(hidden_ND, head_VD, targets_N, dtype, *needs_grad)
-        ctx.save_for_backward(*grads)
-        return loss
-
-    @staticmethod
-    def backward(ctx, grad):
-        return *(None if g is None else g * grad.to(g.dtype) for g in ctx.saved_tensors), None
-
-
-# The same as one operator: torch.compile does not look into it, and autocast does not change it.
+# One operator with a gradient of its own: torch.compile and autocast do not look into it.
 
 
 @torch.library.custom_op("nanovlm::linear_cross_entropy", mutates_args=())
