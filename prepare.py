@@ -8,13 +8,13 @@
     python prepare.py check --data=data/NAME                checksums, lengths, time of an epoch
     python prepare.py estimate --stage=sft --model=M        memory and days of a training run
     python prepare.py plot out/*/log.jsonl                  the curves of training runs
+    python prepare.py figures                               the figures of the READMEs
     python prepare.py export --model=M --out=DIR            a LLaVA folder for transformers, vLLM
 
 `data` cuts images into tiles and text into tokens, once, before training.
 COMMAND --help lists its settings.
 """
 
-import difflib
 import os
 from pathlib import Path
 from types import SimpleNamespace
@@ -35,6 +35,7 @@ from nanovlm.data.dataset import PreparedDataset, verify_checksums
 from nanovlm.data.image_processing import FITS, GRID_CHOICES, check_image_config
 from nanovlm.data.packing import collate, parse_dataset_weights
 from nanovlm.data.tokenizer import Tokenizer
+from nanovlm.demo.figures import draw_figures
 from nanovlm.demo.fridge import write_fridges
 from nanovlm.preprocess.build import prepare_dataset
 from nanovlm.preprocess.readers import read_texts
@@ -42,12 +43,6 @@ from nanovlm.training.memory import print_estimate
 from nanovlm.training.recipes import freeze_parts, load_settings
 from nanovlm.visualize.curves import plot_curves, read_curves
 from nanovlm.visualize.samples import concat_tiles, sample_as_text, summarize_dataset
-
-
-def refuse_to_overwrite(out):
-    """Raises UserError if a file, a folder or a broken link has the name."""
-    if os.path.lexists(out.rstrip("/")):
-        raise UserError(f"--out={out} exists already: remove it, or choose another folder")
 
 
 def fridge(
@@ -59,12 +54,8 @@ def fridge(
     seed: int = 0,  # the same seed draws the same fridges
 ):
     """Draw the fridges of the demonstration: JPEGs, and JSON in LLaVA's format."""
-    counts = {"scenes": scenes, "text": text, "eval_scenes": eval_scenes}
-    wrong = [f"--{name}={count} must be at least 1" for name, count in counts.items() if count < 1]
-    if wrong:
-        raise UserError("; ".join(wrong))
-    refuse_to_overwrite(out)
-    write_fridges(out=out, seed=seed, **counts)
+    check_command(fridge, locals())
+    write_fridges(out=out, scenes=scenes, text=text, eval_scenes=eval_scenes, seed=seed)
 
 
 def random_init(
@@ -97,8 +88,7 @@ def random_init(
     vision_intermediate_size: int = 512,  # of the MLP
 ):
     """A model with random weights, and a tokenizer trained on your text, to train from nothing."""
-    check_random_init(SimpleNamespace(**locals()))
-    refuse_to_overwrite(out)
+    check_command(random_init, locals())
     image_config = {
         "tile": tile,
         "patch": patch,
@@ -108,7 +98,7 @@ def random_init(
         "mean": [0.5] * 3,
         "std": [0.5] * 3,
         "draft": draft,
-        **tiling_config(fit, tiles, thumbnail, tile_choice, tile_tags),
+        **tiling_config(tiles, thumbnail, tile_choice, tile_tags),
     }
     check_image_config(image_config)
     create_model(
@@ -136,70 +126,8 @@ def random_init(
     )
 
 
-def check_random_init(new):
-    """Raises a UserError that names all settings below 1, else all that contradict each other."""
-    wrong = []
-    for name, value in vars(new).items():
-        if type(value) is int and name != "seed" and value < 1:
-            wrong.append(f"--{name}={value} must be at least 1")
-    if wrong:
-        raise UserError("; ".join(wrong))
-    rules = [
-        (new.source, "--source names no file to train a tokenizer on"),
-        (
-            new.template in TEMPLATES,
-            f"--template={new.template} is not known: {', '.join(TEMPLATES)}",
-        ),
-        (
-            new.vocab_size >= 256,
-            f"--vocab_size={new.vocab_size} must be at least 256, a token for each byte",
-        ),
-        (
-            new.vision_width % new.vision_heads == 0,
-            f"--vision_width={new.vision_width} must be a multiple of "
-            f"--vision_heads={new.vision_heads}",
-        ),
-        (
-            new.heads % new.kv_heads == 0,
-            f"--heads={new.heads} must be a multiple of --kv_heads={new.kv_heads}",
-        ),
-        (
-            new.width % (2 * new.heads) == 0,
-            f"--width={new.width} must be a multiple of 2 × --heads={new.heads}: "
-            "RoPE rotates pairs of numbers in a head",
-        ),
-        (0 <= new.seed < 2**63, f"--seed={new.seed} must be at least 0 and below 2^63"),
-    ]
-    if wrong := [message for holds, message in rules if not holds]:
-        raise UserError("; ".join(wrong))
-
-
-def tiling_config(fit, tiles, thumbnail, tile_choice, tile_tags):
-    """The part of an image config that --tiles and its settings give; {} without --tiles.
-
-    Raises UserError if these settings contradict each other or --fit.
-    """
-    only_with_tiles = {
-        "thumbnail": thumbnail is not True,
-        "tile_choice": tile_choice != "aspect",
-        "tile_tags": tile_tags is not False,
-    }
-    given = ", ".join(f"--{name}" for name, is_given in only_with_tiles.items() if is_given)
-    rules = [
-        (fit is None or fit in FITS, f"--fit={fit} is none of {', '.join(FITS)}"),
-        (
-            tiles is None or fit is None,
-            f"--fit={fit} makes one tile of an image, --tiles={tiles} several: give one of the two",
-        ),
-        (tiles is None or tiles >= 1, f"--tiles={tiles} must be at least 1"),
-        (
-            tile_choice in GRID_CHOICES,
-            f"--tile_choice={tile_choice} is not known: {', '.join(GRID_CHOICES)}",
-        ),
-        (tiles is not None or not given, f"{given} without --tiles"),
-    ]
-    if wrong := [message for holds, message in rules if not holds]:
-        raise UserError("; ".join(wrong))
+def tiling_config(tiles, thumbnail, tile_choice, tile_tags):
+    """Returns what --tiles and its settings add to an image config: nothing without --tiles."""
     if tiles is None:
         return {}
     return {
@@ -230,17 +158,14 @@ def stitch(
     shuffle: int | None = None,  # pixel shuffle: shuffle² patches become one token; none: 1
 ):
     """Join a vision encoder and a language model by a new projector; their weights stay as is."""
-    if not vision or not decoder:
-        raise UserError("prepare.py stitch needs --vision=DIR and --decoder=DIR")
-    refuse_to_overwrite(out)
-    grid = tiling_config(fit, tiles, thumbnail, tile_choice, tile_tags)
-    check_template(template)
+    check_command(stitch, locals())
     choices = {
         "tile": tile,
         "vision_feature_layer": vision_feature_layer,
         "shuffle": shuffle,
         "draft": draft or None,
-        **(grid or {"fit": fit}),
+        "fit": fit,
+        **tiling_config(tiles, thumbnail, tile_choice, tile_tags),
     }
     choices = {name: value for name, value in choices.items() if value is not None}
     stitch_folders(
@@ -251,11 +176,6 @@ def stitch(
         template=template,
         seed=seed,
     )
-
-
-def check_template(template):
-    if template not in (None, *TEMPLATES):
-        raise UserError(f"--template={template} is not known: {', '.join(TEMPLATES)}")
 
 
 def data(
@@ -269,16 +189,7 @@ def data(
     max_skipped: float = 0.01,  # share of samples that may be skipped: 0.01 or 1%
 ):
     """Prepare images and conversations once, as tiles and token ids. It resumes if stopped."""
-    if not source or not out:
-        raise UserError("prepare.py data needs --source=FILE and --out=data/NAME")
-    if seq_len < 1 or workers < 0 or not 0 <= max_skipped <= 1:
-        raise UserError(
-            f"--seq_len={seq_len} must be at least 1, --workers={workers} at least 0, "
-            f"--max_skipped={max_skipped} from 0 to 1"
-        )
-    refuse_to_overwrite(out)
-    if images and not Path(images).exists():
-        raise UserError(f"--images={images}: no such folder or zip")
+    check_command(data, locals())
     prepare_dataset(
         model=model,
         source=source,
@@ -297,16 +208,13 @@ def show(
     out: str = "sample.png",  # image of its tiles
 ):
     """Print a sample as the model gets it, with its loss mask; write an image of its tiles."""
-    if not data or not out.lower().endswith(".png"):
-        raise UserError(
-            "prepare.py show needs --data=data/NAME, and an --out that ends in .png: "
-            f"--data={data} --out={out}"
-        )
+    check_command(show, locals())
     samples = PreparedDataset(data)
     indices = [i for i, name in enumerate(samples.names) if name == sample]
     if not indices:
-        similar = difflib.get_close_matches(sample, samples.names[:100_000], 3) or samples.names[:3]
-        raise UserError(f"{data} holds no sample {sample!r}, but {', '.join(map(repr, similar))}")
+        hint = cli.did_you_mean(sample, samples.names[:100_000])
+        first = ", ".join(samples.names[:3])
+        raise UserError(f"{data} holds no sample {sample!r}{hint}; it begins with {first}")
     tokenizer = Tokenizer.load(data)
     for i in indices:
         print(sample_as_text(samples, i, tokenizer))
@@ -323,11 +231,7 @@ def check(
     tokens_per_s: float = 0.0,  # speed of training, to print the time of an epoch
 ):
     """Verify the checksums of prepared data; print its lengths, and how full sequences will be."""
-    if not data or seq_len < 1 or tokens_per_s < 0:
-        raise UserError(
-            f"prepare.py check needs --data=data/NAME, --seq_len={seq_len} at least 1, "
-            f"--tokens_per_s={tokens_per_s} at least 0"
-        )
+    check_command(check, locals())
     folders, weights = parse_dataset_weights(data)
     samples = PreparedDataset(*folders)
     if wrong := [message for folder in folders for message in verify_checksums(folder)]:
@@ -372,10 +276,18 @@ def plot(
     out: str = "curves.png",  # file of the figure
 ):
     """Plot training runs: loss, validation loss, gradient norm, speed."""
-    if not log:
-        raise UserError("prepare.py plot needs the logs of runs: out/*/log.jsonl")
+    check_command(plot, locals())
     plot_curves(read_curves(log), out)
     cli.print_status(f"{out}: {len(log)} runs")
+
+
+def figures(
+    *,
+    out: str = "nanovlm/demo/figures",  # folder of the figures
+):
+    """Draw the figures of the READMEs from the demonstration's own run."""
+    draw_figures(out)
+    cli.print_status(f"{out}: answers.png, losses.png, sequence.png")
 
 
 def export(
@@ -385,30 +297,102 @@ def export(
     template: str | None = None,  # chat template of a published LLaVA whose own is not known
 ):
     """Export a model as a LLaVA folder for transformers, vLLM and llama.cpp's converter."""
-    if not out:
-        raise UserError("prepare.py export needs --out=DIR")
-    refuse_to_overwrite(out)
-    check_template(template)
+    check_command(export, locals())
     checkpoint = load_checkpoint(model, dtype=None, template=template)
     export_checkpoint(checkpoint, out)
-    kind = "LLaVA-NeXT" if checkpoint.image_config["fit"] == "anyres" else "LLaVA"
     size = sum(file.stat().st_size for file in Path(out).iterdir())
     cli.print_status(
-        f"{out}: a {kind} folder of {size:,} bytes, its template {checkpoint.chat_template}"
+        f"{out}: a LLaVA folder of {size:,} bytes, its template {checkpoint.chat_template}"
     )
 
 
 COMMANDS = {
-    "fridge": fridge,
-    "random_init": random_init,
-    "stitch": stitch,
-    "data": data,
-    "show": show,
-    "check": check,
-    "estimate": estimate,
-    "plot": plot,
-    "export": export,
+    command.__name__: command
+    for command in (fridge, random_init, stitch, data, show, check, estimate, plot, figures, export)
 }
+
+
+# ---- rules that the settings of all commands must meet ----
+
+NEEDED_SETTINGS = {  # settings that have no default
+    random_init: "source",
+    stitch: "vision decoder",
+    data: "source out",
+    show: "data",
+    check: "data",
+    plot: "log",
+    export: "out",
+}
+# (settings, whether a value x is allowed beside settings s, what is wrong if not)
+PREPARE_RULES = [
+    (
+        "scenes text eval_scenes tile patch shuffle tiles width layers heads kv_heads "
+        "intermediate_size vision_width vision_layers vision_heads vision_intermediate_size "
+        "seq_len",
+        lambda x, s: x >= 1,
+        "must be at least 1",
+    ),
+    ("workers tokens_per_s", lambda x, s: x >= 0, "must be at least 0"),
+    ("vocab_size", lambda x, s: x >= 256, "must be at least 256, a token for each byte"),
+    ("max_skipped", lambda x, s: 0 <= x <= 1, "must be from 0 to 1"),
+    ("seed", lambda x, s: 0 <= x < 2**63, "must be at least 0 and below 2^63"),
+    ("template", lambda x, s: x in TEMPLATES, f"is none of {', '.join(TEMPLATES)}"),
+    ("fit", lambda x, s: x in FITS, f"is none of {', '.join(FITS)}"),
+    (
+        "fit",
+        lambda x, s: s.tiles is None,
+        "makes one tile of an image, --tiles={tiles} several: give one of the two",
+    ),
+    ("tile_choice", lambda x, s: x in GRID_CHOICES, f"is none of {', '.join(GRID_CHOICES)}"),
+    (
+        "thumbnail tile_choice tile_tags",
+        lambda x, s: s.tiles is not None,
+        "changes nothing without --tiles",
+    ),
+    (
+        "vision_width vision_heads",
+        lambda x, s: is_multiple(s.vision_width, s.vision_heads),
+        "does not fit: --vision_width={vision_width} must be a multiple of "
+        "--vision_heads={vision_heads}",
+    ),
+    (
+        "heads kv_heads",
+        lambda x, s: is_multiple(s.heads, s.kv_heads),
+        "does not fit: --heads={heads} must be a multiple of --kv_heads={kv_heads}",
+    ),
+    (
+        "width heads",
+        lambda x, s: is_multiple(s.width, 2 * s.heads),
+        "does not fit: --width={width} must be a multiple of 2 × --heads={heads}: "
+        "RoPE rotates pairs of numbers in a head",
+    ),
+    ("images", lambda x, s: Path(x).exists(), "is no folder or zip"),
+]
+NEW_FOLDERS = (fridge, random_init, stitch, data, export)  # commands that write one, --out
+
+
+def is_multiple(number, divisor):
+    return divisor < 1 or number % divisor == 0  # a divisor below 1 breaks another rule
+
+
+def check_command(command, settings):
+    """Raises UserError unless the settings of a command meet the rules in the tables above."""
+    needed = NEEDED_SETTINGS.get(command, "").split()
+    if missing := " and ".join(f"--{name}" for name in needed if not settings[name]):
+        raise UserError(f"prepare.py {command.__name__} needs {missing}")
+    changed = cli.changed_settings(command, settings)
+    cli.check_rules(changed, PREPARE_RULES, SimpleNamespace(**settings))
+    if command is show and not settings["out"].lower().endswith(".png"):
+        raise UserError(f"--out={settings['out']} must end in .png")
+    if command in NEW_FOLDERS:
+        refuse_to_overwrite(settings["out"])
+
+
+def refuse_to_overwrite(out):
+    """Raises UserError if a file, a folder or a broken link has the name."""
+    if os.path.lexists(out.rstrip("/")):
+        raise UserError(f"--out={out} exists already: remove it, or choose another folder")
+
 
 if __name__ == "__main__":
     cli.run_script(COMMANDS)

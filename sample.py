@@ -6,8 +6,8 @@
     python sample.py --model=llava-hf/llava-v1.6-mistral-7b-hf --image a.jpg
     echo "Is there any milk?" | python sample.py --image fridge.jpg
 
-Only the answer goes to standard output. If no question is typed or piped, an image is asked
-"What is in the fridge?".
+Only the answer goes to standard output. If no question is typed or piped, it is "Describe this
+image." or, for the demonstration's model, "What is in the fridge?".
 
 Evaluate it on a benchmark, your own questions or a public one:
 
@@ -16,7 +16,6 @@ Evaluate it on a benchmark, your own questions or a public one:
     python sample.py --score=mmmu.jsonl
 """
 
-import itertools
 import os
 import sys
 import time
@@ -25,11 +24,10 @@ from types import SimpleNamespace
 
 import torch
 
-from nanovlm import UserError, cli, distributed, files
+from nanovlm import UserError, cli, distributed
 from nanovlm.checkpoints.checkpoint import load_checkpoint
 from nanovlm.data import chat_template, image_processing, packing
 from nanovlm.evals import benchmarks, runner
-from nanovlm.evals.runner import MAX_SEQUENCE, check_prompt_lengths, encode_prompt
 from nanovlm.inference.generate import generate
 from nanovlm.inference.optimize import optimize
 from nanovlm.kernels import dispatch
@@ -42,7 +40,7 @@ def sample(
     # --- model and question
     model: str = "",  # a checkpoint, run or LLaVA, or owner/name; empty: out/sft, else out/demo/sft
     image: list[str] = [],  # an image file; may be repeated
-    prompt: str = "",  # the question, <image> for each image; empty: standard input, else a default
+    prompt: str = "",  # question, with <image>s; empty: standard input, or "Describe this image."
     chat: bool = False,  # a conversation: answer the prompt, then each line of standard input
     # --- benchmark
     benchmark: str = "",  # how to read, ask and score the questions, such as mmmu; empty: exact
@@ -53,7 +51,7 @@ def sample(
     score: str = "",  # score the answers in this file again, without a model
     report: str = "",  # write an HTML page of images, questions, answers and scores
     submission: str = "",  # write the answers as coco, vqav2, docvqa or infovqa want them submitted
-    batch: int = 16,  # questions of a benchmark that are answered at once
+    batch_size: int = 16,  # questions of a benchmark that are answered at once
     # --- generation
     temperature: float = 0.0,  # 0: greedy, the likeliest token; 1: sample from the model's softmax
     top_p: float = 1.0,  # sample from the fewest tokens that hold this much of the probability
@@ -67,7 +65,7 @@ def sample(
 ):
     """Answer a question about images, or about text alone; or evaluate a model on a benchmark."""
     settings = SimpleNamespace(**locals())
-    check_rules(settings)
+    cli.check_rules(cli.changed_settings(sample, vars(settings)), RULES, settings)
     if not (model or score):
         settings.model = model = default_model()
     dispatch.choice = kernels
@@ -76,10 +74,10 @@ def sample(
     )
     if questions or score:
         return run_evaluation(settings, generation)
-    question = "" if chat else read_question(prompt, len(image))
+    question = "" if chat else read_question(prompt, len(image), model)
     checkpoint = load_checkpoint(model, distributed.pick_device(device), WEIGHT_DTYPES[dtype])
     optimize(checkpoint.model)
-    loaded = load_images(image, checkpoint.image_config)
+    loaded = [image_processing.load_image(path, checkpoint.image_config) for path in image]
     if chat:
         chat_in_terminal(checkpoint, loaded, prompt, **generation)
     else:
@@ -94,31 +92,85 @@ WEIGHT_DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
-ALLOWED_VALUES = {"dtype": WEIGHT_DTYPES, "kernels": ("auto", "torch")}
-RANGES = {  # a smaller temperature or top_p gives infinity or a probability of 0 in float32
-    "temperature": ("0 or from 0.001 to 1000", lambda x: x == 0 or 0.001 <= x <= 1000),
-    "top_p": ("from 0.001 to 1", lambda x: 0.001 <= x <= 1),
-    "top_k": ("at least 0 and below 2^31", lambda x: 0 <= x < 2**31),
-    "max_tokens": (f"from 1 to {MAX_SEQUENCE:,}", lambda x: 1 <= x <= MAX_SEQUENCE),
-    "seed": ("at least 0 and below 2^63", lambda x: 0 <= x < 2**63),
-    "batch": ("at least 1", lambda x: x >= 1),
-}
-NEEDS = [  # (settings, at least one of which must be given with them)
-    ("benchmark annotations images out report submission batch", "questions score"),
-    ("annotations images report", "questions"),
-]
-EXCLUDES = [("questions score", "image chat")]
-UNUSED = [  # (settings, that change nothing if this holds, in words)
+MAX_TOKENS = runner.MAX_SEQUENCE
+SUBMISSION_STARTS = tuple(
+    f'[{{"{benchmark.submission_keys[0]}": '.encode()
+    for benchmark in benchmarks.BENCHMARKS.values()
+    if benchmark.submission_keys
+)
+RULES = [  # (settings, whether a value x is allowed beside settings s, what is wrong if not)
+    # a smaller temperature or top_p gives infinity or a probability of 0 in float32
+    ("temperature", lambda x, s: x == 0 or 0.001 <= x <= 1000, "must be 0 or from 0.001 to 1000"),
+    ("top_p", lambda x, s: 0.001 <= x <= 1, "must be from 0.001 to 1"),
+    ("top_k", lambda x, s: 0 <= x < 2**31, "must be at least 0 and below 2^31"),
+    ("max_tokens", lambda x, s: 1 <= x <= MAX_TOKENS, f"must be from 1 to {MAX_TOKENS:,}"),
+    ("seed", lambda x, s: 0 <= x < 2**63, "must be at least 0 and below 2^63"),
+    ("batch_size", lambda x, s: x >= 1, "must be at least 1"),
+    ("dtype", lambda x, s: x in WEIGHT_DTYPES, f"is none of {', '.join(WEIGHT_DTYPES)}"),
+    ("kernels", lambda x, s: x in ("auto", "torch"), "is none of auto, torch"),
+    ("questions score", lambda x, s: not (s.image or s.chat), "excludes --image and --chat"),
     (
-        "model batch temperature top_p top_k max_tokens dtype kernels",
-        lambda s: s.score,
-        "if answers are scored again",
+        "benchmark annotations images out report submission batch_size",
+        lambda x, s: s.questions or s.score,
+        "needs --questions or --score",
     ),
-    ("prompt", lambda s: s.score and not s.questions, "if answers are scored again"),
-    ("top_p top_k", lambda s: s.temperature == 0, "at --temperature=0"),
-    ("seed", lambda s: s.temperature == 0 and not (s.questions or s.score), "at --temperature=0"),
+    ("annotations images report", lambda x, s: s.questions, "needs --questions"),
+    (
+        "model batch_size temperature top_p top_k max_tokens dtype kernels",
+        lambda x, s: not s.score,
+        "changes nothing if answers are scored again",
+    ),
+    (
+        "prompt",
+        lambda x, s: s.questions or not s.score,
+        "changes nothing if answers are scored again",
+    ),
+    ("top_p top_k", lambda x, s: s.temperature > 0, "changes nothing at --temperature=0"),
+    (
+        "seed",
+        lambda x, s: s.temperature > 0 or s.questions or s.score,
+        "changes nothing at --temperature=0",
+    ),
+    ("out report submission", lambda x, s: Path(x).parent.is_dir(), "is in no existing folder"),
+    ("out", lambda x, s: not x.endswith(".json"), "is the name of the scores: end it in .jsonl"),
+    (
+        "out report submission",
+        lambda x, s: count_uses(x, s) == 1,
+        "is the file of another setting, too: choose another",
+    ),
+    (
+        "out",
+        lambda x, s: count_uses(runner.metadata_path(x), s) == 1,
+        "has its scores in the .json beside it, which another setting names: choose another",
+    ),
+    (
+        "report",
+        lambda x, s: is_replaceable(x, b"<!doctype html>"),
+        "exists and is something else: choose another",
+    ),
+    (
+        "submission",
+        lambda x, s: is_replaceable(x, SUBMISSION_STARTS),
+        "exists and is something else: choose another",
+    ),
 ]
 
+
+def count_uses(path, settings):
+    """Returns how many of the files that settings name, or imply, are this one."""
+    names = ("questions", "annotations", "images", "score", "out", "report", "submission")
+    paths = [getattr(settings, name) for name in names]
+    paths += [runner.metadata_path(path) for path in (settings.score, settings.out) if path]
+    return [Path(path).resolve() for path in paths if path].count(Path(path).resolve())
+
+
+def is_replaceable(path, start):
+    """Whether a file does not exist, or begins as this script would write it."""
+    path = Path(path)
+    return not path.exists() or (path.is_file() and path.read_bytes().startswith(start))
+
+
+# ---- the model and the question, if none is given ----
 
 DEFAULT_MODELS = ("out/sft", "out/demo/sft")  # your own, else the demonstration's
 
@@ -136,84 +188,7 @@ def default_model():
     )
 
 
-def check_rules(settings):
-    """Raises UserError for settings out of range, in conflict, without effect, or without a file.
-
-    The tables above hold the rules.
-    """
-    values = vars(settings)
-    changed = cli.changed_settings(sample, values)
-    check_ranges({name: values[name] for name in RANGES})
-    for name, choices in ALLOWED_VALUES.items():
-        if values[name] not in choices:
-            raise UserError(f"--{name}={values[name]} is none of {', '.join(choices)}")
-    model = settings.model
-    if model and not (settings.score or Path(model).exists() or files.is_repo_id(model)):
-        raise UserError(f"no such model: {model}; `python train.py` makes {DEFAULT_MODELS[-1]}")
-    for names, needed in NEEDS:
-        typed = [name for name in names.split() if name in changed]
-        if typed and not any(values[name] for name in needed.split()):
-            raise UserError(f"--{typed[0]} needs --{needed.replace(' ', ' or --')}")
-    for names, others in EXCLUDES:
-        name = next((name for name in names.split() if values[name]), None)
-        other = next((name for name in others.split() if values[name]), None)
-        if name and other:
-            raise UserError(f"--{name} and --{other} do not go together")
-    check_files(settings)
-    for names, condition, text in UNUSED:
-        for name in names.split():
-            if name in changed and condition(settings):
-                raise UserError(f"--{name}={cli.format_value(values[name])} changes nothing {text}")
-
-
-def check_ranges(values):
-    """Raises one UserError that names every value out of its range."""
-    wrong = []
-    for name, value in values.items():
-        allowed, is_allowed = RANGES[name]
-        if not is_allowed(value):
-            wrong.append(f"--{name}={value} must be {allowed}")
-    if wrong:
-        raise UserError("; ".join(wrong))
-
-
-def check_files(settings):
-    """Raises UserError for a file that cannot be written, or that would overwrite another one."""
-    inputs = ("questions", "annotations", "images", "score")
-    outputs = ("out", "report", "submission")
-    paths = {f"--{name}": getattr(settings, name) for name in (*inputs, *outputs)}
-    for name in outputs:
-        if (path := paths[f"--{name}"]) and not Path(path).parent.is_dir():
-            raise UserError(f"--{name}={path}: there is no folder {Path(path).parent}")
-    if settings.out.endswith(".json"):
-        raise UserError(
-            f"--out={settings.out}: the scores take this name; use another for the answers, "
-            f"such as {settings.out}l"
-        )
-    for name in ("score", "out"):
-        if path := getattr(settings, name):
-            paths[f"the scores beside --{name}"] = runner.metadata_path(path)
-    named = [(name, path) for name, path in paths.items() if path]
-    for (one, path), (other, same) in itertools.combinations(named, 2):
-        both_read = {one, other} <= {f"--{name}" for name in inputs}
-        if Path(path).resolve() == Path(same).resolve() and not both_read:
-            raise UserError(f"{other} and {one} are one file, {path}: choose another")
-    if settings.report:
-        check_overwrite("report", settings.report, b"<!doctype html>")
-
-
-def check_overwrite(name, path, start):
-    """Raises UserError if the file of a setting exists and does not begin with `start`."""
-    if runner.has_content(path) and not (
-        Path(path).is_file() and Path(path).read_bytes().startswith(start)
-    ):
-        raise UserError(f"--{name}={path} exists and is something else: choose another file")
-
-
-# ---- one question, or a conversation ----
-
-
-def read_question(prompt, image_count):
+def read_question(prompt, image_count, model):
     """Returns the prompt, or else standard input if it is piped, or else a default for images."""
     if not prompt.strip() and sys.stdin and not sys.stdin.isatty():
         prompt = sys.stdin.read()
@@ -221,23 +196,21 @@ def read_question(prompt, image_count):
         raise UserError(
             "there is no question: give a --prompt, an --image, or --chat=true for a conversation"
         )
-    return place_images(prompt.strip() or "What is in the fridge?", image_count)
+    is_demonstration = Path(model).is_relative_to("out/demo")
+    default = "What is in the fridge?" if is_demonstration else "Describe this image."
+    return prepare_question(prompt.strip() or default, image_count)
 
 
-def place_images(text, image_count):
-    """Returns the text with one <image> per image; puts them in front if the text has none."""
-    placed = text.count("<image>")
-    if placed not in (0, image_count):
-        raise UserError(f"the question has {placed} <image>, but {image_count} images are given")
+def prepare_question(text, image_count):
+    """Returns a question with one <image> per image. Raises UserError if it cannot be one."""
     # Python decodes the bytes of standard input that are no text as lone surrogates.
-    if any("\ud800" <= letter <= "\udfff" for letter in text):
+    if chat_template.LONE_SURROGATE.search(text):
         encoding = sys.stdin.encoding if sys.stdin else "UTF-8"
         raise UserError(f"the question is not text in {encoding}: {text[:80]!r}")
-    return text if placed else "<image>\n" * image_count + text
+    return chat_template.place_images(text, image_count)
 
 
-def load_images(paths, image_config):
-    return [image_processing.load_image(path, image_config) for path in paths]
+# ---- one question, or a conversation ----
 
 
 def stream_answer(checkpoint, turns, images, **generation):
@@ -245,8 +218,9 @@ def stream_answer(checkpoint, turns, images, **generation):
 
     A character may take several tokens: their pieces are empty until the last one.
     """
-    text, ids = checkpoint.tokenizer.stream(), encode_prompt(checkpoint, turns, images)
-    check_prompt_lengths(checkpoint, [len(ids)], generation["max_tokens"])
+    text = checkpoint.tokenizer.stream()
+    ids = chat_template.encode_prompt(checkpoint, turns, images)
+    runner.check_prompt_lengths(checkpoint, [len(ids)], generation["max_tokens"])
     stop = {chat_template.end_token_id(checkpoint.tokenizer, checkpoint.chat_template)}
     inputs = packing.collate_images(images, checkpoint.image_config)
     for (next_id,) in generate(checkpoint.model, [ids], **inputs, stop=stop, **generation):
@@ -284,7 +258,7 @@ def chat_in_terminal(checkpoint, images, prompt, **generation):
     turns = []
     for line in read_lines(prompt):
         try:
-            question = place_images(line, 0 if turns else len(images))
+            question = prepare_question(line, 0 if turns else len(images))
         except UserError as error:
             cli.print_status(f"error: {error}")
             continue
@@ -298,14 +272,17 @@ def chat_in_terminal(checkpoint, images, prompt, **generation):
 def run_evaluation(settings, generation):
     """Answers a benchmark's questions, or scores their answers again; prints and writes both."""
     device = distributed.pick_device(settings.device)
-    rank, world = distributed.init_distributed(device)
-    metadata, checkpoint, results = {}, None, []
+    rank, _ = distributed.init_distributed(device)
+    metadata, questions = {}, []
     with distributed.raise_on_all_ranks():
         if settings.score:
             metadata = runner.read_metadata(settings.score)
         benchmark = find_benchmark_name(settings, metadata)
-        check_outputs(settings, benchmark, metadata)
-        questions = []
+        if settings.submission:
+            benchmarks.format_submission(benchmark, [])
+        if settings.out:
+            known = metadata.get("settings", {}) | {"benchmark": benchmark}
+            runner.check_output(settings.out, known if settings.score else None)
         if settings.questions:
             questions = benchmarks.load_questions(
                 benchmark,
@@ -314,22 +291,20 @@ def run_evaluation(settings, generation):
                 settings.images,
                 settings.prompt,
             )
-        if not settings.score:
-            checkpoint = load_checkpoint(settings.model, device, WEIGHT_DTYPES[settings.dtype])
-        elif rank == 0:
+        if settings.score:
             results = runner.rescore(settings.score, questions, benchmark)
-    with runner.lock_output(settings.out, rank):
-        if checkpoint:
+        else:
+            checkpoint = load_checkpoint(settings.model, device, WEIGHT_DTYPES[settings.dtype])
             optimize(checkpoint.model)
+    with runner.lock_output(settings.out):
+        if not settings.score:
             results, metadata = runner.run_benchmark(
                 checkpoint,
                 questions,
-                rank,
-                world,
                 benchmark=benchmark,
                 prompt=settings.prompt,
                 out=settings.out,
-                batch=settings.batch,
+                batch_size=settings.batch_size,
                 **generation,
             )
         if rank == 0:
@@ -347,28 +322,14 @@ def run_evaluation(settings, generation):
 
 def find_benchmark_name(settings, metadata):
     """Returns --benchmark, or else the one that the answers were scored by, or else exact."""
-    if settings.benchmark:
-        return settings.benchmark
-    if not settings.score:
-        return "exact"
-    if not metadata:
+    if settings.score and not (settings.benchmark or metadata):
         raise UserError(
             f"there is no {runner.metadata_path(settings.score)} that names the benchmark of "
             f"{settings.score}: give --benchmark"
         )
-    return metadata["settings"]["benchmark"]
-
-
-def check_outputs(settings, benchmark, metadata):
-    """Raises UserError, before the first question, for outputs that could not be written."""
-    submission_keys = benchmarks.find_benchmark(benchmark).submission_keys
-    if settings.out:
-        known = metadata.get("settings", {}) if settings.score else None
-        runner.check_output(settings.out, known)
-    if settings.submission:
-        benchmarks.format_submission(benchmark, [])
-        start = f'[{{"{submission_keys[0]}": '.encode()
-        check_overwrite("submission", settings.submission, start)
+    name = settings.benchmark or metadata.get("settings", {}).get("benchmark", "exact")
+    benchmarks.find_benchmark(name)
+    return name
 
 
 if __name__ == "__main__":

@@ -8,22 +8,20 @@
 --help lists the settings.
 """
 
-import itertools
 import math
 import os
 import shlex
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from hashlib import sha256
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 
 from nanovlm import IGNORE_INDEX, UserError, cli
-from nanovlm.checkpoints.checkpoint import list_checkpoints, load_checkpoint, load_deferred_weights
-from nanovlm.data.dataset import LENGTH, PreparedDataset, write_subset
+from nanovlm.checkpoints.checkpoint import load_checkpoint, load_deferred_weights
+from nanovlm.data.dataset import PreparedDataset, write_subset
 from nanovlm.data.packing import PackedDataLoader, parse_dataset_weights
 from nanovlm.demo.run import run_demonstration
 from nanovlm.distributed import (
@@ -31,7 +29,6 @@ from nanovlm.distributed import (
     all_reduce_sum,
     check_compiler,
     checkpoint_activations,
-    choose_parallelism,
     clip_grad_norm,
     compile_blocks,
     get_rank,
@@ -46,21 +43,20 @@ from nanovlm.distributed import (
 )
 from nanovlm.evals.benchmarks import load_questions
 from nanovlm.evals.runner import evaluate
-from nanovlm.files import lock_path
 from nanovlm.kernels import dispatch
 from nanovlm.training.flops import micro_batch_flops
 from nanovlm.training.logger import Logger
-from nanovlm.training.memory import estimate_memory, print_plan
-from nanovlm.training.profiler import StepTimer
-from nanovlm.training.recipes import (
-    FREE_ON_RESUME,
-    STAGES,
-    check_inputs,
-    freeze_parts,
-    load_settings,
-    read_saved_settings,
+from nanovlm.training.memory import choose_dtype, plan_memory
+from nanovlm.training.profiler import profile_steps
+from nanovlm.training.recipes import STAGES, check_inputs, freeze_parts, load_settings
+from nanovlm.training.resume import (
+    Saver,
+    find_resume_checkpoint,
+    load_optimizer,
+    move_old_run_aside,
+    resume_step,
+    settings_to_keep,
 )
-from nanovlm.training.resume import Saver, load_optimizer
 from nanovlm.training.signals import SignalHandler
 from nanovlm.training.validation import pack_validation_set, validate
 
@@ -106,7 +102,7 @@ def train(
     log_every: int = 20,  # steps between log lines
     save_every: int = 500,  # steps between checkpoints
     keep_checkpoints: int = 1,  # newest checkpoints to keep; from 2 on also the best
-    profile: bool = False,  # print the seconds of each phase, write a trace of three steps
+    profile: bool = False,  # print the slowest operations, write a trace of three steps
     tensorboard: bool = False,  # write the log for tensorboard, too
     # --- validation and evaluation
     validate_every: int = 100,  # steps between validation losses
@@ -158,6 +154,8 @@ def train(
     dtype = choose_dtype(run, device)
     plan_memory(run, vlm, sequence, device, dtype, world)
     with raise_on_all_ranks():
+        if run.compile:
+            check_compiler(device)
         if rank == 0:
             move_old_run_aside(run)
     checkpoint_activations(transformer_blocks(vlm, run.activation_checkpointing))
@@ -191,20 +189,21 @@ def training_loop(run, start, vlm, wrapped, autocast, loader, optimizer, metrics
         Logger(run.out, start, run.steps, rank, run.tensorboard) as logger,
         ThreadPoolExecutor(1) as prefetcher,
         SignalHandler(rank) as signals,
-        StepTimer(run.profile, vlm, device, run.out, rank) as timer,
+        profile_steps(vlm, run) as profile,
     ):
         next_micro_batches = prefetcher.submit(next, loader)  # read during the step before
         while done < run.steps and not stopping:
             micro_batches = logger.wait(next_micro_batches)
             next_micro_batches = prefetcher.submit(next, loader)
             lr_now = set_learning_rates(optimizer, done, run)
-            stats = compute_gradients(wrapped, micro_batches, device, autocast, signals, timer)
+            stats = compute_gradients(wrapped, micro_batches, device, autocast, signals)
             norms = clip_grad_norm(vlm, run.peak_lrs, run.grad_clip)
             done += 1
             check_finite(done, stats, norms["grad_norm"], micro_batches, loader.samples, run.out)
             optimizer.step()
             optimizer.zero_grad()
-            timer.end_step("optimizer")
+            if profile:
+                profile.step()
 
             is_last, stopping = done == run.steps, stats.stopping
             saving = is_last or stopping or done % run.save_every == 0
@@ -218,11 +217,9 @@ def training_loop(run, start, vlm, wrapped, autocast, loader, optimizer, metrics
                     lr=lr_now,
                     label_fraction=stats.labels / stats.tokens,
                     **norms,
-                    **timer.pop_seconds(),
                 )
             if saving:
                 saver.save(done, is_last, metrics)
-            timer.end_phase("between_steps")
     logger.print_summary(done, run.stage)
     return signals if done < run.steps else None
 
@@ -270,7 +267,7 @@ def make_optimizer(model, peak_lrs, weight_decay, betas):
     return torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)
 
 
-def compute_gradients(wrapped, micro_batches, device, autocast, signals, timer):
+def compute_gradients(wrapped, micro_batches, device, autocast, signals):
     """Gradients of one step: the summed loss over the labelled tokens, divided by their number.
 
     Both are over all ranks and micro-batches, so a step does not depend on how it is split.
@@ -282,17 +279,14 @@ def compute_gradients(wrapped, micro_batches, device, autocast, signals, timer):
     samples = sum(len(members) for _, members in micro_batches)
     labels, tokens, samples, world = all_reduce_sum([labels, tokens, samples, 1], device)
     loss_sums = []
-    # Gradient accumulation: one micro-batch after another adds to the gradients. Hooks end
-    # the other phases of the timer inside these calls.
+    # Gradient accumulation: one micro-batch after another adds to the gradients.
     for number, (batch, _) in enumerate(micro_batches, 1):
         batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
         with no_sync(wrapped, last=number == len(micro_batches)):
             with autocast:
                 loss_sum = wrapped(**batch)
-            timer.end_phase("decoder")
             # DDP and FSDP divide gradients by the number of ranks: `world` undoes that.
             (loss_sum * (world / labels if labels else math.nan)).backward()
-            timer.end_phase("vision")
         loss_sums.append(loss_sum.detach())
     loss_sums = torch.stack(loss_sums).tolist()
     total, stopping = all_reduce_sum([sum(loss_sums), signals.received > 0], device)
@@ -343,28 +337,12 @@ def run_validation(run, checkpoint, samples, validation_set, questions, autocast
     if is_last or done % run.validate_every == 0:
         metrics = validate(checkpoint, samples, validation_set, rank, world, autocast)
     if questions and (is_last or done % run.eval_every == 0):
-        table = evaluate(
-            checkpoint, questions, rank, world, benchmark=run.eval_benchmark, autocast=autocast
-        )
-        score = 0.0 if table is None else table[-1].score  # only rank 0 has the table
-        (metrics["eval_score"],) = all_reduce_sum([score], checkpoint.model.mean_C11.device)
+        table = evaluate(checkpoint, questions, benchmark=run.eval_benchmark, autocast=autocast)
+        metrics["eval_score"] = table[-1].score
     return metrics
 
 
 # ---- model and data ----
-
-
-def find_resume_checkpoint(run):
-    """The checkpoint from which a run resumes; None for a new run."""
-    if run.resume:
-        if not (folders := list_checkpoints(run.out)):
-            raise UserError(f"--resume=true, but {run.out} holds no checkpoint of a run")
-        return folders[-1]
-    if Path(run.model).resolve().is_relative_to(Path(run.out).resolve()):
-        raise UserError(
-            f"--model={run.model} is inside --out={run.out}: "
-            "choose another --out, or continue that run with --resume=true"
-        )
 
 
 def load_for_training(folder, run):
@@ -397,8 +375,9 @@ def make_loader(samples, run, **options):
 def load_eval_questions(run):
     """The questions that are answered during training; [] without --eval_questions."""
     if not run.eval_questions:
-        used = vars(run).keys() - {"eval_images", "eval_every", "eval_benchmark"}
-        cli.refuse_unused_settings(train, vars(run), used, "without --eval_questions=FILE")
+        unused = "eval_images eval_every eval_benchmark"
+        rule = (unused, lambda x, s: False, "changes nothing without --eval_questions=FILE")
+        cli.check_rules(cli.changed_settings(train, vars(run)), [rule], run)
         return []
     questions = load_questions(run.eval_benchmark, run.eval_questions, images=run.eval_images)
     if without := [q["id"] for q in questions if not q["answers"]]:
@@ -409,32 +388,6 @@ def load_eval_questions(run):
 
 
 # ---- settings, and what the run prints before it starts ----
-
-
-def settings_to_keep(run, samples):
-    """The settings that must stay the same if the run resumes.
-
-    Data is named by its content, since its folder may move.
-    """
-    checksum = sha256(samples.table.tobytes()).hexdigest()[:8]
-    tokens = samples.table[:, LENGTH].sum()
-    content = f"{len(samples.table):,} samples of {tokens:,} tokens ({checksum})"
-    blend = "" if run.weights is None else f" blended by {run.weights}"
-    skipped = (*FREE_ON_RESUME, "peak_lrs", "weights")
-    settings = {name: value for name, value in vars(run).items() if name not in skipped}
-    return settings | {"data": content + blend}
-
-
-def resume_step(folder, must_agree):
-    """The step of a run's checkpoint. Raises UserError if a setting differs from the saved one."""
-    was = read_saved_settings(folder / "training.json")
-    wrong = []
-    for name, value in must_agree.items():
-        if was.get(name) != value:
-            wrong.append(f"--{name} was {was.get(name)}, now {value}")
-    if wrong:
-        raise UserError(f"{folder} cannot resume with other settings: {'; '.join(wrong)}")
-    return was["step"]
 
 
 def describe_run(run, saved, device, world):
@@ -448,46 +401,9 @@ def describe_run(run, saved, device, world):
     )
 
 
-def choose_dtype(run, device):
-    """The dtype of matrix products; parameters stay float32."""
-    if run.dtype == "bfloat16" or (run.dtype == "auto" and device.type == "cuda"):
-        return torch.bfloat16
-    return torch.float32
-
-
-def plan_memory(run, model, sequence, device, dtype, world):
-    """Choose between DDP and FSDP by the estimated memory of a rank, and print both.
-
-    sequence: a batch of one, for which the estimate is made.
-    """
-    sizes = estimate_memory(run, model, sequence, device, dtype, "none", world)
-    run.parallel, reason = choose_parallelism(run.parallel, sum(sizes.values()), device)
-    if run.parallel == "fsdp":
-        sizes = estimate_memory(run, model, sequence, device, dtype, "fsdp", world)
-    if run.compile:
-        with raise_on_all_ranks():
-            check_compiler(device)
-    if get_rank() == 0:
-        print(f"parallel: {run.parallel}, {reason}")
-        print_plan(model, run.peak_lrs, sizes)
-
-
 def print_on_rank_0(text):
     if get_rank() == 0:
         print(text)
-
-
-def move_old_run_aside(run):
-    """Rename the folder of an earlier run that a new run would overwrite."""
-    out = Path(run.out)
-    if run.resume or not os.path.lexists(out) or (out.is_dir() and not any(out.iterdir())):
-        return
-    if not (out / "log.jsonl").is_file():
-        raise UserError(f"--out={out} exists already and is not a run: choose another folder")
-    number = next(n for n in itertools.count(1) if not Path(f"{out}.{n}").exists())
-    with lock_path(out):
-        os.rename(out, f"{out}.{number}")
-    print(f"{out} holds an earlier run: moved to {out}.{number}")
 
 
 def check_demonstration(given):

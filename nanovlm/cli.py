@@ -26,105 +26,123 @@ BOOLEANS = {
     "no": False,
     "off": False,
 }
-# Settings, commands and stages of older versions: "did you mean" suggests the first new name that
-# the script has.
+TYPE_NAMES = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    types.NoneType: "none",
+}
+# What older versions called settings, commands and stages. Names that are similar to today's are
+# left out: did_you_mean finds them.
 OLD_SETTINGS = {
-    "batch": ("global_batch_size", "batch_size"),
-    "benchmark": ("eval_benchmark",),
-    "brain": ("decoder",),
-    "clip": ("grad_clip",),
-    "decay": ("weight_decay",),
-    "dry_run": ("python prepare.py estimate",),
-    "exam": ("eval_questions", "eval_scenes"),
-    "exam_every": ("eval_every",),
-    "exam_images": ("eval_images",),
-    "eye": ("vision",),
-    "ffn": ("intermediate_size",),
-    "floor": ("min_lr",),
-    "keep": ("keep_checkpoints",),
-    "mfu": ("python prepare.py estimate",),
-    "micro": ("micro_batch_size",),
-    "new": ("random_init",),
-    "offload": ("cpu_offload",),
-    "peak": ("peak_tflops", "python prepare.py estimate"),
-    "rate": ("tokens_per_s",),
-    "read": ("vision_feature_layer",),
-    "recompute": ("activation_checkpointing",),
-    "row": ("seq_len",),
-    "shard": ("hsdp_shard_size",),
-    "vision_ffn": ("vision_intermediate_size",),
-    "vocabulary": ("vocab_size",),
-    "warmup": ("warmup_ratio",),
+    "batch": "global_batch_size",
+    "brain": "decoder",
+    "decay": "weight_decay",
+    "dry_run": "python prepare.py estimate",
+    "exam": "eval_questions",
+    "eye": "vision",
+    "ffn": "intermediate_size",
+    "floor": "min_lr",
+    "keep": "keep_checkpoints",
+    "mfu": "python prepare.py estimate",
+    "micro": "micro_batch_size",
+    "new": "random_init",
+    "peak": "peak_tflops",
+    "rate": "tokens_per_s",
+    "read": "vision_feature_layer",
+    "recompute": "activation_checkpointing",
+    "row": "seq_len",
+    "shard": "hsdp_shard_size",
+    "vision_ffn": "vision_intermediate_size",
+    "vocabulary": "vocab_size",
 }
 WIDTH = 100  # of the help, in columns
 
 
-def settings(function):
-    """[(name, type, default, remark)] of a function's keyword-only parameters."""
+# ---- settings of a function ----
+
+
+def parameter_lines(function):
+    """Yields (name, line above it, its last line) of each keyword-only parameter in the source."""
     source = textwrap.dedent(inspect.getsource(function))
-    lines, hints = source.splitlines(), typing.get_type_hints(function)
-    arguments = ast.parse(source).body[0].args.kwonlyargs
-    remarks = {a.arg: lines[a.end_lineno - 1].partition("  # ")[2].strip() for a in arguments}
-    return [
-        (p.name, hints[p.name], p.default, remarks[p.name])
-        for p in inspect.signature(function).parameters.values()
-        if p.kind is p.KEYWORD_ONLY
-    ]
+    lines = source.splitlines()
+    for argument in ast.parse(source).body[0].args.kwonlyargs:
+        yield argument.arg, lines[argument.lineno - 2].strip(), lines[argument.end_lineno - 1]
+
+
+def settings(function):
+    """Returns [(name, type, default, remark)] of a function's keyword-only parameters."""
+    hints, parameters = typing.get_type_hints(function), inspect.signature(function).parameters
+    found = []
+    for name, _, line in parameter_lines(function):
+        remark = line.partition("  # ")[2].strip()
+        found.append((name, hints[name], parameters[name].default, remark))
+    return found
 
 
 def setting_groups(function):
-    """{first setting of a group: the group's title}, from the `# --- title` lines."""
-    source = textwrap.dedent(inspect.getsource(function))
-    lines, groups = source.splitlines(), {}
-    for a in ast.parse(source).body[0].args.kwonlyargs:
-        line = lines[a.lineno - 2].strip()
-        if line.startswith("# --- "):
-            groups[a.arg] = line.removeprefix("# --- ")
+    """Returns {first setting of a group: the group's title}, from the `# --- title` lines."""
+    groups = {}
+    for name, line_above, _ in parameter_lines(function):
+        if line_above.startswith("# --- "):
+            groups[name] = line_above.removeprefix("# --- ")
     return groups
 
 
+def changed_settings(function, values):
+    """Returns {setting: value} of those that are not at their defaults."""
+    changed = {}
+    for name, _, default, _ in settings(function):
+        if values[name] != default:
+            changed[name] = values[name]
+    return changed
+
+
+# ---- from text to values ----
+
+
 def convert_value(text, kind):
-    """The value of a setting's text. Raises ValueError if it has another type.
+    """Returns the value of a setting's text. Raises ValueError or KeyError if it has another type.
 
     `float | None` also takes "none".
     """
     if isinstance(kind, types.UnionType):
         if text.lower() == "none":
             return None
-        kind = next(k for k in kind.__args__ if k is not type(None))
+        kind = kind.__args__[0]
     if kind is bool:
-        if text.lower() not in BOOLEANS:
-            raise ValueError("true or false")
         return BOOLEANS[text.lower()]
     if kind is int:
-        number = float(text.replace("_", ""))
-        if not math.isfinite(number) or number != int(number):
-            raise ValueError("a whole number")
-        return int(number) if "e" in text.lower() or "." in text else int(text)
+        if not float(text).is_integer():  # neither 1.5 nor inf, but 1e3
+            raise ValueError
+        return int(float(text)) if "e" in text.lower() or "." in text else int(text)
     if kind is float:
         number = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
         if not math.isfinite(number):
-            raise ValueError("a finite number")
+            raise ValueError
         return number
-    return kind(text)
-
-
-TYPE_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+    return text
 
 
 def type_name(kind):
+    """Returns what a setting of this type takes, in words."""
     if isinstance(kind, types.UnionType):
-        return " or ".join("none" if k is type(None) else TYPE_NAMES[k] for k in kind.__args__)
+        return " or ".join(map(type_name, kind.__args__))
     return TYPE_NAMES.get(kind, "a text")
 
 
 def split_arguments(argv, kinds):
-    """Yield (name, text or None) for each setting; (None, word) for a word without a setting."""
+    """Yields (name, text or None) for each setting; (None, word) for a word without a setting.
+
+    If the first setting is a list, words without a setting belong to it: plot out/*/log.jsonl.
+    """
+    first = next(iter(kinds), None)
     words = list(argv)
     while words:
         word = words.pop(0)
         if not word.startswith("--"):
-            yield None, word
+            takes_words = kinds.get(first) == list[str] and not word.startswith("-")
+            yield first if takes_words else None, word
             continue
         name, equals, text = word[2:].partition("=")
         name = name.replace("-", "_")
@@ -137,25 +155,19 @@ def split_arguments(argv, kinds):
 
 
 def parse_arguments(function, argv):
-    """The settings in argv, as keyword arguments. One UserError names everything that is wrong.
-
-    If the first setting is a list, words without a setting belong to it: plot out/*/log.jsonl.
-    """
-    known = settings(function)
-    kinds = {name: kind for name, kind, _, _ in known}
-    # Only these settings may be empty: elsewhere an empty text is an unset variable of the shell.
-    may_be_empty = {name for name, _, default, _ in known if default == ""}
-    first = next(iter(kinds), None)
+    """Returns the settings in argv, as keyword arguments. One UserError names all that is wrong."""
+    kinds, defaults = {}, {}
+    for name, kind, default, _ in settings(function):
+        kinds[name], defaults[name] = kind, default
     values, wrong = {}, []
     for name, text in split_arguments(argv, kinds):
-        if name is None and kinds.get(first) == list[str] and not text.startswith("-"):
-            values.setdefault(first, []).append(text)
-        elif name is None:
+        if name is None:
             hint = did_you_mean(text.lstrip("-").split("=")[0], kinds, "--")
             wrong.append(f"{text!r} belongs to no setting{hint}")
         elif name not in kinds:
             wrong.append(f"--{name} is not a setting{did_you_mean(name, kinds, '--')}")
-        elif text is None or (not text and name not in may_be_empty):
+        elif not text and (text is None or defaults[name] != ""):
+            # An empty text is mostly an unset variable of the shell.
             wrong.append(f"--{name} needs a value, {type_name(kinds[name])}")
         elif kinds[name] == list[str]:
             values.setdefault(name, []).append(text)
@@ -164,7 +176,7 @@ def parse_arguments(function, argv):
         else:
             try:
                 values[name] = convert_value(text, kinds[name])
-            except ValueError:
+            except (KeyError, ValueError):
                 wrong.append(f"--{name}={text} is not {type_name(kinds[name])}")
     if wrong:
         raise UserError("; ".join(wrong))
@@ -173,22 +185,15 @@ def parse_arguments(function, argv):
 
 def did_you_mean(word, known, dashes=""):
     """Returns ", did you mean --NAME?" if an old or similar name fits, else ""."""
-    for name in OLD_SETTINGS.get(word, ()):
-        if name in known:
-            return f", did you mean {dashes}{name}?"
-        if " " in name:  # a command
-            return f", did you mean `{name}`?"
-    similar = difflib.get_close_matches(word, known, 1)
+    new = OLD_SETTINGS.get(word, "")
+    if " " in new:  # a command
+        return f", did you mean `{new}`?"
+    similar = [new] if new in known else difflib.get_close_matches(word, known, 1)
     return f", did you mean {dashes}{similar[0]}?" if similar else ""
 
 
-def print_status(*words):
-    """Print to standard error, at once."""
-    print(*words, file=sys.stderr, flush=True)
-
-
 def format_value(value):
-    """A value as a user types it."""
+    """Returns a value as a user types it."""
     if isinstance(value, list):
         return ",".join(value)
     if value is None or isinstance(value, bool):
@@ -196,35 +201,47 @@ def format_value(value):
     return str(value)
 
 
-def changed_settings(function, values):
-    """{setting: value} of those that are not at their defaults."""
-    return {
-        name: values[name] for name, _, default, _ in settings(function) if values[name] != default
-    }
+# ---- rules that settings must meet ----
 
 
-def refuse_unused_settings(function, values, used, condition):
-    """Raises UserError for a changed setting that has no effect under a condition."""
-    for name, value in changed_settings(function, values).items():
-        if name not in used:
-            raise UserError(f"--{name}={format_value(value)} changes nothing {condition}")
+def check_rules(values, rules, settings):
+    """Raises one UserError that names each value that breaks a rule, and the first such rule.
+
+    values: {setting: value}. rules: [(settings, is_allowed, text)], the table of a script:
+    is_allowed(x, settings) tells whether a value x is allowed beside the other settings. text says
+    what is wrong if not; it may name others as "{steps}".
+    """
+    wrong = []
+    for name, value in values.items():
+        for names, is_allowed, text in rules:
+            if name in names.split() and not is_allowed(value, settings):
+                text = text.format(**vars(settings))
+                wrong.append(f"--{name}={format_value(value)} {text}")
+                break
+    if wrong:
+        raise UserError("; ".join(wrong))
+
+
+# ---- running a script ----
+
+
+def print_status(*words):
+    """Print to standard error, at once."""
+    print(*words, file=sys.stderr, flush=True)
 
 
 def print_help(function):
-    rows = []
-    for name, _, default, remark in settings(function):
-        rows.append((f"--{name}", format_value(default), remark))
-    widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
-    indent = 2 + widths[0] + 2 + widths[1] + 2
-    groups = setting_groups(function)
+    """Print the docstring of a function, and its settings with defaults and remarks."""
+    known, groups = settings(function), setting_groups(function)
+    name_width = max(len(name) for name, *_ in known)
+    default_width = max(len(format_value(default)) for _, _, default, _ in known)
     print(inspect.getdoc(function) + "\n")
-    for number, (name, default, remark) in enumerate(rows):
-        if name.removeprefix("--") in groups:
-            print("\n" * (number > 0) + groups[name.removeprefix("--")])
-        first, *more = textwrap.wrap(remark, WIDTH - indent, break_long_words=False) or [""]
-        print(f"  {name:{widths[0]}}  {default:{widths[1]}}  {first}".rstrip())
-        for line in more:
-            print(" " * indent + line)
+    for number, (name, _, default, remark) in enumerate(known):
+        if name in groups:
+            print("\n" * (number > 0) + groups[name])
+        start = f"  --{name:{name_width}}  {format_value(default):{default_width}}  "
+        indent = " " * len(start)
+        print(textwrap.fill(remark, WIDTH, initial_indent=start, subsequent_indent=indent))
 
 
 def choose_command(functions, argv):

@@ -54,11 +54,6 @@ OLD_NAMES = {
         "norm of decoder": "grad_norm_decoder",
         "waited": "data_wait",
         "left": "eta_s",
-        "seconds of data": "seconds_data",
-        "seconds of eye": "seconds_vision",
-        "seconds of decoder": "seconds_decoder",
-        "seconds of optimizer": "seconds_optimizer",
-        "seconds of between steps": "seconds_between_steps",
     },
     "training.json": {
         "batch": "global_batch_size",
@@ -315,7 +310,11 @@ def read_tensors(path):
 
 
 def write_tensors(tensors, path, header={}):
-    """Write a safetensors file; header: {str: str}, additional metadata of the file."""
+    """Write a safetensors file of tensors on any device.
+
+    header: {str: str}, additional metadata of the file. Raises OSError if it cannot be written.
+    """
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     try:
         save_file(tensors, path, metadata={"format": "pt", **header})
     except SafetensorError as error:  # safetensors reports a full disk this way

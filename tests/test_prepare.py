@@ -205,15 +205,15 @@ def test_a_source_that_is_none_is_refused_before_anything_is_written(door, tmp_p
     [
         (dict(source="nowhere/x.json"), "no such file: nowhere/x.json"),
         (dict(source=str(ROOT / "tests")), "holds neither .tar nor .parquet"),
-        (dict(images="nowhere"), "--images=nowhere: no such folder or zip"),
+        (dict(images="nowhere"), "--images=nowhere is no folder or zip"),
         (dict(images=__file__), "neither a folder nor a zip"),
         (dict(model="nowhere"), "no such model: nowhere"),
         (dict(model=str(ROOT / "tests")), "holds no nanovlm checkpoint"),
-        (dict(out=""), "needs --source=FILE and --out"),
+        (dict(out=""), "prepare.py data needs --out"),
         (dict(sauce="x"), "did you mean --source?"),
         (dict(seq_len=0), "--seq_len=0 must be at least 1"),
-        (dict(workers=-1), "--workers=-1 at least 0"),
-        (dict(max_skipped="101%"), "--max_skipped=1.01 from 0 to 1"),
+        (dict(workers=-1), "--workers=-1 must be at least 0"),
+        (dict(max_skipped="101%"), "--max_skipped=1.01 must be from 0 to 1"),
     ],
 )
 def test_settings_that_lead_nowhere(door, tmp_path, settings, said):
@@ -292,9 +292,13 @@ def test_tiles_are_part_of_the_image_config(door, tmp_path):
             "--fit=pad makes one tile of an image, --tiles=4 several: give one of the two",
         ),
         (dict(tiles=-1), "--tiles=-1 must be at least 1"),
-        (dict(tiles=4, tile_choice="best"), "--tile_choice=best is not known: aspect, area"),
-        (dict(tile_tags="true", thumbnail="false"), "--thumbnail, --tile_tags without --tiles"),
-        (dict(template="mistrl"), "--template=mistrl is not known: mistral"),
+        (dict(tiles=4, tile_choice="best"), "--tile_choice=best is none of aspect, area"),
+        (
+            dict(tile_tags="true", thumbnail="false"),
+            "--thumbnail=false changes nothing without --tiles; "
+            "--tile_tags=true changes nothing without --tiles",
+        ),
+        (dict(template="mistrl"), "--template=mistrl is none of mistral"),
         (dict(seed=-1), "--seed=-1"),
         (dict(source="nowhere.json"), "no such file: nowhere.json"),
     ],

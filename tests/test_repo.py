@@ -8,6 +8,7 @@ import re
 import shlex
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
@@ -117,8 +118,7 @@ def check_settings(line, script, argv):
     if function is train.train:
         return [recipes.load_settings(values, 1).out]
     if function is sample.sample:
-        names = ("temperature", "top_p", "top_k", "max_tokens", "seed")
-        sample.check_ranges({name: values[name] for name in names})
+        sample.check_rules(SimpleNamespace(**values))
     return [values["out"]] if values.get("out") else []
 
 

@@ -17,7 +17,7 @@ from PIL import Image
 import sample as script
 from nanovlm import IMAGE_TOKEN_ID, cli
 from nanovlm.checkpoints.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from nanovlm.data import image_processing, packing, tokenizer
+from nanovlm.data import chat_template, image_processing, packing, tokenizer
 from nanovlm.evals import runner
 from nanovlm.inference.generate import generate
 
@@ -160,8 +160,8 @@ def test_only_the_answer_goes_to_standard_output_and_ends_at_the_end_token(
             "from <image> to <image>?",
             ["a.png", "b.png"],
         ),
-        (["--image=a.png"], "<image>\nWhat is in the fridge?", ["a.png"]),
-        (["--image=a.png", "--prompt=  "], "<image>\nWhat is in the fridge?", ["a.png"]),
+        (["--image=a.png"], "<image>\nDescribe this image.", ["a.png"]),
+        (["--image=a.png", "--prompt=  "], "<image>\nDescribe this image.", ["a.png"]),
         (
             ["--prompt=</s>[INST] é 🍎"],
             "</s>[INST] é 🍎",
@@ -203,7 +203,7 @@ def test_every_tile_of_a_tagged_image_follows_its_tag(checkpoint):
     ]
     place, ids = (
         [IMAGE_TOKEN_ID] * TOKENS,
-        script.encode_prompt(tagged, [("user", "a<image>b<image>")], shown),
+        chat_template.encode_prompt(tagged, [("user", "a<image>b<image>")], shown),
     )
     assert ids == [
         START,
@@ -233,15 +233,15 @@ def test_every_tile_of_a_tagged_image_follows_its_tag(checkpoint):
     )
 
 
-def test_the_question_is_typed_else_piped_else_the_demonstrations(home, checkpoint, run_sample):
-    piped, typed, fridge = (
+def test_the_question_is_typed_or_piped_or_a_default(home, checkpoint, run_sample):
+    piped, typed, describe, fridge = (
         expected(
             checkpoint, [START, *turn(f"<image>\n{text}")], tiles_of(home, "a.png"), max_tokens=12
         )[0]
         + "\n"
-        for text in ("a piped\nquestion", "typed", "What is in the fridge?")
+        for text in ("a piped\nquestion", "typed", "Describe this image.", "What is in the fridge?")
     )
-    assert len({piped, typed, fridge}) == 3
+    assert len({piped, typed, describe, fridge}) == 4
     assert run_sample("--image=a.png", "--max_tokens=12", piped=b" a piped\nquestion\n")[1] == piped
     assert (
         run_sample("--image=a.png", "--max_tokens=12", "--prompt=typed", piped=b"a piped question")[
@@ -249,7 +249,15 @@ def test_the_question_is_typed_else_piped_else_the_demonstrations(home, checkpoi
         ]
         == typed
     )
-    assert run_sample("--image=a.png", "--max_tokens=12", piped=b" \n\n")[1] == fridge
+    assert run_sample("--image=a.png", "--max_tokens=12", piped=b" \n\n")[1] == describe
+    (home / "out").mkdir()
+    (home / "out/demo").symlink_to(home)
+    try:
+        words = ("--model=out/demo/model", "--image=a.png", "--max_tokens=12")
+        assert run_sample(*words)[1] == fridge
+    finally:
+        (home / "out/demo").unlink()
+        (home / "out").rmdir()
 
 
 def test_greedy_by_default_and_a_seed_samples_the_same_again(run_sample):
@@ -308,8 +316,8 @@ def test_a_conversation_continues_after_an_invalid_line(run_sample):
         and out
         == run_sample("--image=a.png", "--chat=true", "--max_tokens=8", piped=b"first\nsecond\n")[1]
     )
-    assert "error: the question has 2 <image>, but 1 images are given\n" in err
-    assert "error: the question has 1 <image>, but 0 images are given\n" in err
+    assert "error: the question: 2 <image> in its text, but 1 images\n" in err
+    assert "error: the question: 1 <image> in its text, but 0 images\n" in err
 
 
 @pytest.mark.parametrize(
@@ -331,26 +339,23 @@ def test_a_conversation_continues_after_an_invalid_line(run_sample):
             "--top_k=-1 must be at least 0 and below 2^31; "
             "--seed=-1 must be at least 0 and below 2^63",
         ),
-        (
-            ["--model=out/none", "--prompt=a"],
-            "no such model: out/none; `python train.py` makes out/demo/sft",
-        ),
+        (["--model=out/none", "--prompt=a"], "no such model: out/none"),
         (["--model=.", "--prompt=a"], ". holds no nanovlm checkpoint"),
         (
             [],
             "there is no question: give a --prompt, an --image, or --chat=true for a conversation",
         ),
-        (["--prompt=a <image>"], "the question has 1 <image>, but 0 images are given"),
+        (["--prompt=a <image>"], "the question: 1 <image> in its text, but 0 images"),
         (
             ["--prompt=a <image>", "--image=a.png", "--image=a.png"],
-            "the question has 1 <image>, but 2 images are given",
+            "the question: 1 <image> in its text, but 2 images",
         ),
         (["--prompt=a", "--image=none.png"], "none.png: No such file or directory"),
         (
             ["--prompt=a", "--image=model/nanovlm.json"],
             "model/nanovlm.json is no image that can be read here",
         ),
-        (["--prompt=a", "--image=model"], "model is a folder, not an image"),
+        (["--prompt=a", "--image=model"], "model: Is a directory"),
         (
             ["--prompt=a", "--max_tokens=1048576"],
             "4 tokens of prompt and --max_tokens=1048576 are more than 1,048,576",
@@ -358,22 +363,26 @@ def test_a_conversation_continues_after_an_invalid_line(run_sample):
         (["--prompt=a \udce9"], r"the question is not text in utf-8: 'a \udce9'"),
         (
             ["--questions=questions.jsonl", "--image=a.png"],
-            "--questions and --image do not go together",
+            "--questions=questions.jsonl excludes --image and --chat",
         ),
         (
             ["--questions=questions.jsonl", "--chat=true"],
-            "--questions and --chat do not go together",
+            "--questions=questions.jsonl excludes --image and --chat",
         ),
-        (["--prompt=a", "--out=answers.jsonl"], "--out needs --questions or --score"),
-        (["--prompt=a", "--benchmark=contains"], "--benchmark needs --questions or --score"),
-        (["--prompt=a", "--batch=3"], "--batch needs --questions or --score"),
-        (["--questions=questions.jsonl", "--batch=0"], "--batch=0 must be at least 1"),
+        (["--prompt=a", "--out=answers.jsonl"], "--out=answers.jsonl needs --questions or --score"),
+        (
+            ["--prompt=a", "--benchmark=contains"],
+            "--benchmark=contains needs --questions or --score",
+        ),
+        (["--prompt=a", "--batch_size=3"], "--batch_size=3 needs --questions or --score"),
+        (["--questions=questions.jsonl", "--batch_size=0"], "--batch_size=0 must be at least 1"),
+        (["--batch=3"], "--batch is not a setting, did you mean --batch_size?"),
         (["--questions=questions.jsonl"], "no such file: questions.jsonl"),
         (
             ["--questions=questions.jsonl", "--out=answers.json"],
-            "--out=answers.json: the scores take this name; use another for the answers",
+            "--out=answers.json is the name of the scores: end it in .jsonl",
         ),
-        (["--score=answers.jsonl", "--report=page.html"], "--report needs --questions"),
+        (["--score=answers.jsonl", "--report=page.html"], "--report=page.html needs --questions"),
         (
             ["--score=answers.jsonl"],
             "there is no answers.json that names the benchmark of answers.jsonl: give --benchmark",
@@ -385,7 +394,7 @@ def test_a_conversation_continues_after_an_invalid_line(run_sample):
         ),
         (
             ["--questions=questions.jsonl", "--out=none/answers.jsonl"],
-            "--out=none/answers.jsonl: there is no folder none",
+            "--out=none/answers.jsonl is in no existing folder",
         ),
         (
             ["--questions=questions.jsonl", "--benchmark=extact"],
@@ -406,7 +415,7 @@ def test_a_conversation_continues_after_an_invalid_line(run_sample):
             for word in (
                 "model=model",
                 "prompt=a",
-                "batch=3",
+                "batch_size=3",
                 "temperature=1.0",
                 "max_tokens=9",
                 "dtype=float32",
@@ -415,35 +424,36 @@ def test_a_conversation_continues_after_an_invalid_line(run_sample):
         ),
         (
             ["--questions=questions.jsonl", "--report=questions.jsonl"],
-            "--report and --questions are one file, questions.jsonl: choose another",
+            "--report=questions.jsonl is the file of another setting, too: choose another",
         ),
         (
             ["--questions=questions.jsonl", "--report=./model/../questions.jsonl"],
-            "--report and --questions are one file, questions.jsonl: choose another",
+            "--report=./model/../questions.jsonl is the file of another setting, too: choose another",
         ),
         (
             ["--questions=a.json", "--out=a.jsonl"],
-            "the scores beside --out and --questions are one file, a.json: choose another",
+            "--out=a.jsonl has its scores in the .json beside it, which another setting names",
         ),
         (
             ["--questions=questions.jsonl", "--out=a.jsonl", "--report=a.jsonl"],
-            "--report and --out are one file, a.jsonl: choose another",
+            "--out=a.jsonl is the file of another setting, too: choose another; "
+            "--report=a.jsonl is the file of another setting, too",
         ),
         (
             ["--questions=questions.jsonl", "--out=a.jsonl", "--report=a.json"],
-            "the scores beside --out and --report are one file, a.json: choose another",
+            "--out=a.jsonl has its scores in the .json beside it, which another setting names",
         ),
         (
             ["--score=a.jsonl", "--out=a.jsonl"],
-            "--out and --score are one file, a.jsonl: choose another",
+            "--out=a.jsonl is the file of another setting, too: choose another",
         ),
         (
             ["--questions=questions.jsonl", "--annotations=b", "--submission=b"],
-            "--submission and --annotations are one file, b: choose another",
+            "--submission=b is the file of another setting, too: choose another",
         ),
         (
             ["--questions=questions.jsonl", "--report=a", "--submission=a"],
-            "--submission and --report are one file, a: choose another",
+            "--report=a is the file of another setting, too: choose another; --submission=a is",
         ),
         (
             ["--questions=questions.jsonl", "--report=a.png"],
@@ -478,8 +488,8 @@ def test_a_prompt_longer_than_those_of_training_is_answered_with_a_warning(home,
         (home / "model" / "training.json").unlink()
     assert code == 0 and out
     assert err.startswith(
-        "the prompt takes 21 tokens, but the model was trained on sequences of 20: the answers may "
-        "be poor\n"
+        "the longest prompt takes 21 tokens, but the model was trained on sequences of 20: 1 of 1 "
+        "answers may be poor\n"
     )
 
 
@@ -609,7 +619,7 @@ def test_answers_with_other_settings_are_not_resumed(home, run_sample, question_
         )
         assert (
             (code, out, err.count("\n")) == (1, "", 1)
-            and "cannot be resumed: " in err
+            and "has the answers of another evaluation, of model: " in err
             and message in err
         )
     before = (home / "model" / "model.safetensors").read_bytes()
@@ -617,7 +627,8 @@ def test_answers_with_other_settings_are_not_resumed(home, run_sample, question_
         (before[-1], ""),
         (
             before[-1] ^ 1,
-            "error: sub/first.jsonl has answers of model and cannot be resumed: model was ",
+            "error: --out=sub/first.jsonl has the answers of another evaluation, of model: "
+            "model was ",
         ),
     ):
         (home / "model" / "model.safetensors").write_bytes(
@@ -698,7 +709,7 @@ def test_a_running_evaluation_locks_its_file_and_ctrl_c_says_how_to_resume(home,
         "--device=cpu",
         "--questions=hard.jsonl",
         "--out=locked.jsonl",
-        "--batch=1",
+        "--batch_size=1",
         "--max_tokens=1000",
     ]
     (home / "hard.jsonl").write_text(

@@ -19,6 +19,7 @@ from types import SimpleNamespace
 
 from .. import IMAGE_TOKEN_ID, UserError
 from . import image_processing
+from .dataset import expand_image_tokens
 
 # A template has one text per role; {} stands for the message. Names of special tokens count only
 # outside {}: a user who types "</s>" types four characters.
@@ -454,3 +455,30 @@ def add_tile_tags(ids, loss_mask, images, tokenizer, image_config):
         tagged_ids += new
         tagged_mask += [has_loss] * len(new)
     return tagged_ids, tagged_mask, tile_images
+
+
+# ---- prompts ----
+
+
+def place_images(text, image_count, where="the question"):
+    """Returns a question with one <image> per image; they come first if the text has none.
+
+    Raises UserError, which begins with `where`, if the text has another number of them.
+    """
+    placed = text.count("<image>")
+    if placed not in (0, image_count):
+        raise UserError(f"{where}: {placed} <image> in its text, but {image_count} images")
+    return text if placed else "<image>\n" * image_count + text
+
+
+def encode_prompt(checkpoint, turns, images):
+    """Returns the prompt's ids for `generate`: a conversation that ends before an answer.
+
+    Each image is as many IMAGE_TOKEN_IDs as it has tokens. turns: [(role, text)]; images: a
+    ProcessedImage per <image>.
+    """
+    ids, loss_mask = render_conversation(turns, checkpoint.tokenizer, checkpoint.chat_template)
+    ids, _, images = add_tile_tags(
+        ids, loss_mask, images, checkpoint.tokenizer, checkpoint.image_config
+    )
+    return expand_image_tokens(ids, [len(image.feature_index) for image in images]).tolist()

@@ -37,26 +37,23 @@ import numpy as np
 import torch
 
 from .. import IGNORE_INDEX, IMAGE_TOKEN_ID, UserError
-from ..files import OLD_NAMES, fsync_path, rename_keys
+from ..files import fsync_path, read_json, rename_keys
 from . import image_processing
 
 DATASET_VERSION = 3
 READABLE_DATASET_VERSIONS = (2, 3)
-# Version 2 has other names: for the keys of header.json those of files.OLD_NAMES, for files these.
+# names of a shard's files in version 2 (for the keys of its header.json see files.OLD_NAMES)
 VERSION_2_FILES = {"images": "pictures", "loss_mask": "trained"}
 # LENGTH: tokens of the sample, with the tokens of its images
 COLUMNS = FIRST_ID, ID_COUNT, FIRST_IMAGE, IMAGE_COUNT, LENGTH, IS_VALIDATION = range(6)
 FILE_DTYPES = {
-    "tiles": np.uint8,
-    "images": np.int64,
-    "ids": np.int32,
-    "loss_mask": np.uint8,
-    "samples": np.int64,
-    "names": np.uint8,
+    "tiles": "u1",
+    "images": "<i8",
+    "ids": "<i4",
+    "loss_mask": "u1",
+    "samples": "<i8",
+    "names": "u1",
 }
-# shape of one row of a file; that of a tile follows from the image config
-ROW_SHAPES = {"images": (4,), "samples": (len(COLUMNS),)}
-HEADER_KEYS = ("version", "fingerprint", "shards")
 
 
 def make_fingerprint(owner):
@@ -71,9 +68,9 @@ def make_fingerprint(owner):
     }
 
 
-def is_validation(name, share=1 / 64):
-    """Returns whether a sample is for validation: a fixed hash of its id, in every dataset."""
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little") < share * 2**64
+def is_validation(name):
+    """Returns whether a sample is for validation: one of 64, by a hash of its id."""
+    return hashlib.sha256(name.encode()).digest()[7] < 256 // 64
 
 
 def check_sample_name(name):
@@ -108,52 +105,53 @@ def expand_image_tokens(ids, counts):
 # ---- writing ----
 
 
-def write_shard(folder, image_config, samples, receipt=dict):
+def write_shard(folder, image_config, samples, receipt={}):
     """Write samples, (name, ids, loss_mask, [ProcessedImage]) each, as a shard into a new folder.
 
     It is written under a temporary name, flushed, then renamed, so a shard is complete or missing.
-    receipt.json holds what receipt() returns after the last sample, and `files`: {kind: [rows,
-    crc32]}.
+    Returns `files`: {kind: [rows, crc32]}. receipt.json holds them and the items of the dict
+    `receipt`, which is read after the last sample.
     """
     folder = Path(folder)
     tmp = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
     tmp.mkdir(parents=True)
     try:
-        rows, checksums = write_shard_files(tmp, image_config, samples)
-        files = {kind: [rows[kind], checksums[kind]] for kind in FILE_DTYPES}
-        (tmp / "receipt.json").write_text(json.dumps({**receipt(), "files": files}))
+        files = write_shard_files(tmp, image_config, samples)
+        (tmp / "receipt.json").write_text(json.dumps(receipt | {"files": files}))
         for path in tmp.iterdir():
             fsync_path(path)
         os.rename(tmp, folder)
         fsync_path(folder.parent)
     finally:
         shutil.rmtree(tmp, ignore_errors=True)
+    return files
 
 
 def write_shard_files(folder, image_config, samples):
-    """Write the files of a shard; returns the number of rows and the checksum of each."""
-    rows, checksums = dict.fromkeys(FILE_DTYPES, 0), dict.fromkeys(FILE_DTYPES, 0)
+    """Write the files of a shard; returns {kind: [rows, crc32]}."""
+    written = {kind: [0, 0] for kind in FILE_DTYPES}
     with ExitStack() as stack:
         files = {kind: stack.enter_context(open(folder / kind, "wb")) for kind in FILE_DTYPES}
 
         def append(kind, array):
-            array = np.ascontiguousarray(array, np.dtype(FILE_DTYPES[kind]).newbyteorder("<"))
+            array = np.ascontiguousarray(array, FILE_DTYPES[kind])
             files[kind].write(array.data)
-            rows[kind] += len(array)
-            checksums[kind] = zlib.crc32(array.data, checksums[kind])
+            rows, checksum = written[kind]
+            written[kind] = [rows + len(array), zlib.crc32(array.data, checksum)]
 
         for name, ids, loss_mask, images in samples:
             counts = check_sample(name, ids, loss_mask, images, image_config)
+            first_id, first_image = written["ids"][0], written["images"][0]
             length = int(token_repeats(ids, counts).sum())
-            row = [rows["ids"], len(ids), rows["images"], len(images), length, is_validation(name)]
+            row = [first_id, len(ids), first_image, len(images), length, is_validation(name)]
             append("samples", [row])
             for tiles_NCYX, _, size in images:
-                append("images", [[rows["tiles"], len(tiles_NCYX), *size]])
+                append("images", [[written["tiles"][0], len(tiles_NCYX), *size]])
                 append("tiles", tiles_NCYX)
             append("ids", ids)
             append("loss_mask", loss_mask)
             append("names", np.frombuffer(f"{name}\n".encode(), np.uint8))
-    return rows, checksums
+    return written
 
 
 def check_sample(name, ids, loss_mask, images, image_config):
@@ -164,20 +162,15 @@ def check_sample(name, ids, loss_mask, images, image_config):
     check_sample_name(name)
     if len(ids) != len(loss_mask):
         raise UserError(f"{name}: {len(ids)} ids but a loss mask of {len(loss_mask)}")
-    shape = [3, image_config["tile"], image_config["tile"]]
-    for tiles_NCYX, feature_index, size in images:
-        if tiles_NCYX.dtype != np.uint8 or list(tiles_NCYX.shape[1:]) != shape:
-            raise UserError(
-                f"{name}: tiles are {tiles_NCYX.dtype} {list(tiles_NCYX.shape[1:])}, "
-                f"the dataset's uint8 {shape}"
-            )
+    expected = f"uint8 {[3, image_config['tile'], image_config['tile']]}"
+    counts = []
+    for tiles_NCYX, _, size in images:
+        found = f"{tiles_NCYX.dtype} {list(tiles_NCYX.shape[1:])}"
+        if found != expected:
+            raise UserError(f"{name}: tiles are {found}, the dataset's {expected}")
         index = image_processing.image_feature_index(size, image_config, len(tiles_NCYX))
-        if len(feature_index) != len(index):
-            raise UserError(
-                f"{name}: an image of {size} takes {len(feature_index)} tokens, "
-                f"by its image config {len(index)}"
-            )
-    return [len(feature_index) for _, feature_index, _ in images]
+        counts.append(len(index))
+    return counts
 
 
 def write_header(folder, fingerprint, shards):
@@ -214,40 +207,26 @@ def read_header(folder):
     """
     path = folder / "header.json"
     if not path.is_file():
-        error = "it has no header.json" if folder.exists() else "no such folder"
         raise UserError(
-            f"{folder} is no prepared dataset: {error} (see `python prepare.py data --help`)"
+            f"{folder} is no prepared dataset, it has no header.json: see `python prepare.py data "
+            "--help`"
         )
-    old_names = OLD_NAMES["header.json"] | {old: new for new, old in VERSION_2_FILES.items()}
     try:
-        header = rename_keys(json.loads(path.read_bytes()), old_names)
-        version = header["version"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(
-            f"{path} is broken ({type(error).__name__}: {error}): prepare it again"
-        ) from None
-    if version not in READABLE_DATASET_VERSIONS:
-        raise UserError(
-            f"{folder} has format version {version}, this nanovlm reads "
-            f"{' and '.join(map(str, READABLE_DATASET_VERSIONS))}: prepare it again"
-        )
-    if missing := [key for key in HEADER_KEYS if key not in header]:
-        raise UserError(f"{path} lacks {', '.join(missing)}: prepare it again")
-    try:
+        header = read_json(path, "version", "fingerprint", "shards")
+        if header["version"] not in READABLE_DATASET_VERSIONS:
+            raise UserError(
+                f"version is {header['version']}, this nanovlm reads {READABLE_DATASET_VERSIONS}"
+            )
+        header = rename_keys(header, {old: new for new, old in VERSION_2_FILES.items()})
         image_processing.check_image_config(header["fingerprint"]["image_config"])
-        kinds = [
-            {kind: [*map(type, numbers)] for kind, numbers in files.items()}
-            for files in header["shards"]
-        ]
+        for files in header["shards"]:
+            numbers = {kind: [*map(type, pair)] for kind, pair in files.items()}
+            if numbers != dict.fromkeys(FILE_DTYPES, [int, int]):
+                raise UserError(f"a shard has not two numbers for each of {', '.join(FILE_DTYPES)}")
     except (UserError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            f"{path} is broken ({type(error).__name__}: {error}): prepare it again"
+            f"{path} cannot be read ({type(error).__name__}: {error}): prepare it again"
         ) from None
-    if any(kind != dict.fromkeys(FILE_DTYPES, [int, int]) for kind in kinds):
-        raise UserError(
-            f"{path} does not give two numbers for each of {', '.join(FILE_DTYPES)} "
-            "of each shard: prepare it again"
-        )
     if not sum(files["samples"][0] for files in header["shards"]):
         raise UserError(f"{folder} holds no samples")
     return header
@@ -263,8 +242,7 @@ def map_file(path, dtype, rows, shape):
 
     Raises UserError if it has another size.
     """
-    count = rows * math.prod(shape)
-    expected = count * np.dtype(dtype).itemsize
+    expected = rows * math.prod(shape) * np.dtype(dtype).itemsize
     size = path.stat().st_size if path.exists() else 0
     if size != expected:
         raise UserError(
@@ -272,9 +250,8 @@ def map_file(path, dtype, rows, shape):
             "prepare it again"
         )
     # numpy.memmap keeps its file open, and a process may have 1,024; torch closes it once mapped.
-    torch_dtype = torch.from_numpy(np.empty(0, dtype)).dtype
-    mapped = torch.from_file(str(path), shared=False, size=count, dtype=torch_dtype)
-    return mapped.numpy().reshape(rows, *shape)
+    mapped = torch.from_file(str(path), size=expected, dtype=torch.uint8).numpy()
+    return mapped.view(dtype).reshape(rows, *shape)
 
 
 def check_spans(path, shard):
@@ -286,7 +263,7 @@ def check_spans(path, shard):
         (images[:, 0], images[:, 1], len(shard["tiles"])),
     ]
     for first, count, size in spans:
-        if ((first < 0) | (first > size) | (count < 0) | (count > size - first)).any():
+        if ((first < 0) | (count < 0) | (count > size - first)).any():
             raise UserError(
                 f"{path} has samples that lie outside its files: altered; prepare it again"
             )
@@ -303,6 +280,20 @@ def read_names(path, letters, count):
     return [line.decode(errors="replace") for line in lines]
 
 
+def map_shard(path, files, version, tile):
+    """Returns {kind: array} of a shard's memory-mapped files, checked.
+
+    files: {kind: [rows, crc32]} of the header; tile: width and height of a tile in pixels.
+    """
+    shapes = {"tiles": (3, tile, tile), "images": (4,), "samples": (len(COLUMNS),)}
+    shard = {}
+    for kind, dtype in FILE_DTYPES.items():
+        file = shard_file(path, kind, version)
+        shard[kind] = map_file(file, dtype, files[kind][0], shapes.get(kind, ()))
+    check_spans(path, shard)
+    return shard
+
+
 class PreparedDataset:
     """The samples of one or several prepared datasets, one after another; memory-mapped.
 
@@ -312,25 +303,23 @@ class PreparedDataset:
 
     def __init__(self, *folders):
         self.folders = [Path(folder) for folder in folders]
-        headers = [read_header(folder) for folder in self.folders]
-        self.fingerprint = headers[0]["fingerprint"]
-        self.image_config = self.fingerprint["image_config"]
         self.shards, self.names, tables, set_numbers = [], [], [], []
-        for folder, header in zip(self.folders, headers, strict=True):
+        for number, folder in enumerate(self.folders):
+            header = read_header(folder)
+            if number == 0:
+                self.fingerprint = header["fingerprint"]
+                self.image_config = self.fingerprint["image_config"]
             if wrong := list_differences(header["fingerprint"], self.fingerprint, "its"):
                 raise UserError(
                     f"{folder} and {self.folders[0]} were prepared for different models: "
                     + "; ".join(wrong)
                 )
-        for number, (folder, header) in enumerate(zip(self.folders, headers, strict=True)):
             for shard_number, files in enumerate(header["shards"]):
                 path = folder / f"{shard_number:05d}"
-                shard = self._map_shard(path, files, header["version"])
-                check_spans(path, shard)
-                table = shard.pop("samples")
-                self.names += read_names(path, shard.pop("names"), len(table))
+                shard = map_shard(path, files, header["version"], self.image_config["tile"])
+                tables.append(shard.pop("samples"))
+                self.names += read_names(path, shard.pop("names"), len(tables[-1]))
                 self.shards.append(shard)
-                tables.append(table)
                 set_numbers.append(number)
         sizes = list(map(len, tables))
         self.table = np.concatenate(tables)
@@ -340,15 +329,6 @@ class PreparedDataset:
     def __str__(self):
         return ", ".join(map(str, self.folders))
 
-    def _map_shard(self, path, files, version):
-        shapes = {"tiles": (3, self.image_config["tile"], self.image_config["tile"]), **ROW_SHAPES}
-        shard = {}
-        for kind, dtype in FILE_DTYPES.items():
-            dtype = np.dtype(dtype).newbyteorder("<")
-            file = shard_file(path, kind, version)
-            shard[kind] = map_file(file, dtype, files[kind][0], shapes.get(kind, ()))
-        return shard
-
     def check_fingerprint(self, fingerprint):
         """Raises UserError if the datasets were prepared for another tokenizer, chat template or
         image config; it names the part that differs."""
@@ -357,11 +337,13 @@ class PreparedDataset:
 
     def stored_sample(self, i):
         """Returns (ids, loss_mask, images) of sample i as written: one image token per image."""
-        shard, row = self.shards[self.shard_of[i]], self.table[i]
-        span = slice(row[FIRST_ID], row[FIRST_ID] + row[ID_COUNT])
-        image_rows = shard["images"][row[FIRST_IMAGE] : row[FIRST_IMAGE] + row[IMAGE_COUNT]]
+        shard = self.shards[self.shard_of[i]]
+        first_id, id_count, first_image, image_count, *_ = self.table[i].tolist()
+        span = slice(first_id, first_id + id_count)
         images = []
-        for first, count, *size in image_rows.tolist():
+        for first, count, *size in shard["images"][
+            first_image : first_image + image_count
+        ].tolist():
             index = image_processing.image_feature_index(size, self.image_config, count)
             tiles_NCYX = shard["tiles"][first : first + count]
             images.append(image_processing.ProcessedImage(tiles_NCYX, index, tuple(size)))
@@ -376,9 +358,8 @@ class PreparedDataset:
         ids, loss_mask, images = self.stored_sample(i)
         repeats = token_repeats(ids, [len(image.feature_index) for image in images])
         ids_T, loss_mask_T = np.repeat(ids.astype(np.int64), repeats), np.repeat(loss_mask, repeats)
-        targets_T = np.full_like(ids_T, IGNORE_INDEX)
-        targets_T[:-1] = np.where(loss_mask_T[1:], ids_T[1:], IGNORE_INDEX)
-        return ids_T, targets_T, images
+        labels_T = np.where(loss_mask_T, ids_T, IGNORE_INDEX)
+        return ids_T, np.append(labels_T[1:], IGNORE_INDEX), images
 
     def split(self, validation):
         """Returns the numbers of the samples for validation, or of those for training."""
@@ -390,12 +371,11 @@ def write_subset(samples, members, folder):
     folder = Path(folder)
     shutil.rmtree(folder, ignore_errors=True)  # of an earlier attempt at the same step
     subset = ((samples.names[i], *samples.stored_sample(i)) for i in members)
-    write_shard(folder / "00000", samples.image_config, subset)
+    files = write_shard(folder / "00000", samples.image_config, subset)
     for path in samples.folders[0].iterdir():
         if path.is_file() and path.name not in ("header.json", "skipped.jsonl"):
             shutil.copy(path, folder)
-    receipt = json.loads((folder / "00000" / "receipt.json").read_text())
-    write_header(folder, samples.fingerprint, [receipt["files"]])
+    write_header(folder, samples.fingerprint, [files])
 
 
 def verify_checksums(folder):
@@ -404,10 +384,8 @@ def verify_checksums(folder):
     header = read_header(folder)
     for number, files in enumerate(header["shards"]):
         for kind, (_, expected) in files.items():
-            path, checksum = shard_file(folder / f"{number:05d}", kind, header["version"]), 0
-            with open(path, "rb") as file:
-                while chunk := file.read(1 << 24):
-                    checksum = zlib.crc32(chunk, checksum)
+            path = shard_file(folder / f"{number:05d}", kind, header["version"])
+            checksum = zlib.crc32(map_file(path, np.uint8, path.stat().st_size, ()))
             if checksum != expected:
                 errors.append(
                     f"{path}: its bytes have the checksum {checksum}, its header has {expected}"

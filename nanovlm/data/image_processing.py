@@ -56,69 +56,45 @@ class ProcessedImage(NamedTuple):
 
 def check_image_config(image_config):
     """Raises UserError if an image config lacks a key, has an unknown one, or values disagree."""
-
-    def is_positive_int(x):
-        return isinstance(x, int) and not isinstance(x, bool) and x >= 1
-
-    def is_triple(x, low):
-        return (
-            isinstance(x, list | tuple)
-            and len(x) == 3
-            and all(isinstance(c, int | float) and low <= c <= 1 for c in x)
-        )
-
-    def is_whole_tiles(x):
-        tile = image_config.get("tile")
-        return is_positive_int(x) and is_positive_int(tile) and x % tile == 0
-
-    def is_pinpoints(x):
-        return (
-            isinstance(x, list)
-            and x
-            and all(
-                isinstance(edges, list) and len(edges) == 2 and all(map(is_whole_tiles, edges))
-                for edges in x
-            )
-        )
-
-    positive_int = (is_positive_int, "is no whole number from 1 on")
-    boolean = (lambda x: isinstance(x, bool), "is neither true nor false")
-    rules = {  # key -> (test, error)
-        "tile": positive_int,
-        "patch": positive_int,
-        "shuffle": positive_int,
-        "fit": (
-            lambda x: x in (*FITS, "tiles", "anyres"),
-            f"is none of {', '.join(FITS)}, tiles, anyres",
-        ),
-        "resample": (lambda x: x in RESAMPLE_FILTERS, f"is none of {', '.join(RESAMPLE_FILTERS)}"),
-        "mean": (lambda x: is_triple(x, 0), "is not three numbers from 0 to 1"),
-        "std": (lambda x: is_triple(x, 1e-6), "is not three numbers above 0, at most 1"),
-    }
-    if image_config.get("fit") == "anyres":
-        rules["pinpoints"] = (is_pinpoints, "is no list of heights and widths in whole tiles")
+    keys = ["tile", "patch", "shuffle", "fit", "resample", "mean", "std"]
     if image_config.get("fit") == "tiles":
-        rules["tiles"] = positive_int
-        rules["choice"] = (lambda x: x in GRID_CHOICES, f"is none of {', '.join(GRID_CHOICES)}")
-        rules |= {"thumbnail": boolean, "tags": boolean}
-    if "draft" in image_config:
-        rules["draft"] = boolean
-    errors = [f"{name} is missing" for name in rules if name not in image_config]
-    errors += [f"{name} is not known" for name in image_config if name not in rules]
-    for name, (is_valid, error) in rules.items():
-        if name in image_config and not is_valid(image_config[name]):
-            errors.append(f"{name} {image_config[name]!r} {error}")
+        keys += ["tiles", "choice", "thumbnail", "tags"]
+    if image_config.get("fit") == "anyres":
+        keys.append("pinpoints")
+    errors = [f"{key} is missing" for key in keys if key not in image_config]
+    for key, value in image_config.items():
+        values, low = CONFIG_VALUES.get(key), 0 if key == "mean" else 1e-6
+        if key not in (*keys, "draft"):
+            errors.append(f"{key} is not known")
+        elif values and repr(value) not in map(repr, values):  # 1 == True, but its repr differs
+            errors.append(f"{key} {value!r} is none of {', '.join(map(str, values))}")
+        elif key in ("tile", "patch", "shuffle", "tiles") and not is_positive_int(value):
+            errors.append(f"{key} {value!r} is no whole number from 1 on")
+        elif key in ("mean", "std") and not is_color(value, low):
+            errors.append(f"{key} {value!r} is not three numbers from {low:g} to 1")
     if not errors:
-        tile, patch, shuffle = (image_config[name] for name in ("tile", "patch", "shuffle"))
-        if tile % patch:
-            errors = [f"a tile of {tile} pixels is not whole patches of {patch}"]
-        elif tile // patch % shuffle:
-            errors = [
-                f"{tile // patch} patches across a tile ({tile} pixels / {patch}) "
-                f"do not shuffle by {shuffle}"
-            ]
+        tile, patch, shuffle = (image_config[key] for key in ("tile", "patch", "shuffle"))
+        if tile % (patch * shuffle):
+            errors.append(
+                f"a tile of {tile} pixels is not whole patches of {patch} that shuffle by {shuffle}"
+            )
+        pinpoints = np.array(image_config.get("pinpoints", [[tile, tile]]), dtype=object)
+        is_whole = [is_positive_int(edge) and edge % tile == 0 for edge in pinpoints.ravel()]
+        if pinpoints.shape[1:] != (2,) or not all(is_whole):
+            errors.append("pinpoints is no list of heights and widths in whole tiles")
     if errors:
         raise UserError(f"image config: {'; '.join(errors)}")
+
+
+def is_positive_int(x):
+    return isinstance(x, int) and not isinstance(x, bool) and x >= 1
+
+
+def is_color(value, low):
+    """Returns whether a value is a list of three numbers from `low` to 1."""
+    if not isinstance(value, list | tuple) or len(value) != 3:
+        return False
+    return all(isinstance(x, int | float) and low <= x <= 1 for x in value)
 
 
 def tokens_per_tile(image_config):
@@ -178,17 +154,29 @@ def closest_area_weighted_aspect_ratio(size, tile, grids):
 
 
 GRID_CHOICES = {"aspect": closest_aspect_ratio, "area": closest_area_weighted_aspect_ratio}
+CONFIG_VALUES = {
+    "fit": (*FITS, "tiles", "anyres"),
+    "resample": tuple(RESAMPLE_FILTERS),
+    "choice": tuple(GRID_CHOICES),
+    "thumbnail": (True, False),
+    "tags": (True, False),
+    "draft": (True, False),
+}
 
 
 def tile_grid(size, image_config, max_tiles=None):
-    """Returns the (rows, columns) of tiles of an image of `size` (width, height), for fit=tiles.
+    """Returns the (rows, columns) of tiles that an image of `size` (width, height) is cut into.
 
-    max_tiles: at most so many tiles, if that is fewer than the image config allows.
+    max_tiles: at most so many tiles, if that is fewer than the image config of fit=tiles allows.
     """
-    tiles = image_config["tiles"]
-    most = tiles if max_tiles is None else min(max_tiles, tiles)
-    choose = GRID_CHOICES[image_config["choice"]]
-    columns, rows = choose(size, image_config["tile"], candidate_grids(most))
+    tile, fit = image_config["tile"], image_config["fit"]
+    if fit == "anyres":
+        height, width = select_best_resolution(size, image_config)
+        return height // tile, width // tile
+    if fit != "tiles":
+        return 1, 1
+    most = min(max_tiles or image_config["tiles"], image_config["tiles"])
+    columns, rows = GRID_CHOICES[image_config["choice"]](size, tile, candidate_grids(most))
     return rows, columns
 
 
@@ -207,14 +195,10 @@ def select_best_resolution(size, image_config):
 
 
 def tile_count(size, image_config, max_tiles=None):
-    """Returns the number of tiles of an image of `size` (width, height); arguments of tile_grid."""
-    if image_config["fit"] == "anyres":
-        height, width = select_best_resolution(size, image_config)
-        return 1 + height // image_config["tile"] * (width // image_config["tile"])
-    if image_config["fit"] != "tiles":
-        return 1
+    """Returns the number of tiles of an image, with its overview; arguments of tile_grid."""
     count = math.prod(tile_grid(size, image_config, max_tiles))
-    return count + (count > 1 and image_config["thumbnail"])
+    has_overview = image_config["fit"] == "anyres" or (count > 1 and image_config["thumbnail"])
+    return count + has_overview
 
 
 def image_feature_index(size, image_config, tiles):
@@ -230,17 +214,15 @@ def image_feature_index(size, image_config, tiles):
     if image_config["fit"] != "anyres":
         return np.arange(tiles * tokens)
     side = math.isqrt(tokens)
-    height, width = select_best_resolution(size, image_config)
-    rows, columns = height // image_config["tile"], width // image_config["tile"]
+    rows, columns = tile_grid(size, image_config)
     index = np.arange(tokens, tokens * tiles).reshape(rows, columns, side, side)
     index_YX = index.transpose(0, 2, 1, 3).reshape(rows * side, columns * side)
     height, width = index_YX.shape
-    if size[0] / size[1] > width / height:
-        black = (height - int(round(size[1] * (width / size[0]), 7))) // 2
-        index_YX = index_YX[black : height - black]
-    else:
-        black = (width - int(round(size[0] * (height / size[1]), 7))) // 2
-        index_YX = index_YX[:, black : width - black]
+    # Black rows or columns on each side. That of the two which the image fills is 0 or below.
+    top = (height - int(round(size[1] * (width / size[0]), 7))) // 2
+    left = (width - int(round(size[0] * (height / size[1]), 7))) // 2
+    top, left = max(top, 0), max(left, 0)
+    index_YX = index_YX[top : height - top, left : width - left]
     with_newlines = np.pad(index_YX, ((0, 0), (0, 1)), constant_values=IMAGE_NEWLINE)
     return np.concatenate([np.arange(tokens), with_newlines.ravel()])
 
@@ -277,9 +259,6 @@ def resize_image(pixels, size, resample):
     changes nothing. Another CPU may take another path in torch, with the same bound.
     """
     (height, width), (columns, rows) = pixels.shape[:2], size
-    if columns == 1:  # torch 2.13 copies the first row to all rows here if the CPU has no AVX2
-        image = Image.fromarray(pixels).resize(size, RESAMPLE_FILTERS[resample])
-        return np.asarray(image).transpose(2, 0, 1).copy()
     first = (width, rows) if height - rows > max(2 * (width - columns), 0) else (columns, height)
     if columns > width or width * height < SMALL_IMAGE_PIXELS:
         pixels = np.asarray(Image.fromarray(pixels).resize(first, RESAMPLE_FILTERS[resample]))
@@ -302,7 +281,7 @@ def resized_size(size, image_config, max_tiles=None):
     if fit in ("crop", "pad"):  # the short side becomes `tile` (CLIP), or the long one (LLaVA-1.5)
         edge = min(size) if fit == "crop" else max(size)
         return max(size[0] * tile // edge, 1), max(size[1] * tile // edge, 1)
-    rows, columns = tile_grid(size, image_config, max_tiles) if fit == "tiles" else (1, 1)
+    rows, columns = tile_grid(size, image_config, max_tiles)
     return columns * tile, rows * tile
 
 
@@ -322,36 +301,35 @@ def cut_into_tiles(image, image_config, max_tiles=None, size=None):
     max_tiles: as for tile_grid. size: the image's (width, height) in its file, if it was decoded
     smaller.
     """
-    pixels = np.asarray(image)
-    tile, fit, resample = (image_config[name] for name in ("tile", "fit", "resample"))
-    if fit == "anyres":
-        resolution = select_best_resolution(image.size, image_config)
-        overview = resize_image(pixels, (tile, tile), resample)
-        enlarged = resize_and_pad(pixels, resolution, resample)
-        return np.concatenate([overview[None], split_into_tiles(enlarged, tile)])
+    tile, fit, resample = (image_config[key] for key in ("tile", "fit", "resample"))
     if fit == "pad":
-        square_YXC = expand_to_square(pixels, image_config["mean"])
-        return resize_image(square_YXC, (tile, tile), resample)[None]
-    new_size = resized_size(size or image.size, image_config, max_tiles)
-    resized = resize_image(pixels, new_size, resample)  # (C, height, width)
+        image = expand_to_square(image, image_config["mean"])
+        size = image.size
+    pixels = np.asarray(image)
+    if fit == "anyres":
+        resized_CYX = resize_and_pad(
+            pixels, select_best_resolution(image.size, image_config), resample
+        )
+    else:
+        new_size = resized_size(size or image.size, image_config, max_tiles)
+        resized_CYX = resize_image(pixels, new_size, resample)
     if fit == "crop":
-        top, left = (resized.shape[1] - tile) // 2, (resized.shape[2] - tile) // 2
-        resized = np.ascontiguousarray(resized[:, top : top + tile, left : left + tile])
-    tiles_NCYX = split_into_tiles(resized, tile)
-    if len(tiles_NCYX) > 1 and image_config["thumbnail"]:
-        thumbnail = resize_image(pixels, (tile, tile), resample)
-        tiles_NCYX = np.concatenate([tiles_NCYX, thumbnail[None]])
-    return tiles_NCYX
+        top, left = (resized_CYX.shape[1] - tile) // 2, (resized_CYX.shape[2] - tile) // 2
+        resized_CYX = np.ascontiguousarray(resized_CYX[:, top : top + tile, left : left + tile])
+    tiles_NCYX = split_into_tiles(resized_CYX, tile)
+    if fit != "anyres" and not (len(tiles_NCYX) > 1 and image_config["thumbnail"]):
+        return tiles_NCYX
+    overview_1CYX = resize_image(pixels, (tile, tile), resample)[None]
+    if fit == "anyres":
+        return np.concatenate([overview_1CYX, tiles_NCYX])
+    return np.concatenate([tiles_NCYX, overview_1CYX])
 
 
-def expand_to_square(pixels_YXC, mean):
+def expand_to_square(image, mean):
     """Returns an image in the middle of a square of the mean color (LLaVA-1.5's expand2square)."""
-    height, width, _ = pixels_YXC.shape
-    side = max(height, width)
-    row = np.tile(np.array([int(x * 255) for x in mean], np.uint8), (side, 1))
-    square = np.tile(row, (side, 1, 1))  # row by row: ten times as fast as pixel by pixel
-    top, left = (side - height) // 2, (side - width) // 2
-    square[top : top + height, left : left + width] = pixels_YXC
+    side = max(image.size)
+    square = Image.new("RGB", (side, side), tuple(int(x * 255) for x in mean))
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
     return square
 
 
@@ -362,12 +340,12 @@ def resize_and_pad(pixels_YXC, resolution, resample):
     """
     (height, width), (rows, columns) = resolution, pixels_YXC.shape[:2]
     scale = min(width / columns, height / rows)
-    new_size = min(math.ceil(columns * scale), width), min(math.ceil(rows * scale), height)
-    resized = resize_image(pixels_YXC, new_size, resample)
-    top, left = (height - resized.shape[1]) // 2, (width - resized.shape[2]) // 2
-    padded = np.zeros((3, height, width), np.uint8)
-    padded[:, top : top + resized.shape[1], left : left + resized.shape[2]] = resized
-    return padded
+    new_width = min(math.ceil(columns * scale), width)
+    new_height = min(math.ceil(rows * scale), height)
+    top, left = (height - new_height) // 2, (width - new_width) // 2
+    bottom, right = height - new_height - top, width - new_width - left
+    resized_CYX = resize_image(pixels_YXC, (new_width, new_height), resample)
+    return np.pad(resized_CYX, ((0, 0), (top, bottom), (left, right)))
 
 
 def required_size(image_config):

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from .. import UserError
 
-MAX_IMAGE_BYTES = 1 << 30  # of an image's file
+MAX_IMAGE_BYTES = 1 << 30  # of the file of an image
 
 
 class ImageFile(NamedTuple):
@@ -29,7 +29,7 @@ class ZipMember(NamedTuple):
 
 
 class TarMember(NamedTuple):
-    """An image in a tar, by its place in bytes."""
+    """An image in a tar: `size` bytes from `offset` on."""
 
     file: str
     name: str
@@ -45,46 +45,42 @@ class ImageBytes(NamedTuple):
 
 
 def one_line(error):
+    """Returns the text of an error as one line, or the name of its type if it has no text."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
 def printable(text):
+    """Returns a text, or its Python literal in ASCII if it cannot be printed."""
     return text if text.isprintable() else ascii(text)
 
 
 def find_image_ref(path, folder, images, where):
     """Returns the reference to an image that a record names by `path`.
 
-    The path is relative to `images` (--images: a folder or a zip), or to the record's own folder if
-    there is none; a JSON file may also give an absolute path into that folder. Links are followed:
-    they are made by whoever made the folder, not by a record.
+    The path is relative to `images` (--images: a folder or a zip). Without `images` it is relative
+    to `folder`, the folder of the record. It may also be an absolute path into that folder. Links
+    in the folder are followed: its owner made them, not the record.
     Raises UserError, which begins with `where`, if the path leads outside or no such image exists.
     """
-    is_zip = images and not os.path.isdir(images)
-    if not (images or folder is not None):
+    root = images or folder
+    if root is None:
         raise UserError(
             f"{where}: it names {path!r} but brings no image: give its folder by --images",
             "image missing",
         )
-    # "link/../a" is taken as "a", not as what lies beside the target of the link
-    stated, path = path, path and os.path.normpath(path)
-    root = os.path.abspath(images or folder or ".")
-    is_outside = os.path.isabs(path) and (
-        is_zip or folder is None or not Path(path).is_relative_to(root)
-    )
-    if is_outside or path.split("/")[0] == "..":
-        raise UserError(
-            f"{where}: the path {stated!r} climbs out of {images or folder or '.'}",
-            "path climbs out",
-        )
-    if not is_zip:
-        ref = ImageFile(os.path.join(images or folder, path))
-        exists = os.path.isfile(ref.path)
+    # normpath makes "link/../a" an "a" in the folder, not one beside the target of the link
+    full_root = os.path.abspath(root)
+    full_path = os.path.normpath(os.path.join(full_root, path))
+    if not Path(full_path).is_relative_to(full_root):
+        raise UserError(f"{where}: the path {path!r} climbs out of {root}", "path climbs out")
+    inside = os.path.relpath(full_path, full_root)
+    if images and not os.path.isdir(images):
+        ref = ZipMember(images, inside)
+        info = open_zip(images, os.getpid()).NameToInfo.get(inside)
+        exists = info is not None and not stat.S_ISLNK(info.external_attr >> 16)
     else:
-        ref = ZipMember(images, path)
-        info = open_zip(images, os.getpid()).NameToInfo.get(ref.name)
-        exists = info is not None and not info.is_dir()
-        exists = exists and not stat.S_ISLNK(info.external_attr >> 16)
+        ref = ImageFile(os.path.join(root, inside))
+        exists = os.path.isfile(ref.path)
     if not exists:
         raise UserError(f"{where}: no such image: {os.path.join(*ref)!r}", "image missing")
     return ref
@@ -92,11 +88,12 @@ def find_image_ref(path, folder, images, where):
 
 @functools.lru_cache(4)
 def open_zip(path, process):
-    """Returns an open zip. Each process (an id) has its own: a shared one has one file position."""
+    """Returns an open zip. Each process (an id) has its own, because a file has one position.
+
+    Raises UserError if it is no zip.
+    """
     try:
         return zipfile.ZipFile(path)
-    except FileNotFoundError:
-        raise UserError(f"--images={path}: no such folder or zip") from None
     except Exception as error:  # on broken bytes zipfile raises nearly every kind of error
         raise UserError(
             f"--images={path} is neither a folder nor a zip: {one_line(error)}"
@@ -106,7 +103,7 @@ def open_zip(path, process):
 def load_image_bytes(ref):
     """Returns (bytes, name for messages) of an image.
 
-    Raises UserError if it is missing by now, cannot be unpacked or is larger than MAX_IMAGE_BYTES.
+    Raises UserError if it cannot be read or is larger than MAX_IMAGE_BYTES.
     """
     if isinstance(ref, ImageBytes):
         return ref.content, ref.name
@@ -122,11 +119,9 @@ def load_image_bytes(ref):
             content = file.read(size)
     except UserError:
         raise
-    except OSError as error:
-        raise UserError(f"{name}: {error.strerror or error}", "image missing") from None
     except Exception as error:  # on broken bytes zipfile raises nearly every kind of error
         raise UserError(
-            f"{name} cannot be unpacked: {one_line(error)}", "image cannot be unpacked"
+            f"{name} cannot be read: {one_line(error)}", "image cannot be read"
         ) from None
     if len(content) < size:
         raise UserError(f"{name} ends after {len(content):,} of {size:,} bytes", "image cut short")

@@ -1,9 +1,10 @@
 """Every tokenizer file becomes a tiktoken encoding.
 
-BPE splits a text into pieces by a pattern and a piece into bytes. Then it merges the two neighbors
+BPE splits a text into pieces by a pattern, and a piece into bytes. Then it merges the two neighbors
 whose union has the lowest rank, again and again. tiktoken does the merging. It needs the bytes and
-the rank of each token; the rank need not be the id, which comes from a table beside it.
-One reader per format finds these parts in a file. The Tokenizer at the end knows no formats.
+the rank of each token. A rank need not be the id, which a second table gives.
+Each format has a reader, which returns these tables as a Vocabulary. The Tokenizer at the end knows
+no formats.
 
     tekken.json       Mistral since Nemo: ranks and pattern as tiktoken has them
     tokenizer.json    Hugging Face: byte-level BPE (GPT-2, Llama 3, SmolLM2, what `train_tokenizer`
@@ -23,7 +24,7 @@ import hashlib
 import json
 import struct
 from collections import Counter
-from itertools import chain
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,12 +38,13 @@ GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+
 # SmolLM2 splits off each digit before it applies GPT-2's pattern to the text between them. So white
 # space before a digit counts as the end of a text.
 DIGITS_GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
-# SentencePiece takes a text as one piece. If no token continues past the end of a word, splitting
-# there changes nothing and is faster.
-WHOLE_TEXT, WORDS, EACH_SPACE = r"(?s).+", r" *[^ ]+| +", r" ?[^ ]+| "
-PATTERN_SECONDS = 60  # time limit of splitting one text, for patterns that backtrack
-MAX_PATTERN_CHARS = 900_000  # tiktoken's pattern matcher fails at 1,000,000 spaces in a row
+WHOLE_TEXT = r"(?s).+"  # SentencePiece takes a text as one piece
 BYTES = [bytes([b]) for b in range(256)]
+# GPT-2 writes a byte as one character: itself if it is printable, else one from U+0100 on.
+PRINTABLE = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
+OTHERS = [b for b in range(256) if b not in PRINTABLE]
+BYTE_TO_UNICODE = {b: chr(b) for b in PRINTABLE} | {b: chr(256 + n) for n, b in enumerate(OTHERS)}
+UNICODE_TO_BYTE = {letter: byte for byte, letter in BYTE_TO_UNICODE.items()}
 # Mistral's special tokens by id, for a tekken.json that lists none (versions 1 to 7).
 TEKKEN_SPECIAL_TOKENS = [
     "<unk>",
@@ -66,20 +68,8 @@ TEKKEN_SPECIAL_TOKENS = [
     "[/SYSTEM_PROMPT]",
     "[TOOL_CONTENT]",
 ]
-# types of SentencePiece's pieces; the others (unknown, control, user-defined) are special tokens
-# here
+# Types of SentencePiece's pieces. The others (unknown, control, user-defined) are special tokens.
 NORMAL, UNUSED, BYTE_PIECE = 1, 5, 6
-
-
-def bytes_to_unicode():
-    """Returns GPT-2's character for each byte: itself if printable, else one from U+0100 on."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [b for b in range(256) if b not in printable]
-    return {b: chr(b) for b in printable} | {b: chr(256 + n) for n, b in enumerate(others)}
-
-
-BYTE_TO_UNICODE = bytes_to_unicode()
-UNICODE_TO_BYTE = {letter: byte for byte, letter in BYTE_TO_UNICODE.items()}
 
 
 class Vocabulary(NamedTuple):
@@ -90,15 +80,22 @@ class Vocabulary(NamedTuple):
     """
 
     ranks: dict  # bytes of a token -> rank
-    ids: dict  # bytes of a token -> id
+    # id -> bytes of its token. If two ids have the same bytes, the text gets the later one: a
+    # character of SentencePiece comes after the byte, which is for tokens without an id.
+    bytes_of: dict
     special: dict  # name -> id
     pattern: str  # of a piece
-    # SentencePiece's space in front of a text: "always"; "missing": unless the text starts with
-    # one; "first": as "missing" for a single text, while in a conversation the template decides
+    # SentencePiece's space before a text: "always"; "missing": unless the text starts with one;
+    # "first": as "missing" for a single text, but in a conversation the template decides
     # (chat_template.prepend_space); "never"; None for byte-level tokens
     prefix_space: str | None = None
-    # a byte -> id, for tokens without an id; the character of that byte may have another id
-    byte_ids: dict = {}
+
+
+def check_settings(where, *settings):
+    """Raises UserError unless each (name, value, supported value) has the supported value."""
+    for name, value, supported in settings:
+        if value != supported:
+            raise UserError(f"{where}: {name} is {value!r}, only {supported!r} is known here")
 
 
 def merge_parts(token, ranks):
@@ -108,19 +105,17 @@ def merge_parts(token, ranks):
     """
     parts = [token[i : i + 1] for i in range(len(token))]
     while len(parts) > 2:
-        order = [
-            ranks.get(left + right, 1 << 32) for left, right in zip(parts, parts[1:], strict=False)
-        ]
-        rank = min(order)
-        if rank == 1 << 32:
+        unions = [left + right for left, right in pairwise(parts)]
+        best = min(unions, key=lambda union: ranks.get(union, 1 << 32))
+        if best not in ranks:
             break
-        i = order.index(rank)
-        parts[i : i + 2] = [parts[i] + parts[i + 1]]
+        i = unions.index(best)
+        parts[i : i + 2] = [best]
     return parts
 
 
-def add_merge_ranks(ranks, tokens, rank_of):
-    """Add to `ranks` the tokens that merges can make; rank_of(left, right): a merge's rank or None.
+def add_merge_ranks(ranks, tokens, merges):
+    """Add to `ranks` the tokens that merges can make. merges: {(left, right): rank}.
 
     The merges inside a token's bytes do not depend on the text around them, because a merge across
     its edge would prevent the token. So the last merge always joins the same two tokens, those of
@@ -129,45 +124,33 @@ def add_merge_ranks(ranks, tokens, rank_of):
     """
     base = len(ranks)
     for token in sorted(tokens, key=len):
-        parts = merge_parts(token, ranks)
-        if len(parts) == 2 and (rank := rank_of(*parts)) is not None:
-            ranks[token] = base + rank
+        parts = tuple(merge_parts(token, ranks))
+        if parts in merges:
+            ranks[token] = base + merges[parts]
 
 
 def read_tekken(files, where):
     """Returns the Vocabulary of a tekken.json."""
     spec = json.loads(files["tekken.json"])
-    config, named = spec["config"], spec.get("special_tokens")
-    shift, size = config["default_num_special_tokens"], config["default_vocab_size"]
-    if named is None and int(config["version"].removeprefix("v").split("m")[0]) > 7:
-        raise UserError(
-            f"{where}: version {config['version']} lists no special_tokens: "
-            "only the first seven versions have them in common"
-        )
-    names = (
-        dict(enumerate(TEKKEN_SPECIAL_TOKENS))
-        if named is None
-        else {token["rank"]: token["token_str"] for token in named}
-    )
-    special = {names.get(i, f"<SPECIAL_{i}>"): i for i in range(shift)}
-    ranks = {
-        base64.b64decode(token["token_bytes"]): token["rank"]
-        for token in spec["vocab"]
-        if token["rank"] < size - shift
+    config, names = spec["config"], dict(enumerate(TEKKEN_SPECIAL_TOKENS))
+    special_count, size = config["default_num_special_tokens"], config["default_vocab_size"]
+    if spec.get("special_tokens") is not None:
+        names = {token["rank"]: token["token_str"] for token in spec["special_tokens"]}
+    names = {i: f"<SPECIAL_{i}>" for i in range(special_count)} | names
+    special = {name: i for i, name in names.items()}
+    bytes_of = {
+        special_count + token["rank"]: base64.b64decode(token["token_bytes"])
+        for token in spec["vocab"][: size - special_count]
     }
-    if (
-        sorted(ranks.values()) != list(range(size - shift))
-        or len(special) < shift
-        or max(names) >= shift
-        or not ranks.keys() >= set(BYTES)
-    ):
+    ranks = {token: i - special_count for i, token in bytes_of.items()}
+    ids = [*special.values(), *bytes_of]
+    if ids != list(range(size)) or len(ranks) < len(bytes_of) or list(ranks)[:256] != BYTES:
         raise UserError(
-            f"{where}: {len(ranks):,} tokens and {len(names):,} named ones do not make its "
-            f"{size:,} with {shift:,} special ones"
+            f"{where}: its {len(ranks):,} tokens and {len(special):,} special tokens are not the "
+            f"256 bytes, longer tokens and {special_count:,} special tokens of a vocabulary of "
+            f"{size:,}"
         )
-    return Vocabulary(
-        ranks, {token: shift + rank for token, rank in ranks.items()}, special, config["pattern"]
-    )
+    return Vocabulary(ranks, bytes_of, special, config["pattern"])
 
 
 def protobuf_fields(message):
@@ -177,22 +160,22 @@ def protobuf_fields(message):
     """
     position = 0
 
-    def varint():
+    def read_varint():
         nonlocal position
-        value, shift, more = 0, 0, True
-        while more:
-            value, more = value | (message[position] & 127) << shift, message[position] > 127
-            position, shift = position + 1, shift + 7
-            if shift > 70:
-                raise ValueError("a number of more than ten bytes")
-        return value
+        value = 0
+        for shift in range(0, 70, 7):
+            byte = message[position]
+            value, position = value | (byte & 127) << shift, position + 1
+            if byte < 128:
+                return value
+        raise ValueError("a number of more than ten bytes")
 
     while position < len(message):
-        number, kind = divmod(varint(), 8)
+        number, kind = divmod(read_varint(), 8)
         if kind == 0:
-            yield number, varint()
+            yield number, read_varint()
             continue
-        size = {1: 8, 5: 4}[kind] if kind != 2 else varint()
+        size = {1: 8, 5: 4}[kind] if kind != 2 else read_varint()
         if position + size > len(message):
             raise ValueError(f"a field of {size} bytes where {len(message) - position} are left")
         yield number, message[position : position + size]
@@ -207,219 +190,178 @@ def read_sentencepiece(files, where):
     """
     model = list(protobuf_fields(files["tokenizer.model"]))
     trainer, normalizer, denormalizer = (
-        dict(protobuf_fields(b"".join(value for number, value in model if number == n)))
-        for n in (2, 3, 5)
+        dict(protobuf_fields(dict(model).get(number, b""))) for number in (2, 3, 5)
     )
-    for name, value, known in (
+    pieces, special, scores = {}, {}, {}
+    for i, message in enumerate(value for number, value in model if number == 1):
+        piece = dict(protobuf_fields(message))
+        name, kind = piece[1].decode(), piece.get(3, NORMAL)
+        if kind == UNUSED:
+            raise UserError(f"{where}: the piece {name!r} is unused, which is not known here")
+        ids = pieces if kind in (NORMAL, BYTE_PIECE) else special
+        ids[name] = i
+        if kind == NORMAL and len(name) > 1:
+            scores[name] = struct.unpack("<f", piece.get(2, bytes(4)))[0]
+    times = Counter(scores.values())
+    tied = [name for name, score in scores.items() if times[score] > 1 and name.strip("▁")]
+    check_settings(
+        where,
         ("model_type (1 Unigram, 2 BPE)", trainer.get(3, 1), 2),
         ("treat_whitespace_as_suffix", trainer.get(24, 0), 0),
-        (
-            "normalizer",
-            normalizer.get(1, b"unnamed") if normalizer.get(2) else b"identity",
-            b"identity",
-        ),
         ("remove_extra_whitespaces", normalizer.get(4, 1), 0),
         ("escape_whitespaces", normalizer.get(5, 1), 1),
-        (
-            "denormalizer",
-            denormalizer.get(1, b"unnamed") if denormalizer.get(2) else b"identity",
-            b"identity",
-        ),
-    ):
-        if value != known:
-            raise UserError(f"{where}: {name} is {value!r}, only {known!r} is known here")
-    pieces = [dict(protobuf_fields(value)) for number, value in model if number == 1]
-    names, kinds = [piece[1].decode() for piece in pieces], [piece.get(3, 1) for piece in pieces]
-    if UNUSED in kinds:
-        raise UserError(
-            f"{where}: piece {names[kinds.index(UNUSED)]!r} is marked as unused, "
-            "which is not known here"
-        )
-    special = {name: i for i, name in enumerate(names) if kinds[i] not in (NORMAL, BYTE_PIECE)}
+        ("the normalizer's precompiled_charsmap", normalizer.get(2, b"")[:40], b""),
+        ("the denormalizer's precompiled_charsmap", denormalizer.get(2, b"")[:40], b""),
+        ("the list of pieces with the score of another piece", tied[:3], []),
+    )
+    own = pieces | special
     for name, i in json.loads(files.get("added_tokens.json", "{}")).items():
-        if i < len(names) and names[i] != name:
+        if i < len(own) and own.get(name) != i:
             raise UserError(
-                f"{where}: added_tokens.json has {name!r} at {i}, where {names[i]!r} is"
+                f"{where}: added_tokens.json has {name!r} at {i}, where another piece is"
             )
         special[name] = i
-    scores = {
-        names[i]: struct.unpack("<f", piece.get(2, bytes(4)))[0]
-        for i, piece in enumerate(pieces)
-        if kinds[i] == NORMAL and len(names[i]) > 1
-    }
-    times = Counter(scores.values())
-    for name, score in scores.items():
-        if times[score] > 1 and name.strip("▁"):
-            raise UserError(
-                f"{where}: {name!r} has the score of another piece, {score}: "
-                "which of them is joined first is not known here"
-            )
     # Of merges with equal scores the leftmost comes first. The runs of spaces share a score in
     # Mistral's files. For them this is as if longer runs came first: the leftmost run grows by one
     # space at a time, and joins the run before it as soon as both make a piece.
     order = sorted(scores, key=lambda name: (-scores[name], -len(name)))
-    rank_of = {name.replace("▁", " ").encode(): rank for rank, name in enumerate(order)}
-    normal, byte_pieces = (
-        {name: i for i, name in enumerate(names) if kinds[i] == kind}
-        for kind in (NORMAL, BYTE_PIECE)
-    )
+    merges = {}
+    for rank, name in enumerate(order):
+        for i in range(1, len(name)):
+            merges[piece_bytes(name[:i]), piece_bytes(name[i:])] = rank
     prefix_space = "always" if normalizer.get(3, 1) else "never"
-    return character_vocabulary(
-        normal,
-        byte_pieces,
-        lambda left, right: rank_of.get(left + right),
-        special,
-        WORDS,
-        prefix_space,
-        where,
-    )
+    return piece_vocabulary(pieces, merges, special, prefix_space, where)
 
 
-def character_vocabulary(pieces, byte_pieces, rank_of, special, pattern, prefix_space, where):
+def piece_bytes(piece):
+    """Returns the bytes of a SentencePiece piece, in which ▁ stands for a space."""
+    return piece.replace("▁", " ").encode()
+
+
+def piece_vocabulary(pieces, merges, special, prefix_space, where):
     """Returns a BPE of characters as a Vocabulary, which is of bytes.
 
     The bytes of a character are merged before all else, by way of prefixes of UTF-8 without an id.
-    pieces: {piece with ▁ for a space: id}; byte_pieces: {"<0x0A>": id}, for the bytes of a
-    character that is no piece; rank_of: the rank of a merge.
+    pieces: {piece: id}; "<0x0A>" is a byte of a character that is no piece. merges: {(left, right):
+    rank}, in bytes.
     """
-    ids = {piece.replace("▁", " ").encode(): i for piece, i in pieces.items()}
-    byte_ids = {BYTES[int(name[3:5], 16)]: i for name, i in byte_pieces.items()}
-    if len(byte_ids) < 256 or len(ids) < len(pieces):
+    bytes_of = {}
+    for piece, i in pieces.items():
+        if regex.fullmatch("<0x[0-9A-F]{2}>", piece):
+            bytes_of[i] = BYTES[int(piece[3:5], 16)]
+    byte_count = len(bytes_of)
+    bytes_of |= {i: piece_bytes(piece) for piece, i in pieces.items() if i not in bytes_of}
+    tokens = set(list(bytes_of.values())[byte_count:])
+    if byte_count < 256 or byte_count + len(tokens) < len(pieces):
         raise UserError(
-            f"{where}: {len(byte_ids)} of 256 bytes have a piece and {len(pieces) - len(ids)} "
-            "pieces differ in '▁' for ' ' alone"
+            f"{where}: {byte_count} of 256 bytes have a piece and "
+            f"{len(pieces) - byte_count - len(tokens)} pieces differ in '▁' for ' ' alone"
         )
-    characters = [token for token in ids if 1 < len(token) <= 4 and len(token.decode()) == 1]
-    prefixes = sorted({token[:n] for token in characters for n in range(2, len(token))}, key=len)
-    ranks = {token: n for n, token in enumerate([*BYTES, *prefixes, *characters])}
-    add_merge_ranks(ranks, [token for token in ids if token not in ranks], rank_of)
-    has_phrases = pattern == WORDS and any(b" " in token.lstrip(b" ") for token in ranks)
-    pattern = WHOLE_TEXT if has_phrases else pattern
-    return Vocabulary(ranks, ids, special, pattern, prefix_space, byte_ids)
+    ranks = {byte: n for n, byte in enumerate(BYTES)}
+    for token in tokens:
+        if len(token.decode()) == 1:
+            for length in range(2, len(token) + 1):
+                ranks.setdefault(token[:length], len(ranks))
+    add_merge_ranks(ranks, tokens, merges)
+    return Vocabulary(ranks, bytes_of, special, WHOLE_TEXT, prefix_space)
 
 
 def read_huggingface(files, where):
     """Returns the Vocabulary of a tokenizer.json."""
     spec = json.loads(files["tokenizer.json"])
     model = spec["model"]
-    special = {token["content"]: token["id"] for token in spec["added_tokens"]}
-    unknown = [
-        f"{key} {model[key]}"
-        for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix")
-        if model.get(key)
-    ]
-    if model.get("type", "BPE") != "BPE" or unknown:  # GPT-2's file is from before types
-        raise UserError(
-            f"{where}: model {', '.join([model['type'], *unknown])}: only a plain BPE is known here"
-        )
-    merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
-    missing = [
-        left + right
-        for left, right in merges
-        if not {left, right, left + right} <= model["vocab"].keys()
-    ]
-    if missing:
-        raise UserError(
-            f"{where}: {len(missing)} merges are of or to tokens that are not in its vocabulary, "
-            f"such as {missing[0]!r}"
-        )
-    pattern, prefix_space = pre_tokenizer_pattern(spec, where)
-    if prefix_space is None:
-        return byte_level_vocabulary(model, merges, special, pattern, where)
-    if not model.get("byte_fallback"):
-        raise UserError(
-            f"{where}: letters that are no piece do not become bytes, which is not known here"
-        )
-    pieces = {piece: i for piece, i in model["vocab"].items() if piece not in special}
-    byte_pieces = {
-        piece: pieces.pop(piece)
-        for piece in list(pieces)
-        if regex.fullmatch("<0x[0-9A-F]{2}>", piece)
-    }
-    pairs = {
-        tuple(part.replace("▁", " ").encode() for part in merge): n
-        for n, merge in enumerate(merges)
-    }
-    return character_vocabulary(
-        pieces, byte_pieces, lambda *pair: pairs.get(pair), special, pattern, prefix_space, where
+    vocab = model["vocab"]
+    check_settings(
+        where,
+        ("the model's type", model.get("type", "BPE"), "BPE"),  # GPT-2's file has none
+        ("dropout", model.get("dropout") or None, None),
+        ("continuing_subword_prefix", model.get("continuing_subword_prefix") or None, None),
+        ("end_of_word_suffix", model.get("end_of_word_suffix") or None, None),
     )
+    pattern, prefix_space = pre_tokenizer_pattern(spec, where)
+    token_bytes = byte_level_bytes if prefix_space is None else piece_bytes
+    merges = {}
+    for rank, merge in enumerate(model["merges"]):
+        left, right = merge.split(" ") if isinstance(merge, str) else merge
+        if not {left, right, left + right} <= vocab.keys():
+            raise UserError(
+                f"{where}: {left!r} and {right!r} are merged to {left + right!r}, but its "
+                "vocabulary does not hold all three"
+            )
+        merges[token_bytes(left), token_bytes(right)] = rank
+    special = {token["content"]: token["id"] for token in spec["added_tokens"]}
+    pieces = {piece: i for piece, i in vocab.items() if piece not in special}
+    if prefix_space is not None:
+        check_settings(where, ("byte_fallback", model.get("byte_fallback", False), True))
+        return piece_vocabulary(pieces, merges, special, prefix_space, where)
+    return byte_level_vocabulary(model, pieces, merges, special, pattern, where)
 
 
-def byte_level_vocabulary(model, merges, special, pattern, where):
-    ids = {
-        bytes(UNICODE_TO_BYTE[letter] for letter in token): i
-        for token, i in model["vocab"].items()
-        if all(letter in UNICODE_TO_BYTE for letter in token)
+def byte_level_bytes(piece):
+    """Returns the bytes of a token of byte-level BPE, in which a character stands for a byte."""
+    return bytes(UNICODE_TO_BYTE[letter] for letter in piece)
+
+
+def byte_level_vocabulary(model, pieces, merges, special, pattern, where):
+    bytes_of = {
+        i: byte_level_bytes(piece)
+        for piece, i in pieces.items()
+        if UNICODE_TO_BYTE.keys() >= set(piece)
     }
-    pairs = {
-        tuple(bytes(UNICODE_TO_BYTE[letter] for letter in part) for part in merge): n
-        for n, merge in enumerate(merges)
-    }
-    ranks = {b: n for n, b in enumerate(BYTES)}
-    if (model.get("unk_token") or model.get("byte_fallback")) and not ids.keys() >= ranks.keys():
-        absent = len(ranks.keys() - ids.keys())
-        raise UserError(
-            f"{where}: {absent} bytes have no token but something that stands for them, "
-            "which is not known here"
+    tokens = set(bytes_of.values())
+    if not tokens.issuperset(BYTES):
+        check_settings(
+            where,
+            ("unk_token of a vocabulary that lacks a byte", model.get("unk_token") or None, None),
+            ("byte_fallback", model.get("byte_fallback") or False, False),
         )
-    add_merge_ranks(ranks, {left + right for left, right in pairs}, lambda *pair: pairs.get(pair))
+    ranks = {byte: n for n, byte in enumerate(BYTES)}
+    add_merge_ranks(ranks, tokens, merges)
     # With ignore_merges a piece that is a token is encoded at once even if no merge leads to it,
     # but a part of a piece is not.
+    unmerged = {i: token for i, token in bytes_of.items() if token not in ranks}
     if model.get("ignore_merges"):
-        for token in ids.keys() - ranks.keys() - {name.encode() for name in special}:
+        for i, token in unmerged.items():
             if len(merge_parts(token, ranks)) == 2:
                 raise UserError(
                     f"{where}: {token!r} is one token as a piece and two inside one, "
                     "which is not known here"
                 )
-            ranks[token] = 256 + len(merges) + ids[token]
-    return Vocabulary(ranks, ids, special, pattern)
+            ranks[token] = 256 + len(merges) + i
+    return Vocabulary(ranks, bytes_of, special, pattern)
 
 
 def pre_tokenizer_pattern(spec, where):
     """Returns the pattern by which a tokenizer.json splits texts, and Vocabulary.prefix_space."""
     steps = []
     for key, several in (("normalizer", "normalizers"), ("pre_tokenizer", "pretokenizers")):
-        step = spec.get(key) or {"type": "Sequence", several: []}
-        steps += step[several] if step["type"] == "Sequence" else [step]
+        step = spec.get(key) or {several: []}
+        steps += step.get(several, [step])
     match steps:
         case [
             {"type": "Prepend", "prepend": "▁"},
             {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
         ]:
-            return WORDS, "always"
+            return WHOLE_TEXT, "always"
         case [{"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]:
-            return WORDS, "never"
-        case [{"type": "Metaspace", "replacement": "▁"} as step]:
-            scheme = step.get(
-                "prepend_scheme", "always" if step.get("add_prefix_space", True) else "never"
-            )
-            return EACH_SPACE if step.get("split", True) else WORDS, {
-                "always": "missing",
-                "first": "first",
-                "never": "never",
-            }[scheme]
-        case [*_, {"type": "ByteLevel", "add_prefix_space": True}]:
-            raise UserError(f"{where} puts a space before every text, which is not known here")
-        case [{"type": "ByteLevel"} as last] if last.get("use_regex", True):
-            return GPT2, None
-        case [{"type": "Digits", "individual_digits": True}, {"type": "ByteLevel"} as last] if (
-            last.get("use_regex", True)
-        ):
-            return DIGITS_GPT2, None
-        case [
-            {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Removed", "invert": True},
-            {"type": "ByteLevel", "use_regex": False},
-        ]:
-            return pattern, None
-        case [
-            {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated"},
-            {"type": "ByteLevel", "use_regex": False},
-        ]:
-            # The text between two matches is a piece too.
-            return rf"{pattern}|(?:(?!{pattern})[\s\S])+", None
-    types = ", ".join(step["type"] for step in steps) or "none"
-    raise UserError(f"{where} changes or cuts texts by {types}, in a way that is not known here")
+            return WHOLE_TEXT, "never"
+        case [{"type": "Metaspace", "replacement": "▁", "split": False, "prepend_scheme": scheme}]:
+            return WHOLE_TEXT, {"always": "missing", "first": "first", "never": "never"}[scheme]
+        case [*before, {"type": "ByteLevel", "add_prefix_space": False} as last]:
+            match before, last.get("use_regex", True):
+                case [], True:
+                    return GPT2, None
+                case [{"type": "Digits", "individual_digits": True}], True:
+                    return DIGITS_GPT2, None
+                case [{"type": "Split", "pattern": {"Regex": pattern}} as split], False:
+                    if split["behavior"] == "Isolated":
+                        # The text between two matches is a piece too.
+                        return rf"{pattern}|(?:(?!{pattern})[\s\S])+", None
+                    if (split["behavior"], split["invert"]) == ("Removed", True):
+                        return pattern, None
+    raise UserError(
+        f"{where} changes or splits texts by {json.dumps(steps):.300}, which is not known here"
+    )
 
 
 TOKENIZER_READERS = {
@@ -443,43 +385,33 @@ class Tokenizer:
         name = next(iter(files))
         where = where or name
         try:
-            vocabulary = TOKENIZER_READERS[name](files, where)
-            ranks, ids, self.special, pattern, self.prefix_space, byte_ids = vocabulary
+            ranks, bytes_of, self.special, pattern, self.prefix_space = TOKENIZER_READERS[name](
+                files, where
+            )
             self.encoding = tiktoken.Encoding(
                 self.fingerprint, pat_str=pattern, mergeable_ranks=ranks, special_tokens={}
             )
-            self.bytes_of = {i: token for token, i in [*byte_ids.items(), *ids.items()]} | {
-                i: name.encode() for name, i in self.special.items()
-            }
+            self.bytes_of = bytes_of | {i: name.encode() for name, i in self.special.items()}
             self.vocab_size = max(self.bytes_of) + 1
         except (
             ValueError,
-            KeyError,
+            LookupError,
             TypeError,
             AttributeError,
-            IndexError,
             RecursionError,
             struct.error,
         ) as error:
             raise UserError(
                 f"{where} is no tokenizer that can be read here: {type(error).__name__} {error}"
             ) from None
+        # Special tokens are not found in texts.
         blank = [name for name in self.special if not name.replace("▁", " ").strip()]
-        if blank:
-            raise UserError(
-                f"{where}: the white space {blank[0]!r} is a special token, "
-                "and would have to be found in texts"
-            )
-        byte_ids = byte_ids | {b: ids[b] for b in BYTES if b in ids}
-        self.dropped = b"".join(b for b in BYTES if b not in byte_ids)
-        in_bytes = {
-            token: [byte_ids[BYTES[b]] for b in token if BYTES[b] in byte_ids]
-            for token in ranks
-            if token not in ids
-        }
-        self.ids_of_rank = {
-            rank: [ids[token]] if token in ids else in_bytes[token] for token, rank in ranks.items()
-        }
+        check_settings(where, ("the list of special tokens that are white space", blank[:3], []))
+        ids = {token: i for i, token in bytes_of.items()}
+        self.ids_of_rank = {}
+        for token, rank in ranks.items():
+            parts = [token] if token in ids else [BYTES[b] for b in token]
+            self.ids_of_rank[rank] = [ids[part] for part in parts if part in ids]
 
     @classmethod
     def load(cls, folder):
@@ -489,13 +421,12 @@ class Tokenizer:
         tokens.
         """
         folder = Path(folder)
-        name = next((name for name in TOKENIZER_READERS if (folder / name).is_file()), None)
-        if name is None:
+        names = [name for name in TOKENIZER_READERS if (folder / name).is_file()][:1]
+        if not names:
             raise UserError(f"{folder} holds none of {', '.join(TOKENIZER_READERS)}")
-        names = [name]
-        if name == "tokenizer.model" and (folder / "added_tokens.json").is_file():
+        if names == ["tokenizer.model"] and (folder / "added_tokens.json").is_file():
             names.append("added_tokens.json")
-        return cls({name: (folder / name).read_bytes() for name in names}, folder / name)
+        return cls({name: (folder / name).read_bytes() for name in names}, folder / names[0])
 
     def save(self, folder):
         for name, source in self.files.items():
@@ -504,81 +435,63 @@ class Tokenizer:
     def encode(self, text, space=None):
         """Returns the ids of a text.
 
-        space: whether SentencePiece's space is put in front; None: as the tokenizer's file says.
-        Raises UserError if the text has half a character (a lone surrogate), or if the pattern does
-        not end.
+        space: whether SentencePiece's space is put before it; None: as the tokenizer's file says.
+        Raises UserError if the text has a lone surrogate (half a character), or if the pattern
+        takes too long.
         """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(
+                f"a text has half a character, U+{ord(text[error.start]):X}, "
+                f"at letter {error.start + 1}: {text[:40]!a}"
+            ) from None
         original = text
         if self.prefix_space and text:
             text = text.replace("▁", " ")
             if space is None:
-                space = {
-                    "always": True,
-                    "missing": text[0] != " ",
-                    "first": text[0] != " ",
-                    "never": False,
-                }[self.prefix_space]
+                is_missing = self.prefix_space != "never" and text[0] != " "
+                space = self.prefix_space == "always" or is_missing
             text = " " + text if space else text
         try:
-            source = text.encode()
-        except UnicodeEncodeError as error:
-            position = error.start - len(text) + len(original)
-            raise UserError(
-                f"a text has half a character, U+{ord(original[position]):X}, "
-                f"at letter {position + 1}: {original[:40]!a}"
-            ) from None
-        is_plain = source.translate(None, self.dropped) == source
-        try:
-            ranks = self.ranks(text, at_once=len(text) < MAX_PATTERN_CHARS and is_plain)
+            ranks = self.encoding.encode_ordinary(text)
         except BaseException as error:
-            # tiktoken's matcher panics after a million steps
-            if type(error).__name__ not in ("PanicException", "TimeoutError"):
+            if type(error).__name__ != "PanicException":  # tiktoken's, after a million steps
                 raise
             raise UserError(
                 "the tokenizer's own pattern does not come to an end with this text: "
                 f"{original[:40]!a}"
             ) from None
-        return list(chain.from_iterable(map(self.ids_of_rank.__getitem__, ranks)))
-
-    def ranks(self, text, at_once):
-        """Returns the ranks of a text's tokens.
-
-        at_once: by tiktoken. Otherwise the pieces are found here, as in tiktoken's own tests.
-        """
-        if at_once:
-            return self.encoding.encode_ordinary(text)
-        pieces = (
-            match.group().encode().translate(None, self.dropped)
-            for match in regex.finditer(self.encoding._pat_str, text, timeout=PATTERN_SECONDS)
-        )
-        return [
-            rank for piece in pieces if piece for rank in self.encoding._encode_single_piece(piece)
-        ]
+        ids = []
+        for rank in ranks:
+            ids += self.ids_of_rank[rank]
+        return ids
 
     def decode(self, ids):
         stream = self.stream()
         return stream.push(*ids) + stream.flush()
 
     def stream(self):
-        return TextStream(self.bytes_of, self.prefix_space not in (None, "never"))
+        return TextStream(self)
 
 
 class TextStream:
     """A text that comes id by id.
 
-    `push` returns the characters that are complete; the first bytes of a character wait for its
-    last. prefix_space: the text starts with a space that `encode` added.
+    `push` returns the characters that are complete. The first bytes of a character wait for its
+    last. The space that `encode` put before the text is removed.
     """
 
-    def __init__(self, bytes_of, prefix_space):
-        self.bytes_of, self.prefix_space = bytes_of, prefix_space
+    def __init__(self, tokenizer):
+        self.bytes_of = tokenizer.bytes_of
+        self.has_prefix_space = tokenizer.prefix_space not in (None, "never")
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, *ids):
         # A padded vocabulary has ids without bytes.
         new = b"".join(self.bytes_of.get(i, b"") for i in ids)
-        if self.prefix_space and new:
-            self.prefix_space, new = False, new.removeprefix(b" ")
+        if self.has_prefix_space and new:
+            self.has_prefix_space, new = False, new.removeprefix(b" ")
         return self.decoder.decode(new)
 
     def flush(self):
@@ -587,11 +500,11 @@ class TextStream:
 
 def tokenizer_spec(ranks, special):
     """Returns ranks and names of special tokens as a tokenizer.json, as in Hugging Face."""
-    chars = {token: "".join(BYTE_TO_UNICODE[b] for b in token) for token in ranks}
-    merged = [token for token in sorted(ranks, key=ranks.get) if len(token) > 1]
+    pieces = {token: "".join(BYTE_TO_UNICODE[b] for b in token) for token in ranks}
     merges = []
-    for token in merged:
-        merges.append(" ".join(chars[part] for part in merge_parts(token, ranks)))
+    for token in ranks:
+        if len(token) > 1:
+            merges.append(" ".join(pieces[part] for part in merge_parts(token, ranks)))
     byte_level = {
         "type": "ByteLevel",
         "add_prefix_space": False,
@@ -625,7 +538,7 @@ def tokenizer_spec(ranks, special):
             "fuse_unk": False,
             "byte_fallback": False,
             "ignore_merges": False,
-            "vocab": {chars[token]: rank for token, rank in ranks.items()},
+            "vocab": {pieces[token]: rank for token, rank in ranks.items()},
             "merges": merges,
         },
     }
@@ -638,7 +551,9 @@ def train_tokenizer(texts, vocab_size, special):
     That trainer is written for teaching and visits each word at each merge. So it gets each
     distinct word of the texts, repeated by the logarithm of its count.
     """
-    counts = Counter(word for text in texts for word in regex.findall(GPT2, text))
+    counts = Counter()
+    for text in texts:
+        counts.update(regex.findall(GPT2, text))
     sample = "".join(word * count.bit_length() for word, count in sorted(counts.items()))
 
     def ranks_of(size):

@@ -32,17 +32,11 @@ IMAGE_CONFIG = {
     "std": [0.5] * 3,
     "draft": True,
 }
-SHAPES = dict(
-    vision={
-        "tile": 64,
-        "patch": 8,
-        "width": 128,
-        "layers": 4,
-        "heads": 4,
-        "intermediate_size": 512,
-    },
-    decoder={"width": 128, "layers": 4, "heads": 4, "kv_heads": 2, "intermediate_size": 384},
-)
+BLOCKS = {"width": 128, "layers": 4, "heads": 4}  # of both the vision encoder and the decoder
+SHAPES = {
+    "vision": {"tile": 64, "patch": 8, **BLOCKS, "intermediate_size": 512},
+    "decoder": {**BLOCKS, "kv_heads": 2, "intermediate_size": 384},
+}
 
 
 def run_step(path, title, function, *arguments, **settings):
@@ -68,7 +62,7 @@ def score_questions(model, questions, blank_images=False):
         checkpoint,
         questions,
         benchmark="exact",
-        batch=100,
+        batch_size=100,
         blank_images=blank_images,
         max_tokens=64,
     )
@@ -141,8 +135,14 @@ def prepare_inputs():
     run_step(
         "out/demo/random_init",
         "Learn a tokenizer from the text. Vision encoder and language model are random.",
-        create_random_model,
-        "out/demo/random_init",
+        create_model,
+        read_texts([f"{FRIDGE}/text.json"]),
+        out="out/demo/random_init",
+        vocab_size=512,
+        template="mistral",
+        image_config=IMAGE_CONFIG,
+        seed=0,
+        **SHAPES,
     )
     for name in ("text", "captions", "chats"):
         run_step(
@@ -155,19 +155,6 @@ def prepare_inputs():
             out=f"data/demo/{name}",
             seq_len=2048,
         )
-
-
-def create_random_model(out):
-    texts = read_texts([f"{FRIDGE}/text.json"])
-    create_model(
-        texts,
-        out=out,
-        vocab_size=512,
-        template="mistral",
-        image_config=IMAGE_CONFIG,
-        seed=0,
-        **SHAPES,
-    )
 
 
 def train_parts(train):

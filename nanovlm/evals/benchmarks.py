@@ -1,18 +1,18 @@
-"""The benchmarks: for each, the files of its questions, its prompt, and the metric of its answers.
+"""The benchmarks: for each, the files of its questions, its prompt, and how its answers are scored.
 
 A benchmark is one entry of BENCHMARKS. formats.py parses its files, metrics.py scores its answers.
 """
 
 import json
-import re
 from collections.abc import Callable
 from typing import NamedTuple
 
 from .. import UserError
-from ..data.chat_template import CAPTION_PROMPT, LETTER_PROMPT, SHORT_PROMPT
+from ..data.chat_template import LONE_SURROGATE, place_images
 from ..data.image_refs import one_line
 from ..preprocess.records import LETTERS, first_field
 from . import metrics
+from .cider import cider_scores
 from .formats import (
     find_image,
     find_question_files,
@@ -30,20 +30,14 @@ from .formats import (
     read_document,
 )
 
-# TextVQA, DocVQA, InfoVQA
-WORD_PROMPT = "Answer the question using a single word, phrase, or number."
-# Metrics that compare whole texts. One of their references may be blank; for other metrics, every
-# answer would contain it.
-TEXT_METRICS = ("vqa", "textvqa", "anls", "relaxed")
-
 
 class Benchmark(NamedTuple):
-    """The files of a benchmark and their keys, its prompt, and its metric.
+    """The files of a benchmark and their keys, its prompt, and its score.
 
     A key that is two names, such as "answers answer", is that of two editions: a record has one.
     """
 
-    metric: str  # its name in metrics.METRICS, or captions
+    score: Callable  # of an answer: a function of metrics.py, or cider_scores
     prompt: str = ""  # follows the question
     files: tuple = ("*.jsonl", "*.json")  # in a folder or zip: the first pattern that matches
     parse: Callable = parse_records  # returns the records of a file
@@ -52,34 +46,62 @@ class Benchmark(NamedTuple):
     image_key: str = "image"
     image_paths: tuple = ("{}",)  # the paths at which an image of this name may be
     question_key: str = "question"
+    default_question: str = ""  # of a record without a question
     answers_key: str = "answers answer"
     kind_key: str = "kind"
-    extra_keys: tuple = ()  # what else the metric needs
+    extra_keys: tuple = ()  # what else the score needs
     from_user: bool = False  # a user's own questions: --prompt replaces them
-    choices_in_question: bool = False  # the question already lists its choices
+    lists_choices: bool = False  # the choices follow the question, a line each
     open_prompt: str = ""  # replaces the prompt if a question has no choices
     hidden_answers: tuple = ()  # what stands for an answer that is not published
     submission_keys: tuple = ()  # the names of id and answer in a submission
+    score_name: str = "accuracy"  # of the mean score
+    summarize: Callable | None = None  # (questions, answers, scores) -> what the owners report
+
+    @property
+    def is_caption(self):
+        """Whether all answers are scored at once, as CIDEr's word weights require."""
+        return self.score is cider_scores
 
 
+# The prompts are those of the training data, too (data/chat_template.py), as in LLaVA-1.5.
 BENCHMARKS = {
-    "exact": Benchmark("exact", parse=parse_user_questions, from_user=True),
-    "contains": Benchmark("contains", parse=parse_user_questions, from_user=True),
-    "vqa": Benchmark("vqa", SHORT_PROMPT, parse=parse_user_questions, from_user=True),
-    "letters": Benchmark("letters", LETTER_PROMPT, parse=parse_user_questions, from_user=True),
-    "captions": Benchmark("captions", parse=parse_user_questions, from_user=True),
+    "exact": Benchmark(metrics.exact_match, parse=parse_user_questions, from_user=True),
+    "contains": Benchmark(metrics.contains_reference, parse=parse_user_questions, from_user=True),
+    "vqa": Benchmark(
+        metrics.vqa_accuracy,
+        "Answer the question using a single word or phrase.",
+        parse=parse_user_questions,
+        from_user=True,
+        score_name="VQA accuracy",
+    ),
+    "letters": Benchmark(
+        metrics.letter_score,
+        "Answer with the option's letter from the given choices directly.",
+        parse=parse_user_questions,
+        from_user=True,
+        lists_choices=True,
+    ),
+    "captions": Benchmark(
+        cider_scores,
+        parse=parse_user_questions,
+        default_question="Give a brief description of this image in one sentence.",
+        from_user=True,
+        score_name="CIDEr-D",
+    ),
     "coco": Benchmark(
-        "captions",
+        cider_scores,
         files=("dataset_coco.json", "coco_karpathy_test.json", "captions_val2014.json"),
         parse=parse_coco,
-        annotation_files=("captions_val2014.json",),
         image_paths=("val2014/{name}", "{name}"),
+        default_question="Give a brief description of this image in one sentence.",
         from_user=True,
         submission_keys=("image_id", "caption"),
+        score_name="CIDEr-D",
     ),
     "vqav2": Benchmark(
-        "vqa",
-        SHORT_PROMPT,
+        metrics.vqa_accuracy,
+        "Answer the question using a single word or phrase.",
         ("*val2014_questions.json", "*test2015_questions.json"),
         parse_vqav2,
         ("*val2014_annotations.json",),
@@ -87,101 +109,120 @@ BENCHMARKS = {
         image_paths=("val2014/{}", "test2015/{}", "{}"),
         hidden_answers=(None,),
         submission_keys=("question_id", "answer"),
+        score_name="VQA accuracy",
     ),
     "textvqa": Benchmark(
-        "textvqa",
-        WORD_PROMPT,
+        metrics.textvqa_accuracy,
+        "Answer the question using a single word, phrase, or number.",
         ("TextVQA_*_val.json",),
         id_key="question_id",
         image_key="image_id",
         image_paths=("train_images/{}.jpg", "test_images/{}.jpg", "{}.jpg"),
         hidden_answers=(None,),
+        score_name="VQA accuracy",
     ),
     "chartqa": Benchmark(
-        "relaxed",
-        SHORT_PROMPT,
+        metrics.relaxed_accuracy,
+        "Answer the question using a single word or phrase.",
         ("test_*.json",),
         parse_split_files,
         image_key="imgname",
         image_paths=("png/{}", "{}"),
         question_key="query",
         answers_key="label",
+        score_name="relaxed accuracy",
     ),
     "docvqa": Benchmark(
-        "anls",
-        WORD_PROMPT,
+        metrics.anls_score,
+        "Answer the question using a single word, phrase, or number.",
         ("val_v1.0_withQT.json", "val_v1.0.json", "test_v1.0.json"),
         id_key="questionId",
         image_paths=("spdocvqa_images/{name}", "{}", "{name}"),
         hidden_answers=(None,),
         submission_keys=("questionId", "answer"),
+        score_name="ANLS",
     ),
     "infovqa": Benchmark(
-        "anls",
-        WORD_PROMPT,
+        metrics.anls_score,
+        "Answer the question using a single word, phrase, or number.",
         ("infographic*_val_v1.0*.json", "infographic*_test_v1.0.json"),
         id_key="questionId",
         image_key="image_local_name",
         image_paths=("infographicsvqa_images/{}", "{}"),
         hidden_answers=(None,),
         submission_keys=("questionId", "answer"),
+        score_name="ANLS",
     ),
     "ai2d": Benchmark(
-        "letters", LETTER_PROMPT, ("questions/*.json",), parse_ai2d, ("ai2d_test_ids.csv",)
+        metrics.letter_score,
+        "Answer with the option's letter from the given choices directly.",
+        ("questions/*.json",),
+        parse_ai2d,
+        ("ai2d_test_ids.csv",),
+        lists_choices=True,
     ),
     "mmmu": Benchmark(
-        "mmmu",
-        LETTER_PROMPT,
+        metrics.mmmu_score,
+        "Answer with the option's letter from the given choices directly.",
         ("validation-*.parquet", "test-*.parquet"),
         parse_mmmu,
-        open_prompt=SHORT_PROMPT,
+        lists_choices=True,
+        open_prompt="Answer the question using a single word or phrase.",
         hidden_answers=("?",),
+        summarize=metrics.mmmu_metrics,
     ),
     "mmstar": Benchmark(
-        "letters",
-        LETTER_PROMPT,
+        metrics.letter_score,
+        "Answer with the option's letter from the given choices directly.",
         ("mmstar.parquet",),
         parse_mmstar,
         id_key="index",
         kind_key="category",
+        lists_choices=True,
     ),
     "ocrbench": Benchmark(
-        "ocrbench",
+        metrics.ocrbench_score,
         files=("OCRBench.json", "test-*.parquet"),
         id_key="",
         image_key="image_path image",
         image_paths=("OCRBench_Images/{}", "{}"),
         kind_key="type question_type",
         extra_keys=("dataset_name dataset",),
+        summarize=metrics.ocrbench_metrics,
     ),
     "pope": Benchmark(
-        "yesno",
-        SHORT_PROMPT,
+        metrics.yes_no_score,
+        "Answer the question using a single word or phrase.",
         ("coco_pope_*.json",),
         parse_split_files,
         image_paths=("val2014/{}", "{}"),
         question_key="text",
         answers_key="label",
+        summarize=metrics.pope_metrics,
     ),
-    "mme": Benchmark("mme", SHORT_PROMPT, ("MME_Benchmark/*.txt", "*.txt"), parse_mme),
+    "mme": Benchmark(
+        metrics.mme_score,
+        "Answer the question using a single word or phrase.",
+        ("MME_Benchmark/*.txt", "*.txt"),
+        parse_mme,
+        summarize=metrics.mme_metrics,
+    ),
     "mathvista": Benchmark(
-        "mathvista",
-        files=("testmini*.parquet", "*testmini.json"),
+        metrics.mathvista_score,
+        files=("testmini*.parquet",),
         parse=parse_mathvista,
         id_key="pid",
-        image_key="decoded_image image",
-        image_paths=("{}", "{name}"),
+        image_key="decoded_image",
         question_key="query",
         extra_keys=("answer_type", "precision"),
         hidden_answers=(None, ""),
     ),
     "realworldqa": Benchmark(
-        "letters",
+        metrics.letter_score,
         files=("annotations.json*", "test-*.parquet"),
         parse=parse_realworldqa,
         id_key="",
         image_paths=("images/{}", "{}"),
-        choices_in_question=True,
     ),
 }
 
@@ -190,6 +231,9 @@ def find_benchmark(name):
     if name not in BENCHMARKS:
         raise UserError(f"--benchmark={name} is not known: {', '.join(BENCHMARKS)}")
     return BENCHMARKS[name]
+
+
+# ---- questions ----
 
 
 def load_questions(name, questions, annotations="", images="", prompt=""):
@@ -202,15 +246,15 @@ def load_questions(name, questions, annotations="", images="", prompt=""):
     choices    [] unless it is multiple choice
     and the benchmark's extra_keys.
 
-    questions, annotations: each a file, a folder or a zip as published, or a part of it (see
-    find_question_files). images: a folder or zip, if the images are not beside the questions.
+    questions, annotations: each a file, a folder or a pattern (see find_question_files). images: a
+    folder or zip, if the images are not beside the questions.
     prompt: replaces the benchmark's prompt; for a user's own questions, it replaces the questions.
     Raises UserError, naming the question, for a question that cannot be parsed or scored, a missing
     image, or a repeated id.
     """
     benchmark = find_benchmark(name)
     notes = read_annotations(name, annotations) if annotations else None
-    result, seen, path_count = [], {}, 0
+    result, seen = [], {}
     for file in find_question_files(questions, benchmark.files):
         records = read_benchmark(name, file, notes, annotations)
         for number, record in enumerate(records, 1):
@@ -219,7 +263,6 @@ def load_questions(name, questions, annotations="", images="", prompt=""):
             before = seen.setdefault(str(entry["id"]), where)
             if before != where:
                 raise UserError(f"{where}: the id {entry['id']} is already that of {before}")
-            path_count += sum(isinstance(value, str) for value in entry["image"])
             entry["image"] = [
                 find_image(value, benchmark.image_paths, file, images, where)
                 for value in entry["image"]
@@ -233,10 +276,6 @@ def load_questions(name, questions, annotations="", images="", prompt=""):
             f"{questions}: {len(hidden):,} of {len(result):,} questions have no answers, the first "
             f"is {hidden[0]}"
         )
-    if images and not path_count:
-        raise UserError(
-            f"--images={images}: no question of {questions} has the path of an image: leave it out"
-        )
     return result
 
 
@@ -246,72 +285,57 @@ def read_annotations(name, annotations):
         raise UserError(
             f"--annotations={annotations}: the answers of {name} are in its questions: leave it out"
         )
-    files = find_question_files(annotations, patterns)
-    if len(files) > 1:
-        raise UserError(
-            f"--annotations={annotations} has {len(files)} files: name the one of these questions"
-        )
-    return read_document(files[0])
+    return read_document(find_question_files(annotations, patterns)[0].name)
 
 
 def read_benchmark(name, file, notes, annotations):
     """Yields the records of a file. Raises UserError if it is not in the benchmark's format."""
     try:
-        yield from BENCHMARKS[name].parse(read_document(file), file, notes)
+        yield from BENCHMARKS[name].parse(read_document(file.name), file, notes)
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-        files = f"{file.name} and {annotations} are" if annotations else f"{file.name} is"
+        source = f"{file.name} or {annotations}" if annotations else file.name
         raise UserError(
-            f"{files} not in the format that {name} is published in: {type(error).__name__}: "
+            f"{source} is not in the format that {name} is published in: {type(error).__name__}: "
             f"{one_line(error):.200}"
         ) from None
 
 
 def make_question(benchmark, record, count, prompt, where):
-    """Returns an entry of load_questions, its images still as in the record."""
+    """Returns an entry of load_questions, its images still as in the record.
+
+    count: of the questions before it.
+    """
     if not isinstance(record, dict):
         raise UserError(f"{where} is not an object: {record!r:.80}")
     found = {
         part: first_field(record, *getattr(benchmark, f"{part}_key").split())
         for part in ("id", "image", "question", "answers", "kind")
     }
-    user_prompt = prompt if benchmark.from_user else ""
-    is_caption = benchmark.metric == "captions"
     if not benchmark.id_key:
         found["id"] = count
-    default = CAPTION_PROMPT if is_caption else None
-    found["question"] = user_prompt or found["question"] or default
-    images = found["image"]
-    if images is None:
-        images = []
-    elif type(images) is not list:  # isinstance would not do: a ref to an image is a tuple
-        images = [images]
-    check_parts(benchmark, record, found | {"image": images or None}, where)
-    choices = [] if record.get("choices") is None else record["choices"]
-    references = read_references(benchmark, found["answers"])
-    kind = "all" if found["kind"] in (None, "") else found["kind"]
-    check_labels(where, id=found["id"], kind=kind)
-    check_texts(where, question=found["question"])
-    may_be_blank = not benchmark.from_user and benchmark.metric in TEXT_METRICS
-    check_texts(where, may_be_blank, answers=references or [None] * benchmark.from_user)
-    check_texts(where, True, choices=choices)
-    default = benchmark.prompt if choices else benchmark.open_prompt or benchmark.prompt
-    text = user_prompt or format_question(benchmark, found["question"], choices, prompt or default)
-    if text.count("<image>") not in (0, len(images)):
-        raise UserError(
-            f"{where}: {text.count('<image>')} <image> in its text, but {len(images)} images"
-        )
+    if benchmark.from_user and prompt:
+        found["question"] = prompt
+    found["question"] = found["question"] or benchmark.default_question or None
+    found["image"] = None if found["image"] == [] else found["image"]
+    check_parts(benchmark, record, found, where)
+    images = [] if found["image"] is None else found["image"]
+    # isinstance would not do: a ref to an image is a tuple
+    images = images if type(images) is list else [images]
+    choices = first_field(record, "choices")
     question = {
         "id": found["id"],
-        "kind": str(kind),
+        "kind": "all" if found["kind"] in (None, "") else found["kind"],
         "image": images,
-        "question": text if "<image>" in text else "<image>\n" * len(images) + text,
-        "answers": references,
-        "choices": choices,
+        "question": found["question"],
+        "answers": read_references(benchmark, found["answers"]),
+        "choices": [] if choices is None else choices,
     }
     for keys in benchmark.extra_keys:
         question[keys.split()[0]] = first_field(record, *keys.split())
-    if references:
-        metrics.check_references(benchmark.metric, question, where)
+    check_question(benchmark, question, where)
+    question["kind"] = str(question["kind"])
+    text = format_question(benchmark, question, prompt)
+    question["question"] = place_images(text, len(images), where)
     return question
 
 
@@ -320,65 +344,97 @@ def check_parts(benchmark, record, found, where):
     needed = ["id", "question"]
     if None not in benchmark.hidden_answers:
         needed.append("answers")
-    if not benchmark.from_user or benchmark.metric == "captions":
+    if not benchmark.from_user or benchmark.is_caption:
         needed.append("image")
     if missing := [part for part in needed if found[part] is None]:
         raise UserError(f"{where}: no {', '.join(missing)}; it has {', '.join(record)}")
 
 
 def read_references(benchmark, value):
-    """Returns the reference answers as a list of texts, [] if they are hidden.
-
-    VQAv2 has each of them in an object.
-    """
-    if benchmark.from_user:
-        return value
+    """Returns the reference answers as a list of texts, [] if they are hidden."""
     if value in benchmark.hidden_answers:
         return []
     # An empty list does not mean hidden: it is kept, and refused later.
     values = value if isinstance(value, list) and value else [value]
-    texts = [text.get("answer") if isinstance(text, dict) else text for text in values]
-    return [str(text) if isinstance(text, int | float) else text for text in texts]
+    return [str(text) if isinstance(text, int | float) else text for text in values]
 
 
-def check_texts(where, may_be_blank=False, **parts):
-    """Raises UserError for a question that is no text, answers or choices that are no texts."""
-    for name, value in parts.items():
-        expected, texts = "a list of non-empty texts", value
-        if name == "question":
-            expected, texts = "a non-empty text", [value]
-        if not isinstance(texts, list) or not all(
-            is_valid_text(text) and (may_be_blank or text.replace("<image>", "").strip())
-            for text in texts
-        ):
-            raise UserError(f"{where}: `{name}` must be {expected}, not {value!r:.80}")
-
-
-def is_valid_text(value):
-    """A lone surrogate, which JSON can hold, can be neither written nor tokenized."""
-    return isinstance(value, str) and not re.search(r"[\ud800-\udfff]", value)
-
-
-def check_labels(where, **labels):
-    for part, label in labels.items():
-        is_label = isinstance(label, str | int | float) and not isinstance(label, bool)
+def check_question(benchmark, question, where):
+    """Raises UserError if a part has the wrong type or is blank, or if it cannot be scored."""
+    for part in ("id", "kind"):
+        label = question[part]
+        is_label = type(label) in (str, int, float)  # a bool is an int, too
         if not is_label or not (str(label).isprintable() and str(label).strip()):
             raise UserError(
                 f"{where}: `{part}` must be a number or a line of text, not {label!r:.80}"
             )
-
-
-def format_question(benchmark, question, choices, prompt):
-    """Returns the question, its choices a line each, and the prompt, unless it has them already."""
-    if len(choices) > len(LETTERS):
+    if not is_text(question["question"]):
         raise UserError(
-            f"a question has {len(choices)} choices, but there are {len(LETTERS)} letters: "
-            f"{question[:80]!r}"
+            f"{where}: `question` must be a non-empty text, not {question['question']!r:.80}"
         )
-    if benchmark.metric not in ("letters", "mmmu") or benchmark.choices_in_question:
-        choices = []
-    lines = [question, *(f"{LETTERS[i]}. {choice}" for i, choice in enumerate(choices))]
-    return "\n".join(lines if not prompt or question.endswith(prompt) else [*lines, prompt])
+    # One of an owner's references may be blank if whole texts are compared. With other scores,
+    # every answer would contain it.
+    may_be_blank = not benchmark.from_user and benchmark.score in metrics.TEXT_SCORES
+    for part, blank in (("answers", may_be_blank), ("choices", True)):
+        texts = question[part]
+        if not isinstance(texts, list) or not all(is_text(text, blank) for text in texts):
+            raise UserError(
+                f"{where}: `{part}` must be a list of non-empty texts, not {texts!r:.80}"
+            )
+    if question["answers"]:
+        metrics.check_references(benchmark.score, question, where)
+    if len(question["choices"]) > len(LETTERS):
+        raise UserError(
+            f"{where} has {len(question['choices'])} choices, but there are {len(LETTERS)} letters"
+        )
+
+
+def is_text(value, may_be_blank=False):
+    """Whether a value is a text that can be written and tokenized."""
+    if not isinstance(value, str) or LONE_SURROGATE.search(value):
+        return False
+    return may_be_blank or value.replace("<image>", "").strip() != ""
+
+
+def format_question(benchmark, question, prompt):
+    """Returns the question, its choices a line each, and the prompt, unless it ends with it."""
+    text, choices = question["question"], question["choices"]
+    if benchmark.from_user and prompt:
+        return text
+    if benchmark.lists_choices:
+        text = "\n".join([text, *(f"{LETTERS[i]}. {choice}" for i, choice in enumerate(choices))])
+    own_prompt = benchmark.prompt if choices else benchmark.open_prompt or benchmark.prompt
+    prompt = prompt or own_prompt
+    return text if not prompt or question["question"].endswith(prompt) else f"{text}\n{prompt}"
+
+
+# ---- scores ----
+
+
+def score_answers(name, answers, questions):
+    """Returns the score of each answer to the questions of a benchmark.
+
+    Raises UserError for a question that the benchmark cannot score.
+    """
+    score = BENCHMARKS[name].score
+    if BENCHMARKS[name].is_caption:
+        return cider_scores(answers, [question["answers"] for question in questions])
+    for question in questions:
+        metrics.check_references(score, question, f"question {question.get('id')}")
+    return [
+        score(answer, question["answers"], question)
+        for answer, question in zip(answers, questions, strict=True)
+    ]
+
+
+def benchmark_metrics(name, questions, answers, scores):
+    """Returns {metric: value} as a benchmark's owners report it, and the share of answers that
+    cannot be parsed (`unparsed`)."""
+    benchmark = BENCHMARKS[name]
+    result = {benchmark.score_name: metrics.mean_score(scores)}
+    if benchmark.summarize:
+        result = benchmark.summarize(questions, answers, scores)
+    return result | {"unparsed": sum(score is None for score in scores) / len(scores)}
 
 
 def format_submission(name, results):
@@ -390,9 +446,6 @@ def format_submission(name, results):
     if not keys:
         known = [other for other, benchmark in BENCHMARKS.items() if benchmark.submission_keys]
         raise UserError(f"--submission: {name} has no submission format; {', '.join(known)} have")
-    return json.dumps(
-        [
-            dict(zip(keys, (result["id"], result["answer"].strip()), strict=True))
-            for result in results
-        ]
-    )
+    id_key, answer_key = keys
+    rows = [{id_key: result["id"], answer_key: result["answer"].strip()} for result in results]
+    return json.dumps(rows)

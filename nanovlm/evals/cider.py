@@ -42,38 +42,35 @@ def tokenize_caption(text):
 
 
 def cider_scores(answers, references):
-    """Returns (CIDEr-D of all, [CIDEr-D of each image]) as in pycocoevalcap: n = 4, sigma = 6,
-    times 10.
+    """Returns the CIDEr-D of each answer as in pycocoevalcap: n = 4, sigma = 6, times 10.
 
-    references: a list of captions per image. The word weights depend on all of them, so that scores
-    over other images, or over a part of these, cannot be compared.
+    references: a list of captions per image. The word weights depend on all of them: scores over
+    other images, or over a part of these, cannot be compared. Raises UserError if an image has no
+    caption.
     """
     if missing := sum(not texts for texts in references):
         raise UserError(f"{missing} of {len(references)} images have no reference caption")
-    answer_counts = [count_ngrams(answer) for answer in answers]
     reference_counts = [[count_ngrams(text) for text in texts] for texts in references]
     image_counts = Counter()
     for counts in reference_counts:
         image_counts.update(set().union(*counts))
-    idf = {ngram: math.log(len(references) / count) for ngram, count in image_counts.items()}
-    max_idf = math.log(len(references))  # of an n-gram that no reference has
 
     def weight_ngrams(counts):
-        weights = {ngram: count * idf.get(ngram, max_idf) for ngram, count in counts.items()}
-        norms = []
-        for n in range(1, 5):
-            squares = (weight**2 for ngram, weight in weights.items() if len(ngram) == n)
-            norms.append(math.sqrt(sum(squares)))
+        weights, squares = {}, [0.0] * 4
+        for ngram, count in counts.items():
+            idf = math.log(len(references) / max(1, image_counts[ngram]))
+            weights[ngram] = count * idf
+            squares[len(ngram) - 1] += weights[ngram] ** 2
         # pycocoevalcap's length of a caption is its number of word pairs.
         length = sum(count for ngram, count in counts.items() if len(ngram) == 2)
-        return weights, norms, length
+        return weights, list(map(math.sqrt, squares)), length
 
     def similarity(answer, reference):
         (weights, norms, length), (ref_weights, ref_norms, ref_length) = answer, reference
         dots = [0.0] * 4
-        for ngram in weights.keys() & ref_weights.keys():
-            weight = ref_weights[ngram]
-            dots[len(ngram) - 1] += min(weights[ngram], weight) * weight
+        for ngram, weight in weights.items():
+            ref_weight = ref_weights.get(ngram, 0.0)
+            dots[len(ngram) - 1] += min(weight, ref_weight) * ref_weight
         cosines = (
             dot / (a * b) if a and b else 0.0
             for dot, a, b in zip(dots, norms, ref_norms, strict=True)
@@ -81,10 +78,11 @@ def cider_scores(answers, references):
         return math.exp(-((length - ref_length) ** 2) / (2 * 6**2)) * sum(cosines) / 4
 
     scores = []
-    for answer, counts in zip(map(weight_ngrams, answer_counts), reference_counts, strict=True):
+    for text, counts in zip(answers, reference_counts, strict=True):
+        answer = weight_ngrams(count_ngrams(text))
         total = sum(similarity(answer, weight_ngrams(count)) for count in counts)
         scores.append(10 * total / len(counts))
-    return sum(scores) / len(scores), scores
+    return scores
 
 
 def count_ngrams(text):

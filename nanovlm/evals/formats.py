@@ -10,7 +10,6 @@ import io
 import itertools
 import os
 import re
-import zipfile
 from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
@@ -22,17 +21,15 @@ from ..data import image_files
 from ..data.image_refs import (
     ImageBytes,
     ImageFile,
-    ZipMember,
     find_image_ref,
     load_image_bytes,
-    open_zip,
 )
 from ..preprocess import readers
 from ..preprocess.records import LETTERS
 
 
 class QuestionFile(NamedTuple):
-    """A file of questions, by its path in a folder or zip."""
+    """A file of questions, by its path in a folder."""
 
     root: str
     path: str
@@ -41,107 +38,63 @@ class QuestionFile(NamedTuple):
     def name(self):
         return os.path.join(self.root, self.path)
 
-    @property
-    def in_zip(self):
-        return os.path.isfile(self.root)
-
-    def join(self, path):
-        """Returns the file at a path relative to this one's folder."""
-        joined = os.path.join(os.path.dirname(self.path), path)
-        return QuestionFile(self.root, os.path.normpath(joined))
-
 
 def find_question_files(path, patterns):
-    """Returns the files that `path` names: a file, a folder, a zip, a part of a zip
-    (all.zip/val.json) or a pattern (MMMU/*/test-*.parquet).
+    """Returns the files that `path` names: a file, a folder or a pattern (MMMU/*/test-*.parquet).
 
-    Of a folder or zip: the files that match the first of `patterns` that any file matches.
+    Of a folder: the files that match the first of `patterns` that any file matches.
     """
     path = str(Path(path))
-    zip_path = find_zip(path)
-    if zip_path:
-        inner_path = path[len(zip_path) + 1 :]
-        names = list_zip(zip_path, inner_path)
-        patterns = ["*"] if names == [inner_path] else patterns
-    elif os.path.isdir(path):
-        names = []
-        for folder, _, files in os.walk(path):
-            names += [os.path.relpath(os.path.join(folder, file), path) for file in files]
-    else:
-        found = [path]
-        if not os.path.isfile(path):
-            found = sorted(filter(os.path.isfile, glob.glob(path, recursive=True)))
+    if not os.path.isdir(path):
+        found = [path] if os.path.isfile(path) else sorted(glob.glob(path, recursive=True))
         if not found:
             raise UserError(f"no such file: {path}")
         return [QuestionFile(*os.path.split(file)) for file in found]
+    names = [str(file.relative_to(path)) for file in Path(path).rglob("*") if file.is_file()]
     for pattern in patterns:
         found = [name for name in names if fnmatch.fnmatchcase(f"/{name}", f"*/{pattern}")]
         if found:
-            return [QuestionFile(zip_path or path, name) for name in sorted(found)]
+            return [QuestionFile(path, name) for name in sorted(found)]
     raise UserError(f"{path} has no {' and no '.join(patterns)}")
 
 
-def find_zip(path):
-    """Returns the zip that a path is or leads into, or ""."""
-    for part in (path, *map(str, Path(path).parents)):
-        if zipfile.is_zipfile(part) or (part.endswith(".zip") and os.path.isfile(part)):
-            return part
-    return ""
-
-
-def list_zip(zip_path, inner_path):
-    """Returns the names of the files in a zip's folder, or of the one file of that name."""
-    try:
-        names = open_zip(zip_path, os.getpid()).namelist()
-    except UserError as error:
-        raise UserError(str(error).removeprefix("--images=")) from None
-    names = [name for name in names if not name.endswith("/") and not name.startswith("__MACOSX/")]
-    if inner_path in names:
-        return [inner_path]
-    return [name for name in names if not inner_path or name.startswith(f"{inner_path}/")]
-
-
-def read_document(file):
+def read_document(path):
     """Returns the content of a file: the rows of a parquet, a text, or the JSON."""
-    if file.path.endswith(".parquet"):
-        if file.in_zip:
-            raise UserError(f"{file.name}: a parquet in a zip is not read: unpack {file.root}")
-        return (row for row, _ in readers.read_parquet(file.name))
+    if path.endswith(".parquet"):
+        return (row for row, _ in readers.read_parquet(path))
     try:
-        content, _ = load_image_bytes(ZipMember(*file) if file.in_zip else ImageFile(file.name))
-        text = content.decode("utf-8-sig")
+        text = Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"{file.name} is not text in UTF-8: {error}") from None
-    return text if file.path.endswith((".txt", ".csv")) else parse_json_document(text, file.name)
+        raise UserError(f"{path} is not text in UTF-8: {error}") from None
+    return text if path.endswith((".txt", ".csv")) else parse_json_document(text, path)
 
 
 def parse_json_document(text, name):
-    """Returns a JSON list or object, or the list of the objects of JSON lines."""
+    """Returns a JSON list or object, or the list of the values of JSON lines."""
     try:
         value = readers.parse_json(text)
+        if isinstance(value, dict | list):
+            return value
     except ValueError as error:
         if text.lstrip().startswith("["):
             raise UserError(f"{name}: not JSON: {error}") from None
-        value = None
-    if isinstance(value, dict | list):
-        return value
-    records = []
+    values = []
     # splitlines would also split at characters that JSON texts may contain.
     for number, line in enumerate(text.split("\n"), 1):
         try:
-            records += [readers.parse_json(line)] if line.strip() else []
+            values += [readers.parse_json(line)] if line.strip() else []
         except ValueError as error:
             raise UserError(f"{name}, line {number}: not JSON: {error}") from None
-    return records
+    return values
 
 
 def find_image(value, paths, file, images, where):
     """Returns a ref to an image that a record contains or names.
 
-    A name is tried in each of `paths`: in `images` if given, else beside the questions' file, else
-    in the folder or zip that has this file.
+    A name is tried in each of `paths`: in `images` if given, else beside the file of the questions,
+    else in the folder that has this file.
     """
-    if isinstance(value, ImageBytes | ImageFile | ZipMember):
+    if isinstance(value, ImageBytes | ImageFile):
         return value
     if isinstance(value, dict | bytes):
         content = value.get("bytes") if isinstance(value, dict) else value
@@ -150,15 +103,12 @@ def find_image(value, paths, file, images, where):
         value = value.get("path")
     if not isinstance(value, str) or not value.strip():
         raise UserError(f"{where}: `image` must be a non-empty text, not {value!r:.80}")
-    root = None if file.in_zip else file.root
-    zip_path = file.root if file.in_zip else ""
+    folders = [""] if images else [os.path.dirname(file.path), ""]
     first_error = None
-    for folder, form in itertools.product(
-        [""] if images else [os.path.dirname(file.path), ""], paths
-    ):
+    for folder, form in itertools.product(folders, paths):
         path = os.path.join(folder, form.format(value, name=os.path.basename(value)))
         try:
-            return find_image_ref(os.path.normpath(path), root, images or zip_path, where)
+            return find_image_ref(os.path.normpath(path), file.root, images, where)
         except UserError as error:
             first_error = first_error or error
     raise first_error
@@ -205,32 +155,23 @@ def parse_user_questions(content, file, notes):
 
 def parse_coco(content, file, notes):
     """Karpathy's split, of which the test images are used; its test set as in BLIP (a list); or
-    COCO's own captions, which --annotations may be, too."""
-    if notes is not None:
-        annotations = notes["annotations"]
-    else:
-        annotations = content.get("annotations", []) if isinstance(content, dict) else []
-    captions = defaultdict(list)
-    for annotation in annotations:
-        captions[annotation["image_id"]].append(annotation["caption"])
-    records = []
+    COCO's own captions."""
     if isinstance(content, list):
         for image in content:
             image_id = int(re.search(r"\d+(?=\.\w+$)", image["image"])[0])
-            records.append({"id": image_id, "image": image["image"], "answers": image["caption"]})
+            yield {"id": image_id, "image": image["image"], "answers": image["caption"]}
     elif "annotations" in content:
-        records = [{"id": image["id"], "image": image["file_name"]} for image in content["images"]]
+        captions = defaultdict(list)
+        for annotation in content["annotations"]:
+            captions[annotation["image_id"]].append(annotation["caption"])
+        for image in content["images"]:
+            texts = captions[image["id"]]
+            yield {"id": image["id"], "image": image["file_name"], "answers": texts}
     else:
         for image in content["images"]:
             if image["split"] == "test":
                 texts = [sentence["raw"] for sentence in image["sentences"]]
-                records.append(
-                    {"id": image["cocoid"], "image": image["filename"], "answers": texts}
-                )
-    for record in records:
-        if captions or notes is not None:
-            record["answers"] = captions[record["id"]]
-        yield record
+                yield {"id": image["cocoid"], "image": image["filename"], "answers": texts}
 
 
 def parse_vqav2(content, file, notes):
@@ -238,8 +179,9 @@ def parse_vqav2(content, file, notes):
     split = content["data_subtype"].replace("-dev", "")
     if notes is None and not split.startswith("test"):
         raise UserError(f"{file.name}: {split} has published answers: give them as --annotations")
-    annotations = notes["annotations"] if notes is not None else []
-    by_question = {annotation["question_id"]: annotation for annotation in annotations}
+    by_question = {}
+    if notes is not None:
+        by_question = {annotation["question_id"]: annotation for annotation in notes["annotations"]}
     for record in content["questions"]:
         annotation = by_question.get(record["question_id"], {})
         if notes is not None and not annotation.get("answers"):
@@ -279,8 +221,9 @@ def parse_ai2d(content, file, notes):
     with_letters = None
     for question, entry in content["questions"].items():
         if entry["abcLabel"] and not with_letters:
-            labels = file.join(f"../annotations/{content['imageName']}.json")
-            with_letters = draw_letters(diagram, read_document(labels))
+            folder = Path(file.name).parent.parent / "annotations"
+            labels = read_document(f"{folder}/{content['imageName']}.json")
+            with_letters = draw_letters(diagram, labels)
         yield {
             "id": entry["questionId"],
             "question": question,
@@ -315,20 +258,16 @@ def parse_mmmu(content, file, notes):
         choices, answer = parse_python_list(record["options"]), record["answer"]
         if choices is None:
             raise ValueError(f"options are no list of texts: {record['options']!r:.80}")
-        placed = re.findall(r"<image (\d)>", "\n".join([record["question"], *choices]))
-        in_front = [
-            number
-            for number in "1234567"
-            if record.get(f"image_{number}") is not None and number not in placed
-        ]
-        question, *choices = (
-            re.sub(r"<image \d>", "<image>", text) for text in (record["question"], *choices)
-        )
+        texts = [record["question"], *choices]
+        placed = re.findall(r"<image (\d)>", "\n".join(texts))
+        existing = [n for n in "1234567" if record.get(f"image_{n}") is not None]
+        in_front = [n for n in existing if n not in placed]
+        texts = [re.sub(r"<image \d>", "<image>", text) for text in texts]
         yield {
             **record,
-            "question": "<image>\n" * len(in_front) + question,
-            "choices": choices,
-            "image": [record[f"image_{number}"] for number in (*in_front, *placed)],
+            "question": "<image>\n" * len(in_front) + texts[0],
+            "choices": texts[1:],
+            "image": [record[f"image_{n}"] for n in (*in_front, *placed)],
             "kind": re.sub(r"^[a-z]+_|_\d+$", "", record["id"]),
             "answers": parse_python_list(answer) or answer,
         }
@@ -402,33 +341,7 @@ def parse_mme(content, file, notes):
         }
 
 
-HINTS = {  # MathVista's build_query.py, by the answer's type and number of decimal places
-    ("text", None): "and provide the correct option letter, e.g., A, B, C, D",
-    ("integer", None): "requiring an integer answer and provide the final value, e.g., 1, 2, 3",
-    ("float", 1): "requiring a floating-point number with one decimal place and provide the final "
-    "value, e.g., 1.2, 1.3, 1.4",
-    ("float", 2): "requiring a floating-point number with two decimal places and provide the final "
-    "value, e.g., 1.23, 1.34, 1.45",
-    ("list", None): "requiring a Python list as an answer and provide the final list, e.g., "
-    "[1, 2, 3], [1.2, 1.3, 1.4]",
-}
-
-
 def parse_mathvista(content, file, notes):
-    """The kind is the task. The JSON edition has no query: it is built here."""
-    for record in content.values() if isinstance(content, dict) else content:
-        query = record.get("query") or mathvista_query(record)
-        yield {**record, "query": query, "kind": record["metadata"]["task"]}
-
-
-def mathvista_query(record):
-    """Returns MathVista's prompt: a hint how to answer, the question and its choices."""
-    kind = record["answer_type"]
-    hint = HINTS[kind, record["precision"] if kind == "float" else None]
-    unit = f" (Unit: {record['unit']})" if record["unit"] else ""
-    lines = [
-        f"Hint: Please answer the question {hint}, at the end.",
-        f"Question: {record['question']}{unit}",
-    ]
-    choices = [f"({LETTERS[i]}) {choice}" for i, choice in enumerate(record["choices"] or [])]
-    return "\n".join([*lines, "Choices:", *choices] if choices else lines)
+    """The kind is the task; the query has the hint, the question and its choices."""
+    for record in content:
+        yield {**record, "kind": record["metadata"]["task"]}

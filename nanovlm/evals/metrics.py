@@ -1,8 +1,8 @@
 """The score of an answer, by each benchmark's own rule: pure functions of text.
 
-A metric takes (answer, references, question) and returns a score from 0 to 1, or None if the answer
+A score takes (answer, references, question) and returns a number from 0 to 1, or None if the answer
 cannot be parsed: that counts as 0, and the table has its share. question holds what else the rule
-needs (`choices`, `precision`, ...). Captions are scored all at once: see cider.py.
+needs (`choices`, `precision`, …). Captions are scored all at once: see cider.py.
 """
 
 import json
@@ -13,17 +13,11 @@ from collections import Counter
 import numpy as np
 
 from .. import UserError
-from .cider import cider_scores
 
 # 1,000 is a number, as are .5, -3 and 1e3; 1,00 is none.
 NUMBER = r"[-+]?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+|(?=\.\d))(?:\.\d*)?(?:[eE][-+]?\d+)?"
-NUMBER_WORDS = {
-    word: str(i)
-    for i, word in enumerate(
-        ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
-    )
-}
-NUMBER_WORDS["none"] = "0"
+TO_TEN = "zero one two three four five six seven eight nine ten"
+NUMBER_WORDS = {word: str(i) for i, word in enumerate(TO_TEN.split())} | {"none": "0"}
 FULL_FORMS = """
     ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't
     haven't he'd he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've
@@ -70,12 +64,9 @@ def vqa_accuracy(answer, references, question=None):
     are normalized only if the references differ: a question about written text asks for the text
     as it is written.
     """
-    answer, *references = (
-        text.replace("\n", " ").replace("\t", " ").strip() for text in (answer, *references)
-    )
-    if len(set(references)) > 1:
-        answer, *references = map(normalize_vqa, (answer, *references))
-    return vote_accuracy(answer, references)
+    is_same = len({*map(join_lines, references)}) == 1
+    clean = join_lines if is_same else normalize_vqa
+    return vote_accuracy(clean(answer), [*map(clean, references)])
 
 
 def textvqa_accuracy(answer, references, question=None):
@@ -83,14 +74,12 @@ def textvqa_accuracy(answer, references, question=None):
 
     Texts are always normalized; before that, `,`, `?` and a possessive 's are removed.
     """
-    clean = (
-        text.lower().replace(",", "").replace("?", "").replace("'s", " 's")
-        for text in (answer, *references)
-    )
-    answer, *references = (
-        normalize_vqa(text.replace("\n", " ").replace("\t", " ").strip()) for text in clean
-    )
-    return vote_accuracy(answer, references)
+
+    def clean(text):
+        text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's")
+        return normalize_vqa(text)
+
+    return vote_accuracy(clean(answer), [*map(clean, references)])
 
 
 def vote_accuracy(answer, references):
@@ -99,9 +88,14 @@ def vote_accuracy(answer, references):
     return (n * min(1, (n - 1) / 3) + (len(references) - n) * min(1, n / 3)) / len(references)
 
 
+def join_lines(text):
+    return text.replace("\n", " ").replace("\t", " ").strip()
+
+
 def normalize_vqa(text):
     """Returns the text as the VQA script normalizes it: punctuation, case, number words, articles
     and contractions, in this order."""
+    text = join_lines(text)
     has_comma, result = re.search(r"\d,\d", text), text
     for mark in ';/[]"{}()=+\\_-><@`,?!':
         removed = has_comma or f"{mark} " in text or f" {mark}" in text
@@ -148,17 +142,13 @@ def anls_score(answer, references, question=None):
 
 
 def levenshtein_similarity(left, right):
-    longer = max(len(left), len(right))
-    # The distance is at least the difference of the lengths.
-    if 2 * abs(len(left) - len(right)) >= longer > 0:
-        return 0.0
     costs = list(range(len(right) + 1))
     for i, letter in enumerate(left, 1):
         previous, costs = costs, [i]
         for j, other in enumerate(right, 1):
             replace = previous[j - 1] + (letter != other)
             costs.append(min(previous[j] + 1, costs[-1] + 1, replace))
-    distance = costs[-1] / longer if longer else 0.0
+    distance = costs[-1] / max(len(left), len(right), 1)
     return 1 - distance if distance < 0.5 else 0.0
 
 
@@ -350,95 +340,52 @@ def format_reference(found, kind, question):
     return str(int(value)) if kind == "integer" else str(round(value, int(question["precision"])))
 
 
-METRICS = {
-    "exact": exact_match,
-    "contains": contains_reference,
-    "vqa": vqa_accuracy,
-    "textvqa": textvqa_accuracy,
-    "relaxed": relaxed_accuracy,
-    "anls": anls_score,
-    "ocrbench": ocrbench_score,
-    "yesno": yes_no_score,
-    "mme": mme_score,
-    "letters": letter_score,
-    "mmmu": mmmu_score,
-    "mathvista": mathvista_score,
-}
+# ---- checks ----
+
+TEXT_SCORES = (vqa_accuracy, textvqa_accuracy, anls_score, relaxed_accuracy)  # of whole texts
 
 
-def score_answers(metric, answers, questions):
-    """Returns the score of each answer, by METRICS[metric]; for captions, its CIDEr-D.
-
-    Raises UserError for a question that the metric cannot score.
-    """
-    if metric == "captions":
-        return cider_scores(answers, [question["answers"] for question in questions])[1]
-    for question in questions:
-        check_references(metric, question, f"question {question.get('id')}")
-    return [
-        METRICS[metric](answer, question["answers"], question)
-        for answer, question in zip(answers, questions, strict=True)
-    ]
-
-
-def check_references(metric, question, where):
-    """Raises UserError for a question that a metric cannot score, or whose references no answer can
+def check_references(score, question, where):
+    """Raises UserError for a question that a score does not fit, or whose references no answer can
     match."""
     references = [reference.strip() for reference in question["answers"]]
     letters = string.ascii_uppercase[: len(question.get("choices") or [])]
-    needed = {"ocrbench": "dataset_name", "mathvista": "answer_type"}.get(metric)
+    needed = {ocrbench_score: "dataset_name", mathvista_score: "answer_type"}.get(score)
     kind, precision = question.get("answer_type"), question.get("precision")
     if needed and question.get(needed) is None:
-        raise UserError(f"{where} has no {needed}, which the metric {metric} needs")
+        raise UserError(f"{where} has no {needed}, which {score.__name__} needs")
     is_supported = kind in ("integer", "list") or (kind == "float" and precision in range(10))
-    if metric == "mathvista" and not letters and not is_supported:
+    if score is mathvista_score and not letters and not is_supported:
         raise UserError(
-            f"{where} has no choices, so that its answer_type must be integer, list, or float with "
-            f"a precision from 0 to 9, not {kind!r:.40} with {precision!r:.40}"
+            f"{where} has no choices, so its answer_type must be integer, list, or float with a "
+            f"precision from 0 to 9, not {kind!r:.40} with {precision!r:.40}"
         )
-    if metric in ("vqa", "textvqa") and len(references) < 4:
+    if score in (vqa_accuracy, textvqa_accuracy) and len(references) < 4:
         raise UserError(
             f"{where} has {len(references)} reference answers, but VQA accuracy needs at least 4: "
             "use --benchmark=exact"
         )
-    if metric in ("yesno", "mme") and not {text.lower() for text in references} <= {"yes", "no"}:
+    words = {reference.lower() for reference in references}
+    if score in (yes_no_score, mme_score) and not words <= {"yes", "no"}:
         raise UserError(f"{where}: its answers, {references!r:.80}, are not yes or no")
-    if metric in ("letters", "mmmu") and letters and not {*references} <= {*letters}:
+    if score in (letter_score, mmmu_score) and letters and not {*references} <= {*letters}:
         raise UserError(
             f"{where}: its answers, {references!r:.80}, are not letters of its "
             f"{len(letters)} choices"
         )
 
 
-# ---- metrics of a whole benchmark ----
+# ---- metrics of a whole benchmark: (questions, answers, scores) -> {metric: value} ----
 
-MEAN_NAMES = {
-    "docvqa": "ANLS",
-    "infovqa": "ANLS",
-    "chartqa": "relaxed accuracy",
-    **dict.fromkeys(("vqa", "vqav2", "textvqa"), "VQA accuracy"),
-}
 DISCIPLINES = {  # MMMU's, with their subjects
-    "Art and Design": ["Art", "Art_Theory", "Design", "Music"],
-    "Business": ["Accounting", "Economics", "Finance", "Manage", "Marketing"],
-    "Science": ["Biology", "Chemistry", "Geography", "Math", "Physics"],
-    "Health and Medicine": [
-        "Basic_Medical_Science",
-        "Clinical_Medicine",
-        "Diagnostics_and_Laboratory_Medicine",
-        "Pharmacy",
-        "Public_Health",
-    ],
-    "Humanities and Social Science": ["History", "Literature", "Psychology", "Sociology"],
-    "Tech and Engineering": [
-        "Agriculture",
-        "Architecture_and_Engineering",
-        "Computer_Science",
-        "Electronics",
-        "Energy_and_Power",
-        "Materials",
-        "Mechanical_Engineering",
-    ],
+    "Art and Design": "Art Art_Theory Design Music",
+    "Business": "Accounting Economics Finance Manage Marketing",
+    "Science": "Biology Chemistry Geography Math Physics",
+    "Health and Medicine": "Basic_Medical_Science Clinical_Medicine "
+    "Diagnostics_and_Laboratory_Medicine Pharmacy Public_Health",
+    "Humanities and Social Science": "History Literature Psychology Sociology",
+    "Tech and Engineering": "Agriculture Architecture_and_Engineering Computer_Science Electronics "
+    "Energy_and_Power Materials Mechanical_Engineering",
 }
 RECOGNITION = (  # OCRBench's kinds of text recognition, 300 questions
     "Regular Text",
@@ -470,35 +417,17 @@ def confidence_interval(scores, seed=0, samples=1000):
     return tuple(float(bound) for bound in np.quantile(means, (0.025, 0.975)))
 
 
-def benchmark_metrics(name, questions, answers, scores):
-    """Returns {metric: value} as a benchmark's owners report it, and the share of answers that
-    cannot be parsed (`unparsed`)."""
-    unparsed = {"unparsed": sum(score is None for score in scores) / len(scores)}
-    match name:
-        case "coco" | "captions":
-            title = f"CIDEr-D as in pycocoevalcap (word weights of these {len(scores):,} images)"
-            return {title: mean_score(scores)}
-        case "pope":
-            return pope_metrics(questions, answers) | unparsed
-        case "mme":
-            return mme_metrics(questions, scores) | unparsed
-        case "ocrbench":
-            return ocrbench_metrics(questions, scores)
-        case "mmmu":
-            accuracy = {"accuracy": mean_score(scores)}
-            return accuracy | mmmu_metrics(questions, scores) | unparsed
-    return {MEAN_NAMES.get(name, "accuracy"): mean_score(scores)} | unparsed
-
-
-def pope_metrics(questions, answers):
+def pope_metrics(questions, answers, scores):
     """Returns POPE's metrics of all questions and of each of its files; yes is the positive class.
 
     An answer that cannot be parsed is wrong and no yes: it lowers accuracy and recall, not
     precision.
     """
-    kinds = {"": list(zip(questions, answers, strict=True))}
-    for question, answer in kinds[""]:
-        kinds.setdefault(f"{question['kind']} ", []).append((question, answer))
+    kinds = {"": []}
+    for question, answer in zip(questions, answers, strict=True):
+        pair = parse_yes_no(answer), question["answers"][0].strip().lower()
+        kinds[""].append(pair)
+        kinds.setdefault(f"{question['kind']} ", []).append(pair)
     result = {}
     for kind, pairs in kinds.items():
         if len(kinds) > 2 or not kind:
@@ -507,9 +436,8 @@ def pope_metrics(questions, answers):
 
 
 def yes_no_metrics(pairs):
-    counts = Counter(
-        (parse_yes_no(answer), question["answers"][0].strip().lower()) for question, answer in pairs
-    )
+    """Returns the metrics of (answer, reference) pairs, each yes or no, or None."""
+    counts = Counter(pairs)
     true_yes, yes = counts["yes", "yes"], counts["yes", "yes"] + counts["yes", "no"]
     expected_yes = sum(count for (_, reference), count in counts.items() if reference == "yes")
     precision = true_yes / yes if yes else 0.0
@@ -523,7 +451,7 @@ def yes_no_metrics(pairs):
     }
 
 
-def ocrbench_metrics(questions, scores):
+def ocrbench_metrics(questions, answers, scores):
     """Returns the number of right answers: of all, of text recognition, of each kind."""
     kinds = Counter()
     for question, score in zip(questions, scores, strict=True):
@@ -534,16 +462,18 @@ def ocrbench_metrics(questions, scores):
     return {f"score of {len(scores)}": sum(scores), "Text Recognition": text, **kinds}
 
 
-def mmmu_metrics(questions, scores):
-    """Returns the accuracy of each of MMMU's disciplines."""
-    parts = {}
-    for field, subjects in DISCIPLINES.items():
+def mmmu_metrics(questions, answers, scores):
+    """Returns the accuracy of all questions and of each of MMMU's disciplines."""
+    result = {"accuracy": mean_score(scores)}
+    for discipline, subjects in DISCIPLINES.items():
         pairs = zip(questions, scores, strict=True)
-        parts[field] = [score for question, score in pairs if question["kind"] in subjects]
-    return {field: mean_score(part) for field, part in parts.items() if part}
+        part = [score for question, score in pairs if question["kind"] in subjects.split()]
+        if part:
+            result[discipline] = mean_score(part)
+    return result
 
 
-def mme_metrics(questions, scores):
+def mme_metrics(questions, answers, scores):
     """Returns acc + acc+ of each category, of 200, and the owners' two sums.
 
     acc is the percentage of right answers, acc+ that of images whose two answers are both right.
@@ -552,19 +482,9 @@ def mme_metrics(questions, scores):
     for question, score in zip(questions, scores, strict=True):
         images = kinds.setdefault(question["kind"], {})
         images.setdefault(str(question["image"]), []).append(score or 0)
-    incomplete = 0
     for kind, images in kinds.items():
-        answers = sum(images.values(), [])
         both_right = [min(image_scores) for image_scores in images.values()]
-        sums[kind] = 100 * mean_score(answers) + 100 * mean_score(both_right)
-        incomplete += sum(len(image_scores) != 2 for image_scores in images.values())
+        sums[kind] = 100 * mean_score(sum(images.values(), [])) + 100 * mean_score(both_right)
+    total = sum(sums.values())
     cognition = sum(value for kind, value in sums.items() if kind in COGNITION)
-    result = {
-        "perception": sum(sums.values()) - cognition,
-        "cognition": cognition,
-        "total": sum(sums.values()),
-        **sums,
-    }
-    if incomplete:
-        result["images without two questions (acc+ is not MME's)"] = incomplete
-    return result
+    return {"perception": total - cognition, "cognition": cognition, "total": total, **sums}

@@ -7,12 +7,13 @@ import base64
 import datetime
 import html
 import io
-import sys
 import time
 from typing import NamedTuple
 
+from .. import cli, distributed
 from ..data import image_files, image_refs
-from . import benchmarks, metrics
+from . import metrics
+from .benchmarks import BENCHMARKS
 
 PROGRESS_SECONDS = 5.0  # between two lines of progress
 MAX_QUESTIONS = 1000  # on a page: with 15 kB each, a browser still scrolls at once
@@ -49,41 +50,35 @@ class EvaluationProgress:
 
     def __init__(self, total, answered_before):
         self.total, self.answered_before = total, answered_before
-        self.done, self.tokens, self.scores = 0, 0, []
+        self.results = []
         self.start = self.last_print = time.perf_counter()
 
     def speeds(self):
-        seconds = time.perf_counter() - self.start
-        if not self.done:
+        if not self.results:
             return {}
-        return {"answers_per_s": self.done / seconds, "tokens_per_s": self.tokens / seconds}
+        seconds = time.perf_counter() - self.start
+        tokens = sum(result["tokens"] for result in self.results)
+        return {"answers_per_s": len(self.results) / seconds, "tokens_per_s": tokens / seconds}
 
     def update(self, results, benchmark):
-        self.done += len(results)
-        self.tokens += sum(result["tokens"] for result in results)
-        self.scores += [result["score"] or 0.0 for result in results if result["answers"]]
-        if time.perf_counter() - self.last_print < PROGRESS_SECONDS:
+        self.results += results
+        is_early = time.perf_counter() - self.last_print < PROGRESS_SECONDS
+        if is_early or distributed.get_rank() > 0:
             return
         self.last_print = time.perf_counter()
-        done = self.answered_before + self.done
-        score = ""
-        if self.scores and not needs_all_answers(benchmark):
-            score = f" | {sum(self.scores) / len(self.scores):.1%} so far"
+        scores = [result["score"] for result in self.results if result["answers"]]
+        so_far = ""
+        if scores and not BENCHMARKS[benchmark].is_caption:
+            so_far = f" | {metrics.mean_score(scores):.1%} so far"
+        done = self.answered_before + len(self.results)
         speed = self.speeds()["answers_per_s"]
         remaining = datetime.timedelta(seconds=round((self.total - done) / speed))
-        print(
-            f"{done:,}/{self.total:,} questions | {speed:,.1f} answers/s{score} | {remaining} left",
-            file=sys.stderr,
-            flush=True,
+        cli.print_status(
+            f"{done:,}/{self.total:,} questions | {speed:,.1f} answers/s{so_far} | {remaining} left"
         )
 
 
 # ---- the table ----
-
-
-def needs_all_answers(benchmark):
-    """Whether the metric needs all answers at once, as CIDEr's word weights do."""
-    return benchmarks.BENCHMARKS[benchmark].metric not in metrics.METRICS
 
 
 def make_table(results, seed=0):
@@ -105,36 +100,34 @@ def make_line(kind, results, seed):
     return TableLine(kind, len(results), metrics.mean_score(scores), low, high, unparsed, cut)
 
 
-def format_score(score, benchmark):
-    """Returns a score as the benchmark's owners write it; CIDEr-D is no percentage."""
-    return f"{100 * score:.1f}" if needs_all_answers(benchmark) else f"{score:.1%}"
-
-
-def print_table(lines, owner_metrics, benchmark, tokens_per_s=None):
-    """Prints the table, then owner_metrics: what the benchmark's owners report."""
+def format_table(lines, owner_metrics, benchmark, tokens_per_s=None):
+    """Returns the table as text, then owner_metrics: what the benchmark's owners report."""
+    is_caption, name = BENCHMARKS[benchmark].is_caption, BENCHMARKS[benchmark].score_name
+    label = "right" if name == "accuracy" else name
     width = max(10, *(len(line.kind) for line in lines))
-    is_cider = needs_all_answers(benchmark)
-    name = "CIDEr-D" if is_cider else metrics.MEAN_NAMES.get(benchmark, "right")
+    texts = []
     for line in lines:
-        cells = [f"{line.kind:{width}} {line.questions:5} questions"]
-        if line.score is None:
-            cells += ["no reference answers"]
-        else:
-            score, low, high = (format_score(share, benchmark) for share in line[2:5])
-            cells += [f"{score:>6} {name}", f"{low} to {high}"]
-            cells += [] if is_cider else [f"{line.unparsed:.1%} unparsed"]
-        cells += [f"{line.cut:.1%} cut off"]
-        if line is lines[-1] and tokens_per_s is not None:
-            cells += [f"{tokens_per_s:,.0f} tokens/s"]
-        print("   ".join(cells))
-    if is_cider:
-        print(
+        cells = [f"{line.kind:{width}} {line.questions:5} questions", "no reference answers"]
+        if line.score is not None:
+            # CIDEr-D is no percentage
+            form = (lambda share: f"{100 * share:.1f}") if is_caption else "{:.1%}".format
+            cells[1:] = [
+                f"{form(line.score):>6} {label}",
+                f"{form(line.low)} to {form(line.high)}",
+                f"{line.unparsed:.1%} unparsed",
+            ]
+        texts.append("   ".join([*cells, f"{line.cut:.1%} cut off"]))
+    if tokens_per_s is not None:
+        texts[-1] += f"   {tokens_per_s:,.0f} tokens/s"
+    if is_caption:
+        texts.append(
             "CIDEr-D takes its word weights from the captions of these images: do not compare it "
             "with scores over other images, or over a part of these"
         )
     for metric, value in owner_metrics.items():
-        if metric not in (name, "accuracy", "unparsed"):
-            print(f"{metric}: {value:,.5g}")
+        if metric not in (name, "unparsed"):
+            texts.append(f"{metric}: {value:,.5g}")
+    return "\n".join(texts)
 
 
 # ---- the page ----

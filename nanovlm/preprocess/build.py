@@ -20,7 +20,7 @@ import signal
 import threading
 import time
 from collections import Counter
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, as_completed, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import NamedTuple
@@ -65,31 +65,24 @@ def build_dataset(paths, out, options, workers, max_skipped):
     try:
         with files.lock_path(tmp):
             begin_build(tmp, make_plan(paths, options))
-            # A run that is killed at its very end leaves only the cleaning up.
+            # If a run is killed at its very end, only the cleaning up is left.
             if not (tmp / "header.json").exists():
-                count = build_missing_shards(raws, tmp, options, workers)
-                # Sources may have changed while they were read.
+                build_missing_shards(raws, tmp, options, workers)
+                # The sources may have changed while they were read.
                 check_plan(tmp, make_plan(paths, options))
-                finish_dataset(tmp, count, options, max_skipped)
+                finish_dataset(tmp, options, max_skipped)
             remove_build_files(tmp)
             os.rename(tmp, out)
             files.fsync_path(out.parent)
         return [json.loads(line) for line in (out / "skipped.jsonl").read_text().splitlines()]
     except BrokenProcessPool:
         raise UserError(
-            "a worker was killed, perhaps for lack of memory (fewer --workers need less): "
-            + resume_hint(tmp)
+            "a worker was killed, perhaps for lack of memory (fewer --workers need less): finished "
+            f"shards stay in {tmp}, and the same command continues"
         ) from None
-    except OSError as error:
-        error.filename = f"{error.filename or out} ({resume_hint(tmp)})"
+    except (OSError, KeyboardInterrupt):
+        cli.print_status(f"\nfinished shards stay in {tmp}, and the same command continues")
         raise
-    except KeyboardInterrupt:
-        cli.print_status(f"\n{resume_hint(tmp)}")
-        raise
-
-
-def resume_hint(tmp):
-    return f"finished shards stay in {tmp}, and the same command continues"
 
 
 def make_plan(paths, options):
@@ -126,8 +119,8 @@ def check_plan(tmp, plan):
 def begin_build(tmp, plan):
     """Write plan.json, or check that of an earlier run, whose shards are kept."""
     path = tmp / "plan.json"
-    for unfinished in tmp.glob("*.tmp"):  # a shard or a plan
-        shutil.rmtree(unfinished) if unfinished.is_dir() else unfinished.unlink()
+    for unfinished in tmp.glob("*.*.tmp"):  # shards of a run that was killed
+        shutil.rmtree(unfinished, ignore_errors=True)
     if not path.exists():
         files.write_text(path, json.dumps(plan, indent=1))
     check_plan(tmp, plan)
@@ -139,13 +132,7 @@ OPTIONS = None  # of a worker process; initialize_worker sets it
 
 
 def initialize_worker(options):
-    """Set up a worker process.
-
-    It has one thread, ends without a message at Ctrl-C, which its parent gets too, and ends with
-    its parent.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    """Set up a worker process: it has one thread, and ends with its parent."""
     threading.Thread(target=exit_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     global OPTIONS
@@ -162,9 +149,9 @@ def build_shard_in_worker(folder, raws):
 
 
 def build_shard(folder, raws, options):
-    """Make a shard of records; returns the number of its records and the bytes of its tiles.
+    """Make a shard of records; records that cannot be used are listed in the shard's receipt.
 
-    Records that cannot be used are skipped and listed in the shard's receipt.
+    Returns the number of records, the bytes of the tiles, and where the last record stands.
     """
     skipped = []
 
@@ -182,10 +169,9 @@ def build_shard(folder, raws, options):
                     }
                 )
 
-    dataset.write_shard(
-        folder, options.image_config, samples(), lambda: {"records": len(raws), "skipped": skipped}
-    )
-    return len(raws), (folder / "tiles").stat().st_size
+    receipt = {"records": len(raws), "skipped": skipped}
+    dataset.write_shard(folder, options.image_config, samples(), receipt)
+    return len(raws), (folder / "tiles").stat().st_size, raws[-1].where
 
 
 def process_sample(sample, options):
@@ -198,43 +184,37 @@ def process_sample(sample, options):
         sample.turns, options.tokenizer, options.chat_template
     )
     config, tokenizer = options.image_config, options.tokenizer
-    # checked before its images are opened, because a sample of a thousand images fits no memory
-    min_length = len(ids) + len(sample.images) * (image_processing.tokens_per_tile(config) - 1)
-    if min_length > options.seq_len:
-        raise UserError(
-            f"{sample.where}: at least {min_length:,} tokens, --seq_len={options.seq_len}",
-            "longer than seq_len",
+    # Images are opened only if they can fit: a sample of a thousand images fits no memory.
+    length = len(ids) + len(sample.images) * (image_processing.tokens_per_tile(config) - 1)
+    opened, limits = [], []
+    if length <= options.seq_len:
+        required_size = image_processing.required_size(config)
+        for ref in sample.images:
+            content, name = image_refs.load_image_bytes(ref)
+            opened.append(image_files.read_image(content, name, required_size))
+        limits = tile_limits(config)
+    for limit in limits:
+        images = [image_processing.plan_image(size, config, limit) for _, size in opened]
+        tagged_ids, _, tagged = chat_template.add_tile_tags(
+            ids, loss_mask, images, tokenizer, config
         )
-    required_size = image_processing.required_size(config)
-    opened = [
-        image_files.read_image(*image_refs.load_image_bytes(ref), required_size)
-        for ref in sample.images
-    ]
-    for limit in tile_limits(config):
-        planned = [image_processing.plan_image(size, config, limit) for _, size in opened]
-        tagged_ids, _, images = chat_template.add_tile_tags(
-            ids, loss_mask, planned, tokenizer, config
-        )
-        counts = [len(image.feature_index) for image in images]
-        length = int(dataset.token_repeats(tagged_ids, counts).sum())
-        if length > options.seq_len:
-            continue
-        processed = []
-        for plan, (image, size) in zip(planned, opened, strict=True):
-            tiles = image_processing.cut_into_tiles(image, config, limit, size)
-            processed.append(plan._replace(tiles=tiles))
-        tagged = chat_template.add_tile_tags(ids, loss_mask, processed, tokenizer, config)
-        return sample.name, *tagged
+        counts = [len(image.feature_index) for image in tagged]
+        length = len(dataset.expand_image_tokens(tagged_ids, counts))
+        if length <= options.seq_len:
+            for n, (image, size) in enumerate(opened):
+                tiles_NCYX = image_processing.cut_into_tiles(image, config, limit, size)
+                images[n] = images[n]._replace(tiles=tiles_NCYX)
+            tagged = chat_template.add_tile_tags(ids, loss_mask, images, tokenizer, config)
+            return sample.name, *tagged
     raise UserError(
-        f"{sample.where}: {length:,} tokens, --seq_len={options.seq_len}", "longer than seq_len"
+        f"{sample.where}: at least {length:,} tokens, --seq_len={options.seq_len}",
+        "longer than seq_len",
     )
 
 
 def tile_limits(image_config):
     """Returns the limits on the number of tiles to try, one after another, as in NVLM."""
-    if image_config["fit"] != "tiles":
-        return [None]
-    tiles = image_config["tiles"]
+    tiles = image_config.get("tiles", 1)
     return [tiles, *(limit for limit in TILE_LIMITS if limit < tiles)]
 
 
@@ -246,9 +226,9 @@ def mark_duplicates(raws):
     seen = set()
     for raw in raws:
         digest = readers.record_digest(raw)
-        if digest in seen and raw.error is None:
+        if digest in seen and not raw.error:
             error = f"{raw.where}: the same as an earlier one, its id too"
-            raw = raw._replace(error=("duplicate", error))
+            raw = raw._replace(error=UserError(error, "duplicate"))
         seen.add(digest)
         yield raw
 
@@ -258,8 +238,8 @@ def split_into_shards(raws):
     shard, size = [], 0
     for raw in mark_duplicates(raws):
         shard.append(raw)
-        images = [ref for ref in raw.images if isinstance(ref, image_refs.ImageBytes)]
-        size += sum(len(ref.content) for ref in images)
+        for ref in raw.images:
+            size += len(ref.content) if isinstance(ref, image_refs.ImageBytes) else 0
         if len(shard) == SHARD_RECORDS or size > SHARD_IMAGE_BYTES:
             yield shard
             shard, size = [], 0
@@ -267,59 +247,62 @@ def split_into_shards(raws):
         yield shard
 
 
+def missing_shards(raws, tmp):
+    """Yields (folder, records) of each shard that an earlier run has not made."""
+    for number, shard in enumerate(split_into_shards(raws)):
+        folder = tmp / f"{number:05d}"
+        if not folder.exists():
+            yield folder, shard
+
+
 def build_missing_shards(raws, tmp, options, workers):
-    """Make the shards that are missing; returns the number of all shards."""
-    count, before, progress = 0, 0.0, Progress()
+    """Make the shards that are missing.
 
-    def missing():
-        nonlocal count, before
-        for shard in split_into_shards(raws):
-            folder, share = tmp / f"{count:05d}", shard[-1].position - before
-            count, before = count + 1, shard[-1].position
-            if folder.exists():
-                progress.found += share
-            else:
-                yield folder, shard, share
-
-    for done in completed_shards(missing(), options, workers):
-        progress.update(*done)
-    return count
+    Prints a line every five seconds at most: samples, speed, size and the place in the sources.
+    """
+    records = size = 0
+    start = last_print = time.time()
+    tasks = missing_shards(raws, tmp)
+    for count, tile_bytes, where in completed_shards(tasks, options, workers):
+        records, size, now = records + count, size + tile_bytes, time.time()
+        if now - last_print > 5:
+            last_print = now
+            cli.print_status(
+                f"{records:,} samples, {records / (now - start):,.0f}/s, "
+                f"{size / 1e9:.1f} GB of tiles, at {where}"
+            )
 
 
 def completed_shards(tasks, options, workers):
-    """Yields (records, bytes, share of the sources) of each shard when it is done.
+    """Yields what build_shard returns for each task, (folder, records), when it is done.
 
     The first shard is made in this process, because most sources need only one.
     """
-    for folder, raws, share in itertools.islice(tasks, None if workers == 1 else 1):
-        yield *build_shard(folder, raws, options), share
-    first = next(tasks, None)
-    if first is None:
-        return
-    pool = ProcessPoolExecutor(
-        workers, multiprocessing.get_context("spawn"), initialize_worker, (options,)
-    )
-    try:
-        running = {}
-        for folder, raws, share in itertools.chain([first], tasks):
-            # A worker that starts blocks them too, until initialize_worker: no traceback.
-            with block_interrupts():
-                running[pool.submit(build_shard_in_worker, folder, raws)] = share
-            if len(running) > workers:  # one waits; a shard of parquet holds its images in memory
-                yield from wait_for_shards(running)
-        while running:
-            yield from wait_for_shards(running)
-    except BaseException:
-        for worker in multiprocessing.active_children():
-            worker.terminate()
-        raise
-    finally:
-        pool.shutdown(cancel_futures=True)
+    for folder, raws in itertools.islice(tasks, None if workers == 1 else 1):
+        yield build_shard(folder, raws, options)
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, spawn, initialize_worker, (options,)) as pool:
+        running = set()
+        try:
+            for task in tasks:
+                with block_interrupts():
+                    running.add(pool.submit(build_shard_in_worker, *task))
+                if len(running) > workers:  # one waits; its records may hold images in memory
+                    done, running = wait(running, return_when=FIRST_COMPLETED)
+                    yield from (future.result() for future in done)
+            yield from (future.result() for future in as_completed(running))
+        except BaseException:
+            for worker in multiprocessing.active_children():
+                worker.terminate()
+            raise
 
 
 @contextlib.contextmanager
 def block_interrupts():
-    """Delay Ctrl-C until the end; a process that is started meanwhile inherits the block."""
+    """Delay Ctrl-C until the end.
+
+    A worker that starts meanwhile never gets it, so it prints no traceback: its parent ends it.
+    """
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -327,38 +310,9 @@ def block_interrupts():
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
-def wait_for_shards(running):
-    """Yields (records, bytes, share) of the next shards that are done."""
-    done, _ = wait(running, return_when=FIRST_COMPLETED)
-    for future in done:
-        yield *future.result(), running.pop(future)
-
-
-class Progress:
-    """Prints a line every five seconds at most: records, speed, size and the time that is left."""
-
-    def __init__(self):
-        self.start = self.last_print = time.time()
-        self.records = self.bytes = 0
-        self.share = self.found = 0.0  # of the sources: done by this run, and by an earlier one
-
-    def update(self, records, size, share):
-        """Count one more shard; share: its share of the sources."""
-        now = time.time()
-        self.records += records
-        self.bytes += size
-        self.share += share
-        if now - self.last_print > 5:
-            self.last_print, elapsed = now, now - self.start
-            left = elapsed * max(1 - self.found - self.share, 0) / max(self.share, 1e-9)
-            cli.print_status(
-                f"{self.records:,} samples, {self.records / elapsed:,.0f}/s, "
-                f"{self.bytes / 1e9:.1f} GB of tiles, {left:,.0f} s left"
-            )
-
-
-def finish_dataset(tmp, count, options, max_skipped):
-    """Make a folder of `count` shards a dataset; raises UserError if too much was skipped."""
+def finish_dataset(tmp, options, max_skipped):
+    """Make a folder of shards a dataset; raises UserError if too much was skipped."""
+    count = len(list(tmp.glob("*/receipt.json")))
     folders = [tmp / f"{number:05d}" for number in range(count)]
     receipts = [json.loads((folder / "receipt.json").read_text()) for folder in folders]
     records = sum(receipt["records"] for receipt in receipts)

@@ -20,12 +20,12 @@ import itertools
 import json
 import os
 import tarfile
-from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 from .. import UserError, cli
+from ..data import chat_template
 from ..data.dataset import check_sample_name
 from ..data.image_refs import (
     ImageBytes,
@@ -37,31 +37,24 @@ from ..data.image_refs import (
     printable,
 )
 from . import records
-from .records import UNKNOWN_KIND
 
 # names of a tar's members that are images
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm")
-COMPRESSION_MAGIC = {
-    b"\x1f\x8b": "gzip",
-    b"BZh": "bzip2",
-    b"\xfd7zXZ": "xz",
-    b"\x28\xb5\x2f\xfd": "zstd",
-}
 MAX_TEXT = 1 << 26  # bytes of a tar's json or txt
 MAX_DEPTH = 32  # of lists and objects inside one another
+UNKNOWN_KIND = "no known kind of record"
 
 
 class RawRecord(NamedTuple):
     """A record as its source has it; small enough to be sent to another process."""
 
     where: str  # for messages
-    record: dict | None
-    images: list  # refs to images that the source contains; empty if the record names files
-    error: tuple | None  # (reason, text) if it cannot be read
     name: str  # its id if it has none: the key in a tar, else the file's name and its number
+    record: dict | None  # None if it cannot be read
+    images: list  # refs to images that the source contains; empty if the record names files
+    error: UserError | None = None  # why it cannot be used
     # in which the files that it names lie; None in a tar or parquet, which may only use --images
     folder: str | None = None
-    position: float = 0.0  # in all sources, from 0 to 1
 
 
 class Sample(NamedTuple):
@@ -80,24 +73,19 @@ def read_records(paths, images=""):
     """Returns an iterator over the RawRecords of all sources, in order.
 
     Each of `paths` is a file, a folder of .tar and .parquet files, or a pattern such as a-*.tar.
-    Raises UserError at once for what is no source or begins with a record of unknown kind, and
+    Raises UserError at once for what is no source or begins with records that cannot be used, and
     while reading if a source is damaged so that the number of lost records is unknown.
     """
     if images and not os.path.isdir(images):
         open_zip(images, os.getpid())
     sources = {file: open_source(file) for file in find_source_files(paths)}
-    for raws in sources.values():
-        check_first_record(raws)
-    return chain_sources(sources)
-
-
-def chain_sources(sources):
-    sizes = [os.path.getsize(file) for file in sources]
-    before, total = 0, sum(sizes)
-    for size, raws in zip(sizes, sources.values(), strict=True):
-        for raw in raws():
-            yield raw._replace(position=(before + raw.position * size) / total)
-        before += size
+    for file, raws in sources.items():
+        beginning = list(itertools.islice(raws(), 10))
+        if not beginning:
+            raise UserError(f"{file} holds no samples")
+        if all(raw.error for raw in beginning):
+            raise beginning[0].error
+    return itertools.chain.from_iterable(raws() for raws in sources.values())
 
 
 def source_stamps(paths, images=""):
@@ -109,62 +97,54 @@ def source_stamps(paths, images=""):
 def find_source_files(paths):
     found = []
     for path in paths:
-        new = [path] if os.path.lexists(path) else glob.glob(path)
+        new = [path] if os.path.isfile(path) else glob.glob(path)
         if os.path.isdir(path):
-            members = Path(path).glob("*")
-            new = [str(file) for file in members if file.suffix in (".tar", ".parquet")]
+            new = [
+                str(file) for file in Path(path).iterdir() if file.suffix in (".tar", ".parquet")
+            ]
         new = sorted(filter(os.path.isfile, new))
         if not new:
-            if os.path.isdir(path):
-                raise UserError(f"{path} holds neither .tar nor .parquet files")
-            raise UserError(f"no such file: {path}")
+            raise UserError(f"{path} is neither a file nor a folder of .tar or .parquet files")
         found += new
-    if not found:
-        raise UserError("no source is named")
-    if twice := [file for file, times in Counter(found).items() if times > 1]:
-        raise UserError(f"{twice[0]} is named twice among the sources")
     return found
 
 
 def open_source(file):
     """Returns a function that reads the RawRecords of a file from its beginning."""
-    try:
-        with open(file, "rb") as beginning:
-            head = beginning.read(4096)
-    except OSError as error:
-        raise UserError(f"{file}: {error.strerror}") from None
-    for magic, compression in COMPRESSION_MAGIC.items():
-        if head.startswith(magic):
-            raise UserError(
-                f"{file} is packed by {compression}, in which nothing can be found without "
-                "unpacking all before it: unpack it first"
-            )
+    with open(file, "rb") as beginning:
+        head = beginning.read(4096)
     if head[:4] == b"PAR1":
         return partial(read_parquet_records, file)
     if head[257:262] == b"ustar":
         return partial(read_tar_records, file)
     match head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1]:
         case b"{":
-            return partial(read_json_lines, file)
+            return partial(read_json_records, file, "line", partial(json_lines, file))
         case b"[":
-            return partial(read_json_list, file, parse_json_list(file))
-    if not head:
-        raise UserError(f"{file} is empty")
+            values = parse_json_list(file)
+            return partial(read_json_records, file, "sample", partial(enumerate, values, 1))
     raise UserError(
-        f"{file} is neither JSON nor an unpacked tar nor parquet: it begins with {head[:40]!r}"
+        f"{file} is neither JSON nor an uncompressed tar nor parquet: it begins with {head[:40]!r}"
     )
 
 
-def check_first_record(raws):
-    """Raises UserError, which quotes the first readable record, if its kind is unknown."""
-    head = list(itertools.islice(raws(), 10))
-    if not head:
-        raise UserError(f"{raws.args[0]} holds no samples")
-    readable = [raw for raw in head if not raw.error or raw.error[0] == UNKNOWN_KIND]
-    first = (readable or head)[0]
-    if first.error:
-        raise UserError(first.error[1], first.error[0])
-    records.require_kind(first.record, first.where)
+def make_record(where, name, folder, parse, *content):
+    """Returns the RawRecord of a record and its images, which parse(*content) returns."""
+    record, images, error = None, [], None
+    try:
+        record, images = parse(*content)
+        if not records.find_kind(record):
+            raise UserError(
+                f"is {UNKNOWN_KIND} (of a conversation, a question with answers or choices, "
+                f"a caption): {record!r:.200}",
+                UNKNOWN_KIND,
+            )
+    except UserError as problem:
+        error = UserError(f"{where} {problem}", problem.reason)
+    return RawRecord(where, name, record, images, error, folder)
+
+
+# ---- JSON ----
 
 
 def parse_json(text):
@@ -182,65 +162,50 @@ def parse_json_list(file):
         raise UserError(f"{file} is not JSON: {error}") from None
 
 
-def make_record(where, record, name, images=(), folder=None):
-    """Returns the RawRecord of a JSON value; its error is set if that cannot be a record."""
-    if is_nested_too_deep(record):
-        return make_error_record(
-            where,
-            name,
-            "nested too deep",
-            f"{where} has more than {MAX_DEPTH} lists and objects in one another",
+def json_lines(file):
+    """Yields (number, line) of each line that is not blank."""
+    with open(file, "rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                yield number, line
+
+
+def read_json_records(file, word, values):
+    """Yields the RawRecords of a JSON file; values() yields (number, JSON value or text)."""
+    name, folder = Path(file).name, str(Path(file).parent)
+    for number, value in values():
+        yield make_record(
+            f"{file}, {word} {number}", f"{name}:{number}", folder, parse_value, value
         )
-    if not isinstance(record, dict):
-        text = f"{where} is no object: {record!r:.200}"
-        return make_error_record(where, name, UNKNOWN_KIND, text)
-    return RawRecord(where, record, list(images), None, name, folder)
 
 
-def make_error_record(where, name, reason, text):
-    """Returns the RawRecord of a record that cannot be read."""
-    return RawRecord(where, None, [], (reason, text), name)
+def parse_value(value):
+    """Returns the record that a JSON value (or its text: bytes) means, and its images: none.
+
+    A list is a conversation.
+    """
+    try:
+        if isinstance(value, bytes):
+            value = parse_json(value)
+    except ValueError as error:
+        raise UserError(f"is not JSON: {error}", "broken JSON") from None
+    if is_nested_too_deep(value):
+        raise UserError(
+            f"has more than {MAX_DEPTH} lists and objects in one another", "nested too deep"
+        )
+    if isinstance(value, list):
+        value = {"conversations": value}
+    if not isinstance(value, dict):
+        raise UserError(f"is no object: {value!r:.200}", UNKNOWN_KIND)
+    return value, []
 
 
 def is_nested_too_deep(value, left=MAX_DEPTH):
-    inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return left == 0 or any(is_nested_too_deep(child, left - 1) for child in inside)
-
-
-def read_json_list(file, objects):
-    for number, record in enumerate(objects, 1):
-        raw = make_record(
-            f"{file}, sample {number}",
-            record,
-            f"{Path(file).name}:{number}",
-            folder=str(Path(file).parent),
-        )
-        yield raw._replace(position=number / len(objects))
-
-
-def read_json_lines(file):
-    passed, size = 0, os.path.getsize(file)
-    with open(file, "rb") as lines:
-        for number, line in enumerate(lines, 1):
-            passed += len(line)
-            if line.strip():
-                raw = parse_record(
-                    line,
-                    f"{file}, line {number}",
-                    f"{Path(file).name}:{number}",
-                    folder=str(Path(file).parent),
-                )
-                yield raw._replace(position=passed / size)
-
-
-def parse_record(text, where, name, **more):
-    try:
-        record = parse_json(text)
-        return make_record(
-            where, {"conversations": record} if isinstance(record, list) else record, name, **more
-        )
-    except ValueError as error:
-        return make_error_record(where, name, "broken JSON", f"{where} is not JSON: {error}")
+    if isinstance(value, dict):
+        value = list(value.values())
+    if left == 0 or not isinstance(value, list):
+        return left == 0
+    return any(is_nested_too_deep(child, left - 1) for child in value)
 
 
 # ---- parquet ----
@@ -248,31 +213,28 @@ def parse_record(text, where, name, **more):
 
 def read_parquet_records(file):
     """Yields the RawRecords of a parquet file."""
-    for number, (row, position) in enumerate(read_parquet(file), 1):
+    for number, row in enumerate(read_parquet(file), 1):
         where = f"{file}, row {number}"
-        column = next((name for name in ("images", "image") if row.get(name)), None)
-        values = row.pop(column, None) or []
-        parts = []
-        for value in values if isinstance(values, list) else [values]:
-            if not isinstance(value, dict):
-                value = {"bytes" if isinstance(value, bytes) else "path": value}
-            parts.append(value)
-        images = [
-            ImageBytes(f"{where}, image {i}", part["bytes"])
-            for i, part in enumerate(parts, 1)
-            if isinstance(part.get("bytes"), bytes)
-        ]
-        if len(images) < len(parts):
-            row["images"], images = [part.get("path") for part in parts], []
-        raw = make_record(where, row, f"{Path(file).name}:{number}", images)
-        yield raw._replace(position=position)
+        yield make_record(where, f"{Path(file).name}:{number}", None, parse_row, row, where)
+
+
+def parse_row(row, where):
+    """Returns the record of a row, and its images if they are bytes; the record has other paths."""
+    record, _ = parse_value(row)
+    values = record.pop("images", None) or record.pop("image", None) or []
+    images, paths = [], []
+    for value in values if isinstance(values, list) else [values]:
+        part = value if isinstance(value, dict) else {"bytes": value, "path": value}
+        paths.append(part.get("path"))
+        if isinstance(part.get("bytes"), bytes):
+            images.append(ImageBytes(f"{where}, image {len(paths)}", part["bytes"]))
+    if len(images) == len(paths):
+        return record, images
+    return record | {"images": paths}, []
 
 
 def read_parquet(file):
-    """Yields (row, position) of each row: a dict, and its place in the file from 0 to 1.
-
-    Few rows are in memory at a time.
-    """
+    """Yields each row as a dict; few rows are in memory at a time."""
     try:
         from pyarrow import parquet
     except ImportError:
@@ -285,7 +247,7 @@ def read_parquet(file):
             for batch in table.iter_batches(batch_size=16, use_threads=False):
                 for row in batch.to_pylist():
                     rows += 1
-                    yield row, rows / table.metadata.num_rows
+                    yield row
     except Exception as error:  # Arrow and the conversion of odd columns raise many kinds of error
         raise UserError(f"{file} cannot be read beyond row {rows}: {one_line(error)}") from None
 
@@ -295,10 +257,8 @@ def read_parquet(file):
 
 def read_tar_records(file):
     """Yields a RawRecord for adjacent members that share a key, as webdataset groups them."""
-    size = os.path.getsize(file)
-    for key, group in itertools.groupby(tar_members(file), lambda member: tar_key(member.name)[0]):
-        members = list(group)
-        yield make_tar_record(file, key, members)._replace(position=members[-1].offset / size)
+    for key, members in itertools.groupby(tar_members(file), lambda one: tar_key(one.name)[0]):
+        yield make_record(f"{file}, {printable(key)}", key, None, parse_members, file, members)
 
 
 def tar_members(file):
@@ -328,68 +288,53 @@ def tar_key(name):
     return folder + slash + stem, suffix.rpartition(".")[2].lower()
 
 
-def is_unsafe_name(name):
-    return name.startswith("/") or ".." in name.split("/") or not name.isprintable()
-
-
-def make_tar_record(file, key, members):
-    """Returns the RawRecord of the members that share a key."""
-    where = f"{file}, {printable(key)}"
-    error = partial(make_error_record, where, key)
-    for member in members:
-        if is_unsafe_name(member.name):
-            return error(
-                "unsafe name of a tar member",
-                f"{where}: the member {member.name!a} would lie outside, or cannot be printed",
-            )
-    for member in members:
-        if not member.isreg() or member.issparse():
-            return error(
-                "a tar member is no plain file",
-                f"{where}: the member {member.name!a} is a link, a device or a sparse file",
-            )
-    images, texts, suffixes = [], {}, []
-    for member in members:
-        suffix = tar_key(member.name)[1]
-        ref = TarMember(file, member.name, member.offset_data, member.size)
-        suffixes.append(suffix)
-        if suffix in IMAGE_SUFFIXES:
-            images.append(ref)
-        if suffix in ("json", "txt"):
-            texts[suffix] = ref
-    if len(texts) != sum(suffix in ("json", "txt") for suffix in suffixes):
-        return error(
-            "two texts under one key", f"{where} has two members of one kind: {', '.join(suffixes)}"
-        )
-    return parse_tar_text(where, key, texts, images)
-
-
-def parse_tar_text(where, key, texts, images):
-    """Returns the RawRecord of a json or a txt in a tar; texts: {suffix: ref}.
+def parse_members(file, members):
+    """Returns the record and the images of a tar's members that share a key.
 
     If the json is of unknown kind (metadata of the image), the txt beside it is the record.
     """
-    error = partial(make_error_record, where, key)
-    if not texts:
-        return error(UNKNOWN_KIND, f"{where} has neither a json nor a txt among its members")
-    for ref in texts.values():
-        if ref.size > MAX_TEXT:
-            return error(
-                "text too large",
-                f"{where}: {ref.name!a} has {ref.size:,} bytes, "
-                f"more than the {MAX_TEXT:,} of a text",
+    images, texts = [], {}
+    for member in members:
+        name = member.name
+        if name.startswith("/") or ".." in name.split("/") or not name.isprintable():
+            raise UserError(
+                f"has a member {name!a}, which would lie outside or cannot be printed",
+                "unsafe name of a tar member",
             )
+        if not member.isreg() or member.issparse():
+            raise UserError(
+                f"has a member {name!a}, which is a link, a device or a sparse file",
+                "a tar member is no plain file",
+            )
+        suffix = tar_key(name)[1]
+        ref = TarMember(file, name, member.offset_data, member.size)
+        if suffix in IMAGE_SUFFIXES:
+            images.append(ref)
+        elif suffix in texts:
+            raise UserError(f"has two members of one kind: {suffix}", "two texts under one key")
+        elif suffix in ("json", "txt"):
+            texts[suffix] = read_member(ref)
+    record = {}
     if "json" in texts:
-        raw = parse_record(load_image_bytes(texts["json"])[0], where, key, images=images)
-        if raw.error or "txt" not in texts or records.find_kind(raw.record):
-            return raw
-    try:
-        caption = load_image_bytes(texts["txt"])[0].decode()
-    except UnicodeDecodeError as problem:
-        return error(
-            "not text in UTF-8", f"{where}: {texts['txt'].name!a} is not text in UTF-8: {problem}"
+        record, _ = parse_value(texts["json"])
+    if "txt" in texts and not records.find_kind(record):
+        try:
+            record = {"caption": texts["txt"].decode()}
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"has a txt that is not text in UTF-8: {error}", "not text in UTF-8"
+            ) from None
+    return record, images
+
+
+def read_member(ref):
+    """Returns the bytes of a json or a txt in a tar."""
+    if ref.size > MAX_TEXT:
+        raise UserError(
+            f"has a member {ref.name!a} of {ref.size:,} bytes, a text has at most {MAX_TEXT:,}",
+            "text too large",
         )
-    return make_record(where, {"caption": caption}, key, images)
+    return load_image_bytes(ref)[0]
 
 
 # ---- samples ----
@@ -397,44 +342,36 @@ def parse_tar_text(where, key, texts, images):
 
 def make_sample(raw, images=""):
     """Returns a RawRecord as a Sample; images: as in read_records. Raises UserError."""
-    name, where, turns, paths = parse_conversation(raw)
-    refs = raw.images or [find_image_ref(path, raw.folder, images, where) for path in paths]
-    return Sample(name, where, turns, refs)
+    name, turns, paths = parse_conversation(raw)
+    refs = raw.images or [find_image_ref(path, raw.folder, images, raw.where) for path in paths]
+    return Sample(name, raw.where, turns, refs)
 
 
 def parse_conversation(raw):
-    """Returns (name, where, turns) of the Sample of a RawRecord, and the image paths that it names.
+    """Returns (id, turns) of a RawRecord, and the paths of the images that it names.
 
     The images may be missing. Raises UserError.
     """
     if raw.error:
-        raise UserError(raw.error[1], raw.error[0])
-    name, where = sample_name(raw)
-    paths = [] if raw.images else records.image_paths(raw.record, where)
-    turns = records.record_turns(raw.record, name, len(raw.images or paths), where)
-    return name, where, turns, paths
-
-
-def sample_name(raw):
-    """Returns (id, where) of a record; where is for messages. Raises UserError if the id is bad."""
-    stated = records.stated_id(raw.record)
-    if isinstance(stated, bool) or not isinstance(stated, str | int | float | None):
-        raise UserError(
-            f"{raw.where}: its id is neither a text nor a number: {stated!r:.80}",
-            "id is not one line of text",
-        )
-    name = raw.name if stated is None else str(stated)
+        raise raw.error
     try:
+        stated = records.stated_id(raw.record)
+        name = raw.name if stated is None else records.as_text(stated, "id")
         check_sample_name(name)
+        paths = [] if raw.images else records.image_paths(raw.record)
+        image_count = len(raw.images or paths)
+        messages = records.record_messages(raw.record, name, image_count)
     except UserError as error:
-        raise UserError(f"{raw.where}: {error}", "id is not one line of text") from None
-    return name, raw.where if stated is None else f"{raw.where} ({name})"
+        raise UserError(f"{raw.where}: {error}", error.reason) from None
+    turns = chat_template.read_turns({"conversations": messages}, raw.where)
+    chat_template.check_turns(turns, image_count, raw.where)
+    return name, turns, paths
 
 
 def record_id(raw):
     """Returns the id under which a record is listed, even if it cannot be used."""
     stated = records.stated_id(raw.record or {})
-    return printable(str(stated) if isinstance(stated, str | int | float) else raw.name)
+    return printable(raw.name if stated is None else str(stated))
 
 
 def record_digest(raw):
@@ -443,17 +380,14 @@ def record_digest(raw):
     Images in a tar count by their sizes. LLaVA's own mix gives one id to all conversations about
     one image; their texts differ.
     """
-    record = raw.record or {}
+    name = raw.name if records.stated_id(raw.record or {}) is None else None
     images = [
         hashlib.sha256(ref.content).hexdigest() if isinstance(ref, ImageBytes) else ref.size
         for ref in raw.images
     ]
-    place = [
-        raw.name if records.stated_id(record) is None else None,
-        raw.folder if records.first_field(record, "image", "images") else None,
-    ]
-    content = json.dumps([*place, raw.error, record, images], sort_keys=True, default=repr)
-    return hashlib.sha256(content.encode()).digest()
+    content = [name, raw.folder, raw.error, raw.record, images]
+    text = json.dumps(content, sort_keys=True, default=repr)
+    return hashlib.sha256(text.encode()).digest()
 
 
 def read_texts(paths):
@@ -464,7 +398,7 @@ def read_texts(paths):
     count, errors = 0, []
     for raw in read_records(paths):
         try:
-            yield from (text for _, text in parse_conversation(raw)[2])
+            yield from (text for _, text in parse_conversation(raw)[1])
             count += 1
         except UserError as error:
             errors.append(str(error))

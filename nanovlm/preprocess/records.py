@@ -35,7 +35,6 @@ CAPTION_PROMPTS = (
     "Create a compact narrative representing the image presented.",
 )
 LETTERS = string.ascii_uppercase
-UNKNOWN_KIND = "no known kind of record"
 
 
 def first_field(record, *names):
@@ -55,43 +54,25 @@ def find_kind(record):
     return None
 
 
-def require_kind(record, where):
-    """Returns the function of find_kind; raises UserError if there is none."""
-    if not (kind := find_kind(record)):
-        raise UserError(
-            f"{where} is {UNKNOWN_KIND} (of a conversation, a question with answers or choices, "
-            f"a caption): {record!r:.200}",
-            UNKNOWN_KIND,
-        )
-    return kind
-
-
-def record_turns(record, name, image_count, where):
-    """Returns a record as [(role, text)], checked; name: its id. Raises UserError."""
-    kind = require_kind(record, where)
-    try:
-        turns = kind(record, name)
-    except UserError as error:
-        raise UserError(f"{where}: {error}", error.reason) from None
+def record_messages(record, name, image_count):
+    """Returns the messages of a record of known kind; name: its id. Raises UserError."""
+    kind = find_kind(record)
     if kind is caption_question and not image_count:
-        raise UserError(f"{where}: a caption, but no image", "no image")
-    if kind is not conversation_turns:
-        turns = alternate_turns(turns, image_count)
-    turns = chat_template.read_turns({"conversations": turns}, where)
-    chat_template.check_turns(turns, image_count, where)
-    return turns
+        raise UserError("a caption, but no image", "no image")
+    messages = kind(record, name)
+    return messages if kind is conversation_turns else alternate_turns(messages, image_count)
 
 
-def image_paths(record, where):
+def image_paths(record):
     """Returns the paths of the images that a record names."""
-    value = first_field(record, "image", "images") or []
-    listed = [value] if isinstance(value, str) else value
-    if not isinstance(listed, list) or not all(isinstance(path, str) for path in listed):
+    paths = first_field(record, "image", "images") or []
+    if isinstance(paths, str):
+        paths = [paths]
+    if not isinstance(paths, list) or not all(isinstance(path, str) for path in paths):
         raise UserError(
-            f"{where}: `image` is neither a path nor a list of paths: {value!r:.80}",
-            "no path of an image",
+            f"`image` is neither a path nor a list of paths: {paths!r:.80}", "no path of an image"
         )
-    return listed
+    return paths
 
 
 def alternate_turns(texts, image_count):
@@ -131,8 +112,10 @@ def join_parts(turn):
     A turn with other parts is returned unchanged.
     """
     parts = first_field(turn, "value", "content") if isinstance(turn, dict) else None
+    if not isinstance(parts, list):
+        return turn
     lines = []
-    for part in parts if isinstance(parts, list) else [None]:
+    for part in parts:
         match part:
             case {"type": "text", "text": str(text)}:
                 lines.append(text)
@@ -153,26 +136,27 @@ def text_pairs(record, name):
 
 
 def choice_question(record, name):
-    options, right = first_field(record, *CHOICES), first_field(record, *RIGHT)
-    if options == []:
+    choices, right = first_field(record, *CHOICES), first_field(record, *RIGHT)
+    if choices == []:
         return answer_question(record, name)
-    if not isinstance(options, list) or len(options) > len(LETTERS):
+    if not isinstance(choices, list) or len(choices) > len(LETTERS):
         raise UserError(
-            f"its choices are no list of up to {len(LETTERS)}: {options!r:.80}",
+            f"its choices are no list of up to {len(LETTERS)}: {choices!r:.80}",
             "choices are no list",
         )
-    number = right
-    if isinstance(right, str) and right.strip().upper() in [*LETTERS]:
-        number = LETTERS.index(right.strip().upper())
-    if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < len(options):
+    letters, letter = [*LETTERS[: len(choices)]], None
+    if isinstance(right, str):
+        letter = right.strip().upper()
+    elif type(right) is int and 0 <= right < len(letters):
+        letter = letters[right]
+    if letter not in letters:
         raise UserError(
             f"{right!r:.80} is neither the letter nor the index of one of its "
-            f"{len(options)} choices",
+            f"{len(choices)} choices",
             "no right choice",
         )
     question = as_text(first_field(record, *QUESTION), "question")
-    options = [as_text(option, "choice") for option in options]
-    return [multiple_choice(question, options), LETTERS[number]]
+    return [multiple_choice(question, [as_text(choice, "choice") for choice in choices]), letter]
 
 
 def multiple_choice(question, options):
@@ -200,24 +184,23 @@ def choose_answer(answers, weights, name):
 
     It is always the same for a sample. Megatron's task_encoder.py draws a new one each time.
     """
-    answers = answers if isinstance(answers, list) else [] if answers is None else [answers]
-    weights = [1] * len(answers) if weights is None else weights
+    if not isinstance(answers, list):
+        answers = [answers]
+    if weights is None:
+        weights = [1] * len(answers)
     if (
         not isinstance(weights, list)
         or len(weights) != len(answers)
-        or not all(
-            isinstance(weight, int | float) and not isinstance(weight, bool) and 0 <= weight < 1e9
-            for weight in weights
-        )
+        or not all(type(weight) in (int, float) and 0 <= weight < 1e9 for weight in weights)
     ):
         raise UserError(
             f"its weights are not a number from 0 on for each of {len(answers)} answers: "
             f"{weights!r:.80}",
             "wrong weights",
         )
+    if sum(weights) < 1e-9:
+        raise UserError(f"none of its {len(answers)} answers has any weight", "empty answer")
     ends = list(itertools.accumulate(weights))
-    if not ends or ends[-1] < 1e-9:
-        raise UserError("no answer has any weight" if ends else "it has no answer", "empty answer")
     chosen = answers[bisect(ends, hash_fraction("answer", name) * ends[-1])]
     return as_text(chosen.get("answer") if isinstance(chosen, dict) else chosen, "answer")
 

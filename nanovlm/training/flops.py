@@ -13,83 +13,58 @@ from .. import IGNORE_INDEX, IMAGE_TOKEN_ID
 from ..data import image_processing
 
 
-def linear_flops(module, positions, *, input_grad, weight_grad):
+def linear_flops(module, positions, input_grad=False, weight_grad=False):
     """Operations of a module's linear layers on so many positions.
 
     input_grad, weight_grad: whether the backward pass computes these gradients.
     """
-    weights = sum(
-        part.weight.numel() for part in module.modules() if isinstance(part, nn.Linear | nn.Conv2d)
-    )
+    weights = 0
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear | nn.Conv2d):
+            weights += layer.weight.numel()
     return 2 * weights * positions * (1 + input_grad + weight_grad)
 
 
-def attention_flops(layers, heads, head_dim, sequences, length, backward):
-    """Operations of query · key and weights · value in all layers."""
-    return layers * sequences * 4 * heads * head_dim * length**2 * (3 if backward else 1)
+def step_flops(model, peak_lrs, batch, activation_checkpointing="none"):
+    """Returns {part: operations} of a training step over a batch, as VLM.forward takes it.
 
-
-def vision_flops(model, tiles, trains, checkpointing):
-    """Operations of the vision encoder on so many tiles."""
-    vision = model.vision
-    layers, heads = vision.layers, vision.layers[0].heads
-    head_dim = vision.positions.shape[1] // heads
-    patches = (model.tile // vision.patches.weight.shape[-1]) ** 2
-    length = patches + (vision.class_token is not None)
-    flops = linear_flops(
-        vision.patches, tiles * patches, input_grad=False, weight_grad=trains
-    ) + linear_flops(layers, tiles * length, input_grad=trains, weight_grad=trains)
-    flops += attention_flops(len(layers), heads, head_dim, tiles, length, trains)
-    if checkpointing and trains:  # the forward pass once more
-        flops += linear_flops(layers, tiles * length, input_grad=False, weight_grad=False)
-        flops += attention_flops(len(layers), heads, head_dim, tiles, length, False)
-    return flops
-
-
-def projector_flops(model, tiles, trains, vision_trains):
-    """Operations of the projector on the features of so many tiles."""
-    patches = (model.tile // model.vision.patches.weight.shape[-1]) ** 2
-    tokens = tiles * patches // model.projector.shuffle**2
-    up, down = model.projector.up_proj, model.projector.down_proj
-    return linear_flops(up, tokens, input_grad=vision_trains, weight_grad=trains) + linear_flops(
-        down, tokens, input_grad=vision_trains or trains, weight_grad=trains
-    )
-
-
-def decoder_flops(model, sequences, length, trains, checkpointing):
-    """Operations of the decoder's blocks on sequences of one length."""
-    layers, heads, head_dim = (
-        model.decoder.layers,
-        model.decoder.layers[0].heads,
-        model.decoder.layers[0].head_dim,
-    )
-    flops = linear_flops(layers, sequences * length, input_grad=True, weight_grad=trains)
-    flops += attention_flops(len(layers), heads, head_dim, sequences, length, True)
-    if checkpointing:  # the forward pass once more
-        flops += linear_flops(layers, sequences * length, input_grad=False, weight_grad=False)
-        flops += attention_flops(len(layers), heads, head_dim, sequences, length, False)
-    return flops
-
-
-def step_flops(
-    model, peak_lrs, sequences, length, tiles, labelled_tokens, activation_checkpointing="none"
-):
-    """{part: operations} of a training step over sequences of one length.
-
-    peak_lrs: {trained part: its learning rate}; tiles: of all sequences; labelled_tokens: those
-    for which the head computes logits; activation_checkpointing: none, decoder or all.
+    peak_lrs: {trained part: its learning rate}. activation_checkpointing: none, decoder or all;
+    the forward pass of these blocks counts twice.
     """
-    vision, projector, decoder = (part in peak_lrs for part in ("vision", "projector", "decoder"))
-    return {
-        "vision": vision_flops(model, tiles, vision, activation_checkpointing == "all"),
-        "projector": projector_flops(model, tiles, projector, vision),
-        "decoder": decoder_flops(
-            model, sequences, length, decoder, activation_checkpointing != "none"
-        ),
-        "head": linear_flops(
-            model.decoder.lm_head, labelled_tokens, input_grad=True, weight_grad=decoder
-        ),
-    }
+    vision, projector, decoder = model.vision, model.projector, model.decoder
+    train_vision, train_projector, train_decoder = (
+        part in peak_lrs for part in ("vision", "projector", "decoder")
+    )
+    tiles, vision_length = len(batch["tiles_NCYX"]), len(vision.positions)
+    patches = tiles * (vision_length - (vision.class_token is not None))
+    tokens = patches // projector.shuffle**2
+    sequences, length = batch["ids_BT"].shape
+    labelled_tokens = int((batch["targets_BT"] != IGNORE_INDEX).sum())
+    through_down_proj = train_vision or train_projector
+    linear_layers = [  # part, module, positions, gradient of its input, gradient of its weight
+        ("vision", vision.patches, patches, False, train_vision),
+        ("vision", vision.layers, tiles * vision_length, train_vision, train_vision),
+        ("projector", projector.up_proj, tokens, train_vision, train_projector),
+        ("projector", projector.down_proj, tokens, through_down_proj, train_projector),
+        ("decoder", decoder.layers, sequences * length, True, train_decoder),
+        ("head", decoder.lm_head, labelled_tokens, True, train_decoder),
+    ]
+    vision_twice = train_vision and activation_checkpointing == "all"
+    decoder_twice = activation_checkpointing != "none"
+    blocks = [  # part, its blocks, sequences, their length, backward pass, forward pass again
+        ("vision", vision.layers, tiles, vision_length, train_vision, vision_twice),
+        ("decoder", decoder.layers, sequences, length, True, decoder_twice),
+    ]
+    flops = dict.fromkeys(("vision", "projector", "decoder", "head"), 0)
+    for part, module, positions, input_grad, weight_grad in linear_layers:
+        flops[part] += linear_flops(module, positions, input_grad, weight_grad)
+    for part, layers, count, length, backward, forward_twice in blocks:
+        # query · key and weights · value; q_proj.out_features = heads · head_dim
+        attention = len(layers) * count * 4 * layers[0].q_proj.out_features * length**2
+        flops[part] += attention * (3 if backward else 1)
+        if forward_twice:
+            flops[part] += attention + linear_flops(layers, count * length)
+    return flops
 
 
 def micro_batch_flops(model, peak_lrs, batches):
@@ -99,12 +74,7 @@ def micro_batch_flops(model, peak_lrs, batches):
     """
     total = 0
     for batch, _ in batches:
-        labelled_tokens = int((batch["targets_BT"] != IGNORE_INDEX).sum())
-        sequences, length = batch["ids_BT"].shape
-        parts = step_flops(
-            model, peak_lrs, sequences, length, len(batch["tiles_NCYX"]), labelled_tokens
-        )
-        total += sum(parts.values())
+        total += sum(step_flops(model, peak_lrs, batch).values())
     return total
 
 

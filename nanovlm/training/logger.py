@@ -14,7 +14,6 @@ A line of log.jsonl holds:
     data_wait                  share of the time in which this rank waited for a batch
     eta_s                      seconds to the end of the run
     samples, tokens, hours     so far, over all stops and resumes
-    seconds_data, …            seconds of a step in each phase, with --profile
 """
 
 import contextlib
@@ -129,12 +128,6 @@ class Logger:
             f"{datetime.timedelta(seconds=round(line['eta_s']))} left",
             flush=True,
         )
-        phases = []
-        for name, value in line.items():
-            if name.startswith("seconds_"):
-                phases.append(f"{name.removeprefix('seconds_')} {value:.3f}")
-        if phases:
-            print(f"    seconds a step: {', '.join(phases)}", flush=True)
 
     def print_summary(self, step, name):
         """Print the totals of a run, over all its stops and resumes."""

@@ -5,7 +5,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode  # torch.compile plans 
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from .. import IGNORE_INDEX, IMAGE_TOKEN_ID
-from ..distributed import checkpoint_activations, fsdp_units, transformer_blocks
+from ..distributed import (
+    checkpoint_activations,
+    choose_parallelism,
+    fsdp_units,
+    get_rank,
+    transformer_blocks,
+)
 from ..models.cross_entropy import CHUNK, linear_cross_entropy
 from .flops import assumed_sequence, step_flops
 
@@ -76,81 +82,72 @@ def saved_activation_bytes(model, batch, device, dtype, low_precision_weights):
     return total
 
 
-def estimate_memory(
-    model,
-    sequence,
-    micro_batch_size,
-    device,
-    dtype,
-    *,
-    parallel="none",
-    shards=1,
-    activation_checkpointing="none",
-    accumulates=False,
-    cpu_offload=False,
-):
-    """{purpose: bytes} at the peak of a training step on one rank.
+def estimate_memory(run, model, sequence, device, dtype, parallel="none", gpus=1):
+    """Returns {purpose: bytes} at the peak of a training step on one of `gpus` ranks.
 
-    sequence: a batch of one; the micro-batch has `micro_batch_size` of them. The estimate runs one
-    and two sequences, since a part of the activations (bfloat16 copies of weights) does not grow
-    with their number.
+    run: the settings, as load_settings returns them. sequence: a batch of one. The estimate runs
+    one and two sequences, since a part of the activations (bfloat16 copies of weights) does not
+    grow with their number.
 
-    activation_checkpointing: blocks keep their inputs; the backward pass holds all activations of
-    one block at a time, but no logits any more. parallel="fsdp": a rank holds its shard and gathers
-    what it works on; accumulates: it also holds whole gradients until the last micro-batch of a
-    step; cpu_offload: its shard is in host memory, which is not counted.
+    With activation checkpointing, blocks keep their inputs. The backward pass holds all activations
+    of one block at a time, but no logits any more. With parallel="fsdp" a rank holds its shard and
+    gathers what it works on; with gradient accumulation it also holds whole gradients until the
+    last micro-batch of a step. With CPU offload its shard is in host memory, which is not counted.
     """
+    micro_batch_size = min(run.micro_batch_size, -(-run.global_batch_size // gpus))
+    is_fsdp = parallel == "fsdp"
+    shards = (run.hsdp_shard_size or gpus) if is_fsdp else 1
 
     def activations(blocks):
         checkpoint_activations(blocks)
         sizes = []
         for count in (1, 2):
             batch = {name: torch.cat([x] * count) for name, x in sequence.items()}
-            sizes.append(saved_activation_bytes(model, batch, device, dtype, parallel == "fsdp"))
+            sizes.append(saved_activation_bytes(model, batch, device, dtype, is_fsdp))
         for block in blocks:
             del block.forward
         return sizes[0] + (micro_batch_size - 1) * (sizes[1] - sizes[0])
 
-    blocks = transformer_blocks(model, activation_checkpointing)
+    blocks = transformer_blocks(model, run.activation_checkpointing)
     saved = activations(blocks)
-    block = activations(blocks[:-1]) - saved  # what one block saves without checkpointing
-    trained, frozen = 4 * count_parameters(model, True), 4 * count_parameters(model, False)
+    # what one block saves without checkpointing
+    block = activations(blocks[:-1]) - saved if blocks else 0
+    weights, trained = 4 * count_parameters(model), 4 * count_parameters(model, trained=True)
     labels = micro_batch_size * int((sequence["targets_BT"] != IGNORE_INDEX).sum())
     # Logits of a chunk and their gradient, in float32.
     logits = 2 * min(CHUNK, labels) * model.decoder.lm_head.weight.shape[0] * 4
     sizes = {
-        "weights": (trained + frozen) // shards,
+        "weights": weights // shards,
         "gradients": trained // shards,
         "optimizer": 2 * trained // shards,
         "activations": saved + max(0, block - logits),
         "logits": logits,
     }
-    if cpu_offload:
-        sizes = {name: size for name, size in sizes.items() if name in ("activations", "logits")}
-    if parallel == "fsdp":
+    if is_fsdp:
+        if run.cpu_offload:
+            del sizes["weights"], sizes["gradients"], sizes["optimizer"]
+        accumulates = micro_batch_size * gpus < run.global_batch_size
         sizes["gathered"] = gathered_bytes(model, dtype) + accumulates * trained
     return sizes
 
 
-def count_parameters(module, trained):
-    """The number of parameters that are trained, or of those that are frozen."""
-    return sum(p.numel() for p in module.parameters() if p.requires_grad is trained)
+def count_parameters(module, trained=False):
+    """Returns the number of parameters; trained: only of those that are trained."""
+    return sum(p.numel() for p in module.parameters() if p.requires_grad or not trained)
 
 
 def gathered_bytes(model, dtype):
-    """Bytes that FSDP gathers at once.
+    """Returns the bytes that FSDP gathers at once.
 
     These are the weights of a block and of the unit around the blocks, the gradients of a block and
     twice those of that unit.
     """
     *blocks, _ = fsdp_units(model)
-    trained = [count_parameters(block, True) for block in blocks]
-    weights = [count_parameters(block, True) + count_parameters(block, False) for block in blocks]
-    all_trained = count_parameters(model, True)
-    all_weights = all_trained + count_parameters(model, False)
-    numbers = all_weights - sum(weights) + max(weights)
-    numbers += max(trained) + 2 * (all_trained - sum(trained))
-    return numbers * dtype.itemsize
+    weights = [count_parameters(block) for block in blocks]
+    trained = [count_parameters(block, trained=True) for block in blocks]
+    other_weights = count_parameters(model) - sum(weights)
+    other_trained = count_parameters(model, trained=True) - sum(trained)
+    return (max(weights) + other_weights + max(trained) + 2 * other_trained) * dtype.itemsize
 
 
 def print_plan(model, peak_lrs, sizes):
@@ -160,7 +157,7 @@ def print_plan(model, peak_lrs, sizes):
     """
     print(f"{'part':10} {'parameters':>13} {'trained':>13} {'peak lr':>9}")
     for part, module in model.named_children():
-        count = sum(p.numel() for p in module.parameters())
+        count = count_parameters(module)
         trained = count if part in peak_lrs else 0
         rate = f"{peak_lrs[part]:.1e}" if part in peak_lrs else "frozen"
         print(f"{part:10} {count:13,} {trained:13,} {rate:>9}", flush=True)
@@ -172,55 +169,60 @@ def print_plan(model, peak_lrs, sizes):
 def print_estimate(run, model, image_config, speed):
     """Print operations, memory and days of a run on 1, 8 and 64 GPUs.
 
-    run: as load_settings returns it; model: on the meta device; speed: operations a second that one
-    GPU reaches.
+    run: as load_settings returns it. model: on the meta device. speed: operations per second that
+    one GPU reaches.
     """
     sequence, tiles, labels = assumed_sequence(run.seq_len, image_config)
-    batch = run.global_batch_size
+    dtype = torch.float32 if run.dtype == "float32" else torch.bfloat16
+
+    def memory(parallel, gpus):
+        return estimate_memory(run, model, sequence, torch.device("cpu"), dtype, parallel, gpus)
+
     print(
-        f"{run.stage}: {run.steps:,} steps of {batch} sequences of {run.seq_len:,} tokens; "
-        f"assumed: {labels:,} labelled tokens and {tiles} tiles in each"
+        f"{run.stage}: {run.steps:,} steps of {run.global_batch_size} sequences of "
+        f"{run.seq_len:,} tokens; assumed: {labels:,} labelled tokens and {tiles} tiles in each"
     )
-    print_plan(model, run.peak_lrs, gpu_memory(run, model, sequence, "none", 1))
-    flops = step_flops(
-        model,
-        run.peak_lrs,
-        batch,
-        run.seq_len,
-        batch * tiles,
-        batch * labels,
-        run.activation_checkpointing,
-    )
+    print_plan(model, run.peak_lrs, memory("none", 1))
+    flops = {}
+    for part, count in step_flops(
+        model, run.peak_lrs, sequence, run.activation_checkpointing
+    ).items():
+        flops[part] = run.global_batch_size * count
     parts = ", ".join(f"{part} {count:.1e}" for part, count in flops.items())
     print(f"operations of a step: {sum(flops.values()):.2e} ({parts})")
-    for gpus in [gpus for gpus in (1, 8, 64) if gpus <= batch]:  # each needs a sequence
+    for gpus in (1, 8, 64):
+        if gpus > run.global_batch_size:  # each GPU needs a sequence
+            break
+        methods = {" a GPU by ddp": "ddp", " by fsdp": "fsdp"}
         if gpus == 1:
             methods = {"": "fsdp" if run.cpu_offload else "none"}
-        else:
-            methods = {" a GPU by ddp": "ddp", " by fsdp": "fsdp"}
-        memory = []
+        sizes = []
         for text, parallel in methods.items():
-            size = sum(gpu_memory(run, model, sequence, parallel, gpus).values())
-            memory.append(f" {size / 2**30:,.0f} GiB{text}")
+            size = sum(memory(parallel, gpus).values())
+            sizes.append(f" {size / 2**30:,.0f} GiB{text}")
         days = sum(flops.values()) * run.steps / speed / gpus / 86400
         print(
-            f"{gpus:3} GPU{'s' * (gpus > 1)}:{','.join(memory)}; "
+            f"{gpus:3} GPU{'s' * (gpus > 1)}:{','.join(sizes)}; "
             f"{days:,.1f} days at {speed / 1e12:,.0f} TFLOP/s a GPU"
         )
 
 
-def gpu_memory(run, model, sequence, parallel, gpus):
-    """`estimate_memory` for the settings of a run on so many GPUs."""
-    micro_batch_size = min(run.micro_batch_size, -(-run.global_batch_size // gpus))
-    return estimate_memory(
-        model,
-        sequence,
-        micro_batch_size,
-        torch.device("cpu"),
-        torch.float32 if run.dtype == "float32" else torch.bfloat16,
-        parallel=parallel,
-        shards=gpus if parallel == "fsdp" else 1,
-        activation_checkpointing=run.activation_checkpointing,
-        accumulates=micro_batch_size * gpus < run.global_batch_size,
-        cpu_offload=run.cpu_offload and parallel == "fsdp",
-    )
+def choose_dtype(run, device):
+    """The dtype of matrix products; parameters stay float32."""
+    if run.dtype == "bfloat16" or (run.dtype == "auto" and device.type == "cuda"):
+        return torch.bfloat16
+    return torch.float32
+
+
+def plan_memory(run, model, sequence, device, dtype, world):
+    """Choose between DDP and FSDP by the estimated memory of a rank, and print both.
+
+    sequence: a batch of one, for which the estimate is made.
+    """
+    sizes = estimate_memory(run, model, sequence, device, dtype, "none", world)
+    run.parallel, reason = choose_parallelism(run.parallel, sum(sizes.values()), device)
+    if run.parallel == "fsdp":
+        sizes = estimate_memory(run, model, sequence, device, dtype, "fsdp", world)
+    if get_rank() == 0:
+        print(f"parallel: {run.parallel}, {reason}")
+        print_plan(model, run.peak_lrs, sizes)

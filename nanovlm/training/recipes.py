@@ -5,7 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from .. import UserError
-from ..cli import did_you_mean
+from ..cli import check_rules, did_you_mean
 from ..files import is_repo_id, read_json
 
 # The values of a stage for settings that the user does not give. `decoder` and `vision` are stages
@@ -123,10 +123,62 @@ MISSING_MODEL_HINTS = {
     "pretrain": "`python prepare.py stitch --vision=DIR --decoder=DIR` writes out/stitched",
     "sft": "`python train.py --stage=pretrain` writes out/pretrain",
 }
+# (settings, whether a value x is allowed beside settings s, what is wrong if not). s.world is the
+# number of ranks.
+SETTING_RULES = [
+    (
+        "steps micro_batch_size seq_len save_every keep_checkpoints validate_every log_every "
+        "eval_every",
+        lambda x, s: x >= 1,
+        "must be at least 1",
+    ),
+    (
+        "global_batch_size",
+        lambda x, s: x >= s.world,
+        "must be at least {world}, a sequence for each rank",
+    ),
+    (
+        "lr vision_lr projector_lr decoder_lr grad_clip peak_tflops",
+        lambda x, s: x > 0,
+        "must be above 0",
+    ),
+    ("mfu", lambda x, s: 0 < x <= 1, "must be above 0 and at most 1"),
+    ("min_lr", lambda x, s: 0 <= x <= s.lr, "must be between 0 and --lr={lr}"),
+    ("weight_decay seed", lambda x, s: x >= 0, "must be at least 0"),
+    ("warmup_ratio beta1 beta2", lambda x, s: 0 <= x < 1, "must be at least 0 and below 1"),
+    (
+        "dtype",
+        lambda x, s: x in ("auto", "float32", "bfloat16"),
+        "is none of auto, float32, bfloat16",
+    ),
+    ("parallel", lambda x, s: x in ("auto", "ddp", "fsdp"), "is none of auto, ddp, fsdp"),
+    (
+        "activation_checkpointing",
+        lambda x, s: x in ("none", "decoder", "all"),
+        "is none of none, decoder, all",
+    ),
+    (
+        "hsdp_shard_size",
+        lambda x, s: x == 0 or (s.parallel == "fsdp" and x > 0 and s.world % x == 0),
+        "needs --parallel=fsdp, and must divide the {world} ranks",
+    ),
+    (
+        "cpu_offload",
+        # prepare.py estimate has no --parallel: it plans for FSDP, too
+        lambda x, s: not x or getattr(s, "parallel", "fsdp") == "fsdp",
+        "needs --parallel=fsdp",
+    ),
+    (
+        "tensorboard",
+        lambda x, s: not x or find_spec("tensorboard"),
+        "needs tensorboard: pip install tensorboard",
+    ),
+    ("kernels", lambda x, s: x in ("auto", "torch"), "is none of auto, torch"),
+]
 
 
 def load_settings(given, world):
-    """The settings of a run on `world` ranks: the user's, else the recipe's values for the stage.
+    """Returns the settings of a run on `world` ranks: the user's, else the recipe's for the stage.
 
     Adds `peak_lrs`, {trained part: peak learning rate}. Raises UserError for values out of range.
     """
@@ -142,6 +194,7 @@ def load_settings(given, world):
         "out": f"{folder}/{run.stage}",
         "warmup_ratio": 0.01,
         "beta2": 0.95,
+        "hsdp_shard_size": 0,  # which prepare.py estimate does not have
         **STAGES[run.stage],
         **RECIPES[run.recipe][run.stage],
     }
@@ -153,89 +206,14 @@ def load_settings(given, world):
         raise UserError(f"--freeze={run.freeze}: {unknown[0]!r} is none of {', '.join(PARTS)}")
     if not (trained := [part for part in PARTS if part not in frozen]):
         raise UserError(f"--freeze={run.freeze} leaves nothing to train")
-    check_settings(run, world, unused=[f"{part}_lr" for part in frozen])
+    unused = " ".join(f"{part}_lr" for part in frozen)
+    is_frozen = (unused, lambda x, s: False, "is for a part that --freeze={freeze} freezes")
+    values = {name: value for name, value in vars(run).items() if value is not None}
+    check_rules(values, [*SETTING_RULES, is_frozen], SimpleNamespace(**vars(run), world=world))
     own = {part: getattr(run, f"{part}_lr") for part in trained}
     run.peak_lrs = {part: run.lr if lr is None else lr for part, lr in own.items()}
     run.micro_batch_size = min(run.micro_batch_size, -(-run.global_batch_size // world))
     return run
-
-
-def check_settings(run, world, unused):
-    """Raises one UserError that names every setting out of its range.
-
-    unused: learning rates of frozen parts. A setting that `run` lacks is not checked.
-    """
-    is_estimate = hasattr(run, "mfu")  # prepare.py estimate plans for FSDP, too
-    rules = [
-        (
-            "must be at least 1",
-            lambda x: x >= 1,
-            (
-                "steps",
-                "micro_batch_size",
-                "seq_len",
-                "save_every",
-                "keep_checkpoints",
-                "validate_every",
-                "log_every",
-                "eval_every",
-            ),
-        ),
-        (
-            f"must be at least {world}, a sequence for each rank",
-            lambda x: x >= world,
-            ("global_batch_size",),
-        ),
-        (
-            "must be above 0",
-            lambda x: x > 0,
-            ("lr", "vision_lr", "projector_lr", "decoder_lr", "grad_clip", "peak_tflops"),
-        ),
-        ("must be above 0 and at most 1", lambda x: 0 < x <= 1, ("mfu",)),
-        (f"must be between 0 and --lr={run.lr}", lambda x: 0 <= x <= run.lr, ("min_lr",)),
-        ("must be at least 0", lambda x: x >= 0, ("weight_decay", "seed")),
-        (
-            "must be at least 0 and below 1",
-            lambda x: 0 <= x < 1,
-            ("warmup_ratio", "beta1", "beta2"),
-        ),
-        (
-            "is none of auto, float32, bfloat16",
-            lambda x: x in ("auto", "float32", "bfloat16"),
-            ("dtype",),
-        ),
-        ("is none of auto, ddp, fsdp", lambda x: x in ("auto", "ddp", "fsdp"), ("parallel",)),
-        (
-            "is none of none, decoder, all",
-            lambda x: x in ("none", "decoder", "all"),
-            ("activation_checkpointing",),
-        ),
-        (
-            f"needs --parallel=fsdp, and must divide the {world} ranks",
-            lambda x: x == 0 or (run.parallel == "fsdp" and x > 0 and world % x == 0),
-            ("hsdp_shard_size",),
-        ),
-        (
-            "needs --parallel=fsdp",
-            lambda x: not x or is_estimate or run.parallel == "fsdp",
-            ("cpu_offload",),
-        ),
-        (
-            "needs tensorboard: pip install tensorboard",
-            lambda x: not x or find_spec("tensorboard"),
-            ("tensorboard",),
-        ),
-        ("is none of auto, torch", lambda x: x in ("auto", "torch"), ("kernels",)),
-        (f"is for a part that --freeze={run.freeze} freezes", lambda x: False, unused),
-    ]
-    values = {name: value for name, value in vars(run).items() if value is not None}
-    wrong = []
-    for requirement, holds, names in rules:
-        for name in names:
-            if name in values and not holds(values[name]):
-                wrong.append(f"--{name}={values[name]} {requirement}")
-    if wrong:
-        raise UserError("; ".join(wrong))
 
 
 def check_inputs(run):
@@ -260,8 +238,7 @@ def freeze_parts(model, peak_lrs):
 
 
 def read_saved_settings(path):
-    """The step and the settings in a checkpoint's training.json."""
+    """Returns the step and the settings in a checkpoint's training.json."""
     settings = read_json(path, "step", "seq_len")
-    if settings.get("stage") in OLD_STAGES:
-        settings["stage"] = OLD_STAGES[settings["stage"]]
-    return settings
+    stage = settings.get("stage")
+    return settings | {"stage": OLD_STAGES.get(stage, stage)}

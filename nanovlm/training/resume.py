@@ -11,9 +11,12 @@ A step's folder gets its name after it is complete and flushed to disk. Older st
 after that: there is always a complete checkpoint.
 """
 
+import itertools
 import json
 import math
+import os
 import shutil
+from hashlib import sha256
 from pathlib import Path
 
 import torch
@@ -28,6 +31,7 @@ from ..checkpoints.checkpoint import (
     start_folder,
     write_checkpoint_files,
 )
+from ..data.dataset import LENGTH
 from ..distributed import (
     all_gather_object,
     copy_into,
@@ -37,7 +41,65 @@ from ..distributed import (
     on_rank_0,
     raise_on_all_ranks,
 )
-from ..files import parameter_name, read_json, read_tensors, write_tensors
+from ..files import lock_path, parameter_name, read_json, read_tensors, write_tensors
+from .recipes import FREE_ON_RESUME, read_saved_settings
+
+# ---- which checkpoint to resume from, and whether it may ----
+
+
+def find_resume_checkpoint(run):
+    """The checkpoint from which a run resumes; None for a new run."""
+    if run.resume:
+        if not (folders := list_checkpoints(run.out)):
+            raise UserError(f"--resume=true, but {run.out} holds no checkpoint of a run")
+        return folders[-1]
+    if Path(run.model).resolve().is_relative_to(Path(run.out).resolve()):
+        raise UserError(
+            f"--model={run.model} is inside --out={run.out}: "
+            "choose another --out, or continue that run with --resume=true"
+        )
+
+
+def resume_step(folder, must_agree):
+    """The step of a run's checkpoint. Raises UserError if a setting differs from the saved one."""
+    was = read_saved_settings(folder / "training.json")
+    wrong = []
+    for name, value in must_agree.items():
+        if was.get(name) != value:
+            wrong.append(f"--{name} was {was.get(name)}, now {value}")
+    if wrong:
+        raise UserError(f"{folder} cannot resume with other settings: {'; '.join(wrong)}")
+    return was["step"]
+
+
+def settings_to_keep(run, samples):
+    """The settings that must stay the same if the run resumes.
+
+    Data is named by its content, since its folder may move.
+    """
+    checksum = sha256(samples.table.tobytes()).hexdigest()[:8]
+    tokens = samples.table[:, LENGTH].sum()
+    content = f"{len(samples.table):,} samples of {tokens:,} tokens ({checksum})"
+    blend = "" if run.weights is None else f" blended by {run.weights}"
+    skipped = (*FREE_ON_RESUME, "peak_lrs", "weights")
+    settings = {name: value for name, value in vars(run).items() if name not in skipped}
+    return settings | {"data": content + blend}
+
+
+def move_old_run_aside(run):
+    """Rename the folder of an earlier run that a new run would overwrite."""
+    out = Path(run.out)
+    if run.resume or not os.path.lexists(out) or (out.is_dir() and not any(out.iterdir())):
+        return
+    if not (out / "log.jsonl").is_file():
+        raise UserError(f"--out={out} exists already and is not a run: choose another folder")
+    number = next(n for n in itertools.count(1) if not Path(f"{out}.{n}").exists())
+    with lock_path(out):
+        os.rename(out, f"{out}.{number}")
+    print(f"{out} holds an earlier run: moved to {out}.{number}")
+
+
+# ---- the optimizer's state ----
 
 
 def optimizer_state(model, optimizer):
@@ -63,10 +125,11 @@ def allocate_optimizer_state(model, optimizer, names, path):
         has = "is trained, but has no" if wrong[0] in trained else "is frozen, but has an"
         raise UserError(f"{path}: {wrong[0]} {has} optimizer state")
     for name, p in trained.items():
-        state = {kind: torch.zeros_like(p) for kind in kinds[name] if kind != "step"}
-        if "step" in kinds[name]:  # AdamW's step count is a float32 scalar
-            state["step"] = torch.zeros((), device=p.device)
-        optimizer.state[p] = {kind: state[kind] for kind in kinds[name]}
+        for kind in kinds[name]:
+            # AdamW's step count is a float32 scalar.
+            is_scalar = kind == "step"
+            state = torch.zeros((), device=p.device) if is_scalar else torch.zeros_like(p)
+            optimizer.state[p][kind] = state
 
 
 @raise_on_all_ranks()
@@ -74,7 +137,8 @@ def load_optimizer(step, model, optimizer):
     """Load the optimizer state of a step's folder, which any number of ranks may have written."""
     shards, path = step / "sharded", step / "training.safetensors"
     if not shards.is_dir():
-        return copy_optimizer_state(model, optimizer, read_optimizer_state(path), path)
+        tensors = {parameter_name(name): tensor for name, tensor in read_tensors(path).items()}
+        return copy_optimizer_state(model, optimizer, tensors, path)
     names = []
     for name in sharded.read_pieces(shards):
         if name.startswith("optimizer."):
@@ -84,24 +148,10 @@ def load_optimizer(step, model, optimizer):
     sharded.read_shards({f"optimizer.{name}": tensor for name, tensor in state.items()}, shards)
 
 
-def read_optimizer_state(path):
-    """Returns the tensors of a training.safetensors, under today's names of the parameters."""
-    return {parameter_name(name): tensor for name, tensor in read_tensors(path).items()}
-
-
 def copy_optimizer_state(model, optimizer, tensors, path):
     allocate_optimizer_state(model, optimizer, tensors, path)
     for name, tensor in optimizer_state(model, optimizer).items():
         copy_into(tensor, tensors[name])
-
-
-def sharded_state(model, optimizer):
-    """Weights and optimizer state by the names that they have in sharded/."""
-    weights, state = saved_parameters(model), optimizer_state(model, optimizer)
-    return {
-        **{f"model.{name}": tensor for name, tensor in weights.items()},
-        **{f"optimizer.{name}": tensor for name, tensor in state.items()},
-    }
 
 
 class Saver:
@@ -114,15 +164,13 @@ class Saver:
     def __init__(self, checkpoint, optimizer, out, must_agree, keep_checkpoints):
         self.checkpoint, self.optimizer, self.out = checkpoint, optimizer, Path(out)
         self.must_agree, self.keep_checkpoints = must_agree, keep_checkpoints
-        self.is_verified = False
 
     @raise_on_all_ranks()
     def save(self, step, is_last, metrics={}):
         """Write out/step-…; all ranks call this.
 
         Raises UserError, and keeps the earlier steps, if it cannot be written or a weight is NaN or
-        infinite. is_last: rank 0 also writes sharded weights whole, gathered one by one. The first
-        checkpoint is read back and compared.
+        infinite. is_last: rank 0 also writes sharded weights whole, gathered one by one.
         """
         folder = self.out / f"step-{step:06d}"
         not_finite = []
@@ -154,20 +202,17 @@ class Saver:
         return folders[-1] if folders else "no checkpoint"
 
     def write_files(self, tmp, training, is_last):
-        model, optimizer = self.checkpoint.model, self.optimizer
-        weights, state = saved_parameters(model), optimizer_state(model, optimizer)
+        model = self.checkpoint.model
+        weights, state = saved_parameters(model), optimizer_state(model, self.optimizer)
         if is_sharded(model):
-            sharded.write_shards(sharded_state(model, optimizer), tmp / "sharded")
+            tensors = {f"model.{name}": tensor for name, tensor in weights.items()}
+            tensors |= {f"optimizer.{name}": tensor for name, tensor in state.items()}
+            sharded.write_shards(tensors, tmp / "sharded")
             weights, state = gather_to_rank_0(weights) if is_last else None, None
-        on_rank_0(write_files, self.checkpoint, tmp, training, weights, state)
-        if not self.is_verified:
-            on_rank_0(verify_files, tmp, weights, state)
-            wrong = []
-            if is_sharded(model):
-                wrong = wrong_shards(tmp / "sharded", sharded_state(model, optimizer))
-            if names := [name for names in all_gather_object(wrong) for name in names]:
-                raise OSError(f"{names[0]} has other values when read back")
-        self.is_verified = True
+        on_rank_0(write_checkpoint_files, self.checkpoint, tmp, weights)
+        if state is not None:
+            on_rank_0(write_tensors, state, tmp / "training.safetensors")
+        on_rank_0((tmp / "training.json").write_text, json.dumps(training, indent=1))
 
     def delete_old(self, newest):
         folders = list_checkpoints(self.out)
@@ -181,55 +226,3 @@ class Saver:
 
 def saved_val_loss(folder):
     return read_json(folder / "training.json").get("val_loss", math.inf)
-
-
-def write_files(checkpoint, tmp, training, weights, state):
-    write_checkpoint_files(checkpoint, tmp, weights)
-    if state is not None:
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-        write_tensors(tensors, tmp / "training.safetensors")
-    (tmp / "training.json").write_text(json.dumps(training, indent=1))
-
-
-def verify_files(tmp, weights, state):
-    """Read back what `write_files` wrote; raises OSError if a tensor differs."""
-    for file, tensors in (("model.safetensors", weights), ("training.safetensors", state)):
-        written = read_tensors(tmp / file) if tensors is not None else {}
-        for name, tensor in (tensors or {}).items():
-            if not bitwise_equal(written[name], tensor.detach().cpu()):
-                raise OSError(f"{name} has other values when read back")
-
-
-def bitwise_equal(a, b):
-    """Equal to the bit, also if NaN."""
-    if a.shape != b.shape or a.dtype != b.dtype:
-        return False
-    return torch.equal(*(x.reshape(-1).view(torch.uint8) for x in (a, b)))
-
-
-def wrong_shards(folder, state):
-    """The names of this rank's tensors that differ from what is read back.
-
-    It reads one GiB at a time, since memory may not hold all tensors twice.
-    """
-    wrong, part, size = [], {}, 0
-    for number, (name, tensor) in enumerate(state.items(), 1):
-        part[name] = tensor.detach()
-        size += local_tensor(part[name]).nbytes
-        if size > 2**30 or number == len(state):
-            wrong += wrong_tensors(part, folder)
-            part, size = {}, 0
-    return wrong
-
-
-def wrong_tensors(state, folder):
-    written = {name: torch.empty_like(tensor) for name, tensor in state.items()}
-    try:
-        sharded.read_shards(written, folder)
-    except UserError:  # the caller tells the other ranks
-        return list(state)
-    return [
-        name
-        for name, tensor in state.items()
-        if not bitwise_equal(local_tensor(tensor), local_tensor(written[name]))
-    ]

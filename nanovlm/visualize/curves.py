@@ -11,13 +11,12 @@ def read_curves(paths):
     """Returns {run: {curve: ([step], [value])}}; a run is named by the folder of its log."""
     runs = {}
     for path in paths:
-        runs[str(Path(path).parent)] = curves = {}
+        curves = runs[str(Path(path).parent)] = {name: ([], []) for name in CURVES}
         for number, line in enumerate(files.read_log(path), 1):
             if not isinstance(line, dict) or "step" not in line:
                 raise UserError(f"{path}, line {number} is not from a training run: it has no step")
-            for name in CURVES:
+            for name, (steps, values) in curves.items():
                 if name in line:
-                    steps, values = curves.setdefault(name, ([], []))
                     steps.append(line["step"])
                     values.append(line[name])
     return runs
@@ -35,8 +34,7 @@ def plot_curves(runs, out):
         raise UserError(f"--out={out} does not end in one of .{', .'.join(sorted(formats))}")
     for axes, name in zip(figure.subplots(2, 2).flat, CURVES, strict=True):
         for run, curves in runs.items():
-            if name in curves:
-                axes.plot(*curves[name], label=run, marker=".")
+            axes.plot(*curves[name], label=run, marker=".")
         scale = "log" if name in ("loss", "val_loss") else "linear"
         axes.set(title=name, xlabel="step", yscale=scale)
         axes.grid(alpha=0.3)

@@ -6,9 +6,9 @@ import itertools
 import numpy as np
 from PIL import Image
 
-from .. import IGNORE_INDEX, IMAGE_TOKEN_ID, UserError
-from ..data import image_processing
+from .. import IMAGE_TOKEN_ID, UserError
 from ..data.dataset import IMAGE_COUNT, LENGTH
+from ..data.image_processing import tile_to_image
 from ..data.packing import epoch_samples, pack_sequences
 
 GAP = 4  # pixels between tiles
@@ -20,26 +20,23 @@ def sample_as_text(samples, i, tokenizer):
     A line holds tokens with a loss ("label") or without ("no loss"). An image is one entry that has
     the number of its tokens.
     """
-    ids_T, targets_T, images = samples.read(i)
-    # The target of a token is at the position before it.
-    loss_mask_T = np.concatenate([[False], targets_T[:-1] != IGNORE_INDEX])
-    next_images = enumerate(images, 1)
+    ids, loss_mask, images = samples.stored_sample(i)
     lines = [
-        f"{samples.names[i]}: {len(ids_T)} tokens, {loss_mask_T.sum()} of them labels, "
+        f"{samples.names[i]}: {samples.table[i, LENGTH]} tokens, {loss_mask.sum()} of them labels, "
         f"images: {len(images)}"
     ]
-    for has_loss, positions in itertools.groupby(range(len(ids_T)), lambda t: bool(loss_mask_T[t])):
-        parts, image_tokens = [], 0  # image_tokens: those of the current image that remain
-        for t in positions:
-            if ids_T[t] != IMAGE_TOKEN_ID:
-                parts.append(token_as_text(int(ids_T[t]), tokenizer))
-                continue
-            if image_tokens == 0:
+    next_images = enumerate(images, 1)
+    for has_loss, tokens in itertools.groupby(
+        zip(loss_mask, ids, strict=True), lambda pair: pair[0]
+    ):
+        parts = []
+        for _, token_id in tokens:
+            if token_id == IMAGE_TOKEN_ID:
                 number, image = next(next_images)
-                tiles, image_tokens = len(image.tiles), len(image.feature_index)
-                count = f"{tiles} tile{'s' * (tiles > 1)}"
-                parts.append(f"<image {number}: {count}, {image_tokens} tokens>")
-            image_tokens -= 1
+                tiles = f"{len(image.tiles)} tile{'s' * (len(image.tiles) > 1)}"
+                parts.append(f"<image {number}: {tiles}, {len(image.feature_index)} tokens>")
+            else:
+                parts.append(token_as_text(int(token_id), tokenizer))
         lines.append(f"{'label' if has_loss else 'no loss':>8}  {'|'.join(parts)}")
     return "\n".join(lines)
 
@@ -52,12 +49,12 @@ def token_as_text(token_id, tokenizer):
 def concat_tiles(tiles_NCYX, columns=6):
     """Returns one image of all tiles, side by side in `columns`."""
     count, _, height, width = tiles_NCYX.shape
-    columns, lines = min(columns, count), -(-count // columns)
-    size = columns * (width + GAP) - GAP, lines * (height + GAP) - GAP
+    columns, rows = min(columns, count), -(-count // columns)
+    size = columns * (width + GAP) - GAP, rows * (height + GAP) - GAP
     image = Image.new("RGB", size, "white")
     for n, tile_CYX in enumerate(tiles_NCYX):
-        position = n % columns * (width + GAP), n // columns * (height + GAP)
-        image.paste(image_processing.tile_to_image(tile_CYX), position)
+        row, column = divmod(n, columns)
+        image.paste(tile_to_image(tile_CYX), (column * (width + GAP), row * (height + GAP)))
     return image
 
 

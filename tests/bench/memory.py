@@ -15,7 +15,7 @@ import prepare  # noqa: E402
 from nanovlm import cli  # noqa: E402
 from nanovlm.checkpoints.checkpoint import build_model  # noqa: E402
 from nanovlm.training.flops import assumed_sequence  # noqa: E402
-from nanovlm.training.memory import gpu_memory  # noqa: E402
+from nanovlm.training.memory import estimate_memory  # noqa: E402
 from nanovlm.training.recipes import freeze_parts, load_settings  # noqa: E402
 
 CHECKPOINTED = {"activation_checkpointing": "decoder"}
@@ -40,7 +40,8 @@ def bench():
         freeze_parts(model, run.peak_lrs)
         sequence, *_ = assumed_sequence(run.seq_len, SEVEN_BILLION_IMAGE_CONFIG)
         parallel = "fsdp" if gpus > 1 or run.cpu_offload else "none"
-        sizes = gpu_memory(run, model, sequence, parallel, gpus)
+        device, dtype = torch.device("cpu"), torch.bfloat16
+        sizes = estimate_memory(run, model, sequence, device, dtype, parallel, gpus)
         words = " ".join(f"--{name}={cli.format_value(value)}" for name, value in chosen.items())
         many = " --parallel=fsdp" * (parallel == "fsdp") + f", on {gpus} GPUs" * (gpus > 1)
         print(

@@ -1,8 +1,10 @@
-"""How fast a model speaks beside transformers and llama.cpp (speech.py), and answers an exam, 16 questions at once beside one by one:
+"""The speed of generation beside transformers and llama.cpp (engines.py), and of answering questions
+in batches of 16 beside one by one:
 
     python tests/bench/sample.py
 
-The demonstration's model is at hand once `python train.py` has run, SmolLM2-135M-Instruct with its true weights after `python -m pytest -m real`.
+`python train.py` makes the demonstration's model, `python -m pytest -m real` downloads
+SmolLM2-135M-Instruct.
 """
 
 import statistics
@@ -13,7 +15,7 @@ from pathlib import Path
 import torch
 
 sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
-from bench.speech import speech  # noqa: E402
+from bench.engines import compare_engines  # noqa: E402
 
 from nanovlm import UserError, cli  # noqa: E402
 from nanovlm.checkpoints.checkpoint import load_checkpoint  # noqa: E402
@@ -22,35 +24,30 @@ from nanovlm.inference.optimize import optimize  # noqa: E402
 
 
 def answers_per_s(checkpoint, questions, batch, max_tokens):
-    """And the answers."""
-    began = time.time()
-    said = sorted(
-        pair
-        for pairs in runner.answer_questions(
-            checkpoint, questions, batch=batch, max_tokens=max_tokens
-        )
-        for pair in pairs
-    )
-    return len(questions) / (time.time() - began), [one.text for _, one in said]
+    """Returns (answers per second, the answers)."""
+    start, answers = time.time(), []
+    options = {"batch_size": batch, "max_tokens": max_tokens}
+    for pairs in runner.answer_questions(checkpoint, questions, **options):
+        answers += pairs
+    return len(questions) / (time.time() - start), [answer.text for _, answer in sorted(answers)]
 
 
 def measure_questions(model, questions, images, count, batch, max_tokens, rounds):
-    """Print answers a second one by one and at once, each the median over the rounds, and the median of the rounds' ratios."""
-    asked = benchmarks.load_questions("exact", questions, images=images)
-    asked = asked[:: max(1, len(asked) // count)][:count]
+    """Print answers per second one by one and in batches: medians over the rounds."""
+    loaded = benchmarks.load_questions("exact", questions, images=images)
+    loaded = loaded[:: max(1, len(loaded) // count)][:count]
     checkpoint, speeds, same = load_checkpoint(model), [], 0
     optimize(checkpoint.model)
     for _ in range(rounds):
-        (alone, ones), (together, many) = (
-            answers_per_s(checkpoint, asked, size, max_tokens) for size in (1, batch)
-        )
-        speeds.append((alone, together))
-        same = sum(a == b for a, b in zip(ones, many, strict=True))
-    ratio = statistics.median(together / alone for alone, together in speeds)
-    alone, together = map(statistics.median, zip(*speeds, strict=True))
+        single, single_answers = answers_per_s(checkpoint, loaded, 1, max_tokens)
+        batched, batched_answers = answers_per_s(checkpoint, loaded, batch, max_tokens)
+        speeds.append((single, batched))
+        same = sum(a == b for a, b in zip(single_answers, batched_answers, strict=True))
+    ratio = statistics.median(batched / single for single, batched in speeds)
+    single, batched = map(statistics.median, zip(*speeds, strict=True))
     print(
-        f"{len(asked)} questions: {alone:,.1f} answers/s one by one, {together:,.1f} in batches of {batch}, {ratio:.1f} times as many; "
-        f"{same} of {len(asked)} the same answers"
+        f"{len(loaded)} questions: {single:,.1f} answers/s one by one, {batched:,.1f} in batches of "
+        f"{batch}, {ratio:.1f} times as many; {same} of {len(loaded)} answers are the same"
     )
 
 
@@ -60,20 +57,20 @@ def sample(
     dtype: str = "bfloat16",  # of its numbers: bfloat16, float16 or float32
     threads: int = torch.get_num_threads(),  # of each process
     tokens: int = 64,  # generated in a round
-    model: str = "out/demo/sft",  # the model that answers
-    questions: str = "data/demo/fridge/questions.jsonl",  # questions for it
-    images: str = "data/demo/fridge/images",  # and their images
-    count: int = 192,  # of the questions, spread over all kinds
-    batch: int = 16,  # at once
+    model: str = "out/demo/sft",  # the model that answers questions
+    questions: str = "data/demo/fridge/questions.jsonl",  # its questions
+    images: str = "data/demo/fridge/images",  # folder of their images
+    count: int = 192,  # questions, of all kinds
+    batch: int = 16,  # questions in a batch
     max_tokens: int = 64,  # the longest answer
-    rounds: int = 5,  # all in turns
+    rounds: int = 5,  # of each measurement
 ):
     """Measure both; print what is missing."""
     if dtype not in ("bfloat16", "float16", "float32"):
         raise UserError(f"--dtype={dtype} is none of bfloat16, float16, float32")
     torch.set_num_threads(threads)
     if Path(decoder).is_dir():
-        speech(decoder, getattr(torch, dtype), threads, tokens, rounds)
+        compare_engines(decoder, getattr(torch, dtype), threads, tokens, rounds)
     else:
         print(f"generation is not measured: there is no {decoder}")
     if Path(model).is_dir():

@@ -12,7 +12,7 @@ import torch
 import transformers as hf
 from conftest import ROOT
 from safetensors.torch import load_file, save_file
-from test_parity import BRAIN, CHATML, clip, dinov2, publish, shake, siglip
+from test_parity import CHATML, DECODER, clip, dinov2, publish, shake, siglip
 
 import prepare
 from nanovlm import UserError
@@ -29,7 +29,7 @@ from nanovlm.files import (
 
 
 def llama(**other):
-    return shake(hf.LlamaForCausalLM(hf.LlamaConfig(**BRAIN | {"num_hidden_layers": 2} | other)), 4)
+    return shake(hf.LlamaForCausalLM(hf.LlamaConfig(**DECODER | {"num_hidden_layers": 2} | other)), 4)
 
 
 @pytest.fixture(scope="module")

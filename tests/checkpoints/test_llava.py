@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from sentencepiece import SentencePieceTrainer
 from test_huggingface import Read
-from test_parity import BRAIN, EYE, shake
+from test_parity import DECODER, VISION, shake
 from tokenizers import AddedToken, pre_tokenizers, processors
 
 import prepare
@@ -77,14 +77,14 @@ def picture(size, seed=0):
 def publish(folder, kind="llava", brain="llama", eye="clip", jinja=LLAVA_15, **how):
     """A LLaVA folder as its owners make it: random numbers and config by transformers, its processors and tokenizer beside them."""
     vision = (
-        hf.CLIPVisionConfig(**EYE)
+        hf.CLIPVisionConfig(**VISION)
         if eye == "clip"
-        else hf.SiglipVisionConfig(vision_use_head=eye == "siglip with its head", **EYE)
+        else hf.SiglipVisionConfig(vision_use_head=eye == "siglip with its head", **VISION)
     )
     text = {
         "llama": hf.LlamaConfig,
         "mistral": lambda **sizes: hf.MistralConfig(sliding_window=None, **sizes),
-    }[brain](**BRAIN)
+    }[brain](**DECODER)
     strategy = "default" if eye == "clip" else "full"
     both = dict(
         vision_config=vision,
@@ -204,7 +204,9 @@ def test_a_published_folder_sees_and_says_what_transformers_says(kind, size, fol
 
     prompt = processor.apply_chat_template(ask("a cat?"), add_generation_prompt=True)
     theirs = processor(text=f"<s>{prompt}", images=[picture(SIZES[size])], return_tensors="pt")
-    ids = sample.encode_prompt(ours, [("user", sample.place_images("a cat?", 1))], shown)
+    ids = chat_template.encode_prompt(
+        ours, [("user", chat_template.place_images("a cat?", 1))], shown
+    )
     assert [IMAGE_ID if i == IMAGE_TOKEN_ID else i for i in ids] == theirs["input_ids"][0].tolist()
 
     seen = seen_by_both(ours, shown, theirs)
@@ -321,7 +323,7 @@ def eye_folder(folder, kind, **how):
         "clip": (hf.CLIPVisionModel, hf.CLIPVisionConfig),
         "siglip": (hf.SiglipVisionModel, hf.SiglipVisionConfig),
     }[kind]
-    shake(model(config(**EYE)), 1).save_pretrained(folder)
+    shake(model(config(**VISION)), 1).save_pretrained(folder)
     square = {"height": 28, "width": 28}
     (folder / "preprocessor_config.json").write_text(
         json.dumps(
@@ -345,7 +347,7 @@ def stitched(home, template, eye="clip", vocabulary=None, decoder={}, words=None
         280,
         chat_template.special_token_names(template),
     )
-    sizes = BRAIN | {"vocab_size": vocabulary or words.vocab_size} | decoder
+    sizes = DECODER | {"vocab_size": vocabulary or words.vocab_size} | decoder
     model, config = (
         (hf.MinistralForCausalLM, hf.MinistralConfig)
         if "layer_types" in decoder
@@ -383,7 +385,7 @@ def assert_the_same(ours, folder, turns, paths):
     model, processor = whole(folder)
     ours = load_checkpoint(ours)
     shown = [image_processing.load_image(path, ours.image_config) for path in paths]
-    ids = sample.encode_prompt(ours, turns, shown)
+    ids = chat_template.encode_prompt(ours, turns, shown)
     prompt = processor.apply_chat_template(messages(turns), add_generation_prompt=True)
     theirs = processor(
         text=prompt,
@@ -540,7 +542,7 @@ def test_an_exported_template_puts_spaces_where_render_does(
         assert processor.tokenizer.apply_chat_template(said, **how) == ids
     for turns in SPOKEN.values():
         asked = messages(turns, image=photo)
-        ids = sample.encode_prompt(
+        ids = chat_template.encode_prompt(
             ours, turns, [shown] * sum(text.count("<image>") for _, text in turns)
         )
         assert processor.apply_chat_template(asked, tokenize=True, **how)[0] == [
@@ -796,7 +798,7 @@ def test_a_template_that_nobody_knows_is_said_to_export_which_stores_it(tmp_path
             match="writes 'odd', as none of ours does; name it by --template of .*export. .*: .*vicuna",
         ):
             read(folder)
-    with pytest.raises(UserError, match="--template=odd is not known: mistral"):
+    with pytest.raises(UserError, match="--template=odd is none of mistral"):
         prepare.export(model=str(folder), out=str(tmp_path / "out"), template="odd")
     prepare.export(model=str(folder), out=str(tmp_path / "out"), template="vicuna")
     assert load_checkpoint(tmp_path / "out").chat_template == "vicuna"
@@ -836,7 +838,7 @@ def test_many_pictures_of_many_sizes_at_once_are_answered_as_one_by_one(folders,
         ("no", []),
         ("b", [shown["a pixel off"]]),
     ]
-    questions = [(sample.place_images(text, len(seen)), seen) for text, seen in questions]
+    questions = [(chat_template.place_images(text, len(seen)), seen) for text, seen in questions]
     for said, (text, seen) in zip(
         runner.generate_answers(ours, questions, max_tokens=8), questions, strict=True
     ):
@@ -918,7 +920,7 @@ def test_a_llava_next_is_prepared_for_with_pictures_of_any_size(folders, tmp_pat
         batch[name].equal(joined[name]) for name in joined
     )
     for number in (0, 1):
-        asked = sample.encode_prompt(ours, [("user", "<image>\nWhat?")], [shown[number]])
+        asked = chat_template.encode_prompt(ours, [("user", "<image>\nWhat?")], [shown[number]])
         assert samples.read(number)[0][: len(asked)].tolist() == asked
     ours.model.train()(**batch).backward()
     assert ours.model.projector.newline.grad.abs().sum() > 0

@@ -308,6 +308,12 @@ def corpus():
     )
 
 
+def missing_bytes(ours):
+    """Bytes without a token: SmolLM2 lacks a dozen."""
+    known = set(ours.bytes_of.values())
+    return bytes(b for b in range(256) if bytes([b]) not in known)
+
+
 @REAL
 def test_a_real_file_gives_its_references_ids_and_text(kind):
     ours, encode, decode = real(kind)
@@ -319,9 +325,7 @@ def test_a_real_file_gives_its_references_ids_and_text(kind):
             text = text.replace("▁", " ").removeprefix(
                 " " if ours.prefix_space == "first" else ""
             )  # it has the place of the one that is put there
-        assert ours.decode(ids) == text.encode().translate(None, ours.dropped).decode(), text[
-            :200
-        ]  # SmolLM2 has no token for a dozen bytes
+        assert ours.decode(ids) == text.encode().translate(None, missing_bytes(ours)).decode()
 
 
 @REAL
@@ -367,7 +371,7 @@ def test_a_megabyte_of_one_letter_takes_no_longer_than_its_length(kind, unit):
         encode = partial(
             ids_of, converted_tekken((MISTRAL / TEKKEN[kind]).read_bytes()), shift=1000
         )
-    text = unit * 1_000_000
+    text = unit * 900_000  # tiktoken refuses 1,000,000 spaces in a row
     began = time.process_time()
     ids = ours.encode(text)
     assert (

@@ -25,7 +25,7 @@ import sample
 from nanovlm import UserError, distributed
 from nanovlm import files as disk
 from nanovlm.checkpoints.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from nanovlm.data import image_processing, image_refs, tokenizer
+from nanovlm.data import chat_template, image_processing, image_refs, tokenizer
 from nanovlm.evals import benchmarks, report, runner
 
 IMAGE_CONFIG = {
@@ -223,7 +223,7 @@ def test_neighbours_in_length_share_a_batch(checkpoint, questions, cut):
             for ref in question["image"]
         ]
         lengths.append(
-            len(runner.encode_prompt(checkpoint, [("user", question["question"])], images))
+            len(chat_template.encode_prompt(checkpoint, [("user", question["question"])], images))
         )
     assert runner.prompt_lengths(checkpoint, questions) == lengths
     batches = runner.batches_by_length(lengths, 4)

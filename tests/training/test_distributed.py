@@ -22,7 +22,6 @@ import torch
 from conftest import ROOT, make_batch, make_samples
 from safetensors.torch import load_file
 from test_train import (
-    NO_TIMER,
     TWO_RANKS,
     launch,
     log_of,
@@ -110,7 +109,7 @@ def learn(
     did = {"loss": [], "norm": [], "gradients": {}}
     for step in (1, 2):
         loss = train.compute_gradients(
-            wrapped, next(loader), CPU, mixed, SimpleNamespace(received=0), NO_TIMER
+            wrapped, next(loader), CPU, mixed, SimpleNamespace(received=0)
         ).loss
         grads = {parameter: p.grad for parameter, p in vlm.named_parameters() if p.grad is not None}
         did["gradients"] |= {
@@ -225,9 +224,7 @@ def two(home, rank, world):
             eval_questions=str(home / "questions.jsonl"),
             eval_every=5,
         )
-    did["full"], did["bent"], did["odd"] = (
-        failing(home, broken) for broken in (full_on_rank_1, bent_on_rank_1, odd_on_rank_1)
-    )
+    did["full"], did["odd"] = failing(home, full_on_rank_1), failing(home, odd_on_rank_1)
     return did
 
 
@@ -332,21 +329,6 @@ def full_on_rank_1():
 
 
 @contextlib.contextmanager
-def bent_on_rank_1():
-    """What a rank reads back is not what it wrote."""
-    read = sharded.read_shards
-
-    def read_shards(state, folder):
-        read(state, folder)
-        if distributed.get_rank() == 1 and "model.decoder.norm.weight" in state:
-            distributed.local_tensor(state["model.decoder.norm.weight"])[-1] += 1e-6
-
-    sharded.read_shards = read_shards
-    yield
-    sharded.read_shards = read
-
-
-@contextlib.contextmanager
 def odd_on_rank_1():
     """A number of a rank's part is none any more when it is to be saved."""
     save = resume.Saver.save
@@ -369,16 +351,21 @@ def estimated_and_taken(accumulates):
     model = VLM(**DEEP).train()
     model.vision.requires_grad_(False)
     row = make_batch([make_samples(lengths=(40, 61), images=(1, 2))])
-    estimated = memory.estimate_memory(
-        model, row, 6, CPU, torch.float32, parallel="fsdp", shards=2, accumulates=accumulates
+    settings = SimpleNamespace(
+        micro_batch_size=6,
+        global_batch_size=24 if accumulates else 12,
+        activation_checkpointing="none",
+        hsdp_shard_size=0,
+        cpu_offload=False,
     )
+    estimated = memory.estimate_memory(settings, model, row, CPU, torch.float32, "fsdp", 2)
     distributed.wrap_model(model, "fsdp", CPU, torch.float32)
     optimizer = train.make_optimizer(model, {"projector": 1, "decoder": 1}, 0.1, (0.9, 0.95))
     batches = [({name: torch.cat([x] * 6) for name, x in row.items()}, [])] * (1 + accumulates)
 
     def step():
         train.compute_gradients(
-            model, batches, CPU, contextlib.nullcontext(), SimpleNamespace(received=0), NO_TIMER
+            model, batches, CPU, contextlib.nullcontext(), SimpleNamespace(received=0)
         )
         optimizer.step()
 
@@ -926,28 +913,6 @@ def test_a_schedulers_sigterm_saves_on_all_ranks_within_the_step(home):
     (step,) = list_checkpoints(home / "evicted")
     last = log_of(home / "evicted")[-1]["step"]
     assert step.name == f"step-{last:06d}" and sharded.read_pieces(step / "sharded")
-
-
-def test_the_first_save_is_read_back(home, of_two, monkeypatch):
-    ends, left = of_two["bent"]
-    assert (
-        left == ["log.jsonl"]
-        and "step-000003 could not be saved (model.decoder.norm.weight has other values when read back)"
-        in ends[0][1]
-    )
-    monkeypatch.setattr(resume, "write_tensors", bend)
-    with pytest.raises(
-        UserError,
-        match=r"step-000003 could not be saved \(decoder.norm.weight/exp_avg has other values when read back\); no check",
-    ):
-        train.train(**settings(home, "bent"))
-
-
-def bend(tensors, path, write=resume.write_tensors):
-    write(
-        tensors | {"decoder.norm.weight/exp_avg": tensors["decoder.norm.weight/exp_avg"] + 1e-9},
-        path,
-    )
 
 
 def test_the_best_step_stays_beside_the_newest(home):

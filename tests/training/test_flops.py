@@ -46,10 +46,8 @@ def test_operations_are_those_that_torch_counts(peak_lrs, vision):
     )
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model(**batch).backward()
-    rows, length = batch["ids_BT"].shape
-    assert length == 13 + TOKENS
-    trained = int((batch["targets_BT"] != IGNORE_INDEX).sum())
-    parts = flops.step_flops(model, peak_lrs, rows, length, len(batch["tiles_NCYX"]), trained)
+    assert batch["ids_BT"].shape[1] == 13 + TOKENS
+    parts = flops.step_flops(model, peak_lrs, batch)
     assert (
         sum(parts.values())
         == counter.get_total_flops()
@@ -134,6 +132,7 @@ def test_gpus_without_a_sequence_are_not_printed(tmp_path, capsys):
         dtype="float32",
         activation_checkpointing="none",
         cpu_offload=False,
+        hsdp_shard_size=0,
         peak_lrs={"projector": 1.0, "decoder": 1.0},
     )
     model.vision.requires_grad_(False)

@@ -1,5 +1,7 @@
-"""Speakers of one model, each in a process of its own: ours, ours without `optimize`, transformers, and llama.cpp where PyPI's llama-cpp-python
-and gguf are installed. sample.py beside this is what to run.
+"""Generation by several engines, each in a process of its own: ours, ours without `optimize`,
+transformers, and llama.cpp if llama-cpp-python and gguf of PyPI are installed.
+
+tests/bench/sample.py runs this file.
 """
 
 import gc
@@ -22,8 +24,11 @@ from nanovlm.inference.generate import generate  # noqa: E402
 from nanovlm.inference.optimize import optimize  # noqa: E402
 from nanovlm.models.vlm import VLM  # noqa: E402
 
-PROMPT = "<|im_start|>user\nTell a long story about the keeper of a lighthouse and his dog.<|im_end|>\n<|im_start|>assistant\n"
-BLOCK = {
+PROMPT = (
+    "<|im_start|>user\nTell a long story about the keeper of a lighthouse and his dog.<|im_end|>\n"
+    "<|im_start|>assistant\n"
+)
+BLOCK = {  # llama.cpp's names: Hugging Face's
     "attn_norm": "input_layernorm",
     "ffn_norm": "post_attention_layernorm",
     "attn_q": "self_attn.q_proj",
@@ -33,61 +38,62 @@ BLOCK = {
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
-}  # llama.cpp's names, Hugging Face's
+}
 
 
-# ---- A speaker is made of a folder and a dtype: a function of a prompt's ids, a count and `say`, which it calls with each of so many ids ----
+# ---- engines ----
+# An engine is a function of a folder and a dtype. It returns a function of a prompt's ids, a number
+# of tokens and on_token, which is called with the id of each token.
 
 
-def ours(folder, dtype, ready=True):
+def ours(folder, dtype, optimized=True):
     part = huggingface.read_decoder(folder)
-    eye = dict(
-        tile=2, patch=1, width=4, layers=1, heads=1, intermediate_size=1
-    )  # nothing is looked at
-    model = VLM(vision=eye, decoder=part.shapes["decoder"] | {"layers": 0, "vocab_size": 1})
+    # There is no image.
+    vision = dict(tile=2, patch=1, width=4, layers=1, heads=1, intermediate_size=1)
+    model = VLM(vision=vision, decoder=part.shapes["decoder"] | {"layers": 0, "vocab_size": 1})
     model.decoder = part.model.decoder
     model = model.to(dtype).eval()
-    if ready:
+    if optimized:
         optimize(model)
 
-    def speak(ids, count, say):
+    def run(ids, count, on_token):
         for (i,) in generate(model, [ids], torch.zeros(0), stop=set(), max_tokens=count):
-            say(i)
+            on_token(i)
 
-    return speak
+    return run
 
 
 def plain(folder, dtype):
-    return ours(folder, dtype, ready=False)
+    return ours(folder, dtype, optimized=False)
 
 
 def transformers(folder, dtype):
     import transformers as hf
 
     class Streamer:
-        def __init__(self, say):
-            self.say, self.prompt = say, True
+        def __init__(self, on_token):
+            self.on_token, self.is_prompt = on_token, True
 
         def put(self, ids):
-            if not self.prompt:  # it is streamed first
-                self.say(ids.item())
-            self.prompt = False
+            if not self.is_prompt:  # transformers streams the prompt first
+                self.on_token(ids.item())
+            self.is_prompt = False
 
         def end(self):
             pass
 
     model = hf.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
-    return lambda ids, count, say: model.generate(
+    return lambda ids, count, on_token: model.generate(
         torch.tensor([ids]),
         max_new_tokens=count,
         min_new_tokens=count,
         do_sample=False,
-        streamer=Streamer(say),
+        streamer=Streamer(on_token),
     )
 
 
 def write_gguf(folder, out, dtype):
-    """The folder's brain as llama.cpp reads it, without a tokenizer."""
+    """The language model of a folder as a file for llama.cpp, without a tokenizer."""
     import gguf
     from safetensors.torch import load_file
 
@@ -100,7 +106,7 @@ def write_gguf(folder, out, dtype):
     for i in range(config["num_hidden_layers"]):
         names |= {f"blk.{i}.{theirs}": f"model.layers.{i}.{name}" for theirs, name in BLOCK.items()}
     file = gguf.GGUFWriter(out, "llama")
-    for tell, name in [
+    for key, name in [
         ("context_length", "max_position_embeddings"),
         ("embedding_length", "hidden_size"),
         ("block_count", "num_hidden_layers"),
@@ -111,14 +117,13 @@ def write_gguf(folder, out, dtype):
         ("rope_freq_base", "rope_theta"),
         ("vocab_size", "vocab_size"),
     ]:
-        getattr(file, f"add_{tell}")(config[name])
+        getattr(file, f"add_{key}")(config[name])
     file.add_rope_dimension_count(config["hidden_size"] // config["num_attention_heads"])
     file.add_tokenizer_model("none")
     for theirs, name in names.items():
         weight = tensors[f"{name}.weight"]
-        if count := heads.get(
-            theirs.split(".")[-1]
-        ):  # llama.cpp turns neighbours by RoPE, Hugging Face the pair (i, i + K/2)
+        count = heads.get(theirs.split(".")[-1])
+        if count:  # RoPE rotates neighbours in llama.cpp, the pair (i, i + K/2) in Hugging Face
             weight = (
                 weight.reshape(count, 2, -1, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
             )
@@ -134,12 +139,10 @@ def write_gguf(folder, out, dtype):
                 weight.to(dtype).contiguous().view(torch.uint8).numpy(),
                 raw_dtype=kind,
             )
-    (
-        file.write_header_to_file(),
-        file.write_kv_data_to_file(),
-        file.write_tensors_to_file(),
-        file.close(),
-    )
+    file.write_header_to_file()
+    file.write_kv_data_to_file()
+    file.write_tensors_to_file()
+    file.close()
 
 
 def llama_cpp(folder, dtype):
@@ -157,89 +160,91 @@ def llama_cpp(folder, dtype):
             verbose=False,
         )
 
-    def speak(ids, count, say):
+    def run(ids, count, on_token):
         model.reset()
         for _ in range(count):
             model.eval(ids)
             logits = llama_cpp.llama_get_logits_ith(model.ctx, -1)
             ids = [int(np.ctypeslib.as_array(logits, (model.n_vocab(),)).argmax())]
-            say(ids[0])
+            on_token(ids[0])
 
-    return speak
+    return run
 
 
-def time_of(speak, ids, count):
-    """(what is said, seconds to the first of it, the median of seconds to each other)"""
-    said, times = [], [time.perf_counter()]
+def time_tokens(run, ids, count):
+    """Returns (generated ids, seconds to the first token, median seconds of each later one)."""
+    generated, times = [], [time.perf_counter()]
 
-    def say(i):
-        said.append(i)
+    def on_token(i):
+        generated.append(i)
         times.append(time.perf_counter())
 
-    speak(ids, count, say)
+    run(ids, count, on_token)
     first, *others = (after - before for before, after in itertools.pairwise(times))
-    return said, first, statistics.median(others)
+    return generated, first, statistics.median(others)
 
 
-def stand(speaker, folder, dtype, threads, pipe):
-    """A process of its own for a speaker, so that its memory is its own: it tells of (ids, count) as they come in, until None comes."""
+def run_engine(engine, folder, dtype, threads, pipe):
+    """The process of an engine, so that its memory can be measured.
+
+    It receives (ids, count) and sends its times, until it receives None.
+    """
     torch.set_num_threads(threads)
-    speak = speaker(folder, dtype)
+    run = engine(folder, dtype)
     while True:
         gc.collect()
-        pipe.send(
-            int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
-        )  # MB that it holds now
-        if (asked := pipe.recv()) is None:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        pipe.send(pages * os.sysconf("SC_PAGE_SIZE") / 1e6)  # resident memory in MB
+        request = pipe.recv()
+        if request is None:
             return
-        pipe.send(time_of(speak, *asked))
+        pipe.send(time_tokens(run, *request))
 
 
-def speech(folder, dtype, threads, tokens, rounds):
-    """Print tokens a second, the first token's time and the memory of each speaker, all in turns, and beside ours: medians over the rounds."""
-    speakers = [ours, plain, transformers]
+def compare_engines(folder, dtype, threads, tokens, rounds):
+    """Print tokens per second, time of the first token and memory of each engine.
+
+    The engines take turns. The numbers are medians over the rounds.
+    """
+    engines = [ours, plain, transformers]
     if missing := [
         name for name in ("llama_cpp", "gguf") if importlib.util.find_spec(name) is None
     ]:
         print(f"llama.cpp does not take part: {' and '.join(missing)} not installed")
     else:
-        speakers.append(llama_cpp)
-    spawn, stands = multiprocessing.get_context("spawn"), []
+        engines.append(llama_cpp)
+    spawn, processes = multiprocessing.get_context("spawn"), []
     ids, pipes = huggingface.read_decoder(folder, tensors=False).tokenizer.encode(PROMPT), {}
-    for speaker in speakers:
-        pipes[speaker], end = spawn.Pipe()
-        stands.append(
-            spawn.Process(target=stand, args=(speaker, folder, dtype, threads, end), daemon=True)
-        )
-        stands[-1].start()
-    found, memory = (
-        {speaker: [] for speaker in speakers},
-        {speaker: pipe.recv() for speaker, pipe in pipes.items()},
-    )
+    for engine in engines:
+        pipes[engine], end = spawn.Pipe()
+        arguments = (engine, folder, dtype, threads, end)
+        processes.append(spawn.Process(target=run_engine, args=arguments, daemon=True))
+        processes[-1].start()
+    found = {engine: [] for engine in engines}
+    memory = {engine: pipe.recv() for engine, pipe in pipes.items()}
     for _ in range(rounds + 1):
-        for speaker, pipe in pipes.items():
+        for engine, pipe in pipes.items():
             pipe.send((ids, tokens))
-            found[speaker].append(pipe.recv())
-            memory[speaker] = pipe.recv()
+            found[engine].append(pipe.recv())
+            memory[engine] = pipe.recv()
     for pipe in pipes.values():
         pipe.send(None)
-    for process in stands:
+    for process in processes:
         process.join()
     cores = f"{threads} thread{'s' * (threads > 1)}"
     print(
-        f"{Path(folder).name} in {str(dtype).removeprefix('torch.')}, {cores}, {len(ids)} tokens of prompt, {tokens} generated:"
+        f"{Path(folder).name} in {str(dtype).removeprefix('torch.')}, {cores}, "
+        f"{len(ids)} tokens of prompt, {tokens} generated:"
     )
-    for speaker in speakers:
-        rows = list(zip(found[speaker], found[ours], strict=True))[1:]  # the first round warms up
-        said, first, each = (
-            statistics.median(theirs[i] for theirs, _ in rows) if i else rows[0][0][0]
-            for i in range(3)
-        )
-        slower = statistics.median(theirs[2] / own[2] for theirs, own in rows)
-        same = next(
-            (n for n, (a, b) in enumerate(zip(said, rows[0][1][0], strict=True)) if a != b), tokens
-        )
+    for engine in engines:
+        pairs = list(zip(found[engine], found[ours], strict=True))[1:]  # the first round warms up
+        generated, own_generated = pairs[0][0][0], pairs[0][1][0]
+        first, each = (statistics.median(theirs[i] for theirs, _ in pairs) for i in (1, 2))
+        slower = statistics.median(theirs[2] / own[2] for theirs, own in pairs)
+        differs = [a != b for a, b in zip(generated, own_generated, strict=True)]
+        same = differs.index(True) if True in differs else tokens
         print(
-            f"{speaker.__name__:12} {1 / each:6.1f} tokens/s, {1 / slower:.2f} of ours; the first after {first * 1000:.0f} ms; "
-            f"{memory[speaker]:,.0f} MB; the first {same} tokens are ours"
+            f"{engine.__name__:12} {1 / each:6.1f} tokens/s, {1 / slower:.2f} of ours; "
+            f"first token after {first * 1000:.0f} ms; {memory[engine]:,.0f} MB; "
+            f"the first {same} tokens are ours"
         )

@@ -1,0 +1,229 @@
+"""The figures of the READMEs, drawn from a finished demonstration:
+
+answers.png   the image of a fridge, and the model's answers to questions about it
+losses.png    the validation loss of each stage, with the images and with blank ones
+sequence.png  a packed sequence: its image tokens, its text, its loss mask
+
+Positions and sizes are in pixels of a web page. A figure has DENSITY² pixels for each of them, for
+sharp text on screens of double density.
+"""
+
+import itertools
+import math
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+from .. import IGNORE_INDEX, IMAGE_TOKEN_ID, UserError, files
+from ..checkpoints.checkpoint import load_checkpoint
+from ..data.dataset import PreparedDataset
+from ..data.image_processing import load_image, tile_to_image
+from ..data.packing import PackedDataLoader
+from ..data.tokenizer import Tokenizer
+from ..evals.runner import generate_answers
+from ..visualize.samples import token_as_text
+
+WIDTH, MARGIN, DENSITY = 840, 20, 2
+SMOOTHING = 2  # a figure is drawn so many times larger, then reduced: its edges are smooth
+BLACK, GREY, LIGHT, WHITE = "#1f2328", "#59636e", "#e8ebef", "#ffffff"
+BLUE, ORANGE = "#0a62c9", "#c4510a"
+QUESTIONS = (
+    "What is in the fridge?",
+    "How many fish are there?",
+    "Is there any milk?",
+    "What is next to the carrot?",
+    "What is missing for an omelette?",
+)
+TRAINED_PARTS = {  # of each stage of the demonstration
+    "decoder": "language model, text only",
+    "vision": "vision encoder, projector",
+    "pretrain": "new projector",
+    "sft": "projector, language model",
+}
+LOSS_CURVES = {
+    "blank_image_loss": (ORANGE, "with a blank image"),
+    "val_loss": (BLUE, "with the image"),
+}
+
+
+class Canvas:
+    """A white image to draw on."""
+
+    def __init__(self, height):
+        self.scale = DENSITY * SMOOTHING
+        self.image = Image.new("RGB", (WIDTH * self.scale, height * self.scale), WHITE)
+        self.draw = ImageDraw.Draw(self.image)
+        self.line([(0, 0), (WIDTH, 0), (WIDTH, height), (0, height), (0, 0)], LIGHT, 3)
+
+    def font(self, size):
+        return ImageFont.load_default(size * self.scale)
+
+    def text(self, x, y, text, color=BLACK, size=16, align="l"):
+        """y is the middle of the line; x is its left end (align l) or its right end (r)."""
+        position = x * self.scale, y * self.scale
+        self.draw.text(position, text, color, self.font(size), f"{align}m")
+
+    def box_width(self, text):
+        return self.font(15).getlength(text) / self.scale + 12
+
+    def text_box(self, x, y, text, is_label):
+        """Text in a box, blue if it is a label; y is the middle of the box."""
+        corners = x, y - 13, x + self.box_width(text), y + 13
+        corners = [corner * self.scale for corner in corners]
+        self.draw.rounded_rectangle(corners, 5 * self.scale, BLUE if is_label else LIGHT)
+        self.text(x + 6, y, text, WHITE if is_label else BLACK, 15)
+
+    def line(self, points, color, width=1.0):
+        scaled = [(x * self.scale, y * self.scale) for x, y in points]
+        self.draw.line(scaled, color, round(width * self.scale), joint="curve")
+
+    def dot(self, x, y, color):
+        self.draw.circle((x * self.scale, y * self.scale), 4 * self.scale, color)
+
+    def paste(self, image, x, y, width, resample=Image.Resampling.NEAREST):
+        """A square image."""
+        resized = image.resize((width * self.scale, width * self.scale), resample)
+        self.image.paste(resized, (round(x * self.scale), round(y * self.scale)))
+
+    def save(self, path):
+        """Write a PNG of 256 colors, which takes a third of the bytes of all colors."""
+        image = self.image.reduce(SMOOTHING)
+        image = image.quantize(256, Image.Quantize.MAXCOVERAGE, kmeans=1, dither=0)
+        image.save(path, optimize=True)
+
+
+def draw_figures(out):
+    """Write the figures into a folder. Raises UserError if there is no finished demonstration."""
+    photo = Path("data/demo/fridge/fridge.jpg")
+    for path in ("out/demo/scores.json", "data/demo/chats", photo):
+        if not Path(path).exists():
+            raise UserError(f"{path} is missing: run `python train.py`, the demonstration, first")
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    draw_answers(photo, load_checkpoint("out/demo/sft"), out / "answers.png")
+    draw_losses("out/demo", out / "losses.png")
+    draw_sequence("data/demo/chats", out / "sequence.png")
+
+
+def draw_answers(photo, checkpoint, path):
+    image = load_image(photo, checkpoint.image_config)
+    prompts = [(f"<image>\n{question}", [image]) for question in QUESTIONS]
+    answers = generate_answers(checkpoint, prompts, max_tokens=64)
+    canvas = Canvas(height=368)
+    canvas.paste(Image.open(photo), MARGIN, MARGIN, 328, Image.Resampling.LANCZOS)
+    for i, (question, answer) in enumerate(zip(QUESTIONS, answers, strict=True)):
+        canvas.text(376, 34 + 68 * i, question)
+        canvas.text_box(376, 64 + 68 * i, answer.text, is_label=True)
+    canvas.save(path)
+
+
+def draw_losses(run, path):
+    logs = {}
+    for stage in TRAINED_PARTS:
+        log = files.read_log(f"{run}/{stage}/log.jsonl")
+        logs[stage] = [line for line in log if "val_loss" in line]
+    losses = [line[name] for log in logs.values() for line in log for name in LOSS_CURVES]
+    canvas = Canvas(height=404)
+    canvas.text(MARGIN, 30, "Validation loss", size=18)
+    for x, (color, name) in zip((494, 688), LOSS_CURVES.values(), strict=True):
+        canvas.dot(x, 30, color)
+        canvas.text(x + 12, 30, name, color)
+    for n, (stage, log) in enumerate(logs.items()):
+        draw_loss_curves(canvas, 44 + 200 * n, stage, log, highest=math.ceil(max(losses)))
+    canvas.save(path)
+
+
+def draw_loss_curves(canvas, left, stage, log, highest):
+    """The curves of one stage. highest: the loss at the upper end."""
+    right, bottom, height = left + 170, 360, 232
+    canvas.text(left, 70, stage)
+    canvas.text(left, 92, TRAINED_PARTS[stage], GREY, 14)
+    for loss in range(highest + 1):
+        y = bottom - height * loss / highest
+        canvas.line([(left, y), (right, y)], LIGHT)
+        canvas.text(left - 8, y, str(loss), GREY, 14, "r")
+    last = log[-1]
+    canvas.text(left, bottom + 20, "0", GREY, 14)
+    canvas.text(right, bottom + 20, f"{last['step']} steps", GREY, 14, "r")
+    for name, (color, _) in LOSS_CURVES.items():
+        points = []
+        for line in log:
+            x = left + (right - left) * line["step"] / last["step"]
+            points.append((x, bottom - height * line[name] / highest))
+            canvas.dot(*points[-1], color)
+        canvas.line(points, color, 2.5)
+        canvas.text(right, points[-1][1] - 15, f"{last[name]:#.2g}", color, 15, "r")
+
+
+def draw_sequence(data, path):
+    samples = PreparedDataset(data)
+    loader = PackedDataLoader(samples, seq_len=320, global_batch_size=1, micro_batch_size=1, seed=0)
+    batch, _ = next(loader)[0]
+    tiles = [tile_to_image(tile_CYX) for tile_CYX in batch["tiles_NCYX"].numpy()]
+    tile, patch, shuffle = (samples.image_config[name] for name in ("tile", "patch", "shuffle"))
+    canvas = Canvas(height=590)
+    for n, image in enumerate(tiles[:2]):
+        draw_tile(canvas, image, MARGIN + 220 * n, tile // patch, shuffle)
+    lines = (
+        f"A tile has {tile} by {tile} pixels. It is cut into",
+        f"{(tile // patch) ** 2} patches of {patch} by {patch} pixels (thin lines);",
+        f"{shuffle} by {shuffle} of them become an image token",
+        "(thick lines).",
+    )
+    for i, line in enumerate(lines):
+        canvas.text(470, 30 + 23 * i, line)
+    crops = []
+    for image in tiles:
+        crops += crop_image_tokens(image, patch * shuffle)
+    canvas.paste(crops[1], 470, 123, 26)
+    canvas.text(530, 136, "image token: no loss")
+    canvas.text_box(470, 170, "text", is_label=False)
+    canvas.text(530, 170, "prompt: no loss")
+    canvas.text_box(470, 204, "text", is_label=True)
+    canvas.text(530, 204, "answer: a label, in the loss")
+    draw_tokens(canvas, batch, iter(crops), Tokenizer.load(data))
+    canvas.save(path)
+
+
+def draw_tile(canvas, image, left, patches, shuffle):
+    """A tile with thin lines between patches, and thick lines between image tokens."""
+    top, width = MARGIN, 200
+    canvas.paste(image, left, top, width)
+    for step, color, line_width in ((1, GREY, 0.5), (shuffle, BLACK, 1.5)):
+        for i in range(0, patches + 1, step):
+            at = width * i / patches
+            canvas.line([(left + at, top), (left + at, top + width)], color, line_width)
+            canvas.line([(left, top + at), (left + width, top + at)], color, line_width)
+
+
+def crop_image_tokens(image, size):
+    """Returns the part of a tile that each of its image tokens stands for."""
+    starts = range(0, image.width, size)
+    corners = itertools.product(starts, starts)
+    return [image.crop((x, y, x + size, y + size)) for y, x in corners]
+
+
+def draw_tokens(canvas, batch, crops, tokenizer):
+    """The tokens of a packed sequence; crops: the part of a tile for each image token."""
+    names = ("ids_BT", "targets_BT", "documents_BT")
+    ids, targets, documents = (batch[name][0].tolist() for name in names)
+    x, y = MARGIN, 200
+    for t, token_id in enumerate(ids):
+        if t == 0 or documents[t] != documents[t - 1]:
+            length = documents.count(documents[t])
+            x, y = MARGIN, y + 82
+            note = f"Sample {documents[t] + 1}: {length} tokens, positions 0 to {length - 1}"
+            canvas.text(x, y - 28, note, GREY, 15)
+        crop = next(crops) if token_id == IMAGE_TOKEN_ID else None
+        text = "" if crop else token_as_text(token_id, tokenizer).strip()
+        width = 26 if crop else canvas.box_width(text)
+        if x + width > WIDTH - MARGIN:
+            x, y = MARGIN, y + 32
+        if y > 550:
+            canvas.text(x, y, f"… and {len(ids) - t} more tokens", GREY, 15)
+            return
+        if crop:
+            canvas.paste(crop, x, y - 13, width)
+        else:
+            canvas.text_box(x, y, text, is_label=t > 0 and targets[t - 1] != IGNORE_INDEX)
+        x += width + 4
