@@ -22,12 +22,8 @@ from types import SimpleNamespace
 import torch
 
 from nanovlm import UserError, cli
-from nanovlm.checkpoints.checkpoint import (
-    build_model,
-    export_checkpoint,
-    load_checkpoint,
-    load_checkpoint_info,
-)
+from nanovlm.checkpoints.checkpoint import build_model, load_checkpoint, load_checkpoint_info
+from nanovlm.checkpoints.llava import export_checkpoint
 from nanovlm.checkpoints.random_init import create_model
 from nanovlm.checkpoints.stitch import stitch_folders
 from nanovlm.data.chat_template import TEMPLATES
@@ -212,9 +208,8 @@ def show(
     samples = PreparedDataset(data)
     indices = [i for i, name in enumerate(samples.names) if name == sample]
     if not indices:
-        hint = cli.did_you_mean(sample, samples.names[:100_000])
         first = ", ".join(samples.names[:3])
-        raise UserError(f"{data} holds no sample {sample!r}{hint}; it begins with {first}")
+        raise UserError(f"{data} holds no sample {sample!r}; its first ones are {first}")
     tokenizer = Tokenizer.load(data)
     for i in indices:
         print(sample_as_text(samples, i, tokenizer))
@@ -251,10 +246,6 @@ def estimate(
     global_batch_size: int | None = None,  # sequences in a step, over all GPUs
     micro_batch_size: int = 16,  # sequences in a forward pass of a GPU
     freeze: str = "",  # parts not to train: vision,projector,decoder or none; empty: the stage's
-    lr: float | None = None,  # peak learning rate of every trained part
-    vision_lr: float | None = None,  # of the vision encoder; none: --lr
-    projector_lr: float | None = None,  # of the projector; none: --lr
-    decoder_lr: float | None = None,  # of the language model; none: --lr
     dtype: str = "auto",  # of matrix products: float32 or bfloat16; auto: bfloat16
     activation_checkpointing: str = "none",  # of blocks: none, decoder or all
     cpu_offload: bool = False,  # FSDP: keep parameters and optimizer state in host memory
@@ -300,10 +291,7 @@ def export(
     check_command(export, locals())
     checkpoint = load_checkpoint(model, dtype=None, template=template)
     export_checkpoint(checkpoint, out)
-    size = sum(file.stat().st_size for file in Path(out).iterdir())
-    cli.print_status(
-        f"{out}: a LLaVA folder of {size:,} bytes, its template {checkpoint.chat_template}"
-    )
+    cli.print_status(f"{out}: a LLaVA folder, its template {checkpoint.chat_template}")
 
 
 COMMANDS = {
@@ -336,14 +324,14 @@ PREPARE_RULES = [
     ("vocab_size", lambda x, s: x >= 256, "must be at least 256, a token for each byte"),
     ("max_skipped", lambda x, s: 0 <= x <= 1, "must be from 0 to 1"),
     ("seed", lambda x, s: 0 <= x < 2**63, "must be at least 0 and below 2^63"),
-    ("template", lambda x, s: x in TEMPLATES, f"is none of {', '.join(TEMPLATES)}"),
-    ("fit", lambda x, s: x in FITS, f"is none of {', '.join(FITS)}"),
+    cli.one_of("template", *TEMPLATES),
+    cli.one_of("fit", *FITS),
+    cli.one_of("tile_choice", *GRID_CHOICES),
     (
         "fit",
         lambda x, s: s.tiles is None,
         "makes one tile of an image, --tiles={tiles} several: give one of the two",
     ),
-    ("tile_choice", lambda x, s: x in GRID_CHOICES, f"is none of {', '.join(GRID_CHOICES)}"),
     (
         "thumbnail tile_choice tile_tags",
         lambda x, s: s.tiles is not None,

@@ -28,6 +28,7 @@ from nanovlm import UserError, cli, distributed
 from nanovlm.checkpoints.checkpoint import load_checkpoint
 from nanovlm.data import chat_template, image_processing, packing
 from nanovlm.evals import benchmarks, runner
+from nanovlm.evals.runner import MAX_SEQUENCE
 from nanovlm.inference.generate import generate
 from nanovlm.inference.optimize import optimize
 from nanovlm.kernels import dispatch
@@ -44,7 +45,7 @@ def sample(
     chat: bool = False,  # a conversation: answer the prompt, then each line of standard input
     # --- benchmark
     benchmark: str = "",  # how to read, ask and score the questions, such as mmmu; empty: exact
-    questions: str = "",  # the benchmark's questions: a file, folder or zip, as published, or JSONL
+    questions: str = "",  # the benchmark's questions: a file or folder, as published, or JSONL
     annotations: str = "",  # the benchmark's reference answers, if they are in a separate file
     images: str = "",  # folder or zip of the benchmark's images; empty: beside the questions
     out: str = "",  # write or resume the answers, a .jsonl file; the scores go to the .json
@@ -75,8 +76,7 @@ def sample(
     if questions or score:
         return run_evaluation(settings, generation)
     question = "" if chat else read_question(prompt, len(image), model)
-    checkpoint = load_checkpoint(model, distributed.pick_device(device), WEIGHT_DTYPES[dtype])
-    optimize(checkpoint.model)
+    checkpoint = load_model(model, distributed.pick_device(device), dtype)
     loaded = [image_processing.load_image(path, checkpoint.image_config) for path in image]
     if chat:
         chat_in_terminal(checkpoint, loaded, prompt, **generation)
@@ -86,28 +86,17 @@ def sample(
 
 # ---- rules that the settings must meet ----
 
-WEIGHT_DTYPES = {
-    "auto": None,
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
-MAX_TOKENS = runner.MAX_SEQUENCE
-SUBMISSION_STARTS = tuple(
-    f'[{{"{benchmark.submission_keys[0]}": '.encode()
-    for benchmark in benchmarks.BENCHMARKS.values()
-    if benchmark.submission_keys
-)
+WEIGHT_DTYPES = ("auto", "float32", "bfloat16", "float16")
 RULES = [  # (settings, whether a value x is allowed beside settings s, what is wrong if not)
     # a smaller temperature or top_p gives infinity or a probability of 0 in float32
     ("temperature", lambda x, s: x == 0 or 0.001 <= x <= 1000, "must be 0 or from 0.001 to 1000"),
     ("top_p", lambda x, s: 0.001 <= x <= 1, "must be from 0.001 to 1"),
     ("top_k", lambda x, s: 0 <= x < 2**31, "must be at least 0 and below 2^31"),
-    ("max_tokens", lambda x, s: 1 <= x <= MAX_TOKENS, f"must be from 1 to {MAX_TOKENS:,}"),
+    ("max_tokens", lambda x, s: 1 <= x <= MAX_SEQUENCE, f"must be from 1 to {MAX_SEQUENCE:,}"),
     ("seed", lambda x, s: 0 <= x < 2**63, "must be at least 0 and below 2^63"),
     ("batch_size", lambda x, s: x >= 1, "must be at least 1"),
-    ("dtype", lambda x, s: x in WEIGHT_DTYPES, f"is none of {', '.join(WEIGHT_DTYPES)}"),
-    ("kernels", lambda x, s: x in ("auto", "torch"), "is none of auto, torch"),
+    cli.one_of("dtype", *WEIGHT_DTYPES),
+    cli.one_of("kernels", "auto", "torch"),
     ("questions score", lambda x, s: not (s.image or s.chat), "excludes --image and --chat"),
     (
         "benchmark annotations images out report submission batch_size",
@@ -132,45 +121,29 @@ RULES = [  # (settings, whether a value x is allowed beside settings s, what is 
         "changes nothing at --temperature=0",
     ),
     ("out report submission", lambda x, s: Path(x).parent.is_dir(), "is in no existing folder"),
-    ("out", lambda x, s: not x.endswith(".json"), "is the name of the scores: end it in .jsonl"),
     (
-        "out report submission",
-        lambda x, s: count_uses(x, s) == 1,
-        "is the file of another setting, too: choose another",
-    ),
-    (
-        "out",
-        lambda x, s: count_uses(runner.metadata_path(x), s) == 1,
-        "has its scores in the .json beside it, which another setting names: choose another",
+        "out",  # the scores go to the .json
+        lambda x, s: x.endswith(".jsonl") and x != s.score,
+        "must end in .jsonl, and not be the file of --score",
     ),
     (
         "report",
-        lambda x, s: is_replaceable(x, b"<!doctype html>"),
-        "exists and is something else: choose another",
+        lambda x, s: x.endswith(".html") and is_missing_or_page(x),
+        "must end in .html, and be a new file or an older report",
     ),
     (
         "submission",
-        lambda x, s: is_replaceable(x, SUBMISSION_STARTS),
-        "exists and is something else: choose another",
+        lambda x, s: x.endswith(".json") and f"{x}l" != s.out and not Path(x).exists(),
+        "must end in .json, and be a new file, not the scores of --out",
     ),
 ]
 
 
-def count_uses(path, settings):
-    """Returns how many of the files that settings name, or imply, are this one."""
-    names = ("questions", "annotations", "images", "score", "out", "report", "submission")
-    paths = [getattr(settings, name) for name in names]
-    paths += [runner.metadata_path(path) for path in (settings.score, settings.out) if path]
-    return [Path(path).resolve() for path in paths if path].count(Path(path).resolve())
+def is_missing_or_page(path):
+    return not Path(path).exists() or Path(path).read_bytes().startswith(b"<!doctype html>")
 
 
-def is_replaceable(path, start):
-    """Whether a file does not exist, or begins as this script would write it."""
-    path = Path(path)
-    return not path.exists() or (path.is_file() and path.read_bytes().startswith(start))
-
-
-# ---- the model and the question, if none is given ----
+# ---- the model and the question ----
 
 DEFAULT_MODELS = ("out/sft", "out/demo/sft")  # your own, else the demonstration's
 
@@ -186,6 +159,13 @@ def default_model():
         f"there is no {' or '.join(DEFAULT_MODELS)}: give a --model, or run `python train.py`, "
         f"the demonstration, which makes {DEFAULT_MODELS[-1]}"
     )
+
+
+def load_model(model, device, dtype):
+    """Returns a checkpoint for inference; dtype "auto" keeps the dtypes of its file."""
+    checkpoint = load_checkpoint(model, device, None if dtype == "auto" else getattr(torch, dtype))
+    optimize(checkpoint.model)
+    return checkpoint
 
 
 def read_question(prompt, image_count, model):
@@ -242,28 +222,22 @@ def generate_and_print(checkpoint, turns, images, **generation):
     return "".join(parts)
 
 
-def read_lines(first):
-    """Yields `first` if it is not empty, then each line of standard input."""
-    while True:
-        if first.strip():
-            yield first.strip()
-        print("> ", end="", file=sys.stderr, flush=True)
-        first = sys.stdin.readline() if sys.stdin else ""
-        if not first:
-            return cli.print_status()
-
-
 def chat_in_terminal(checkpoint, images, prompt, **generation):
     """Answers the prompt and each line of standard input; the images belong to the first turn."""
-    turns = []
-    for line in read_lines(prompt):
-        try:
-            question = prepare_question(line, 0 if turns else len(images))
-        except UserError as error:
-            cli.print_status(f"error: {error}")
-            continue
-        turns.append(("user", question))
-        turns.append(("assistant", generate_and_print(checkpoint, turns, images, **generation)))
+    turns, line = [], prompt
+    while True:
+        if line.strip():
+            try:
+                question = prepare_question(line.strip(), 0 if turns else len(images))
+                new_turns = [*turns, ("user", question)]
+                answer = generate_and_print(checkpoint, new_turns, images, **generation)
+                turns = [*new_turns, ("assistant", answer)]
+            except UserError as error:
+                cli.print_status(f"error: {error}")
+        print("> ", end="", file=sys.stderr, flush=True)
+        line = sys.stdin.readline() if sys.stdin else ""
+        if not line:
+            return cli.print_status()
 
 
 # ---- a benchmark ----
@@ -277,7 +251,15 @@ def run_evaluation(settings, generation):
     with distributed.raise_on_all_ranks():
         if settings.score:
             metadata = runner.read_metadata(settings.score)
-        benchmark = find_benchmark_name(settings, metadata)
+            if not (settings.benchmark or metadata):
+                raise UserError(
+                    f"there is no {runner.metadata_path(settings.score)} that names the benchmark "
+                    f"of {settings.score}: give --benchmark"
+                )
+        # the one that the answers were scored by before
+        benchmark = metadata.get("settings", {}).get("benchmark", "exact")
+        benchmark = settings.benchmark or benchmark
+        benchmarks.find_benchmark(benchmark)
         if settings.submission:
             benchmarks.format_submission(benchmark, [])
         if settings.out:
@@ -294,8 +276,7 @@ def run_evaluation(settings, generation):
         if settings.score:
             results = runner.rescore(settings.score, questions, benchmark)
         else:
-            checkpoint = load_checkpoint(settings.model, device, WEIGHT_DTYPES[settings.dtype])
-            optimize(checkpoint.model)
+            checkpoint = load_model(settings.model, device, settings.dtype)
     with runner.lock_output(settings.out):
         if not settings.score:
             results, metadata = runner.run_benchmark(
@@ -318,18 +299,6 @@ def run_evaluation(settings, generation):
                 page=settings.report,
                 submission=settings.submission,
             )
-
-
-def find_benchmark_name(settings, metadata):
-    """Returns --benchmark, or else the one that the answers were scored by, or else exact."""
-    if settings.score and not (settings.benchmark or metadata):
-        raise UserError(
-            f"there is no {runner.metadata_path(settings.score)} that names the benchmark of "
-            f"{settings.score}: give --benchmark"
-        )
-    name = settings.benchmark or metadata.get("settings", {}).get("benchmark", "exact")
-    benchmarks.find_benchmark(name)
-    return name
 
 
 if __name__ == "__main__":

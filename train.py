@@ -3,7 +3,7 @@
     python train.py                                 the demonstration: minutes on two CPU cores
     python train.py --stage=pretrain                align a stitched model: train its projector
     python train.py --stage=sft --data=data/mine    fine-tune what `pretrain` left, on your data
-    torchrun --nproc_per_node=8 train.py --stage=sft    the same on eight GPUs
+    torchrun --nproc_per_node=8 train.py --stage=sft --data=data/mine    the same on eight GPUs
 
 --help lists the settings.
 """
@@ -32,7 +32,6 @@ from nanovlm.distributed import (
     clip_grad_norm,
     compile_blocks,
     get_rank,
-    get_world_size,
     init_distributed,
     no_sync,
     on_rank_0,
@@ -146,8 +145,10 @@ def train(
             start_step=start,
             pin_memory=device.type == "cuda",
         )
+        # One packed sequence, for which the memory is estimated.
         ((sequence, _),) = next(make_loader(samples, run, global_batch_size=1, micro_batch_size=1))
-        validation = pack_validation_set(samples, run.seq_len), load_eval_questions(run)
+        validation_set = pack_validation_set(samples, run.seq_len)
+        questions = load_eval_questions(run)
         print_on_rank_0(describe_run(run, saved, device, world))
 
     # ---- DDP, FSDP or one process ----
@@ -170,26 +171,27 @@ def train(
         load_optimizer(saved, vlm, optimizer)
     saver = Saver(checkpoint, optimizer, run.out, must_agree, run.keep_checkpoints)
 
-    metrics_at = partial(run_validation, run, checkpoint, samples, *validation, autocast)
+    validate_at = partial(
+        run_validation, run, checkpoint, samples, validation_set, questions, autocast
+    )
     stopped_by = training_loop(
-        run, start, vlm, wrapped, autocast, loader, optimizer, metrics_at, saver
+        run, start, vlm, wrapped, autocast, loader, optimizer, validate_at, saver
     )
     if stopped_by:
         stopped_by.exit(resume_command(given))
 
 
-def training_loop(run, start, vlm, wrapped, autocast, loader, optimizer, metrics_at, saver):
+def training_loop(run, start, vlm, wrapped, autocast, loader, optimizer, validate_at, saver):
     """Train from step `start` on. Returns the SignalHandler if a signal stopped it, else None.
 
-    vlm: the model; wrapped: the same under DDP or FSDP; metrics_at: `run_validation` of a step.
+    vlm: the model; wrapped: the same under DDP or FSDP; validate_at: `run_validation` of a step.
     """
-    rank, device = get_rank(), vlm.mean_C11.device
-    done, stopping = start, False
+    done, stopping, device = start, False, vlm.mean_C11.device
     with (
-        Logger(run.out, start, run.steps, rank, run.tensorboard) as logger,
+        Logger(run.out, start, run.steps, run.tensorboard) as logger,
         ThreadPoolExecutor(1) as prefetcher,
-        SignalHandler(rank) as signals,
-        profile_steps(vlm, run) as profile,
+        SignalHandler() as signals,
+        profile_steps(run.profile, vlm, run.out) as profile,
     ):
         next_micro_batches = prefetcher.submit(next, loader)  # read during the step before
         while done < run.steps and not stopping:
@@ -207,7 +209,7 @@ def training_loop(run, start, vlm, wrapped, autocast, loader, optimizer, metrics
 
             is_last, stopping = done == run.steps, stats.stopping
             saving = is_last or stopping or done % run.save_every == 0
-            metrics = metrics_at(done)
+            metrics = validate_at(done)
             logger.count_step(stats, micro_batch_flops(vlm, run.peak_lrs, micro_batches))
             if metrics or saving or done % run.log_every == 0:
                 logger.log(
@@ -308,12 +310,15 @@ def check_finite(done, stats, grad_norm, micro_batches, samples, out):
     """
     if math.isfinite(stats.loss) and math.isfinite(grad_norm):
         return
-    own, own_suspects = [], []
+    samples_here, suspects_here = [], []
     for loss_sum, (_, members) in zip(stats.loss_sums, micro_batches, strict=True):
-        own += members
-        own_suspects += members if not math.isfinite(loss_sum) else []
-    ranks = all_gather_object((own_suspects, own))
-    suspects = [i for some, _ in ranks for i in some] or [i for _, some in ranks for i in some]
+        samples_here += members
+        suspects_here += members if not math.isfinite(loss_sum) else []
+    suspects, all_samples = [], []
+    for rank_suspects, rank_samples in all_gather_object((suspects_here, samples_here)):
+        suspects += rank_suspects
+        all_samples += rank_samples
+    suspects = suspects or all_samples
     folder = Path(out) / f"not-finite-{done:06d}"
     names = [samples.names[i] for i in suspects]
     more = f" and {len(names) - 50} more" if len(names) > 50 else ""
@@ -332,10 +337,9 @@ def run_validation(run, checkpoint, samples, validation_set, questions, autocast
     Returns val_loss and blank_image_loss every --validate_every steps, eval_score every
     --eval_every steps, all of them at the last step, {} at other steps.
     """
-    rank, world = get_rank(), get_world_size()
     is_last, metrics = done == run.steps, {}
     if is_last or done % run.validate_every == 0:
-        metrics = validate(checkpoint, samples, validation_set, rank, world, autocast)
+        metrics = validate(checkpoint, samples, validation_set, autocast)
     if questions and (is_last or done % run.eval_every == 0):
         table = evaluate(checkpoint, questions, benchmark=run.eval_benchmark, autocast=autocast)
         metrics["eval_score"] = table[-1].score
@@ -348,7 +352,7 @@ def run_validation(run, checkpoint, samples, validation_set, questions, autocast
 def load_for_training(folder, run):
     """Load a checkpoint, freeze the parts that do not train, and note the stage in its history.
 
-    Its weights stay in their file until it is known which rank needs which
+    Sharded weights stay in their files until it is known which rank needs which
     (`load_deferred_weights`).
     """
     checkpoint = load_checkpoint(folder, dtype=None, defer_weights=True)

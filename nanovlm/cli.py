@@ -1,7 +1,7 @@
 """The command line: a script's settings are the keyword-only parameters of one function.
 
 The comment behind a parameter is its help. A comment line above, such as `# --- optimization`,
-starts a group of the help.
+starts a group of the help. What the values must meet is one table for each script (check_rules).
 """
 
 import ast
@@ -202,6 +202,11 @@ def format_value(value):
 
 
 # ---- rules that settings must meet ----
+
+
+def one_of(name, *choices):
+    """Returns the rule that a setting has one of these values."""
+    return name, lambda x, s: x in choices, f"is none of {', '.join(choices)}"
 
 
 def check_rules(values, rules, settings):

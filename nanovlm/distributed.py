@@ -1,7 +1,13 @@
 """Distributed training: process group, DDP and FSDP2, and the collectives of the training loop.
 
 The model does not know this file. Without torchrun there is one rank: the collectives return what
-they are given and the model is not wrapped, so train.py needs no second path.
+they are given and the model is not wrapped, so train.py needs no second path. In this order:
+
+    devices and the process group
+    transformer blocks: activation checkpointing, torch.compile
+    DDP or FSDP2: the choice, wrapping a model, gradients
+    tensors that may be sharded
+    collectives
 """
 
 import atexit
@@ -14,16 +20,21 @@ import time
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from . import UserError
 from .kernels import dispatch
 
-# An estimate may use this share of a device's memory; the rest is for fragmentation and libraries.
-MEMORY_SHARE = 0.8
+# ---- devices and the process group ----
 
 
 def pick_device(name):
@@ -32,28 +43,25 @@ def pick_device(name):
     Under torchrun, "auto" and "cuda" take the GPU with the local rank's number. Raises UserError if
     there is no such device.
     """
-    if name == "auto":
-        if torch.cuda.is_available():
-            name = "cuda"
-        else:
-            name = "mps" if torch.backends.mps.is_available() else "cpu"
+    gpus, has_mps = torch.cuda.device_count(), torch.backends.mps.is_available()
+    if name == "auto" and not gpus:
+        name = "mps" if has_mps else "cpu"
+    if name == "cpu" or (name == "mps" and has_mps):
+        return torch.device(name)
+    if name == "mps":
+        raise UserError(f"--device=mps, but PyTorch {torch.__version__} finds no Apple GPU here")
     kind, _, number = name.partition(":")
-    has_number = kind == "cuda" and number.isdecimal()
-    if kind not in ("cpu", "cuda", "mps") or (number and not has_number):
+    number = number or os.environ.get("LOCAL_RANK", "0")
+    if kind not in ("auto", "cuda") or not number.isdecimal():
         raise UserError(
             f"--device={name} is none of auto, cpu, cuda, cuda:1 (or another GPU's number) and mps"
         )
-    if kind == "mps" and not torch.backends.mps.is_available():
-        raise UserError(f"--device={name}, but PyTorch {torch.__version__} finds no Apple GPU here")
-    if kind != "cuda":
-        return torch.device(kind)
-    number, gpus = int(number or os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
-    if number >= gpus:
+    if int(number) >= gpus:
         raise UserError(
             f"--device={name} needs GPU {number}, "
             f"but PyTorch {torch.__version__} finds {gpus} GPUs here"
         )
-    return torch.device("cuda", number)
+    return torch.device("cuda", int(number))
 
 
 def activate_device(device):
@@ -67,7 +75,7 @@ def activate_device(device):
 
 
 def init_distributed(device):
-    """Start the process group under torchrun; returns (rank, world size).
+    """Start the process group under torchrun. Returns (rank, world size).
 
     Without torchrun it starts nothing and returns (0, 1).
 
@@ -100,43 +108,11 @@ def destroy_process_group():
     time.sleep(0.1)
 
 
-# ---- DDP or FSDP ----
-
-
-def choose_parallelism(parallel, needed, device):
-    """Returns (method, reason) for --parallel=auto, ddp or fsdp.
-
-    needed: bytes of a rank that holds the whole model, the sum of `estimate_memory`.
-    """
-    if not dist.is_initialized():
-        if parallel != "auto":
-            raise UserError(
-                f"--parallel={parallel} is for several processes: start them with torchrun"
-            )
-        return "none", "one process"
-    if parallel != "auto":
-        return parallel, "as requested"
-    available = min(all_gather_object(available_memory(device)))
-    needed = max(all_gather_object(needed))
-    sizes = (
-        f"the whole model takes about {needed / 2**30:.2f} GiB on each rank, "
-        f"which has {available / 2**30:.2f} GiB"
-    )
-    if needed <= MEMORY_SHARE * available:
-        return "ddp", sizes
-    return "fsdp", f"{sizes}; at most {MEMORY_SHARE:.0%} of it may be used"
-
-
-def available_memory(device):
-    """Bytes that a rank may use: its GPU's memory, or its share of the machine's."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return total // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+# ---- transformer blocks: activation checkpointing, torch.compile ----
 
 
 def transformer_blocks(model, which="all"):
-    """The blocks that --activation_checkpointing=none, decoder or all names."""
+    """Returns the blocks of both parts (all), of the decoder, or none."""
     return [
         *(model.vision.layers if which == "all" else ()),
         *(model.decoder.layers if which != "none" else ()),
@@ -165,11 +141,6 @@ def compile_blocks(blocks):
         block.compile(dynamic=True)
 
 
-def count_compiled_graphs():
-    """The number of graphs that torch.compile has made in this process."""
-    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
-
-
 def check_compiler(device):
     """Raises UserError unless torch.compile works here.
 
@@ -183,8 +154,47 @@ def check_compiler(device):
         ) from None
 
 
+# ---- DDP or FSDP2 ----
+
+# An estimate may use this share of a device's memory; the rest is for fragmentation and libraries.
+MEMORY_SHARE = 0.8
+
+
+def choose_parallelism(parallel, needed, device):
+    """Returns (method, reason) for --parallel=auto, ddp or fsdp.
+
+    needed: bytes of a rank that holds the whole model (estimate_memory). Raises UserError if a
+    method needs several processes and there is one.
+    """
+    if not dist.is_initialized():
+        if parallel != "auto":
+            raise UserError(
+                f"--parallel={parallel} is for several processes: start them with torchrun"
+            )
+        return "none", "one process"
+    if parallel != "auto":
+        return parallel, "as requested"
+    available = min(all_gather_object(available_memory(device)))
+    needed = max(all_gather_object(needed))
+    sizes = (
+        f"the whole model takes about {needed / 2**30:.2f} GiB on each rank, "
+        f"which has {available / 2**30:.2f} GiB"
+    )
+    if needed <= MEMORY_SHARE * available:
+        return "ddp", sizes
+    return "fsdp", f"{sizes}; at most {MEMORY_SHARE:.0%} of it may be used"
+
+
+def available_memory(device):
+    """Returns the bytes that a rank may use: its GPU's memory, or its share of the machine's."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return total // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
 def fsdp_units(model):
-    """The modules that FSDP gathers one by one: each block, then the rest as one unit.
+    """Returns the modules that FSDP gathers one by one: each block, then the rest as one unit.
 
     The rest (embeddings, head, norms, projector) stays gathered for a whole pass.
     """
@@ -192,7 +202,7 @@ def fsdp_units(model):
 
 
 def wrap_model(model, parallel, device, dtype, hsdp_shard_size=0, cpu_offload=False):
-    """Put the model on a device under DDP, FSDP2 or neither; returns (wrapped, autocast).
+    """Put the model on a device under DDP, FSDP2 or neither. Returns (wrapped, autocast).
 
     Calling `wrapped` calls the model and averages gradients over the ranks; `autocast` is the
     context to call it in. parallel: none, ddp or fsdp. Parameters come from a file (mmap) or from
@@ -206,28 +216,27 @@ def wrap_model(model, parallel, device, dtype, hsdp_shard_size=0, cpu_offload=Fa
     if parallel != "fsdp":
         for p in model.parameters():
             materialize(p, device)
-        model.to(device)
-        wrapped = model
+        wrapped = model.to(device)
         if parallel == "ddp":
             wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
         return wrapped, torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
-    shape, names = (dist.get_world_size(),), ("shard",)
+    world = dist.get_world_size()
+    shape, names = (world,), ("shard",)
     if hsdp_shard_size:
-        shape = (dist.get_world_size() // hsdp_shard_size, hsdp_shard_size)
-        names = ("replicate", "shard")
+        shape, names = (world // hsdp_shard_size, hsdp_shard_size), ("replicate", "shard")
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
     mixed_precision = MixedPrecisionPolicy(
-        param_dtype=dtype if dtype != torch.float32 else None,
+        param_dtype=dtype,
         reduce_dtype=torch.float32,
         cast_forward_inputs=False,  # RoPE's angles stay float32
     )
-    options = {}
+    offload_policy = OffloadPolicy()
     if cpu_offload:
-        options["offload_policy"] = CPUOffloadPolicy(pin_memory=device.type == "cuda")
+        offload_policy = CPUOffloadPolicy(pin_memory=device.type == "cuda")
     for unit in fsdp_units(model):
         for p in [p for p in unit.parameters() if not isinstance(p, DTensor)]:
             materialize(p, device)
-        fully_shard(unit, mesh=mesh, mp_policy=mixed_precision, **options)
+        fully_shard(unit, mesh=mesh, mp_policy=mixed_precision, offload_policy=offload_policy)
     return model, contextlib.nullcontext()
 
 
@@ -252,7 +261,7 @@ def no_sync(wrapped, last):
 
 
 def clip_grad_norm(model, parts, max_norm):
-    """Clip the gradient norm; returns {"grad_norm": …, "grad_norm_PART": …} before clipping.
+    """Clip the norm of the gradient. Returns {"grad_norm": …, "grad_norm_PART": …} before that.
 
     parts: the names of the trained parts. The norms are over all ranks and their shards.
     """
@@ -261,8 +270,7 @@ def clip_grad_norm(model, parts, max_norm):
         gradients = [p.grad for p in getattr(model, part).parameters() if p.grad is not None]
         part_norm = torch.nn.utils.get_total_norm(gradients)
         norms[f"grad_norm_{part}"] = full_tensor(part_norm).item()
-    trained = [p for p in model.parameters() if p.requires_grad]
-    norm = torch.nn.utils.clip_grad_norm_(trained, max_norm)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
     return {"grad_norm": full_tensor(norm).item(), **norms}
 
 
@@ -285,13 +293,16 @@ def unsharded(model):
             model.reshard()
 
 
+# ---- tensors that may be sharded ----
+
+
 def full_tensor(tensor):
-    """The whole tensor on every rank, if it is sharded."""
+    """Returns the full tensor on every rank."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def local_tensor(tensor):
-    """This rank's shard of a tensor."""
+    """Returns this rank's shard of a tensor, or the tensor if it is not sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
@@ -302,27 +313,25 @@ def local_rows(tensor):
     """
     if not isinstance(tensor, DTensor):
         return tensor, 0, get_rank() == 0
-    mesh, (*replicas, shard) = tensor.device_mesh, tensor.placements
-    if shard != Shard(0) or not all(placement.is_replicate() for placement in replicas):
-        raise ValueError(f"only rows are sharded here, not {tensor.placements}")
+    mesh = tensor.device_mesh
     *replica, index = mesh.get_coordinate()
     start = min(index * -(-len(tensor) // mesh.size(mesh.ndim - 1)), len(tensor))
     return tensor.to_local(), start, not any(replica)
 
 
 def gather_to_rank_0(tensors):
-    """{name: whole tensor} on rank 0's CPU, gathered one by one; None on the other ranks."""
+    """Returns {name: full tensor} on rank 0's CPU, gathered one by one; {} on the other ranks."""
     gathered = {}
     for name, tensor in tensors.items():
         tensor = full_tensor(tensor.detach())
         if get_rank() == 0:
             gathered[name] = tensor.cpu()
-    return gathered if get_rank() == 0 else None
+    return gathered
 
 
 @torch.no_grad()
 def copy_into(tensor, source):
-    """Copy a whole tensor, which every rank has, into a tensor that may be sharded."""
+    """Copy a full tensor, which every rank has, into a tensor that may be sharded."""
     if isinstance(tensor, DTensor):
         sharded = distribute_tensor(
             source.to(tensor.device), tensor.device_mesh, tensor.placements, src_data_rank=None
@@ -335,7 +344,7 @@ def copy_into(tensor, source):
 
 
 def all_reduce_sum(numbers, device):
-    """Sum each number over all ranks; returns floats (float64: exact up to 2^53 tokens)."""
+    """Returns the sum of each number over all ranks, as floats (float64: exact up to 2^53)."""
     if not dist.is_initialized():
         return [float(x) for x in numbers]
     sums = torch.tensor(numbers, dtype=torch.float64, device=device)
@@ -344,7 +353,7 @@ def all_reduce_sum(numbers, device):
 
 
 def all_gather_object(value):
-    """The list of all ranks' values, in rank order; for anything that pickle accepts."""
+    """Returns the values of all ranks in their order; a value is anything that pickle accepts."""
     if not dist.is_initialized():
         return [value]
     values = [None] * dist.get_world_size()

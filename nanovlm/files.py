@@ -21,9 +21,8 @@ from safetensors.torch import load_file, save_file
 
 from . import UserError
 
-FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-# What commit 1c7a388 called the keys of its JSON files, and what they are called now.
+# What commit 1c7a388 called the keys of its JSON files, and what they are called now. Keys that
+# nothing reads are left out.
 OLD_NAMES = {
     "nanovlm.json": {
         "policy": "image_config",
@@ -76,13 +75,15 @@ OLD_PARAMETER_NAMES = [
     (r"\.value\.", ".v_proj."),
     (r"\.out\.", ".o_proj."),
     (r"\.gate\.", ".gate_proj."),
+    (r"\bprojector\.up\.", "projector.linear_1."),
+    (r"\bprojector\.down\.", "projector.linear_2."),
     (r"\.up\.", ".up_proj."),
     (r"\.down\.", ".down_proj."),
 ]
 
 
 def rename_keys(value, names):
-    """Returns a JSON value with the keys of its dicts renamed, nested ones too: {old: new}."""
+    """Returns a JSON value with other keys in its dicts, nested ones too. names: {old: new}."""
     if isinstance(value, list):
         return [rename_keys(item, names) for item in value]
     if not isinstance(value, dict):
@@ -91,18 +92,18 @@ def rename_keys(value, names):
 
 
 def parameter_name(name, renames=OLD_PARAMETER_NAMES):
-    """Returns a tensor's name after (pattern, replacement) pairs; by default today's name of a
-    parameter that an older version may have saved."""
+    """Returns a tensor's name after (pattern, replacement) pairs, each by re.sub. By default,
+    they turn an older version's name of a parameter into today's."""
     for pattern, replacement in renames:
         name = re.sub(pattern, replacement, name)
     return name
 
 
 def read_json(path, *required, kind=None):
-    """Returns the object in a JSON file; the old names of its keys become the new ones.
+    """Returns the dict in a JSON file, with today's names of its keys.
 
-    Raises UserError if it lacks a required key. kind: a key of OLD_NAMES, by default the file's
-    own name.
+    required: keys that it must have. kind: a key of OLD_NAMES, by default the file's own name.
+    Raises UserError if there is no such file, no dict in it, or no required key.
     """
     try:
         content = json.loads(Path(path).read_text())
@@ -122,7 +123,7 @@ def read_json(path, *required, kind=None):
 
 @contextlib.contextmanager
 def lock_path(path):
-    """Keep other processes from writing to a file or folder; the lock ends with this process.
+    """Lock a file or folder against other processes that lock it; it ends with this process.
 
     Raises UserError if another process holds the lock.
     """
@@ -156,7 +157,8 @@ def write_text(path, text):
 def read_log(path):
     """Yields the objects of a file of JSON lines, to which a run may still be writing.
 
-    An incomplete last line, which a killed run leaves, is skipped.
+    A last line that is incomplete is skipped: a killed run leaves one. Raises UserError if there is
+    no such file or if another line is not JSON.
     """
     try:
         lines = Path(path).read_text().splitlines()
@@ -175,7 +177,7 @@ def read_log(path):
 
 # ---- folders of pretrained models ----
 def is_repo_id(name):
-    """Whether a text can be a Hugging Face owner/name, and is not a path into a local folder."""
+    """Returns whether a text can be a Hugging Face owner/name, and not a path to a local folder."""
     pattern = r"(?!out/)\w[\w.-]*/[\w.-]+"
     return re.fullmatch(pattern, str(name)) is not None and not Path(name).parent.exists()
 
@@ -197,7 +199,7 @@ def cached_snapshot(name):
 
 def find_pretrained(name):
     """Returns the folder of a pretrained model: `name` itself, or owner/name in the Hugging Face
-    cache; it is downloaded if huggingface_hub is installed."""
+    cache, where huggingface_hub puts it if it is installed. Raises UserError if there is none."""
     if Path(name).is_dir():
         if not (Path(name) / "config.json").is_file():
             raise UserError(f"{name} holds neither a nanovlm checkpoint nor a config.json")
@@ -217,7 +219,7 @@ def find_pretrained(name):
 
 
 def download_pretrained(name, hub):
-    """Download the files of owner/name that this project reads: weights in one format only."""
+    """Download the files of owner/name that are read here, and weights in one format only."""
     try:
         files = hub.list_repo_files(name)
         weights = ".safetensors" if any(f.endswith(".safetensors") for f in files) else ".bin"
@@ -231,8 +233,8 @@ def download_pretrained(name, hub):
 
 
 def weights_source(name, folder, files):
-    """Returns where a part came from: its name, the license in its README, and the sha256 of each
-    weight file."""
+    """Returns the source of a part for the history: its name, its revision, the license in its
+    README, and the sha256 of each weight file."""
     source = {"from": str(name), "files": {}}
     if folder.parent.name == "snapshots":
         source["revision"] = folder.name
@@ -250,10 +252,10 @@ def weights_source(name, folder, files):
 
 # ---- tensors ----
 def list_weight_files(folder):
-    """Returns {path: names of its tensors by the index, or None without an index}.
+    """Returns {path: the names of its tensors}; the names are None if there is no index.
 
-    The choice among a folder's files is that of transformers. consolidated.safetensors has another
-    format and is not read.
+    The order of preference is that of transformers. consolidated.safetensors has another format and
+    is not read.
     """
     for single in ("model.safetensors", "pytorch_model.bin"):
         if (folder / single).is_file():
@@ -269,24 +271,23 @@ def list_weight_files(folder):
 
 def read_weight_index(index):
     """Returns {path: names of its tensors} of a model.safetensors.index.json."""
-    weight_map = read_json(index).get("weight_map")
-    files = {}
-    is_map = weight_map and isinstance(weight_map, dict)
-    if not is_map or not all(isinstance(file, str) for file in weight_map.values()):
+    weight_map, files = read_json(index).get("weight_map"), {}
+    if not weight_map or not isinstance(weight_map, dict):
         raise UserError(f"{index} holds no weight_map")
-    for tensor, name in sorted(weight_map.items(), key=lambda item: item[1]):
-        path = index.parent / name
+    for tensor, name in sorted(weight_map.items(), key=lambda item: str(item[1])):
+        path = index.parent / str(name)
         # The file may be a link out of the folder, as in Hugging Face's cache; its name may not.
-        if Path(name).name != name or not path.is_file():
+        if path.name != name or not path.is_file():
             raise UserError(f"{index} names {name} for {tensor}, which is not in the folder")
         files.setdefault(path, set()).add(tensor)
     return files
 
 
 def read_tensors(path):
-    """Returns {name: tensor} of a weight file; the numbers stay in the file until they are used.
+    """Returns {name: tensor} of a weight file. The numbers stay in the file until they are used.
 
-    Nothing but tensors is ever unpickled.
+    Nothing but tensors is unpickled. Raises UserError if the file is missing or broken, or holds
+    other objects.
     """
     try:
         if path.suffix != ".bin":
@@ -324,8 +325,8 @@ def write_tensors(tensors, path, header={}):
 def read_weights(files, renames):
     """Returns {name: (tensor, path)} of all files.
 
-    files: what list_weight_files returns. renames: (pattern, replacement) pairs, applied to each
-    name by re.sub.
+    files: as list_weight_files returns them. renames: (pattern, replacement) pairs for names.
+    Raises UserError if a file and its index disagree, or if two files hold one name.
     """
     found = {}
     for path, indexed in files.items():
@@ -342,10 +343,10 @@ def read_weights(files, renames):
 
 
 def match_tensors(shapes, found, ignored, files):
-    """Returns {name: tensor} for {name: shape}.
+    """Returns {name: tensor} for shapes, {name: shape}.
 
-    found: what read_weights found in `files`. ignored: a pattern of names that may be unused.
-    Raises one UserError that lists all names, shapes and dtypes that do not match.
+    found: what read_weights returned for `files`. ignored: a pattern of names that may be unused.
+    Raises one UserError that lists the names, shapes and dtypes that do not match.
     """
     problems = [f"{name} is missing" for name in shapes if name not in found]
     for name, (_, path) in found.items():
@@ -361,10 +362,9 @@ def match_tensors(shapes, found, ignored, files):
                 f"{name} in {path.name} is {list(tensor.shape)}, the model expects "
                 f"{list(shapes[name])}"
             )
-        elif tensor.dtype not in FLOAT_DTYPES:
+        elif not tensor.is_floating_point() or tensor.dtype.itemsize < 2:  # float8 has scales
             problems.append(
-                f"{name} in {path.name} has dtype {tensor.dtype}, only "
-                f"{', '.join(map(str, FLOAT_DTYPES))} are supported"
+                f"{name} in {path.name} has dtype {tensor.dtype}, not float32, bfloat16 or float16"
             )
         matched[name] = tensor
     raise_problems(problems, files)
@@ -372,7 +372,7 @@ def match_tensors(shapes, found, ignored, files):
 
 
 def match_finite_tensors(shapes, found, ignored, files):
-    """The same as match_tensors; also raises UserError for a value that is NaN or infinite."""
+    """The same as match_tensors, but also raises UserError if a value is NaN or infinite."""
     matched = match_tensors(shapes, found, ignored, files)
     problems = []
     for name, tensor in matched.items():

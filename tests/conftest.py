@@ -1,4 +1,4 @@
-"""Shared by tests: a model whose sizes all differ, so that a swapped axis is noticed."""
+"""What tests share: a model whose sizes all differ, so that a swapped axis is noticed."""
 
 import json
 import os
@@ -9,14 +9,14 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent
-# triton reads it when it is imported: kernels are interpreted on the CPU
+# Triton reads this when it is imported: kernels run in its interpreter on the CPU.
 os.environ["TRITON_INTERPRET"] = "1"
 sys.path.insert(0, str(ROOT))
-# torch.device lists the tensor factories at its first use: not inside from_pretrained of
-# transformers, which replaces linspace
+# The first use of torch.device lists the tensor factories. It must not be inside from_pretrained of
+# transformers, which replaces linspace.
 with torch.device("meta"):
     torch.empty(0)
-# small models gain nothing from more threads, and lose much if another process uses the core
+# Small models gain nothing from more threads, and lose much if another process uses the core.
 torch.set_num_threads(1)
 
 from nanovlm import IGNORE_INDEX, IMAGE_TOKEN_ID  # noqa: E402
@@ -99,7 +99,7 @@ def make_samples(seed=0, lengths=(9, 14, 6, 11), images=(1, 0, 2, 1)):
 
 def make_batch(sequences):
     """Packed sequences, each a list of samples, for VLM.forward. Padding is document -1."""
-    T = max(sum(len(ids) for ids, _, _ in row) for row in sequences)
+    T = max(sum(len(ids) for ids, _, _ in samples) for samples in sequences)
     batch = {
         name: torch.full((len(sequences), T), fill)
         for name, fill in [
@@ -121,7 +121,8 @@ def make_batch(sequences):
             ]:
                 batch[name][b, span] = value
             start = span.stop
-    return batch | {"tiles_NCYX": torch.cat([tiles for row in sequences for _, _, tiles in row])}
+    tiles = [tiles for samples in sequences for _, _, tiles in samples]
+    return batch | {"tiles_NCYX": torch.cat(tiles)}
 
 
 def write_set(out, fingerprint, *shards):

@@ -17,7 +17,7 @@ from nanovlm import UserError, cli
 def example(
     *,
     stage: str = "a # b",  # which part; a hash in a default is no remark
-    lr: float = 1e-3,  # peak rate
+    lr: float = 1e-3,  # peak learning rate
     image: list[str] = [],  # may be repeated
     vision_lr: float | None = None,  # of the vision encoder
     steps: int = 10,  # how long
@@ -43,7 +43,7 @@ def test_settings_are_the_parameters_with_their_remarks():
     )
     assert cli.settings(example)[:4] == [
         ("stage", str, "a # b", "which part; a hash in a default is no remark"),
-        ("lr", float, 1e-3, "peak rate"),
+        ("lr", float, 1e-3, "peak learning rate"),
         ("image", list[str], [], "may be repeated"),
         ("vision_lr", float | None, None, "of the vision encoder"),
     ]
@@ -128,7 +128,7 @@ def test_a_default_list_is_never_grown():
 
 
 @pytest.mark.parametrize(
-    "line, said",
+    "line, message",
     [
         ("--lr=x", "--lr=x is not a number"),
         ("--lr=nan", "--lr=nan is not a number"),
@@ -160,10 +160,10 @@ def test_a_default_list_is_never_grown():
         ("--dry_run=1", "--dry_run is not a setting, did you mean `python prepare.py estimate`?"),
     ],
 )
-def test_an_error_names_the_setting_and_the_text(line, said):
+def test_an_error_names_the_setting_and_the_text(line, message):
     with pytest.raises(UserError) as caught:
         parse(line)
-    assert said in str(caught.value)
+    assert message in str(caught.value)
 
 
 def plot(

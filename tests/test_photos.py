@@ -1,4 +1,4 @@
-"""The README's "Your own pictures", in short: real photographs, prepared, learnt and named by settings alone."""
+"""The commands of the README's "Your own images", on fewer real photographs."""
 
 import os
 import re
@@ -14,8 +14,8 @@ from conftest import ROOT
     not os.environ.get("PHOTOS") or not shutil.which("npm"),
     reason="takes minutes, npm and a network: PHOTOS=1 python -m pytest tests/test_photos.py",
 )
-def test_photographs_that_nobody_trained_on_are_named_more_often_than_by_chance(tmp_path):
-    """Ten names, so chance is 10%; 500 guesses reach 15% about once in 3,000 tries."""
+def test_held_out_photographs_are_named_more_often_than_by_chance(tmp_path):
+    """Chance is 10%, of ten names; 500 guesses reach 15% about once in 3,000 tries."""
     short = ["--train=16000", "--steps=250", f"--out={tmp_path}/photos"]
     done = subprocess.run(
         [sys.executable, ROOT / "tests/bench/photos.py", *short],

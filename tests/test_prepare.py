@@ -1,4 +1,5 @@
-"""prepare.py as a user runs it: complete data, or one line that names what is wrong, and nothing is lost."""
+"""prepare.py as a user runs it: it writes complete data, or prints one line that names what is
+wrong, and no file is lost."""
 
 import io
 import json
@@ -30,10 +31,10 @@ SMALL = dict(
     vision_heads=5,
     vision_intermediate_size=28,
 )
-TOKENS = 4  # a picture
+TOKENS = 4  # of an image
 
 
-def talk(*texts):
+def conversation(*texts):
     return [
         {"from": role, "value": text}
         for role, text in zip(("human", "gpt") * len(texts), texts, strict=False)
@@ -44,60 +45,63 @@ RECORDS = [
     {
         "id": "egg",
         "image": "egg.png",
-        "conversations": talk("<image>\nWhat is it?", "An egg.", "And its colour?", "White."),
+        "conversations": conversation(
+            "<image>\nWhat is it?", "An egg.", "And its colour?", "White."
+        ),
     },
-    {"id": 7, "conversations": talk("Hello", "Hello you")},
+    {"id": 7, "conversations": conversation("Hello", "Hello you")},
     {
         "id": "pair",
         "image": ["egg.png", "deep/milk.jpg"],
-        "conversations": talk("First <image> then <image>: what was added?", "Milk."),
+        "conversations": conversation("First <image> then <image>: what was added?", "Milk."),
     },
-    {"id": "egg", "image": "egg.png", "conversations": talk("<image>", "A white egg.")},
+    {"id": "egg", "image": "egg.png", "conversations": conversation("<image>", "A white egg.")},
 ]
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    """A folder with pictures and a model with random weights."""
-    home = tmp_path_factory.mktemp("world")
-    (home / "pictures" / "deep").mkdir(parents=True)
+def home(tmp_path_factory):
+    """A folder with images, and a model with random weights."""
+    home = tmp_path_factory.mktemp("home")
+    (home / "images" / "deep").mkdir(parents=True)
     g = np.random.default_rng(0)
     for name, size in [
         ("egg.png", (14, 10, 3)),
         ("deep/milk.jpg", (9, 20, 3)),
         ("big.jpg", (90, 90, 3)),
     ]:
-        Image.fromarray(g.integers(256, size=size, dtype=np.uint8)).save(home / "pictures" / name)
-    (home / "pictures" / "text.jpg").write_text("I am no picture")
-    whole = (home / "pictures" / "big.jpg").read_bytes()
-    (home / "pictures" / "cut.jpg").write_bytes(whole[: len(whole) // 2])
+        Image.fromarray(g.integers(256, size=size, dtype=np.uint8)).save(home / "images" / name)
+    (home / "images" / "text.jpg").write_text("no image")
+    complete = (home / "images" / "big.jpg").read_bytes()
+    (home / "images" / "cut.jpg").write_bytes(complete[: len(complete) // 2])
     (home / "good.json").write_text(json.dumps(RECORDS))
     prepare.random_init(source=[str(home / "good.json")], out=str(home / "model"), **SMALL)
     return home
 
 
 @pytest.fixture
-def door(world, tmp_path, monkeypatch):
-    """door(what, setting=value, …) -> None, or the exit code that `python prepare.py what --setting=value …` would end with (1 for a text)."""
-    usual = {
+def run_prepare(home, tmp_path, monkeypatch):
+    """A function that runs `python prepare.py command --setting=value …`. It returns None, or what
+    the script passes to sys.exit."""
+    defaults = {
         "data": dict(
-            model=world / "model",
-            source=world / "good.json",
-            images=world / "pictures",
+            model=home / "model",
+            source=home / "good.json",
+            images=home / "images",
             out=tmp_path / "set",
         ),
-        "random_init": dict(source=world / "good.json", out=tmp_path / "random_init", **SMALL),
+        "random_init": dict(source=home / "good.json", out=tmp_path / "random_init", **SMALL),
     }
 
-    def run(what, **settings):
+    def run(command, **settings):
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
         monkeypatch.setattr(
             sys,
             "argv",
             [
                 "prepare.py",
-                what,
-                *(f"--{n}={v}" for n, v in (usual.get(what, {}) | settings).items()),
+                command,
+                *(f"--{n}={v}" for n, v in (defaults.get(command, {}) | settings).items()),
             ],
         )
         try:
@@ -117,10 +121,10 @@ def door(world, tmp_path, monkeypatch):
     return run
 
 
-def refused(code, said):
-    """One line that says so; sys.exit makes exit code 1 of a text."""
+def assert_refused(code, message):
+    """The script ends with this message in one line; sys.exit makes exit code 1 of a text."""
     assert isinstance(code, str) and code.startswith("error: ") and "\n" not in code, code
-    assert said in code
+    assert message in code
 
 
 def source(folder, records):
@@ -129,54 +133,55 @@ def source(folder, records):
     return path
 
 
-# ---- a set ----
+# ---- data ----
 
 
-def test_what_is_prepared_is_what_the_source_says(world, door, tmp_path, capsys):
-    assert door("data") is None
-    model, read = load_checkpoint(world / "model"), dataset.PreparedDataset(tmp_path / "set")
+def test_prepared_data_has_the_content_of_its_source(home, run_prepare, tmp_path, capsys):
+    assert run_prepare("data") is None
+    model, read = load_checkpoint(home / "model"), dataset.PreparedDataset(tmp_path / "set")
     read.check_fingerprint(model.fingerprint())
     assert read.names == ["egg", "7", "pair", "egg"]
     pixels = {
-        name: image_processing.load_image(world / "pictures" / name, model.image_config).tiles
+        name: image_processing.load_image(home / "images" / name, model.image_config).tiles
         for name in ("egg.png", "deep/milk.jpg")
     }
     for i, names in enumerate([["egg.png"], [], ["egg.png", "deep/milk.jpg"], ["egg.png"]]):
-        ids_T, _, pictures = read.read(i)
+        ids_T, _, images = read.read(i)
         assert (ids_T == IMAGE_TOKEN_ID).sum() == TOKENS * len(names)
         assert all(
-            np.array_equal(picture.tiles, pixels[name])
-            for picture, name in zip(pictures, names, strict=True)
+            np.array_equal(image.tiles, pixels[name])
+            for image, name in zip(images, names, strict=True)
         )
-    learnt = [
+    answers = [
         model.tokenizer.decode([x for x in read.read(i)[1].tolist() if x != IGNORE_INDEX])
         for i in range(4)
     ]
-    assert learnt == ["An egg.</s>White.</s>", "Hello you</s>", "Milk.</s>", "A white egg.</s>"]
-    said = capsys.readouterr()
+    assert answers == ["An egg.</s>White.</s>", "Hello you</s>", "Milk.</s>", "A white egg.</s>"]
+    printed = capsys.readouterr()
     assert (
-        said.out == ""
-        and "4 samples" in said.err
-        and f"longest of {read.table[:, dataset.LENGTH].max()} tokens" in said.err
+        printed.out == ""
+        and "4 samples" in printed.err
+        and f"longest of {read.table[:, dataset.LENGTH].max()} tokens" in printed.err
     )
 
 
-def test_pictures_lie_beside_the_source_unless_a_folder_is_named(world, door):
-    assert door("data", images="", source=source(world / "pictures", RECORDS)) is None
+def test_images_are_beside_the_source_without_a_folder(home, run_prepare):
+    assert run_prepare("data", images="", source=source(home / "images", RECORDS)) is None
 
 
-def test_conversations_about_one_picture_are_held_out_together(world, door, tmp_path):
-    """LLaVA's own mix gives one id to all conversations about one picture: it must not be trained in one and be examined in another."""
+def test_conversations_about_one_image_are_held_out_together(home, run_prepare, tmp_path):
+    """LLaVA's own data gives one id to all conversations about one image. Training on one of them
+    and validating on another would leak the image."""
     records = [
-        {"id": number % 200, "conversations": talk(f"Question {number}", "Answer")}
+        {"id": number % 200, "conversations": conversation(f"Question {number}", "Answer")}
         for number in range(400)
     ]
-    assert door("data", source=source(tmp_path, records)) is None
+    assert run_prepare("data", source=source(tmp_path, records)) is None
     held_out = dataset.PreparedDataset(tmp_path / "set").table[:, dataset.IS_VALIDATION].tolist()
     assert held_out[:200] == held_out[200:] and 0 < sum(held_out) < 40
 
 
-# ---- what is wrong is told in one line ----
+# ---- one line names what is wrong ----
 
 
 def changed(**fields):
@@ -184,27 +189,32 @@ def changed(**fields):
 
 
 @pytest.mark.parametrize(
-    "records, said",
+    "records, message",
     [
         ("{'id': 1}", "is not JSON"),
         ("\x00", "neither JSON"),
-        ("", "is empty"),
+        ("", "it begins with b''"),
         ("[]", "holds no samples"),
         ("5", "neither JSON"),
         ([5], "sample 1 is no object: 5"),
         ([{"words": 1}], "{'words': 1}"),
     ],
 )
-def test_a_source_that_is_none_is_refused_before_anything_is_written(door, tmp_path, records, said):
-    refused(door("data", source=source(tmp_path, records)), said)
+def test_an_invalid_source_is_refused_before_anything_is_written(
+    run_prepare, tmp_path, records, message
+):
+    assert_refused(run_prepare("data", source=source(tmp_path, records)), message)
     assert os.listdir(tmp_path) == ["source.json"]
 
 
 @pytest.mark.parametrize(
-    "settings, said",
+    "settings, message",
     [
-        (dict(source="nowhere/x.json"), "no such file: nowhere/x.json"),
-        (dict(source=str(ROOT / "tests")), "holds neither .tar nor .parquet"),
+        (dict(source="nowhere/x.json"), "nowhere/x.json is neither a file nor a folder of .tar"),
+        (
+            dict(source=str(ROOT / "tests")),
+            "is neither a file nor a folder of .tar or .parquet files",
+        ),
         (dict(images="nowhere"), "--images=nowhere is no folder or zip"),
         (dict(images=__file__), "neither a folder nor a zip"),
         (dict(model="nowhere"), "no such model: nowhere"),
@@ -216,36 +226,39 @@ def test_a_source_that_is_none_is_refused_before_anything_is_written(door, tmp_p
         (dict(max_skipped="101%"), "--max_skipped=1.01 must be from 0 to 1"),
     ],
 )
-def test_settings_that_lead_nowhere(door, tmp_path, settings, said):
-    refused(door("data", **settings), said)
+def test_invalid_settings_of_data_are_refused(run_prepare, tmp_path, settings, message):
+    assert_refused(run_prepare("data", **settings), message)
     assert not os.listdir(tmp_path)
 
 
-@pytest.mark.parametrize("what", ["data", "random_init", "stitch", "fridge"])
-def test_what_is_there_is_never_written_over(world, door, tmp_path, what):
+@pytest.mark.parametrize("command", ["data", "random_init", "stitch", "fridge"])
+def test_an_existing_folder_is_never_overwritten(home, run_prepare, tmp_path, command):
     (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "precious").write_text("years of work")
-    parts = dict(vision=world / "model", decoder=world / "model") if what == "stitch" else {}
-    refused(door(what, out=tmp_path / "mine", **parts), f"--out={tmp_path}/mine exists already")
-    assert (tmp_path / "mine" / "precious").read_text() == "years of work"
+    (tmp_path / "mine" / "notes").write_text("my work")
+    parts = dict(vision=home / "model", decoder=home / "model") if command == "stitch" else {}
+    assert_refused(
+        run_prepare(command, out=tmp_path / "mine", **parts),
+        f"--out={tmp_path}/mine exists already",
+    )
+    assert (tmp_path / "mine" / "notes").read_text() == "my work"
 
 
 # ---- random init ----
 
 
-def test_random_weights_are_a_function_of_the_seed(door, tmp_path):
+def test_random_weights_are_a_function_of_the_seed(run_prepare, tmp_path):
     for name, seed in [("one", 3), ("two", 3), ("three", 4)]:
-        assert door("random_init", out=tmp_path / name, seed=seed) is None
+        assert run_prepare("random_init", out=tmp_path / name, seed=seed) is None
     one, two, three = (
         (tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "two", "three")
     )
     assert one == two != three
 
 
-def test_tiles_are_part_of_the_image_config(door, tmp_path):
-    assert door("random_init", out=tmp_path / "plain") is None
+def test_tiles_are_part_of_the_image_config(run_prepare, tmp_path):
+    assert run_prepare("random_init", out=tmp_path / "plain") is None
     assert (
-        door(
+        run_prepare(
             "random_init",
             out=tmp_path / "tiled",
             tiles=6,
@@ -278,7 +291,7 @@ def test_tiles_are_part_of_the_image_config(door, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "settings, said",
+    "settings, message",
     [
         (dict(vocab_size=10), "--vocab_size=10 must be at least 256"),
         (dict(heads=0, layers=-1), "--layers=-1 must be at least 1; --heads=0 must be at least 1"),
@@ -300,44 +313,47 @@ def test_tiles_are_part_of_the_image_config(door, tmp_path):
         ),
         (dict(template="mistrl"), "--template=mistrl is none of mistral"),
         (dict(seed=-1), "--seed=-1"),
-        (dict(source="nowhere.json"), "no such file: nowhere.json"),
+        (dict(source="nowhere.json"), "nowhere.json is neither a file nor a folder of .tar"),
     ],
 )
-def test_a_model_that_cannot_be(door, tmp_path, settings, said):
-    refused(door("random_init", **settings), said)
+def test_invalid_settings_of_random_init_are_refused(run_prepare, tmp_path, settings, message):
+    assert_refused(run_prepare("random_init", **settings), message)
     assert not os.listdir(tmp_path)
 
 
-def test_a_tokenizer_is_trained_on_all_records_that_can_be_read(door, tmp_path, capsys):
-    whole, lines = tmp_path / "whole.json", tmp_path / "lines.jsonl"
-    whole.write_text(json.dumps(RECORDS))
+def test_a_tokenizer_is_trained_on_all_readable_records(run_prepare, tmp_path, capsys):
+    complete, lines = tmp_path / "complete.json", tmp_path / "lines.jsonl"
+    complete.write_text(json.dumps(RECORDS))
     lines.write_text("".join(json.dumps(record) + "\n" for record in RECORDS) + "{broken\n")
-    for path in (whole, lines):
-        assert door("random_init", source=path, out=tmp_path / path.stem) is None
-    assert (tmp_path / "whole" / "tokenizer.json").read_bytes() == (
+    for path in (complete, lines):
+        assert run_prepare("random_init", source=path, out=tmp_path / path.stem) is None
+    assert (tmp_path / "complete" / "tokenizer.json").read_bytes() == (
         tmp_path / "lines" / "tokenizer.json"
     ).read_bytes()
     assert (
-        f"trained without 1 of {len(RECORDS) + 1} records, which cannot be read: {lines}, line 5 is not JSON"
-        in capsys.readouterr().err
+        f"trained without 1 of {len(RECORDS) + 1} records, which cannot be read: {lines}, line 5 is "
+        "not JSON" in capsys.readouterr().err
     )
 
 
-def test_a_tokenizer_without_any_text_is_refused(door, tmp_path):
-    refused(
-        door("random_init", source=source(tmp_path, [changed(conversations=talk("<image>", " "))])),
+def test_a_tokenizer_without_any_text_is_refused(run_prepare, tmp_path):
+    assert_refused(
+        run_prepare(
+            "random_init",
+            source=source(tmp_path, [changed(conversations=conversation("<image>", " "))]),
+        ),
         "there is no text to train a tokenizer on: ",
     )
 
 
-def test_a_demonstration_without_fridges_is_refused(door, tmp_path):
-    refused(
-        door("fridge", out=tmp_path / "fridge", scenes=0, eval_scenes=-1),
+def test_a_demonstration_without_fridges_is_refused(run_prepare, tmp_path):
+    assert_refused(
+        run_prepare("fridge", out=tmp_path / "fridge", scenes=0, eval_scenes=-1),
         "--scenes=0 must be at least 1; --eval_scenes=-1 must be at least 1",
     )
 
 
-def test_a_link_that_leads_nowhere_has_its_name_all_the_same(tmp_path):
+def test_a_broken_link_counts_as_an_existing_file(tmp_path):
     (tmp_path / "set").symlink_to(tmp_path / "nowhere")
     for out in (tmp_path / "set", f"{tmp_path}/set/"):
         with pytest.raises(UserError, match="exists already: remove it, or choose another"):

@@ -118,7 +118,8 @@ def check_settings(line, script, argv):
     if function is train.train:
         return [recipes.load_settings(values, 1).out]
     if function is sample.sample:
-        sample.check_rules(SimpleNamespace(**values))
+        changed = cli.changed_settings(function, values)
+        cli.check_rules(changed, sample.RULES, SimpleNamespace(**values))
     return [values["out"]] if values.get("out") else []
 
 

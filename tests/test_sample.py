@@ -34,37 +34,38 @@ START, OPEN, CLOSE, END = range(256, 260)
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory):
+def folder(tmp_path_factory):
     """A folder with a checkpoint `model` whose answers often end, `endless`, and two images."""
-    home = tmp_path_factory.mktemp("home")
+    folder = tmp_path_factory.mktemp("folder")
     words = tokenizer.train_tokenizer(["a b"], 256, ["<s>", "[INST]", "[/INST]", "</s>"])
     shapes = {"vision": VISION, "decoder": DECODER | {"vocab_size": words.vocab_size}, "shuffle": 2}
-    for name, loud in (("model", 2.5), ("endless", 0.0)):  # a score of 0 is never the best of 260
+    for name, scale in (("model", 2.5), ("endless", 0.0)):  # a score of 0 is never the best of 260
         model = make_vlm(decoder={"vocab_size": words.vocab_size})
         with torch.no_grad():
-            model.decoder.lm_head.weight[END] *= loud
+            model.decoder.lm_head.weight[END] *= scale
             model.decoder.lm_head.weight[128:256] *= 0.5  # mostly letters
         save_checkpoint(
-            Checkpoint(model, words, shapes, IMAGE_CONFIG, "mistral", {"born": "here"}), home / name
+            Checkpoint(model, words, shapes, IMAGE_CONFIG, "mistral", {"born": "here"}),
+            folder / name,
         )
     for name, seed in (("a.png", 1), ("b.png", 2)):
         Image.fromarray(
             np.random.default_rng(seed).integers(256, size=(12, 12, 3), dtype=np.uint8)
-        ).save(home / name)
-    return home
+        ).save(folder / name)
+    return folder
 
 
 @pytest.fixture(scope="module")
-def checkpoint(home):
-    return load_checkpoint(home / "model")
+def checkpoint(folder):
+    return load_checkpoint(folder / "model")
 
 
 @pytest.fixture
-def run_sample(home, capsys, monkeypatch):
-    """Runs sample.py in `home`: words -> (exit code, standard output, standard error)."""
+def run_sample(folder, capsys, monkeypatch):
+    """Runs sample.py in `folder`: words -> (exit code, standard output, standard error)."""
 
     def run(*words, piped=b""):
-        monkeypatch.chdir(home)
+        monkeypatch.chdir(folder)
         given = {word.split("=")[0] for word in words}
         usual = [
             word
@@ -78,7 +79,7 @@ def run_sample(home, capsys, monkeypatch):
             cli.run_script(script.sample)
         except SystemExit as end:
             code = end.code
-        if isinstance(code, str):  # what Python then does with it
+        if isinstance(code, str):  # as Python prints it
             print(code, file=sys.stderr)
             code = 1
         return code, *capsys.readouterr()
@@ -86,8 +87,8 @@ def run_sample(home, capsys, monkeypatch):
     return run
 
 
-def tiles_of(home, *names):
-    return [np.asarray(Image.open(home / name)).transpose(2, 0, 1)[None] for name in names]
+def tiles_of(folder, *names):
+    return [np.asarray(Image.open(folder / name)).transpose(2, 0, 1)[None] for name in names]
 
 
 def expected(checkpoint, ids, tiles, max_tokens=256, **how):
@@ -122,12 +123,12 @@ def turn(text):
 
 
 def test_only_the_answer_goes_to_standard_output_and_ends_at_the_end_token(
-    home, checkpoint, run_sample
+    folder, checkpoint, run_sample
 ):
     ended = 0
     for text in ("what", "is there", "how many of these", "?", "and now"):
         answer, ids = expected(
-            checkpoint, [START, *turn("<image>\n" + text)], tiles_of(home, "a.png"), max_tokens=60
+            checkpoint, [START, *turn("<image>\n" + text)], tiles_of(folder, "a.png"), max_tokens=60
         )
         code, out, err = run_sample("--image=a.png", "--prompt", text, "--max_tokens=60")
         assert (code, out) == (0, answer + "\n")
@@ -137,7 +138,7 @@ def test_only_the_answer_goes_to_standard_output_and_ends_at_the_end_token(
         )
         assert err.count("\n") == 1
         ended += ids[-1] == END
-    assert ended >= 1, "no answer ended by itself: the test saw nothing of the end token"
+    assert ended >= 1, "no answer ended by itself: the end token is not tested"
 
 
 @pytest.mark.parametrize(
@@ -166,13 +167,15 @@ def test_only_the_answer_goes_to_standard_output_and_ends_at_the_end_token(
             ["--prompt=</s>[INST] é 🍎"],
             "</s>[INST] é 🍎",
             [],
-        ),  # a user who types a special token has typed letters
+        ),  # names of special tokens in a user's text are text
     ],
 )
 def test_a_question_is_its_images_and_its_words(
-    home, checkpoint, run_sample, words, prompt, images
+    folder, checkpoint, run_sample, words, prompt, images
 ):
-    answer, _ = expected(checkpoint, [START, *turn(prompt)], tiles_of(home, *images), max_tokens=12)
+    answer, _ = expected(
+        checkpoint, [START, *turn(prompt)], tiles_of(folder, *images), max_tokens=12
+    )
     assert run_sample(*words, "--max_tokens=12")[:2] == (0, answer + "\n")
 
 
@@ -228,15 +231,15 @@ def test_every_tile_of_a_tagged_image_follows_its_tag(checkpoint):
     together = runner.generate_answers(
         tagged, [("a<image>b<image>", shown), ("hm", [])], max_tokens=5
     )
-    assert together[0].text == "".join(
+    assert together[0].answer == "".join(
         script.stream_answer(tagged, [("user", "a<image>b<image>")], shown, max_tokens=5)
     )
 
 
-def test_the_question_is_typed_or_piped_or_a_default(home, checkpoint, run_sample):
+def test_the_question_is_typed_or_piped_or_a_default(folder, checkpoint, run_sample):
     piped, typed, describe, fridge = (
         expected(
-            checkpoint, [START, *turn(f"<image>\n{text}")], tiles_of(home, "a.png"), max_tokens=12
+            checkpoint, [START, *turn(f"<image>\n{text}")], tiles_of(folder, "a.png"), max_tokens=12
         )[0]
         + "\n"
         for text in ("a piped\nquestion", "typed", "Describe this image.", "What is in the fridge?")
@@ -250,31 +253,37 @@ def test_the_question_is_typed_or_piped_or_a_default(home, checkpoint, run_sampl
         == typed
     )
     assert run_sample("--image=a.png", "--max_tokens=12", piped=b" \n\n")[1] == describe
-    (home / "out").mkdir()
-    (home / "out/demo").symlink_to(home)
+    (folder / "out").mkdir()
+    (folder / "out/demo").symlink_to(folder)
     try:
         words = ("--model=out/demo/model", "--image=a.png", "--max_tokens=12")
         assert run_sample(*words)[1] == fridge
     finally:
-        (home / "out/demo").unlink()
-        (home / "out").rmdir()
+        (folder / "out/demo").unlink()
+        (folder / "out").rmdir()
 
 
 def test_greedy_by_default_and_a_seed_samples_the_same_again(run_sample):
-    def say(*how):
+    def answer_of(*how):
         code, out, _ = run_sample("--image=a.png", "--prompt=x", "--max_tokens=30", *how)
         assert code == 0
         return out
 
-    assert say() == say("--temperature=0") == say("--temperature=1", "--top_k=1", "--seed=3")
     assert (
-        say("--temperature=1", "--top_p=0.001") == say() == say("--temperature=0.001", "--seed=2")
+        answer_of()
+        == answer_of("--temperature=0")
+        == answer_of("--temperature=1", "--top_k=1", "--seed=3")
     )
-    assert say("--temperature=2", "--seed=7") == say("--temperature=2", "--seed=7")
-    assert len({say(f"--seed={seed}", "--temperature=2") for seed in range(5)}) == 5
+    assert (
+        answer_of("--temperature=1", "--top_p=0.001")
+        == answer_of()
+        == answer_of("--temperature=0.001", "--seed=2")
+    )
+    assert answer_of("--temperature=2", "--seed=7") == answer_of("--temperature=2", "--seed=7")
+    assert len({answer_of(f"--seed={seed}", "--temperature=2") for seed in range(5)}) == 5
 
 
-def test_a_letter_in_several_tokens_is_printed_once_it_is_complete(monkeypatch):
+def test_a_character_of_several_tokens_is_printed_once_it_is_complete(monkeypatch):
     bytes_of_text = "é🍎a".encode() + b"\xf0\x9f"
     monkeypatch.setattr(script, "generate", lambda *_, **__: ([i] for i in bytes_of_text))
     words = tokenizer.train_tokenizer(["a b"], 256, ["</s>"])
@@ -284,24 +293,24 @@ def test_a_letter_in_several_tokens_is_printed_once_it_is_complete(monkeypatch):
     assert parts == ["", "é", "", "", "", "🍎", "a", "", "", "\ufffd"]
 
 
-def test_a_conversation_sees_its_own_past_and_the_images_of_its_first_turn(
-    home, checkpoint, run_sample
+def test_a_conversation_has_its_earlier_turns_and_the_images_of_the_first(
+    folder, checkpoint, run_sample
 ):
-    tiles, ids, spoken = tiles_of(home, "a.png"), [START], []
+    tiles, ids, answers = tiles_of(folder, "a.png"), [START], []
     for text in ("<image>\nfirst", "second", "third"):
         ids += turn(text)
         answer, _ = expected(checkpoint, ids, tiles, max_tokens=8)
-        spoken.append(answer + "\n")
+        answers.append(answer + "\n")
         ids += [*answer.strip().encode(), END]
     code, out, err = run_sample(
         "--image=a.png", "--chat=true", "--max_tokens=8", piped=b"first\n\nsecond\n  third \n"
     )
-    assert (code, out) == (0, "".join(spoken)) and err.count("> ") == 5
+    assert (code, out) == (0, "".join(answers)) and err.count("> ") == 5
     code, out, _ = run_sample(
         "--image=a.png", "--chat=true", "--max_tokens=8", "--prompt=first", piped=b"second\nthird"
     )
-    assert (code, out) == (0, "".join(spoken)), "a prompt is the first thing message"
-    assert run_sample("--prompt=second", "--max_tokens=8")[1] != spoken[1]
+    assert (code, out) == (0, "".join(answers)), "a prompt is the first message"
+    assert run_sample("--prompt=second", "--max_tokens=8")[1] != answers[1]
 
 
 def test_a_conversation_continues_after_an_invalid_line(run_sample):
@@ -380,7 +389,7 @@ def test_a_conversation_continues_after_an_invalid_line(run_sample):
         (["--questions=questions.jsonl"], "no such file: questions.jsonl"),
         (
             ["--questions=questions.jsonl", "--out=answers.json"],
-            "--out=answers.json is the name of the scores: end it in .jsonl",
+            "--out=answers.json must end in .jsonl",
         ),
         (["--score=answers.jsonl", "--report=page.html"], "--report=page.html needs --questions"),
         (
@@ -389,7 +398,7 @@ def test_a_conversation_continues_after_an_invalid_line(run_sample):
         ),
         (["--score=answers.jsonl", "--benchmark=exact"], "no such file: answers.jsonl"),
         (
-            ["--questions=questions.jsonl", "--submission=answers.txt"],
+            ["--questions=here.jsonl", "--submission=new.json"],
             "--submission: exact has no submission format; ",
         ),
         (
@@ -406,7 +415,7 @@ def test_a_conversation_continues_after_an_invalid_line(run_sample):
         (
             ["--questions=questions.jsonl", "--top_k=5", "--seed=5"],
             "--top_k=5 changes nothing at --temperature=0",
-        ),  # an exam's intervals are drawn
+        ),  # the seed draws the confidence intervals
         *(
             (
                 ["--score=answers.jsonl", f"--{word}"],
@@ -423,69 +432,54 @@ def test_a_conversation_continues_after_an_invalid_line(run_sample):
             )
         ),
         (
-            ["--questions=questions.jsonl", "--report=questions.jsonl"],
-            "--report=questions.jsonl is the file of another setting, too: choose another",
-        ),
-        (
-            ["--questions=questions.jsonl", "--report=./model/../questions.jsonl"],
-            "--report=./model/../questions.jsonl is the file of another setting, too: choose another",
-        ),
-        (
-            ["--questions=a.json", "--out=a.jsonl"],
-            "--out=a.jsonl has its scores in the .json beside it, which another setting names",
-        ),
-        (
-            ["--questions=questions.jsonl", "--out=a.jsonl", "--report=a.jsonl"],
-            "--out=a.jsonl is the file of another setting, too: choose another; "
-            "--report=a.jsonl is the file of another setting, too",
-        ),
-        (
-            ["--questions=questions.jsonl", "--out=a.jsonl", "--report=a.json"],
-            "--out=a.jsonl has its scores in the .json beside it, which another setting names",
+            ["--questions=questions.jsonl", "--out=questions.jsonl"],
+            "--out=questions.jsonl exists, but not questions.json with its settings",
         ),
         (
             ["--score=a.jsonl", "--out=a.jsonl"],
-            "--out=a.jsonl is the file of another setting, too: choose another",
+            "--out=a.jsonl must end in .jsonl, and not be the file of --score",
+        ),
+        *(
+            (
+                ["--questions=questions.jsonl", f"--report={path}"],
+                f"--report={path} must end in .html, and be a new file or an older report",
+            )
+            for path in ("questions.jsonl", "./model/../questions.jsonl", "a.png", "mine.html")
         ),
         (
-            ["--questions=questions.jsonl", "--annotations=b", "--submission=b"],
-            "--submission=b is the file of another setting, too: choose another",
+            ["--questions=questions.jsonl", "--out=a.jsonl", "--submission=a.json"],
+            "--submission=a.json must end in .json, and be a new file, not the scores of --out",
         ),
-        (
-            ["--questions=questions.jsonl", "--report=a", "--submission=a"],
-            "--report=a is the file of another setting, too: choose another; --submission=a is",
-        ),
-        (
-            ["--questions=questions.jsonl", "--report=a.png"],
-            "--report=a.png exists and is something else: choose another",
-        ),
-        (
-            ["--questions=questions.jsonl", "--report=model"],
-            "--report=model exists and is something else: choose another",
-        ),
-        (
-            ["--questions=questions.jsonl", "--benchmark=docvqa", "--submission=a.png"],
-            "--submission=a.png exists and is something else: choose another",
+        *(
+            (
+                ["--questions=questions.jsonl", "--benchmark=docvqa", f"--submission={path}"],
+                f"--submission={path} must end in .json, and be a new file",
+            )
+            for path in ("a.png", "model/nanovlm.json")
         ),
         (["--device=abacus", "--prompt=a"], "--device=abacus is none of auto, cpu, cuda"),
         (["--kernels=mine", "--prompt=a"], "--kernels=mine is none of auto, torch"),
     ],
 )
-def test_what_cannot_be_done_is_one_line_and_exit_code_1(run_sample, words, message):
+def test_what_cannot_be_done_is_one_line_and_exit_code_1(folder, run_sample, words, message):
+    (folder / "mine.html").write_text("mine")
+    if "--out=questions.jsonl" in words:
+        (folder / "questions.jsonl").write_text("{}")
     code, out, err = run_sample(*words)
+    (folder / "questions.jsonl").unlink(missing_ok=True)
     assert (code, out, err.count("\n")) == (1, "", 1)
     assert err.startswith(f"error: {message}")
 
 
-def test_a_prompt_longer_than_those_of_training_is_answered_with_a_warning(home, run_sample):
-    (home / "model" / "training.json").write_text('{"step": 1, "row": 20}')
+def test_a_prompt_longer_than_those_of_training_is_answered_with_a_warning(folder, run_sample):
+    (folder / "model" / "training.json").write_text('{"step": 1, "row": 20}')
     try:
         assert (
             run_sample(f"--prompt={'x' * 17}", "--max_tokens=3")[2].count("\n") == 1
         )  # with <s>, [INST], [/INST] 20 tokens
         code, out, err = run_sample(f"--prompt={'x' * 18}", "--max_tokens=3")
     finally:
-        (home / "model" / "training.json").unlink()
+        (folder / "model" / "training.json").unlink()
     assert code == 0 and out
     assert err.startswith(
         "the longest prompt takes 21 tokens, but the model was trained on sequences of 20: 1 of 1 "
@@ -502,16 +496,18 @@ QUESTIONS = [
 
 
 @pytest.fixture(scope="module")
-def question_words(home, checkpoint):
-    """home/sub has 4 questions; 2 of their references are the answers that the model gives."""
+def question_words(folder, checkpoint):
+    """folder/sub has 4 questions; 2 of their references are the answers that the model gives."""
     prompts = ["<image>\nhm", "<image>\nhm", "hm", "<image> or <image>?"]
     generated = [
-        expected(checkpoint, [START, *turn(text)], tiles_of(home, *names), max_tokens=9)[0].strip()
+        expected(checkpoint, [START, *turn(text)], tiles_of(folder, *names), max_tokens=9)[
+            0
+        ].strip()
         for text, names in zip(prompts, (["a.png"], ["b.png"], [], ["b.png", "a.png"]), strict=True)
     ]
     right = [["milk", generated[0]], [generated[1] + "!"], [generated[2] + "!"], [generated[3]]]
-    (home / "sub").mkdir()
-    (home / "sub" / "questions.jsonl").write_text(
+    (folder / "sub").mkdir()
+    (folder / "sub" / "questions.jsonl").write_text(
         "".join(
             json.dumps({**q, "answers": references}) + "\n"
             for q, references in zip(QUESTIONS, right, strict=True)
@@ -520,7 +516,9 @@ def question_words(home, checkpoint):
     return ["--questions=sub/questions.jsonl", "--images=.", "--max_tokens=9"]
 
 
-def test_an_evaluation_asks_what_a_user_would_and_scores_it(home, run_sample, question_words):
+def test_an_evaluation_gives_the_answers_to_single_questions_and_scores_them(
+    folder, run_sample, question_words
+):
     code, out, err = run_sample(*question_words, "--out=sub/answers.jsonl")
     table = [line.split() for line in out.splitlines()]
     assert code == 0 and [line[:5] for line in table] == [
@@ -529,7 +527,7 @@ def test_an_evaluation_asks_what_a_user_would_and_scores_it(home, run_sample, qu
         ["all", "4", "questions", "50.0%", "right"],
     ]
     results = [
-        json.loads(line) for line in (home / "sub" / "answers.jsonl").read_text().splitlines()
+        json.loads(line) for line in (folder / "sub" / "answers.jsonl").read_text().splitlines()
     ]
     assert [(row["id"], row["kind"], row["score"]) for row in results] == [
         (1, "seen", 1.0),
@@ -554,21 +552,21 @@ def test_an_evaluation_asks_what_a_user_would_and_scores_it(home, run_sample, qu
         and results[3]["prompt"] == "<s>[INST]<image> or <image>?[/INST]"
     )
     assert "a.png" in run_sample("--questions=sub/questions.jsonl", "--max_tokens=9")[2], (
-        "images are named from the question_words's own folder"
+        "paths of images are relative to the file of the questions"
     )
 
 
-def test_answers_are_scored_again_without_a_model(home, run_sample, question_words):
-    (home / "again").mkdir(exist_ok=True)
+def test_answers_are_scored_again_without_a_model(folder, run_sample, question_words):
+    (folder / "again").mkdir(exist_ok=True)
     _, table, _ = run_sample(
         *question_words, "--out=again/answers.jsonl", "--report=again/page.html"
     )
     answers, page = (
-        (home / "again/answers.jsonl").read_bytes(),
-        (home / "again/page.html").read_text(),
+        (folder / "again/answers.jsonl").read_bytes(),
+        (folder / "again/page.html").read_text(),
     )
     assert run_sample("--score=again/answers.jsonl") == (0, table, ""), (
-        "by what the table's file says"
+        "the .json beside it names the benchmark"
     )
     code, out, _ = run_sample(
         "--score=again/answers.jsonl",
@@ -576,9 +574,9 @@ def test_answers_are_scored_again_without_a_model(home, run_sample, question_wor
         *question_words[:2],
         "--report=again/b.html",
     )
-    assert (code, out, (home / "again/b.jsonl").read_bytes()) == (0, table, answers)
+    assert (code, out, (folder / "again/b.jsonl").read_bytes()) == (0, table, answers)
     assert (
-        (home / "again/b.html").read_text() == page
+        (folder / "again/b.html").read_text() == page
         and page.count("<img ") == 4
         and page.count("<section>") == 4
     )
@@ -591,19 +589,19 @@ def test_answers_are_scored_again_without_a_model(home, run_sample, question_wor
             "--score=again/answers.jsonl", *question_words[:2], "--prompt=hm", "--out=again/b.jsonl"
         )[0]
         == 0
-    ), "its own, again"
+    ), "the same scores may be replaced"
     assert run_sample(*question_words[:2], "--max_tokens=3", "--out=again/d.jsonl")[0] == 0
     assert (
         "--out=again/d.jsonl has the answers of another evaluation"
         in run_sample("--score=again/answers.jsonl", "--out=again/d.jsonl")[2]
     )
-    assert json.loads((home / "again/c.json").read_text())["table"][-1]["score"] >= 0.5
-    assert json.loads((home / "again/c.json").read_text())["settings"]["benchmark"] == "contains", (
-        "the rules by which it was marked last"
-    )
+    assert json.loads((folder / "again/c.json").read_text())["table"][-1]["score"] >= 0.5
+    assert (
+        json.loads((folder / "again/c.json").read_text())["settings"]["benchmark"] == "contains"
+    ), "the benchmark of the last scoring"
 
 
-def test_answers_with_other_settings_are_not_resumed(home, run_sample, question_words):
+def test_answers_with_other_settings_are_not_resumed(folder, run_sample, question_words):
     assert run_sample(*question_words, "--out=sub/first.jsonl")[0] == 0
     for change, message in [
         ("--max_tokens=8", "max_tokens was 9, now 8"),
@@ -622,7 +620,7 @@ def test_answers_with_other_settings_are_not_resumed(home, run_sample, question_
             and "has the answers of another evaluation, of model: " in err
             and message in err
         )
-    before = (home / "model" / "model.safetensors").read_bytes()
+    before = (folder / "model" / "model.safetensors").read_bytes()
     for last, message in (
         (before[-1], ""),
         (
@@ -631,22 +629,22 @@ def test_answers_with_other_settings_are_not_resumed(home, run_sample, question_
             "model was ",
         ),
     ):
-        (home / "model" / "model.safetensors").write_bytes(
+        (folder / "model" / "model.safetensors").write_bytes(
             before[:-1] + bytes([last])
-        )  # anew, so that it is younger
+        )  # the file becomes newer
         err = run_sample(*question_words, "--out=sub/first.jsonl")[2]
         assert err.startswith(message) if message else err == "", "another model in the same folder"
-    (home / "model" / "model.safetensors").write_bytes(before)
-    (home / "sub" / "first.json").unlink()
+    (folder / "model" / "model.safetensors").write_bytes(before)
+    (folder / "sub" / "first.json").unlink()
     assert (
         "--out=sub/first.jsonl exists, but not sub/first.json with its settings: choose another"
         in run_sample(*question_words, "--out=sub/first.jsonl")[2]
     )
 
 
-def test_no_other_file_is_overwritten(home, run_sample, question_words):
-    (home / "mine.json").write_text('{"asked": 5}')
-    (home / "other.jsonl").write_text("{}")
+def test_no_other_file_is_overwritten(folder, run_sample, question_words):
+    (folder / "mine.json").write_text('{"asked": 5}')
+    (folder / "other.jsonl").write_text("{}")
     assert run_sample(*question_words, "--out=right.jsonl")[0] == 0
     for words in (question_words, ["--score=right.jsonl"]):
         assert (
@@ -657,31 +655,31 @@ def test_no_other_file_is_overwritten(home, run_sample, question_words):
             "--out=other.jsonl exists, but not other.json"
             in run_sample(*words, "--out=other.jsonl")[2]
         )
-    assert (home / "mine.json").read_text() == '{"asked": 5}' and (
-        home / "other.jsonl"
+    assert (folder / "mine.json").read_text() == '{"asked": 5}' and (
+        folder / "other.jsonl"
     ).read_text() == "{}"
-    (home / "right.json").unlink()
+    (folder / "right.json").unlink()
     assert (
         "give --benchmark" in run_sample("--score=right.jsonl")[2]
         and run_sample("--score=right.jsonl", "--benchmark=exact", "--out=fresh.jsonl")[0] == 0
     )
-    assert run_sample("--score=fresh.jsonl")[0] == 0, "whose table says by which rules"
+    assert run_sample("--score=fresh.jsonl")[0] == 0, "its .json names the benchmark"
 
 
-# ---- through a process of its own ----
+# ---- in a process of its own ----
 
 
-def launch(home, *words, **how):
+def launch(folder, *words, **how):
     how = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | how
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "ascii:strict"}
     return subprocess.Popen(
-        [sys.executable, str(ROOT / "sample.py"), *words], cwd=home, env=environment, **how
+        [sys.executable, str(ROOT / "sample.py"), *words], cwd=folder, env=environment, **how
     )
 
 
-def test_a_shell_gets_the_answer_as_bytes_and_letters_it_does_not_have_as_escapes(home, run_sample):
+def test_characters_that_the_terminal_lacks_are_escaped(folder, run_sample):
     process = launch(
-        home,
+        folder,
         "--model=model",
         "--image",
         "a.png",
@@ -703,7 +701,7 @@ def test_a_shell_gets_the_answer_as_bytes_and_letters_it_does_not_have_as_escape
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals as POSIX has them")
-def test_a_running_evaluation_locks_its_file_and_ctrl_c_says_how_to_resume(home, run_sample):
+def test_a_running_evaluation_locks_its_file_and_ctrl_c_prints_how_to_resume(folder, run_sample):
     words = [
         "--model=endless",
         "--device=cpu",
@@ -712,7 +710,7 @@ def test_a_running_evaluation_locks_its_file_and_ctrl_c_says_how_to_resume(home,
         "--batch_size=1",
         "--max_tokens=1000",
     ]
-    (home / "hard.jsonl").write_text(
+    (folder / "hard.jsonl").write_text(
         "".join(
             json.dumps({"id": i, "question": "hm", "answers": ["x"]}) + "\n" for i in range(500)
         )
@@ -726,14 +724,15 @@ def test_a_running_evaluation_locks_its_file_and_ctrl_c_says_how_to_resume(home,
         "tokens": 1,
         "cut": True,
     }
-    (home / "done.jsonl").write_text(json.dumps(row) + "\n")
-    process = launch(home, *words)
+    (folder / "done.jsonl").write_text(json.dumps(row) + "\n")
+    process = launch(folder, *words)
     while (
-        not (home / "locked.jsonl").exists() or (home / "locked.jsonl").read_text().count("\n") < 2
+        not (folder / "locked.jsonl").exists()
+        or (folder / "locked.jsonl").read_text().count("\n") < 2
     ):
         assert process.poll() is None, process.communicate()
         time.sleep(0.05)
-    table = (home / "locked.json").read_bytes()
+    table = (folder / "locked.json").read_bytes()
     rescoring = ["--score=done.jsonl", "--benchmark=exact", "--out=locked.jsonl"]
     for other, message in (
         (words, "locked.jsonl is being written by another process"),
@@ -741,18 +740,18 @@ def test_a_running_evaluation_locks_its_file_and_ctrl_c_says_how_to_resume(home,
     ):
         assert run_sample(*other)[0] == 1 and run_sample(*other)[2].startswith(
             f"error: {message}"
-        ), "neither to sit it nor to leave other scores there"
-    assert (home / "locked.json").read_bytes() == table
+        ), "neither an evaluation nor a rescoring may write there"
+    assert (folder / "locked.json").read_bytes() == table
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     message = b"\nthe answers so far are in locked.jsonl; the same command resumes with the rest\n"
     assert process.returncode == 130 and err.endswith(message) and b"Traceback" not in err
-    assert 2 <= len(list(runner.read_results(home / "locked.jsonl"))) < 500
+    assert 2 <= len(list(runner.read_results(folder / "locked.jsonl"))) < 500
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals as POSIX has them")
-def test_an_answer_streams_and_ctrl_c_ends_it_without_a_traceback(home):
-    process = launch(home, "--model=endless", "--prompt=hm", "--max_tokens=1e6")
+def test_an_answer_streams_and_ctrl_c_ends_it_without_a_traceback(folder):
+    process = launch(folder, "--model=endless", "--prompt=hm", "--max_tokens=1e6")
     first = process.stdout.read(20)  # long before the last of a million
     process.send_signal(signal.SIGINT)
     rest, err = process.communicate(timeout=60)
@@ -760,8 +759,8 @@ def test_an_answer_streams_and_ctrl_c_ends_it_without_a_traceback(home):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="pipes as POSIX has them")
-def test_a_reader_who_has_read_enough_is_no_error(home):
-    process = launch(home, "--model=endless", "--prompt=hm", "--max_tokens=1e6")
+def test_a_closed_pipe_is_not_an_error(folder):
+    process = launch(folder, "--model=endless", "--prompt=hm", "--max_tokens=1e6")
     process.stdout.read(5)
     process.stdout.close()
     assert (process.wait(timeout=60), process.stderr.read()) == (141, b"")

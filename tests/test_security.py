@@ -1,6 +1,7 @@
-"""Whatever a stranger hands over is tried with payloads: nothing of it runs, reads elsewhere, calls out or goes on forever; it is told in a line.
+"""Files of strangers, tried with payloads: nothing in them runs, reads files elsewhere, uses the
+network or runs forever; each ends in an error of one line.
 
-Every payload would leave a file, the `sentinel`, if it ran: a stranger would not stop at that.
+Every payload would write a file, the `sentinel`, if it ran. A real one would do worse.
 """
 
 import contextlib
@@ -35,7 +36,7 @@ import train
 from nanovlm import UserError
 from nanovlm.checkpoints import huggingface
 from nanovlm.checkpoints.checkpoint import Checkpoint, load_checkpoint_info, save_checkpoint
-from nanovlm.data import chat_template, dataset, image_files, jinja, tokenizer
+from nanovlm.data import dataset, image_files, jinja, jinja_template, tokenizer
 from nanovlm.evals import benchmarks, formats
 from nanovlm.files import download_pretrained
 
@@ -43,7 +44,7 @@ QUESTION = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", 
 
 
 class Run:
-    """A pickle of it calls a function, where it is read freely."""
+    """Its pickle calls a function if it is loaded without weights_only."""
 
     def __init__(self, function, *arguments):
         self.function, self.arguments = function, arguments
@@ -52,7 +53,7 @@ class Run:
         return self.function, self.arguments
 
 
-WAYS = {  # to leave a file
+WAYS = {  # to write a file
     "os.system": lambda path: Run(os.system, f"touch {path}"),
     "eval": lambda path: Run(eval, f"open({str(path)!r}, 'w').close()"),
     "a method": lambda path: Run(Path.touch, path),
@@ -62,27 +63,27 @@ WAYS = {  # to leave a file
 
 @pytest.fixture
 def sentinel(tmp_path):
-    """Where a payload would leave its mark."""
+    """The file that a payload would write."""
     path = tmp_path / "it-ran"
     yield path
     assert not path.exists(), "the payload ran"
 
 
 @contextlib.contextmanager
-def refused(said="."):
-    """What is done here ends in a UserError of one line."""
-    with pytest.raises(UserError, match=said) as caught:
+def refused(message="."):
+    """The code inside raises a UserError of one line."""
+    with pytest.raises(UserError, match=message) as caught:
         yield
     assert "\n" not in str(caught.value)
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """Public folders `eye`, `brain` and `llava`; `model`, a checkpoint of ours; `data`, prepared for it; `run`, which has two steps to go on from;
-    `pictures`, a folder with one."""
+    """Published folders `vision`, `decoder` and `llava`; `model`, a nanovlm checkpoint; `data`,
+    prepared for it; `run`, with two steps to resume from; `images`, a folder with one image."""
     home = tmp_path_factory.mktemp("world")
-    publish(clip(), home / "eye")
-    publish(test_huggingface.llama(), home / "brain")
+    publish(clip(), home / "vision")
+    publish(test_huggingface.llama(), home / "decoder")
     test_llava.publish(home / "llava")
     shapes = {
         "vision": test_train.VISION,
@@ -94,15 +95,15 @@ def world(tmp_path_factory):
         make_vlm(decoder={"vocab_size": 260}),
         words,
         shapes,
-        test_train.POLICY,
+        test_train.IMAGE_CONFIG,
         "mistral",
         {"random_init": "seed 0"},
     )
     save_checkpoint(checkpoint, home / "model")
     test_train.write_set(home / "data", checkpoint)
     words.save(home / "data")
-    (home / "pictures").mkdir()
-    Image.new("RGB", (12, 12), "red").save(home / "pictures" / "egg.png")
+    (home / "images").mkdir()
+    Image.new("RGB", (12, 12), "red").save(home / "images" / "egg.png")
     train.train(
         **test_train.settings(
             home, "run", steps=4, save_every=2, keep_checkpoints=2, validate_every=4
@@ -112,12 +113,12 @@ def world(tmp_path_factory):
 
 
 @pytest.fixture
-def mine(world, tmp_path):
-    """mine(name): a copy of a folder of the world, to be spoilt."""
+def copied(world, tmp_path):
+    """copied(name): a copy of a folder of the world, for a test that changes it."""
     return lambda name: Path(shutil.copytree(world / name, tmp_path / name))
 
 
-def ask(model, **settings):
+def answer(model, **settings):
     sample.sample(model=str(model), prompt="What is it?", device="cpu", max_tokens=2, **settings)
 
 
@@ -125,7 +126,7 @@ def stitch(vision, decoder, out, **settings):
     prepare.stitch(vision=str(vision), decoder=str(decoder), out=str(out), **settings)
 
 
-def cut(world, source, out, **settings):
+def prepare_data(world, source, out, **settings):
     prepare.data(
         model=str(world / "model"),
         source=[str(source)],
@@ -150,7 +151,7 @@ def put(path, content):
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_payload_runs_where_a_pickle_is_read_freely(way, tmp_path):
+def test_a_payload_runs_if_a_pickle_is_loaded_freely(way, tmp_path):
     pickle.loads(pickle.dumps(WAYS[way](tmp_path / "it-ran")))
     assert (tmp_path / "it-ran").exists()
 
@@ -171,7 +172,8 @@ def as_bare_pickle(thing, path):
 
 
 def as_legacy_tar(thing, path):
-    """PyTorch's layout before 0.1.10, which torch below 2.6 read freely whatever it was told (CVE-2025-32434)."""
+    """PyTorch's layout before 0.1.10. torch below 2.6 loads it freely, also with weights_only
+    (CVE-2025-32434)."""
     with tarfile.open(path, "w") as tar:
         for name in ("sys_info", "pickle", "storages", "tensors"):
             add_member(tar, name, pickle.dumps(thing))
@@ -187,33 +189,27 @@ def spoil_weights(folder, write, payload):
 
 
 @pytest.mark.parametrize("write", FORMATS)
-@pytest.mark.parametrize("part", ["eye", "brain"])
-def test_a_pickle_among_the_weights_of_an_eye_or_a_brain_does_not_run(
-    part, write, world, mine, tmp_path, sentinel
+@pytest.mark.parametrize("part", ["vision", "decoder"])
+def test_a_pickle_among_the_weights_of_a_part_does_not_run(
+    part, write, world, copied, tmp_path, sentinel
 ):
-    spoil_weights(bad := mine(part), write, WAYS["os.system"](sentinel))
+    spoil_weights(bad := copied(part), write, WAYS["os.system"](sentinel))
     with refused("pytorch_model.bin is broken, cut short .* or holds more than tensors"):
-        stitch(
-            **{
-                "vision": world / "eye",
-                "decoder": world / "brain",
-                {"eye": "vision", "brain": "decoder"}[part]: bad,
-            },
-            out=tmp_path / "out",
-        )
+        parts = {"vision": world / "vision", "decoder": world / "decoder", part: bad}
+        stitch(**parts, out=tmp_path / "out")
 
 
 @pytest.mark.parametrize("write", FORMATS)
-def test_a_pickle_among_the_weights_of_a_llava_does_not_run(write, mine, tmp_path, sentinel):
-    spoil_weights(bad := mine("llava"), write, WAYS["os.system"](sentinel))
-    for use in (ask, lambda model: prepare.export(model=str(model), out=str(tmp_path / "out"))):
+def test_a_pickle_among_the_weights_of_a_llava_does_not_run(write, copied, tmp_path, sentinel):
+    spoil_weights(bad := copied("llava"), write, WAYS["os.system"](sentinel))
+    for use in (answer, lambda model: prepare.export(model=str(model), out=str(tmp_path / "out"))):
         with refused("holds more than tensors"):
             use(bad)
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_no_way_to_call_a_function_in_a_pickle_runs(way, mine, sentinel):
-    spoil_weights(bad := mine("brain"), as_zip, WAYS[way](sentinel))
+def test_no_way_to_call_a_function_in_a_pickle_runs(way, copied, sentinel):
+    spoil_weights(bad := copied("decoder"), as_zip, WAYS[way](sentinel))
     with refused("holds more than tensors"):
         huggingface.read_decoder(bad)
 
@@ -229,9 +225,9 @@ def test_no_way_to_call_a_function_in_a_pickle_runs(way, mine, sentinel):
         "pytorch_model.bin\0",
     ],
 )
-def test_an_index_that_names_a_file_outside_the_folder_is_refused(name, mine, tmp_path, sentinel):
+def test_an_index_that_names_a_file_outside_the_folder_is_refused(name, copied, tmp_path, sentinel):
     as_zip(WAYS["os.system"](sentinel), tmp_path / "outside.bin")
-    (bad := mine("brain")).joinpath("model.safetensors").unlink()
+    (bad := copied("decoder")).joinpath("model.safetensors").unlink()
     put(
         bad / "pytorch_model.bin.index.json",
         {"weight_map": {"lm_head.weight": name.format(folder=bad)}},
@@ -241,7 +237,7 @@ def test_an_index_that_names_a_file_outside_the_folder_is_refused(name, mine, tm
 
 
 def spoil_shards(step, sentinel):
-    """A step as FSDP leaves it, with a pickled .metadata as torch.distributed.checkpoint reads one.
+    """Turn a step into one of FSDP, with the pickled .metadata of torch.distributed.checkpoint.
 
     nanovlm refuses any folder that has a .metadata (checkpoints/sharded.py).
     """
@@ -251,14 +247,16 @@ def spoil_shards(step, sentinel):
     put(step / "sharded" / ".metadata", pickle.dumps(WAYS["os.system"](sentinel)))
 
 
-def test_a_pickle_beside_shards_does_not_run_when_the_model_is_asked(mine, sentinel):
-    spoil_shards(bad := mine("model"), sentinel)
+def test_a_pickle_beside_shards_does_not_run_in_sample(copied, sentinel):
+    spoil_shards(bad := copied("model"), sentinel)
     with refused():
-        ask(bad)
+        answer(bad)
 
 
-def test_a_pickle_beside_shards_does_not_run_when_training_goes_on(world, mine, tmp_path, sentinel):
-    run = mine("run")
+def test_a_pickle_beside_shards_does_not_run_when_training_resumes(
+    world, copied, tmp_path, sentinel
+):
+    run = copied("run")
     shutil.rmtree(run / "step-000004")
     spoil_shards(run / "step-000002", sentinel)
     how = dict(steps=4, save_every=2, keep_checkpoints=2, validate_every=4)
@@ -269,9 +267,9 @@ def test_a_pickle_beside_shards_does_not_run_when_training_goes_on(world, mine, 
 # ---- code beside the weights ----
 
 
-@pytest.mark.parametrize("part", ["eye", "brain"])
-def test_a_config_that_wants_code_of_its_own_is_refused(part, world, mine, tmp_path, sentinel):
-    put((bad := mine(part)) / "modeling_evil.py", f"open({str(sentinel)!r}, 'w')")
+@pytest.mark.parametrize("part", ["vision", "decoder"])
+def test_a_config_that_wants_code_of_its_own_is_refused(part, world, copied, tmp_path, sentinel):
+    put((bad := copied(part)) / "modeling_evil.py", f"open({str(sentinel)!r}, 'w')")
     classes = {
         "AutoConfig": "modeling_evil.Config",
         "AutoModel": "modeling_evil.Model",
@@ -279,19 +277,14 @@ def test_a_config_that_wants_code_of_its_own_is_refused(part, world, mine, tmp_p
     }
     test_huggingface.edit(bad / "config.json", auto_map=classes, trust_remote_code=True)
     with refused("auto_map"):
-        stitch(
-            **{
-                "vision": world / "eye",
-                "decoder": world / "brain",
-                {"eye": "vision", "brain": "decoder"}[part]: bad,
-            },
-            out=tmp_path / "out",
-        )
+        parts = {"vision": world / "vision", "decoder": world / "decoder", part: bad}
+        stitch(**parts, out=tmp_path / "out")
 
 
-def test_code_that_lies_in_a_folder_is_never_imported(mine, tmp_path, monkeypatch, sentinel):
-    """Neither what configs name, nor modules called as those that we import, even where the folder is the one that we stand in."""
-    vision, decoder = mine("eye"), mine("brain")
+def test_code_in_a_models_folder_is_never_imported(copied, tmp_path, monkeypatch, sentinel):
+    """Neither what configs name, nor modules with the names of those that nanovlm imports, even if
+    the folder is the working directory."""
+    vision, decoder = copied("vision"), copied("decoder")
     for folder in (vision, decoder):
         for name in (
             "modeling_evil",
@@ -344,7 +337,8 @@ ESCAPES = [
     "{{ raise_exception.__globals__['sys'].modules['os'].system('touch PATH') }}",
     "{{ self.__init__.__globals__.__builtins__.open('PATH', 'w') }}",
     "{{ self._TemplateReference__context.environment.from_string.__globals__ }}",
-    "{% for c in ''.__class__.__mro__[1].__subclasses__() %}{% if c.__name__ == 'Popen' %}{{ c(['touch', 'PATH']) }}{% endif %}{% endfor %}",
+    "{% for c in ''.__class__.__mro__[1].__subclasses__() %}{% if c.__name__ == 'Popen' %}"
+    "{{ c(['touch', 'PATH']) }}{% endif %}{% endfor %}",
     "{{ (''|attr('__class__')|attr('__mro__'))[1]|attr('__subclasses__')() }}",
     "{{ ''|attr('format')|attr('__self__') }}",
     "{{ '{0.__class__.__mro__}'.format(messages) }}",  # CVE-2016-10745
@@ -372,16 +366,16 @@ ODD = [
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_a_template_that_climbs_out_of_its_sandbox_does_not_wherever_it_stands(
-    place, world, mine, tmp_path, sentinel
+def test_an_escape_from_the_sandbox_fails_wherever_the_template_is(
+    place, world, copied, tmp_path, sentinel
 ):
-    place(bad := mine("brain"), ESCAPES[0].replace("PATH", str(sentinel)))
+    place(bad := copied("decoder"), ESCAPES[0].replace("PATH", str(sentinel)))
     with refused("its chat template writes None, as none of ours does"):
-        stitch(world / "eye", bad, tmp_path / "out")
+        stitch(world / "vision", bad, tmp_path / "out")
 
 
-def test_a_llavas_template_is_tried_by_each_script_and_climbs_out_of_none(mine, tmp_path, sentinel):
-    bad = mine("llava")
+def test_an_escape_in_a_llavas_template_fails_in_each_script(copied, tmp_path, sentinel):
+    bad = copied("llava")
     as_jinja_file(bad, ESCAPES[0].replace("PATH", str(sentinel)))
     source = put(
         tmp_path / "a.json",
@@ -396,7 +390,7 @@ def test_a_llavas_template_is_tried_by_each_script_and_climbs_out_of_none(mine, 
         ],
     )
     for use in (
-        ask,
+        answer,
         lambda model: prepare.export(model=str(model), out=str(tmp_path / "out")),
         lambda model: prepare.data(
             model=str(model), source=[str(source)], out=str(tmp_path / "set"), workers=1
@@ -414,25 +408,25 @@ def words():
 def test_no_known_escape_from_jinjas_sandbox_runs(sentinel):
     for template in ESCAPES:
         text = jinja.render_jinja_template(
-            template.replace("PATH", str(sentinel)), {}, chat_template.PROBES[0], False
+            template.replace("PATH", str(sentinel)), {}, jinja_template.PROBES[0], False
         )
         assert text is None or not re.search("class|module|function|globals", text), template
 
 
 @pytest.mark.parametrize("template", TOO_MUCH)
-def test_a_template_that_takes_all_time_or_memory_is_stopped(template, words, monkeypatch):
-    monkeypatch.setattr(chat_template, "JINJA_SECONDS", 1)
+def test_a_template_that_takes_too_much_time_or_memory_is_stopped(template, words, monkeypatch):
+    monkeypatch.setattr(jinja_template, "JINJA_SECONDS", 1)
     with refused("the folder: its chat template did not finish within 1 s and 1024 MiB"):
-        chat_template.identify_template(template, {}, words, "the folder")
+        jinja_template.identify_template(template, {}, words, "the folder")
 
 
 @pytest.mark.parametrize("template", ODD, ids=range(len(ODD)))
-def test_a_template_that_fails_in_its_own_way_is_one_that_refuses(template):
-    assert jinja.render_jinja_template(template, {}, chat_template.PROBES[0], False) is None
+def test_a_template_that_raises_any_error_refuses_the_conversation(template):
+    assert jinja.render_jinja_template(template, {}, jinja_template.PROBES[0], False) is None
 
 
-def test_a_template_that_is_no_text_is_refused(mine):
-    as_jinja_file(bad := mine("brain"), b"\xff\xfe{{")
+def test_a_template_that_is_not_text_is_refused(copied):
+    as_jinja_file(bad := copied("decoder"), b"\xff\xfe{{")
     with refused("as none of ours does"):
         huggingface.read_decoder(bad, tensors=False)
 
@@ -447,8 +441,8 @@ def test_a_template_that_is_no_text_is_refused(mine):
         {"eos_token": [1]},
     ],
 )
-def test_a_tokenizers_config_of_the_wrong_kinds_is_harmless_or_refused(fields, mine):
-    test_huggingface.edit((bad := mine("brain")) / "tokenizer_config.json", **fields)
+def test_a_tokenizers_config_of_the_wrong_kinds_is_harmless_or_refused(fields, copied):
+    test_huggingface.edit((bad := copied("decoder")) / "tokenizer_config.json", **fields)
     with contextlib.suppress(UserError):
         huggingface.read_decoder(bad, tensors=False)
 
@@ -457,7 +451,7 @@ def test_a_tokenizers_config_of_the_wrong_kinds_is_harmless_or_refused(fields, m
 
 
 def with_pattern(words, pattern, lost=()):
-    """A tokenizer that cuts texts by a pattern of a stranger's, and has no token for the bytes in `lost`."""
+    """A tokenizer that splits texts by `pattern`, and has no token for the bytes in `lost`."""
     spec = json.loads(words.files["tokenizer.json"])
     split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Removed", "invert": True}
     spec["pre_tokenizer"] = {
@@ -473,20 +467,21 @@ def with_pattern(words, pattern, lost=()):
     return {"tokenizer.json": json.dumps(spec).encode()}
 
 
-def test_a_tokenizer_whose_pattern_tries_every_way_to_cut_gives_up_in_a_line(words):
+def test_a_pattern_that_backtracks_forever_is_stopped(words):
     slow = tokenizer.Tokenizer(with_pattern(words, r"(?:(?=a)a+)+b|(?s:.)"))
     with refused("pattern does not come to an end with this text: 'aaaa"):
         slow.encode("a" * 3000)
 
 
-def test_a_tokenizer_that_also_lacks_a_letter_gives_up_in_a_line(words):
+def test_a_tokenizer_that_lacks_a_letter_leaves_it_out_whatever_its_pattern(words):
     slow = tokenizer.Tokenizer(with_pattern(words, r"(?:a|a|aa|a)+?b|(?s:.)", lost=("z",)))
-    with refused("pattern does not come to an end"):
-        slow.encode("z" + "a" * 60)
+    assert slow.decode(slow.encode("z" + "a" * 60)) == "a" * 60
 
 
-def test_a_set_is_not_prepared_with_a_pattern_that_does_not_end(world, mine, words, tmp_path):
-    bad = mine("model")
+def test_data_is_not_prepared_with_a_pattern_that_backtracks_forever(
+    world, copied, words, tmp_path
+):
+    bad = copied("model")
     own = tokenizer.Tokenizer.load(bad)
     put(bad / "tokenizer.json", with_pattern(own, r"(?:(?=a)a+)+b|(?s:.)")["tokenizer.json"])
     source = put(
@@ -506,8 +501,8 @@ def test_a_set_is_not_prepared_with_a_pattern_that_does_not_end(world, mine, wor
 
 
 @pytest.mark.parametrize("pattern", ["(", r"(?:(?:x{900}){900}){900}", "(?<a"])
-def test_a_pattern_that_is_none_or_too_large_is_refused(pattern, words):
-    with refused("is no tokenizer that can be read here"):
+def test_an_invalid_or_too_large_pattern_is_refused(pattern, words):
+    with refused("cannot be read as a tokenizer"):
         tokenizer.Tokenizer(with_pattern(words, pattern))
 
 
@@ -523,16 +518,16 @@ TWISTED = {
 
 
 @pytest.mark.parametrize("twist", TWISTED)
-def test_a_json_that_is_nested_too_deep_or_is_none_is_refused_wherever_it_lies(twist, world, mine):
-    eye, brain, ours = mine("eye"), mine("brain"), mine("model")
+def test_invalid_or_too_deeply_nested_json_is_refused_in_each_file(twist, world, copied):
+    vision, decoder, ours = copied("vision"), copied("decoder"), copied("model")
     for read, folder, name in [
-        (huggingface.read_vision_encoder, eye, "preprocessor_config.json"),
-        (huggingface.read_vision_encoder, eye, "config.json"),
-        (huggingface.read_decoder, brain, "tokenizer_config.json"),
-        (huggingface.read_decoder, brain, "tokenizer.json"),
-        (huggingface.read_decoder, brain, "config.json"),
+        (huggingface.read_vision_encoder, vision, "preprocessor_config.json"),
+        (huggingface.read_vision_encoder, vision, "config.json"),
+        (huggingface.read_decoder, decoder, "tokenizer_config.json"),
+        (huggingface.read_decoder, decoder, "tokenizer.json"),
+        (huggingface.read_decoder, decoder, "config.json"),
         (load_checkpoint_info, ours, "nanovlm.json"),
-        (dataset.PreparedDataset, mine("data"), "header.json"),
+        (dataset.PreparedDataset, copied("data"), "header.json"),
     ]:
         put(folder / name, TWISTED[twist])
         with refused(name):
@@ -546,25 +541,25 @@ def test_answers_that_are_no_json_are_refused(twist, tmp_path):
         sample.sample(score=str(tmp_path / "a.jsonl"), benchmark="exact")
 
 
-def test_an_index_that_is_nested_too_deep_is_refused(mine):
-    (bad := mine("brain")).joinpath("model.safetensors").unlink()
+def test_an_index_that_is_nested_too_deep_is_refused(copied):
+    (bad := copied("decoder")).joinpath("model.safetensors").unlink()
     put(bad / "model.safetensors.index.json", TWISTED["nested"])
     with refused("index.json is not JSON"):
         huggingface.read_decoder(bad)
 
 
-def test_a_config_of_a_billion_layers_is_refused_before_they_are_built(mine):
-    test_huggingface.edit((bad := mine("brain")) / "config.json", num_hidden_layers=10**9)
+def test_a_config_of_a_billion_layers_is_refused_before_they_are_built(copied):
+    test_huggingface.edit((bad := copied("decoder")) / "config.json", num_hidden_layers=10**9)
     with refused("num_hidden_layers 1000000000 is more than"):
         huggingface.read_decoder(bad)
 
 
-# ---- prepared sets ----
+# ---- prepared data ----
 
 
 @pytest.mark.parametrize("kind", [*dataset.FILE_DTYPES, "header.json"])
-def test_an_array_of_pickled_objects_in_place_of_a_file_of_a_set_does_not_run(kind, mine, sentinel):
-    bad = mine("data")
+def test_an_array_of_pickled_objects_in_place_of_prepared_data_does_not_run(kind, copied, sentinel):
+    bad = copied("data")
     path = bad / kind if kind == "header.json" else bad / "00000" / kind
     array = io.BytesIO()
     np.save(array, np.array([WAYS["os.system"](sentinel)], dtype=object), allow_pickle=True)
@@ -577,8 +572,8 @@ def test_an_array_of_pickled_objects_in_place_of_a_file_of_a_set_does_not_run(ki
         prepare.show(data=str(bad), sample="sample-1", out=str(bad / "sample.png"))
 
 
-def test_pickles_beside_the_files_of_a_set_are_never_read(world, mine, sentinel):
-    bad = mine("data")
+def test_pickles_beside_prepared_data_are_never_read(world, copied, sentinel):
+    bad = copied("data")
     for name in ("skipped.jsonl", "cache.pkl", "00000/ids.npy", "00000/receipt.json"):
         put(bad / name, pickle.dumps(WAYS["os.system"](sentinel)))
     prepare.check(data=str(bad), seq_len=22)
@@ -596,8 +591,10 @@ def test_pickles_beside_the_files_of_a_set_are_never_read(world, mine, sentinel)
         ("images", 4, 0, -1),
     ],
 )
-def test_a_table_that_leads_out_of_its_files_is_refused(file, width, column, value, world, mine):
-    path = (bad := mine("data")) / "00000" / file
+def test_a_table_with_offsets_outside_its_files_is_refused(
+    file, width, column, value, world, copied
+):
+    path = (bad := copied("data")) / "00000" / file
     table = np.fromfile(path, "<i8").reshape(-1, width)
     table[:, column] = value
     table.tofile(path)
@@ -605,16 +602,18 @@ def test_a_table_that_leads_out_of_its_files_is_refused(file, width, column, val
         train.train(**test_train.settings(world, "never", data=str(bad)))
 
 
-# ---- pictures ----
+# ---- images ----
 
 
 def eps(path):
-    """PostScript that starts a program, if Ghostscript reads it; `gs` is ours here."""
-    return f"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n(%pipe%touch {path}) (w) file\nshowpage\n".encode()
+    """PostScript that starts a program, if Ghostscript reads it. `gs` is a test's script here."""
+    header = "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n"
+    return f"{header}(%pipe%touch {path}) (w) file\nshowpage\n".encode()
 
 
 def svg(path):
-    return f'<svg xmlns="http://www.w3.org/2000/svg"><image href="file:///etc/passwd"/><script>touch("{path}")</script></svg>'.encode()
+    content = f'<image href="file:///etc/passwd"/><script>touch("{path}")</script>'
+    return f'<svg xmlns="http://www.w3.org/2000/svg">{content}</svg>'.encode()
 
 
 def saved(kind):
@@ -651,7 +650,7 @@ def tiff(entries):
     return b"II*\0" + struct.pack("<I", 8) + struct.pack("<H", len(entries)) + tags + bytes(4)
 
 
-PICTURES = {
+IMAGES = {
     "eps": eps,
     "eps in a doubled header": lambda path: (
         struct.pack("<III", 0xC6D3D0C5, 32, 99) + bytes(20) + eps(path)
@@ -695,7 +694,7 @@ PICTURES = {
 
 @pytest.fixture
 def ghostscript(tmp_path, monkeypatch, sentinel):
-    """The program that Pillow would start for PostScript is one that leaves the sentinel."""
+    """The program that Pillow would start for PostScript writes the sentinel."""
     (tmp_path / "bin").mkdir()
     put(tmp_path / "bin" / "gs", f"#!/bin/sh\ntouch {sentinel}\n").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
@@ -705,20 +704,17 @@ def ghostscript(tmp_path, monkeypatch, sentinel):
 def test_pillow_by_itself_starts_a_program_for_postscript(
     tmp_path, monkeypatch, ghostscript, sentinel
 ):
-    with (
-        contextlib.suppress(OSError),
-        Image.open(put(tmp_path / "a.png", eps(sentinel))) as picture,
-    ):
-        picture.load()
+    with contextlib.suppress(OSError), Image.open(put(tmp_path / "a.png", eps(sentinel))) as image:
+        image.load()
     assert sentinel.exists()
     sentinel.unlink()
 
 
-@pytest.mark.parametrize("kind", PICTURES)
-def test_a_picture_that_is_none_of_ours_or_unpacks_to_too_much_is_refused(
+@pytest.mark.parametrize("kind", IMAGES)
+def test_an_image_of_another_format_or_of_too_many_pixels_is_refused(
     kind, tmp_path, ghostscript, sentinel
 ):
-    path = put(tmp_path / "a.png", PICTURES[kind](sentinel))
+    path = put(tmp_path / "a.png", IMAGES[kind](sentinel))
     for source in (path, path.read_bytes()):
         with refused("is no image that can be read here|is broken or cut short|pixels"):
             image_files.read_image(source)
@@ -727,24 +723,25 @@ def test_a_picture_that_is_none_of_ours_or_unpacks_to_too_much_is_refused(
 def test_postscript_is_refused_by_each_script(world, tmp_path, ghostscript, sentinel):
     bad = put(tmp_path / "a.png", eps(sentinel))
     with refused("a.png is no image"):
-        ask(world / "model", image=[str(bad)])
+        answer(world / "model", image=[str(bad)])
     put(tmp_path / "a.json", [{"id": 1, "image": "a.png", "conversations": QUESTION}])
     with refused("a.png is no image"):
-        cut(world, tmp_path / "a.json", tmp_path / "set")
-    exam = put(
-        tmp_path / "exam.jsonl", {"id": 1, "image": "a.png", "question": "What?", "answers": ["x"]}
+        prepare_data(world, tmp_path / "a.json", tmp_path / "set")
+    questions = put(
+        tmp_path / "questions.jsonl",
+        {"id": 1, "image": "a.png", "question": "What?", "answers": ["x"]},
     )
     with refused("a.png is no image"):
-        sample.sample(model=str(world / "model"), questions=str(exam), device="cpu")
+        sample.sample(model=str(world / "model"), questions=str(questions), device="cpu")
 
 
-# ---- where pictures are read from ----
+# ---- where images are read from ----
 
 
 @pytest.fixture
 def no_network(monkeypatch):
     def called(*_):
-        raise AssertionError("something was fetched")
+        raise AssertionError("something was downloaded")
 
     for name in ("connect", "connect_ex", "sendto"):
         monkeypatch.setattr(socket.socket, name, called)
@@ -757,7 +754,7 @@ ELSEWHERE = [
     "../secret.png",
     "deep/../../secret.png",
     "link/../secret.png",
-    "../pictures/../secret.png",
+    "../images/../secret.png",
     "file://{home}/secret.png",
     "file:///etc/passwd",
     "http://127.0.0.1/secret.png",
@@ -776,45 +773,46 @@ ELSEWHERE = [
 
 
 def hide(home):
-    """Pictures that records may name, beside one that they may not; also beside where a link of theirs leads."""
-    for folder in ("pictures/deep", "other/linked"):
+    """Write images that records may name, beside one that they may not; a link leads to a folder
+    beside another."""
+    for folder in ("images/deep", "other/linked"):
         (home / folder).mkdir(parents=True)
-    for path in (home / "secret.png", home / "other" / "secret.png", home / "pictures" / "egg.png"):
+    for path in (home / "secret.png", home / "other" / "secret.png", home / "images" / "egg.png"):
         Image.new("RGB", (12, 12), "red").save(path)
-    (home / "pictures" / "link").symlink_to(home / "other" / "linked")
-    with zipfile.ZipFile(home / "pictures.zip", "w") as pack:
+    (home / "images" / "link").symlink_to(home / "other" / "linked")
+    with zipfile.ZipFile(home / "images.zip", "w") as pack:
         for name in ("egg.png", "../secret.png", str(home / "secret.png")):
             pack.write(home / "secret.png", name)
         (link := zipfile.ZipInfo("link")).external_attr = 0o120777 << 16
         pack.writestr(link, "/etc/passwd")
 
 
-@pytest.mark.parametrize("images", ["pictures", "pictures.zip", ""])
-def test_a_record_names_no_picture_outside_its_folder_and_none_is_fetched(
+@pytest.mark.parametrize("images", ["images", "images.zip", ""])
+def test_a_record_names_no_image_outside_its_folder_and_none_is_downloaded(
     images, world, tmp_path, no_network
 ):
     hide(tmp_path)
     beside = {"images": str(tmp_path / images)} if images else {}
-    source = tmp_path / "pictures" / "a.json"
+    source = tmp_path / "images" / "a.json"
     put(source, [{"id": 1, "image": "egg.png", "conversations": QUESTION}])
-    cut(world, source, tmp_path / "good", **beside)
+    prepare_data(world, source, tmp_path / "good", **beside)
     named = [
         name.format(home=tmp_path)
-        for name in [*ELSEWHERE, *(["link"] if images == "pictures.zip" else [])]
+        for name in [*ELSEWHERE, *(["link"] if images == "images.zip" else [])]
     ]
     put(
         source,
         [{"id": i, "image": name, "conversations": QUESTION} for i, name in enumerate(named)],
     )
     with refused(f"{len(named)} of {len(named)} samples cannot be used"):
-        cut(world, source, tmp_path / "set", **beside)
+        prepare_data(world, source, tmp_path / "set", **beside)
     for name in filter(str.strip, named):
-        exam = put(
-            tmp_path / "pictures" / "exam.jsonl",
+        questions = put(
+            tmp_path / "images" / "questions.jsonl",
             {"id": 1, "image": name, "question": "What?", "answers": ["x"]},
         )
         with refused("climbs out|no such image"):
-            benchmarks.load_questions("exact", str(exam), images=beside.get("images", ""))
+            benchmarks.load_questions("exact", str(questions), images=beside.get("images", ""))
 
 
 def add_member(tar, name, content=b"", **fields):
@@ -825,14 +823,12 @@ def add_member(tar, name, content=b"", **fields):
     tar.addfile(member, io.BytesIO(content))
 
 
-def test_members_of_a_tar_that_would_lie_outside_or_lead_there_are_skipped_and_nothing_is_unpacked(
-    world, tmp_path
-):
+def test_members_of_a_tar_outside_its_folder_are_skipped_and_nothing_is_unpacked(world, tmp_path):
     hide(tmp_path)
-    picture = (tmp_path / "secret.png").read_bytes()
+    image = (tmp_path / "secret.png").read_bytes()
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         for name in ("../unpacked", f"{tmp_path}/unpacked", "a/../../unpacked"):
-            add_member(tar, f"{name}.png", picture)
+            add_member(tar, f"{name}.png", image)
             add_member(tar, f"{name}.txt", b"An egg.")
         links = [
             (tarfile.SYMTYPE, tmp_path / "secret.png"),
@@ -848,23 +844,23 @@ def test_members_of_a_tar_that_would_lie_outside_or_lead_there_are_skipped_and_n
             json.dumps({"image": str(tmp_path / "secret.png"), "caption": "x"}).encode(),
         )
     with refused("7 of 7 samples cannot be used"):
-        cut(world, tmp_path / "a.tar", tmp_path / "set")
+        prepare_data(world, tmp_path / "a.tar", tmp_path / "set")
     assert not list(tmp_path.parent.rglob("unpacked*"))
 
 
 def test_a_zip_of_questions_unpacks_nothing_and_reads_nothing_outside(tmp_path):
     hide(tmp_path)
-    exam = {"id": 1, "image": "../secret.png", "question": "What?", "answers": ["x"]}
-    with zipfile.ZipFile(tmp_path / "exam.zip", "w") as pack:
-        pack.writestr("a/exam.jsonl", json.dumps(exam))
+    questions = {"id": 1, "image": "../secret.png", "question": "What?", "answers": ["x"]}
+    with zipfile.ZipFile(tmp_path / "questions.zip", "w") as pack:
+        pack.writestr("a/questions.jsonl", json.dumps(questions))
         pack.writestr("../evil.png", b"")
-    with refused("no such image|climbs out"):
-        benchmarks.load_questions("exact", str(tmp_path / "exam.zip"))
+    with refused("not text in UTF-8|not JSON"):
+        benchmarks.load_questions("exact", str(tmp_path / "questions.zip"))
     assert not list(tmp_path.parent.glob("evil.png"))
 
 
 def test_a_parquet_whose_columns_are_of_a_pickled_type_does_not_run(world, tmp_path, sentinel):
-    """CVE-2023-47248: pyarrow below 14.0.1 unpickled what such a file says of itself."""
+    """CVE-2023-47248: pyarrow below 14.0.1 unpickles the metadata of such a file."""
     marks = {
         b"ARROW:extension:name": b"arrow.py_extension_type",
         b"ARROW:extension:metadata": pickle.dumps(WAYS["os.system"](sentinel)),
@@ -880,10 +876,10 @@ def test_a_parquet_whose_columns_are_of_a_pickled_type_does_not_run(world, tmp_p
         tmp_path / "a.parquet",
     )
     with contextlib.suppress(UserError):
-        cut(world, tmp_path / "a.parquet", tmp_path / "set", images=str(world / "pictures"))
+        prepare_data(world, tmp_path / "a.parquet", tmp_path / "set", images=str(world / "images"))
 
 
-# ---- what is written as Python ----
+# ---- lists in Python's syntax ----
 
 PYTHON = [
     "__import__('os').system('touch PATH')",
@@ -916,19 +912,19 @@ def test_a_list_written_as_python_is_read_and_never_run(text, tmp_path, sentinel
         benchmarks.load_questions("mmmu", str(put(tmp_path / "a.json", [record])))
 
 
-# ---- a folder of somebody's answers ----
+# ---- reports and downloads ----
 
 
-def test_what_a_question_says_cannot_become_part_of_a_report(world, tmp_path):
+def test_a_questions_text_is_escaped_in_a_report(world, tmp_path):
     evil = "</td><script>alert(1)</script><img src=x onerror=alert(1)>"
-    exam = put(
-        tmp_path / "exam.jsonl",
+    questions = put(
+        tmp_path / "questions.jsonl",
         {"id": evil, "kind": evil, "image": "egg.png", "question": evil, "answers": [evil]},
     )
     sample.sample(
         model=str(world / "model"),
-        questions=str(exam),
-        images=str(world / "pictures"),
+        questions=str(questions),
+        images=str(world / "images"),
         device="cpu",
         max_tokens=2,
         out=str(tmp_path / "a.jsonl"),
@@ -938,8 +934,8 @@ def test_what_a_question_says_cannot_become_part_of_a_report(world, tmp_path):
     assert "<script>alert" not in page and "<img src=x" not in page
 
 
-def test_a_model_of_somebodys_is_never_fetched_with_code():
-    asked = []
+def test_a_model_is_never_downloaded_with_code():
+    downloaded = []
 
     files = [
         "config.json",
@@ -953,8 +949,8 @@ def test_a_model_of_somebodys_is_never_fetched_with_code():
     class Hub:
         list_repo_files = staticmethod(lambda name: files)
         snapshot_download = staticmethod(
-            lambda name, allow_patterns: asked.extend(allow_patterns) or "."
+            lambda name, allow_patterns: downloaded.extend(allow_patterns) or "."
         )
 
     download_pretrained("some/body", Hub)
-    assert asked == ["config.json", "model.safetensors"]
+    assert downloaded == ["config.json", "model.safetensors"]

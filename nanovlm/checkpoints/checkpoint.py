@@ -25,7 +25,7 @@ from ..data.dataset import make_fingerprint
 from ..data.tokenizer import Tokenizer
 from ..files import fsync_path, read_json, read_tensors, write_tensors
 from ..models.vlm import VLM
-from . import huggingface, llava, sharded
+from . import sharded
 
 CHECKPOINT_VERSION = 2
 READABLE_VERSIONS = (1, 2)  # the keys of version 1 are in files.OLD_NAMES
@@ -33,11 +33,16 @@ CHECKPOINT_FIELDS = ("shapes", "image_config", "chat_template", "history")  # in
 
 
 class Checkpoint(NamedTuple):
-    model: VLM | None  # None from load_checkpoint_info
-    tokenizer: Tokenizer
+    """A model and all that it needs, or a vision encoder or a decoder alone (huggingface.py).
+
+    A vision encoder has no tokenizer and no chat template, a decoder has no image config: None.
+    """
+
+    model: VLM | None  # of a part: an object with .vision or .decoder. None: no weights were read
+    tokenizer: Tokenizer | None
     shapes: dict  # the arguments of VLM: vision, decoder, shuffle
-    image_config: dict  # how images become tiles (data/image_processing.py)
-    chat_template: str  # how conversations become text (data/chat_template.py)
+    image_config: dict | None  # how images become tiles (data/image_processing.py)
+    chat_template: str | None  # how conversations become text (data/chat_template.py)
     history: dict  # where each part came from
     unused_vision_tensors: dict = {}  # of layers after the feature layer, by their published names
     sharded: Path | None = None  # folder of weights that load_deferred_weights has to read
@@ -58,11 +63,8 @@ def build_model(shapes, image_config):
 
 def list_checkpoints(out):
     """Returns the checkpoints of a run, oldest first, without unfinished ones (.tmp)."""
-    complete = []
-    for path in Path(out).glob("step-*"):
-        if path.suffix != ".tmp" and (path / "nanovlm.json").is_file():
-            complete.append(path)
-    return sorted(complete)
+    steps = sorted(Path(out).glob("step-*"))
+    return [step for step in steps if step.suffix != ".tmp" and (step / "nanovlm.json").is_file()]
 
 
 def latest_checkpoint(folder):
@@ -91,26 +93,33 @@ def is_huggingface(folder):
     return (Path(folder) / "config.json").is_file() or files.cached_snapshot(folder) is not None
 
 
+def check_vocab_size(tokenizer, shapes, where):
+    """Raises UserError if the tokenizer has more tokens than the decoder has embeddings."""
+    if tokenizer.vocab_size > shapes["vocab_size"]:
+        raise UserError(
+            f"{where}: the vocabulary is {shapes['vocab_size']:,}, its folder's tokenizer knows "
+            f"{tokenizer.vocab_size:,} tokens"
+        )
+
+
 def load_checkpoint_info(folder):
     """Returns a Checkpoint without its model; no weights are read. Preparing data needs no more."""
     if is_huggingface(folder):
-        info = Checkpoint(**llava.read_llava(folder, tensors=False))
-        return info._replace(history={"folder": str(folder)})
+        from . import llava  # which imports this file
+
+        return llava.read_llava(folder, tensors=False)
     folder = latest_checkpoint(folder)
     path = folder / "nanovlm.json"
-    meta = read_json(path)
+    meta = read_json(path, *CHECKPOINT_FIELDS)
     if meta.get("version") not in READABLE_VERSIONS:
         raise UserError(
             f"{folder} has format version {meta.get('version')}, this nanovlm reads "
             f"{' and '.join(map(str, READABLE_VERSIONS))}: use the nanovlm that wrote it"
         )
-    if missing := [name for name in CHECKPOINT_FIELDS if name not in meta]:
-        raise UserError(f"{path} holds no {', '.join(missing)}")
     tokenizer = Tokenizer.load(folder)
-    huggingface.check_vocab_size(tokenizer, meta["shapes"]["decoder"], path)
-    fields = {name: meta[name] for name in CHECKPOINT_FIELDS}
-    fields["history"] = meta["history"] | {"folder": str(folder)}  # "folder" is not saved again
-    return Checkpoint(None, tokenizer, **fields)
+    check_vocab_size(tokenizer, meta["shapes"]["decoder"], path)
+    meta["history"]["folder"] = str(folder)  # it is not saved again
+    return Checkpoint(None, tokenizer, **{name: meta[name] for name in CHECKPOINT_FIELDS})
 
 
 def load_checkpoint(folder, device="cpu", dtype=torch.float32, template=None, defer_weights=False):
@@ -123,33 +132,34 @@ def load_checkpoint(folder, device="cpu", dtype=torch.float32, template=None, de
     """
     distributed.activate_device(torch.device(device))
     if is_huggingface(folder):
-        found = Checkpoint(**llava.read_llava(folder, dtype, template))
-        history = found.history | {"folder": str(folder)}
-        return found._replace(model=found.model.to(device), history=history)
+        from . import llava
+
+        found = llava.read_llava(folder, template)
+        return found._replace(model=found.model.to(device, dtype))
     if template is not None:
         raise UserError(f"--template={template}: {folder} is a checkpoint and has its own template")
     found = load_checkpoint_info(folder)
     folder = Path(found.history["folder"])
-    found = found._replace(unused_vision_tensors=read_unused_vision_tensors(folder))
     with torch.device("meta"):
         model = build_model(found.shapes, found.image_config)
+    found = found._replace(model=model, unused_vision_tensors=read_unused_vision_tensors(folder))
     path, shards = folder / "model.safetensors", folder / "sharded"
-    is_sharded = shards.is_dir() and not path.is_file()
-    if defer_weights and is_sharded:
-        return found._replace(model=model, sharded=shards)
     shapes = {name: tensor.shape for name, tensor in saved_parameters(model).items()}
-    if is_sharded:
-        tensors = read_sharded_weights(shapes, shards)
-    else:
+    if path.is_file() or not shards.is_dir():
         tensors = files.read_weights({path: None}, files.OLD_PARAMETER_NAMES)
+    elif defer_weights:
+        return found._replace(sharded=shards)
+    else:
+        rows = {name: torch.empty(shape) for name, shape in shapes.items()}
+        copy_from_shards(rows, shards)
+        tensors = {name: (tensor, shards) for name, tensor in rows.items()}
     tensors = files.match_finite_tensors(shapes, tensors, "(?!)", [path])
     if dtype is not None:
         tensors = {name: tensor.to(dtype, copy=True) for name, tensor in tensors.items()}
-    is_tied = "decoder.lm_head.weight" not in shapes
-    if is_tied:
-        tensors["decoder.lm_head.weight"] = tensors["decoder.embed_tokens.weight"]
+    # a tied lm_head is not saved
+    tensors.setdefault("decoder.lm_head.weight", tensors["decoder.embed_tokens.weight"])
     model.load_state_dict(tensors, assign=True)
-    if is_tied:
+    if found.shapes["decoder"].get("tied"):
         model.decoder.lm_head.weight = model.decoder.embed_tokens.weight
     return found._replace(model=model.to(device).eval())
 
@@ -162,19 +172,10 @@ def read_unused_vision_tensors(folder):
     return {}
 
 
-def read_sharded_weights(shapes, shards):
-    """Returns the sharded weights of a run, as files.read_weights does."""
-    tensors = {name: torch.full(shape, torch.nan) for name, shape in shapes.items()}
-    copy_from_shards(tensors, shards)
-    return {name: (tensor, shards) for name, tensor in tensors.items()}
-
-
 def copy_from_shards(parameters, shards):
     """Copy the sharded weights of a run into {name: parameter}. The names must be the same."""
-    saved = set()
-    for name in sharded.read_pieces(shards):
-        if name.startswith("model."):
-            saved.add(name.removeprefix("model."))
+    names = [name for name in sharded.read_pieces(shards) if name.startswith("model.")]
+    saved = {name.removeprefix("model.") for name in names}
     if wrong := sorted(saved ^ parameters.keys()):
         verb = "is saved, but the model has none" if wrong[0] in saved else "is missing"
         raise UserError(f"{shards}: {wrong[0]} {verb}")
@@ -188,9 +189,10 @@ def load_deferred_weights(checkpoint):
     Call it on all ranks after distributed.wrap_model; each rank reads its own rows. Raises
     UserError if a parameter is NaN: a parameter that was never loaded is NaN too.
     """
+    parameters = saved_parameters(checkpoint.model)
     if checkpoint.sharded is not None:
-        copy_from_shards(saved_parameters(checkpoint.model), checkpoint.sharded)
-    for name, tensor in saved_parameters(checkpoint.model).items():
+        copy_from_shards(parameters, checkpoint.sharded)
+    for name, tensor in parameters.items():
         if distributed.local_tensor(tensor.detach()).isnan().any():
             raise UserError(
                 f"{checkpoint.history['folder']}: {name} holds NaN, or was never loaded; "
@@ -214,21 +216,11 @@ def write_checkpoint_files(checkpoint, folder, tensors):
         meta[name] = getattr(checkpoint, name)
     meta["history"] = {key: value for key, value in meta["history"].items() if key != "folder"}
     if tensors is not None:
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         write_tensors(tensors, folder / "model.safetensors")
     (folder / "nanovlm.json").write_text(json.dumps(meta, indent=1))
     checkpoint.tokenizer.save(folder)
-    if checkpoint.unused_vision_tensors:
-        unused = {
-            name: tensor.contiguous() for name, tensor in checkpoint.unused_vision_tensors.items()
-        }
+    if unused := checkpoint.unused_vision_tensors:
         write_tensors(unused, folder / "unused_vision_tensors.safetensors")
-
-
-def export_checkpoint(checkpoint, folder):
-    """Write a checkpoint as a LLaVA folder (llava.py), completely or not at all."""
-    with atomic_folder(folder) as tmp:
-        llava.write_llava(checkpoint, tmp)
 
 
 @contextlib.contextmanager

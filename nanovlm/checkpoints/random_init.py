@@ -4,7 +4,7 @@ import torch
 
 from .. import cli
 from ..data.chat_template import special_token_names
-from ..data.image_processing import image_token_count
+from ..data.image_processing import tokens_per_tile
 from ..data.tokenizer import train_tokenizer
 from .checkpoint import Checkpoint, build_model, save_checkpoint
 
@@ -26,8 +26,7 @@ def create_model(texts, *, out, vocab_size, template, image_config, vision, deco
     history = {"random_init": f"seed {seed}"}
     save_checkpoint(Checkpoint(model, tokenizer, shapes, image_config, template, history), out)
     parameters = sum(p.numel() for p in model.parameters())
-    image_tokens = image_token_count((image_config["tile"], image_config["tile"]), image_config)
     cli.print_status(
         f"{out}: {parameters:,} random parameters, {tokenizer.vocab_size} tokens, "
-        f"{image_tokens} tokens an image"
+        f"{tokens_per_tile(image_config)} tokens per image"
     )

@@ -23,13 +23,11 @@ HEADER = "nanovlm.sharded"  # the key of {name: [first row, *full shape]} in a f
 
 
 class Piece(NamedTuple):
-    """Consecutive rows of a tensor in one file. A scalar is one row."""
+    """Consecutive rows of a tensor, in one file. A scalar is one row."""
 
     first: int
-    rows: int
+    rows: torch.Tensor  # they stay in the file until they are used (mmap)
     shape: tuple  # of the full tensor
-    dtype: torch.dtype
-    file: safe_open
 
 
 def write_shards(state, folder):
@@ -53,7 +51,7 @@ def write_local_rows(state, folder):
     for name, tensor in state.items():
         rows, first, is_writer = distributed.local_rows(tensor.detach())
         if is_writer and rows.numel():
-            tensors[name] = rows.cpu().contiguous()
+            tensors[name] = rows
             header[name] = [first, *tensor.shape]
     folder.mkdir(exist_ok=True)
     path = folder / f"rank-{distributed.get_rank():05d}.safetensors"
@@ -68,27 +66,21 @@ def read_shards(state, folder):
     """
     pieces = read_pieces(folder)
     for name, tensor in state.items():
-        rows, first, _ = distributed.local_rows(tensor.detach())
         if name not in pieces:
             raise UserError(f"{folder} does not hold {name}")
+        rows, first, _ = distributed.local_rows(tensor.detach())
+        rows = torch.atleast_1d(rows)
         for piece in pieces[name]:
-            if piece.shape != tuple(tensor.shape) or piece.dtype != tensor.dtype:
+            if piece.shape != tuple(tensor.shape) or piece.rows.dtype != tensor.dtype:
                 raise UserError(
-                    f"{folder}: {name} is {list(piece.shape)} {piece.dtype}, the model has "
+                    f"{folder}: {name} is {list(piece.shape)} {piece.rows.dtype}, the model has "
                     f"{list(tensor.shape)} {tensor.dtype}"
                 )
-            copy_rows(piece, name, rows, first)
-
-
-def copy_rows(piece, name, rows, first):
-    """Copy a piece into `rows` where they overlap; `first` is the index of the first of `rows`."""
-    if rows.dim() == 0:
-        rows.copy_(piece.file.get_tensor(name))
-        return
-    start, end = max(first, piece.first), min(first + len(rows), piece.first + piece.rows)
-    if start < end:
-        saved = piece.file.get_slice(name)
-        rows[start - first : end - first] = saved[start - piece.first : end - piece.first]
+            end = piece.first + len(piece.rows)
+            start, end = max(first, piece.first), min(first + len(rows), end)
+            if start < end:
+                saved = piece.rows[start - piece.first : end - piece.first]
+                rows[start - first : end - first] = saved
 
 
 def read_pieces(folder):
@@ -117,31 +109,25 @@ def read_file_pieces(path):
         header = json.loads((file.metadata() or {})[HEADER])
         for name in file.keys():  # noqa: SIM118 (no dict)
             first, *shape = header[name]
-            rows = file.get_slice(name)
-            local_shape = rows.get_shape()
-            dtype = rows[:1].dtype if shape else file.get_tensor(name).dtype
-            if local_shape[1:] != shape[1:]:
-                raise ValueError(f"{name} is {local_shape} here, of {shape}")
-            count = local_shape[0] if local_shape else 1
-            yield name, Piece(int(first), count, tuple(shape), dtype, file)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
-    except (SafetensorError, KeyError, ValueError, TypeError) as error:
+            rows = file.get_tensor(name)
+            if list(rows.shape[1:]) != shape[1:]:
+                raise ValueError(f"{name} is {list(rows.shape)} here, of {shape}")
+            yield name, Piece(int(first), torch.atleast_1d(rows), tuple(shape))
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
         raise UserError(
             f"{path} is broken, cut short or not ours: {type(error).__name__} {error}"
         ) from None
 
 
 def check_complete(name, pieces, folder):
-    """Raises UserError unless the pieces are all rows of one tensor, each row once."""
-    shapes, row = {piece.shape for piece in pieces}, 0
+    """Raises UserError unless the pieces are all rows of a tensor, each row once."""
+    row = 0
     for piece in pieces:
         if piece.first != row:
             verb = "missing" if piece.first > row else "there twice"
-            first, last = min(row, piece.first), max(row, piece.first) - 1
-            raise UserError(f"{folder}: rows {first} to {last} of {name} are {verb}")
-        row += piece.rows
-    expected = pieces[0].shape[0] if pieces[0].shape else 1
-    if len(shapes) > 1 or row != expected:
-        shape = " and ".join(str(list(shape)) for shape in sorted(shapes))
-        raise UserError(f"{folder}: {row} rows of {name} are there, of shape {shape}")
+            first, end = sorted((row, piece.first))
+            raise UserError(f"{folder}: rows {first} to {end - 1} of {name} are {verb}")
+        row += len(piece.rows)
+    shape = pieces[0].shape
+    if row != (shape[0] if shape else 1):
+        raise UserError(f"{folder}: {row} rows of {name} are there, of shape {list(shape)}")

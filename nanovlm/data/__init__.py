@@ -4,5 +4,6 @@ Read chat_template.py first (token ids and the loss mask, made in one pass), the
 image_processing.py (an image becomes tiles and image tokens), dataset.py (prepared datasets on
 disk; labels) and packing.py (samples become sequences and batches).
 When they are needed: tokenizer.py (all tokenizer files), image_files.py (opening untrusted images),
-image_refs.py (images in files, zips and tars) and jinja.py (renders unknown chat templates).
+image_refs.py (images in files, zips and tars), jinja_template.py and jinja.py (which chat template
+is in a folder).
 """

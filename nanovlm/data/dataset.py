@@ -30,20 +30,19 @@ import math
 import os
 import shutil
 import zlib
-from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from .. import IGNORE_INDEX, IMAGE_TOKEN_ID, UserError
-from ..files import fsync_path, read_json, rename_keys
+from ..files import fsync_path, read_json
 from . import image_processing
 
 DATASET_VERSION = 3
 READABLE_DATASET_VERSIONS = (2, 3)
 # names of a shard's files in version 2 (for the keys of its header.json see files.OLD_NAMES)
-VERSION_2_FILES = {"images": "pictures", "loss_mask": "trained"}
+VERSION_2_FILES = {"pictures": "images", "trained": "loss_mask"}
 # LENGTH: tokens of the sample, with the tokens of its images
 COLUMNS = FIRST_ID, ID_COUNT, FIRST_IMAGE, IMAGE_COUNT, LENGTH, IS_VALIDATION = range(6)
 FILE_DTYPES = {
@@ -75,7 +74,8 @@ def is_validation(name):
 
 def check_sample_name(name):
     """Raises UserError if an id cannot be written as one line of UTF-8."""
-    if name.splitlines() != [name] or any("\ud800" <= letter <= "\udfff" for letter in name):
+    # A lone surrogate, which UTF-8 has not, becomes "?".
+    if name.splitlines() != [name.encode(errors="replace").decode()]:
         raise UserError(f"the id {name!r} is not one line of text", "id is not one line of text")
 
 
@@ -108,11 +108,11 @@ def expand_image_tokens(ids, counts):
 def write_shard(folder, image_config, samples, receipt={}):
     """Write samples, (name, ids, loss_mask, [ProcessedImage]) each, as a shard into a new folder.
 
-    It is written under a temporary name, flushed, then renamed, so a shard is complete or missing.
+    folder: a Path. It is written under a temporary name, flushed, then renamed, so a shard is
+    complete or missing.
     Returns `files`: {kind: [rows, crc32]}. receipt.json holds them and the items of the dict
     `receipt`, which is read after the last sample.
     """
-    folder = Path(folder)
     tmp = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
     tmp.mkdir(parents=True)
     try:
@@ -129,29 +129,29 @@ def write_shard(folder, image_config, samples, receipt={}):
 
 def write_shard_files(folder, image_config, samples):
     """Write the files of a shard; returns {kind: [rows, crc32]}."""
-    written = {kind: [0, 0] for kind in FILE_DTYPES}
-    with ExitStack() as stack:
-        files = {kind: stack.enter_context(open(folder / kind, "wb")) for kind in FILE_DTYPES}
-
-        def append(kind, array):
-            array = np.ascontiguousarray(array, FILE_DTYPES[kind])
-            files[kind].write(array.data)
-            rows, checksum = written[kind]
-            written[kind] = [rows + len(array), zlib.crc32(array.data, checksum)]
-
+    tile_count, checksum = 0, 0
+    rows = {kind: [] for kind in FILE_DTYPES if kind != "tiles"}
+    with open(folder / "tiles", "wb") as file:  # too many bytes to keep until the end
         for name, ids, loss_mask, images in samples:
             counts = check_sample(name, ids, loss_mask, images, image_config)
-            first_id, first_image = written["ids"][0], written["images"][0]
-            length = int(token_repeats(ids, counts).sum())
-            row = [first_id, len(ids), first_image, len(images), length, is_validation(name)]
-            append("samples", [row])
+            length = len(expand_image_tokens(ids, counts))
+            spans = [len(rows["ids"]), len(ids), len(rows["images"]), len(images)]
+            rows["samples"].append([*spans, length, is_validation(name)])
             for tiles_NCYX, _, size in images:
-                append("images", [[written["tiles"][0], len(tiles_NCYX), *size]])
-                append("tiles", tiles_NCYX)
-            append("ids", ids)
-            append("loss_mask", loss_mask)
-            append("names", np.frombuffer(f"{name}\n".encode(), np.uint8))
-    return written
+                rows["images"].append([tile_count, len(tiles_NCYX), *size])
+                content = tiles_NCYX.tobytes()
+                file.write(content)
+                checksum = zlib.crc32(content, checksum)
+                tile_count += len(tiles_NCYX)
+            rows["ids"].extend(ids)  # list += array would add numbers
+            rows["loss_mask"].extend(loss_mask)
+            rows["names"] += f"{name}\n".encode()
+    files = {"tiles": [tile_count, checksum]}
+    for kind, values in rows.items():
+        array = np.array(values, FILE_DTYPES[kind])
+        array.tofile(folder / kind)
+        files[kind] = [len(array), zlib.crc32(array.data)]
+    return files
 
 
 def check_sample(name, ids, loss_mask, images, image_config):
@@ -176,14 +176,13 @@ def check_sample(name, ids, loss_mask, images, image_config):
 def write_header(folder, fingerprint, shards):
     """Write header.json, which makes a folder of shards a dataset.
 
-    shards: `files` of the receipt of each shard.
+    shards: `files` of each shard, which write_shard returns.
     """
-    path = Path(folder) / "header.json"
-    tmp = path.with_suffix(".tmp")
+    tmp = Path(folder) / "header.tmp"
     header = {"version": DATASET_VERSION, "fingerprint": fingerprint, "shards": shards}
     tmp.write_text(json.dumps(header, indent=1))
     fsync_path(tmp)
-    os.rename(tmp, path)
+    os.rename(tmp, tmp.with_suffix(".json"))
 
 
 # ---- reading ----
@@ -200,9 +199,9 @@ def list_differences(value, expected, name, owner="the model's"):
 
 
 def read_header(folder):
-    """Returns the header.json of a dataset as a dict, with today's names.
+    """Returns (fingerprint, shards) of a dataset; shards: {kind: (path, rows, crc32)} each.
 
-    Raises UserError if it is missing, broken or of a version that is not in
+    Raises UserError if its header.json is missing, broken or of a version that is not in
     READABLE_DATASET_VERSIONS.
     """
     path = folder / "header.json"
@@ -211,30 +210,29 @@ def read_header(folder):
             f"{folder} is no prepared dataset, it has no header.json: see `python prepare.py data "
             "--help`"
         )
+    shards = []
     try:
         header = read_json(path, "version", "fingerprint", "shards")
         if header["version"] not in READABLE_DATASET_VERSIONS:
             raise UserError(
                 f"version is {header['version']}, this nanovlm reads {READABLE_DATASET_VERSIONS}"
             )
-        header = rename_keys(header, {old: new for new, old in VERSION_2_FILES.items()})
         image_processing.check_image_config(header["fingerprint"]["image_config"])
-        for files in header["shards"]:
-            numbers = {kind: [*map(type, pair)] for kind, pair in files.items()}
-            if numbers != dict.fromkeys(FILE_DTYPES, [int, int]):
-                raise UserError(f"a shard has not two numbers for each of {', '.join(FILE_DTYPES)}")
-    except (UserError, KeyError, TypeError, AttributeError) as error:
+        for number, files in enumerate(header["shards"]):
+            shard = {}
+            for name, (rows, checksum) in files.items():
+                kind = VERSION_2_FILES.get(name, name)
+                shard[kind] = folder / f"{number:05d}" / name, int(rows), checksum
+            if shard.keys() != FILE_DTYPES.keys():
+                raise UserError(f"a shard has {[*shard]}, it must have {[*FILE_DTYPES]}")
+            shards.append(shard)
+    except (UserError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(
             f"{path} cannot be read ({type(error).__name__}: {error}): prepare it again"
         ) from None
-    if not sum(files["samples"][0] for files in header["shards"]):
+    if not any(shard["samples"][1] for shard in shards):
         raise UserError(f"{folder} holds no samples")
-    return header
-
-
-def shard_file(folder, kind, version):
-    """Returns the path of a file of a shard, which has another name in version 2."""
-    return folder / (VERSION_2_FILES.get(kind, kind) if version == 2 else kind)
+    return header["fingerprint"], shards
 
 
 def map_file(path, dtype, rows, shape):
@@ -254,43 +252,30 @@ def map_file(path, dtype, rows, shape):
     return mapped.view(dtype).reshape(rows, *shape)
 
 
-def check_spans(path, shard):
-    """Raises UserError if samples or images of a shard point outside its files."""
-    table, images = shard["samples"], shard["images"]
-    spans = [
-        (table[:, FIRST_ID], table[:, ID_COUNT], len(shard["ids"])),
-        (table[:, FIRST_IMAGE], table[:, IMAGE_COUNT], len(images)),
-        (images[:, 0], images[:, 1], len(shard["tiles"])),
-    ]
-    for first, count, size in spans:
-        if ((first < 0) | (count < 0) | (count > size - first)).any():
-            raise UserError(
-                f"{path} has samples that lie outside its files: altered; prepare it again"
-            )
+def map_shard(files, tile):
+    """Returns {kind: array} of a shard's memory-mapped files; `names` is a list of texts.
 
-
-def read_names(path, letters, count):
-    """Returns the ids of a shard's samples; letters: the bytes of its file of names."""
-    lines = letters.tobytes().split(b"\n")[:-1]
-    if len(lines) != count:
-        raise UserError(
-            f"{path}/names has {len(lines)} names, its header has {count}: altered; "
-            "prepare it again"
-        )
-    return [line.decode(errors="replace") for line in lines]
-
-
-def map_shard(path, files, version, tile):
-    """Returns {kind: array} of a shard's memory-mapped files, checked.
-
-    files: {kind: [rows, crc32]} of the header; tile: width and height of a tile in pixels.
+    files: of read_header; tile: width and height of a tile in pixels. Raises UserError if a file
+    has another size, or if samples or images point outside the files.
     """
     shapes = {"tiles": (3, tile, tile), "images": (4,), "samples": (len(COLUMNS),)}
     shard = {}
-    for kind, dtype in FILE_DTYPES.items():
-        file = shard_file(path, kind, version)
-        shard[kind] = map_file(file, dtype, files[kind][0], shapes.get(kind, ()))
-    check_spans(path, shard)
+    for kind, (path, rows, _) in files.items():
+        shard[kind] = map_file(path, FILE_DTYPES[kind], rows, shapes.get(kind, ()))
+    table, images = shard["samples"], shard["images"]
+    shard["names"] = shard["names"].tobytes().decode(errors="replace").split("\n")[:-1]
+    is_wrong = len(shard["names"]) != len(table)
+    for first, count, size in (
+        (table[:, FIRST_ID], table[:, ID_COUNT], len(shard["ids"])),
+        (table[:, FIRST_IMAGE], table[:, IMAGE_COUNT], len(images)),
+        (images[:, 0], images[:, 1], len(shard["tiles"])),
+    ):
+        is_wrong |= ((first < 0) | (count < 0) | (count > size - first)).any()
+    if is_wrong:
+        raise UserError(
+            f"{files['samples'][0].parent} has samples without a name, or some that lie outside "
+            "its files: altered; prepare it again"
+        )
     return shard
 
 
@@ -305,20 +290,18 @@ class PreparedDataset:
         self.folders = [Path(folder) for folder in folders]
         self.shards, self.names, tables, set_numbers = [], [], [], []
         for number, folder in enumerate(self.folders):
-            header = read_header(folder)
+            fingerprint, shards = read_header(folder)
             if number == 0:
-                self.fingerprint = header["fingerprint"]
-                self.image_config = self.fingerprint["image_config"]
-            if wrong := list_differences(header["fingerprint"], self.fingerprint, "its"):
+                self.fingerprint, self.image_config = fingerprint, fingerprint["image_config"]
+            if wrong := list_differences(fingerprint, self.fingerprint, "its"):
                 raise UserError(
                     f"{folder} and {self.folders[0]} were prepared for different models: "
                     + "; ".join(wrong)
                 )
-            for shard_number, files in enumerate(header["shards"]):
-                path = folder / f"{shard_number:05d}"
-                shard = map_shard(path, files, header["version"], self.image_config["tile"])
+            for files in shards:
+                shard = map_shard(files, self.image_config["tile"])
                 tables.append(shard.pop("samples"))
-                self.names += read_names(path, shard.pop("names"), len(tables[-1]))
+                self.names += shard.pop("names")
                 self.shards.append(shard)
                 set_numbers.append(number)
         sizes = list(map(len, tables))
@@ -340,10 +323,8 @@ class PreparedDataset:
         shard = self.shards[self.shard_of[i]]
         first_id, id_count, first_image, image_count, *_ = self.table[i].tolist()
         span = slice(first_id, first_id + id_count)
-        images = []
-        for first, count, *size in shard["images"][
-            first_image : first_image + image_count
-        ].tolist():
+        image_rows, images = shard["images"][first_image : first_image + image_count], []
+        for first, count, *size in image_rows.tolist():
             index = image_processing.image_feature_index(size, self.image_config, count)
             tiles_NCYX = shard["tiles"][first : first + count]
             images.append(image_processing.ProcessedImage(tiles_NCYX, index, tuple(size)))
@@ -363,7 +344,7 @@ class PreparedDataset:
 
     def split(self, validation):
         """Returns the numbers of the samples for validation, or of those for training."""
-        return np.flatnonzero(self.table[:, IS_VALIDATION] == int(validation))
+        return np.flatnonzero(self.table[:, IS_VALIDATION] == validation)
 
 
 def write_subset(samples, members, folder):
@@ -380,12 +361,10 @@ def write_subset(samples, members, folder):
 
 def verify_checksums(folder):
     """Returns a sentence for each file of a dataset whose bytes differ from those written."""
-    folder, errors = Path(folder), []
-    header = read_header(folder)
-    for number, files in enumerate(header["shards"]):
-        for kind, (_, expected) in files.items():
-            path = shard_file(folder / f"{number:05d}", kind, header["version"])
-            checksum = zlib.crc32(map_file(path, np.uint8, path.stat().st_size, ()))
+    errors = []
+    for files in read_header(Path(folder))[1]:
+        for path, _, expected in files.values():
+            checksum = zlib.crc32(map_file(path, "u1", path.stat().st_size, ()))
             if checksum != expected:
                 errors.append(
                     f"{path}: its bytes have the checksum {checksum}, its header has {expected}"

@@ -55,17 +55,14 @@ def image_errors(name):
     except UserError as error:
         raise UserError(f"{name} {error}", error.reason) from None
     except Image.UnidentifiedImageError:
-        formats = ", ".join(IMAGE_FORMATS)
         raise UserError(
-            f"{name} is no image that can be read here ({formats})", "no image"
+            f"{name} is no image that can be read here ({', '.join(IMAGE_FORMATS)})", "no image"
         ) from None
-    except Image.DecompressionBombError as error:  # Pillow raises it before check_image_size can
-        raise UserError(f"{name}: {error}", "image too large") from None
     except Exception as error:  # on broken bytes Pillow raises nearly every kind of error
         if isinstance(error, OSError) and error.strerror:  # from the system, not from Pillow
             raise UserError(f"{name}: {error.strerror}", "image cannot be read") from None
         raise UserError(
-            f"{name} is broken or cut short: {one_line(error)}", "image cut short"
+            f"{name} is broken or cut short, or too large: {one_line(error)}", "image broken"
         ) from None
 
 
@@ -83,16 +80,12 @@ def draft_jpeg(image, required_size):
 
 def check_image_size(width, height):
     """Raises UserError if an image has too many pixels, a side too long, or an extreme shape."""
-    if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
+    is_large = width * height > MAX_PIXELS or max(width, height) > MAX_SIDE
+    if is_large or not 0 < max(width, height) <= MAX_ASPECT * min(width, height):
         raise UserError(
-            f"is {width} x {height} pixels: at most {MAX_PIXELS:,} pixels are allowed, "
-            f"and {MAX_SIDE:,} along a side",
-            "image too large",
-        )
-    if not 0 < max(width, height) <= MAX_ASPECT * min(width, height):
-        raise UserError(
-            f"is {width} x {height} pixels: one side is more than {MAX_ASPECT} times the other",
-            "image too long and thin",
+            f"is {width} x {height} pixels: an image may have {MAX_PIXELS:,} pixels, {MAX_SIDE:,} "
+            f"along a side, and a side at most {MAX_ASPECT} times the other",
+            "image too large or too thin",
         )
 
 
@@ -101,16 +94,12 @@ def convert_to_rgb(image):
 
     Raises UserError if its gray values have neither 8 nor 16 bits.
     """
-    if image.mode == "F":
-        raise UserError(
-            "holds float pixels, for which white is not defined", "unsupported pixel format"
-        )
-    if image.mode.startswith("I"):
+    if image.mode[0] in "FI":
         values_YX = np.asarray(image)
         low, high = values_YX.min(), values_YX.max()
-        if low < 0 or high > 65535:
+        if image.mode == "F" or low < 0 or high > 65535:
             raise UserError(
-                f"holds gray from {low} to {high}, neither 8 nor 16 bits",
+                f"holds gray from {low} to {high}, neither 8 nor 16 bits: {values_YX.dtype}",
                 "unsupported pixel format",
             )
         # the upper 8 of 16 bits, as Pillow does for color; gray values it would clip at 255

@@ -55,7 +55,7 @@ class ProcessedImage(NamedTuple):
 
 
 def check_image_config(image_config):
-    """Raises UserError if an image config lacks a key, has an unknown one, or values disagree."""
+    """Raises UserError if an image config lacks a key, has an unknown one or an invalid value."""
     keys = ["tile", "patch", "shuffle", "fit", "resample", "mean", "std"]
     if image_config.get("fit") == "tiles":
         keys += ["tiles", "choice", "thumbnail", "tags"]
@@ -63,17 +63,18 @@ def check_image_config(image_config):
         keys.append("pinpoints")
     errors = [f"{key} is missing" for key in keys if key not in image_config]
     for key, value in image_config.items():
-        values, low = CONFIG_VALUES.get(key), 0 if key == "mean" else 1e-6
+        values = CONFIG_VALUES.get(key)
         if key not in (*keys, "draft"):
             errors.append(f"{key} is not known")
         elif values and repr(value) not in map(repr, values):  # 1 == True, but its repr differs
             errors.append(f"{key} {value!r} is none of {', '.join(map(str, values))}")
         elif key in ("tile", "patch", "shuffle", "tiles") and not is_positive_int(value):
             errors.append(f"{key} {value!r} is no whole number from 1 on")
-        elif key in ("mean", "std") and not is_color(value, low):
-            errors.append(f"{key} {value!r} is not three numbers from {low:g} to 1")
+        elif key in ("mean", "std") and not is_color(value, 0 if key == "mean" else 1e-6):
+            errors.append(f"{key} {value!r} is not three numbers from 0 to 1, for std above 0")
     if not errors:
-        tile, patch, shuffle = (image_config[key] for key in ("tile", "patch", "shuffle"))
+        tile, patch = image_config["tile"], image_config["patch"]
+        shuffle = image_config["shuffle"]
         if tile % (patch * shuffle):
             errors.append(
                 f"a tile of {tile} pixels is not whole patches of {patch} that shuffle by {shuffle}"
@@ -87,7 +88,7 @@ def check_image_config(image_config):
 
 
 def is_positive_int(x):
-    return isinstance(x, int) and not isinstance(x, bool) and x >= 1
+    return type(x) is int and x >= 1
 
 
 def is_color(value, low):
@@ -123,19 +124,16 @@ def candidate_grids(max_tiles):
 def closest_aspect_ratio(size, tile, grids):
     """Returns the grid whose width / height is closest to the image's.
 
-    Of several it is the largest one of which the image covers more than half, else the smallest.
-    `find_closest_aspect_ratio` of InternVL.
+    If several are equally close, it is the largest one of which the image covers more than half, or
+    else the smallest. `find_closest_aspect_ratio` of InternVL.
     """
-
-    def distance(grid):
-        return abs(size[0] / size[1] - grid[0] / grid[1])
-
-    min_distance = min(map(distance, grids))
-    smallest, *others = [grid for grid in grids if distance(grid) == min_distance]
-    for grid in reversed(others):
-        if math.prod(size) > 0.5 * tile * tile * math.prod(grid):
-            return grid
-    return smallest
+    best, min_distance = None, math.inf
+    for grid in grids:
+        distance = abs(size[0] / size[1] - grid[0] / grid[1])
+        is_half_covered = math.prod(size) > 0.5 * tile * tile * math.prod(grid)
+        if distance < min_distance or (distance == min_distance and is_half_covered):
+            best, min_distance = grid, distance
+    return best
 
 
 def closest_area_weighted_aspect_ratio(size, tile, grids):
@@ -218,10 +216,9 @@ def image_feature_index(size, image_config, tiles):
     index = np.arange(tokens, tokens * tiles).reshape(rows, columns, side, side)
     index_YX = index.transpose(0, 2, 1, 3).reshape(rows * side, columns * side)
     height, width = index_YX.shape
-    # Black rows or columns on each side. That of the two which the image fills is 0 or below.
-    top = (height - int(round(size[1] * (width / size[0]), 7))) // 2
-    left = (width - int(round(size[0] * (height / size[1]), 7))) // 2
-    top, left = max(top, 0), max(left, 0)
+    # The black border on each side. In the direction that the image fills, there is none.
+    top = max((height - int(round(size[1] * (width / size[0]), 7))) // 2, 0)
+    left = max((width - int(round(size[0] * (height / size[1]), 7))) // 2, 0)
     index_YX = index_YX[top : height - top, left : width - left]
     with_newlines = np.pad(index_YX, ((0, 0), (0, 1)), constant_values=IMAGE_NEWLINE)
     return np.concatenate([np.arange(tokens), with_newlines.ravel()])
@@ -250,20 +247,22 @@ def tile_tags(tiles, image_config):
 def resize_image(pixels, size, resample):
     """Returns an image resized as Pillow does: uint8 (Y, X, C) -> (C, Y, X).
 
-    size: (width, height). It is about five times as fast as Pillow if the image gets smaller. Each
-    number is Pillow's or differs from it by one level. torch rounds a filter's weights to 16 bits
-    and Pillow to 32, and both round to whole levels between the two directions. Two steps by torch
-    may differ by a level each, so one number in some millions would differ by two. So Pillow does
-    the first step if it is short (SMALL_IMAGE_PIXELS) or if torch's weights are even coarser (the
-    image gets wider). Pillow 13 resizes the height first if that saves more. The number of threads
-    changes nothing. Another CPU may take another path in torch, with the same bound.
+    size: (width, height). If the image gets smaller, it is about five times as fast as Pillow. Each
+    number is Pillow's or differs from it by one level of 255.
+
+    An image is resized in one direction, rounded to whole levels, then resized in the other. torch
+    rounds a filter's weights to 16 bits, Pillow to 32. Two steps by torch may each differ by a
+    level. So Pillow does the first step if it is short (SMALL_IMAGE_PIXELS), or if the image gets
+    wider, where torch's weights are even coarser. Like Pillow 13, it resizes the height first if
+    that saves more. The number of threads changes nothing. On another CPU torch may compute in
+    another way, with the same bound.
     """
     (height, width), (columns, rows) = pixels.shape[:2], size
     first = (width, rows) if height - rows > max(2 * (width - columns), 0) else (columns, height)
     if columns > width or width * height < SMALL_IMAGE_PIXELS:
         pixels = np.asarray(Image.fromarray(pixels).resize(first, RESAMPLE_FILTERS[resample]))
     step = functools.partial(F.interpolate, mode=resample, antialias=True)
-    # Pillow's arrays are read-only, of which torch warns; nobody writes to them here.
+    # torch warns that Pillow's arrays are read-only; nothing writes to them here.
     with warnings.catch_warnings(action="ignore"):
         # channels last, which is torch's fastest path
         pixels_1CYX = torch.from_numpy(pixels).permute(2, 0, 1)[None]
@@ -287,42 +286,37 @@ def resized_size(size, image_config, max_tiles=None):
 
 def split_into_tiles(pixels_CYX, tile):
     """Returns (C, Y, X) cut into its tiles, row by row: (N, C, tile, tile)."""
-    C, Y, X = pixels_CYX.shape
+    C, Y, _ = pixels_CYX.shape
     return (
-        pixels_CYX.reshape(C, Y // tile, tile, X // tile, tile)
+        pixels_CYX.reshape(C, Y // tile, tile, -1, tile)
         .transpose(1, 3, 0, 2, 4)
         .reshape(-1, C, tile, tile)
     )
 
 
-def cut_into_tiles(image, image_config, max_tiles=None, size=None):
-    """Returns an RGB image as tiles_NCYX (uint8).
+def process_image(image, size, image_config, max_tiles=None):
+    """Returns the ProcessedImage of an RGB image.
 
-    max_tiles: as for tile_grid. size: the image's (width, height) in its file, if it was decoded
-    smaller.
+    image, size: as image_files.read_image returns them; max_tiles: as for tile_grid.
     """
-    tile, fit, resample = (image_config[key] for key in ("tile", "fit", "resample"))
+    tile, fit = image_config["tile"], image_config["fit"]
+    resample = image_config["resample"]
+    new_size = resized_size(size, image_config, max_tiles)
     if fit == "pad":
-        image = expand_to_square(image, image_config["mean"])
-        size = image.size
+        image, new_size = expand_to_square(image, image_config["mean"]), (tile, tile)
     pixels = np.asarray(image)
-    if fit == "anyres":
-        resized_CYX = resize_and_pad(
-            pixels, select_best_resolution(image.size, image_config), resample
-        )
-    else:
-        new_size = resized_size(size or image.size, image_config, max_tiles)
-        resized_CYX = resize_image(pixels, new_size, resample)
+    resize = resize_and_pad if fit == "anyres" else resize_image
+    resized = resize(pixels, new_size, resample)  # (C, height, width)
     if fit == "crop":
-        top, left = (resized_CYX.shape[1] - tile) // 2, (resized_CYX.shape[2] - tile) // 2
-        resized_CYX = np.ascontiguousarray(resized_CYX[:, top : top + tile, left : left + tile])
-    tiles_NCYX = split_into_tiles(resized_CYX, tile)
-    if fit != "anyres" and not (len(tiles_NCYX) > 1 and image_config["thumbnail"]):
-        return tiles_NCYX
-    overview_1CYX = resize_image(pixels, (tile, tile), resample)[None]
-    if fit == "anyres":
-        return np.concatenate([overview_1CYX, tiles_NCYX])
-    return np.concatenate([tiles_NCYX, overview_1CYX])
+        top, left = (resized.shape[1] - tile) // 2, (resized.shape[2] - tile) // 2
+        resized = np.ascontiguousarray(resized[:, top : top + tile, left : left + tile])
+    tiles_NCYX = split_into_tiles(resized, tile)
+    if len(tiles_NCYX) < tile_count(size, image_config, max_tiles):
+        overview = resize_image(pixels, (tile, tile), resample)[None]
+        parts = [overview, tiles_NCYX] if fit == "anyres" else [tiles_NCYX, overview]
+        tiles_NCYX = np.concatenate(parts)
+    index = image_feature_index(size, image_config, len(tiles_NCYX))
+    return ProcessedImage(tiles_NCYX, index, size)
 
 
 def expand_to_square(image, mean):
@@ -333,19 +327,21 @@ def expand_to_square(image, mean):
     return square
 
 
-def resize_and_pad(pixels_YXC, resolution, resample):
-    """Returns an image in the middle of `resolution` (height, width), as large as fits: (C, Y, X).
+def resize_and_pad(pixels_YXC, size, resample):
+    """Returns an image in the middle of `size` (width, height), as large as fits: (C, Y, X).
 
     The borders are black. `get_patch_output_size` of transformers.
     """
-    (height, width), (rows, columns) = resolution, pixels_YXC.shape[:2]
+    (width, height), (rows, columns) = size, pixels_YXC.shape[:2]
     scale = min(width / columns, height / rows)
     new_width = min(math.ceil(columns * scale), width)
     new_height = min(math.ceil(rows * scale), height)
     top, left = (height - new_height) // 2, (width - new_width) // 2
-    bottom, right = height - new_height - top, width - new_width - left
-    resized_CYX = resize_image(pixels_YXC, (new_width, new_height), resample)
-    return np.pad(resized_CYX, ((0, 0), (top, bottom), (left, right)))
+    padded = np.zeros((3, height, width), np.uint8)
+    padded[:, top : top + new_height, left : left + new_width] = resize_image(
+        pixels_YXC, (new_width, new_height), resample
+    )
+    return padded
 
 
 def required_size(image_config):
@@ -363,8 +359,8 @@ def plan_image(size, image_config, max_tiles=None):
     """
     tiles = tile_count(size, image_config, max_tiles)
     tile = image_config["tile"]
-    blank_NCYX = np.broadcast_to(np.uint8(0), (tiles, 3, tile, tile))
-    return ProcessedImage(blank_NCYX, image_feature_index(size, image_config, tiles), size)
+    blank = np.broadcast_to(np.uint8(0), (tiles, 3, tile, tile))
+    return ProcessedImage(blank, image_feature_index(size, image_config, tiles), size)
 
 
 def load_image(source, image_config, max_tiles=None, name=None):
@@ -373,8 +369,7 @@ def load_image(source, image_config, max_tiles=None, name=None):
     max_tiles: as for tile_grid; name: of bytes, for messages.
     """
     image, size = image_files.read_image(source, name, required_size(image_config))
-    tiles_NCYX = cut_into_tiles(image, image_config, max_tiles, size)
-    return plan_image(size, image_config, max_tiles)._replace(tiles=tiles_NCYX)
+    return process_image(image, size, image_config, max_tiles)
 
 
 def tile_to_image(tile_CYX):

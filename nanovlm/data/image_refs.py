@@ -112,32 +112,26 @@ def load_image_bytes(ref):
         file, size = open_image_ref(ref)
         with file:
             if size > MAX_IMAGE_BYTES:
-                raise UserError(
-                    f"{name} has {size:,} bytes, more than the {MAX_IMAGE_BYTES:,} of an image",
-                    "image too large",
+                raise ValueError(
+                    f"{size:,} bytes are more than the {MAX_IMAGE_BYTES:,} of an image"
                 )
             content = file.read(size)
-    except UserError:
-        raise
+        if len(content) < size:
+            raise EOFError(f"it ends after {len(content):,} of {size:,} bytes")
     except Exception as error:  # on broken bytes zipfile raises nearly every kind of error
         raise UserError(
             f"{name} cannot be read: {one_line(error)}", "image cannot be read"
         ) from None
-    if len(content) < size:
-        raise UserError(f"{name} ends after {len(content):,} of {size:,} bytes", "image cut short")
     return content, name
 
 
 def open_image_ref(ref):
     """Returns (file, size): an open file, positioned at the image, and the image's bytes."""
-    match ref:
-        case ImageFile(path):
-            file = open(path, "rb")
-            return file, os.fstat(file.fileno()).st_size
-        case TarMember(path, _, offset, size):
-            file = open(path, "rb")
-            file.seek(offset)
-            return file, size
-        case ZipMember(path, name):
-            archive = open_zip(path, os.getpid())
-            return archive.open(name), archive.getinfo(name).file_size
+    if isinstance(ref, ZipMember):
+        archive = open_zip(ref.archive, os.getpid())
+        return archive.open(ref.name), archive.getinfo(ref.name).file_size
+    file = open(ref[0], "rb")
+    if isinstance(ref, ImageFile):
+        return file, os.fstat(file.fileno()).st_size
+    file.seek(ref.offset)
+    return file, ref.size

@@ -1,9 +1,9 @@
-"""Renders an unknown chat template in a process of its own, with limits on time and memory:
+"""A process that renders an unknown chat template, with limits on its time and memory:
 
-    python -P nanovlm/data/jinja.py SECONDS BYTES < {"jinja", "tokens", "conversations"}
+    python -P nanovlm/data/jinja.py < {"jinja", "tokens", "conversations", "seconds", "bytes"}
 
-"conversations" is a list of [turns, parts]. It prints a JSON list: the text of each conversation,
-or null if the template refuses it. `chat_template.render_jinja` starts it.
+"conversations" is a list of [turns, parts]. The process prints a JSON list: the text of each
+conversation, or null if the template refuses it. `jinja_template.render_jinja` starts it.
 """
 
 import contextlib
@@ -31,23 +31,19 @@ def render_jinja_template(jinja, tokens, turns, parts):
     """Returns a template's text of a conversation with a generation prompt; None if it refuses.
 
     It runs in the sandbox that transformers uses. parts: the content of a message is a list of
-    parts, each a text or an image, instead of one text.
+    parts, each a text or an image, instead of one text. A template refuses a conversation by a call
+    of raise_exception; here the name is undefined, so the call is an error.
     """
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols, Generation]
     )
-
-    def raise_exception(message):
-        raise jinja2.TemplateError(message)
-
     messages = [
         {"role": role, "content": [{"type": "text", "text": text}] if parts else text}
         for role, text in turns
     ]
     try:
-        text = environment.from_string(jinja).render(
-            messages=messages, add_generation_prompt=True, raise_exception=raise_exception, **tokens
-        )
+        template = environment.from_string(jinja)
+        text = template.render(messages=messages, add_generation_prompt=True, **tokens)
     except MemoryError:  # the exit code reports it
         raise
     except Exception:  # a template can raise any error of Python
@@ -57,16 +53,19 @@ def render_jinja_template(jinja, tokens, turns, parts):
 
 def limit_resources(seconds, size):
     """Limit this process to `seconds` of CPU time and `size` bytes of memory, and to no files."""
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
-    with contextlib.suppress(ValueError):  # macOS has no such limit
-        resource.setrlimit(resource.RLIMIT_AS, (size, size))
+    for limit, value in (
+        (resource.RLIMIT_CORE, 0),
+        (resource.RLIMIT_FSIZE, 0),
+        (resource.RLIMIT_CPU, seconds),
+        (resource.RLIMIT_AS, size),  # macOS has no such limit
+    ):
+        with contextlib.suppress(ValueError):
+            resource.setrlimit(limit, (value, value))
 
 
 if __name__ == "__main__":
-    limit_resources(*map(int, sys.argv[1:]))
     request = json.load(sys.stdin)
+    limit_resources(request["seconds"], request["bytes"])
     texts = [
         render_jinja_template(request["jinja"], request["tokens"], turns, parts)
         for turns, parts in request["conversations"]

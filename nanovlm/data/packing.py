@@ -19,6 +19,8 @@ from .dataset import LENGTH
 
 # samples packed together: enough to fill the sequences, few enough to keep the order random
 PACKING_WINDOW = 1024
+# arguments of VLM.forward, and what they hold after the last token of a sequence
+PADDING = {"ids_BT": 0, "targets_BT": IGNORE_INDEX, "positions_BT": 0, "documents_BT": -1}
 
 
 def parse_dataset_weights(text):
@@ -28,10 +30,10 @@ def parse_dataset_weights(text):
     weights: each sample is read once per epoch. Raises UserError if it can be neither.
     """
     folders, weights = [], []
-    for part in text.split(","):
-        folder, colon, weight = part.strip().rpartition(":")
-        if not colon or Path(part.strip()).exists():
-            folder, weight = part.strip(), None
+    for part in map(str.strip, text.split(",")):
+        folder, colon, weight = part.rpartition(":")
+        if not colon or Path(part).exists():
+            folder, weight = part, None
         folders.append(folder)
         weights.append(weight)
     if "" in folders:
@@ -93,12 +95,11 @@ def pack_sequences(lengths, seq_len, window=PACKING_WINDOW):
         yield from sorted(sorted(members) for _, _, members in sequences)
 
 
-def packed_sequences(lengths, seq_len, seed, set_of=None, weights=None):
+def packed_sequences(lengths, seq_len, seed, set_of, weights):
     """Yields packed sequences without end, each the positions of its samples in `lengths`.
 
     Each epoch has an order of its own. A sequence is a function of (seed, its number) alone.
     """
-    set_of = np.zeros(len(lengths), int) if set_of is None else set_of
     for epoch in itertools.count():
         samples = epoch_samples(set_of, weights, seed, epoch)
         order = samples[np.random.default_rng([seed, epoch]).permutation(len(samples))]
@@ -112,16 +113,13 @@ def collate_images(images, image_config, pin_memory=False):
     tiles_NCYX: all their tiles, uint8. image_feature_index: their feature_index, counted over all
     tiles. pin_memory: a GPU can copy the tiles by itself.
     """
-    count = sum(len(image.tiles) for image in images)
-    tile = image_config["tile"]
+    count, tile = sum(len(image.tiles) for image in images), image_config["tile"]
     tokens = image_processing.tokens_per_tile(image_config)
-    newline = image_processing.IMAGE_NEWLINE
     tiles_NCYX = torch.empty(count, 3, tile, tile, dtype=torch.uint8, pin_memory=pin_memory)
     indices, start = [np.empty(0, np.int64)], 0
-    for tiles_nCYX, feature_index, _ in images:
+    for tiles_nCYX, index, _ in images:
         tiles_NCYX.numpy()[start : start + len(tiles_nCYX)] = tiles_nCYX
-        is_newline = feature_index == newline
-        indices.append(np.where(is_newline, newline, feature_index + start * tokens))
+        indices.append(np.where(index < 0, index, index + start * tokens))  # < 0: IMAGE_NEWLINE
         start += len(tiles_nCYX)
     index = torch.from_numpy(np.concatenate(indices))
     return {"tiles_NCYX": tiles_NCYX, "image_feature_index": index}
@@ -135,33 +133,24 @@ def collate(samples, sequences, pin_memory=False):
     has no labels. T is the longest sequence, at least one token: a rank with no samples gets an
     empty sequence, because it takes part in the collectives of the others.
     """
-    read = []
-    for members in sequences:
-        read.append([samples.read(i) for i in members])
-    B, T = len(sequences), max(1, *(sum(len(ids) for ids, _, _ in sequence) for sequence in read))
-    ids_BT, positions_BT = np.zeros((B, T), np.int64), np.zeros((B, T), np.int64)
-    targets_BT = np.full((B, T), IGNORE_INDEX, np.int64)
-    documents_BT = np.full((B, T), -1, np.int32)
-    all_images = []
-    for b, sequence in enumerate(read):
+    lengths = [samples.table[members, LENGTH].sum() for members in sequences]
+    shape, batch = (len(sequences), max(1, *lengths)), {}
+    for name, padding in PADDING.items():
+        batch[name] = torch.full(shape, padding, pin_memory=pin_memory)
+    numbers, images = [], []
+    for b, members in enumerate(sequences):
         start = 0
-        for document, (ids_t, targets_t, images) in enumerate(sequence):
+        for document, i in enumerate(members):
+            ids_t, targets_t, sample_images = samples.read(i)
             span = slice(start, start + len(ids_t))
-            ids_BT[b, span], targets_BT[b, span] = ids_t, targets_t
-            positions_BT[b, span], documents_BT[b, span] = np.arange(len(ids_t)), document
+            values = (ids_t, targets_t, np.arange(len(ids_t)), document)
+            for tensor_BT, value_t in zip(batch.values(), values, strict=True):
+                tensor_BT.numpy()[b, span] = value_t
             start = span.stop
-            all_images += images
-    arrays = {
-        "ids_BT": ids_BT,
-        "targets_BT": targets_BT,
-        "positions_BT": positions_BT,
-        "documents_BT": documents_BT,
-    }
-    batch = {name: torch.from_numpy(array) for name, array in arrays.items()}
-    if pin_memory:
-        batch = {name: tensor.pin_memory() for name, tensor in batch.items()}
-    batch |= collate_images(all_images, samples.image_config, pin_memory)
-    return batch, list(map(int, itertools.chain.from_iterable(sequences)))
+            numbers.append(int(i))
+            images += sample_images
+    batch |= collate_images(images, samples.image_config, pin_memory)
+    return batch, numbers
 
 
 class PackedDataLoader:

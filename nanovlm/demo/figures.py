@@ -8,8 +8,8 @@ Positions and sizes are in pixels of a web page. A figure has DENSITY² pixels f
 sharp text on screens of double density.
 """
 
-import itertools
 import math
+from itertools import product
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
@@ -108,12 +108,12 @@ def draw_figures(out):
 def draw_answers(photo, checkpoint, path):
     image = load_image(photo, checkpoint.image_config)
     prompts = [(f"<image>\n{question}", [image]) for question in QUESTIONS]
-    answers = generate_answers(checkpoint, prompts, max_tokens=64)
+    outputs = generate_answers(checkpoint, prompts, max_tokens=64)
     canvas = Canvas(height=368)
     canvas.paste(Image.open(photo), MARGIN, MARGIN, 328, Image.Resampling.LANCZOS)
-    for i, (question, answer) in enumerate(zip(QUESTIONS, answers, strict=True)):
+    for i, (question, output) in enumerate(zip(QUESTIONS, outputs, strict=True)):
         canvas.text(376, 34 + 68 * i, question)
-        canvas.text_box(376, 64 + 68 * i, answer.text, is_label=True)
+        canvas.text_box(376, 64 + 68 * i, output.answer, is_label=True)
     canvas.save(path)
 
 
@@ -166,15 +166,15 @@ def draw_sequence(data, path):
         draw_tile(canvas, image, MARGIN + 220 * n, tile // patch, shuffle)
     lines = (
         f"A tile has {tile} by {tile} pixels. It is cut into",
-        f"{(tile // patch) ** 2} patches of {patch} by {patch} pixels (thin lines);",
-        f"{shuffle} by {shuffle} of them become an image token",
-        "(thick lines).",
+        f"{(tile // patch) ** 2} patches of {patch} by {patch} pixels (thin lines).",
+        f"{shuffle} by {shuffle} of them give the feature of one",
+        "image token (thick lines).",
     )
     for i, line in enumerate(lines):
         canvas.text(470, 30 + 23 * i, line)
-    crops = []
-    for image in tiles:
-        crops += crop_image_tokens(image, patch * shuffle)
+    crops, size = [], patch * shuffle  # crops: the part of a tile for each image token
+    for image, y, x in product(tiles, range(0, tile, size), range(0, tile, size)):
+        crops.append(image.crop((x, y, x + size, y + size)))
     canvas.paste(crops[1], 470, 123, 26)
     canvas.text(530, 136, "image token: no loss")
     canvas.text_box(470, 170, "text", is_label=False)
@@ -194,13 +194,6 @@ def draw_tile(canvas, image, left, patches, shuffle):
             at = width * i / patches
             canvas.line([(left + at, top), (left + at, top + width)], color, line_width)
             canvas.line([(left, top + at), (left + width, top + at)], color, line_width)
-
-
-def crop_image_tokens(image, size):
-    """Returns the part of a tile that each of its image tokens stands for."""
-    starts = range(0, image.width, size)
-    corners = itertools.product(starts, starts)
-    return [image.crop((x, y, x + size, y + size)) for y, x in corners]
 
 
 def draw_tokens(canvas, batch, crops, tokenizer):

@@ -1,6 +1,6 @@
-"""The data of the demonstration: drawn fridges, what is in them in words, and questions about them.
+"""The data of the demonstration: drawings of fridges, descriptions of them, and questions.
 
-It needs Pillow only. A scene is three shelves and a drawer with three slots each, from left to
+Only Pillow is needed. A scene has three shelves and a drawer with three slots each, from left to
 right; None is an empty slot:
 
     {
@@ -10,9 +10,9 @@ right; None is an empty slot:
         "drawer": ("juice", None, None),
     }
 
-Each scene is a function of (seed, number), so scenes can be drawn in any order. A hash of its
-content decides whether a scene is held out, which is one in eight: the evaluation never shows a
-fridge with the content of a training fridge.
+Each scene is a function of (seed, number), so scenes can be drawn in any order. One scene in eight
+is held out; a hash of its content decides. So no fridge of the evaluation has the content of a
+training fridge.
 """
 
 import hashlib
@@ -65,24 +65,24 @@ SIDE = 4 * SQUARE
 
 
 def foods(scene, shelf=None):
-    """The foods of one shelf, or of all shelves, in order."""
+    """Returns the foods of one shelf, or of all shelves, in order."""
     slots = scene[shelf] if shelf else chain(*scene.values())
     return [food for food in slots if food]
 
 
 def single_foods(scene):
-    """The foods that the scene has once."""
+    """Returns the foods that the scene has exactly once."""
     return [food for food in foods(scene) if foods(scene).count(food) == 1]
 
 
 def is_held_out(scene):
-    """True for one scene in eight; the empty slots do not matter."""
+    """Returns True for one scene in eight. Empty slots do not matter."""
     content = repr([foods(scene, shelf) for shelf in SHELVES])
     return hashlib.sha256(content.encode()).digest()[0] % 8 == 0
 
 
 def random_scene(rng, held_out):
-    """A random scene of 2 to 8 foods, of each kind at most three; 40% repeat a kind on purpose."""
+    """Returns a scene of 2 to 8 foods, at most three of a kind; 40% repeat a kind on purpose."""
     while True:
         count = rng.randint(2, 8)
         kinds = [rng.choice(FOODS) for _ in range(count)]
@@ -97,9 +97,10 @@ def random_scene(rng, held_out):
 
 
 def remove_random_food(rng, scene, held_out):
-    """Returns (the scene without one food, that food), which the scene has once.
+    """Returns (the scene without a food, that food). The scene has the food exactly once.
 
-    The new scene is held out if `held_out`, else a training scene. Returns None if there is none.
+    The new scene is held out if `held_out`, else a training scene. Returns None if there is no such
+    food.
     """
     singles = single_foods(scene)
     slots = [(shelf, i) for shelf, i in SLOTS if scene[shelf][i] in singles]
@@ -116,21 +117,21 @@ def remove_random_food(rng, scene, held_out):
 
 
 def join_words(words):
-    """The words with commas and an "and"."""
+    """Returns a list in English: "apple, milk and egg"."""
     if len(words) < 2:
         return "".join(words) or "nothing"
     return f"{', '.join(words[:-1])} and {words[-1]}"
 
 
 def describe_scene(scene, order=tuple(SHELVES)):
-    """Shelf by shelf, each from left to right."""
+    """Returns the foods of each shelf, from left to right."""
     return ", ".join(f"{shelf} {' '.join(foods(scene, shelf)) or 'nothing'}" for shelf in order)
 
 
 def grid_description(scene):
-    """The scene square by square, in the order of an image's tokens.
+    """Returns a word for each square, in the order of an image's tokens.
 
-    Each of the four rows is a square of the door, which has the name of the shelf, and three slots.
+    Each of the four rows is the name of the shelf, at the square of the door, and three slots.
     """
     words = []
     for shelf in SHELVES:
@@ -139,7 +140,7 @@ def grid_description(scene):
 
 
 def random_description(rng, scene):
-    """A scene in words, which trains the language model without images."""
+    """Returns a scene in words, to train the language model without images."""
     order, style = rng.sample(list(SHELVES), 4), rng.random()
     if style < 0.85:
         return grid_description(scene)
@@ -162,15 +163,15 @@ def upward_question(rng, scene):
 
 
 def food_shelves(scene, food):
-    """A food, and the shelf of each food of this kind."""
+    """Returns a food, then the shelf of each food of this kind."""
     shelves = [shelf for shelf, i in SLOTS if scene[shelf][i] == food]
     return " ".join([food, *(shelves or ["nowhere"])])
 
 
 def inventory_question(rng, scene):
-    """All kinds of food and their shelves: one answer trains ten searches.
+    """All kinds of food and their shelves; in the training data only.
 
-    It is in the training data, but not in the evaluation.
+    One answer trains ten searches.
     """
     return "Where is everything?", ", ".join(food_shelves(scene, food) for food in FOODS)
 
@@ -195,14 +196,14 @@ def exists_question(rng, scene):
 
 
 def where_question(rng, scene):
-    """None if there is no food that the scene has once."""
+    """Returns None if the scene has no food exactly once."""
     if kinds := single_foods(scene):
         kind = rng.choice(kinds)
         return f"Where is the {kind}?", food_shelves(scene, kind)
 
 
 def next_question(rng, scene):
-    """None if there is no food that the scene has once."""
+    """Returns None if the scene has no food exactly once."""
     if kinds := single_foods(scene):
         kind = rng.choice(kinds)
         row = next(foods(scene, shelf) for shelf in SHELVES if kind in scene[shelf])
@@ -238,7 +239,7 @@ QUESTION_KINDS = {
 
 
 def random_questions(rng, scene):
-    """8 to 12 (question, answer) pairs: the inventory, and all kinds, the hardest twice each."""
+    """Returns 8 to 12 (question, answer) pairs of all kinds; the hardest kinds come twice each."""
     count = rng.randint(8, 12)
     pairs = dict([inventory_question(rng, scene)])
     while len(pairs) < count:
@@ -250,7 +251,7 @@ def random_questions(rng, scene):
 
 
 def make_conversation(pairs, prefix):
-    """LLaVA's list of turns, with `prefix` in front of the first question."""
+    """Returns LLaVA's list of turns, with `prefix` before the first question."""
     turns = []
     for question, answer in pairs:
         turns.append({"from": "human", "value": prefix + question})
@@ -260,9 +261,9 @@ def make_conversation(pairs, prefix):
 
 
 def text_conversation(rng):
-    """A conversation without an image.
+    """Returns a conversation without images.
 
-    It is small talk, a comparison of two fridges, or questions about one fridge in words.
+    It is small talk, a comparison of two descriptions, or questions about one description.
     """
     style = rng.random()
     if style < 0.04:
@@ -348,7 +349,7 @@ SPRITES = {
 
 @cache
 def sprite(food):
-    """A food on a transparent square of 128 pixels."""
+    """Returns a food on a transparent square of 128 pixels."""
     image = Image.new("RGBA", (128, 128))
     draw = ImageDraw.Draw(image)
     for method, *arguments in SPRITES[food]:
@@ -357,7 +358,7 @@ def sprite(food):
 
 
 def paste_food(rng, image, food, x, floor):
-    """Paste a food onto the floor of a shelf, centred at x, in a random size and tint."""
+    """Paste a food onto the floor of a shelf, centered at x, in a random size and tint."""
     size = round(0.9 * SQUARE * rng.uniform(0.88, 1.14))
     thing = sprite(food).resize((size, size), Image.BILINEAR)
     colour = ImageEnhance.Color(thing).enhance(rng.uniform(0.8, 1.2))
@@ -368,9 +369,9 @@ def paste_food(rng, image, food, x, floor):
 
 
 def draw_scene(scene, rng):
-    """The image of a scene, SIDE × SIDE pixels.
+    """Returns the image of a scene, SIDE × SIDE pixels.
 
-    The inside of the open door is on the left, three shelves and a drawer are on the right.
+    The open door is on the left; three shelves and a drawer are on the right.
     """
     tone = rng.randint(222, 250)
     wall = (tone, tone, min(255, tone + rng.randint(0, 8)))
@@ -393,7 +394,7 @@ def draw_scene(scene, rng):
         draw.ellipse((x, y, x + rng.randint(2, 5), y + rng.randint(2, 4)), "white")
     rows = list(scene.values())
     filled = [(row, i) for row, i in product(range(4), range(3)) if rows[row][i]]
-    for row, i in rng.sample(filled, len(filled)):  # which food covers which is random
+    for row, i in rng.sample(filled, len(filled)):  # a random food covers its neighbour
         paste_food(rng, image, rows[row][i], (i + 1.5) * SQUARE, (row + 1) * SQUARE - 2)
     # The drawer's front hides the lower edge of its foods.
     draw.rectangle((SQUARE, SIDE - 7, SIDE, SIDE), (185, 200, 212))
@@ -409,15 +410,15 @@ def draw_scene(scene, rng):
 
 
 def save_scene(scene, rng, path):
-    """Draw a scene into a JPEG; returns its name."""
+    """Draw a scene into a JPEG; returns the file's name."""
     draw_scene(scene, rng).save(path, quality=90)
     return path.name
 
 
 def make_training_sample(number, seed, folder):
-    """Write the image of one training fridge; returns its captions and its chat, as LLaVA records.
+    """Write the image of a training fridge; returns LLaVA records of its captions and its chat.
 
-    Every other chat is about two images, before and after a food was taken out.
+    Every second chat is about two images, before and after a food was taken out.
     """
     rng, name = random.Random(f"{seed}-train-{number}"), f"train-{number:05d}"
     scene = random_scene(rng, False)
@@ -436,8 +437,8 @@ def make_training_sample(number, seed, folder):
 
 
 def make_eval_sample(number, seed, folder):
-    """Write the images of one held-out fridge; returns a question of each kind that fits it."""
-    # "exam" in the seed and "told" below are names of an older version: they decide the numbers.
+    """Write the images of a held-out fridge; returns a question of each kind that fits it."""
+    # "exam" here and "told" below are old names; they are in the seeds, so they decide the data.
     rng, name = random.Random(f"{seed}-exam-{number}"), f"eval-{number:05d}"
     scene = random_scene(rng, True)
     while not remove_random_food(rng, scene, True):
@@ -463,36 +464,33 @@ def write_fridges(*, out, scenes, text, eval_scenes, seed, workers=2):
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f"{out.name}.", dir=out.parent) as tmp:
-        draw_fridges(Path(tmp) / "fridges", scenes, text, eval_scenes, seed, workers)
-        os.rename(Path(tmp) / "fridges", out)  # only a complete folder gets the name
+        folder = Path(tmp, "fridges")
+        options = {"seed": seed, "folder": folder / "images"}
+        options["folder"].mkdir(parents=True)
+        with ProcessPoolExecutor(workers) as pool:
+            make = partial(make_training_sample, **options)
+            training = list(pool.map(make, range(scenes), chunksize=100))
+            make = partial(make_eval_sample, **options)
+            questions = chain(*pool.map(make, range(eval_scenes), chunksize=50))
+        files = {
+            "text": text_records("text", text, seed),
+            "captions": [caption for caption, _ in training],
+            "chats": [chat for _, chat in training] + text_records("told", scenes // 12, seed),
+        }
+        for name, records in files.items():
+            (folder / f"{name}.json").write_text(json.dumps(records))
+        lines = [json.dumps(question) + "\n" for question in questions]
+        (folder / "questions.jsonl").write_text("".join(lines))
+        write_example(folder, seed)
+        os.rename(folder, out)  # only a complete folder gets the name
     cli.print_status(
         f"{out}: {scenes} training fridges, {text} conversations without images, "
         f"{eval_scenes} held-out fridges with questions"
     )
 
 
-def draw_fridges(out, scenes, text, eval_scenes, seed, workers):
-    options = {"seed": seed, "folder": out / "images"}
-    options["folder"].mkdir(parents=True)
-    with ProcessPoolExecutor(workers) as pool:
-        make = partial(make_training_sample, **options)
-        training = list(pool.map(make, range(scenes), chunksize=100))
-        make = partial(make_eval_sample, **options)
-        questions = chain(*pool.map(make, range(eval_scenes), chunksize=50))
-    files = {
-        "text": text_records("text", text, seed),
-        "captions": [caption for caption, _ in training],
-        "chats": [chat for _, chat in training] + text_records("told", scenes // 12, seed),
-    }
-    for name, records in files.items():
-        (out / f"{name}.json").write_text(json.dumps(records))
-    lines = [json.dumps(question) + "\n" for question in questions]
-    (out / "questions.jsonl").write_text("".join(lines))
-    write_example(out, seed)
-
-
 def text_records(name, count, seed):
-    """LLaVA records of conversations without images."""
+    """Returns LLaVA records of conversations without images."""
     records = []
     for i in range(count):
         turns = text_conversation(random.Random(f"{seed}-{name}-{i}"))

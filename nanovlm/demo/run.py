@@ -2,8 +2,8 @@
 
 It draws images (fridge.py), trains a small language model on text, and a vision encoder in front of
 it. With these two it does what real training does: stitch, align (pretrain), fine-tune (sft) and
-evaluate. Each step is a command that a user can type, too. A step that an earlier demonstration has
-finished is skipped. Everything is in out/demo and data/demo.
+evaluate. Each step is also a command. Steps that are finished are skipped. All files are in
+out/demo and data/demo.
 """
 
 import json
@@ -40,7 +40,7 @@ SHAPES = {
 
 
 def run_step(path, title, function, *arguments, **settings):
-    """Call a function that writes `path`, unless it exists."""
+    """Call a function that writes `path`, unless the path exists."""
     exists = Path(path).exists()
     print(f"\n== {title}{' (done before)' if exists else ''}", flush=True)
     if not exists:
@@ -56,7 +56,7 @@ def run_stage(train, stage, title, **settings):
 
 
 def score_questions(model, questions, blank_images=False):
-    """[(kind, questions, share of right answers)], the last over all kinds."""
+    """Returns [(kind, number of questions, share of right answers)]; the last is over all kinds."""
     checkpoint = load_checkpoint(model, pick_device("auto"))
     table = evaluate(
         checkpoint,
@@ -70,7 +70,7 @@ def score_questions(model, questions, blank_images=False):
 
 
 def run_demonstration(train):
-    """Run all steps in a row. train: the function of train.py."""
+    """Run all steps. train: the function of train.py."""
     start = time.time()
     prepare_inputs()
     train_parts(train)

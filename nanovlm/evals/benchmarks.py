@@ -39,7 +39,7 @@ class Benchmark(NamedTuple):
 
     score: Callable  # of an answer: a function of metrics.py, or cider_scores
     prompt: str = ""  # follows the question
-    files: tuple = ("*.jsonl", "*.json")  # in a folder or zip: the first pattern that matches
+    files: tuple = ("*.jsonl", "*.json")  # in a folder: the first pattern that matches
     parse: Callable = parse_records  # returns the records of a file
     annotation_files: tuple = ()  # like files, if the references are in a separate file
     id_key: str = "id"  # "": the questions are numbered
@@ -56,7 +56,7 @@ class Benchmark(NamedTuple):
     hidden_answers: tuple = ()  # what stands for an answer that is not published
     submission_keys: tuple = ()  # the names of id and answer in a submission
     score_name: str = "accuracy"  # of the mean score
-    summarize: Callable | None = None  # (questions, answers, scores) -> what the owners report
+    summarize: Callable | None = None  # results -> {metric: value} as the owners report
 
     @property
     def is_caption(self):
@@ -91,7 +91,7 @@ BENCHMARKS = {
     ),
     "coco": Benchmark(
         cider_scores,
-        files=("dataset_coco.json", "coco_karpathy_test.json", "captions_val2014.json"),
+        files=("dataset_coco.json", "coco_karpathy_test.json"),
         parse=parse_coco,
         image_paths=("val2014/{name}", "{name}"),
         default_question="Give a brief description of this image in one sentence.",
@@ -169,7 +169,6 @@ BENCHMARKS = {
         lists_choices=True,
         open_prompt="Answer the question using a single word or phrase.",
         hidden_answers=("?",),
-        summarize=metrics.mmmu_metrics,
     ),
     "mmstar": Benchmark(
         metrics.letter_score,
@@ -188,7 +187,6 @@ BENCHMARKS = {
         image_paths=("OCRBench_Images/{}", "{}"),
         kind_key="type question_type",
         extra_keys=("dataset_name dataset",),
-        summarize=metrics.ocrbench_metrics,
     ),
     "pope": Benchmark(
         metrics.yes_no_score,
@@ -253,8 +251,19 @@ def load_questions(name, questions, annotations="", images="", prompt=""):
     image, or a repeated id.
     """
     benchmark = find_benchmark(name)
-    notes = read_annotations(name, annotations) if annotations else None
-    result, seen = [], {}
+    result, seen, notes, has_paths = [], {}, None, False
+    if annotations and not benchmark.annotation_files:
+        raise UserError(
+            f"--annotations={annotations}: the answers of {name} are in its questions: leave it out"
+        )
+    if annotations:
+        notes_file, *others = find_question_files(annotations, benchmark.annotation_files)
+        if others:
+            raise UserError(
+                f"--annotations={annotations} has {len(others) + 1} files: name the one of these "
+                "questions"
+            )
+        notes = read_document(notes_file.name)
     for file in find_question_files(questions, benchmark.files):
         records = read_benchmark(name, file, notes, annotations)
         for number, record in enumerate(records, 1):
@@ -263,6 +272,7 @@ def load_questions(name, questions, annotations="", images="", prompt=""):
             before = seen.setdefault(str(entry["id"]), where)
             if before != where:
                 raise UserError(f"{where}: the id {entry['id']} is already that of {before}")
+            has_paths |= any(isinstance(value, str) for value in entry["image"])
             entry["image"] = [
                 find_image(value, benchmark.image_paths, file, images, where)
                 for value in entry["image"]
@@ -276,16 +286,11 @@ def load_questions(name, questions, annotations="", images="", prompt=""):
             f"{questions}: {len(hidden):,} of {len(result):,} questions have no answers, the first "
             f"is {hidden[0]}"
         )
-    return result
-
-
-def read_annotations(name, annotations):
-    patterns = BENCHMARKS[name].annotation_files
-    if not patterns:
+    if images and not has_paths:
         raise UserError(
-            f"--annotations={annotations}: the answers of {name} are in its questions: leave it out"
+            f"--images={images}: no question of {questions} has the path of an image: leave it out"
         )
-    return read_document(find_question_files(annotations, patterns)[0].name)
+    return result
 
 
 def read_benchmark(name, file, notes, annotations):
@@ -307,86 +312,60 @@ def make_question(benchmark, record, count, prompt, where):
     """
     if not isinstance(record, dict):
         raise UserError(f"{where} is not an object: {record!r:.80}")
-    found = {
+    fields = {
         part: first_field(record, *getattr(benchmark, f"{part}_key").split())
-        for part in ("id", "image", "question", "answers", "kind")
+        for part in ("id", "kind", "image", "question", "answers")
     }
-    if not benchmark.id_key:
-        found["id"] = count
-    if benchmark.from_user and prompt:
-        found["question"] = prompt
-    found["question"] = found["question"] or benchmark.default_question or None
-    found["image"] = None if found["image"] == [] else found["image"]
-    check_parts(benchmark, record, found, where)
-    images = [] if found["image"] is None else found["image"]
-    # isinstance would not do: a ref to an image is a tuple
-    images = images if type(images) is list else [images]
-    choices = first_field(record, "choices")
+    is_hidden = fields["answers"] in benchmark.hidden_answers
+    references = [] if is_hidden else as_list(fields["answers"])
     question = {
-        "id": found["id"],
-        "kind": "all" if found["kind"] in (None, "") else found["kind"],
-        "image": images,
-        "question": found["question"],
-        "answers": read_references(benchmark, found["answers"]),
-        "choices": [] if choices is None else choices,
+        "id": fields["id"] if benchmark.id_key else count,
+        "kind": "all" if fields["kind"] in (None, "") else str(fields["kind"]),
+        "image": as_list(fields["image"]),
+        "question": fields["question"] or benchmark.default_question,
+        "answers": [str(text) if isinstance(text, int | float) else text for text in references],
+        "choices": as_list(first_field(record, "choices")),
     }
     for keys in benchmark.extra_keys:
         question[keys.split()[0]] = first_field(record, *keys.split())
-    check_question(benchmark, question, where)
-    question["kind"] = str(question["kind"])
+    if benchmark.from_user and prompt:
+        question["question"] = prompt
+    check_parts(benchmark, question, is_hidden, where)
+    if not is_hidden:
+        metrics.check_references(benchmark.score, question, where)
     text = format_question(benchmark, question, prompt)
-    question["question"] = place_images(text, len(images), where)
+    question["question"] = place_images(text, len(question["image"]), where)
     return question
 
 
-def check_parts(benchmark, record, found, where):
-    """Raises UserError for a record without a part that its benchmark needs."""
-    needed = ["id", "question"]
-    if None not in benchmark.hidden_answers:
-        needed.append("answers")
-    if not benchmark.from_user or benchmark.is_caption:
-        needed.append("image")
-    if missing := [part for part in needed if found[part] is None]:
-        raise UserError(f"{where}: no {', '.join(missing)}; it has {', '.join(record)}")
-
-
-def read_references(benchmark, value):
-    """Returns the reference answers as a list of texts, [] if they are hidden."""
-    if value in benchmark.hidden_answers:
+def as_list(value):
+    """Returns a field's value as a list; [] if it is missing."""
+    if value is None:
         return []
-    # An empty list does not mean hidden: it is kept, and refused later.
-    values = value if isinstance(value, list) and value else [value]
-    return [str(text) if isinstance(text, int | float) else text for text in values]
+    return value if isinstance(value, list) else [value]
 
 
-def check_question(benchmark, question, where):
-    """Raises UserError if a part has the wrong type or is blank, or if it cannot be scored."""
-    for part in ("id", "kind"):
-        label = question[part]
-        is_label = type(label) in (str, int, float)  # a bool is an int, too
-        if not is_label or not (str(label).isprintable() and str(label).strip()):
-            raise UserError(
-                f"{where}: `{part}` must be a number or a line of text, not {label!r:.80}"
-            )
-    if not is_text(question["question"]):
-        raise UserError(
-            f"{where}: `question` must be a non-empty text, not {question['question']!r:.80}"
-        )
-    # One of an owner's references may be blank if whole texts are compared. With other scores,
-    # every answer would contain it.
-    may_be_blank = not benchmark.from_user and benchmark.score in metrics.TEXT_SCORES
-    for part, blank in (("answers", may_be_blank), ("choices", True)):
-        texts = question[part]
-        if not isinstance(texts, list) or not all(is_text(text, blank) for text in texts):
-            raise UserError(
-                f"{where}: `{part}` must be a list of non-empty texts, not {texts!r:.80}"
-            )
-    if question["answers"]:
-        metrics.check_references(benchmark.score, question, where)
-    if len(question["choices"]) > len(LETTERS):
-        raise UserError(
-            f"{where} has {len(question['choices'])} choices, but there are {len(LETTERS)} letters"
-        )
+def check_parts(benchmark, question, is_hidden, where):
+    """Raises UserError if a part of a question is missing, blank or of the wrong type."""
+    label, references, choices = question["id"], question["answers"], question["choices"]
+    is_label = isinstance(label, str | int | float) and str(label).isprintable() and label != ""
+    # One of the ten references of an owner may be blank.
+    has_references = references and all(
+        is_text(text, may_be_blank=not benchmark.from_user) for text in references
+    )
+    may_lack_image = benchmark.from_user and not benchmark.is_caption
+    are_choices = len(choices) <= len(LETTERS) and all(is_text(text, True) for text in choices)
+    rules = [
+        ("id", is_label, "a number or a line of text"),
+        ("kind", question["kind"].isprintable(), "a line of text"),
+        ("image", question["image"] or may_lack_image, "an image or its path"),
+        ("question", is_text(question["question"]), "a non-empty text"),
+        ("answers", is_hidden or has_references, "a list of non-empty texts"),
+        ("choices", are_choices, f"a list of at most {len(LETTERS)} texts"),
+    ]
+    for part, is_valid, expected in rules:
+        if not is_valid:
+            raise UserError(f"{where}: `{part}` must be {expected}, not {question[part]!r:.80}")
 
 
 def is_text(value, may_be_blank=False):
@@ -411,30 +390,36 @@ def format_question(benchmark, question, prompt):
 # ---- scores ----
 
 
-def score_answers(name, answers, questions):
-    """Returns the score of each answer to the questions of a benchmark.
+def score_results(results, name):
+    """Returns the results, questions with an `answer` each, with their scores.
 
-    Raises UserError for a question that the benchmark cannot score.
+    None: the answer cannot be parsed, or there are no references. Raises UserError for a question
+    that the benchmark cannot score.
     """
     score = BENCHMARKS[name].score
+    known = [result for result in results if result["answers"]]
+    for result in known:
+        metrics.check_references(score, result, f"question {result['id']}")
     if BENCHMARKS[name].is_caption:
-        return cider_scores(answers, [question["answers"] for question in questions])
-    for question in questions:
-        metrics.check_references(score, question, f"question {question.get('id')}")
-    return [
-        score(answer, question["answers"], question)
-        for answer, question in zip(answers, questions, strict=True)
-    ]
+        answers = [result["answer"] for result in known]
+        scores = cider_scores(answers, [result["answers"] for result in known])
+    else:
+        scores = [score(result["answer"], result["answers"], result) for result in known]
+    scores = iter(scores)
+    return [{**result, "score": next(scores) if result["answers"] else None} for result in results]
 
 
-def benchmark_metrics(name, questions, answers, scores):
+def benchmark_metrics(name, results):
     """Returns {metric: value} as a benchmark's owners report it, and the share of answers that
-    cannot be parsed (`unparsed`)."""
-    benchmark = BENCHMARKS[name]
-    result = {benchmark.score_name: metrics.mean_score(scores)}
+    cannot be parsed (`unparsed`).
+
+    results: questions with their `answer` and `score`.
+    """
+    benchmark, scores = BENCHMARKS[name], [result["score"] for result in results]
+    found = {benchmark.score_name: metrics.mean_score(scores)}
     if benchmark.summarize:
-        result = benchmark.summarize(questions, answers, scores)
-    return result | {"unparsed": sum(score is None for score in scores) / len(scores)}
+        found = benchmark.summarize(results)
+    return found | {"unparsed": sum(score is None for score in scores) / len(scores)}
 
 
 def format_submission(name, results):
@@ -446,6 +431,5 @@ def format_submission(name, results):
     if not keys:
         known = [other for other, benchmark in BENCHMARKS.items() if benchmark.submission_keys]
         raise UserError(f"--submission: {name} has no submission format; {', '.join(known)} have")
-    id_key, answer_key = keys
-    rows = [{id_key: result["id"], answer_key: result["answer"].strip()} for result in results]
+    rows = [{keys[0]: result["id"], keys[1]: result["answer"].strip()} for result in results]
     return json.dumps(rows)

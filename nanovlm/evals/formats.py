@@ -10,7 +10,6 @@ import io
 import itertools
 import os
 import re
-from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,12 +17,7 @@ from PIL import ImageDraw, ImageFont
 
 from .. import UserError
 from ..data import image_files
-from ..data.image_refs import (
-    ImageBytes,
-    ImageFile,
-    find_image_ref,
-    load_image_bytes,
-)
+from ..data.image_refs import ImageBytes, ImageFile, find_image_ref, load_image_bytes
 from ..preprocess import readers
 from ..preprocess.records import LETTERS
 
@@ -61,11 +55,11 @@ def find_question_files(path, patterns):
 def read_document(path):
     """Returns the content of a file: the rows of a parquet, a text, or the JSON."""
     if path.endswith(".parquet"):
-        return (row for row, _ in readers.read_parquet(path))
+        return readers.read_parquet(path)
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not text in UTF-8: {error}") from None
+        raise UserError(f"{path} is not text in UTF-8 (unpack a zip first): {error}") from None
     return text if path.endswith((".txt", ".csv")) else parse_json_document(text, path)
 
 
@@ -96,11 +90,10 @@ def find_image(value, paths, file, images, where):
     """
     if isinstance(value, ImageBytes | ImageFile):
         return value
-    if isinstance(value, dict | bytes):
-        content = value.get("bytes") if isinstance(value, dict) else value
-        if isinstance(content, bytes):
-            return ImageBytes(f"{where}, its image", content)
-        value = value.get("path")
+    if isinstance(value, dict):
+        value = value.get("bytes") or value.get("path")
+    if isinstance(value, bytes):
+        return ImageBytes(f"{where}, its image", value)
     if not isinstance(value, str) or not value.strip():
         raise UserError(f"{where}: `image` must be a non-empty text, not {value!r:.80}")
     folders = [""] if images else [os.path.dirname(file.path), ""]
@@ -128,10 +121,9 @@ def parse_user_questions(content, file, notes):
     """Yields records as they are, or from LLaVA's format.
 
     There, the first turn is the question, the next one the answer, and `label` the kind. Other
-    records may only have USER_FIELDS: a misspelled `image` would ask the question without it.
+    records may only have USER_FIELDS: with a misspelled `image`, it would be asked without it.
     """
     for number, record in enumerate(parse_records(content, file, notes), 1):
-        where = f"{file.name}, question {number}"
         match record:
             case {
                 "conversations": [
@@ -142,36 +134,26 @@ def parse_user_questions(content, file, notes):
             }:
                 kind = record.get("label")
                 yield {**record, "question": question, "answers": [answer], "kind": kind}
-            case {"conversations": _}:
-                raise UserError(f"{where}: its first two turns are not a question and an answer")
-            case dict() if unknown := [name for name in record if name not in USER_FIELDS]:
+            case dict() if not record.keys() <= {*USER_FIELDS}:
                 raise UserError(
-                    f"{where}: unknown fields {', '.join(unknown)}; known are "
-                    f"{', '.join(USER_FIELDS)}"
+                    f"{file.name}, question {number}: its fields are {', '.join(record)}; known "
+                    f"are {', '.join(USER_FIELDS)}, or LLaVA's conversations"
                 )
             case _:
                 yield record
 
 
 def parse_coco(content, file, notes):
-    """Karpathy's split, of which the test images are used; its test set as in BLIP (a list); or
-    COCO's own captions."""
+    """The test images of Karpathy's split: of his own file, or a list as published with BLIP."""
     if isinstance(content, list):
         for image in content:
             image_id = int(re.search(r"\d+(?=\.\w+$)", image["image"])[0])
             yield {"id": image_id, "image": image["image"], "answers": image["caption"]}
-    elif "annotations" in content:
-        captions = defaultdict(list)
-        for annotation in content["annotations"]:
-            captions[annotation["image_id"]].append(annotation["caption"])
-        for image in content["images"]:
-            texts = captions[image["id"]]
-            yield {"id": image["id"], "image": image["file_name"], "answers": texts}
-    else:
-        for image in content["images"]:
-            if image["split"] == "test":
-                texts = [sentence["raw"] for sentence in image["sentences"]]
-                yield {"id": image["cocoid"], "image": image["filename"], "answers": texts}
+        return
+    for image in content["images"]:
+        if image["split"] == "test":
+            texts = [sentence["raw"] for sentence in image["sentences"]]
+            yield {"id": image["cocoid"], "image": image["filename"], "answers": texts}
 
 
 def parse_vqav2(content, file, notes):
@@ -184,14 +166,15 @@ def parse_vqav2(content, file, notes):
         by_question = {annotation["question_id"]: annotation for annotation in notes["annotations"]}
     for record in content["questions"]:
         annotation = by_question.get(record["question_id"], {})
-        if notes is not None and not annotation.get("answers"):
+        answers = [entry["answer"] for entry in annotation.get("answers") or []]
+        if notes is not None and not answers:
             raise UserError(
                 f"{file.name}: --annotations has no answers to question {record['question_id']}"
             )
         yield {
             **record,
             "image": f"COCO_{split}_{record['image_id']:012d}.jpg",
-            "answers": annotation.get("answers"),
+            "answers": answers,
             "kind": annotation.get("answer_type"),
         }
 

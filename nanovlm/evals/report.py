@@ -21,11 +21,10 @@ MAX_IMAGE_EDGE = 320  # pixels of an image's longer edge on a page
 
 STYLE = """
 body { font: 15px/1.4 sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em }
-table { border-collapse: collapse } td, th { padding: .1em 1em; text-align: right }
-td:first-child, th:first-child { text-align: left }
 section { border-top: 1px solid #bbb; padding: 1em 0; display: flow-root }
 section img { float: left; margin: 0 1em 1em 0 }
 pre { white-space: pre-wrap; font: inherit; margin: .3em 0 }
+pre.table { white-space: pre; font-family: monospace }
 b { display: inline-block; min-width: 6em } .score { float: right; font-size: 1.5em }
 """
 
@@ -50,31 +49,26 @@ class EvaluationProgress:
 
     def __init__(self, total, answered_before):
         self.total, self.answered_before = total, answered_before
-        self.results = []
+        self.done = self.tokens = 0
         self.start = self.last_print = time.perf_counter()
 
     def speeds(self):
-        if not self.results:
-            return {}
         seconds = time.perf_counter() - self.start
-        tokens = sum(result["tokens"] for result in self.results)
-        return {"answers_per_s": len(self.results) / seconds, "tokens_per_s": tokens / seconds}
+        if not self.done:
+            return {}
+        return {"answers_per_s": self.done / seconds, "tokens_per_s": self.tokens / seconds}
 
-    def update(self, results, benchmark):
-        self.results += results
+    def update(self, outputs):
+        self.done += len(outputs)
+        self.tokens += sum(output.tokens for output in outputs)
         is_early = time.perf_counter() - self.last_print < PROGRESS_SECONDS
         if is_early or distributed.get_rank() > 0:
             return
         self.last_print = time.perf_counter()
-        scores = [result["score"] for result in self.results if result["answers"]]
-        so_far = ""
-        if scores and not BENCHMARKS[benchmark].is_caption:
-            so_far = f" | {metrics.mean_score(scores):.1%} so far"
-        done = self.answered_before + len(self.results)
-        speed = self.speeds()["answers_per_s"]
+        done, speed = self.answered_before + self.done, self.speeds()["answers_per_s"]
         remaining = datetime.timedelta(seconds=round((self.total - done) / speed))
         cli.print_status(
-            f"{done:,}/{self.total:,} questions | {speed:,.1f} answers/s{so_far} | {remaining} left"
+            f"{done:,}/{self.total:,} questions | {speed:,.1f} answers/s | {remaining} left"
         )
 
 
@@ -104,19 +98,16 @@ def format_table(lines, owner_metrics, benchmark, tokens_per_s=None):
     """Returns the table as text, then owner_metrics: what the benchmark's owners report."""
     is_caption, name = BENCHMARKS[benchmark].is_caption, BENCHMARKS[benchmark].score_name
     label = "right" if name == "accuracy" else name
+    form, scale = ("{:.1f}", 100) if is_caption else ("{:.1%}", 1)  # CIDEr-D is no percentage
     width = max(10, *(len(line.kind) for line in lines))
     texts = []
     for line in lines:
-        cells = [f"{line.kind:{width}} {line.questions:5} questions", "no reference answers"]
+        cells = "no reference answers"
         if line.score is not None:
-            # CIDEr-D is no percentage
-            form = (lambda share: f"{100 * share:.1f}") if is_caption else "{:.1%}".format
-            cells[1:] = [
-                f"{form(line.score):>6} {label}",
-                f"{form(line.low)} to {form(line.high)}",
-                f"{line.unparsed:.1%} unparsed",
-            ]
-        texts.append("   ".join([*cells, f"{line.cut:.1%} cut off"]))
+            score, low, high = (form.format(scale * share) for share in line[2:5])
+            cells = f"{score:>6} {label}   {low} to {high}   {line.unparsed:.1%} unparsed"
+        count = f"{line.kind:{width}} {line.questions:5} questions"
+        texts.append(f"{count}   {cells}   {line.cut:.1%} cut off")
     if tokens_per_s is not None:
         texts[-1] += f"   {tokens_per_s:,.0f} tokens/s"
     if is_caption:
@@ -169,25 +160,15 @@ def question_section(result, question):
     return f"<section>{score}{images}<p>{title}</p>{texts}</section>"
 
 
-def table_row(line, benchmark):
-    scores = ["" if x is None else format_score(x, benchmark) for x in line[2:5]]
-    shares = ["" if x is None else f"{x:.1%}" for x in line[5:]]
-    cells = "".join(f"<td>{text}" for text in scores + shares)
-    return f"<tr><td>{html.escape(line.kind)}<td>{line.questions}{cells}"
-
-
-def html_page(results, questions, lines, benchmark, model):
-    """Returns the page; questions: those of the results, for their images; lines: the table."""
+def html_page(results, questions, title, table):
+    """Returns the page; questions: those of the results, for their images; table: its text."""
     pairs = sorted(zip(results, questions, strict=True), key=lambda pair: sort_key(pair[0]))
-    title = html.escape(f"{benchmark}: {model}")
-    table = "".join(table_row(line, benchmark) for line in lines)
-    names = ("", "questions", "score", "from", "to", "unparsed", "cut off")
-    head = "".join(f"<th>{name}" for name in names)
-    part = f"the {MAX_QUESTIONS:,} worst of " if len(pairs) > MAX_QUESTIONS else ""
-    sections = "\n".join(question_section(*pair) for pair in pairs[:MAX_QUESTIONS])
+    shown = pairs[:MAX_QUESTIONS]
+    sections = "\n".join(question_section(*pair) for pair in shown)
+    title, table = html.escape(title), html.escape(table)
     return (
         f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>{title}</title>'
-        f"<style>{STYLE}</style>\n<h1>{title}</h1>\n<table><tr>{head}{table}</table>\n"
-        f"<p>These are {part}{len(pairs):,} questions, the worst first.</p>\n"
+        f'<style>{STYLE}</style>\n<h1>{title}</h1>\n<pre class="table">{table}</pre>\n'
+        f"<p>{len(shown):,} of {len(pairs):,} questions, the worst first</p>\n"
         f"{sections}\n</html>\n"
     )

@@ -2,8 +2,8 @@
 
 answers.jsonl  a line per question, written as soon as it is answered: id, kind, images, references,
                what else the score needs, the rendered prompt, the answer, its number of tokens,
-               whether it was cut off at --max_tokens, and the score (null: it cannot be parsed).
-               The lines are in the questions' order once all are answered.
+               and whether it was cut off at --max_tokens. Once all are answered, the lines are in
+               the questions' order and have their scores (null: it cannot be parsed).
 answers.json   the settings, the model's history, the command and the versions, which are enough to
                repeat the evaluation; and the table of scores
 """
@@ -29,27 +29,18 @@ from ..data import chat_template, image_files, image_processing, image_refs, pac
 from ..inference.generate import generate
 from ..training.recipes import read_saved_settings
 from . import report
-from .benchmarks import BENCHMARKS, benchmark_metrics, format_submission, score_answers
+from .benchmarks import benchmark_metrics, format_submission, score_results
 
 MAX_SEQUENCE = 1 << 20  # tokens of prompt and answer: the KV cache is allocated for all of them
-RESULT_FIELDS = {  # of a line of answers.jsonl, with their types
-    "id": str | int,
-    "kind": str,
-    "prompt": str,
-    "answer": str,
-    "answers": list,
-    "tokens": int,
-    "cut": bool,
-}
 
 
-class Answer(NamedTuple):
-    """A generated answer."""
+class Output(NamedTuple):
+    """What the model generated for a prompt."""
 
-    text: str
+    prompt: str  # the rendered prompt, with <image> for each image
+    answer: str
     tokens: int
     cut: bool  # it has max_tokens tokens and no end token
-    prompt: str  # the rendered prompt, with <image> for each image
 
 
 # ---- prompts ----
@@ -129,7 +120,7 @@ def check_prompt_lengths(checkpoint, lengths, max_tokens):
 
 
 def generate_answers(checkpoint, prompts, *, blank_images=False, autocast=None, **generation):
-    """Returns the Answer to each of the prompts, (text with <image> for each image, [images]).
+    """Returns the Output for each of the prompts, (text with <image> for each image, [images]).
 
     They are generated as one batch. blank_images: all images are gray. autocast: a context for the
     model's calls. generation: of generate. All ranks call a sharded model equally often: until the
@@ -148,21 +139,21 @@ def generate_answers(checkpoint, prompts, *, blank_images=False, autocast=None, 
         inputs["tiles_NCYX"].fill_(128)
     is_sharded = distributed.is_sharded(model)
     stop = set() if is_sharded else {end}
-    answers = [[] for _ in prompts]
+    generated = [[] for _ in prompts]
     with autocast or contextlib.nullcontext(), distributed.unsharded(model):
         for step in generate(model, prompt_ids, **inputs, stop=stop, **generation):
-            for ids, next_id in zip(answers, step, strict=True):
+            for ids, next_id in zip(generated, step, strict=True):
                 if not ids or ids[-1] != end:
                     ids.append(next_id)
             if is_sharded:
-                unfinished = sum(ids[-1] != end for ids in answers)
+                unfinished = sum(ids[-1] != end for ids in generated)
                 if not distributed.all_reduce_sum([unfinished], model.mean_C11.device)[0]:
                     break
-    result = []
-    for ids, prompt in zip(answers, prompt_texts, strict=True):
-        text = tokenizer.decode([i for i in ids if i != end])
-        result.append(Answer(text, len(ids), ids[-1] != end, prompt))
-    return result
+    outputs = []
+    for prompt, ids in zip(prompt_texts, generated, strict=True):
+        answer = tokenizer.decode([i for i in ids if i != end])
+        outputs.append(Output(prompt, answer, len(ids), ids[-1] != end))
+    return outputs
 
 
 def batches_by_length(lengths, batch_size):
@@ -175,7 +166,7 @@ def batches_by_length(lengths, batch_size):
 
 
 def answer_questions(checkpoint, questions, *, batch_size=16, done=(), lengths=None, **options):
-    """Yields, on every rank, the [(index of a question, Answer)] of all ranks, round by round.
+    """Yields, on every rank, the [(index of a question, Output)] of all ranks, round by round.
 
     done: indices of questions that are answered already. They count when batches are formed, so
     that a resumed evaluation gives the same answers. The longest prompts come first: if they do not
@@ -190,10 +181,10 @@ def answer_questions(checkpoint, questions, *, batch_size=16, done=(), lengths=N
         remaining = [i for i in members if i not in done]
         if remaining:
             batches.append(remaining)
-    # The last round may have no batch for this rank. It then repeats that of another rank, since
-    # under FSDP all ranks must call the model.
-    rounds = [batches[i : i + world] for i in range(0, len(batches), world)]
-    own_batches = [ranks[min(rank, len(ranks) - 1)] for ranks in rounds]
+    # In the last round, a rank without a batch repeats the last one: under FSDP all ranks must call
+    # the model.
+    last = len(batches) - 1
+    own_batches = [batches[min(i + rank, last)] for i in range(0, len(batches), world)]
 
     def load(members):
         return [load_prompt(questions[i], checkpoint.image_config) for i in members]
@@ -205,8 +196,8 @@ def answer_questions(checkpoint, questions, *, batch_size=16, done=(), lengths=N
             with distributed.raise_on_all_ranks():
                 prompts = next_prompts.result()
             next_prompts = next(loading, None)  # read while these are answered
-            answers = generate_answers(checkpoint, prompts, **options)
-            pairs = distributed.all_gather_object(list(zip(members, answers, strict=True)))
+            outputs = generate_answers(checkpoint, prompts, **options)
+            pairs = distributed.all_gather_object(list(zip(members, outputs, strict=True)))
             yield list(dict(itertools.chain(*pairs)).items())  # without the repeated ones
 
 
@@ -215,41 +206,24 @@ def evaluate(checkpoint, questions, *, benchmark="exact", **options):
 
     It also works during training (see generate_answers). options: of answer_questions.
     """
-    answers = []
+    outputs = []
     for pairs in answer_questions(checkpoint, questions, **options):
-        answers += pairs
-    results = [make_result(questions[i], answer) for i, answer in sorted(answers)]
+        outputs += pairs
+    results = [make_result(questions[i], output) for i, output in sorted(outputs)]
     return report.make_table(score_results(results, benchmark))
 
 
 # ---- scores ----
 
 
-def make_result(question, answer):
+def make_result(question, output):
     """Returns a line of answers.jsonl without its score."""
     result = {name: value for name, value in question.items() if name != "question"}
     result["image"] = [
         ref.name if isinstance(ref, image_refs.ImageBytes) else os.path.join(*ref[:2])
         for ref in question["image"]
     ]
-    return {
-        **result,
-        "prompt": answer.prompt,
-        "answer": answer.text,
-        "tokens": answer.tokens,
-        "cut": answer.cut,
-    }
-
-
-def score_results(results, benchmark):
-    """Returns the results with their scores.
-
-    None: the answer cannot be parsed, or there are no references.
-    """
-    known = [result for result in results if result["answers"]]
-    answers = [result["answer"] for result in known]
-    scores = iter(score_answers(benchmark, answers, known) if known else [])
-    return [{**result, "score": next(scores) if result["answers"] else None} for result in results]
+    return result | output._asdict()
 
 
 # ---- what identifies an evaluation ----
@@ -278,25 +252,22 @@ def short_hash(value):
 
 
 def hash_weights(model):
-    """Returns [name, sha256] of each weights file of a model."""
-    folder, result = Path(files.cached_snapshot(model) or model), []
-    paths = [*folder.glob("*.safetensors"), *folder.glob("*.bin"), *folder.glob("sharded/*")]
-    for path in sorted(paths):
+    """Returns the sha256 of each weights file of a model."""
+    folder, digests = Path(files.cached_snapshot(model) or model), []
+    for path in sorted([*folder.rglob("*.safetensors"), *folder.rglob("*.bin")]):
         with open(path, "rb") as file:
-            result.append([path.name, hashlib.file_digest(file, "sha256").hexdigest()])
-    return result
+            digests.append(hashlib.file_digest(file, "sha256").hexdigest())
+    return digests
 
 
 def package_versions():
     """Returns the versions of what answers depend on; nanovlm's is a hash of its files."""
-    package = Path(__file__).parents[1]
-    sources = [
-        [str(path.relative_to(package)), path.read_text(encoding="utf-8")]
-        for path in sorted(package.rglob("*.py"))
-    ]
-    names = ("torch", "numpy", "pillow", "tiktoken", "safetensors")
-    versions = {name: importlib.metadata.version(name) for name in names}
-    return {"nanovlm": short_hash(sources), "python": platform.python_version(), **versions}
+    sources = sorted(Path(__file__).parents[1].rglob("*.py"))
+    versions = {"nanovlm": short_hash([path.read_text(encoding="utf-8") for path in sources])}
+    versions["python"] = platform.python_version()
+    for name in ("torch", "numpy", "pillow", "tiktoken", "safetensors"):
+        versions[name] = importlib.metadata.version(name)
+    return versions
 
 
 # ---- answers.jsonl and answers.json ----
@@ -380,52 +351,55 @@ def read_results(path):
     """Yields the lines of an answers.jsonl. Raises UserError for a line that is something else."""
     seen = set()
     for number, result in enumerate(files.read_log(path), 1):
-        wrong = [
-            name
-            for name, kind in RESULT_FIELDS.items()
-            if not isinstance(result, dict) or not isinstance(result.get(name), kind)
-        ]
-        if wrong or not all(isinstance(text, str) for text in result["answers"]):
-            raise UserError(
-                f"{path}, line {number}: not an answer, {', '.join(wrong or ['answers'])} missing "
-                f"or of the wrong type: {result!r:.80}"
-            )
-        if str(result["id"]) in seen:
-            raise UserError(f"{path}, line {number}: question {result['id']} is answered twice")
-        seen.add(str(result["id"]))
+        match result:
+            case {
+                "id": str() | int(),
+                "kind": str(),
+                "prompt": str(),
+                "answer": str(),
+                "answers": [*references],
+                "tokens": int(),
+                "cut": bool(),
+            } if all(isinstance(reference, str) for reference in references):
+                name = str(result["id"])
+            case _:
+                raise UserError(f"{path}, line {number}: not a line of answers: {result!r:.80}")
+        if name in seen:
+            raise UserError(f"{path}, line {number}: question {name} is answered twice")
+        seen.add(name)
         yield result
 
 
-def read_answers(path, questions):
-    """Returns {index of a question: Answer} of an answers.jsonl.
+def read_outputs(path, questions):
+    """Returns {index of a question: Output} of an answers.jsonl.
 
     Raises UserError for an answer to another question.
     """
     indices = {str(question["id"]): i for i, question in enumerate(questions)}
-    answers = {}
+    outputs = {}
     for result in read_results(path):
         if str(result["id"]) not in indices:
             raise UserError(
                 f"{path} answers question {result['id']}, which is not in --questions: choose "
                 "another file"
             )
-        answer = Answer(result["answer"], result["tokens"], result["cut"], result["prompt"])
-        answers[indices[str(result["id"])]] = answer
-    return answers
+        output = Output(*(result[name] for name in Output._fields))
+        outputs[indices[str(result["id"])]] = output
+    return outputs
 
 
 # ---- a whole evaluation ----
 
 
 def resume_answers(out, questions, metadata):
-    """Returns (metadata, {index of a question: Answer}) of an interrupted evaluation, and readies
+    """Returns (metadata, {index of a question: Output}) of an interrupted evaluation, and readies
     `out` for the rest; of a new one, it writes the metadata."""
     check_output(out, metadata["settings"])
     if not has_content(out):
         files.write_text(metadata_path(out), json.dumps(metadata, indent=1))
         return metadata, {}
     os.truncate(out, Path(out).read_bytes().rfind(b"\n") + 1)  # the last line may be incomplete
-    return read_metadata(out), read_answers(out, questions)
+    return read_metadata(out), read_outputs(out, questions)
 
 
 def run_benchmark(
@@ -436,41 +410,42 @@ def run_benchmark(
     Returns (results, metadata): the lines of answers.jsonl, and the content of answers.json without
     the table.
     """
-    metadata, answers = {"history": checkpoint.history}, {}
+    metadata, outputs = {"history": checkpoint.history}, {}
     writes = out and distributed.get_rank() == 0
     with distributed.raise_on_all_ranks():
         if writes:
-            metadata = {
+            metadata |= {
                 "settings": evaluation_settings(
                     checkpoint, questions, benchmark, prompt, generation
                 ),
                 "command": shlex.join(sys.argv),
-                "history": checkpoint.history,
                 "ranks": distributed.get_world_size(),
                 "batch": batch_size,
                 "device": str(checkpoint.model.mean_C11.device),
                 "versions": package_versions(),
             }
-            metadata, answers = resume_answers(out, questions, metadata)
+            metadata, outputs = resume_answers(out, questions, metadata)
         lengths = prompt_lengths(checkpoint, questions)
         if distributed.get_rank() == 0:
             check_prompt_lengths(checkpoint, lengths, generation["max_tokens"])
-    answers = distributed.all_gather_object(answers)[0]
-    progress = report.EvaluationProgress(len(questions), len(answers))
-    options = dict(batch_size=batch_size, done=set(answers), lengths=lengths, **generation)
+    outputs = distributed.all_gather_object(outputs)[0]
+    progress = report.EvaluationProgress(len(questions), len(outputs))
+    options = dict(batch_size=batch_size, done=set(outputs), lengths=lengths, **generation)
     with open(out, "a", encoding="utf-8") if writes else contextlib.nullcontext() as file:
         for pairs in answer_questions(checkpoint, questions, **options):
-            answers |= pairs
-            results = [make_result(questions[i], answer) | {"score": None} for i, answer in pairs]
-            if not BENCHMARKS[benchmark].is_caption:
-                results = score_results(results, benchmark)
+            outputs |= pairs
+            results = [make_result(questions[i], output) | {"score": None} for i, output in pairs]
             with distributed.raise_on_all_ranks():
                 if file:
-                    file.write("".join(json.dumps(result) + "\n" for result in results))
+                    file.write(format_lines(results))
                     file.flush()
-            progress.update(results, benchmark)
-    results = [make_result(question, answers[i]) for i, question in enumerate(questions)]
+            progress.update([output for _, output in pairs])
+    results = [make_result(question, outputs[i]) for i, question in enumerate(questions)]
     return score_results(results, benchmark), metadata | progress.speeds()
+
+
+def format_lines(results):
+    return "".join(json.dumps(result) + "\n" for result in results)
 
 
 def rescore(path, questions, benchmark):
@@ -482,14 +457,13 @@ def rescore(path, questions, benchmark):
     if not results:
         raise UserError(f"{path} has no answers")
     if questions:
-        answers = read_answers(path, questions)
-        missing = [question["id"] for i, question in enumerate(questions) if i not in answers]
-        if missing:
+        outputs = read_outputs(path, questions)
+        if missing := [q["id"] for i, q in enumerate(questions) if i not in outputs]:
             raise UserError(
-                f"{path} has {len(answers):,} answers, --questions {len(questions):,} questions; "
+                f"{path} has {len(outputs):,} answers, --questions {len(questions):,} questions; "
                 f"not answered is {missing[0]}"
             )
-        results = [make_result(question, answers[i]) for i, question in enumerate(questions)]
+        results = [make_result(question, outputs[i]) for i, question in enumerate(questions)]
     return score_results(results, benchmark)
 
 
@@ -497,21 +471,18 @@ def summarize(results, metadata, questions, benchmark, seed=0, *, out="", page="
     """Prints the table and the metrics that the benchmark's owners report; writes the files."""
     lines = report.make_table(results, seed)
     known = [result for result in results if result["answers"]]
-    owner_metrics = {}
-    if known:
-        answers = [result["answer"] for result in known]
-        scores = [result["score"] for result in known]
-        owner_metrics = benchmark_metrics(benchmark, known, answers, scores)
-    report.print_table(lines, owner_metrics, benchmark, metadata.get("tokens_per_s"))
-    settings = {**metadata.get("settings", {}), "benchmark": benchmark}
+    owner_metrics = benchmark_metrics(benchmark, known) if known else {}
+    table = report.format_table(lines, owner_metrics, benchmark, metadata.get("tokens_per_s"))
+    print(table)
     if out:
-        table = [line._asdict() for line in lines]
-        content = {**metadata, "settings": settings, "table": table, "figures": owner_metrics}
+        settings = {**metadata.get("settings", {}), "benchmark": benchmark}
+        rows = [line._asdict() for line in lines]
+        content = {**metadata, "settings": settings, "table": rows, "figures": owner_metrics}
         files.write_text(metadata_path(out), json.dumps(content, indent=1))
         # last: it replaces the locked file, and ends the lock
-        files.write_text(out, "".join(json.dumps(result) + "\n" for result in results))
+        files.write_text(out, format_lines(results))
     if page:
-        model = metadata.get("history", {}).get("folder", out)
-        files.write_text(page, report.html_page(results, questions, lines, benchmark, model))
+        title = f"{benchmark}: {metadata.get('history', {}).get('folder', out)}"
+        files.write_text(page, report.html_page(results, questions, title, table))
     if submission:
         files.write_text(submission, format_submission(benchmark, results))

@@ -41,56 +41,41 @@ def generate(
     documents_BS = (slot_BS >= pad_B[:, None]).int() if pad_B.any() else None
     generators = [torch.Generator().manual_seed(seed) for _ in prompts]
     cache = KVCache(decoder, B, T + max_tokens)
-    capture = device.type in cuda_graph and not model.training
-    step = DecodeStep(decoder, cache, positions_BS, documents_BS, capture=capture)
+    # --kernels=torch asks for what PyTorch does by itself
+    captures = device.type in cuda_graph and not model.training and dispatch.choice != "torch"
     # FSDP2 needs the version counters that inference_mode leaves out
     no_grad = torch.no_grad if model.training else torch.inference_mode
 
     with no_grad():
         x_BTD = model.embed(ids_BT, tiles_NCYX.to(device), image_feature_index)
-        logits_BV = step.forward(x_BTD)
-    finished = [False] * B
+        logits_BV = next_logits(decoder, cache, x_BTD, positions_BS, documents_BS)
+    finished, graph_step = [False] * B, None
     for count in range(1, max_tokens + 1):
-        next_B = sample_next_token(logits_BV.float(), temperature, top_k, top_p, generators)
-        yield [None if done else i for i, done in zip(next_B, finished, strict=True)]
-        finished = [done or i in stop for i, done in zip(next_B, finished, strict=True)]
+        next_ids = sample_next_token(logits_BV.float(), temperature, top_k, top_p, generators)
+        yield [None if done else i for i, done in zip(next_ids, finished, strict=True)]
+        finished = [done or i in stop for i, done in zip(next_ids, finished, strict=True)]
         if all(finished) or count == max_tokens:
             return
+        ids_B = torch.tensor(next_ids, device=device)
         with no_grad():
-            logits_BV = step(torch.tensor(next_B, device=device))
+            if captures and count == CAPTURE_AFTER + 1:
+                graph_step = CUDAGraphStep(decoder, cache, positions_BS, documents_BS)
+            if graph_step:
+                logits_BV = graph_step(ids_B)
+            else:
+                x_B1D = decoder.embed_tokens(ids_B[:, None])
+                logits_BV = next_logits(decoder, cache, x_B1D, positions_BS, documents_BS)
 
 
-class DecodeStep:
-    """The logits of the next token of every sequence (B, V), from tokens added to a KV cache.
+def next_logits(decoder, cache, x_BtD, positions_BS, documents_BS):
+    """Returns the logits (B, V) of every sequence's next token, and adds t tokens to the KV cache.
 
-    capture: use a CUDAGraphStep after CAPTURE_AFTER tokens, except with --kernels=torch, which asks
-    for what PyTorch does by itself.
+    x_BtD: embeddings of the prompt (prefill), or of one token.
     """
-
-    def __init__(self, decoder, cache, positions_BS, documents_BS, *, capture):
-        self.decoder, self.cache = decoder, cache
-        self.positions_BS, self.documents_BS = positions_BS, documents_BS
-        self.count, self.graph_step = 0, None
-        self.capture = capture and dispatch.choice != "torch"
-
-    def forward(self, x_BtD):
-        """Adds embeddings of the next t tokens of every sequence, all of a prompt or one."""
-        start, end = self.cache.length, self.cache.length + x_BtD.shape[1]
-        documents_Bs = None if self.documents_BS is None else self.documents_BS[:, :end]
-        positions_Bt = self.positions_BS[:, start:end]
-        hidden_BtD = self.decoder(x_BtD, positions_Bt, documents_Bs, self.cache)
-        return self.decoder.lm_head(hidden_BtD[:, -1])
-
-    def __call__(self, ids_B):
-        """Adds one token to every sequence."""
-        if self.capture and self.count == CAPTURE_AFTER:
-            self.graph_step = CUDAGraphStep(
-                self.decoder, self.cache, self.positions_BS, self.documents_BS
-            )
-        self.count += 1
-        if self.graph_step is not None:
-            return self.graph_step(ids_B)
-        return self.forward(self.decoder.embed_tokens(ids_B[:, None]))
+    start, end = cache.length, cache.length + x_BtD.shape[1]
+    documents_Bs = None if documents_BS is None else documents_BS[:, :end]
+    hidden_BtD = decoder(x_BtD, positions_BS[:, start:end], documents_Bs, cache)
+    return decoder.lm_head(hidden_BtD[:, -1])
 
 
 def sample_next_token(logits_BV, temperature, top_k, top_p, generators):

@@ -41,8 +41,8 @@ def attention(
     """Returns out_BTHK. The queries are the last T of S positions; H query heads share G key heads.
 
     documents_BS: a document id (int) for each position; tokens of a document are contiguous. None:
-    every sequence is one document. cache_length: for T = 1, an int32 tensor of one number: only so
-    many of the S positions are filled, and the query is the last of these. None: all are filled.
+    every sequence is one document. cache_length: how many of the S positions are filled, an int32
+    tensor of one number, for T = 1 only; the query is the last of them. None: all are filled.
     A query attends at least to itself, so no row of the softmax is empty.
     """
     if kernel := dispatch.kernel("attention", q_BTHK, k_BSGK, v_BSGK):

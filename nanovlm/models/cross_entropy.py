@@ -20,8 +20,10 @@ CHUNK = 1024  # tokens whose logits exist at once: 128 MB with their gradient, f
 def linear_cross_entropy(hidden_ND, head_VD, targets_N):
     """Returns the summed loss (float32) of N labelled tokens; head_VD is the output layer."""
     dtype = dispatch.autocast_dtype(hidden_ND)  # a compiled operator does not see autocast
-    needs_grad = (torch.is_grad_enabled() and x.requires_grad for x in (hidden_ND, head_VD))
-    return linear_cross_entropy_op(hidden_ND, head_VD, targets_N, dtype, *needs_grad)[0]
+    hidden_grad, head_grad = (
+        torch.is_grad_enabled() and x.requires_grad for x in (hidden_ND, head_VD)
+    )
+    return linear_cross_entropy_op(hidden_ND, head_VD, targets_N, dtype, hidden_grad, head_grad)[0]
 
 
 def chunk_loss(logits_nV, targets_n, needs_grad):
@@ -42,7 +44,7 @@ def chunked_loss(hidden_ND, head_VD, targets_N, dtype, hidden_grad, head_grad):
     dtype: of the matrix products; None: that of hidden and head."""
     loss_function, chunk = chunk_loss, CHUNK
     if kernel := dispatch.kernel("cross_entropy", hidden_ND):
-        # It holds one number of 2 or 4 bytes a logit where the formula holds 8 bytes.
+        # The formula holds 8 bytes per logit, the kernel 2 or 4: its chunks may be larger.
         loss_function, chunk = kernel, CHUNK * 8 // (dtype or hidden_ND.dtype).itemsize
     x_ND, w_VD = hidden_ND.to(dtype or hidden_ND.dtype), head_VD.to(dtype or head_VD.dtype)
     sum_dtype = torch.float64 if hidden_ND.dtype == torch.float64 else torch.float32

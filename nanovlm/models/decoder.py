@@ -16,11 +16,10 @@ from .attention import Attention
 from .rmsnorm import RMSNorm
 
 
-def rope_angles(positions_BT, K, theta, scaling=None):
-    """Returns cos and sin, each (B, T, 1, K): pair i rotates by position · theta^(-2i/K) radians.
+def rope_cos_sin(positions_BT, K, theta, scaling=None):
+    """Returns (cos, sin), each (B, T, 1, K): pair i rotates by position · theta^(-2i/K) radians.
 
-    They are float32, as bfloat16 rounds 257 to 256. Pair i is (i, i + K/2), Hugging Face's order.
-    The sin of the first of a pair is negated (see `apply_rope`). scaling: see `scale_rope`.
+    They are float32, as bfloat16 rounds 257 to 256. scaling: see `scale_rope`.
     """
     exponent_k = torch.arange(0, K, 2, device=positions_BT.device, dtype=torch.float32) / K
     frequency_k = theta**-exponent_k
@@ -45,7 +44,7 @@ def scale_rope(frequency_k, theta, scaling):
         frequency · (keep + (1 - keep) / factor)
 
     scaling: Hugging Face's names. rope_type is linear (keep = 0), llama3 (keep is linear in the
-    number of turns) or yarn (linear in i; Peng et al. 2023).
+    number of turns) or yarn (linear in the pair's number i; Peng et al. 2023).
     """
     k, factor = len(frequency_k), scaling["factor"]
     if scaling["rope_type"] == "linear":
@@ -66,15 +65,21 @@ def scale_rope(frequency_k, theta, scaling):
     return frequency_k * (keep_k + (1 - keep_k) / factor)
 
 
-def apply_rope(x, angles):
-    """Rotates the pairs (a, b) of queries or keys: (a · cos - b · sin, b · cos + a · sin)."""
-    cos_BT1K, sin_BT1K = angles
+def apply_rope(x, cos_sin):
+    """Rotates each pair (a, b) of queries or keys: (a · cos - b · sin, b · cos + a · sin).
+
+    Pair i is (i, i + K/2), Hugging Face's order, so a roll by K/2 puts b in a's place and a in b's.
+    The first half of sin is negative already.
+    """
+    cos_BT1K, sin_BT1K = cos_sin
     return (x * cos_BT1K + x.roll(x.shape[-1] // 2, dims=-1) * sin_BT1K).to(x.dtype)
 
 
 class KVCache:
-    """Keys and values of the tokens so far: two tensors (B, S, G, K) a layer, filled to `length`.
-    inference/optimize.py has a StaticKVCache, which counts on the GPU (cache_length)."""
+    """Keys and values of the tokens so far: two tensors (B, S, G, K) per layer, filled to `length`.
+
+    cache_length is for StaticKVCache (inference/optimize.py), which counts on the GPU.
+    """
 
     def __init__(self, decoder, batch_size, max_length):
         block, weight = decoder.layers[0], decoder.embed_tokens.weight
@@ -106,20 +111,21 @@ class Block(nn.Module):
         self.up_proj = nn.Linear(width, intermediate_size, bias=False)
         self.down_proj = nn.Linear(intermediate_size, width, bias=False)
 
-    def forward(self, x_BTD, angles, documents_BS, cache, layer):
+    def forward(self, x_BTD, cos_sin, documents_BS, cache, layer_index):
         qkv = self.qkv_proj(self.attention_norm(x_BTD))
         q_BTHK, k_BTGK, v_BTGK = (x.unflatten(-1, (-1, self.head_dim)) for x in qkv)
-        q_BTHK, k_BTGK = apply_rope(q_BTHK, angles), apply_rope(k_BTGK, angles)
+        q_BTHK, k_BTGK = apply_rope(q_BTHK, cos_sin), apply_rope(k_BTGK, cos_sin)
         if cache is None:
             out_BTHK = self.attention(q_BTHK, k_BTGK, v_BTGK, documents_BS)
         else:
-            k_BSGK, v_BSGK = cache.update(layer, k_BTGK, v_BTGK)
+            k_BSGK, v_BSGK = cache.update(layer_index, k_BTGK, v_BTGK)
             out_BTHK = self.attention(q_BTHK, k_BSGK, v_BSGK, documents_BS, cache.cache_length)
+        # The residual connection and the norm after it are one call: a GPU has one kernel for them.
         x_BTD, normed_BTD = self.mlp_norm(x_BTD, self.o_proj(out_BTHK.flatten(-2)))
         gate_BTF, up_BTF = self.gate_up_proj(normed_BTD)
         return x_BTD + self.down_proj(F.silu(gate_BTF) * up_BTF)
 
-    # inference/optimize.py replaces each of these two by a single product
+    # inference/optimize.py replaces each of these two by a single product.
     def qkv_proj(self, x_BTD):
         return self.q_proj(x_BTD), self.k_proj(x_BTD), self.v_proj(x_BTD)
 
@@ -130,9 +136,9 @@ class Block(nn.Module):
 class Decoder(nn.Module):
     """Embeddings x_BTD -> normed hidden states hidden_BTD; lm_head maps those to logits (B, T, V).
 
-    rope_theta, rope_scaling: see `rope_angles`. sliding_window: how far back a token attends, for
-    all layers or a list of one a layer (Ministral); None: to the start. tied: lm_head and
-    embed_tokens share a weight.
+    rope_theta, rope_scaling: see `rope_cos_sin`. sliding_window: how far back a token attends, in
+    all layers, or a list with one number per layer (Ministral); None: to the start. tied: lm_head
+    and embed_tokens share a weight.
     """
 
     def __init__(
@@ -174,9 +180,10 @@ class Decoder(nn.Module):
             self.lm_head.weight = self.embed_tokens.weight
 
     def forward(self, x_BTD, positions_BT, documents_BS=None, cache=None):
-        angles = rope_angles(positions_BT, self.head_dim, self.rope_theta, self.rope_scaling)
+        """documents_BS: see `attention`. S counts the cached tokens, too; without a cache S = T."""
+        cos_sin = rope_cos_sin(positions_BT, self.head_dim, self.rope_theta, self.rope_scaling)
         for i, layer in enumerate(self.layers):
-            x_BTD = layer(x_BTD, angles, documents_BS, cache, i)
+            x_BTD = layer(x_BTD, cos_sin, documents_BS, cache, i)
         if cache is not None:
             cache.length += x_BTD.shape[1]
         return self.norm(x_BTD)

@@ -6,8 +6,11 @@ import torch.nn.functional as F
 
 
 def pixel_shuffle(features_NPD, factor):
-    """(N, P, D) -> (N, P / factor², D · factor²): a square of patches becomes one token, row by row
-    (InternVL, Chen et al. 2024). It is torch.nn.PixelUnshuffle, but for the order of D."""
+    """(N, P, D) -> (N, P / factor², D · factor²): a square of patches becomes one image feature.
+
+    Squares go row by row (InternVL, Chen et al. 2024). It is torch.nn.PixelUnshuffle, but for the
+    order of D.
+    """
     side = int(features_NPD.shape[1] ** 0.5) // factor
     blocks_NYyXxD = features_NPD.unflatten(1, (side, factor, side, factor))
     return blocks_NYyXxD.transpose(2, 3).flatten(3).flatten(1, 2)
@@ -16,20 +19,20 @@ def pixel_shuffle(features_NPD, factor):
 class Projector(nn.Module):
     """Two linear layers with a GELU between (LLaVA-1.5), after an optional pixel shuffle.
 
-    Returns the features of all tiles, one vector a token: (N · P, D). newline: append one more, a
-    learned vector for the end of a row of image tokens (LLaVA-NeXT).
+    Returns the features of all tiles, one vector per image token: (N · P, D). newline: append one
+    more, a learned vector that ends a row of image tokens (LLaVA-NeXT).
     """
 
     def __init__(self, *, vision_width, width, shuffle=1, newline=False):
         super().__init__()
         self.shuffle = shuffle
-        self.up_proj = nn.Linear(vision_width * shuffle**2, width)
-        self.down_proj = nn.Linear(width, width)
+        self.linear_1 = nn.Linear(vision_width * shuffle**2, width)
+        self.linear_2 = nn.Linear(width, width)
         self.newline = nn.Parameter(torch.randn(width) * width**-0.5) if newline else None
 
     def forward(self, features_NPD):
-        hidden = F.gelu(self.up_proj(pixel_shuffle(features_NPD, self.shuffle)))
-        features = self.down_proj(hidden).flatten(0, 1)
+        shuffled = pixel_shuffle(features_NPD, self.shuffle)
+        features = self.linear_2(F.gelu(self.linear_1(shuffled))).flatten(0, 1)
         if self.newline is None:
             return features
         return torch.cat([features, self.newline[None].to(features)])

@@ -3,10 +3,13 @@
 A tile of Y × X pixels is cut into patches. Each becomes a vector, plus the embedding of its
 position, and attends to all the others in every layer. Options make it one of these:
 
-    CLIP     class token · norm before the layers · quick-GELU · no bias on the patches · LLaVA
-             reads the output of the last layer but one, without a final norm
-    SigLIP   no class token · tanh-GELU · bias on the patches · the last layer, with the final norm
-    DINOv2   class token · GELU · bias on the patches · LayerScale · the last layer, with the norm
+                            CLIP         SigLIP       DINOv2
+    class token             yes          no           yes
+    norm before the layers  yes          no           no
+    activation              quick-GELU   tanh-GELU    GELU
+    bias of the patches     no           yes          yes
+    LayerScale              no           no           yes
+    features                layer -2     last, normed last, normed       (CLIP: as LLaVA does)
 """
 
 import torch
@@ -26,7 +29,7 @@ def sincos_positions(side, width):
     """Returns (side², D): sines and cosines of a patch's row and column at D/4 frequencies. It is
     the initial value of the position embeddings, from which a small ViT learns faster than from
     random ones (Beyer et al. 2022, "Better plain ViT baselines")."""
-    frequency_d = 100.0 ** -torch.linspace(0, 1, -(-width // 4))  # radians a patch: 1 to 1/100
+    frequency_d = 100.0 ** -torch.linspace(0, 1, -(-width // 4))  # radians per patch: 1 to 1/100
     angle_Yd = torch.arange(side)[:, None] * frequency_d
     embedding = torch.cat([angle_Yd.sin(), angle_Yd.cos()], dim=1)
     rows, columns = embedding.repeat_interleave(side, 0), embedding.repeat(side, 1)
@@ -34,7 +37,7 @@ def sincos_positions(side, width):
 
 
 def layer_scaled(x_NPD, scale_D):
-    """LayerScale (Touvron et al. 2021), for encoders that have it."""
+    """LayerScale (Touvron et al. 2021): a learned factor per channel, if the encoder has it."""
     return x_NPD if scale_D is None else x_NPD * scale_D
 
 
@@ -64,11 +67,11 @@ class Block(nn.Module):
 
 
 class VisionEncoder(nn.Module):
-    """Tiles (normalised floats) tiles_NCYX -> features_NPD, one a patch, row by row.
+    """Tiles (normalised floats) tiles_NCYX -> features_NPD, one per patch, row by row.
 
-    vision_feature_layer: the layer whose output is returned, counted as in transformers: -1 the
-    last, -2 the last but one, 0 the input of the first. Layers after it are not built. post_norm:
-    apply the final LayerNorm to that output. The class token is not returned.
+    vision_feature_layer: the layer whose output is returned, counted as in transformers: -1 is the
+    last, -2 the last but one. Layers after it are not built. post_norm: apply the final LayerNorm
+    to that output. The class token is not returned.
     """
 
     def __init__(

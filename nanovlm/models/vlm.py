@@ -4,9 +4,9 @@ An image of 64 × 64 pixels, followed through the demonstration's model:
 
     tiles_NCYX      (1, 3, 64, 64)   uint8, normalised here
     features_NPD    (1, 64, 128)     vision encoder: one vector for each patch of 8 × 8 pixels
-    features_NPD    (1, 16, 512)     pixel shuffle by 2: 2 × 2 patches become one token
-    features_NPD    (1, 16, 128)     projector: as wide as the decoder's embeddings
-    x_BTD           (1, T, 128)      at the image tokens' places, between text embeddings
+    shuffled        (1, 16, 512)     pixel shuffle by 2: 2 × 2 patches become one image feature
+    features        (16, 128)        projector: as wide as the decoder's embeddings, all tiles
+    x_BTD           (1, T, 128)      in place of the image tokens, between text embeddings
 """
 
 import torch
@@ -44,7 +44,7 @@ class VLM(nn.Module):
         pixels_NCYX = (tiles_NCYX.float() / 255 - self.mean_C11) / self.std_C11
         # pretrained parts may differ in dtype
         features_NPD = self.vision(pixels_NCYX.to(self.vision.patches.weight.dtype))
-        return self.projector(features_NPD.to(self.projector.up_proj.weight.dtype))
+        return self.projector(features_NPD.to(self.projector.linear_1.weight.dtype))
 
     def embed(self, ids_BT, tiles_NCYX, image_feature_index=None):
         """Returns x_BTD: embeddings of the text, and image features in place of image tokens.
@@ -53,6 +53,7 @@ class VLM(nn.Module):
         for each image token; -1, the last feature, is the newline). Raises UserError unless there
         are as many image tokens as features.
         """
+        # An image token's id is negative. It takes any embedding here and its feature below.
         x_BTD = self.decoder.embed_tokens(ids_BT.clamp(min=0))
         is_image_BT = ids_BT == IMAGE_TOKEN_ID
         count = int(is_image_BT.sum())

@@ -5,12 +5,11 @@ order, are split into shards of SHARD_RECORDS each, or fewer if they carry more 
 SHARD_IMAGE_BYTES. A worker makes a complete shard or none. So the dataset is the same byte for byte
 for any number of workers and interruptions: the same command makes the missing shards.
 
-    out.tmp/plan.json    what the shards are made from; another command must not continue them
+    out.tmp/plan.json    what the shards are made from; a command with another plan is refused
     out.tmp/00012/       a shard (data/dataset.py) with its receipt.json: the number of its records,
                          and which of them were skipped and why
 """
 
-import contextlib
 import itertools
 import json
 import multiprocessing
@@ -20,8 +19,13 @@ import signal
 import threading
 import time
 from collections import Counter
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, as_completed, wait
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import (
+    FIRST_COMPLETED,
+    BrokenExecutor,
+    ProcessPoolExecutor,
+    as_completed,
+    wait,
+)
 from pathlib import Path
 from typing import NamedTuple
 
@@ -64,18 +68,20 @@ def build_dataset(paths, out, options, workers, max_skipped):
     tmp.mkdir(parents=True, exist_ok=True)
     try:
         with files.lock_path(tmp):
-            begin_build(tmp, make_plan(paths, options))
+            for unfinished in tmp.glob("*.*.tmp"):  # shards of a run that was killed
+                shutil.rmtree(unfinished, ignore_errors=True)
+            check_plan(tmp / "plan.json", make_plan(paths, options))
             # If a run is killed at its very end, only the cleaning up is left.
             if not (tmp / "header.json").exists():
                 build_missing_shards(raws, tmp, options, workers)
                 # The sources may have changed while they were read.
-                check_plan(tmp, make_plan(paths, options))
+                check_plan(tmp / "plan.json", make_plan(paths, options))
                 finish_dataset(tmp, options, max_skipped)
             remove_build_files(tmp)
             os.rename(tmp, out)
             files.fsync_path(out.parent)
-        return [json.loads(line) for line in (out / "skipped.jsonl").read_text().splitlines()]
-    except BrokenProcessPool:
+        return list(files.read_log(out / "skipped.jsonl"))
+    except BrokenExecutor:
         raise UserError(
             "a worker was killed, perhaps for lack of memory (fewer --workers need less): finished "
             f"shards stay in {tmp}, and the same command continues"
@@ -86,44 +92,29 @@ def build_dataset(paths, out, options, workers, max_skipped):
 
 
 def make_plan(paths, options):
-    """Returns all that decides the bytes of a dataset, except the content of its images.
-
-    It has JSON's types only.
-    """
-    stamps = readers.source_stamps(paths, options.images)
-    return json.loads(
-        json.dumps(
-            {
-                "version": dataset.DATASET_VERSION,
-                "shard": [SHARD_RECORDS, SHARD_IMAGE_BYTES],
-                "seq_len": options.seq_len,
-                "fingerprint": dataset.make_fingerprint(options),
-                "images": options.images,
-                "sources": stamps,
-                "order of sources": list(stamps),
-            }
-        )
-    )
+    """Returns all that decides the bytes of a dataset, except the content of its images."""
+    return {
+        "version": dataset.DATASET_VERSION,
+        "shard": [SHARD_RECORDS, SHARD_IMAGE_BYTES],
+        "seq_len": options.seq_len,
+        "fingerprint": dataset.make_fingerprint(options),
+        "images": options.images,
+        # by number, because their order counts, too
+        "sources": {
+            str(n): stamp for n, stamp in enumerate(readers.source_stamps(paths, options.images))
+        },
+    }
 
 
-def check_plan(tmp, plan):
-    """Raises UserError if the dataset in `tmp` was begun with another plan."""
-    if wrong := dataset.list_differences(
-        json.loads((tmp / "plan.json").read_text()), plan, "its", "now"
-    ):
-        raise UserError(
-            f"{tmp} was begun with other settings: {'; '.join(wrong)}; remove it to start again"
-        )
-
-
-def begin_build(tmp, plan):
-    """Write plan.json, or check that of an earlier run, whose shards are kept."""
-    path = tmp / "plan.json"
-    for unfinished in tmp.glob("*.*.tmp"):  # shards of a run that was killed
-        shutil.rmtree(unfinished, ignore_errors=True)
+def check_plan(path, plan):
+    """Write plan.json, or raise UserError if it is there and holds another plan."""
     if not path.exists():
         files.write_text(path, json.dumps(plan, indent=1))
-    check_plan(tmp, plan)
+    if wrong := dataset.list_differences(files.read_json(path), plan, "its", "now"):
+        raise UserError(
+            f"{path.parent} was begun with other settings: {'; '.join(wrong)}; "
+            "remove it to start again"
+        )
 
 
 # ---- the workers ----
@@ -132,7 +123,8 @@ OPTIONS = None  # of a worker process; initialize_worker sets it
 
 
 def initialize_worker(options):
-    """Set up a worker process: it has one thread, and ends with its parent."""
+    """Set up a worker process: it has one thread, leaves Ctrl-C to its parent, and ends with it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=exit_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     global OPTIONS
@@ -162,7 +154,7 @@ def build_shard(folder, raws, options):
             except UserError as error:
                 skipped.append(
                     {
-                        "id": readers.record_id(raw),
+                        "id": str(readers.record_id(raw)),
                         "where": raw.where,
                         "reason": error.reason or "cannot be used",
                         "error": str(error),
@@ -188,23 +180,17 @@ def process_sample(sample, options):
     length = len(ids) + len(sample.images) * (image_processing.tokens_per_tile(config) - 1)
     opened, limits = [], []
     if length <= options.seq_len:
-        required_size = image_processing.required_size(config)
+        required_size, tiles = image_processing.required_size(config), config.get("tiles", 1)
+        limits = [tiles, *(limit for limit in TILE_LIMITS if limit < tiles)]
         for ref in sample.images:
             content, name = image_refs.load_image_bytes(ref)
             opened.append(image_files.read_image(content, name, required_size))
-        limits = tile_limits(config)
     for limit in limits:
-        images = [image_processing.plan_image(size, config, limit) for _, size in opened]
-        tagged_ids, _, tagged = chat_template.add_tile_tags(
-            ids, loss_mask, images, tokenizer, config
-        )
-        counts = [len(image.feature_index) for image in tagged]
-        length = len(dataset.expand_image_tokens(tagged_ids, counts))
+        images = [image_processing.process_image(*image, config, limit) for image in opened]
+        tagged = chat_template.add_tile_tags(ids, loss_mask, images, tokenizer, config)
+        counts = [len(image.feature_index) for image in tagged[2]]
+        length = len(dataset.expand_image_tokens(tagged[0], counts))
         if length <= options.seq_len:
-            for n, (image, size) in enumerate(opened):
-                tiles_NCYX = image_processing.cut_into_tiles(image, config, limit, size)
-                images[n] = images[n]._replace(tiles=tiles_NCYX)
-            tagged = chat_template.add_tile_tags(ids, loss_mask, images, tokenizer, config)
             return sample.name, *tagged
     raise UserError(
         f"{sample.where}: at least {length:,} tokens, --seq_len={options.seq_len}",
@@ -212,31 +198,13 @@ def process_sample(sample, options):
     )
 
 
-def tile_limits(image_config):
-    """Returns the limits on the number of tiles to try, one after another, as in NVLM."""
-    tiles = image_config.get("tiles", 1)
-    return [tiles, *(limit for limit in TILE_LIMITS if limit < tiles)]
-
-
 # ---- all shards ----
-
-
-def mark_duplicates(raws):
-    """Yields the records; one that came before gets an error, so it is skipped."""
-    seen = set()
-    for raw in raws:
-        digest = readers.record_digest(raw)
-        if digest in seen and not raw.error:
-            error = f"{raw.where}: the same as an earlier one, its id too"
-            raw = raw._replace(error=UserError(error, "duplicate"))
-        seen.add(digest)
-        yield raw
 
 
 def split_into_shards(raws):
     """Yields lists of SHARD_RECORDS records, fewer if they carry more than SHARD_IMAGE_BYTES."""
     shard, size = [], 0
-    for raw in mark_duplicates(raws):
+    for raw in raws:
         shard.append(raw)
         for ref in raw.images:
             size += len(ref.content) if isinstance(ref, image_refs.ImageBytes) else 0
@@ -285,8 +253,7 @@ def completed_shards(tasks, options, workers):
         running = set()
         try:
             for task in tasks:
-                with block_interrupts():
-                    running.add(pool.submit(build_shard_in_worker, *task))
+                running.add(pool.submit(build_shard_in_worker, *task))
                 if len(running) > workers:  # one waits; its records may hold images in memory
                     done, running = wait(running, return_when=FIRST_COMPLETED)
                     yield from (future.result() for future in done)
@@ -297,41 +264,26 @@ def completed_shards(tasks, options, workers):
             raise
 
 
-@contextlib.contextmanager
-def block_interrupts():
-    """Delay Ctrl-C until the end.
-
-    A worker that starts meanwhile never gets it, so it prints no traceback: its parent ends it.
-    """
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-
-
 def finish_dataset(tmp, options, max_skipped):
     """Make a folder of shards a dataset; raises UserError if too much was skipped."""
-    count = len(list(tmp.glob("*/receipt.json")))
-    folders = [tmp / f"{number:05d}" for number in range(count)]
-    receipts = [json.loads((folder / "receipt.json").read_text()) for folder in folders]
-    records = sum(receipt["records"] for receipt in receipts)
-    skipped = [one for receipt in receipts for one in receipt["skipped"]]
+    records, skipped, shards = 0, [], []
+    while (path := tmp / f"{len(shards):05d}" / "receipt.json").exists():
+        receipt = files.read_json(path)
+        records += receipt["records"]
+        skipped += receipt["skipped"]
+        shards.append(receipt["files"])
     (tmp / "skipped.jsonl").write_text("".join(json.dumps(one) + "\n" for one in skipped))
     if len(skipped) > max_skipped * records or len(skipped) == records:
-        kinds = ", ".join(f"{reason} {times:,}" for reason, times in count_reasons(skipped))
         raise UserError(
             f"{len(skipped):,} of {records:,} samples cannot be used, more than "
-            f"--max_skipped={max_skipped * 100:g}% ({kinds}): "
+            f"--max_skipped={max_skipped * 100:g}% ({dict(count_reasons(skipped))}): "
             f"{'; '.join(one['error'] for one in skipped[:3])}; all are in {tmp}/skipped.jsonl; "
             f"correct them, then remove {tmp}"
         )
     options.tokenizer.save(tmp)
     for path in tmp.iterdir():
         files.fsync_path(path)
-    dataset.write_header(
-        tmp, dataset.make_fingerprint(options), [receipt["files"] for receipt in receipts]
-    )
+    dataset.write_header(tmp, dataset.make_fingerprint(options), shards)
 
 
 def remove_build_files(tmp):
@@ -351,19 +303,17 @@ def prepare_dataset(*, model, source, images, out, seq_len, workers=0, max_skipp
 
     The arguments are the settings of `prepare.py data`.
     """
-    checkpoint, start = load_checkpoint_info(model), time.time()
-    tokenizer, template = checkpoint.tokenizer, checkpoint.chat_template
-    chat_template.end_token_id(tokenizer, template)
-    options = BuildOptions(tokenizer, template, checkpoint.image_config, seq_len, images)
+    checkpoint = load_checkpoint_info(model)
+    template = checkpoint.chat_template
+    # raises UserError if the tokenizer lacks the token
+    chat_template.end_token_id(checkpoint.tokenizer, template)
+    options = BuildOptions(checkpoint.tokenizer, template, checkpoint.image_config, seq_len, images)
     workers = workers or len(os.sched_getaffinity(0))
     skipped = build_dataset(source, out, options, workers, max_skipped)
     table = dataset.PreparedDataset(out).table
     cli.print_status(
         f"{out}: {len(table):,} samples, {table[:, dataset.IS_VALIDATION].sum():,} of them held "
-        f"out, the longest of {table[:, dataset.LENGTH].max():,} tokens, "
-        f"in {time.time() - start:.0f} s"
+        f"out, the longest of {table[:, dataset.LENGTH].max():,} tokens"
     )
     for reason, times in count_reasons(skipped):
-        cli.print_status(f"skipped {times:,}: {reason}")
-    if skipped:
-        cli.print_status(f"each with its reason in {out}/skipped.jsonl")
+        cli.print_status(f"skipped {times:,}: {reason} (listed in {out}/skipped.jsonl)")

@@ -15,7 +15,6 @@ reason, and never stops the others.
 """
 
 import glob
-import hashlib
 import itertools
 import json
 import os
@@ -89,12 +88,16 @@ def read_records(paths, images=""):
 
 
 def source_stamps(paths, images=""):
-    """Returns {file: [bytes, mtime in ns]} of the sources and of a zip of images."""
-    named = [*find_source_files(paths), *([images] if os.path.isfile(images) else [])]
-    return {file: [os.stat(file).st_size, os.stat(file).st_mtime_ns] for file in named}
+    """Returns [file, bytes, mtime in ns] of each source, and of a zip of images."""
+    stamps = []
+    for file in (*find_source_files(paths), images):
+        if os.path.isfile(file):
+            stamps.append([file, os.stat(file).st_size, os.stat(file).st_mtime_ns])
+    return stamps
 
 
 def find_source_files(paths):
+    """Returns the files that the paths of read_records name. Raises UserError if one names none."""
     found = []
     for path in paths:
         new = [path] if os.path.isfile(path) else glob.glob(path)
@@ -121,7 +124,10 @@ def open_source(file):
         case b"{":
             return partial(read_json_records, file, "line", partial(json_lines, file))
         case b"[":
-            values = parse_json_list(file)
+            try:
+                values = parse_json(Path(file).read_bytes())
+            except ValueError as error:
+                raise UserError(f"{file} is not JSON: {error}") from None
             return partial(read_json_records, file, "sample", partial(enumerate, values, 1))
     raise UserError(
         f"{file} is neither JSON nor an uncompressed tar nor parquet: it begins with {head[:40]!r}"
@@ -129,7 +135,10 @@ def open_source(file):
 
 
 def make_record(where, name, folder, parse, *content):
-    """Returns the RawRecord of a record and its images, which parse(*content) returns."""
+    """Returns the RawRecord of a record and its images, which parse(*content) returns.
+
+    If parse raises UserError, or the record is of unknown kind, the RawRecord has that error.
+    """
     record, images, error = None, [], None
     try:
         record, images = parse(*content)
@@ -153,13 +162,6 @@ def parse_json(text):
         return json.loads(text)
     except RecursionError:
         raise ValueError("it is nested too deep") from None
-
-
-def parse_json_list(file):
-    try:
-        return parse_json(Path(file).read_bytes())
-    except ValueError as error:
-        raise UserError(f"{file} is not JSON: {error}") from None
 
 
 def json_lines(file):
@@ -201,6 +203,7 @@ def parse_value(value):
 
 
 def is_nested_too_deep(value, left=MAX_DEPTH):
+    """Returns whether lists and objects are nested deeper than `left`; pickle may fail on them."""
     if isinstance(value, dict):
         value = list(value.values())
     if left == 0 or not isinstance(value, list):
@@ -219,18 +222,17 @@ def read_parquet_records(file):
 
 
 def parse_row(row, where):
-    """Returns the record of a row, and its images if they are bytes; the record has other paths."""
+    """Returns the record of a row, and its images as ImageBytes or, in the record, as paths."""
     record, _ = parse_value(row)
     values = record.pop("images", None) or record.pop("image", None) or []
     images, paths = [], []
     for value in values if isinstance(values, list) else [values]:
-        part = value if isinstance(value, dict) else {"bytes": value, "path": value}
-        paths.append(part.get("path"))
-        if isinstance(part.get("bytes"), bytes):
-            images.append(ImageBytes(f"{where}, image {len(paths)}", part["bytes"]))
-    if len(images) == len(paths):
-        return record, images
-    return record | {"images": paths}, []
+        match value:
+            case bytes(content) | {"bytes": bytes(content)}:
+                images.append(ImageBytes(f"{where}, image {len(images) + 1}", content))
+            case {"path": path} | path:
+                paths.append(path)
+    return (record | {"images": paths}, []) if paths else (record, images)
 
 
 def read_parquet(file):
@@ -257,7 +259,9 @@ def read_parquet(file):
 
 def read_tar_records(file):
     """Yields a RawRecord for adjacent members that share a key, as webdataset groups them."""
-    for key, members in itertools.groupby(tar_members(file), lambda one: tar_key(one.name)[0]):
+    for key, group in itertools.groupby(tar_members(file), lambda member: tar_key(member.name)[0]):
+        # read here, because damage ends the whole source, not only this record
+        members = list(group)
         yield make_record(f"{file}, {printable(key)}", key, None, parse_members, file, members)
 
 
@@ -296,24 +300,25 @@ def parse_members(file, members):
     images, texts = [], {}
     for member in members:
         name = member.name
-        if name.startswith("/") or ".." in name.split("/") or not name.isprintable():
+        is_outside = name.startswith("/") or ".." in name.split("/")
+        if is_outside or not name.isprintable() or not member.isreg() or member.issparse():
             raise UserError(
-                f"has a member {name!a}, which would lie outside or cannot be printed",
-                "unsafe name of a tar member",
-            )
-        if not member.isreg() or member.issparse():
-            raise UserError(
-                f"has a member {name!a}, which is a link, a device or a sparse file",
-                "a tar member is no plain file",
+                f"has a member {name!a}, which is no plain file, would lie outside, or cannot be "
+                "printed",
+                "unsafe member of a tar",
             )
         suffix = tar_key(name)[1]
         ref = TarMember(file, name, member.offset_data, member.size)
         if suffix in IMAGE_SUFFIXES:
             images.append(ref)
-        elif suffix in texts:
-            raise UserError(f"has two members of one kind: {suffix}", "two texts under one key")
         elif suffix in ("json", "txt"):
-            texts[suffix] = read_member(ref)
+            if suffix in texts or ref.size > MAX_TEXT:
+                raise UserError(
+                    f"has a member {name!a} of {ref.size:,} bytes: it may have one {suffix} "
+                    f"of at most {MAX_TEXT:,} bytes",
+                    "two texts or a text too large",
+                )
+            texts[suffix] = load_image_bytes(ref)[0]
     record = {}
     if "json" in texts:
         record, _ = parse_value(texts["json"])
@@ -325,16 +330,6 @@ def parse_members(file, members):
                 f"has a txt that is not text in UTF-8: {error}", "not text in UTF-8"
             ) from None
     return record, images
-
-
-def read_member(ref):
-    """Returns the bytes of a json or a txt in a tar."""
-    if ref.size > MAX_TEXT:
-        raise UserError(
-            f"has a member {ref.name!a} of {ref.size:,} bytes, a text has at most {MAX_TEXT:,}",
-            "text too large",
-        )
-    return load_image_bytes(ref)[0]
 
 
 # ---- samples ----
@@ -355,8 +350,7 @@ def parse_conversation(raw):
     if raw.error:
         raise raw.error
     try:
-        stated = records.stated_id(raw.record)
-        name = raw.name if stated is None else records.as_text(stated, "id")
+        name = records.as_text(record_id(raw), "id")
         check_sample_name(name)
         paths = [] if raw.images else records.image_paths(raw.record)
         image_count = len(raw.images or paths)
@@ -369,25 +363,9 @@ def parse_conversation(raw):
 
 
 def record_id(raw):
-    """Returns the id under which a record is listed, even if it cannot be used."""
-    stated = records.stated_id(raw.record or {})
-    return printable(raw.name if stated is None else str(stated))
-
-
-def record_digest(raw):
-    """Returns a digest of a record's id, texts and images, by which a duplicate is found.
-
-    Images in a tar count by their sizes. LLaVA's own mix gives one id to all conversations about
-    one image; their texts differ.
-    """
-    name = raw.name if records.stated_id(raw.record or {}) is None else None
-    images = [
-        hashlib.sha256(ref.content).hexdigest() if isinstance(ref, ImageBytes) else ref.size
-        for ref in raw.images
-    ]
-    content = [name, raw.folder, raw.error, raw.record, images]
-    text = json.dumps(content, sort_keys=True, default=repr)
-    return hashlib.sha256(text.encode()).digest()
+    """Returns the id that a record states (of any type), else that of its place."""
+    stated = records.first_field(raw.record or {}, "id", "question_id")
+    return raw.name if stated is None else stated
 
 
 def read_texts(paths):

@@ -38,28 +38,31 @@ LETTERS = string.ascii_uppercase
 
 
 def first_field(record, *names):
-    """Returns the first field that a record has of several names for one thing, or None."""
-    return next((record[name] for name in names if record.get(name) is not None), None)
+    """Returns the first field that a record has of several names for one thing, or None.
 
-
-def stated_id(record):
-    return first_field(record, "id", "question_id")
+    None and an empty list count as missing.
+    """
+    return next((record[name] for name in names if record.get(name) not in (None, [])), None)
 
 
 def find_kind(record):
-    """Returns the function that makes a conversation of a record; None if its kind is unknown."""
+    """Returns (the function that makes a conversation of a record, the fields that it needs).
+
+    Returns None if the kind of the record is unknown.
+    """
     for kind, *fields in RECORD_KINDS:
-        if all(first_field(record, *names) is not None for names in fields):
-            return kind
+        values = [first_field(record, *names) for names in fields]
+        if None not in values:
+            return kind, values
     return None
 
 
 def record_messages(record, name, image_count):
     """Returns the messages of a record of known kind; name: its id. Raises UserError."""
-    kind = find_kind(record)
+    kind, values = find_kind(record)
     if kind is caption_question and not image_count:
         raise UserError("a caption, but no image", "no image")
-    messages = kind(record, name)
+    messages = kind(record, name, *values)
     return messages if kind is conversation_turns else alternate_turns(messages, image_count)
 
 
@@ -80,14 +83,14 @@ def alternate_turns(texts, image_count):
 
     The images come first unless the user's texts say where.
     """
-    if texts and not any("<image>" in text for text in texts[::2]):
+    if not any("<image>" in text for text in texts[::2]):
         texts = ["<image>\n" * image_count + texts[0], *texts[1:]]
     return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
 
 
 def as_text(value, name):
     """Returns a text, or a number as text; raises UserError for anything else."""
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
+    if type(value) not in (str, int, float):  # not bool, which is an int
         raise UserError(f"its {name} is no text: {value!r:.80}", f"{name} is no text")
     return str(value).strip()
 
@@ -101,8 +104,7 @@ def hash_fraction(purpose, name):
 # ---- kinds of records: each returns the texts of user and assistant, in turn ----
 
 
-def conversation_turns(record, name):
-    turns = record.get("conversations") or record.get("messages") or []
+def conversation_turns(record, name, turns):
     return [join_parts(turn) for turn in turns] if isinstance(turns, list) else turns
 
 
@@ -126,57 +128,46 @@ def join_parts(turn):
     return {"role": first_field(turn, "from", "role"), "content": "\n".join(lines)}
 
 
-def text_pairs(record, name):
-    pairs = record["texts"] if isinstance(record["texts"], list) else [record["texts"]]
+def text_pairs(record, name, pairs):
     texts = []
-    for pair in pairs:
+    for pair in pairs if isinstance(pairs, list) else [pairs]:
         for role in ("user", "assistant"):
             texts.append(as_text(pair.get(role) if isinstance(pair, dict) else None, "turn"))
     return texts
 
 
-def choice_question(record, name):
-    choices, right = first_field(record, *CHOICES), first_field(record, *RIGHT)
-    if choices == []:
-        return answer_question(record, name)
+def choice_question(record, name, question, choices, right):
     if not isinstance(choices, list) or len(choices) > len(LETTERS):
         raise UserError(
             f"its choices are no list of up to {len(LETTERS)}: {choices!r:.80}",
             "choices are no list",
         )
-    letters, letter = [*LETTERS[: len(choices)]], None
+    letters, letter = LETTERS[: len(choices)], None
     if isinstance(right, str):
         letter = right.strip().upper()
     elif type(right) is int and 0 <= right < len(letters):
         letter = letters[right]
-    if letter not in letters:
+    if letter not in [*letters]:
         raise UserError(
             f"{right!r:.80} is neither the letter nor the index of one of its "
             f"{len(choices)} choices",
             "no right choice",
         )
-    question = as_text(first_field(record, *QUESTION), "question")
-    return [multiple_choice(question, [as_text(choice, "choice") for choice in choices]), letter]
+    lines = [as_text(question, "question")]
+    for option, choice in zip(letters, choices, strict=True):
+        lines.append(f"{option}. {as_text(choice, 'choice')}")
+    return ["\n".join([*lines, chat_template.LETTER_PROMPT]), letter]
 
 
-def multiple_choice(question, options):
-    """Returns the prompt of a question with lettered options."""
-    lines = [f"{LETTERS[i]}. {option}" for i, option in enumerate(options)]
-    return "\n".join([question, *lines, chat_template.LETTER_PROMPT])
-
-
-def answer_question(record, name):
-    question = as_text(first_field(record, *QUESTION), "question")
-    answers, weights = first_field(record, *ANSWERS), first_field(record, *WEIGHTS)
-    prompt = f"{question}\n{chat_template.SHORT_PROMPT}"
+def answer_question(record, name, question, answers):
+    prompt = f"{as_text(question, 'question')}\n{chat_template.SHORT_PROMPT}"
+    weights = first_field(record, "answer_weights", "weights")
     return [prompt, choose_answer(answers, weights, name)]
 
 
-def caption_question(record, name):
-    return [
-        CAPTION_PROMPTS[int(hash_fraction("prompt", name) * len(CAPTION_PROMPTS))],
-        choose_answer(first_field(record, *CAPTION), None, name),
-    ]
+def caption_question(record, name, captions):
+    number = int(hash_fraction("prompt", name) * len(CAPTION_PROMPTS))
+    return [CAPTION_PROMPTS[number], choose_answer(captions, None, name)]
 
 
 def choose_answer(answers, weights, name):
@@ -210,7 +201,6 @@ QUESTION = ("question", "context")
 CHOICES = ("choices", "options")
 RIGHT = ("correct_choice_idx", "correct", "answer")
 ANSWERS = ("answers", "answer")
-WEIGHTS = ("answer_weights", "weights")
 CAPTION = ("caption", "text")
 RECORD_KINDS = [
     (conversation_turns, ("conversations", "messages")),

@@ -2,8 +2,8 @@
 
 A product of (n, a) and (a, b) takes 2·n·a·b operations. The backward pass of a layer takes as many
 for the gradient of its input, and as many for the gradient of its weight; it skips a gradient that
-no trained parameter needs. Attention is two products forward and four backward over all pairs of
-tokens of a sequence, as in PaLM, appendix B: masks save time, but not operations in this count.
+no trained parameter needs. Attention is two products in the forward pass and four in the backward
+pass, over all pairs of tokens of a sequence (PaLM, appendix B): a mask does not change the count.
 """
 
 import torch
@@ -40,12 +40,12 @@ def step_flops(model, peak_lrs, batch, activation_checkpointing="none"):
     tokens = patches // projector.shuffle**2
     sequences, length = batch["ids_BT"].shape
     labelled_tokens = int((batch["targets_BT"] != IGNORE_INDEX).sum())
-    through_down_proj = train_vision or train_projector
+    through_linear_2 = train_vision or train_projector
     linear_layers = [  # part, module, positions, gradient of its input, gradient of its weight
         ("vision", vision.patches, patches, False, train_vision),
         ("vision", vision.layers, tiles * vision_length, train_vision, train_vision),
-        ("projector", projector.up_proj, tokens, train_vision, train_projector),
-        ("projector", projector.down_proj, tokens, through_down_proj, train_projector),
+        ("projector", projector.linear_1, tokens, train_vision, train_projector),
+        ("projector", projector.linear_2, tokens, through_linear_2, train_projector),
         ("decoder", decoder.layers, sequences * length, True, train_decoder),
         ("head", decoder.lm_head, labelled_tokens, True, train_decoder),
     ]
@@ -79,9 +79,10 @@ def micro_batch_flops(model, peak_lrs, batches):
 
 
 def assumed_sequence(length, image_config):
-    """Returns (batch of one sequence, its tiles, its labelled tokens) if only the length is known.
+    """Returns (batch of one sequence, its tiles, its labelled tokens) for a sequence length.
 
-    Half of the tokens are image tokens and a quarter have labels, about as in LLaVA's data.
+    Half of the tokens are image tokens and a quarter have labels, about as in LLaVA's data. The
+    tensors have the right shapes, but no content.
     """
     tile, labelled_tokens = image_config["tile"], length // 4
     tokens = image_processing.tokens_per_tile(image_config)
@@ -94,7 +95,6 @@ def assumed_sequence(length, image_config):
         "ids_BT": ids_BT,
         "targets_BT": targets_BT,
         "positions_BT": torch.arange(length)[None],
-        "documents_BT": torch.zeros_like(ids_BT),
         "tiles_NCYX": torch.zeros(tiles, 3, tile, tile, dtype=torch.uint8),
     }
     return batch, tiles, labelled_tokens

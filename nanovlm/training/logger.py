@@ -9,8 +9,8 @@ A line of log.jsonl holds:
     grad_norm                  before clipping; grad_norm_vision, …: of each trained part
     val_loss, blank_image_loss on the held-out samples, with their images and with grey images
     eval_score                 mean score on --eval_questions
-    tokens_per_s               over all ranks, since the last line
-    tflops                     10^12 operations a second of one rank
+    tokens_per_s               of all ranks, since the last line
+    tflops                     10^12 operations per second of one rank
     data_wait                  share of the time in which this rank waited for a batch
     eta_s                      seconds to the end of the run
     samples, tokens, hours     so far, over all stops and resumes
@@ -19,49 +19,46 @@ A line of log.jsonl holds:
 import contextlib
 import datetime
 import json
+import math
 import time
 from pathlib import Path
 
-from ..distributed import count_compiled_graphs, raise_on_all_ranks
+from ..distributed import get_rank, raise_on_all_ranks
 from ..files import lock_path, read_log, write_text
 
 
 class Logger:
     """Writes the log of a run. A resumed run continues the file; only rank 0 writes.
 
-    While a logger is open, no other process
-    may train in its folder.
+    While a logger is open, no other process may train in its folder.
     """
 
-    def __init__(self, out, start, steps, rank, tensorboard=False):
+    def __init__(self, out, start, steps, tensorboard=False):
         self.path = Path(out) / "log.jsonl"
-        self.start, self.steps, self.rank, self.tensorboard = start, steps, rank, tensorboard
+        self.start, self.steps, self.tensorboard = start, steps, tensorboard
         self.start_time = self.line_time = time.time()
         self.wait_seconds, self.tokens, self.flops = 0.0, 0, 0  # since the last line
         self.totals = {"samples": 0, "tokens": 0, "hours": 0.0}
-        self.best = self.writer = None
-        self.lock = contextlib.ExitStack()
+        self.best = math.inf, 0  # lowest val_loss, and its step
+        self.writer = None
+        self.open_files = contextlib.ExitStack()
 
     @raise_on_all_ranks()
     def __enter__(self):
-        if self.rank == 0:
+        if get_rank() == 0:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.lock.enter_context(lock_path(self.path.parent))
+            self.open_files.enter_context(lock_path(self.path.parent))
             if self.tensorboard:
-                self.open_tensorboard()
+                # Imported here: it takes a second, and not everybody has the package.
+                from torch.utils.tensorboard import SummaryWriter
+
+                writer = SummaryWriter(self.path.parent, purge_step=self.start + 1)
+                self.writer = self.open_files.enter_context(writer)
             self.read_earlier_lines()
         return self
 
     def __exit__(self, *_):
-        if self.writer:
-            self.writer.close()
-        self.lock.close()
-
-    def open_tensorboard(self):
-        # Imported here: it takes a second, and not everybody has the package.
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.writer = SummaryWriter(self.path.parent, purge_step=self.start + 1)
+        self.open_files.close()
 
     def read_earlier_lines(self):
         """Keep the lines up to the step that the run resumes from, and their totals."""
@@ -73,7 +70,7 @@ class Logger:
             self.update_best(line)
 
     def wait(self, future):
-        """The result of a future; the time is counted as waiting for data."""
+        """Returns the result of a future, and counts the time as waiting for data."""
         start = time.time()
         result = future.result()
         self.wait_seconds += time.time() - start
@@ -86,17 +83,13 @@ class Logger:
         self.totals["tokens"] += int(step.tokens)
 
     def update_best(self, line):
-        if "val_loss" not in line:
-            return
-        if self.best is None or line["val_loss"] < self.best["val_loss"]:
-            self.best = {"val_loss": line["val_loss"], "step": line["step"]}
+        self.best = min(self.best, (line.get("val_loss", math.inf), line["step"]))
 
     @raise_on_all_ranks()  # if the disk is full, rank 0 cannot write, and all ranks must stop
     def log(self, step, metrics, **numbers):
         """Write one line; metrics: what train.run_validation returned at this step."""
         now = time.time()
         seconds = now - self.line_time
-        seconds_left = (now - self.start_time) / (step - self.start) * (self.steps - step)
         self.totals["hours"] += seconds / 3600
         line = {
             "step": step,
@@ -105,12 +98,12 @@ class Logger:
             "tokens_per_s": self.tokens / seconds,
             "tflops": self.flops / seconds / 1e12,
             "data_wait": self.wait_seconds / seconds,
-            "eta_s": seconds_left,
+            "eta_s": (now - self.start_time) / (step - self.start) * (self.steps - step),
             **self.totals,
         }
         self.line_time, self.wait_seconds, self.tokens, self.flops = now, 0.0, 0, 0
         self.update_best(line)
-        if self.rank:
+        if get_rank() > 0:
             return
         with open(self.path, "a") as file:
             file.write(json.dumps(line) + "\n")
@@ -131,15 +124,14 @@ class Logger:
 
     def print_summary(self, step, name):
         """Print the totals of a run, over all its stops and resumes."""
-        if self.rank:
+        if get_rank() > 0:
             return
         seconds = datetime.timedelta(seconds=round(time.time() - self.start_time))
-        graphs = count_compiled_graphs()
-        compiled = f", torch.compile made {graphs} graphs" if graphs else ""
-        best = f"{self.best['val_loss']:.4f} at step {self.best['step']}" if self.best else "none"
+        val_loss, best_step = self.best
+        best = f"{val_loss:.4f} at step {best_step}" if best_step else "none"
         print(
             f"{name}: step {step} of {self.steps} after {seconds}, in {self.path.parent}\n"
             f"{self.totals['samples']:,} samples, {self.totals['tokens']:,} tokens, "
-            f"{self.totals['hours']:.2f} hours, best val_loss {best}{compiled}",
+            f"{self.totals['hours']:.2f} hours, best val_loss {best}",
             flush=True,
         )

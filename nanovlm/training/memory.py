@@ -17,7 +17,9 @@ from .flops import assumed_sequence, step_flops
 
 
 class FakeForward(torch.nn.Module):
-    """VLM.forward for fake tensors, which have no values to count: `labels` tokens have a label."""
+    """VLM.forward for fake tensors. They have shapes but no values, so the number of labelled
+    tokens is an argument, `labels`.
+    """
 
     def __init__(self, model):
         super().__init__()
@@ -44,10 +46,10 @@ class FakeForward(torch.nn.Module):
 
 
 def saved_activation_bytes(model, batch, device, dtype, low_precision_weights):
-    """Bytes that the forward pass of a batch saves for the backward pass, without the parameters.
+    """Returns the bytes that a forward pass saves for the backward pass, without the parameters.
 
-    It computes nothing and allocates nothing: the model may have any size, and be on the meta
-    device. low_precision_weights: parameters are in `dtype`, not only the matrix products.
+    Nothing is computed or allocated: the model may have any size, and may be on the meta device.
+    low_precision_weights: parameters are in `dtype`, as under FSDP, not only the matrix products.
     """
     forward, saved = FakeForward(model), {}
     labels = int((batch["targets_BT"] != IGNORE_INDEX).sum())
@@ -57,8 +59,8 @@ def saved_activation_bytes(model, batch, device, dtype, low_precision_weights):
 
     def pack_hook(tensor):
         storage = tensor.untyped_storage()
-        # The weak reference tells later whether it is still alive: a frozen block under activation
-        # checkpointing keeps nothing.
+        # The weak reference tells afterwards whether the tensor is still alive: a frozen block
+        # under activation checkpointing keeps nothing.
         saved[storage._cdata] = storage.nbytes(), StorageWeakRef(storage)
         return tensor
 
@@ -86,8 +88,8 @@ def estimate_memory(run, model, sequence, device, dtype, parallel="none", gpus=1
     """Returns {purpose: bytes} at the peak of a training step on one of `gpus` ranks.
 
     run: the settings, as load_settings returns them. sequence: a batch of one. The estimate runs
-    one and two sequences, since a part of the activations (bfloat16 copies of weights) does not
-    grow with their number.
+    one and two sequences: a part of the activations, the bfloat16 copies of weights, does not grow
+    with their number.
 
     With activation checkpointing, blocks keep their inputs. The backward pass holds all activations
     of one block at a time, but no logits any more. With parallel="fsdp" a rank holds its shard and
@@ -151,9 +153,9 @@ def gathered_bytes(model, dtype):
 
 
 def print_plan(model, peak_lrs, sizes):
-    """Print the peak learning rate of each part, and the estimated memory of a rank.
+    """Print the parameters and the peak learning rate of each part, and the memory of a rank.
 
-    sizes: as `estimate_memory` returns them.
+    sizes: as estimate_memory returns them.
     """
     print(f"{'part':10} {'parameters':>13} {'trained':>13} {'peak lr':>9}")
     for part, module in model.named_children():
@@ -173,7 +175,7 @@ def print_estimate(run, model, image_config, speed):
     one GPU reaches.
     """
     sequence, tiles, labels = assumed_sequence(run.seq_len, image_config)
-    dtype = torch.float32 if run.dtype == "float32" else torch.bfloat16
+    dtype = choose_dtype(run, torch.device("cuda"))
 
     def memory(parallel, gpus):
         return estimate_memory(run, model, sequence, torch.device("cpu"), dtype, parallel, gpus)
@@ -208,7 +210,7 @@ def print_estimate(run, model, image_config, speed):
 
 
 def choose_dtype(run, device):
-    """The dtype of matrix products; parameters stay float32."""
+    """Returns the dtype of matrix products; parameters stay float32."""
     if run.dtype == "bfloat16" or (run.dtype == "auto" and device.type == "cuda"):
         return torch.bfloat16
     return torch.float32

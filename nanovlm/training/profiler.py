@@ -11,20 +11,19 @@ from ..distributed import get_rank
 SKIPPED_STEPS, TRACED_STEPS = 2, 3
 
 
-def profile_steps(model, run):
-    """Returns a context for the training loop: a torch.profiler.profile, or with --profile=false
-    one that yields None.
+def profile_steps(is_on, model, out):
+    """Returns a context for the training loop: a torch.profiler.profile, or None unless it is on.
 
-    Call step() on the profile after each step. The forward passes of vision encoder, projector and
-    decoder have these names in its trace.
+    Call step() on the profile after each step. In the trace, the forward passes of the vision
+    encoder, the projector and the decoder have the names of these parts.
     """
-    if not run.profile:
+    if not is_on:
         return contextlib.nullcontext()
     for name, part in model.named_children():
         part.forward = torch.profiler.record_function(name)(part.forward)
     schedule = torch.profiler.schedule(wait=SKIPPED_STEPS, warmup=1, active=TRACED_STEPS, repeat=1)
     return torch.profiler.profile(
-        schedule=schedule, on_trace_ready=partial(write_trace, path=Path(run.out) / "trace.json.gz")
+        schedule=schedule, on_trace_ready=partial(write_trace, path=Path(out) / "trace.json.gz")
     )
 
 

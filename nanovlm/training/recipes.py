@@ -1,11 +1,11 @@
-"""The settings of a run: the stages' published values, the user's settings, and their rules."""
+"""The settings of a training run: the published values of each stage, and rules for all values."""
 
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
 from .. import UserError
-from ..cli import check_rules, did_you_mean
+from ..cli import check_rules, did_you_mean, one_of
 from ..files import is_repo_id, read_json
 
 # The values of a stage for settings that the user does not give. `decoder` and `vision` are stages
@@ -90,7 +90,7 @@ LLAVA_1_5 = {
 RECIPES = {"megatron": STAGES, "llava": LLAVA_1_5}
 PARTS = ("vision", "projector", "decoder")
 OLD_STAGES = {"brain": "decoder", "eye": "vision"}  # in runs of an older version
-# These settings may change when a run resumes; all others must stay as they were.
+# These settings may change if a run resumes; all others must stay the same.
 FREE_ON_RESUME = (
     "data",
     "out",
@@ -116,7 +116,7 @@ FREE_ON_RESUME = (
     "recipe",
 )
 
-# What makes the checkpoint that a stage starts from, if it does not exist.
+# The command that makes the checkpoint from which a stage starts.
 MISSING_MODEL_HINTS = {
     "decoder": "`python train.py` makes the one of the demonstration",
     "vision": "`python train.py` makes the one of the demonstration",
@@ -146,17 +146,10 @@ SETTING_RULES = [
     ("min_lr", lambda x, s: 0 <= x <= s.lr, "must be between 0 and --lr={lr}"),
     ("weight_decay seed", lambda x, s: x >= 0, "must be at least 0"),
     ("warmup_ratio beta1 beta2", lambda x, s: 0 <= x < 1, "must be at least 0 and below 1"),
-    (
-        "dtype",
-        lambda x, s: x in ("auto", "float32", "bfloat16"),
-        "is none of auto, float32, bfloat16",
-    ),
-    ("parallel", lambda x, s: x in ("auto", "ddp", "fsdp"), "is none of auto, ddp, fsdp"),
-    (
-        "activation_checkpointing",
-        lambda x, s: x in ("none", "decoder", "all"),
-        "is none of none, decoder, all",
-    ),
+    one_of("dtype", "auto", "float32", "bfloat16"),
+    one_of("parallel", "auto", "ddp", "fsdp"),
+    one_of("activation_checkpointing", "none", "decoder", "all"),
+    one_of("kernels", "auto", "torch"),
     (
         "hsdp_shard_size",
         lambda x, s: x == 0 or (s.parallel == "fsdp" and x > 0 and s.world % x == 0),
@@ -173,22 +166,21 @@ SETTING_RULES = [
         lambda x, s: not x or find_spec("tensorboard"),
         "needs tensorboard: pip install tensorboard",
     ),
-    ("kernels", lambda x, s: x in ("auto", "torch"), "is none of auto, torch"),
 ]
 
 
 def load_settings(given, world):
-    """Returns the settings of a run on `world` ranks: the user's, else the recipe's for the stage.
+    """Returns the settings of a run on `world` ranks, as attributes.
 
-    Adds `peak_lrs`, {trained part: peak learning rate}. Raises UserError for values out of range.
+    given: the user's settings; the recipe has the values of those that are None or empty. peak_lrs
+    is added, {trained part: its peak learning rate}. Raises UserError if a rule is broken.
     """
     run = SimpleNamespace(**given)
-    if run.stage not in STAGES:
-        hint = did_you_mean(run.stage, STAGES, "--stage=")
-        raise UserError(f"--stage={run.stage} is not known: {', '.join(STAGES)}{hint}")
-    if run.stage not in RECIPES.get(run.recipe, {}):
+    stages = RECIPES.get(run.recipe, {})
+    if run.stage not in stages:
         known = "; ".join(f"{name} has {', '.join(stages)}" for name, stages in RECIPES.items())
-        raise UserError(f"--recipe={run.recipe} has no --stage={run.stage}: {known}")
+        hint = did_you_mean(run.stage, stages, "--stage=")
+        raise UserError(f"--stage={run.stage} is not known to --recipe={run.recipe}: {known}{hint}")
     folder = "out/demo" if run.stage in ("decoder", "vision") else "out"
     preset = {
         "out": f"{folder}/{run.stage}",
@@ -196,7 +188,7 @@ def load_settings(given, world):
         "beta2": 0.95,
         "hsdp_shard_size": 0,  # which prepare.py estimate does not have
         **STAGES[run.stage],
-        **RECIPES[run.recipe][run.stage],
+        **stages[run.stage],
     }
     for name, value in preset.items():
         if given.get(name) in (None, ""):
@@ -210,14 +202,13 @@ def load_settings(given, world):
     is_frozen = (unused, lambda x, s: False, "is for a part that --freeze={freeze} freezes")
     values = {name: value for name, value in vars(run).items() if value is not None}
     check_rules(values, [*SETTING_RULES, is_frozen], SimpleNamespace(**vars(run), world=world))
-    own = {part: getattr(run, f"{part}_lr") for part in trained}
-    run.peak_lrs = {part: run.lr if lr is None else lr for part, lr in own.items()}
+    run.peak_lrs = {part: getattr(run, f"{part}_lr", None) or run.lr for part in trained}
     run.micro_batch_size = min(run.micro_batch_size, -(-run.global_batch_size // world))
     return run
 
 
 def check_inputs(run):
-    """Raises UserError, which says what to do first, if the model or the data does not exist."""
+    """Raises UserError if the model or the data does not exist; the message says what makes it."""
     if not (run.resume or Path(run.model).exists() or is_repo_id(run.model)):
         raise UserError(
             f"no such model: {run.model}. --stage={run.stage} starts from a checkpoint: "
@@ -232,7 +223,7 @@ def check_inputs(run):
 
 
 def freeze_parts(model, peak_lrs):
-    """Only the parts with a learning rate get gradients."""
+    """Freeze all parts that have no learning rate."""
     for part in PARTS:
         getattr(model, part).requires_grad_(part in peak_lrs)
 

@@ -7,8 +7,8 @@
                              written its own rows (checkpoints/sharded.py); only the last step has a
                              model.safetensors, too
 
-A step's folder gets its name after it is complete and flushed to disk. Older steps are deleted
-after that: there is always a complete checkpoint.
+A step's folder gets its name after it is complete and flushed to disk. Only then older steps are
+deleted, so there is always a complete checkpoint.
 """
 
 import itertools
@@ -48,7 +48,7 @@ from .recipes import FREE_ON_RESUME, read_saved_settings
 
 
 def find_resume_checkpoint(run):
-    """The checkpoint from which a run resumes; None for a new run."""
+    """Returns the checkpoint from which a run resumes; None for a new run."""
     if run.resume:
         if not (folders := list_checkpoints(run.out)):
             raise UserError(f"--resume=true, but {run.out} holds no checkpoint of a run")
@@ -61,7 +61,7 @@ def find_resume_checkpoint(run):
 
 
 def resume_step(folder, must_agree):
-    """The step of a run's checkpoint. Raises UserError if a setting differs from the saved one."""
+    """Returns the step of a checkpoint. Raises UserError if a setting differs from its own."""
     was = read_saved_settings(folder / "training.json")
     wrong = []
     for name, value in must_agree.items():
@@ -73,9 +73,9 @@ def resume_step(folder, must_agree):
 
 
 def settings_to_keep(run, samples):
-    """The settings that must stay the same if the run resumes.
+    """Returns the settings that must stay the same if the run resumes.
 
-    Data is named by its content, since its folder may move.
+    The data is named by its content, since its folder may move.
     """
     checksum = sha256(samples.table.tobytes()).hexdigest()[:8]
     tokens = samples.table[:, LENGTH].sum()
@@ -103,33 +103,34 @@ def move_old_run_aside(run):
 
 
 def optimizer_state(model, optimizer):
-    """{"decoder.norm.weight/exp_avg": tensor} of all trained parameters, sharded or whole."""
+    """Returns {"decoder.norm.weight/exp_avg": tensor} of all trained parameters, full or sharded.
+
+    It is empty before the first step.
+    """
     state = {}
     for name, p in model.named_parameters():
-        for key, value in optimizer.state.get(p, {}).items():
-            state[f"{name}/{key}"] = value
+        for kind, tensor in optimizer.state.get(p, {}).items():
+            state[f"{name}/{kind}"] = tensor
     return state
 
 
-def allocate_optimizer_state(model, optimizer, names, path):
-    """Allocate the optimizer state of those names.
+def allocate_optimizer_state(model, optimizer, saved_names, path):
+    """Allocate the state of AdamW for the trained parameters; returns it as optimizer_state does.
 
-    Raises UserError unless each trained parameter has its state, and each state its parameter.
+    saved_names: those of the state in the checkpoint at `path`. Raises UserError if they differ.
     """
-    kinds = {}
-    for name in names:
-        parameter, _, kind = name.rpartition("/")
-        kinds.setdefault(parameter, []).append(kind)
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if wrong := sorted(kinds.keys() ^ trained.keys()):
-        has = "is trained, but has no" if wrong[0] in trained else "is frozen, but has an"
-        raise UserError(f"{path}: {wrong[0]} {has} optimizer state")
-    for name, p in trained.items():
-        for kind in kinds[name]:
-            # AdamW's step count is a float32 scalar.
-            is_scalar = kind == "step"
-            state = torch.zeros((), device=p.device) if is_scalar else torch.zeros_like(p)
-            optimizer.state[p][kind] = state
+    optimizer.state.clear()
+    for p in model.parameters():
+        if p.requires_grad:
+            step = torch.zeros((), device=p.device)
+            moments = {kind: torch.zeros_like(p) for kind in ("exp_avg", "exp_avg_sq")}
+            optimizer.state[p] = {"step": step, **moments}
+    state = optimizer_state(model, optimizer)
+    if wrong := sorted(state.keys() ^ set(saved_names)):
+        parameter = wrong[0].rpartition("/")[0]
+        has = "is trained, but has no" if wrong[0] in state else "is frozen, but has an"
+        raise UserError(f"{path}: {parameter} {has} optimizer state")
+    return state
 
 
 @raise_on_all_ranks()
@@ -143,22 +144,21 @@ def load_optimizer(step, model, optimizer):
     for name in sharded.read_pieces(shards):
         if name.startswith("optimizer."):
             names.append(name.removeprefix("optimizer."))
-    allocate_optimizer_state(model, optimizer, names, shards)
-    state = optimizer_state(model, optimizer)
+    state = allocate_optimizer_state(model, optimizer, names, shards)
     sharded.read_shards({f"optimizer.{name}": tensor for name, tensor in state.items()}, shards)
 
 
 def copy_optimizer_state(model, optimizer, tensors, path):
-    allocate_optimizer_state(model, optimizer, tensors, path)
-    for name, tensor in optimizer_state(model, optimizer).items():
+    """Copy the state in {name: full tensor}, which was read from `path`."""
+    for name, tensor in allocate_optimizer_state(model, optimizer, tensors, path).items():
         copy_into(tensor, tensors[name])
 
 
 class Saver:
     """Writes the checkpoints of one run.
 
-    keep_checkpoints: how many of the newest to keep; from 2 on, the step with the best validation
-    loss is kept as well. must_agree: the settings that must stay the same for a resume.
+    must_agree: the settings that must stay the same if the run resumes. keep_checkpoints: the
+    number of newest checkpoints to keep; from 2 on, the one with the lowest val_loss stays, too.
     """
 
     def __init__(self, checkpoint, optimizer, out, must_agree, keep_checkpoints):
@@ -169,8 +169,9 @@ class Saver:
     def save(self, step, is_last, metrics={}):
         """Write out/step-…; all ranks call this.
 
-        Raises UserError, and keeps the earlier steps, if it cannot be written or a weight is NaN or
-        infinite. is_last: rank 0 also writes sharded weights whole, gathered one by one.
+        is_last: rank 0 also writes sharded weights as one file, gathered one by one. metrics: those
+        of this step. Raises UserError, and keeps the earlier steps, if a weight is NaN or infinite
+        or a file cannot be written.
         """
         folder = self.out / f"step-{step:06d}"
         not_finite = []

@@ -1,4 +1,4 @@
-"""Validation: the loss on held-out samples with their images and with grey ones; two answers."""
+"""Validation: the loss on held-out samples, with their images and with grey ones; two answers."""
 
 import itertools
 
@@ -8,39 +8,40 @@ import torch
 from .. import IGNORE_INDEX, IMAGE_TOKEN_ID
 from ..data.dataset import LENGTH
 from ..data.packing import collate, collate_images, pack_sequences
-from ..distributed import all_reduce_sum, is_sharded, unsharded
+from ..distributed import all_reduce_sum, get_rank, get_world_size, is_sharded, unsharded
 from ..inference.generate import generate
 
 
-def pack_validation_set(samples, seq_len, limit=64):
-    """Pack the first held-out samples into sequences; returns the sample indices of each."""
-    members = samples.split(validation=True)[:limit]
+def pack_validation_set(samples, seq_len):
+    """Pack the first 64 held-out samples into sequences. Returns the sample indices of each."""
+    members = samples.split(validation=True)[:64]
     return [
         members[positions] for positions in pack_sequences(samples.table[members, LENGTH], seq_len)
     ]
 
 
-def validate(checkpoint, samples, sequences, rank, world, autocast):
+def validate(checkpoint, samples, sequences, autocast):
     """Returns `validation_losses` over the sequences of all ranks, and prints two answers.
 
     Each rank calls the model equally often, with blank sequences at the end: under FSDP a forward
     pass needs all ranks. The model stays in training mode, in which a sequence without images runs
     the vision encoder on a blank tile.
     """
-    own = [*sequences[rank::world]]
-    own += [[]] * (-(-len(sequences) // world) - len(own))
-    losses = validation_losses(checkpoint.model, samples, own, autocast)
+    rank, world = get_rank(), get_world_size()
+    padded = [*sequences, *[[]] * (-len(sequences) % world)]
+    losses = validation_losses(checkpoint.model, samples, padded[rank::world], autocast)
     if rank == 0 or is_sharded(checkpoint.model):
-        print_answers(checkpoint, samples, sequences, autocast, is_printed=rank == 0)
+        for i in sorted(itertools.chain(*sequences))[:2]:
+            print_answer(checkpoint, samples, i, autocast)
     return losses
 
 
 @torch.no_grad()
 def validation_losses(model, samples, sequences, autocast):
-    """{"val_loss": mean over labelled tokens, "blank_image_loss": the same with all images grey}.
+    """Returns {"val_loss": mean over labelled tokens, "blank_image_loss": with all images grey}.
 
-    The mean is over this rank's and all other ranks' sequences; {} if there is no labelled token.
-    If the two losses are equal, the model does not use its images.
+    sequences: those of this rank; the mean is over all ranks. {} if no token has a label. If the
+    two losses are equal, the model does not use its images.
     """
     loss_sum, blank_sum, labels, device = 0.0, 0.0, 0, model.mean_C11.device
     for members in sequences:
@@ -56,15 +57,8 @@ def validation_losses(model, samples, sequences, autocast):
     return {"val_loss": loss_sum / labels, "blank_image_loss": blank_sum / labels}
 
 
-def print_answers(checkpoint, samples, sequences, autocast, is_printed=True, count=2):
-    """Answer the first question of the first samples, and print the answer and the reference."""
-    members = sorted(i for members in sequences for i in members)
-    for i in members[:count]:
-        print_answer(checkpoint, samples, i, autocast, is_printed)
-
-
-def print_answer(checkpoint, samples, i, autocast, is_printed):
-    """is_printed: False on a rank that only takes part in the forward passes."""
+def print_answer(checkpoint, samples, i, autocast):
+    """Answer the first question of a sample, and print the answer and the reference."""
     ids_T, targets_T, images = samples.read(i)
     is_labelled_T = targets_T != IGNORE_INDEX  # the next token is part of an answer
     if not is_labelled_T.any():
@@ -87,7 +81,7 @@ def print_answer(checkpoint, samples, i, autocast, is_printed):
             max_tokens=64,
         )
         ids = list(itertools.takewhile(lambda x: x != end_token_id, [x for (x,) in tokens]))
-    if is_printed:
+    if get_rank() == 0:
         answer = checkpoint.tokenizer.decode(ids)
         reference = checkpoint.tokenizer.decode(ids_T[start:end].tolist())
         print(f"  {samples.names[i]}: answer {answer!r}, reference {reference!r}", flush=True)

@@ -1,2 +1,2 @@
-"""What a person looks at: samples.py shows a prepared sample or summarizes a dataset; curves.py
-plots the losses of training runs."""
+"""Output for people: samples.py prints a prepared sample or a summary of a dataset; curves.py plots
+training runs."""

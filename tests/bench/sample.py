@@ -1,5 +1,5 @@
-"""The speed of generation beside transformers and llama.cpp (engines.py), and of answering questions
-in batches of 16 beside one by one:
+"""The speed of generation beside transformers and llama.cpp (engines.py), and that of answers in
+batches of 16 beside one by one:
 
     python tests/bench/sample.py
 
@@ -23,13 +23,14 @@ from nanovlm.evals import benchmarks, runner  # noqa: E402
 from nanovlm.inference.optimize import optimize  # noqa: E402
 
 
-def answers_per_s(checkpoint, questions, batch, max_tokens):
+def answers_per_s(checkpoint, questions, batch_size, max_tokens):
     """Returns (answers per second, the answers)."""
-    start, answers = time.time(), []
-    options = {"batch_size": batch, "max_tokens": max_tokens}
+    start, outputs = time.time(), []
+    options = {"batch_size": batch_size, "max_tokens": max_tokens}
     for pairs in runner.answer_questions(checkpoint, questions, **options):
-        answers += pairs
-    return len(questions) / (time.time() - start), [answer.text for _, answer in sorted(answers)]
+        outputs += pairs
+    speed = len(questions) / (time.time() - start)
+    return speed, [output.answer for _, output in sorted(outputs)]
 
 
 def measure_questions(model, questions, images, count, batch, max_tokens, rounds):
@@ -46,8 +47,8 @@ def measure_questions(model, questions, images, count, batch, max_tokens, rounds
     ratio = statistics.median(batched / single for single, batched in speeds)
     single, batched = map(statistics.median, zip(*speeds, strict=True))
     print(
-        f"{len(loaded)} questions: {single:,.1f} answers/s one by one, {batched:,.1f} in batches of "
-        f"{batch}, {ratio:.1f} times as many; {same} of {len(loaded)} answers are the same"
+        f"{len(loaded)} questions: {single:,.1f} answers/s one by one, {batched:,.1f} in batches "
+        f"of {batch}, {ratio:.1f} times as many; {same} of {len(loaded)} answers are the same"
     )
 
 

@@ -1,10 +1,12 @@
-"""Speed of our encode beside the libraries that made the files, on one thread: microseconds a text, and theirs divided by ours.
+"""The speed of our encode beside the libraries that made the files, on one thread.
 
-    python tests/bench/tokenizer.py               every kind of file on every kind of text: a minute
-    python tests/bench/tokenizer.py --rounds=3    a rough look
+    python tests/bench/tokenizer.py               all kinds of files and texts: a minute
+    python tests/bench/tokenizer.py --rounds=3    fewer measurements
 
-One text after the other through each library in turn, medians of the rounds. Ids are compared before anything is timed. `tokenizers` reads no
-.model and no tekken.json: it gets them as transformers converts them. SmolLM2 is measured if `python -m pytest tests/test_real.py` has fetched it.
+It prints microseconds per text, and the time of each library divided by ours. The libraries take
+turns; times are medians. Ids are compared first. `tokenizers` cannot read .model files and
+tekken.json: it gets what transformers converts them to. SmolLM2 is measured if
+`python -m pytest tests/checkpoints/test_real_weights.py` has downloaded it.
 """
 
 import base64
@@ -47,7 +49,7 @@ TEXTS = {
 
 
 def converted(model):
-    """A SentencePiece .model as the tokenizer.json that transformers makes of it, in its older layout (Llama 2)."""
+    """A SentencePiece .model as the tokenizer.json that transformers makes of it for Llama 2."""
     pieces = SentencePieceProcessor(model_proto=model)
     vocabulary = {pieces.id_to_piece(i): i for i in range(pieces.vocab_size())}
     scores = {
@@ -79,7 +81,7 @@ def converted(model):
 
 
 def converted_tekken(source):
-    """A tekken.json as transformers' converter reads it; ids are ranks, the special tokens come after."""
+    """A tekken.json as transformers converts it; ids are ranks, special tokens come last."""
     spec = json.loads(source)
     size = spec["config"]["default_vocab_size"] - spec["config"]["default_num_special_tokens"]
     converter = TikTokenConverter(pattern=spec["config"]["pattern"])
@@ -95,7 +97,7 @@ def ids_of(reference, text, shift=0):
 
 
 def kinds():
-    """(name, {library: encode}) of every file; ours first."""
+    """Yields (name, {library: encode}) of each file; ours first."""
     if SMOLLM2.exists():
         yield (
             "SmolLM2",
@@ -140,22 +142,22 @@ def kinds():
 
 
 def measure(encoders, text, rounds):
-    """{library: microseconds a text}: each round gives every library about 20,000 letters in its turn."""
+    """Returns {library: microseconds per text}; a library encodes 20,000 letters in each round."""
     times, repeats = {name: [] for name in encoders}, max(1, 20_000 // len(text))
     for _ in range(rounds):
         for name, encode in encoders.items():
-            began = time.perf_counter()
+            start = time.perf_counter()
             for _ in range(repeats):
                 encode(text)
-            times[name].append((time.perf_counter() - began) / repeats * 1e6)
+            times[name].append((time.perf_counter() - start) / repeats * 1e6)
     return {name: statistics.median(each) for name, each in times.items()}
 
 
 def speed(
     *,
-    rounds: int = 25,  # of every text through every library
+    rounds: int = 25,  # of each text and library
 ):
-    """Encode the same texts with ours and with the references."""
+    """Encode the same texts with our tokenizer and with the references."""
     for kind, encoders in kinds():
         for name, text in TEXTS.items():
             ids = encoders["ours"](text)
@@ -166,10 +168,8 @@ def speed(
                 for library, each in took.items()
                 if library != "ours"
             )
-            print(
-                f"{kind:16} {name:9} ours {took['ours']:7.1f} us  {ratios}{f'  other ids: {differ}' if differ else ''}",
-                flush=True,
-            )
+            wrong = f"  other ids: {differ}" if differ else ""
+            print(f"{kind:16} {name:9} ours {took['ours']:7.1f} us  {ratios}{wrong}", flush=True)
 
 
 if __name__ == "__main__":

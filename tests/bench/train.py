@@ -1,11 +1,13 @@
-"""A training step beside transformers': the same weights, samples, precision and optimizer, in one run, interleaved, medians.
+"""A training step beside that of transformers: the same weights, samples, precision and optimizer.
 
-    python tests/bench/train.py                                  SmolLM2-135M's shapes with a small CLIP, on the CPU: minutes
-    python tests/bench/train.py --rounds=3                       a rough look
-    python tests/bench/train.py --dtype=bfloat16 --compile=true  the fastest that we can
+    python tests/bench/train.py                                  on the CPU: minutes
+    python tests/bench/train.py --rounds=3                       fewer measurements
+    python tests/bench/train.py --dtype=bfloat16 --compile=true  our fastest settings
 
-Trained are projector and decoder, as in sft. transformers gets its samples as its collators make batches, a row each, padded to the longest; we pack
-the same samples into rows. Once all samples have one length, so that nothing is padded; once lengths are ragged as in LLaVA's mix.
+The shapes are those of SmolLM2-135M and a small CLIP. Projector and decoder train, as in sft. For
+transformers each sample is a sequence, padded to the longest; ours are packed. Measured with
+samples of one length, which need no padding, and with lengths such as in LLaVA's data. The two take
+turns in one run; times are medians.
 """
 
 import json
@@ -28,7 +30,7 @@ from nanovlm.checkpoints.checkpoint import load_checkpoint  # noqa: E402
 from nanovlm.data.packing import pack_sequences  # noqa: E402
 from nanovlm.data.tokenizer import train_tokenizer  # noqa: E402
 
-EYE = dict(
+VISION = dict(
     hidden_size=192,
     intermediate_size=768,
     num_hidden_layers=6,
@@ -36,7 +38,7 @@ EYE = dict(
     image_size=112,
     patch_size=14,
 )
-BRAIN = dict(
+DECODER = dict(  # SmolLM2-135M
     vocab_size=49152,
     hidden_size=576,
     intermediate_size=1536,
@@ -46,23 +48,23 @@ BRAIN = dict(
     max_position_embeddings=2048,
     rms_norm_eps=1e-5,
     tie_word_embeddings=True,
-)  # SmolLM2-135M
-PATCHES, IMAGE_ID, ROW = 64, 49151, 512
+)
+PATCHES, IMAGE_ID, SEQ_LEN = 64, 49151, 512
 
 
 def two_models():
-    """A LLaVA by transformers, and ours read from the folder that it writes."""
+    """Returns a LLaVA of transformers, and our model read from the folder that it writes."""
     torch.manual_seed(0)
     config = hf.LlavaConfig(
-        vision_config=hf.CLIPVisionConfig(**EYE),
-        text_config=hf.LlamaConfig(**BRAIN),
+        vision_config=hf.CLIPVisionConfig(**VISION),
+        text_config=hf.LlamaConfig(**DECODER),
         image_token_index=IMAGE_ID,
         image_seq_length=PATCHES,
     )
     theirs = hf.LlavaForConditionalGeneration(config).float()
     with tempfile.TemporaryDirectory() as folder:
         theirs.save_pretrained(folder)
-        square = {"height": EYE["image_size"], "width": EYE["image_size"]}
+        square = {"height": VISION["image_size"], "width": VISION["image_size"]}
         preprocessor = {
             "size": square,
             "image_mean": [0.5] * 3,
@@ -71,14 +73,14 @@ def two_models():
         }
         (Path(folder) / "preprocessor_config.json").write_text(json.dumps(preprocessor))
         train_tokenizer(["a"], 256, ["<s>", "</s>", "<image>"]).save(folder)
-        ours = load_checkpoint(folder).model
+        ours = load_checkpoint(folder, template="plain").model
     for frozen in (theirs.model.vision_tower, ours.vision):
         frozen.requires_grad_(False)
     return theirs.train(), ours.train()
 
 
 def samples_of(lengths, seed=0):
-    """[(ids_T with the picture in front, targets_T, tile_CYX)], the later third trained."""
+    """Returns [(ids_T, targets_T, tile_CYX)]: an image, then text; the last third has labels."""
     g = torch.Generator().manual_seed(seed)
     found = []
     for length in lengths:
@@ -96,7 +98,8 @@ def samples_of(lengths, seed=0):
     return found
 
 
-def for_them(samples):
+def padded_batch(samples):
+    """The samples as transformers takes them."""
     T = max(len(ids) for ids, _, _ in samples)
     batch = {
         "input_ids": torch.zeros(len(samples), T, dtype=torch.int64),
@@ -111,9 +114,9 @@ def for_them(samples):
     return batch
 
 
-def for_us(samples):
-    rows = pack_sequences([len(ids) for ids, _, _ in samples], ROW)
-    return make_batch([[samples[i] for i in members] for members in rows])
+def packed_batch(samples):
+    sequences = pack_sequences([len(ids) for ids, _, _ in samples], SEQ_LEN)
+    return make_batch([[samples[i] for i in members] for members in sequences])
 
 
 def step(loss, optimizer):
@@ -124,7 +127,7 @@ def step(loss, optimizer):
 
 
 def peak_bytes(run):
-    """The most memory that was in use at once while `run` ran, above what was in use before."""
+    """Returns the peak of additional memory while `run` runs, in bytes."""
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
     ) as profile:
@@ -137,47 +140,42 @@ def peak_bytes(run):
     return int(np.cumsum([size for _, size in events]).max())
 
 
-def compare(name, lengths, rounds, mixed, joined):
+def compare(name, lengths, rounds, autocast, compile):
     theirs, ours = two_models()
-    distributed.compile_blocks(distributed.transformer_blocks(ours) if joined else ())
-    samples, (adam, our_adam) = (
-        samples_of(lengths),
-        [
-            torch.optim.AdamW(
-                [p for p in model.parameters() if p.requires_grad], lr=1e-6, fused=True
-            )
-            for model in (theirs, ours)
-        ],
-    )
+    distributed.compile_blocks(distributed.transformer_blocks(ours) if compile else ())
+    samples, optimizers = samples_of(lengths), []
+    for model in (theirs, ours):
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizers.append(torch.optim.AdamW(trained, lr=1e-6, fused=True))
 
-    def by_transformers():
-        with mixed:
-            loss = theirs(**for_them(samples)).loss
-        return step(loss, adam)
+    def transformers_step():
+        with autocast:
+            loss = theirs(**padded_batch(samples)).loss
+        return step(loss, optimizers[0])
 
-    def by_us():
-        batch = for_us(samples)
-        with mixed:
+    def own_step():
+        batch = packed_batch(samples)
+        with autocast:
             loss = ours(**batch) / (batch["targets_BT"] != IGNORE_INDEX).sum()
-        return step(loss, our_adam)
+        return step(loss, optimizers[1])
 
-    taken, losses = (
-        {by_transformers: [], by_us: []},
-        [by_transformers(), by_us()],
-    )  # the first steps warm up
+    losses = [transformers_step(), own_step()]  # these steps warm up
+    seconds = {transformers_step: [], own_step: []}
     for _ in range(rounds):
-        for do, times in taken.items():
-            began = time.perf_counter()
-            do()
-            times.append(time.perf_counter() - began)
-    (slow, fast), (large, small) = map(statistics.median, taken.values()), map(peak_bytes, taken)
+        for run, times in seconds.items():
+            start = time.perf_counter()
+            run()
+            times.append(time.perf_counter() - start)
+    slow, fast = map(statistics.median, seconds.values())
+    large, small = map(peak_bytes, seconds)
     padding = len(lengths) * max(lengths) - sum(lengths)
     print(
-        f"{name}: {len(lengths)} samples of {sum(lengths):,} tokens, padded there by {padding:,}; losses {losses[0]:.4f}, ours {losses[1]:.4f}"
+        f"{name}: {len(lengths)} samples of {sum(lengths):,} tokens, {padding:,} tokens of padding "
+        f"for transformers; losses {losses[0]:.4f}, ours {losses[1]:.4f}"
     )
     print(
-        f"    {sum(lengths) / fast:,.0f} tokens/s, {slow / fast:.2f} times transformers'; {small / 2**20:,.0f} MiB at most, "
-        f"{small / large:.2f} of transformers'",
+        f"    {sum(lengths) / fast:,.0f} tokens/s, {slow / fast:.2f} times transformers'; peak of "
+        f"{small / 2**20:,.0f} MiB, {small / large:.2f} of transformers'",
         flush=True,
     )
 
@@ -186,16 +184,18 @@ def bench(
     *,
     rounds: int = 7,  # of each measurement
     samples: int = 8,  # in a step
-    dtype: str = "float32",  # or bfloat16: of the products
-    compile: bool = False,  # our blocks, by torch.compile, as train.py --compile=true does
+    dtype: str = "float32",  # of matrix products: float32 or bfloat16
+    compile: bool = False,  # torch.compile our blocks, as train.py --compile=true does
 ):
-    """Print how a training step of ours compares."""
+    """Print the speed and the memory of our training step beside those of transformers."""
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     g = np.random.default_rng(0)
-    ragged = (PATCHES + g.lognormal(4.3, 0.9, samples).clip(12, ROW - PATCHES)).astype(int).tolist()
-    mixed = torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16")
-    compare("even", [ROW // 2] * samples, rounds, mixed, compile)
-    compare("ragged", ragged, rounds, mixed, compile)
+    ragged = (
+        (PATCHES + g.lognormal(4.3, 0.9, samples).clip(12, SEQ_LEN - PATCHES)).astype(int).tolist()
+    )
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16")
+    compare("even", [SEQ_LEN // 2] * samples, rounds, autocast, compile)
+    compare("ragged", ragged, rounds, autocast, compile)
 
 
 if __name__ == "__main__":

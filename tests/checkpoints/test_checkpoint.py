@@ -1,4 +1,4 @@
-"""A checkpoint is whole or it is refused, and nothing in it is lost, added or bent on the way."""
+"""A checkpoint is complete or refused; saving and loading change nothing in it."""
 
 import errno
 import json
@@ -22,7 +22,7 @@ from nanovlm.checkpoints.checkpoint import (
 from nanovlm.data import tokenizer
 from nanovlm.training import resume
 
-POLICY = {
+IMAGE_CONFIG = {
     "tile": 12,
     "patch": 3,
     "shuffle": 2,
@@ -38,16 +38,16 @@ def words():
     return tokenizer.train_tokenizer(["a b"], 256, ["<s>", "[INST]", "[/INST]", "</s>"])
 
 
-def make_checkpoint(words, seed=0, policy=POLICY, template="mistral", **decoder):
+def make_checkpoint(words, seed=0, image_config=IMAGE_CONFIG, template="mistral", **decoder):
     decoder = {"vocab_size": words.vocab_size, **decoder}
-    model = make_vlm(seed, decoder=decoder, mean=policy["mean"], std=policy["std"])
+    model = make_vlm(seed, decoder=decoder, mean=image_config["mean"], std=image_config["std"])
     shapes = {"vision": VISION, "decoder": DECODER | decoder, "shuffle": 2}
-    return Checkpoint(model, words, shapes, policy, template, {"born": f"seed {seed}"})
+    return Checkpoint(model, words, shapes, image_config, template, {"random_init": f"seed {seed}"})
 
 
 def save_step(checkpoint, out, step):
-    """A step of a run in which only the projector's last bias trained."""
-    bias = checkpoint.model.requires_grad_(False).projector.down_proj.bias.requires_grad_(True)
+    """Save a step of a run that trains only the projector's last bias."""
+    bias = checkpoint.model.requires_grad_(False).projector.linear_2.bias.requires_grad_(True)
     optimizer, bias.grad = torch.optim.AdamW([bias]), torch.ones_like(bias)
     optimizer.step()
     resume.Saver(checkpoint, optimizer, out, {}, keep_checkpoints=1).save(step, is_last=True)
@@ -71,7 +71,7 @@ def test_what_is_saved_is_what_is_loaded(words, tmp_path, tied):
         saved.chat_template,
     )
     assert loaded.fingerprint() == saved.fingerprint() and loaded.history == {
-        "born": "seed 0",
+        "random_init": "seed 0",
         "folder": str(tmp_path / "a"),
     }
     batch = make_batch([make_samples()])
@@ -84,18 +84,19 @@ def test_missing_unused_and_misshapen_tensors_are_all_named(words, tmp_path):
     tensors = load_file(tmp_path / "a" / "model.safetensors")
     del tensors["vision.positions"]
     tensors["decoder.extra"] = torch.zeros(2)
-    tensors["projector.up_proj.weight"] = tensors["projector.up_proj.weight"].T.contiguous()
+    tensors["projector.linear_1.weight"] = tensors["projector.linear_1.weight"].T.contiguous()
     save_file(tensors, tmp_path / "a" / "model.safetensors")
-    with pytest.raises(UserError) as mistake:
+    with pytest.raises(UserError) as error:
         load_checkpoint(tmp_path / "a")
-    assert str(mistake.value) == (
-        f"{tmp_path / 'a' / 'model.safetensors'}: vision.positions is missing; decoder.extra in model.safetensors is not "
-        "used; projector.up_proj.weight in model.safetensors is [80, 24], the model expects [24, 80]"
+    assert str(error.value) == (
+        f"{tmp_path / 'a' / 'model.safetensors'}: vision.positions is missing; decoder.extra in "
+        "model.safetensors is not used; projector.linear_1.weight in model.safetensors is [80, 24], "
+        "the model expects [24, 80]"
     )
 
 
 @pytest.mark.parametrize("number", [torch.nan, torch.inf, -torch.inf])
-def test_a_number_that_is_not_finite_is_named(words, tmp_path, number):
+def test_a_tensor_with_nan_or_infinity_is_named(words, tmp_path, number):
     save_checkpoint(make_checkpoint(words), tmp_path / "a")
     tensors = load_file(tmp_path / "a" / "model.safetensors")
     tensors["vision.layers.1.up_proj.bias"][3] = number
@@ -108,22 +109,22 @@ def test_a_number_that_is_not_finite_is_named(words, tmp_path, number):
             load_checkpoint(tmp_path / "a", dtype=dtype)
 
 
-def test_a_description_is_all_but_the_model_and_reads_no_weights(words, tmp_path):
+def test_load_checkpoint_info_reads_all_but_the_weights(words, tmp_path):
     save_checkpoint(make_checkpoint(words), tmp_path / "run" / "step-000003")
     loaded = load_checkpoint(tmp_path / "run")
     (tmp_path / "run" / "step-000003" / "model.safetensors").unlink()
-    told = load_checkpoint_info(tmp_path / "run")
+    info = load_checkpoint_info(tmp_path / "run")
     assert (
-        told.model is None
-        and told.fingerprint() == loaded.fingerprint() == make_checkpoint(words).fingerprint()
+        info.model is None
+        and info.fingerprint() == loaded.fingerprint() == make_checkpoint(words).fingerprint()
     )
-    assert (told.shapes, told.image_config, told.chat_template, told.history) == (
+    assert (info.shapes, info.image_config, info.chat_template, info.history) == (
         loaded.shapes,
         loaded.image_config,
         loaded.chat_template,
         loaded.history,
     )
-    assert told.tokenizer.encode("a b") == words.encode("a b")
+    assert info.tokenizer.encode("a b") == words.encode("a b")
 
 
 def test_a_vocabulary_smaller_than_the_tokenizer_is_refused(words, tmp_path):
@@ -155,22 +156,22 @@ def test_a_file_cut_short_is_refused_by_name(words, tmp_path, name, keep):
     read = {"training.json": read_json, "training.safetensors": read_tensors}.get(
         name, lambda p: load_checkpoint(p.parent)
     )
-    with pytest.raises(UserError) as mistake:
+    with pytest.raises(UserError) as error:
         read(path)
-    assert str(path) in str(mistake.value) and "\n" not in str(mistake.value)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
     if name.endswith("safetensors"):
-        assert f"{path.stat().st_size:,} bytes" in str(mistake.value)
+        assert f"{path.stat().st_size:,} bytes" in str(error.value)
 
 
 @pytest.mark.parametrize("name", FILES[:3])
-def test_a_file_that_is_not_there_is_missed_by_name(words, tmp_path, name):
+def test_a_missing_file_is_named(words, tmp_path, name):
     save_checkpoint(make_checkpoint(words), tmp_path / "a")
     (tmp_path / "a" / name).unlink()
     with pytest.raises(UserError, match=str(tmp_path / "a") if name == "nanovlm.json" else name):
         load_checkpoint(tmp_path / "a")
 
 
-def test_another_format_or_half_a_description_is_refused(words, tmp_path):
+def test_another_format_version_or_a_missing_key_is_refused(words, tmp_path):
     save_checkpoint(make_checkpoint(words), tmp_path / "a")
     path = tmp_path / "a" / "nanovlm.json"
     meta = json.loads(path.read_text())
@@ -182,44 +183,44 @@ def test_another_format_or_half_a_description_is_refused(words, tmp_path):
             {name: value for name, value in meta.items() if name not in ("image_config", "history")}
         )
     )
-    with pytest.raises(UserError, match=r"nanovlm.json holds no image_config, history"):
+    with pytest.raises(UserError, match="nanovlm.json holds no image_config"):
         load_checkpoint(tmp_path / "a")
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there are cards here, and nothing fails")
-def test_a_models_card_is_the_current_one_before_anything_lies_on_it(words, tmp_path, monkeypatch):
-    """A step would be recorded on another card than it runs on."""
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU, so nothing fails")
+def test_a_models_gpu_is_made_current_before_a_tensor_is_on_it(words, tmp_path, monkeypatch):
+    """Otherwise a CUDA graph is recorded on another GPU than it runs on."""
     save_checkpoint(make_checkpoint(words), tmp_path / "model")
     current = []
     monkeypatch.setattr(torch.cuda, "set_device", current.append)
     load_checkpoint(tmp_path / "model", "cpu")
     assert not current
-    with pytest.raises(
-        (AssertionError, RuntimeError)
-    ):  # PyTorch's own, of a card that is not there
+    with pytest.raises((AssertionError, RuntimeError)):  # PyTorch's own, for a missing GPU
         load_checkpoint(tmp_path / "model", torch.device("cuda", 1))
     assert current == [torch.device("cuda", 1)]
 
 
-def test_the_newest_step_counts_and_what_a_killed_writer_left_does_not(words, tmp_path):
+def test_the_newest_complete_step_is_the_latest(words, tmp_path):
     checkpoint = make_checkpoint(words)
     with pytest.raises(UserError, match="no such model"):
         latest_checkpoint(tmp_path / "run")
     for step in (5, 40):
         save_checkpoint(checkpoint, tmp_path / "run" / f"step-{step:06d}")
-    save_checkpoint(checkpoint, tmp_path / "run" / "step-000300.tmp")  # whole but for its name
+    save_checkpoint(
+        checkpoint, tmp_path / "run" / "step-000300.tmp"
+    )  # complete except for its name
     (tmp_path / "run" / "step-000400").mkdir()
     assert latest_checkpoint(tmp_path / "run") == tmp_path / "run" / "step-000040"
     assert latest_checkpoint(tmp_path / "run" / "step-000005").name == "step-000005"
     save_step(checkpoint, tmp_path / "run", 41)
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["step-000041"], (
-        "older steps and left-overs go"
+        "older steps and unfinished ones are removed"
     )
 
 
 @pytest.mark.parametrize("fails", ["write_tensors", "fsync_path"])
-def test_a_save_that_fails_leaves_what_was_there(words, tmp_path, monkeypatch, fails):
-    """tests/test_train.py does it with a limit of the system's; here at each step of the writing."""
+def test_a_save_that_fails_keeps_the_older_checkpoint(words, tmp_path, monkeypatch, fails):
+    """tests/training/test_train.py sets a file size limit; here each step of the writing fails."""
     old, new = make_checkpoint(words, seed=0), make_checkpoint(words, seed=1)
     save_step(old, tmp_path / "run", 3)
     save_checkpoint(old, tmp_path / "a")
@@ -233,7 +234,8 @@ def test_a_save_that_fails_leaves_what_was_there(words, tmp_path, monkeypatch, f
         save_checkpoint(new, tmp_path / "a")
     with pytest.raises(
         UserError,
-        match=r"step-000004 could not be saved \(No space left on device\); .*step-000003 is complete",
+        match=r"step-000004 could not be saved \(No space left on device\); .*step-000003 is "
+        "complete",
     ):
         save_step(new, tmp_path / "run", 4)
     assert sorted(path.name for path in tmp_path.rglob("*") if path.is_dir()) == [
@@ -255,12 +257,12 @@ def test_saving_over_a_checkpoint_replaces_it(words, tmp_path):
         tmp_path / "a" / "training.json"
     ).exists()
     assert len({path.stat().st_mode for path in (tmp_path / "a").iterdir()}) == 1, (
-        "whoever may read one file may read all"
+        "all files have the same permissions"
     )
 
 
 def step(model, optimizer, seed):
-    """An update with gradients that depend on nothing but the seed."""
+    """An update whose gradients depend on the seed alone."""
     g = torch.Generator().manual_seed(seed)
     for p in optimizer.param_groups[0]["params"]:
         p.grad = torch.randn(p.shape, generator=g)
@@ -291,6 +293,8 @@ PARAMETERS_V1 = {
     "gate_proj": "gate",
     "up_proj": "up",
     "down_proj": "down",
+    "linear_1": "up",
+    "linear_2": "down",
 }
 
 
@@ -308,7 +312,7 @@ def test_a_folder_of_version_1_loads(words, tmp_path):
         "rope_theta": 50.0,
         "rope_scaling": {"rope_type": "linear", "factor": 2.0},
     }
-    model = make_vlm(0, decoder=decoder, mean=POLICY["mean"], std=POLICY["std"])
+    model = make_vlm(0, decoder=decoder, mean=IMAGE_CONFIG["mean"], std=IMAGE_CONFIG["std"])
     model.requires_grad_(False).projector.requires_grad_(True)
     optimizer = torch.optim.AdamW(model.projector.parameters(), lr=0.1)
     step(model, optimizer, 1)
@@ -317,7 +321,7 @@ def test_a_folder_of_version_1_loads(words, tmp_path):
     meta = {
         "version": 1,
         "shapes": {"vision": VISION_V1, "decoder": DECODER_V1, "shuffle": 2},
-        "policy": POLICY,
+        "policy": IMAGE_CONFIG,
         "template": "mistral",
         "card": {"newborn": "seed 0", "brain": "9 steps", "eye": "7 steps"},
     }
@@ -339,7 +343,7 @@ def test_a_folder_of_version_1_loads(words, tmp_path):
     batch = make_batch([make_samples()])
     with torch.no_grad():
         assert torch.equal(loaded.model(**batch), model(**batch))
-    assert loaded.image_config == POLICY and loaded.chat_template == "mistral"
+    assert loaded.image_config == IMAGE_CONFIG and loaded.chat_template == "mistral"
     assert loaded.shapes["vision"] == VISION | {"vision_feature_layer": -1}
     assert loaded.shapes["decoder"] == DECODER | decoder
     assert loaded.unused_vision_tensors.keys() == {"post_layernorm.bias"}
@@ -363,7 +367,7 @@ def test_a_folder_of_version_1_loads(words, tmp_path):
     assert load_checkpoint(tmp_path / "new").shapes == loaded.shapes
 
 
-def test_the_optimizer_goes_on_where_it_was(words, tmp_path):
+def test_the_optimizer_resumes_where_it_stopped(words, tmp_path):
     """Three updates are two updates, a checkpoint, and one more."""
     models = [make_checkpoint(words).model for _ in range(2)]
     optimizers = [
@@ -393,30 +397,29 @@ def test_an_optimizer_of_other_parts_is_refused(words):
         UserError, match="vision.post_norm.bias is trained, but has no optimizer state"
     ):
         resume.copy_optimizer_state(model, optimizer, tensors, "o")
-    model.requires_grad_(False).projector.down_proj.requires_grad_(True)
+    model.requires_grad_(False).projector.linear_2.requires_grad_(True)
     with pytest.raises(
-        UserError, match="projector.up_proj.bias is frozen, but has an optimizer state"
+        UserError, match="projector.linear_1.bias is frozen, but has an optimizer state"
     ):
         resume.copy_optimizer_state(model, optimizer, tensors, "o")
 
 
-def test_stitching_changes_no_number_and_the_brain_says_what_it_said_alone(words):
-    eye, brain = (
-        make_checkpoint(words, seed=1),
-        make_checkpoint(words, seed=2, template="chatml", policy={**POLICY, "fit": "crop"}),
-    )
-    eye.history["folder"], brain.history["folder"] = "an/eye", "a/brain"
-    stitched = stitch.stitch_parts(eye, brain, seed=3)
-    same_tensors(stitched.model.vision.state_dict(), eye.model.vision.state_dict())
-    same_tensors(stitched.model.decoder.state_dict(), brain.model.decoder.state_dict())
+def test_stitching_changes_no_number_and_keeps_the_logits_of_the_decoder(words):
+    crop = {**IMAGE_CONFIG, "fit": "crop"}
+    vision = make_checkpoint(words, seed=1)
+    decoder = make_checkpoint(words, seed=2, template="chatml", image_config=crop)
+    vision.history["folder"], decoder.history["folder"] = "a/vision", "a/decoder"
+    stitched = stitch.stitch_parts(vision, decoder, seed=3)
+    same_tensors(stitched.model.vision.state_dict(), vision.model.vision.state_dict())
+    same_tensors(stitched.model.decoder.state_dict(), decoder.model.decoder.state_dict())
     assert (stitched.image_config, stitched.chat_template, stitched.tokenizer) == (
-        eye.image_config,
+        vision.image_config,
         "chatml",
         words,
     )
     assert stitched.history == {
-        "vision": "an/eye",
-        "decoder": "a/brain",
+        "vision": "a/vision",
+        "decoder": "a/decoder",
         "projector": "fresh, seed 3",
     }
     ids_BT = torch.randint(words.vocab_size, (2, 9))
@@ -424,11 +427,12 @@ def test_stitching_changes_no_number_and_the_brain_says_what_it_said_alone(words
     with torch.no_grad():
         logits = [
             m.decoder.lm_head(m.decoder(m.embed(ids_BT, none), positions_BT))
-            for m in (stitched.model, brain.model)
+            for m in (stitched.model, decoder.model)
         ]
     assert torch.equal(*logits)
     fresh = [
-        stitch.stitch_parts(eye, brain, seed).model.projector.up_proj.weight for seed in (3, 3, 4)
+        stitch.stitch_parts(vision, decoder, seed).model.projector.linear_1.weight
+        for seed in (3, 3, 4)
     ]
     assert torch.equal(fresh[0], fresh[1]) and not torch.equal(fresh[0], fresh[2])
-    assert not torch.equal(fresh[0], eye.model.projector.up_proj.weight)
+    assert not torch.equal(fresh[0], vision.model.projector.linear_1.weight)

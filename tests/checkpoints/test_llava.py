@@ -1,4 +1,5 @@
-"""LLaVA folders: what transformers computes of a folder we compute too, and what we write transformers reads, with no code of ours."""
+"""LLaVA folders: nanovlm computes what transformers computes, and transformers reads what nanovlm
+writes, with no code of ours."""
 
 import io
 import json
@@ -20,12 +21,8 @@ import prepare
 import sample
 from nanovlm import IMAGE_TOKEN_ID, UserError
 from nanovlm.checkpoints import huggingface, llava
-from nanovlm.checkpoints.checkpoint import (
-    export_checkpoint,
-    load_checkpoint,
-    load_checkpoint_info,
-    save_checkpoint,
-)
+from nanovlm.checkpoints.checkpoint import load_checkpoint, load_checkpoint_info, save_checkpoint
+from nanovlm.checkpoints.llava import export_checkpoint
 from nanovlm.data import chat_template, dataset, image_processing, packing, tokenizer
 from nanovlm.evals import runner
 from nanovlm.inference.generate import generate
@@ -38,19 +35,28 @@ PINPOINTS = [
     [28, 84],
 ]  # LLaVA-NeXT's own, for tiles of 28 pixels
 LLAVA_15 = (
-    "{% for message in messages %}{% if message['role'] != 'system' %}{{ message['role'].upper() + ': '}}{% endif %}"
-    "{# Render all images first #}{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}"
-    "{% endfor %}{# Render all text next #}{% if message['role'] != 'assistant' %}{% for content in message['content'] | "
-    "selectattr('type', 'equalto', 'text') %}{{ content['text'] + ' '}}{% endfor %}{% else %}{% for content in message['content'] | "
-    "selectattr('type', 'equalto', 'text') %}{% generation %}{{ content['text'] + ' '}}{% endgeneration %}{% endfor %}{% endif %}"
+    "{% for message in messages %}{% if message['role'] != 'system' %}{{ message['role'].upper() "
+    "+ ': '}}{% endif %}"
+    "{# Render all images first #}{% for content in message['content'] | selectattr('type', "
+    "'equalto', 'image') %}{{ '<image>\n' }}"
+    "{% endfor %}{# Render all text next #}{% if message['role'] != 'assistant' %}{% for content "
+    "in message['content'] | "
+    "selectattr('type', 'equalto', 'text') %}{{ content['text'] + ' '}}{% endfor %}{% else %}{% "
+    "for content in message['content'] | "
+    "selectattr('type', 'equalto', 'text') %}{% generation %}{{ content['text'] + ' '}}{% "
+    "endgeneration %}{% endfor %}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )  # llava-hf/llava-1.5-7b-hf
 LLAVA_16_MISTRAL = (
-    "{% for message in messages %}{% if message['role'] == 'system' %}{{ '<<SYS>>\n' + message['content'][0]['text'] + "
-    "'\n<</SYS>>\n\n' }}{% elif message['role'] == 'user' %}{{ '[INST] ' }}{% for content in message['content'] | "
-    "selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}{% for content in message['content'] | "
+    "{% for message in messages %}{% if message['role'] == 'system' %}{{ '<<SYS>>\n' + "
+    "message['content'][0]['text'] + "
+    "'\n<</SYS>>\n\n' }}{% elif message['role'] == 'user' %}{{ '[INST] ' }}{% for content in "
+    "message['content'] | "
+    "selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}{% for content in "
+    "message['content'] | "
     "selectattr('type', 'equalto', 'text') %}{{ content['text'] }}{% endfor %}{{' [/INST]' }}"
-    "{% elif message['role'] == 'assistant' %}{{ ' ' + message['content'][0]['text'] + '<\\\\s> '}}{% else %}"
+    "{% elif message['role'] == 'assistant' %}{{ ' ' + message['content'][0]['text'] + '<\\\\s> "
+    "'}}{% else %}"
     "{{ raise_exception('Only user and assistant roles are supported!') }}{% endif %}{% endfor %}"
 )  # llava-v1.6-mistral-7b-hf
 WORDS = tokenizer.train_tokenizer(
@@ -68,24 +74,25 @@ SIZES = {
 }
 
 
-def picture(size, seed=0):
+def noise_image(size, seed=0):
     return Image.fromarray(
         np.random.default_rng(seed).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
     )
 
 
-def publish(folder, kind="llava", brain="llama", eye="clip", jinja=LLAVA_15, **how):
-    """A LLaVA folder as its owners make it: random numbers and config by transformers, its processors and tokenizer beside them."""
+def publish(folder, kind="llava", decoder="llama", encoder="clip", jinja=LLAVA_15, **fields):
+    """Write a LLaVA folder as its owners publish it: random weights and config by transformers,
+    processors and tokenizer beside them. fields: of its preprocessor_config.json."""
     vision = (
         hf.CLIPVisionConfig(**VISION)
-        if eye == "clip"
-        else hf.SiglipVisionConfig(vision_use_head=eye == "siglip with its head", **VISION)
+        if encoder == "clip"
+        else hf.SiglipVisionConfig(vision_use_head=encoder == "siglip with its head", **VISION)
     )
     text = {
         "llama": hf.LlamaConfig,
         "mistral": lambda **sizes: hf.MistralConfig(sliding_window=None, **sizes),
-    }[brain](**DECODER)
-    strategy = "default" if eye == "clip" else "full"
+    }[decoder](**DECODER)
+    strategy = "default" if encoder == "clip" else "full"
     both = dict(
         vision_config=vision,
         text_config=text,
@@ -120,7 +127,7 @@ def publish(folder, kind="llava", brain="llama", eye="clip", jinja=LLAVA_15, **h
         "image_mean": [0.48, 0.46, 0.41],
         "image_std": [0.27, 0.26, 0.28],
         "do_convert_rgb": True,
-    } | how
+    } | fields
     kinds = {"llava": "LlavaProcessor", "llava_next": "LlavaNextProcessor"}
     files = {
         "preprocessor_config.json": preprocessor,
@@ -128,7 +135,7 @@ def publish(folder, kind="llava", brain="llama", eye="clip", jinja=LLAVA_15, **h
             "processor_class": kinds[kind],
             "patch_size": 7,
             "image_token": "<image>",
-            "num_additional_image_tokens": int(eye == "clip"),
+            "num_additional_image_tokens": int(encoder == "clip"),
             "vision_feature_select_strategy": strategy,
         },
         "tokenizer_config.json": {
@@ -148,33 +155,33 @@ def publish(folder, kind="llava", brain="llama", eye="clip", jinja=LLAVA_15, **h
 KINDS = {
     "1.5": dict(jinja=LLAVA_15),
     "1.5, padded": dict(jinja=LLAVA_15, image_processor_type="LlavaImageProcessor", do_pad=True),
-    "1.5 with SigLIP": dict(eye="siglip", size={"height": 28, "width": 28}),
-    "1.6 mistral": dict(kind="llava_next", brain="mistral", jinja=LLAVA_16_MISTRAL),
+    "1.5 with SigLIP": dict(encoder="siglip", size={"height": 28, "width": 28}),
+    "1.6 mistral": dict(kind="llava_next", decoder="mistral", jinja=LLAVA_16_MISTRAL),
     "1.6 vicuna": dict(kind="llava_next", jinja=LLAVA_15),
 }
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Every kind of folder as published, for tests that only read."""
+    """One folder per kind, for tests that only read."""
     home = tmp_path_factory.mktemp("published")
-    return {name: publish(home / name, **how) for name, how in KINDS.items()}
+    return {name: publish(home / name, **options) for name, options in KINDS.items()}
 
 
-def whole(folder):
-    """(model, processor) as transformers loads them, every tensor used and none missing."""
+def load_in_transformers(folder):
+    """Returns (model, processor) of transformers. Every tensor is used and none is missing."""
     kind = {
         "llava": hf.LlavaForConditionalGeneration,
         "llava_next": hf.LlavaNextForConditionalGeneration,
     }
-    model, told = kind[
+    model, info = kind[
         json.loads((folder / "config.json").read_text())["model_type"]
     ].from_pretrained(folder, output_loading_info=True)
-    assert not any(told.values()), told
+    assert not any(info.values()), info
     return model.float().eval(), hf.AutoProcessor.from_pretrained(folder, backend="pil")
 
 
-def ask(question, count=1):
+def messages_of(question, count=1):
     return [
         {
             "role": "user",
@@ -183,43 +190,46 @@ def ask(question, count=1):
     ]
 
 
-def seen_by_both(ours, shown, theirs):
-    """What join gives of our pictures, with the pixels of transformers in it, which may differ by a level each and by no more."""
-    seen = packing.collate_images(shown, ours.image_config)
+def same_images(ours, images, theirs):
+    """Returns collate_images of our images, with the pixels of transformers in them. They differ
+    by at most one level of 255."""
+    inputs = packing.collate_images(images, ours.image_config)
     tiles_NCYX = (
         (theirs["pixel_values"].flatten(0, -4) * ours.model.std_C11 + ours.model.mean_C11) * 255
     ).round()
-    assert (tiles_NCYX - seen["tiles_NCYX"]).abs().max() <= 1
-    return seen | {"tiles_NCYX": tiles_NCYX.to(torch.uint8)}
+    assert (tiles_NCYX - inputs["tiles_NCYX"]).abs().max() <= 1
+    return inputs | {"tiles_NCYX": tiles_NCYX.to(torch.uint8)}
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_published_folder_sees_and_says_what_transformers_says(kind, size, folders, tmp_path):
-    model, processor = whole(folders[kind])
+def test_a_published_folder_gives_the_logits_and_answers_of_transformers(
+    kind, size, folders, tmp_path
+):
+    model, processor = load_in_transformers(folders[kind])
     ours = load_checkpoint(folders[kind], dtype=None)
-    picture(SIZES[size]).save(tmp_path / "a.png")
-    shown = [image_processing.load_image(tmp_path / "a.png", ours.image_config)]
+    noise_image(SIZES[size]).save(tmp_path / "a.png")
+    images = [image_processing.load_image(tmp_path / "a.png", ours.image_config)]
 
-    prompt = processor.apply_chat_template(ask("a cat?"), add_generation_prompt=True)
-    theirs = processor(text=f"<s>{prompt}", images=[picture(SIZES[size])], return_tensors="pt")
+    prompt = processor.apply_chat_template(messages_of("a cat?"), add_generation_prompt=True)
+    theirs = processor(text=f"<s>{prompt}", images=[noise_image(SIZES[size])], return_tensors="pt")
     ids = chat_template.encode_prompt(
-        ours, [("user", chat_template.place_images("a cat?", 1))], shown
+        ours, [("user", chat_template.place_images("a cat?", 1))], images
     )
     assert [IMAGE_ID if i == IMAGE_TOKEN_ID else i for i in ids] == theirs["input_ids"][0].tolist()
 
-    seen = seen_by_both(ours, shown, theirs)
+    inputs = same_images(ours, images, theirs)
     hidden_BTD = ours.model.decoder(
-        ours.model.embed(torch.tensor([ids]), **seen), torch.arange(len(ids))[None]
+        ours.model.embed(torch.tensor([ids]), **inputs), torch.arange(len(ids))[None]
     )
     torch.testing.assert_close(
         ours.model.decoder.lm_head(hidden_BTD), model(**theirs).logits, rtol=1e-4, atol=1e-4
     )
 
-    said = [i for (i,) in generate(ours.model, [ids], **seen, stop=set(), max_tokens=12)]
+    answer = [i for (i,) in generate(ours.model, [ids], **inputs, stop=set(), max_tokens=12)]
     assert (
-        said
+        answer
         == model.generate(
             **theirs, max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0
         )[0, len(ids) :].tolist()
@@ -236,21 +246,21 @@ def rename(folder, change):
 
 
 def in_memory_names(name):
-    """As transformers 5 names them in memory, and as some folders have them."""
+    """Returns the name that transformers 5 has in memory. Some folders have it, too."""
     name = name if "lm_head" in name else name.replace("language_model.model.", "language_model.")
     return name.removeprefix("language_model.") if "lm_head" in name else f"model.{name}"
 
 
-SPELLINGS = {
+NAMINGS = {
     "transformers 4": lambda name: name.replace("vision_tower.", "vision_tower.vision_model."),
     "transformers 5": in_memory_names,
 }
 
 
-@pytest.mark.parametrize("spelling", SPELLINGS)
-def test_every_spelling_is_the_same_model(spelling, folders, tmp_path):
+@pytest.mark.parametrize("naming", NAMINGS)
+def test_tensor_names_of_each_version_give_the_same_model(naming, folders, tmp_path):
     folder = publish(tmp_path / "x", **KINDS["1.6 mistral"])
-    rename(folder, SPELLINGS[spelling])
+    rename(folder, NAMINGS[naming])
     ours, plain = (
         load_checkpoint(where, dtype=None).model.state_dict()
         for where in (folder, folders["1.6 mistral"])
@@ -266,13 +276,16 @@ def exported(source, out):
 
 
 @pytest.mark.parametrize(
-    "kind", [*KINDS.values(), KINDS["1.5 with SigLIP"] | {"eye": "siglip with its head"}], ids=str
+    "kind",
+    [*KINDS.values(), KINDS["1.5 with SigLIP"] | {"encoder": "siglip with its head"}],
+    ids=str,
 )
-@pytest.mark.parametrize("spell", [lambda name: name, SPELLINGS["transformers 4"]])
-def test_a_folder_comes_back_tensor_for_tensor(kind, spell, tmp_path):
-    """Through load, our own checkpoint and export, CLIP's last layer and norm too, which LLaVA never reads; its tokenizer byte for byte."""
+@pytest.mark.parametrize("naming", [lambda name: name, NAMINGS["transformers 4"]])
+def test_a_folder_comes_back_tensor_for_tensor(kind, naming, tmp_path):
+    """Load, save as a nanovlm checkpoint, export: also CLIP's last layer and norm, which LLaVA does
+    not use. The tokenizer is the same byte for byte."""
     folder = publish(tmp_path / "published", **kind)
-    rename(folder, spell)
+    rename(folder, naming)
     save_checkpoint(load_checkpoint(folder, dtype=None), tmp_path / "ours")
     out = exported(tmp_path / "ours", tmp_path / "back")
     before, after = load_file(folder / "model.safetensors"), load_file(out / "model.safetensors")
@@ -280,34 +293,13 @@ def test_a_folder_comes_back_tensor_for_tensor(kind, spell, tmp_path):
         torch.equal(before[name], after[name]) for name in before
     )
     assert (out / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
-    whole(out)
+    load_in_transformers(out)
 
 
-def test_shards_and_their_index(folders, tmp_path, monkeypatch):
-    monkeypatch.setattr(llava, "MAX_SHARD_BYTES", 200_000)
-    out = exported(folders["1.5"], tmp_path / "out")
-    index = json.loads((out / "model.safetensors.index.json").read_text())
-    shards = sorted(path.name for path in out.glob("*.safetensors"))
-    assert (
-        len(shards) > 2
-        and shards == sorted(set(index["weight_map"].values()))
-        and shards[0] == f"model-00001-of-{len(shards):05d}.safetensors"
-    )
-    tensors = {name: tensor for shard in shards for name, tensor in load_file(out / shard).items()}
-    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in tensors.values())
-    assert max((out / shard).stat().st_size for shard in shards) < 210_000
-    whole(out)
-    again = load_checkpoint(out, dtype=None).model.state_dict()
-    assert all(
-        torch.equal(tensor, again[name])
-        for name, tensor in load_checkpoint(folders["1.5"], dtype=None).model.state_dict().items()
-    )
-
-
-# ---- our own models, handed on ----
+# ---- export of nanovlm checkpoints ----
 CONVERSATIONS = {
     "a question": [("user", "<image>\nIs it a cat?")],
-    "two pictures": [("user", "<image>\n<image>\na or b?")],
+    "two images": [("user", "<image>\n<image>\na or b?")],
     "more": [
         ("system", "Be kind."),
         ("user", "<image>\nIs it a cat?"),
@@ -317,8 +309,8 @@ CONVERSATIONS = {
 }
 
 
-def eye_folder(folder, kind, **how):
-    """A CLIP or SigLIP alone, as published."""
+def vision_folder(folder, kind):
+    """Write a CLIP or SigLIP alone, as published."""
     model, config = {
         "clip": (hf.CLIPVisionModel, hf.CLIPVisionConfig),
         "siglip": (hf.SiglipVisionModel, hf.SiglipVisionConfig),
@@ -334,14 +326,14 @@ def eye_folder(folder, kind, **how):
                 "image_mean": [0.1, 0.2, 0.3],
                 "image_std": [0.3, 0.2, 0.1],
             }
-            | how
         )
     )
     return folder
 
 
-def stitched(home, template, eye="clip", vocabulary=None, decoder={}, words=None, **choices):
-    """A checkpoint of ours, stitched of public parts; its tokenizer knows no <image>, its vocabulary ends with the tokenizer's."""
+def stitched(home, template, encoder="clip", vocabulary=None, decoder={}, words=None, **choices):
+    """Write a nanovlm checkpoint, stitched from published parts. Its tokenizer has no <image>; by
+    default, the decoder's vocabulary is exactly the tokenizer's."""
     words = words or tokenizer.train_tokenizer(
         ["a cat, a catalogue, the category of cats. Is it kind?"],
         280,
@@ -355,11 +347,11 @@ def stitched(home, template, eye="clip", vocabulary=None, decoder={}, words=None
         if "sliding_window" in decoder
         else (hf.LlamaForCausalLM, hf.LlamaConfig)
     )
-    shake(model(config(**sizes)), 4).save_pretrained(home / "brain")
-    words.save(home / "brain")
+    shake(model(config(**sizes)), 4).save_pretrained(home / "decoder")
+    words.save(home / "decoder")
     prepare.stitch(
-        vision=str(eye_folder(home / "eye", eye)),
-        decoder=str(home / "brain"),
+        vision=str(vision_folder(home / "encoder", encoder)),
+        decoder=str(home / "decoder"),
         out=str(home / "ours"),
         template=template,
         **choices,
@@ -368,7 +360,7 @@ def stitched(home, template, eye="clip", vocabulary=None, decoder={}, words=None
 
 
 def messages(turns, **image):
-    """A conversation as transformers wants it: what is said in parts, the pictures first."""
+    """Returns a conversation as transformers takes it: each content in parts, the images first."""
     return [
         {
             "role": role,
@@ -381,11 +373,12 @@ def messages(turns, **image):
 
 @torch.no_grad()
 def assert_the_same(ours, folder, turns, paths):
-    """transformers, given the folder and its own chat template, reads the same ids, computes the same logits and says the same as our checkpoint."""
-    model, processor = whole(folder)
+    """transformers, with the exported folder and its chat template, has the ids, the logits and the
+    answer of the nanovlm checkpoint."""
+    model, processor = load_in_transformers(folder)
     ours = load_checkpoint(ours)
-    shown = [image_processing.load_image(path, ours.image_config) for path in paths]
-    ids = chat_template.encode_prompt(ours, turns, shown)
+    images = [image_processing.load_image(path, ours.image_config) for path in paths]
+    ids = chat_template.encode_prompt(ours, turns, images)
     prompt = processor.apply_chat_template(messages(turns), add_generation_prompt=True)
     theirs = processor(
         text=prompt,
@@ -395,21 +388,22 @@ def assert_the_same(ours, folder, turns, paths):
     )
     image_id = model.config.image_token_id
     assert [image_id if i == IMAGE_TOKEN_ID else i for i in ids] == theirs["input_ids"][0].tolist()
-    seen, end = (
-        seen_by_both(ours, shown, theirs),
+    inputs, end = (
+        same_images(ours, images, theirs),
         chat_template.end_token_id(ours.tokenizer, ours.chat_template),
     )
     logits_BTV = ours.model.decoder.lm_head(
         ours.model.decoder(
-            ours.model.embed(torch.tensor([ids]), **seen), torch.arange(len(ids))[None]
+            ours.model.embed(torch.tensor([ids]), **inputs), torch.arange(len(ids))[None]
         )
     )
     torch.testing.assert_close(
         logits_BTV, model(**theirs).logits[..., : logits_BTV.shape[-1]], rtol=1e-4, atol=1e-4
     )
-    said = [i for (i,) in generate(ours.model, [ids], **seen, stop={end}, max_tokens=20)]
+    answer = [i for (i,) in generate(ours.model, [ids], **inputs, stop={end}, max_tokens=20)]
     assert (
-        said == model.generate(**theirs, max_new_tokens=20, do_sample=False)[0, len(ids) :].tolist()
+        answer
+        == model.generate(**theirs, max_new_tokens=20, do_sample=False)[0, len(ids) :].tolist()
     )
 
 
@@ -417,20 +411,21 @@ def assert_the_same(ours, folder, turns, paths):
 @pytest.mark.parametrize(
     "template", ["mistral", "mistral-v1", "chatml", "smollm2", "llama3", "vicuna"]
 )
-def test_an_exported_model_says_in_transformers_what_it_says_here(template, turns, tmp_path):
+def test_an_exported_model_answers_in_transformers_as_here(template, turns, tmp_path):
     ours = stitched(tmp_path, template)
     out = exported(ours, tmp_path / "out")
     paths = [tmp_path / f"{n}.png" for n in range(sum(text.count("<image>") for _, text in turns))]
     for n, path in enumerate(paths):
-        picture((40, 31), n).save(path)
+        noise_image((40, 31), n).save(path)
     assert_the_same(ours, out, turns, paths)
 
 
 # ---- SentencePiece's spaces ----
-# Where a text's first space comes from: a normalizer's Prepend (Llama 2), Metaspace before every text that has none, Metaspace before the first alone
-# (Mistral v0.3, LLaVA-1.5), nowhere, or from a tokenizer.model.
+# Where a text's first space comes from: a normalizer's Prepend (Llama 2), Metaspace before every
+# text that has none, Metaspace before the first text alone (Mistral v0.3, LLaVA-1.5), nowhere, or
+# a tokenizer.model.
 LAYOUTS = ["prepend", "always", "first", "never", "model"]
-SPOKEN = CONVERSATIONS | {
+SPACED_CONVERSATIONS = CONVERSATIONS | {
     "one turn": [("user", "Hello")],
     "turns": [
         ("user", "a"),
@@ -458,7 +453,8 @@ AMID = [
 
 @cache
 def sentencepiece(layout, names):
-    """A tokenizer of a few hundred pieces, a tokenizer.json with a post-processor that puts <s> before any text, as published ones have it."""
+    """Returns a tokenizer of a few hundred pieces. Its tokenizer.json has a post-processor that
+    puts <s> before any text, as published ones have."""
     out = io.BytesIO()
     SentencePieceTrainer.train(
         sentence_iterator=iter(TEXTS["prose"].split("\n")),
@@ -490,7 +486,8 @@ def sentencepiece(layout, names):
 
 
 def names_of(template):
-    """The special tokens of tokenizers that a template is used with: every one that it writes; <s> and </s> alone, if it can end with those."""
+    """Returns the special tokens of the tokenizers that a template is used with: all that it
+    writes; also <s> and </s> alone, if it ends with </s>."""
     every = tuple(dict.fromkeys(["<s>", "</s>", *chat_template.special_token_names(template)]))
     return (
         dict.fromkeys([every, every[:2]])
@@ -500,52 +497,55 @@ def names_of(template):
 
 
 @pytest.fixture(scope="module")
-def whole_model(tmp_path_factory):
+def stitched_model(tmp_path_factory):
     return load_checkpoint(stitched(tmp_path_factory.mktemp("model"), "chatml", vocabulary=520))
 
 
-SPACED = [
+TEMPLATES_AND_NAMES = [
     (template, names)
     for template, form in chat_template.TEMPLATES.items()
-    if not form.get("mute")
+    if not form["caption_only"]
     for names in names_of(template)
 ]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(
-    "template, names", SPACED, ids=lambda x: x if isinstance(x, str) else f"{len(x)} names"
+    "template, names",
+    TEMPLATES_AND_NAMES,
+    ids=lambda x: x if isinstance(x, str) else f"{len(x)} names",
 )
 def test_an_exported_template_puts_spaces_where_render_does(
-    template, names, layout, whole_model, tmp_path
+    template, names, layout, stitched_model, tmp_path
 ):
-    """By the tokenizer, and by the processor with its pictures, which must not put a start token before a prompt; and the template is known again."""
+    """The tokenizer's ids are ours, and so are the processor's with images, which must not put a
+    start token before a prompt. The exported template is identified."""
     ours, out = (
-        whole_model._replace(tokenizer=sentencepiece(layout, names), chat_template=template),
+        stitched_model._replace(tokenizer=sentencepiece(layout, names), chat_template=template),
         tmp_path / "out",
     )
     export_checkpoint(ours, out)
     processor, image_id, photo = (
         hf.AutoProcessor.from_pretrained(out, backend="pil"),
         ours.tokenizer.vocab_size,
-        picture((28, 28)),
+        noise_image((28, 28)),
     )
     photo.save(tmp_path / "a.png")
-    shown = image_processing.load_image(tmp_path / "a.png", ours.image_config)
-    how = dict(add_generation_prompt=True, return_dict=False)
-    for turns in [*SPOKEN.values(), AMID]:
+    loaded = image_processing.load_image(tmp_path / "a.png", ours.image_config)
+    options = dict(add_generation_prompt=True, return_dict=False)
+    for turns in [*SPACED_CONVERSATIONS.values(), AMID]:
         ids = [
             image_id if i == IMAGE_TOKEN_ID else i
             for i in chat_template.render_conversation(turns, ours.tokenizer, template)[0]
         ]
-        said = [{"role": role, "content": text} for role, text in turns]
-        assert processor.tokenizer.apply_chat_template(said, **how) == ids
-    for turns in SPOKEN.values():
-        asked = messages(turns, image=photo)
+        plain = [{"role": role, "content": text} for role, text in turns]
+        assert processor.tokenizer.apply_chat_template(plain, **options) == ids
+    for turns in SPACED_CONVERSATIONS.values():
+        parts = messages(turns, image=photo)
         ids = chat_template.encode_prompt(
-            ours, turns, [shown] * sum(text.count("<image>") for _, text in turns)
+            ours, turns, [loaded] * sum(text.count("<image>") for _, text in turns)
         )
-        assert processor.apply_chat_template(asked, tokenize=True, **how)[0] == [
+        assert processor.apply_chat_template(parts, tokenize=True, **options)[0] == [
             image_id if i == IMAGE_TOKEN_ID else i for i in ids
         ]
     assert load_checkpoint_info(out).chat_template == template
@@ -555,19 +555,19 @@ def test_an_exported_template_puts_spaces_where_render_does(
     "template, layout",
     [("mistral", "first"), ("llava", "first"), ("zephyr", "first"), ("mistral-v1", "model")],
 )
-def test_an_exported_model_with_sentencepiece_says_what_it_says_here(template, layout, tmp_path):
+def test_an_exported_model_with_sentencepiece_answers_as_here(template, layout, tmp_path):
     ours = stitched(tmp_path, template, words=sentencepiece(layout, next(iter(names_of(template)))))
-    picture((40, 31)).save(tmp_path / "a.png")
+    noise_image((40, 31)).save(tmp_path / "a.png")
     assert_the_same(
         ours, exported(ours, tmp_path / "out"), CONVERSATIONS["more"], [tmp_path / "a.png"]
     )
 
 
-def test_llama_cpp_is_told_to_put_no_start_token_before_a_prompt(whole_model, tmp_path):
+def test_llama_cpp_puts_no_start_token_before_a_prompt(stitched_model, tmp_path):
     gguf = pytest.importorskip("gguf")
     for template, layout in (("zephyr", "first"), ("zephyr", "model"), ("mistral", "first")):
         export_checkpoint(
-            whole_model._replace(
+            stitched_model._replace(
                 tokenizer=sentencepiece(layout, ("<s>", "</s>")), chat_template=template
             ),
             tmp_path / "out",
@@ -584,13 +584,13 @@ ROPE = {
     "original_max_position_embeddings": 32,
 }
 MADE = {
-    "SigLIP before its last layer": dict(eye="siglip", vision_feature_layer=-2),
-    "SigLIP un-normed": dict(eye="siglip", vision_feature_layer=-1),
+    "SigLIP before its last layer": dict(encoder="siglip", vision_feature_layer=-2),
+    "SigLIP un-normed": dict(encoder="siglip", vision_feature_layer=-1),
     "a layer from below": dict(vision_feature_layer=2),
     "padded": dict(fit="pad"),
     "cropped": dict(fit="crop"),
     "larger": dict(tile=42),
-    "room in the vocabulary": dict(vocabulary=320),
+    "a larger vocabulary": dict(vocabulary=320),
     "a window": dict(decoder={"sliding_window": 9}),
     "tied": dict(decoder={"tie_word_embeddings": True}),
     "llama 3": dict(decoder={"rope_parameters": ROPE}),
@@ -605,16 +605,17 @@ MADE = {
 
 
 @pytest.mark.parametrize("made", MADE.values(), ids=MADE)
-def test_whatever_the_layout_can_say_is_said(made, tmp_path):
+def test_all_that_the_layout_can_express_is_exported(made, tmp_path):
     ours = stitched(tmp_path, "chatml", **made)
-    picture((90, 31)).save(tmp_path / "a.png")
+    noise_image((90, 31)).save(tmp_path / "a.png")
     assert_the_same(
         ours, exported(ours, tmp_path / "out"), CONVERSATIONS["a question"], [tmp_path / "a.png"]
     )
 
 
-def test_a_token_for_pictures_is_added_to_a_tokenizer_that_has_none(tmp_path):
-    """Its row is the start token's, its id is never said, and the tokenizer's own file stays as it is."""
+def test_an_image_token_is_added_to_a_tokenizer_that_has_none(tmp_path):
+    """Its embedding is the start token's, its id is never generated, and the tokenizer's own file
+    stays as it is."""
     ours = stitched(tmp_path, "mistral")
     out, own = exported(ours, tmp_path / "out"), load_checkpoint(ours)
     config, tensors, added = (
@@ -631,7 +632,7 @@ def test_a_token_for_pictures_is_added_to_a_tokenizer_that_has_none(tmp_path):
 
 
 def test_the_grid_is_the_one_that_transformers_chooses():
-    """The order in which a folder lists its grids decides only where two show as much and waste as much."""
+    """The order of the pinpoints matters only if two show and waste equally many pixels."""
     random = np.random.default_rng(0)
     for _ in range(300):
         size, pinpoints = (
@@ -645,30 +646,32 @@ def test_the_grid_is_the_one_that_transformers_chooses():
 
 
 @pytest.mark.parametrize(
-    "change, said",
+    "change, message",
     [
         (dict(shuffle=2), "pixel shuffle by 2: stitch without --shuffle"),
         (dict(tiles=4), "InternVL's tiles: stitch without --tiles"),
         (
-            dict(eye="siglip"),
-            "a norm after the last layer of the vision encoder: stitch a CLIP or SigLIP folder with --vision_feature_layer=-2",
+            dict(encoder="siglip"),
+            "a norm after the last layer of the vision encoder: stitch a CLIP or SigLIP folder "
+            "with --vision_feature_layer=-2",
         ),
     ],
 )
-def test_what_the_layout_cannot_say_is_refused_with_the_setting_to_train_with(
-    change, said, tmp_path
+def test_what_the_layout_cannot_express_is_refused_with_the_setting_to_stitch_with(
+    change, message, tmp_path
 ):
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         exported(stitched(tmp_path, "chatml", **change), tmp_path / "out")
     assert not list(tmp_path.glob("out*"))
 
 
-def test_a_public_eye_takes_tiles_and_one_of_ours_has_settled_it(tmp_path):
+def test_tiles_are_a_setting_of_a_published_vision_encoder_alone(tmp_path):
     ours = stitched(tmp_path, "chatml", tiles=4, tile_choice="area", tile_tags=True, draft=True)
-    policy = load_checkpoint(ours).image_config
-    image_processing.check_image_config(policy)
+    image_config = load_checkpoint(ours).image_config
+    image_processing.check_image_config(image_config)
     assert {
-        name: policy[name] for name in ("fit", "tiles", "thumbnail", "choice", "tags", "draft")
+        name: image_config[name]
+        for name in ("fit", "tiles", "thumbnail", "choice", "tags", "draft")
     } == {
         "fit": "tiles",
         "tiles": 4,
@@ -677,13 +680,18 @@ def test_a_public_eye_takes_tiles_and_one_of_ours_has_settled_it(tmp_path):
         "tags": True,
         "draft": True,
     }
-    with pytest.raises(UserError, match="--tiles=4 is for a Hugging Face folder; .* has its own"):
+    with pytest.raises(
+        UserError, match="--tiles, .*: only for a Hugging Face folder; .* has its own"
+    ):
         prepare.stitch(
-            vision=str(ours), decoder=str(tmp_path / "brain"), out=str(tmp_path / "again"), tiles=4
+            vision=str(ours),
+            decoder=str(tmp_path / "decoder"),
+            out=str(tmp_path / "again"),
+            tiles=4,
         )
 
 
-def test_an_eye_of_another_kind_is_refused():
+def test_another_kind_of_vision_encoder_is_not_exported():
     vision = dict(tile=28, patch=7, width=20, layers=2, heads=5, intermediate_size=28)
     assert llava.vision_type(vision) == "siglip_vision_model"
     assert (
@@ -699,13 +707,13 @@ def test_an_eye_of_another_kind_is_refused():
         assert llava.vision_type(vision | other) is None
 
 
-# ---- what is refused of others' folders ----
+# ---- published folders that are refused ----
 def edit(path, **fields):
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))
 
 
 @pytest.mark.parametrize(
-    "file, fields, said",
+    "file, fields, message",
     [
         ("config.json", {"projector_hidden_act": "relu"}, "projector_hidden_act relu"),
         ("config.json", {"multimodal_projector_bias": False}, "multimodal_projector_bias False"),
@@ -731,17 +739,17 @@ def edit(path, **fields):
         (
             "preprocessor_config.json",
             {"image_grid_pinpoints": [[28, 50]]},
-            r"pinpoints \[\[28, 50\]\] is no list of heights and widths in whole tiles",
+            "pinpoints is no list of heights and widths in whole tiles",
         ),
         ("preprocessor_config.json", {"size": {"shortest_edge": 40}}, "choose --fit"),
     ],
 )
-def test_a_folder_that_computes_something_else_is_refused_by_name(file, fields, said, tmp_path):
+def test_a_folder_that_computes_something_else_is_refused_by_name(file, fields, message, tmp_path):
     folder = publish(tmp_path / "x", **KINDS["1.6 vicuna"])
     edit(folder / file, **fields)
-    if "28, 50" in said:
+    if "whole tiles" in message:
         edit(folder / "config.json", **fields)
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         load_checkpoint(folder)
 
 
@@ -751,51 +759,46 @@ def test_a_folder_that_computes_something_else_is_refused_by_name(file, fields, 
 def test_every_field_that_transformers_knows_is_read_or_changes_nothing(
     kind, config, folders, monkeypatch
 ):
-    """How many tokens a picture takes follows from its tiles, where they go from the prompt; the two parts read their own configs."""
-    asked = []
+    """The number of image tokens follows from the tiles, their place from the prompt. The two parts
+    read their own configs."""
+    configs = []
     monkeypatch.setattr(
-        llava,
+        llava.files,
         "read_json",
-        lambda path: asked.append(Read(huggingface.read_json(path))) or asked[-1],
+        lambda path: configs.append(Read(huggingface.read_json(path))) or configs[-1],
     )
     load_checkpoint_info(folders[kind])
     own = config().to_dict().keys() - hf.PretrainedConfig().to_dict().keys()
     assert (
-        own - asked[0].asked == {"image_seq_length", "image_token_index", "vision_config"}
-        and len(asked) == 1
+        own - configs[0].fields_read
+        == {"image_seq_length", "image_token_index", "text_config", "vision_config"}
+        and len(configs) == 1
     )
 
 
 @pytest.mark.parametrize(
-    "old, new, said",
+    "old, new, message",
     [
         ("image_newline", "image_comma", "image_comma"),
         ("linear_2.bias", "linear_3.bias", "linear_2.bias is missing"),
         ("vision_tower.pre_", "vision_tower.past_", "pre_layrnorm.weight is missing"),
     ],
 )
-def test_a_tensor_that_is_missing_or_not_used_is_named(old, new, said, tmp_path):
+def test_a_tensor_that_is_missing_or_not_used_is_named(old, new, message, tmp_path):
     folder = publish(tmp_path / "x", **KINDS["1.6 vicuna"])
     rename(folder, lambda name: name.replace(old, new))
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         load_checkpoint(folder)
 
 
-# ---- through the doors ----
-def test_a_folder_that_states_no_template_gets_the_one_of_its_kind(tmp_path):
-    for kind, template in (("1.5", "llava"), ("1.6 mistral", "mistral-v1")):
-        folder = publish(tmp_path / kind, **KINDS[kind])
-        assert load_checkpoint(folder).chat_template == template
-        (folder / "chat_template.jinja").unlink()
-        assert load_checkpoint(folder).chat_template == template
-
-
-def test_a_template_that_nobody_knows_is_said_to_export_which_stores_it(tmp_path):
+# ---- the scripts ----
+def test_an_unknown_template_is_named_to_export_which_stores_it(tmp_path):
     folder = publish(tmp_path / "odd", **KINDS["1.5"] | {"jinja": "{{ 'odd' }}"})
     for read in (load_checkpoint, load_checkpoint_info):
         with pytest.raises(
             UserError,
-            match="writes 'odd', as none of ours does; name it by --template of .*export. .*: .*vicuna",
+            match="writes 'odd', as none of ours does; name it by --template of .*export. .*: "
+            ".*vicuna",
         ):
             read(folder)
     with pytest.raises(UserError, match="--template=odd is none of mistral"):
@@ -816,57 +819,57 @@ def test_sample_takes_a_folder_or_a_name_in_the_cache(folders, tmp_path, monkeyp
     (cache / "refs" / "main").write_text("abc")
     (cache / "snapshots").mkdir()
     (cache / "snapshots" / "abc").symlink_to(folders["1.6 mistral"])
-    picture((90, 31)).save(tmp_path / "a.png")
-    heard = []
+    noise_image((90, 31)).save(tmp_path / "a.png")
+    answers = []
     for model in (str(folders["1.6 mistral"]), "some/llava"):
         sample.sample(model=model, image=[str(tmp_path / "a.png")], prompt="a cat?", max_tokens=9)
-        heard.append(capsys.readouterr().out)
-    assert heard[0] == heard[1] and heard[0].strip()
+        answers.append(capsys.readouterr().out)
+    assert answers[0] == answers[1] and answers[0].strip()
 
 
-def test_many_pictures_of_many_sizes_at_once_are_answered_as_one_by_one(folders, tmp_path):
+def test_a_batch_of_images_of_many_sizes_is_answered_as_one_by_one(folders, tmp_path):
     ours = load_checkpoint(folders["1.6 vicuna"])
     for name, size in SIZES.items():
-        picture(size).save(tmp_path / f"{name}.png")
-    shown = {
+        noise_image(size).save(tmp_path / f"{name}.png")
+    images = {
         name: image_processing.load_image(tmp_path / f"{name}.png", ours.image_config)
         for name in SIZES
     }
     questions = [
-        ("a cat?", [shown["wide"]]),
-        ("or", [shown["tall"], shown["square"]]),
+        ("a cat?", [images["wide"]]),
+        ("or", [images["tall"], images["square"]]),
         ("no", []),
-        ("b", [shown["a pixel off"]]),
+        ("b", [images["a pixel off"]]),
     ]
-    questions = [(chat_template.place_images(text, len(seen)), seen) for text, seen in questions]
-    for said, (text, seen) in zip(
+    questions = [(chat_template.place_images(text, len(those)), those) for text, those in questions]
+    for reply, (text, those) in zip(
         runner.generate_answers(ours, questions, max_tokens=8), questions, strict=True
     ):
-        assert said.text == "".join(
-            sample.stream_answer(ours, [("user", text)], seen, max_tokens=8)
+        assert reply.answer == "".join(
+            sample.stream_answer(ours, [("user", text)], those, max_tokens=8)
         )
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_description_is_all_but_the_model_and_reads_no_weights(kind, folders, tmp_path):
+def test_load_checkpoint_info_reads_all_but_the_weights(kind, folders, tmp_path):
     loaded = load_checkpoint(folders[kind], dtype=None)
     folder = tmp_path / "bare"
     folder.mkdir()
     for path in folders[kind].iterdir():
         if path.suffix != ".safetensors":
             (folder / path.name).write_bytes(path.read_bytes())
-    told = load_checkpoint_info(folder)
+    info = load_checkpoint_info(folder)
     assert (
-        told.model is None
-        and told.fingerprint() == loaded.fingerprint()
-        and told.shapes == loaded.shapes
+        info.model is None
+        and info.fingerprint() == loaded.fingerprint()
+        and info.shapes == loaded.shapes
     )
     with pytest.raises(UserError, match="holds neither model.safetensors nor pytorch_model.bin"):
         load_checkpoint(folder)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_numbers_stay_as_their_files_have_them(dtype, folders, tmp_path):
+def test_weights_keep_the_dtype_of_their_file(dtype, folders, tmp_path):
     """7B parameters take 14 GB in half precision; read as float32 they would take 28."""
     folder = publish(tmp_path / "half", **KINDS["1.6 vicuna"])
     tensors = load_file(folder / "model.safetensors")
@@ -875,13 +878,12 @@ def test_numbers_stay_as_their_files_have_them(dtype, folders, tmp_path):
         folder / "model.safetensors",
         metadata={"format": "pt"},
     )
-    kept = load_checkpoint(folder, dtype=sample.WEIGHT_DTYPES["auto"])
+    kept = load_checkpoint(folder, dtype=None)
     assert {p.dtype for p in kept.model.parameters()} == {dtype}
-    assert {
-        p.dtype
-        for p in load_checkpoint(folder, dtype=sample.WEIGHT_DTYPES["float32"]).model.parameters()
-    } == {torch.float32}
-    picture((90, 31)).save(tmp_path / "a.png")
+    assert {p.dtype for p in load_checkpoint(folder, dtype=torch.float32).model.parameters()} == {
+        torch.float32
+    }
+    noise_image((90, 31)).save(tmp_path / "a.png")
     list(
         sample.stream_answer(
             kept,
@@ -897,30 +899,31 @@ def test_numbers_stay_as_their_files_have_them(dtype, folders, tmp_path):
     )
 
 
-def test_a_llava_next_is_prepared_for_with_pictures_of_any_size(folders, tmp_path):
-    """Each takes the tokens that its size asks for, and what training reads of it is what sample.py shows."""
+def test_data_for_a_llava_next_has_images_of_any_size(folders, tmp_path):
+    """The number of tokens of an image follows from its size, and training has the tiles and ids of
+    sample.py."""
     folder, ours = str(folders["1.6 vicuna"]), load_checkpoint(folders["1.6 vicuna"])
     records = []
     for number, size in enumerate([(60, 40), (20, 90)]):
         Image.fromarray(
             np.random.default_rng(number).integers(256, size=(*size[::-1], 3), dtype=np.uint8)
         ).save(tmp_path / f"{number}.png")
-        said = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "That."}]
-        records.append({"id": str(number), "image": f"{number}.png", "conversations": said})
+        turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "That."}]
+        records.append({"id": str(number), "image": f"{number}.png", "conversations": turns})
     (tmp_path / "x.json").write_text(json.dumps(records))
     prepare.data(model=folder, source=[str(tmp_path / "x.json")], out=str(tmp_path / "set"))
     samples = dataset.PreparedDataset(tmp_path / "set")
     batch, _ = packing.collate(samples, [[0, 1]])
-    shown = [
+    images = [
         image_processing.load_image(tmp_path / f"{number}.png", ours.image_config)
         for number in (0, 1)
     ]
-    joined = packing.collate_images(shown, ours.image_config)
-    assert len(shown[0].feature_index) != len(shown[1].feature_index) and all(
+    joined = packing.collate_images(images, ours.image_config)
+    assert len(images[0].feature_index) != len(images[1].feature_index) and all(
         batch[name].equal(joined[name]) for name in joined
     )
     for number in (0, 1):
-        asked = chat_template.encode_prompt(ours, [("user", "<image>\nWhat?")], [shown[number]])
-        assert samples.read(number)[0][: len(asked)].tolist() == asked
+        prompt = chat_template.encode_prompt(ours, [("user", "<image>\nWhat?")], [images[number]])
+        assert samples.read(number)[0][: len(prompt)].tolist() == prompt
     ours.model.train()(**batch).backward()
     assert ours.model.projector.newline.grad.abs().sum() > 0

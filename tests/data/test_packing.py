@@ -1,4 +1,4 @@
-"""The order of samples and the rows they fill: a batch is a function of (seed, step) alone."""
+"""The order of samples and their packed sequences: a batch is a function of (seed, step) alone."""
 
 import itertools
 from collections import Counter
@@ -26,64 +26,61 @@ LENGTHS = st.lists(st.integers(1, 30), max_size=80)
 
 
 @given(LENGTHS, st.integers(30, 60), st.integers(1, 9))
-def test_packing_splits_and_drops_nothing_and_fits(lengths, row, window):
-    rows = list(packing.pack_sequences(lengths, row, window))
-    assert sorted(i for members in rows for i in members) == list(range(len(lengths)))
-    assert all(sum(lengths[i] for i in members) <= row for members in rows)
-    assert all(members == sorted(members) for members in rows)  # in order within a row
-    assert all(
-        len({i // window for i in members}) == 1 for members in rows
-    )  # nobody waits longer than a window
+def test_packing_splits_and_drops_nothing_and_fits(lengths, seq_len, window):
+    sequences = list(packing.pack_sequences(lengths, seq_len, window))
+    assert sorted(i for members in sequences for i in members) == list(range(len(lengths)))
+    for members in sequences:
+        assert sum(lengths[i] for i in members) <= seq_len
+        assert members == sorted(members)
+        assert len({i // window for i in members}) == 1  # no sample leaves its window
 
 
 @given(LENGTHS, st.integers(30, 60))
-def test_packing_is_best_fit_decreasing(lengths, row):
-    """The textbook's, written naively: from the longest on, into the fullest row that has room, the earliest of equals."""
-    rows = []
+def test_packing_is_best_fit_decreasing(lengths, seq_len):
+    """The textbook's algorithm: from the longest sample on, into the fullest sequence that has
+    room; of equally full ones, into the first."""
+    sequences = []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        room = [row - sum(lengths[j] for j in members) for members in rows]
+        room = [seq_len - sum(lengths[j] for j in members) for members in sequences]
         fits = [b for b, space in enumerate(room) if space >= lengths[i]]
         if fits:
-            rows[min(fits, key=lambda b: (room[b], b))].append(i)
+            sequences[min(fits, key=lambda b: (room[b], b))].append(i)
         else:
-            rows.append([i])
-    assert list(packing.pack_sequences(lengths, row, window=len(lengths) + 1)) == sorted(
-        map(sorted, rows)
-    )
+            sequences.append([i])
+    packed = packing.pack_sequences(lengths, seq_len, window=len(lengths) + 1)
+    assert list(packed) == sorted(map(sorted, sequences))
 
 
-def test_packing_fills_rows():
+def test_packing_fills_sequences():
     lengths = np.random.default_rng(0).integers(20, 300, size=2000)
     assert lengths.sum() / (512 * sum(1 for _ in packing.pack_sequences(lengths, 512))) > 0.97
 
 
-# ---- rows become tensors ----
+# ---- sequences become tensors ----
 
 
-def test_positions_restart_documents_count_up_and_targets_stay_at_home(written):
-    """Every sample of a packed row is, position by position, the sample as it is read alone."""
-    rows = [[3, 8, 5], [11], [2, 7]]
-    batch, members = packing.collate(written, rows)
+def test_positions_restart_documents_count_up_and_no_target_crosses_a_boundary(written):
+    """Each sample of a packed sequence equals, token by token, the sample that is read alone."""
+    sequences = [[3, 8, 5], [11], [2, 7]]
+    batch, members = packing.collate(written, sequences)
     assert members == [3, 8, 5, 11, 2, 7]
-    T = max(sum(written.table[members, dataset.LENGTH]) for members in rows)
+    T = max(sum(written.table[members, dataset.LENGTH]) for members in sequences)
     assert {name: x.shape for name, x in batch.items() if name.endswith("BT")} == dict.fromkeys(
         ("ids_BT", "targets_BT", "positions_BT", "documents_BT"), (3, T)
     )
-    for b, members in enumerate(rows):
+    for b, members in enumerate(sequences):
         for document, i in enumerate(members):
             ids_T, targets_T, _ = written.read(i)
             here = batch["documents_BT"][b] == document
             assert batch["ids_BT"][b, here].tolist() == ids_T.tolist()
             assert batch["targets_BT"][b, here].tolist() == targets_T.tolist()
             assert batch["positions_BT"][b, here].tolist() == list(range(len(ids_T)))
-            assert (
-                targets_T[-1] == IGNORE_INDEX
-            )  # nothing is asked of the token before a neighbour's first
+            assert targets_T[-1] == IGNORE_INDEX  # else it would predict the next sample's first id
         assert (
             batch["documents_BT"][b].diff()[: sum(written.table[members, dataset.LENGTH]) - 1] >= 0
         ).all()
         assert (batch["targets_BT"][b][batch["documents_BT"][b] == -1] == IGNORE_INDEX).all()
-    tiles = [image.tiles for members in rows for i in members for image in written.read(i)[2]]
+    tiles = [image.tiles for members in sequences for i in members for image in written.read(i)[2]]
     assert np.array_equal(batch["tiles_NCYX"].numpy(), np.concatenate(tiles))
     assert batch["image_feature_index"].tolist() == list(range(TOKENS * len(batch["tiles_NCYX"])))
 
@@ -93,7 +90,7 @@ def test_a_batch_without_images_has_no_tiles(tmp_path):
     assert batch["tiles_NCYX"].shape == (0, 3, 6, 6) and batch["image_feature_index"].shape == (0,)
 
 
-def test_places_of_several_images_count_on_from_the_tiles_before_and_newlines_stay_newlines():
+def test_feature_indices_of_several_images_count_all_tiles_and_newlines_stay_newlines():
     g = np.random.default_rng(0)
     first = make_image(g, 3)._replace(
         feature_index=np.array([0, 11, image_processing.IMAGE_NEWLINE])
@@ -117,45 +114,44 @@ def loader(samples, **options):
 
 
 def steps_of(samples, count, **options):
-    loading = loader(samples, **options)
-    return [next(loading) for _ in range(count)]
+    batches = loader(samples, **options)
+    return [next(batches) for _ in range(count)]
 
 
 def members_of(step):
-    """The numbers of the samples of a step."""
+    """Returns the numbers of the samples of a step."""
     return [i for _, members in step for i in members]
 
 
-def rows_of(step):
-    """A step's rows, each as the ids in it: micro-batches pad to their own longest row, so padding is cut; one that is all blank is no row."""
-    return [
-        row[documents >= 0].tolist()
-        for batch, members in step
-        if members
-        for row, documents in zip(batch["ids_BT"], batch["documents_BT"], strict=True)
-    ]
+def sequences_of(step):
+    """Returns the ids of each sequence of a step, without padding; empty sequences are left out."""
+    sequences = []
+    for batch, members in step:
+        if members:
+            pairs = zip(batch["ids_BT"], batch["documents_BT"], strict=True)
+            sequences += [ids_T[documents_T >= 0].tolist() for ids_T, documents_T in pairs]
+    return sequences
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 7])
 @pytest.mark.parametrize("micro", [1, 2, 5])
-def test_a_step_is_the_same_rows_over_any_number_of_ranks_and_micro_batches(written, world, micro):
-    whole = loader(written, micro_batch_size=7)
+def test_a_step_has_the_same_sequences_on_any_number_of_ranks_and_micro_batches(
+    written, world, micro
+):
+    single = loader(written, micro_batch_size=7)
     ranks = [
         loader(written, micro_batch_size=micro, rank=rank, world_size=world)
         for rank in range(world)
     ]
-    for _ in range(8):  # the set is 300 samples, so that some steps reach into the next epoch
-        want, parts = rows_of(next(whole)), [next(rank) for rank in ranks]
-        shared = [rows_of(part) for part in parts]
-        assert sorted(itertools.chain(*shared)) == sorted(want) and len(want) == 7
-        assert {len(rows) for rows in shared} <= {
-            7 // world,
-            -(-7 // world),
-        }  # nobody has none, nobody two more than another
+    for _ in range(8):  # the dataset has 300 samples, so some steps reach into the next epoch
+        expected, parts = sequences_of(next(single)), [next(rank) for rank in ranks]
+        shared = [sequences_of(part) for part in parts]
+        assert sorted(itertools.chain(*shared)) == sorted(expected) and len(expected) == 7
+        # each rank has a sequence, and none has two more than another
+        assert {len(sequences) for sequences in shared} <= {7 // world, -(-7 // world)}
         assert all(len(batch["ids_BT"]) <= micro for part in parts for batch, _ in part)
-        assert (
-            len({len(part) for part in parts}) == 1
-        )  # under FSDP ranks wait for one another in every call of the model
+        # under FSDP each call of the model is collective
+        assert len({len(part) for part in parts}) == 1
         for batch in (batch for part in parts for batch, members in part if not members):
             assert (
                 batch["ids_BT"].shape == (1, 1)
@@ -165,32 +161,28 @@ def test_a_step_is_the_same_rows_over_any_number_of_ranks_and_micro_batches(writ
             )
 
 
-def test_starting_at_a_step_is_having_run_up_to_it(written):
-    ran = steps_of(written, 20)
+def test_a_loader_that_starts_at_a_step_gives_what_the_whole_run_gives_there(written):
+    run = steps_of(written, 20)
     for start in (0, 1, 13, 19):
         batch, members = next(loader(written, start_step=start))[0]
-        assert members == ran[start][0][1]
-        assert all(x.equal(ran[start][0][0][name]) for name, x in batch.items())
+        assert members == run[start][0][1]
+        assert all(x.equal(run[start][0][0][name]) for name, x in batch.items())
 
 
-def test_every_sample_is_read_once_an_epoch_and_each_epoch_in_another_order(written):
-    training, lengths = (
-        written.split(validation=False),
-        written.table[written.split(validation=False), dataset.LENGTH],
-    )
-    rows = packing.packed_sequences(lengths, 64, seed=3)
+def test_each_sample_is_read_once_per_epoch_and_each_epoch_has_another_order(written):
+    training = written.split(validation=False)
+    lengths = written.table[training, dataset.LENGTH]
+    sequences = packing.packed_sequences(lengths, 64, 3, lengths, None)
     epochs = []
     for _ in range(3):
         seen = []
         while len(seen) < len(training):
-            seen += next(rows).tolist()
+            seen += next(sequences).tolist()
         assert sorted(seen) == list(range(len(training)))
         epochs.append(seen)
     assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
     steps = Counter(i for step in steps_of(written, 200) for i in members_of(step))
-    assert (
-        max(steps.values()) - min(steps.values()) <= 1
-    )  # over many epochs nobody is read two more times than another
+    assert max(steps.values()) - min(steps.values()) <= 1  # over many epochs
 
 
 def test_seeds_differ(written):
@@ -199,9 +191,10 @@ def test_seeds_differ(written):
 
 
 def test_the_order_is_pinned():
-    """A run that is resumed under another version of numpy must go on in the same order; this fails if numpy ever changes it."""
-    rows = packing.packed_sequences(np.array([3, 1, 4, 1, 5, 9, 2, 6]), 10, seed=0)
-    assert [row.tolist() for row in itertools.islice(rows, 8)] == [
+    """A run may resume under another version of numpy. This fails if numpy changes the order."""
+    lengths = np.array([3, 1, 4, 1, 5, 9, 2, 6])
+    sequences = packing.packed_sequences(lengths, 10, 0, lengths, None)
+    assert [members.tolist() for members in itertools.islice(sequences, 8)] == [
         [2, 7],
         [4, 6, 0],
         [3, 5],
@@ -211,10 +204,9 @@ def test_the_order_is_pinned():
         [7, 2],
         [6, 0, 4],
     ]
-    rows = packing.packed_sequences(
-        np.array([3, 1, 4, 1, 5, 9, 2, 6]), 10, 0, np.array([0, 0, 0, 1, 1, 1, 1, 1]), [0.75, 0.25]
-    )
-    assert [row.tolist() for row in itertools.islice(rows, 8)] == [
+    set_of = np.array([0, 0, 0, 1, 1, 1, 1, 1])
+    sequences = packing.packed_sequences(lengths, 10, 0, set_of, [0.75, 0.25])
+    assert [members.tolist() for members in itertools.islice(sequences, 8)] == [
         [1, 4, 2],
         [2, 7],
         [1, 0, 0],
@@ -226,7 +218,7 @@ def test_the_order_is_pinned():
     ]
 
 
-def test_nobody_who_is_held_out_is_trained_on(written):
+def test_no_validation_sample_is_in_a_training_batch(written):
     seen = {written.names[i] for step in steps_of(written, 60) for i in members_of(step)}
     assert seen == {name for name in written.names if not dataset.is_validation(name)}
 
@@ -236,7 +228,7 @@ def test_nobody_who_is_held_out_is_trained_on(written):
 
 @pytest.fixture(scope="module")
 def blended(tmp_path_factory):
-    """Three sets of 31, 7 and 90 samples, whose names tell the set."""
+    """Three datasets of 31, 7 and 90 samples; the names of samples begin with the dataset's."""
     folder = tmp_path_factory.mktemp("blend")
     sets = [
         [
@@ -250,9 +242,9 @@ def blended(tmp_path_factory):
     return dataset.PreparedDataset(*(folder / name for name in "abc"))
 
 
-def test_a_blend_gives_each_set_its_share_at_every_length_of_run(blended):
-    """Of the samples read so far each set has its weight's share, to within one epoch's rounding; each walks through all of its own before it
-    reads one again."""
+def test_a_blend_gives_each_dataset_its_share_after_every_epoch(blended):
+    """Of the samples read so far each dataset has the share of its weight, rounded down. All
+    samples of a dataset are read before one is read again."""
     training = blended.split(validation=False)
     set_of, weights = blended.set_of[training], [0.5, 0.3, 0.2]
     seen = Counter()
@@ -268,22 +260,23 @@ def test_a_blend_gives_each_set_its_share_at_every_length_of_run(blended):
         assert max(times) - min(times) <= 1
 
 
-def test_a_blend_is_the_same_over_ranks_and_from_any_step(blended):
+def test_a_blend_is_the_same_on_any_ranks_and_from_any_step(blended):
     weights = [0.2, 0.5, 0.3]
-    ran = steps_of(blended, 30, weights=weights)
-    assert members_of(next(loader(blended, weights=weights, start_step=23))) == members_of(ran[23])
+    run = steps_of(blended, 30, weights=weights)
+    assert members_of(next(loader(blended, weights=weights, start_step=23))) == members_of(run[23])
     ranks = [
         steps_of(blended, 30, weights=weights, rank=rank, world_size=3, micro_batch_size=1)
         for rank in range(3)
     ]
-    for whole, parts in zip(ran, zip(*ranks, strict=True), strict=True):
-        assert sorted(rows_of(whole)) == sorted(row for part in parts for row in rows_of(part))
+    for step, parts in zip(run, zip(*ranks, strict=True), strict=True):
+        shared = [ids for part in parts for ids in sequences_of(part)]
+        assert sorted(sequences_of(step)) == sorted(shared)
     assert [members_of(step) for step in steps_of(blended, 30, weights=[0.3, 0.5, 0.2])] != [
-        members_of(step) for step in ran
+        members_of(step) for step in run
     ]
 
 
-def test_without_weights_each_sample_of_all_sets_is_read_once(blended):
+def test_without_weights_each_sample_of_all_datasets_is_read_once(blended):
     seen = Counter(blended.names[i] for step in steps_of(blended, 40) for i in members_of(step))
     assert max(seen.values()) - min(seen.values()) <= 1 and {name[0] for name in seen} == {
         "a",
@@ -301,18 +294,18 @@ def test_without_weights_each_sample_of_all_sets_is_read_once(blended):
         ("a:0.5", ["a"], [1.0]),
     ],
 )
-def test_a_blend_as_it_is_typed(text, folders, weights):
+def test_dataset_weights_are_parsed(text, folders, weights):
     assert packing.parse_dataset_weights(text) == (folders, weights)
 
 
-def test_a_colon_may_belong_to_a_folders_name(tmp_path, monkeypatch):
+def test_a_colon_may_be_part_of_a_folders_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run:2").mkdir()
     assert packing.parse_dataset_weights("run:2") == (["run:2"], None)
 
 
 @pytest.mark.parametrize(
-    "text, said",
+    "text, message",
     [
         ("a:0.5,b", "give each dataset a weight"),
         ("a:x,b:1", "give each dataset a weight"),
@@ -326,28 +319,26 @@ def test_a_colon_may_belong_to_a_folders_name(tmp_path, monkeypatch):
         (":1", "nothing between"),
     ],
 )
-def test_a_blend_that_means_nothing(text, said):
-    with pytest.raises(UserError, match=said):
+def test_dataset_weights_that_make_no_sense_are_refused(text, message):
+    with pytest.raises(UserError, match=message):
         packing.parse_dataset_weights(text)
 
 
-# ---- what a loader refuses ----
+# ---- what the loader refuses ----
 
 
-def test_a_sample_longer_than_a_row_is_named_with_both_numbers(written):
+def test_a_sample_longer_than_seq_len_is_named_with_both_numbers(written):
     longest = written.table[:, dataset.LENGTH].argmax()
-    with pytest.raises(
-        UserError,
-        match=f"{written.names[longest]} takes {written.table[longest, dataset.LENGTH]} tokens, more than --seq_len=19",
-    ):
+    name, length = written.names[longest], int(written.table[longest, dataset.LENGTH])
+    with pytest.raises(UserError, match=f"{name} takes {length} tokens, more than --seq_len=19"):
         loader(written, seq_len=19)
-    loader(written, seq_len=int(written.table[longest, dataset.LENGTH]))
+    loader(written, seq_len=length)
 
 
-def test_a_set_whose_every_sample_is_held_out_trains_nothing(tmp_path):
+def test_a_dataset_without_training_samples_is_refused(tmp_path):
     name = next(f"{number}" for number in itertools.count() if dataset.is_validation(f"{number}"))
     write(tmp_path / "set", [(name, [1, 2], [0, 1], [])])
     write(tmp_path / "good", make_samples(9))
-    for sets in (["set"], ["good", "set"]):
+    for folders in (["set"], ["good", "set"]):
         with pytest.raises(UserError, match="set holds no training samples"):
-            loader(dataset.PreparedDataset(*(tmp_path / name for name in sets)))
+            loader(dataset.PreparedDataset(*(tmp_path / name for name in folders)))

@@ -14,11 +14,10 @@ import pytest
 from pycocoevalcap.cider.cider import Cider
 
 from nanovlm import UserError
-from nanovlm.evals import metrics
+from nanovlm.evals import benchmarks, metrics
 from nanovlm.evals.cider import cider_scores, tokenize_caption
 from nanovlm.evals.metrics import (
     anls_score,
-    benchmark_metrics,
     confidence_interval,
     letter_score,
     mathvista_score,
@@ -26,16 +25,29 @@ from nanovlm.evals.metrics import (
     mmmu_score,
     ocrbench_score,
     relaxed_accuracy,
-    score_answers,
     textvqa_accuracy,
     vqa_accuracy,
     yes_no_score,
 )
 
+
+def scored(name, questions, answers):
+    """The results of a benchmark's questions, with their scores."""
+    results = [
+        {"id": 7, **question, "answer": answer}
+        for question, answer in zip(questions, answers, strict=True)
+    ]
+    return benchmarks.score_results(results, name)
+
+
+def benchmark_metrics(name, questions, answers):
+    return benchmarks.benchmark_metrics(name, scored(name, questions, answers))
+
+
 # ---- VQA accuracy ----
 
 
-def people(**counts):
+def references_of(**counts):
     return [word for word, count in counts.items() for _ in range(count)]
 
 
@@ -43,43 +55,46 @@ def people(**counts):
     "matches, score",
     [
         (0, 0.0),
-        (1, 0.3),  # nine of ten see 1 among the others: 9 x 1/3 / 10; the one who said it sees none
-        (2, 0.6),  # eight see 2, two see 1: (8 x 2/3 + 2 x 1/3) / 10
-        (3, 0.9),  # seven see 3, three see 2: (7 x 1 + 3 x 2/3) / 10, not min(1, 3/3) = 1
-        (4, 1.0),  # everybody sees 3 or more
+        (1, 0.3),  # nine of ten have 1 among the others: 9 x 1/3 / 10
+        (2, 0.6),  # eight have 2, two have 1: (8 x 2/3 + 2 x 1/3) / 10
+        (3, 0.9),  # seven have 3, three have 2: (7 x 1 + 3 x 2/3) / 10, not min(1, 3/3) = 1
+        (4, 1.0),  # each has 3 or more
         (10, 1.0),
     ],
 )
-def test_vqa_accuracy_leaves_each_of_ten_people_out(matches, score):
-    assert vqa_accuracy("red", people(red=matches, blue=10 - matches)) == pytest.approx(
+def test_vqa_accuracy_leaves_each_of_ten_references_out(matches, score):
+    assert vqa_accuracy("red", references_of(red=matches, blue=10 - matches)) == pytest.approx(
         score, abs=1e-12
     )
 
 
-def test_vqa_normalises_only_where_people_differ():
-    same, mixed = people(**{"the red one": 10}), people(**{"the red one": 9, "blue": 1})
-    assert vqa_accuracy("The red one.", same) == 0  # as written it must be
+def test_vqa_normalizes_only_if_references_differ():
+    same, mixed = (
+        references_of(**{"the red one": 10}),
+        references_of(**{"the red one": 9, "blue": 1}),
+    )
+    assert vqa_accuracy("The red one.", same) == 0  # it must be as written
     assert vqa_accuracy("the red one", same) == 1
     assert vqa_accuracy("Red 1!", mixed) == 1  # "the red one" and "Red 1!" are both "red 1"
-    assert textvqa_accuracy("The red one.", same) == 1  # TextVQA's owners always normalise
+    assert textvqa_accuracy("The red one.", same) == 1  # TextVQA's owners always normalizes
     assert (
-        textvqa_accuracy("man 's", people(**{"Man's": 10})) == 1
-        and vqa_accuracy("man 's", people(**{"Man's": 9, "x": 1})) == 0
-    )  # and part a possessive
+        textvqa_accuracy("man 's", references_of(**{"Man's": 10})) == 1
+        and vqa_accuracy("man 's", references_of(**{"Man's": 9, "x": 1})) == 0
+    )  # and split off a possessive
 
 
 @pytest.mark.parametrize(
     "text, kept",
     [
         ("The two Cats", "2 cats"),
-        ("a", ""),  # why letters never come through here
+        ("a", ""),  # so letters are not normalized
         ("None", "0"),
         ("dont", "don't"),
         ("couldn'tve been", "couldn't've been"),
-        ("somebody'd", "somebodyd"),  # the table's own slip
+        ("somebody'd", "somebodyd"),  # an error of the script's table
         ("1,000", "1000"),  # a comma between digits: all scores go without a space
-        ("yes/no", "yes no"),  # else a mark is a space
-        ("yes / no", "yes no"),  # or nothing where a space is beside it
+        ("yes/no", "yes no"),  # otherwise a mark becomes a space
+        ("yes / no", "yes no"),  # or nothing if a space is beside it
         ("yes, no/maybe", "yes no maybe"),
         ("x-ray -ray", "xray ray"),  # everywhere, if a space is beside it anywhere
         ("x,1/2", "x 1 2"),  # this comma is not between digits
@@ -87,10 +102,10 @@ def test_vqa_normalises_only_where_people_differ():
         ("a.m.", "am"),
         ("it's; fine", "it's fine"),  # apostrophes and colons stay
         ("10:30 o'clock", "10:30 o'clock"),
-        ("." * 33, "."),  # the script strips 32 periods at the most
+        ("." * 33, "."),  # the script strips at most 32 periods
     ],
 )
-def test_vqa_normalisation(text, kept):
+def test_vqa_normalization(text, kept):
     assert metrics.normalize_vqa(text) == kept
 
 
@@ -104,7 +119,7 @@ def test_the_contractions_are_the_scripts():
 
 
 class Literal:
-    """vqaEval.py's definition, step by step, with nothing of ours."""
+    """vqaEval.py's definition, step by step, without our code."""
 
     numbers = {
         "none": "0",
@@ -246,19 +261,18 @@ def test_vqa_equals_a_literal_transcription_on_random_answers():
         ),
         ("textvqa", {"answers": ["red"]}, "question 7 has 1 reference answers"),
         (
-            "ocrbench",
-            {"answers": ["red"], "dataset_name": None},
-            "question 7 has no dataset_name, which the metric ocrbench needs",
+            "mathvista",
+            {"answers": ["7"], "choices": []},
+            "question 7 has no choices, so its answer_type must be integer, list, or float",
         ),
-        ("mathvista", {"answers": ["7"], "choices": []}, "question 7 has no answer_type"),
     ],
 )
 def test_a_question_that_a_metric_cannot_score_is_named(score, question, message):
     with pytest.raises(UserError, match=message):
-        score_answers(score, ["red"], [{"id": 7, **question}])
+        scored(score, [question], ["red"])
 
 
-# ---- comparing ----
+# ---- scores that compare texts ----
 
 
 @pytest.mark.parametrize(
@@ -371,7 +385,7 @@ def test_exact_and_contains():
     assert metrics.contains_reference("anything", [" "]) == 0
 
 
-def test_ocrbench_is_containment_and_at_most_one_a_question():
+def test_ocrbench_is_containment_and_at_most_one_per_question():
     text, formula = {"dataset_name": "textVQA"}, {"dataset_name": "HME100k"}
     assert (
         ocrbench_score("It says STOP\nHere", ["stop here", "stop"], text) == 1
@@ -384,7 +398,7 @@ def test_ocrbench_is_containment_and_at_most_one_a_question():
     assert ocrbench_score("", ["stop"], text) == 0
 
 
-# ---- choosing ----
+# ---- scores that parse a choice ----
 
 
 @pytest.mark.parametrize(
@@ -432,7 +446,7 @@ def test_ocrbench_is_containment_and_at_most_one_a_question():
         ("Bob", None),
     ],
 )
-def test_letters_are_read_or_left_unparsed(answer, letter):
+def test_letters_are_parsed_or_unparsed(answer, letter):
     question = {"choices": ["a cat", "a dog", "a large horse", "a cow"]}
     for reference in "ABCD":
         assert letter_score(answer, [reference], question) == (
@@ -455,7 +469,7 @@ def test_letters_without_choices():
     )  # two choices with one text
 
 
-def test_mmmu_reads_open_answers_as_its_script_does():
+def test_mmmu_parses_open_answers_as_its_script():
     ask = {"choices": []}
     assert mmmu_score("B", ["B"], {"choices": ["1", "2"]}) == 1
     assert (
@@ -612,12 +626,7 @@ def test_mme_takes_the_first_word():
         ("7", "7", 1, {"answer_type": "integer"}),
         ("The answer is 7.", "7", 1, {"answer_type": "integer"}),
         ("3 + 4 = 7, so the answer is 7", "7", 1, {"answer_type": "integer"}),
-        (
-            "3 + 4 = 7.",
-            "7",
-            1,
-            {"answer_type": "integer"},
-        ),  # the hint that it is asked with wants it at the end
+        ("3 + 4 = 7.", "7", 1, {"answer_type": "integer"}),  # the prompt requires it at the end
         ("3 + 4 = 7, not 8", "7", None, {"answer_type": "integer"}),
         ("7.9", "7", 1, {"answer_type": "integer"}),  # int(float(x))
         ("-1,200 dollars", "-1200", 1, {"answer_type": "integer"}),
@@ -663,7 +672,8 @@ def test_cider_equals_pycocoevalcap_on_random_captions():
             rng.choice([*CAPTIONS, "", rng.choice(texts), "riding riding riding"])
             for texts in references
         ]
-        score, each = cider_scores(answers, references)
+        each = cider_scores(answers, references)
+        score = sum(each) / len(each)
         theirs, parts = Cider().compute_score(
             dict(enumerate(references)), {i: [answer] for i, answer in enumerate(answers)}
         )
@@ -679,17 +689,14 @@ def test_cider_by_hand():
     2/3, 2-grams 1/2, 3-grams 0, no 4-grams: 10 x (2/3 + 1/2) / 4. Both have two pairs of words: no
     penalty.
     """
-    score, each = cider_scores(["a cat sat", "dog"], [["a cat ran"], ["dog"]])
-    assert each == pytest.approx([10 * (2 / 3 + 1 / 2) / 4, 10 / 4]) and score == pytest.approx(
-        sum(each) / 2
-    )
-    longer = cider_scores(["dog dog dog", "dog"], [["dog"], ["x"]])[1][
-        0
-    ]  # clipped: one of three counts, 1 x 1 / (3 x 1); length differs by 2 pairs
+    each = cider_scores(["a cat sat", "dog"], [["a cat ran"], ["dog"]])
+    assert each == pytest.approx([10 * (2 / 3 + 1 / 2) / 4, 10 / 4])
+    # clipped: one of three counts, 1 x 1 / (3 x 1); the length differs by 2 pairs
+    longer = cider_scores(["dog dog dog", "dog"], [["dog"], ["x"]])[0]
     assert longer == pytest.approx(10 * math.exp(-(2**2) / (2 * 6**2)) * (1 / 3) / 4)
 
 
-def test_cider_wants_references():
+def test_cider_needs_references():
     with pytest.raises(UserError, match="1 of 2 images have no reference caption"):
         cider_scores(["a", "b"], [["a"], []])
 
@@ -752,7 +759,7 @@ def test_words_are_stanfords(tmp_path):
         ], text
 
 
-# ---- over all ----
+# ---- metrics of a whole benchmark ----
 
 
 def balanced(n):
@@ -767,7 +774,7 @@ def test_pope_by_hand():
     """
     questions = [{"kind": "all", "answers": [reference]} for reference in ["yes"] * 3 + ["no"] * 3]
     answers = ["Yes", "yes, one", "no", "yes", "No.", "a dog"]
-    got = benchmark_metrics("pope", questions, answers, score_answers("yesno", answers, questions))
+    got = benchmark_metrics("pope", questions, answers)
     assert got == pytest.approx(
         {
             "accuracy": 0.5,
@@ -780,13 +787,11 @@ def test_pope_by_hand():
     )
     for question, kind in zip(questions, ["random", "popular"] * 3, strict=True):
         question["kind"] = kind
-    parts = benchmark_metrics(
-        "pope", questions, answers, score_answers("yesno", answers, questions)
-    )
+    parts = benchmark_metrics("pope", questions, answers)
     assert got.items() <= parts.items() and len(parts) == 3 * 5 + 1
     assert (
         parts["random accuracy"] == 2 / 3 and parts["popular yes-rate"] == 2 / 3
-    )  # random: yes yes no ...: references yes yes no, said yes no No.
+    )  # random: yes yes no ...: references yes yes no, answers yes no No.
 
 
 @pytest.mark.parametrize(
@@ -813,12 +818,10 @@ def test_pope_by_hand():
 def test_one_answer_to_all_of_pope(answer, want):
     questions = balanced(40)
     answers = [answer] * 40
-    assert benchmark_metrics(
-        "pope", questions, answers, score_answers("yesno", answers, questions)
-    ) == pytest.approx(want)
+    assert benchmark_metrics("pope", questions, answers) == pytest.approx(want)
 
 
-def test_a_random_answerer_gets_what_chance_gives():
+def test_random_answers_get_the_score_of_chance():
     """Within four standard errors: 4 x sqrt(p (1 - p) / n)."""
     rng, n = random.Random(2), 4000
     questions = [
@@ -827,30 +830,26 @@ def test_a_random_answerer_gets_what_chance_gives():
     ]
     always, thrown = ["A"] * n, [rng.choice("ABCD") for _ in range(n)]
     share = sum(question["answers"] == ["A"] for question in questions) / n
-    assert benchmark_metrics(
-        "mmstar", questions, always, score_answers("letters", always, questions)
-    ) == {"accuracy": share, "unparsed": 0}
-    got = benchmark_metrics(
-        "mmstar", questions, thrown, score_answers("letters", thrown, questions)
-    )["accuracy"]
+    assert benchmark_metrics("mmstar", questions, always) == {"accuracy": share, "unparsed": 0}
+    got = benchmark_metrics("mmstar", questions, thrown)["accuracy"]
     assert abs(got - 0.25) < 4 * math.sqrt(0.25 * 0.75 / n)
     coins = [rng.choice(["yes", "no"]) for _ in range(n)]
-    assert abs(
-        benchmark_metrics("pope", balanced(n), coins, score_answers("yesno", coins, balanced(n)))[
-            "accuracy"
-        ]
-        - 0.5
-    ) < 4 * math.sqrt(0.25 / n)
+    assert abs(benchmark_metrics("pope", balanced(n), coins)["accuracy"] - 0.5) < 4 * math.sqrt(
+        0.25 / n
+    )
 
 
 def test_an_empty_answer_gets_nothing_anywhere():
-    references = {"yesno": ["yes"], "mme": ["yes"], "letters": ["B"], "mathvista": ["3"]}
+    references = {yes_no_score: ["yes"], mme_score: ["yes"], letter_score: ["B"]}
+    references[mathvista_score] = ["3"]
     question = {"choices": [], "dataset_name": "IAM", "answer_type": "integer", "precision": 1}
-    for name, score in metrics.METRICS.items():
-        assert not score("", references.get(name, ["red"] * 10), question), name
-        assert (score("", references.get(name, ["red"] * 10), question) is None) == (
-            name in references
-        )  # nothing to read is told from wrong
+    scores = {one.score for one in benchmarks.BENCHMARKS.values() if not one.is_caption}
+    assert len(scores) == 12
+    for score in scores:
+        found = score("", references.get(score, ["red"] * 10), question)
+        assert not found, score
+        # nothing to parse is not the same as wrong
+        assert (found is None) == (score in references)
 
 
 def test_mme_by_hand():
@@ -865,7 +864,7 @@ def test_mme_by_hand():
         for reference in ("Yes", "No")
     ]
     answers = ["yes", "no", "yes", "Yes", "notice", "yes"]
-    got = benchmark_metrics("mme", questions, answers, score_answers("mme", answers, questions))
+    got = benchmark_metrics("mme", questions, answers)
     assert got == pytest.approx(
         {
             "perception": 125,
@@ -877,44 +876,21 @@ def test_mme_by_hand():
         }
     )
     always = ["yes"] * 6
-    assert (
-        benchmark_metrics("mme", questions, always, score_answers("mme", always, questions))[
-            "total"
-        ]
-        == 100
-    )
-    part = benchmark_metrics(
-        "mme", questions[:5], answers[:5], score_answers("mme", answers[:5], questions[:5])
-    )
-    assert part["images without two questions (acc+ is not MME's)"] == 1
+    assert benchmark_metrics("mme", questions, always)["total"] == 100
 
 
-def test_the_other_summaries():
-    formula = (
-        "Handwritten Mathematical Expression Recognition"  # no text, so not of the owners' sum
-    )
-    kinds = [
-        {"kind": kind} for kind in ("Regular Text Recognition", "Handwriting Recognition", formula)
-    ]
-    assert benchmark_metrics("ocrbench", kinds, ["", "", ""], [1.0, 0.0, 1.0]) == {
-        "score of 3": 2,
-        "Text Recognition": 1,
-        "Regular Text Recognition": 1,
-        "Handwriting Recognition": 0,
-        formula: 1,
-    }
-    subjects = [{"kind": kind} for kind in ("Art", "Music", "Math")]
-    got = benchmark_metrics("mmmu", subjects, ["A", "B", "?"], [1.0, 0.0, None])
-    assert got == pytest.approx(
-        {"accuracy": 1 / 3, "Art and Design": 0.5, "Science": 0, "unparsed": 1 / 3}
-    )
-    assert benchmark_metrics("docvqa", kinds, ["", "", ""], [1.0, 0.5, 0.0]) == {
-        "ANLS": 0.5,
-        "unparsed": 0,
-    }
-    assert benchmark_metrics("coco", kinds, ["", "", ""], [1.0, 0.5, 0.0]) == {
-        "CIDEr-D as in pycocoevalcap (word weights of these 3 images)": 0.5
-    }
+def test_other_benchmarks_report_the_mean_score_by_their_owners_name():
+    results = [{"score": score} for score in (1.0, 0.5, None)]
+    for name, metric in (
+        ("docvqa", "ANLS"),
+        ("coco", "CIDEr-D"),
+        ("vqav2", "VQA accuracy"),
+        ("chartqa", "relaxed accuracy"),
+        ("ocrbench", "accuracy"),
+        ("mmmu", "accuracy"),
+    ):
+        found = benchmarks.benchmark_metrics(name, results)
+        assert found == {metric: 0.5, "unparsed": 1 / 3}
 
 
 def test_the_interval_is_the_binomials():

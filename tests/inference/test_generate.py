@@ -8,7 +8,7 @@ from conftest import make_samples, make_vlm
 
 from nanovlm.inference import generate as generate_file
 from nanovlm.inference import optimize as optimize_file
-from nanovlm.inference.generate import CAPTURE_AFTER, DecodeStep, generate
+from nanovlm.inference.generate import CAPTURE_AFTER, generate, next_logits
 from nanovlm.inference.optimize import (
     MIN_VECTORS,
     CUDAGraphStep,
@@ -169,13 +169,14 @@ def test_a_step_with_a_static_cache_gives_the_logits_of_one_with_a_growing_cache
     caches = [KVCache(vlm.decoder, 2, 16) for _ in range(2)]
     for k_BSGK, v_BSGK in caches[1].layers:
         k_BSGK.fill_(float("nan")), v_BSGK.fill_(float("nan"))  # what memory may hold
-    growing, start = (
-        DecodeStep(vlm.decoder, cache, positions_BS, documents_BS, capture=False)
-        for cache in caches
-    )
+
+    def grow(cache, x_BtD):
+        return next_logits(vlm.decoder, cache, x_BtD, positions_BS, documents_BS)
+
     with torch.no_grad():
         x_BTD = vlm.decoder.embed_tokens(ids_BT)
-        torch.testing.assert_close(growing.forward(x_BTD), start.forward(x_BTD), rtol=0, atol=0)
+        prefills = [grow(cache, x_BTD) for cache in caches]
+        torch.testing.assert_close(*prefills, rtol=0, atol=0)
         fixed = CUDAGraphStep(vlm.decoder, caches[1], positions_BS, documents_BS)
         monkeypatch.setattr(dispatch, "choice", choice)
         for _ in range(9):  # to the last place
@@ -183,7 +184,8 @@ def test_a_step_with_a_static_cache_gives_the_logits_of_one_with_a_growing_cache
             found = fixed(ids_B)
             with monkeypatch.context() as switch:
                 switch.setattr(dispatch, "choice", "torch")
-                torch.testing.assert_close(found, growing(ids_B), rtol=1e-4, atol=1e-5)
+                expected = grow(caches[0], vlm.decoder.embed_tokens(ids_B[:, None]))
+                torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     assert fixed.cache.cache_length.item() == 17 and fixed.graph is None
 
 

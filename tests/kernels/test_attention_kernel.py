@@ -1,6 +1,8 @@
-"""Attention's kernels are the formula: they run here in Triton's interpreter, in float32 and float16, beside it in float64.
+"""The attention kernels give the numbers of the formula: they run in Triton's interpreter, in
+float32 and float16, and are compared with the formula in float64.
 
-As in test_kernels.py, buffers stand between margins of NaN and the gaps within them are NaN, so that what is read or written outside shows.
+As in test_kernels.py, buffers lie between margins of NaN, and gaps inside them are NaN, so that a
+read or a write outside shows.
 """
 
 import os
@@ -15,28 +17,29 @@ import test_kernels
 import torch
 import triton
 from conftest import ROOT
-from test_kernels import DTYPES, PINNED, Fences, chosen, close, make_block
+from test_kernels import DTYPES, PINNED, Fences, close, dispatch_choice, make_block
 from torch.utils.checkpoint import checkpoint
 
 from nanovlm.kernels import attention_forward, decode_attention, dispatch
 from nanovlm.kernels.attention_forward import document_bounds
 from nanovlm.models.attention import attention, attention_mask
-from nanovlm.models.decoder import rope_angles
+from nanovlm.models.decoder import rope_cos_sin
 
+# triton 3.6's interpreter
 pytestmark = pytest.mark.filterwarnings(
     "ignore:Conversion of an array with ndim > 0:DeprecationWarning"
-)  # in triton 3.6's interpreter
+)
 SIZES = (64, 72, 80, 96, 128, 256, 8)
 
 
 @pytest.fixture(autouse=True)
 def wide_margins():
-    with mock.patch.object(test_kernels, "MARGIN", 1 << 17):  # numbers: more than a block of rows
+    with mock.patch.object(test_kernels, "MARGIN", 1 << 17):  # numbers: more than a block
         yield
 
 
 def formula(q_BTHK, k_BSGK, v_BSGK, **rules):
-    """The definition, written out for every pair."""
+    """The definition of attention, for all pairs of queries and keys."""
     (T, H, K), (S, G) = q_BTHK.shape[1:], k_BSGK.shape[1:3]
     k_BSHK, v_BSHK = (x.repeat_interleave(H // G, dim=2) for x in (k_BSGK, v_BSGK))
     score_BHTS = torch.einsum("bthk,bshk->bhts", q_BTHK, k_BSHK) / K**0.5
@@ -47,22 +50,23 @@ def formula(q_BTHK, k_BSGK, v_BSGK, **rules):
 
 
 def documents(kind, B, S, draw):
-    """Document numbers of some kind; samples stand side by side."""
+    """Document numbers of a kind of sequences."""
     if kind == "none":
         return None
     if kind == "single":  # of one token each
         return torch.arange(S).expand(B, -1).int()
-    if kind == "left":  # as rows of unequal length are generated: padding is document 0
+    if kind == "left":  # padded on the left, as in generation: padding is document 0
         return torch.stack([(torch.arange(S) >= draw.randrange(S)).int() for _ in range(B)])
     starts_BS = torch.tensor([[draw.random() < 0.08 for _ in range(S)] for _ in range(B)])
     documents_BS = starts_BS.cumsum(1)
-    for row in documents_BS:  # packed rows end in padding, document -1
-        row[S - draw.randrange(S) // 2 :] = -1
+    for documents_S in documents_BS:  # packed sequences end in padding, document -1
+        documents_S[S - draw.randrange(S) // 2 :] = -1
     return documents_BS.int() if draw.random() < 0.5 else documents_BS
 
 
 def cases(count, seed=0):
-    """Seeded: every head size and kind of documents in turn, the rest drawn; lengths one, even, prime, of several blocks and a bit."""
+    """Random cases. Head sizes and kinds of documents take turns; lengths are one, even, prime, and
+    some more than several blocks."""
     draw = random.Random(seed)
     for number in range(count):
         S = draw.choice([1, 2, 17, 31, 32, 37, 67])
@@ -102,7 +106,7 @@ def fenced_bounds(fences):
 
 
 def check(case):
-    """Forward and backward in fenced buffers, each result beside float64's."""
+    """Compare each result of forward and backward, in fenced buffers, with float64."""
     g = torch.Generator().manual_seed(case.seed)
     shapes = [(case.B, case.T, case.H, case.K), *[(case.B, case.S, case.G, case.K)] * 2]
     plain = [torch.randn(shape, generator=g).to(case.dtype) for shape in [*shapes, shapes[0]]]
@@ -118,16 +122,14 @@ def check(case):
     inputs = [x.requires_grad_() for x in inputs]
     with (
         fences.around_outputs(),
-        chosen("triton"),
+        dispatch_choice("triton"),
         mock.patch.object(attention_forward, "document_bounds", fenced_bounds(fences)),
     ):
         out = attention(*inputs, **case.rules)
         ours = [out, *torch.autograd.grad(out, inputs, grad)]
-    for mine, true in zip(ours, truths, strict=True):
-        assert (
-            mine.shape == true.shape and mine.dtype == case.dtype and close(mine, true, case.dtype)
-        )
-    assert fences.whole()
+    for own, true in zip(ours, truths, strict=True):
+        assert own.shape == true.shape and own.dtype == case.dtype and close(own, true, case.dtype)
+    assert fences.intact()
 
 
 @pytest.mark.parametrize("case", list(cases(42)), ids=name_of)
@@ -148,7 +150,7 @@ def test_attention_is_the_formula(case):
     ],
 )
 def test_the_loop_without_a_mask_ends_where_it_should(causal, T, S):
-    """A key short of whole blocks, whole, and a key past them."""
+    """One key less than whole blocks, whole blocks, and one key more."""
     check(
         SimpleNamespace(
             B=1,
@@ -170,7 +172,7 @@ def test_the_loop_without_a_mask_ends_where_it_should(causal, T, S):
     "capability, dtype, K",
     [((8, 0), torch.float16, 128), ((9, 0), torch.float16, 72), ((8, 0), torch.float32, 64)],
 )
-def test_with_a_cards_own_blocks_and_a_picture_of_577(capability, dtype, K):
+def test_with_the_blocks_of_a_gpu_and_an_image_of_577_tokens(capability, dtype, K):
     case = SimpleNamespace(
         B=1,
         T=577,
@@ -188,12 +190,12 @@ def test_with_a_cards_own_blocks_and_a_picture_of_577(capability, dtype, K):
         check(case)
 
 
-def test_what_nobody_may_see_is_not_even_fetched():
-    """Whole blocks are skipped: NaN in the keys of other documents, and before the window, would show in every weight that they are given."""
+def test_blocks_outside_the_mask_are_not_read():
+    """NaN in the keys of other documents, or before the window, would show in every weight."""
     documents_BS = (torch.arange(160)[None] // 80).int()
     q, k, v = torch.randn(1, 80, 1, 64), torch.randn(1, 160, 1, 64), torch.randn(1, 160, 1, 64)
     k[:, :32], v[:, :32] = torch.nan, torch.nan
-    with chosen("triton"):
+    with dispatch_choice("triton"):
         assert torch.isfinite(attention(q, k, v, window=20)).all()
         assert torch.allclose(
             attention(q, k, v, documents_BS=documents_BS),
@@ -202,13 +204,13 @@ def test_what_nobody_may_see_is_not_even_fetched():
         )
 
 
-def test_scores_as_large_as_float32_holds_stay_numbers():
+def test_the_largest_scores_stay_finite():
     q, k, v = (
         torch.full((1, 37, 1, 64), 300.0),
         torch.randn(1, 37, 1, 64).sign() * 300,
         torch.randn(1, 37, 1, 64),
     )
-    with chosen("triton"):
+    with dispatch_choice("triton"):
         assert close(attention(q, k, v), formula(q.double(), k.double(), v.double()), torch.float32)
         assert close(
             attention(q, -k, v, causal=False),
@@ -220,7 +222,7 @@ def test_scores_as_large_as_float32_holds_stay_numbers():
 def test_gradients_repeat_themselves_to_the_bit_and_sum_all_heads_that_share_a_key():
     q, k, v = (torch.randn(1, 37, heads, 64, requires_grad=True) for heads in (6, 2, 2))
     grad = torch.randn(1, 37, 6, 64)
-    with chosen("triton"):
+    with dispatch_choice("triton"):
         one, two = (torch.autograd.grad(attention(q, k, v), (q, k, v), grad) for _ in range(2))
         single = torch.autograd.grad(
             attention(q[:, :, 3:4], k[:, :, 1:], v[:, :, 1:]), (k, v), grad[:, :, 3:4]
@@ -264,8 +266,8 @@ def test_decode_is_the_formula_of_the_last_token(B, S, H, G, K, window, kind, dt
         fences.put(x, order, gap)
         for x, order, gap in zip(plain, ([2, 0, 1], [0, 2, 1], [0, 1, 2]), (3, 0, 5), strict=True)
     ]
-    k[:, S:], v[:, S:] = torch.nan, torch.nan  # a cache is longer than what has been read
-    with fences.around_outputs(), chosen("triton"), torch.no_grad():
+    k[:, S:], v[:, S:] = torch.nan, torch.nan  # the end of a cache is not filled yet
+    with fences.around_outputs(), dispatch_choice("triton"), torch.no_grad():
         out = attention(q, k[:, :S], v[:, :S], **rules)
         assert out.dtype == dtype and close(out, truth, dtype)
         filled = (
@@ -277,26 +279,23 @@ def test_decode_is_the_formula_of_the_last_token(B, S, H, G, K, window, kind, dt
             q, k, v, filled, torch.tensor([S], dtype=torch.int32), window
         )
         assert close(again, truth, dtype)
-    assert fences.whole()
+    assert fences.intact()
 
 
-def test_a_cache_is_cut_into_as_many_parts_as_keep_a_card_busy():
+def test_a_cache_is_split_into_enough_parts_to_keep_a_gpu_busy():
     cpu = torch.device("cpu")
     with (
         mock.patch.object(dispatch, "capability", lambda device: (9, 0)),
         mock.patch.object(dispatch, "num_sms", lambda device: 132),
     ):
-        assert (
-            decode_attention.num_splits(1, 32768, 8, cpu) == 33
-            and decode_attention.num_splits(64, 32768, 8, cpu) == 1
-        )  # 264 programs in all; one each is enough
-        assert (
-            decode_attention.num_splits(1, 300, 8, cpu) == 2
-            and decode_attention.num_splits(1, 1, 1, cpu) == 1
-        )
+        # 264 programs in all
+        assert decode_attention.num_splits(1, 32768, 8, cpu) == 33
+        assert decode_attention.num_splits(64, 32768, 8, cpu) == 1
+        assert decode_attention.num_splits(1, 300, 8, cpu) == 2
+        assert decode_attention.num_splits(1, 1, 1, cpu) == 1
 
 
-# ---- within PyTorch ----
+# ---- inside PyTorch ----
 
 
 def inputs(B=2, T=37, S=37, H=4, G=2, K=8, grad=True, dtype=torch.float32):
@@ -311,7 +310,7 @@ def packed(B, S):
     return torch.arange(B * S).view(B, S) // 15
 
 
-def test_the_operators_tell_pytorch_the_truth_about_themselves():
+def test_the_attention_operators_pass_opcheck():
     q, k, v = inputs(T=3, S=5)
     ends = document_bounds(packed(2, 5) // 2)
     torch.library.opcheck(torch.ops.nanovlm.attention, (q, k, v, *ends, True, 2))
@@ -325,36 +324,36 @@ def test_the_operators_tell_pytorch_the_truth_about_themselves():
 
 
 def test_compiled_it_is_one_graph_whatever_the_lengths():
-    def look(q, k, v, documents_BS):
+    def attend(q, k, v, documents_BS):
         return attention(q, k, v, documents_BS=documents_BS) + attention(
             q, k, v, causal=False, window=9
         )
 
-    compiled = torch.compile(look, fullgraph=True, backend="aot_eager", dynamic=True)
-    with chosen("triton"):
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager", dynamic=True)
+    with dispatch_choice("triton"):
         for S in (19, 37):
             tensors = inputs(B=1, T=S, S=S)
             one, two = (
                 (out, *torch.autograd.grad(out.square().sum(), tensors))
-                for out in (f(*tensors, packed(1, S)) for f in (look, compiled))
+                for out in (f(*tensors, packed(1, S)) for f in (attend, compiled))
             )
             assert all(map(torch.equal, one, two))
 
 
-def test_computed_again_it_gives_the_same_gradients():
+def test_activation_checkpointing_gives_the_same_attention_gradients():
     tensors = inputs()
-    look = lambda *x: attention(*x, documents_BS=packed(2, 37))  # noqa: E731
-    with chosen("triton"):
-        plain = torch.autograd.grad(look(*tensors).square().sum(), tensors)
+    attend = lambda *x: attention(*x, documents_BS=packed(2, 37))  # noqa: E731
+    with dispatch_choice("triton"):
+        plain = torch.autograd.grad(attend(*tensors).square().sum(), tensors)
         again = torch.autograd.grad(
-            checkpoint(look, *tensors, use_reentrant=False).square().sum(), tensors
+            checkpoint(attend, *tensors, use_reentrant=False).square().sum(), tensors
         )
     assert all(map(torch.equal, plain, again))
 
 
-def test_under_autocast_it_looks_in_autocasts_dtype():
+def test_under_autocast_it_computes_in_autocasts_dtype():
     q, k, v = inputs()
-    with chosen("triton"), torch.autocast("cpu", dtype=torch.float16):
+    with dispatch_choice("triton"), torch.autocast("cpu", dtype=torch.float16):
         out = attention(q, k.half(), v)
     grads = torch.autograd.grad(out.float().square().sum(), (q, k, v))
     truth = formula(q.double(), k.double(), v.double())
@@ -362,12 +361,11 @@ def test_under_autocast_it_looks_in_autocasts_dtype():
     assert all(grad.dtype == torch.float32 for grad in grads)
 
 
-def test_a_gradient_that_is_one_number_everywhere_or_none_is_taken():
+def test_a_gradient_that_is_an_expanded_number_works():
     q, k, v = inputs()
-    with chosen("triton"):
-        ours = torch.autograd.grad(
-            attention(q, k, v).sum(), (q, k, v)
-        )  # sum() hands back a view of a single number
+    with dispatch_choice("triton"):
+        # the gradient of sum() is a view of a single number
+        ours = torch.autograd.grad(attention(q, k, v).sum(), (q, k, v))
     assert all(
         close(a, b, torch.float32)
         for a, b in zip(ours, torch.autograd.grad(formula(q, k, v).sum(), (q, k, v)), strict=True)
@@ -375,23 +373,23 @@ def test_a_gradient_that_is_one_number_everywhere_or_none_is_taken():
 
 
 @pytest.mark.parametrize(
-    "shape, dtype, said",
+    "shape, dtype, message",
     [
         ((1, 3, 2, 264), torch.float32, "heads of more than 128 numbers in torch.float32"),
         ((1, 3, 2, 8), torch.float16, "queries, keys and values of several dtypes"),
     ],
 )
-def test_what_the_kernels_do_not_take_is_the_formula_after_one_warning(shape, dtype, said):
+def test_what_the_kernels_do_not_support_runs_the_formula_after_one_warning(shape, dtype, message):
     q, k = torch.randn(shape), torch.randn(shape)
     with (
-        chosen("triton"),
+        dispatch_choice("triton"),
         mock.patch.object(dispatch, "warned", set()),
-        pytest.warns(UserWarning, match=said),
+        pytest.warns(UserWarning, match=message),
     ):
         if dtype == torch.float32:
             assert torch.equal(attention(q, k, k), attention(q, k, k))
         else:
-            with pytest.raises(RuntimeError, match="dtype"):  # and PyTorch's own does not take it
+            with pytest.raises(RuntimeError, match="dtype"):  # PyTorch's own raises, too
                 attention(q, k.to(dtype), k)
 
 
@@ -401,28 +399,28 @@ def test_the_formula_passes_gradcheck_in_float64():
         assert torch.autograd.gradcheck(lambda *x, rules=rules: attention(*x, **rules), (q, k, v))
 
 
-def test_rows_of_a_packed_batch_see_what_they_see_alone():
+def test_a_packed_sample_gives_what_it_gives_alone():
     block = make_block()
-    with chosen("triton"), torch.no_grad():
+    with dispatch_choice("triton"), torch.no_grad():
         x_BTD = torch.randn(1, 31, 24)
-        angles = rope_angles(torch.cat([torch.arange(12), torch.arange(19)])[None], 8, 10000.0)
-        together = block(x_BTD, angles, (torch.arange(31)[None] >= 12).int(), None, 0)
-        alone = block(x_BTD[:, 12:], tuple(x[:, 12:] for x in angles), None, None, 0)
-    assert torch.allclose(together[:, 12:], alone, atol=1e-5)
+        angles = rope_cos_sin(torch.cat([torch.arange(12), torch.arange(19)])[None], 8, 10000.0)
+        packed_BTD = block(x_BTD, angles, (torch.arange(31)[None] >= 12).int(), None, 0)
+        alone_BTD = block(x_BTD[:, 12:], tuple(x[:, 12:] for x in angles), None, None, 0)
+    assert torch.allclose(packed_BTD[:, 12:], alone_BTD, atol=1e-5)
 
 
-# ---- for cards that are not here ----
+# ---- for GPUs that are not here ----
 
 
 def script(*command):
-    bare = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     return subprocess.run(
-        [sys.executable, *command], cwd=ROOT, env=bare, capture_output=True, text=True
+        [sys.executable, *command], cwd=ROOT, env=env, capture_output=True, text=True
     )
 
 
-def test_it_compiles_for_every_card_without_spilling_and_the_table_is_true(tmp_path):
-    """The largest case stands for the others, which take minutes: `python tests/bench/aot.py` compiles them all."""
+def test_it_compiles_for_every_gpu_without_spilling_and_the_table_is_true(tmp_path):
+    """The largest case only; all take minutes: `python tests/bench/aot.py`."""
     done = script(
         "tests/bench/aot.py",
         "--of=^heads of 128, documents, window$",
@@ -434,7 +432,7 @@ def test_it_compiles_for_every_card_without_spilling_and_the_table_is_true(tmp_p
         line for line in (tmp_path / "aot.md").read_text().splitlines() if line.startswith("| `")
     ]
     assert len(made) == 5
-    if triton.__version__ == PINNED:  # another counts other registers
+    if triton.__version__ == PINNED:  # another version needs other registers
         assert set(made) <= set(kept), "run python tests/bench/aot.py"
     assert all("wgmma" in line for line in made[:3])
 

