@@ -344,6 +344,11 @@ PREPARE_RULES = [
         "--vision_heads={vision_heads}",
     ),
     (
+        "tile patch",
+        lambda x, s: is_multiple(s.tile, s.patch),
+        "does not fit: --tile={tile} must be a multiple of --patch={patch}",
+    ),
+    (
         "heads kv_heads",
         lambda x, s: is_multiple(s.heads, s.kv_heads),
         "does not fit: --heads={heads} must be a multiple of --kv_heads={kv_heads}",

@@ -159,7 +159,7 @@ def draw_sequence(data, path):
     samples = PreparedDataset(data)
     loader = PackedDataLoader(samples, seq_len=320, global_batch_size=1, micro_batch_size=1, seed=0)
     batch, _ = next(loader)[0]
-    tiles = [tile_to_image(tile_CYX) for tile_CYX in batch["tiles_NCYX"].numpy()]
+    tiles = [tile_to_image(tile) for tile in batch["tiles_NCYX"].numpy()]
     tile, patch, shuffle = (samples.image_config[name] for name in ("tile", "patch", "shuffle"))
     canvas = Canvas(height=590)
     for n, image in enumerate(tiles[:2]):

@@ -688,8 +688,8 @@ def test_tags_number_the_tiles_and_name_the_whole_image():
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"patch": 5}, "24 pixels is not whole patches of 5"),
-        ({"shuffle": 4}, "a tile of 24 pixels is not whole patches of 4 that shuffle by 4"),
+        ({"patch": 25}, "0 patches of 25 pixels across a tile of 24"),
+        ({"shuffle": 4}, "6 patches of 4 pixels across a tile of 24 do not shuffle by 4"),
         ({"tile": 0}, "tile 0"),
         ({"tile": 24.0}, "tile 24.0"),
         ({"shuffle": True}, "shuffle True"),
@@ -898,3 +898,10 @@ def test_a_limit_makes_fewer_tiles_of_the_same_image():
     assert np.array_equal(
         cut(image, image_config, 1), cut(image, IMAGE_CONFIG)
     )  # one tile is the image, squashed
+
+
+def test_patches_need_not_fill_a_tile():
+    """SigLIP so400m: 27 × 27 patches of 14 pixels in a tile of 384."""
+    config = IMAGE_CONFIG | {"tile": 384, "patch": 14, "shuffle": 3}
+    image_processing.check_image_config(config)
+    assert image_processing.image_token_count((500, 400), config) == 81
