@@ -65,8 +65,8 @@ def random_init(
     tile: int = 64,  # pixels across an image for the vision encoder
     patch: int = 8,  # pixels across a patch
     shuffle: int = 2,  # pixel shuffle: shuffle² patches become one token
-    fit: str | None = None,  # of an image to a tile: squash, pad or crop; none: squash, or --tiles
-    tiles: int | None = None,  # most tiles of an image (InternVL, NVLM); none: one tile, by --fit
+    fit: str | None = None,  # of an image to a tile: squash, pad or crop; unset: squash, or --tiles
+    tiles: int | None = None,  # most tiles of an image (InternVL, NVLM); unset: one tile, by --fit
     thumbnail: bool = True,  # with several tiles: the whole image as one more tile
     tile_choice: str = "aspect",  # of the grid, by aspect ratio (InternVL), or area (Megatron)
     tile_tags: bool = False,  # a numbered text before each tile (NVLM)
@@ -140,18 +140,18 @@ def stitch(
     vision: str = "",  # a checkpoint, a CLIP, SigLIP or DINOv2 folder, or Hugging Face owner/name
     decoder: str = "",  # a checkpoint, a Llama, Mistral, … folder, or Hugging Face owner/name
     out: str = "out/stitched",  # folder of the new model
-    template: str | None = None,  # chat template of a published language model; none: its own
+    template: str | None = None,  # chat template of a published language model; unset: its own
     seed: int = 0,  # of the new projector
     # --- images, for a published vision encoder
-    tile: int | None = None,  # pixels across an image; none: its own
-    fit: str | None = None,  # squash, pad or crop; none: as its preprocessor, or --tiles
-    tiles: int | None = None,  # most tiles of an image (InternVL, NVLM); none: one tile, by --fit
+    tile: int | None = None,  # pixels across an image; unset: its own
+    fit: str | None = None,  # squash, pad or crop; unset: as its preprocessor, or --tiles
+    tiles: int | None = None,  # most tiles of an image (InternVL, NVLM); unset: one tile, by --fit
     thumbnail: bool = True,  # with several tiles: the whole image as one more tile
     tile_choice: str = "aspect",  # of the grid, by aspect ratio (InternVL), or area (Megatron)
     tile_tags: bool = False,  # a numbered text before each tile (NVLM)
     draft: bool = False,  # decode large JPEGs at a lower resolution: faster, but other pixels
-    vision_feature_layer: int | None = None,  # whose output to use; none: CLIP -2, others the last
-    shuffle: int | None = None,  # pixel shuffle: shuffle² patches become one token; none: 1
+    vision_feature_layer: int | None = None,  # whose output to use; unset: CLIP -2, others the last
+    shuffle: int | None = None,  # pixel shuffle: shuffle² patches become one token; unset: 1
 ):
     """Join a vision encoder and a language model by a new projector; their weights stay as is."""
     check_command(stitch, locals())
@@ -178,7 +178,7 @@ def data(
     *,
     model: str = "out/random_init",  # checkpoint whose tokenizer, template, image config to use
     source: list[str] = [],  # JSON, JSON lines, tar or parquet; may be repeated
-    images: str = "",  # folder or zip of the images; empty: the folder of the source
+    images: str = "",  # folder or zip of the images; unset: the folder of the source
     out: str = "",  # folder of the prepared data
     seq_len: int = 2048,  # most tokens of a sample; larger images get fewer tiles to fit
     workers: int = 0,  # processes; 0: one for each CPU core
@@ -240,12 +240,12 @@ def estimate(
     *,
     stage: str = "sft",  # decoder, vision, pretrain or sft
     recipe: str = "megatron",  # whose values the stage takes: megatron or llava (LLaVA-1.5)
-    model: str | None = None,  # checkpoint whose shapes to use; none: the one of the stage before
+    model: str | None = None,  # checkpoint whose shapes to use; unset: the one of the stage before
     seq_len: int | None = None,  # tokens in a sequence
     steps: int | None = None,  # optimizer steps in all
     global_batch_size: int | None = None,  # sequences in a step, over all GPUs
     micro_batch_size: int = 16,  # sequences in a forward pass of a GPU
-    freeze: str = "",  # parts not to train: vision,projector,decoder or none; empty: the stage's
+    freeze: str = "",  # parts not to train: vision,projector,decoder or none; unset: the stage's
     dtype: str = "auto",  # of matrix products: float32 or bfloat16; auto: bfloat16
     activation_checkpointing: str = "none",  # of blocks: none, decoder or all
     cpu_offload: bool = False,  # FSDP: keep parameters and optimizer state in host memory
@@ -343,11 +343,7 @@ PREPARE_RULES = [
         "does not fit: --vision_width={vision_width} must be a multiple of "
         "--vision_heads={vision_heads}",
     ),
-    (
-        "tile patch",
-        lambda x, s: is_multiple(s.tile, s.patch),
-        "does not fit: --tile={tile} must be a multiple of --patch={patch}",
-    ),
+    ("patch", lambda x, s: s.tile % x == 0, "must divide --tile={tile}"),
     (
         "heads kv_heads",
         lambda x, s: is_multiple(s.heads, s.kv_heads),

@@ -39,15 +39,15 @@ from nanovlm.kernels import dispatch
 def sample(
     *,
     # --- model and question
-    model: str = "",  # a checkpoint, run or LLaVA, or owner/name; empty: out/sft, else out/demo/sft
+    model: str = "",  # a checkpoint, run or LLaVA, or owner/name; unset: out/sft, else out/demo/sft
     image: list[str] = [],  # an image file; may be repeated
-    prompt: str = "",  # question, with <image>s; empty: standard input, or "Describe this image."
+    prompt: str = "",  # question, with <image>s; unset: standard input, or "Describe this image."
     chat: bool = False,  # a conversation: answer the prompt, then each line of standard input
     # --- benchmark
-    benchmark: str = "",  # how to read, ask and score the questions, such as mmmu; empty: exact
+    benchmark: str = "",  # how to read, ask and score the questions, such as mmmu; unset: exact
     questions: str = "",  # the benchmark's questions: a file or folder, as published, or JSONL
     annotations: str = "",  # the benchmark's reference answers, if they are in a separate file
-    images: str = "",  # folder or zip of the benchmark's images; empty: beside the questions
+    images: str = "",  # folder or zip of the benchmark's images; unset: beside the questions
     out: str = "",  # write or resume the answers, a .jsonl file; the scores go to the .json
     score: str = "",  # score the answers in this file again, without a model
     report: str = "",  # write an HTML page of images, questions, answers and scores

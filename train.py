@@ -63,13 +63,11 @@ from nanovlm.training.validation import pack_validation_set, validate
 def train(
     *,
     # --- model and data
-    stage: str = "",  # decoder, vision, pretrain (projector only) or sft; empty: the demonstration
+    stage: str = "",  # decoder, vision, pretrain (projector only) or sft; unset: the demonstration
     recipe: str = "megatron",  # whose values pretrain and sft take: megatron or llava (LLaVA-1.5)
-    model: str
-    | None = None,  # checkpoint to start from; none: the stage's own, such as out/stitched
+    model: str | None = None,  # checkpoint to start from; unset: the stage's, as out/stitched
     data: str | None = None,  # data of `prepare.py data`; several: a,b or with shares a:0.7,b:0.3
-    out: str
-    | None = None,  # folder of the run; none: out/STAGE, or out/demo/STAGE (decoder, vision)
+    out: str | None = None,  # folder of the run; unset: out/STAGE or out/demo/STAGE
     resume: bool = False,  # continue from the newest checkpoint in --out
     seq_len: int | None = None,  # tokens in a sequence; whole samples are packed into it
     seed: int = 0,  # of the order of the samples
@@ -77,11 +75,11 @@ def train(
     steps: int | None = None,  # optimizer steps in all
     global_batch_size: int | None = None,  # sequences in a step, over all ranks
     micro_batch_size: int = 16,  # sequences in a forward pass of a rank
-    freeze: str = "",  # parts not to train: vision,projector,decoder or none; empty: the stage's
+    freeze: str = "",  # parts not to train: vision,projector,decoder or none; unset: the stage's
     lr: float | None = None,  # peak learning rate of every trained part
-    vision_lr: float | None = None,  # of the vision encoder; none: --lr
-    projector_lr: float | None = None,  # of the projector; none: --lr
-    decoder_lr: float | None = None,  # of the language model; none: --lr
+    vision_lr: float | None = None,  # of the vision encoder; unset: --lr
+    projector_lr: float | None = None,  # of the projector; unset: --lr
+    decoder_lr: float | None = None,  # of the language model; unset: --lr
     min_lr: float | None = None,  # --lr at the end of the cosine schedule
     warmup_ratio: float | None = None,  # share of the steps with linear warmup
     weight_decay: float | None = None,  # of AdamW, for matrices only
@@ -106,7 +104,7 @@ def train(
     # --- validation and evaluation
     validate_every: int = 100,  # steps between validation losses
     eval_questions: str = "",  # questions to answer during training: see sample.py --questions
-    eval_images: str = "",  # folder or zip of their images; empty: where the questions are
+    eval_images: str = "",  # folder or zip of their images; unset: where the questions are
     eval_every: int = 500,  # steps between evaluations; the last step has one, too
     eval_benchmark: str = "exact",  # how to read and score: see sample.py --benchmark
 ):

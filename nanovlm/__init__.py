@@ -4,12 +4,13 @@ Read models/ first, then inference/generate.py, data/chat_template.py, data/pack
 
 A name carries the shape of its tensor: `q_BTHK` has four dimensions. The letters are
 
-    B batch   T tokens   S cached tokens   N tiles   P patches of a tile   D width
+    B batch   T tokens   S cached and new tokens   N tiles   P patches of a tile   D width
     H query heads   G key/value heads   K size of a head   F width of the MLP   V vocabulary
     C channels   Y X pixels (or patches) down and across
 
-After pixel shuffle, P counts image tokens. In the loss, N counts labelled tokens. A lower-case
-letter is a part of its capital (n of N tokens in a chunk); 1 is a dimension of size 1.
+D is the width of the part that a tensor is in. After pixel shuffle, P counts image features. In the
+loss, N counts labelled tokens. A lower-case letter is a part of its capital (n of N tokens in a
+chunk); 1 is a dimension of size 1.
 """
 
 IMAGE_TOKEN_ID = -1  # the id of an image token; no vocabulary has it, so it needs no embedding

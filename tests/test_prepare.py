@@ -298,7 +298,7 @@ def test_tiles_are_part_of_the_image_config(run_prepare, tmp_path):
         (dict(heads=5), "--width=24 must be a multiple of 2 × --heads=5"),
         (dict(kv_heads=4), "--heads=6 must be a multiple of --kv_heads=4"),
         (dict(vision_heads=3), "--vision_width=20 must be a multiple of --vision_heads=3"),
-        (dict(tile=13), "--tile=13 must be a multiple of --patch=3"),
+        (dict(tile=13), "--patch=3 must divide --tile=13"),
         (dict(fit="stretch"), "is none of squash, pad, crop"),
         (
             dict(tiles=4, fit="pad"),

@@ -258,6 +258,12 @@ def finish_folder(folder):
 
 
 def remove_unfinished(folder):
-    """Remove what start_folder and finish_folder leave if they are interrupted."""
-    for path in (f"{folder}.tmp", f"{folder}.old.tmp"):
+    """Remove what start_folder and finish_folder leave if they are interrupted.
+
+    If that was between the two renames, the older folder gets its name back.
+    """
+    tmp, old = f"{folder}.tmp", f"{folder}.old.tmp"
+    if os.path.exists(old) and not os.path.exists(folder):
+        os.rename(old, folder)
+    for path in (tmp, old):
         shutil.rmtree(path, ignore_errors=True)

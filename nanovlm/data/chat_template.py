@@ -24,8 +24,7 @@ TEMPLATE_DEFAULTS = {
     "system": "{}\n\n",  # a system message
     "system_inside": None,  # or "first", "last": the user message that it is put in front of
     "default_system": None,  # system message of a conversation that has none
-    # A question, and the opening of the answer. So a prompt for generation is the same segments,
-    # cut after the last user message.
+    # A question, and the opening of its answer: a prompt for generation ends after it.
     "user": "[INST]{}[/INST]",
     "answer": "{}",
     "end": "</s>",  # token that ends an answer

@@ -1,8 +1,8 @@
 """The order in which training reads samples, and the sequences into which it packs them.
 
-The sequences of a step are a function of (seed, step). They depend neither on the number of ranks
-or micro-batches nor on earlier steps. So a run resumes at any step on any number of machines, and
-the step is all that it has to remember.
+Given the data, seq_len and the global batch size, the sequences of a step are a function of
+(seed, step). They depend neither on the number of ranks or micro-batches nor on earlier steps. So a
+run resumes at any step on any number of machines, and the step is all that it has to remember.
 """
 
 import itertools
@@ -19,7 +19,7 @@ from .dataset import LENGTH
 
 # samples packed together: enough to fill the sequences, few enough to keep the order random
 PACKING_WINDOW = 1024
-# arguments of VLM.forward, and what they hold after the last token of a sequence
+# arguments of VLM.forward, and the value of each in padding
 PADDING = {"ids_BT": 0, "targets_BT": IGNORE_INDEX, "positions_BT": 0, "documents_BT": -1}
 
 
@@ -74,11 +74,11 @@ def epoch_samples(set_of, weights, seed, epoch):
 
 
 def pack_sequences(lengths, seq_len, window=PACKING_WINDOW):
-    """Yields the positions in `lengths` of each sequence; a sequence has at most seq_len tokens.
+    """Yields sequences of at most seq_len tokens, each a list of indices of samples in `lengths`.
 
-    Best fit decreasing (Johnson 1973): of each `window` of samples the longest comes first, into
-    the fullest sequence that has room. Sequences come in the order of their first members, so a
-    shuffled order stays shuffled.
+    Best fit decreasing (Johnson 1973): of each `window` of samples take the longest first, and put
+    it into the fullest sequence that still has room. Then sort the sequences by their first sample,
+    so that a shuffled order stays shuffled.
     """
     lengths = np.asarray(lengths)
     for start in range(0, len(lengths), window):
@@ -96,7 +96,7 @@ def pack_sequences(lengths, seq_len, window=PACKING_WINDOW):
 
 
 def packed_sequences(lengths, seq_len, seed, set_of, weights):
-    """Yields packed sequences without end, each the positions of its samples in `lengths`.
+    """Yields packed sequences without end, each the indices of its samples in `lengths`.
 
     Each epoch has an order of its own. A sequence is a function of (seed, its number) alone.
     """
@@ -154,7 +154,7 @@ def collate(samples, sequences, pin_memory=False):
 
 
 class PackedDataLoader:
-    """Yields the micro-batches of one rank, step after step: a function of (seed, step).
+    """Yields the micro-batches of one rank, step after step: its share of each step's sequences.
 
     global_batch_size: sequences of a step over all ranks; micro_batch_size: sequences of a
     micro-batch; start_step: the first step; weights: of the datasets, as parse_dataset_weights

@@ -34,7 +34,7 @@ from .formats import (
 class Benchmark(NamedTuple):
     """The files of a benchmark and their keys, its prompt, and its score.
 
-    A key that is two names, such as "answers answer", is that of two editions: a record has one.
+    Editions of a benchmark differ: of two names in one string ("answers answer") a record has one.
     """
 
     score: Callable  # of an answer: a function of metrics.py, or cider_scores
@@ -50,7 +50,7 @@ class Benchmark(NamedTuple):
     answers_key: str = "answers answer"
     kind_key: str = "kind"
     extra_keys: tuple = ()  # what else the score needs
-    from_user: bool = False  # a user's own questions: --prompt replaces them
+    from_user: bool = False  # --prompt replaces the question, not only the benchmark's prompt
     lists_choices: bool = False  # the choices follow the question, a line each
     open_prompt: str = ""  # replaces the prompt if a question has no choices
     hidden_answers: tuple = ()  # what stands for an answer that is not published
@@ -64,7 +64,8 @@ class Benchmark(NamedTuple):
         return self.score is cider_scores
 
 
-# The prompts are those of the training data, too (data/chat_template.py), as in LLaVA-1.5.
+# The prompts are LLaVA-1.5's, which its training data has, too. For TextVQA, DocVQA and InfoVQA
+# answers may also be numbers.
 BENCHMARKS = {
     "exact": Benchmark(metrics.exact_match, parse=parse_user_questions, from_user=True),
     "contains": Benchmark(metrics.contains_reference, parse=parse_user_questions, from_user=True),
@@ -102,9 +103,9 @@ BENCHMARKS = {
     "vqav2": Benchmark(
         metrics.vqa_accuracy,
         "Answer the question using a single word or phrase.",
-        ("*val2014_questions.json", "*test2015_questions.json"),
-        parse_vqav2,
-        ("*val2014_annotations.json",),
+        files=("*val2014_questions.json", "*test2015_questions.json"),
+        parse=parse_vqav2,
+        annotation_files=("*val2014_annotations.json",),
         id_key="question_id",
         image_paths=("val2014/{}", "test2015/{}", "{}"),
         hidden_answers=(None,),

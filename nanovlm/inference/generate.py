@@ -29,7 +29,7 @@ def generate(
     ends after an id of `stop`, which is yielded, or after max_tokens. Prompts of unequal length are
     padded on the left. Each sequence draws from a generator of its own, so that it does not depend
     on the others. cuda_graph: types of devices on which the steps of a long answer are captured. A
-    model in training mode is never captured, as a thread that pins memory would break the capture.
+    model in training mode is never captured: its prefetching thread would break the capture.
     """
     decoder, device = model.decoder, model.decoder.embed_tokens.weight.device
     B, T = len(prompts), max(map(len, prompts))
@@ -43,7 +43,7 @@ def generate(
     cache = KVCache(decoder, B, T + max_tokens)
     # --kernels=torch asks for what PyTorch does by itself
     captures = device.type in cuda_graph and not model.training and dispatch.choice != "torch"
-    # FSDP2 needs the version counters that inference_mode leaves out
+    # FSDP2 fails on tensors of inference_mode, which have no version counters.
     no_grad = torch.no_grad if model.training else torch.inference_mode
 
     with no_grad():

@@ -4,7 +4,7 @@
 
 The formula in PyTorch writes scores and weights of size T × S to memory and reads them back. Here
 q, k and v are read and out is written, no more. A program takes BLOCK_M queries of one head and
-loops over the keys that they attend to, BLOCK_N at a time. It keeps the unnormalised output (acc),
+loops over the keys that they attend to, BLOCK_N at a time. It keeps the unnormalized output (acc),
 the sum of the weights (l) and the maximum score (m) in registers, and scales acc and l down when a
 higher score appears (online softmax, Milakov & Gimelshein 2018). Scores are to base 2, the
 exponential that a GPU has an instruction for.
@@ -353,7 +353,7 @@ def attention_forward(
     causal: bool,
     window: int | None,
 ) -> tuple[Tensor, Tensor]:
-    """Returns (out_BTHK, lse_BHT). lse: log2 of the sum of each query's unnormalised weights, from
+    """Returns (out_BTHK, lse_BHT). lse: log2 of the sum of each query's unnormalized weights, from
     which the backward pass computes the weights again. first_BS, last_BS: see document_bounds."""
     out_BTHK, lse_BHT = attention_forward_fake(q_BTHK, k_BSGK, v_BSGK, None, None, causal, window)
     B, T, H, head_dim = q_BTHK.shape

@@ -1,4 +1,4 @@
-"""The decoder: a Mistral-style language model. Llama, Mistral and SmolLM2 differ in numbers only.
+"""The decoder: a Mistral-style language model. Llama, Mistral and SmolLM2 are numbers and options.
 
 In every layer a token attends to the tokens before it, then passes through an MLP (SwiGLU). The
 head turns the last hidden state into a logit for every next token. RoPE encodes the position: it
@@ -78,7 +78,7 @@ def apply_rope(x, cos_sin):
 class KVCache:
     """Keys and values of the tokens so far: two tensors (B, S, G, K) per layer, filled to `length`.
 
-    cache_length is for StaticKVCache (inference/optimize.py), which counts on the GPU.
+    cache_length is None here; a StaticKVCache (inference/optimize.py) has a number on the GPU.
     """
 
     def __init__(self, decoder, batch_size, max_length):
@@ -120,7 +120,7 @@ class Block(nn.Module):
         else:
             k_BSGK, v_BSGK = cache.update(layer_index, k_BTGK, v_BTGK)
             out_BTHK = self.attention(q_BTHK, k_BSGK, v_BSGK, documents_BS, cache.cache_length)
-        # The residual connection and the norm after it are one call: a GPU has one kernel for them.
+        # x + attention, and its norm, in one call: a GPU has one kernel for both.
         x_BTD, normed_BTD = self.mlp_norm(x_BTD, self.o_proj(out_BTHK.flatten(-2)))
         gate_BTF, up_BTF = self.gate_up_proj(normed_BTD)
         return x_BTD + self.down_proj(F.silu(gate_BTF) * up_BTF)
@@ -169,7 +169,7 @@ class Decoder(nn.Module):
         )
         self.norm = RMSNorm(width, eps)
         self.lm_head = nn.Linear(width, vocab_size, bias=False)
-        # Llama's 0.02 is this for a width of 2,500; small widths need more.
+        # A standard deviation of 1 / sqrt(width). For a width of 2,500 that is Llama's 0.02.
         for weight in [p for p in self.parameters() if p.dim() == 2]:
             nn.init.normal_(weight, std=width**-0.5)
         # The sum of 2 · layers residuals stays near the embeddings' size (GPT-2, section 2.3).

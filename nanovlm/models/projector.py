@@ -1,4 +1,4 @@
-"""The projector maps image features to vectors as wide as the decoder's embeddings."""
+"""The projector makes image features as wide as the decoder's embeddings."""
 
 import torch
 import torch.nn as nn

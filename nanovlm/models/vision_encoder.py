@@ -67,7 +67,7 @@ class Block(nn.Module):
 
 
 class VisionEncoder(nn.Module):
-    """Tiles (normalised floats) tiles_NCYX -> features_NPD, one per patch, row by row.
+    """Tiles (normalized floats) tiles_NCYX -> features_NPD, one per patch, row by row.
 
     vision_feature_layer: the layer whose output is returned, counted as in transformers: -1 is the
     last, -2 the last but one. Layers after it are not built. post_norm: apply the final LayerNorm

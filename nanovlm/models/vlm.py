@@ -2,11 +2,11 @@
 
 An image of 64 × 64 pixels, followed through the demonstration's model:
 
-    tiles_NCYX      (1, 3, 64, 64)   uint8, normalised here
+    tiles_NCYX      (1, 3, 64, 64)   uint8, normalized here
     features_NPD    (1, 64, 128)     vision encoder: one vector for each patch of 8 × 8 pixels
     shuffled        (1, 16, 512)     pixel shuffle by 2: 2 × 2 patches become one image feature
-    features        (16, 128)        projector: as wide as the decoder's embeddings, all tiles
-    x_BTD           (1, T, 128)      in place of the image tokens, between text embeddings
+    features        (16, 128)        projector: as wide as the decoder's embeddings
+    x_BTD           (1, T, 128)      embeddings of the text, features in place of image tokens
 """
 
 import torch
@@ -40,7 +40,7 @@ class VLM(nn.Module):
         self.register_buffer("std_C11", std_C11, persistent=False)
 
     def encode_images(self, tiles_NCYX):
-        """uint8 tiles -> image features (N · P, D), and last the newline vector if there is one."""
+        """uint8 tiles -> image features (N · P, D), and the newline vector at the end if any."""
         pixels_NCYX = (tiles_NCYX.float() / 255 - self.mean_C11) / self.std_C11
         # pretrained parts may differ in dtype
         features_NPD = self.vision(pixels_NCYX.to(self.vision.patches.weight.dtype))
@@ -53,7 +53,7 @@ class VLM(nn.Module):
         for each image token; -1, the last feature, is the newline). Raises UserError unless there
         are as many image tokens as features.
         """
-        # An image token's id is negative. It takes any embedding here and its feature below.
+        # An image token's id is negative: clamp gives it an embedding, its feature replaces that.
         x_BTD = self.decoder.embed_tokens(ids_BT.clamp(min=0))
         is_image_BT = ids_BT == IMAGE_TOKEN_ID
         count = int(is_image_BT.sum())
@@ -67,7 +67,7 @@ class VLM(nn.Module):
         if count:
             raise UserError(f"{count} image tokens in the ids, but there is no image")
         if self.training:
-            # Other ranks may have images and wait for this rank's gradients: encode a blank tile.
+            # Other ranks may wait for this rank's gradients: a blank tile, times 0, gives zeros.
             blank_1CYX = ids_BT.new_zeros((1, 3, self.tile, self.tile), dtype=torch.uint8)
             x_BTD = x_BTD + self.encode_images(blank_1CYX).sum().to(x_BTD.dtype) * 0
         return x_BTD

@@ -17,6 +17,7 @@ from nanovlm.checkpoints.checkpoint import (
     load_checkpoint_info,
     read_json,
     read_tensors,
+    remove_unfinished,
     save_checkpoint,
 )
 from nanovlm.data import tokenizer
@@ -216,6 +217,18 @@ def test_the_newest_complete_step_is_the_latest(words, tmp_path):
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["step-000041"], (
         "older steps and unfinished ones are removed"
     )
+
+
+def test_a_kill_between_the_two_renames_keeps_the_older_checkpoint(words, tmp_path):
+    """finish_folder renames the older folder first. What a kill then leaves, the next save mends."""
+    folder, old = tmp_path / "a", tmp_path / "a.old.tmp"
+    save_checkpoint(make_checkpoint(words), folder)
+    before = (folder / "model.safetensors").read_bytes()
+    folder.rename(old)
+    (tmp_path / "a.tmp").mkdir()
+    remove_unfinished(folder)
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    assert (folder / "model.safetensors").read_bytes() == before
 
 
 @pytest.mark.parametrize("fails", ["write_tensors", "fsync_path"])
