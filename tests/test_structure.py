@@ -39,8 +39,8 @@ KNOWS_ONLY = {
     "inference": ["inference", "models", "kernels/dispatch"],
 }
 MAX_STATEMENTS, MAX_NESTING = 45, 4  # of a function; a settings signature counts as none
-# Python tokens outside tests, docstrings and comments. It may only fall; the aim is 75,000.
-MAX_TOKENS = 89_200
+# Python tokens outside tests, docstrings and comments. The aim is 75,000.
+MAX_TOKENS = 80_200
 MAX_FOREIGN, MAX_FOREIGN_IN_FOLDER = 0.045, 0.08  # share of words in names
 
 # Top-level names that stand in two files, where both mean the same.
@@ -195,8 +195,15 @@ def nesting(node, chained=False):
     return (opens and not chained) + max(inside, default=0)
 
 
+COMPREHENSIONS = ast.ListComp | ast.SetComp | ast.DictComp | ast.GeneratorExp
+
+
 def faults(source):
     for node in ast.walk(ast.parse(source)):
+        if isinstance(node, COMPREHENSIONS) and any(
+            isinstance(inner, COMPREHENSIONS) for inner in ast.walk(node) if inner is not node
+        ):
+            yield f"line {node.lineno}: a comprehension in a comprehension"
         if isinstance(node, ast.FunctionDef) and statements(node) > MAX_STATEMENTS:
             yield f"line {node.lineno}: {node.name} has {statements(node)} statements"
         if isinstance(node, ast.FunctionDef) and nesting(node) > MAX_NESTING:
@@ -227,6 +234,9 @@ def test_each_fault_is_seen():
     assert list(faults(long)) == [f"line 1: f has {MAX_STATEMENTS + 1} statements"]
     assert list(faults(long.replace("    x = 1\n", "", 1))) == []
     assert list(faults(deep)) == ["line 1: f has 5 blocks in one another", "line 10: a bare except"]
+    assert list(faults("x = [y for y in z]\n[[y for y in x] for x in z]\n")) == [
+        "line 2: a comprehension in a comprehension"
+    ]
     plain = deep.replace("        pass\n    elif b:\n", "").replace("except:", "except E:")
     assert list(faults(plain)) == ["line 1: f has 5 blocks in one another"]
     assert list(

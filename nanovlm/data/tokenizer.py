@@ -454,7 +454,7 @@ class TextStream:
 
 def tokenizer_spec(ranks, special):
     """Returns the content of a Hugging Face tokenizer.json with these ranks and special tokens."""
-    pieces = {token: "".join(BYTE_TO_UNICODE[b] for b in token) for token in ranks}
+    pieces = {token: "".join(map(BYTE_TO_UNICODE.get, token)) for token in ranks}
     merges = []
     for token in ranks:
         if len(token) > 1:

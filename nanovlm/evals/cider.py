@@ -50,7 +50,7 @@ def cider_scores(answers, references):
     """
     if missing := sum(not texts for texts in references):
         raise UserError(f"{missing} of {len(references)} images have no reference caption")
-    reference_counts = [[count_ngrams(text) for text in texts] for texts in references]
+    reference_counts = [list(map(count_ngrams, texts)) for texts in references]
     image_counts = Counter()
     for counts in reference_counts:
         image_counts.update(set().union(*counts))
