@@ -228,10 +228,10 @@ def check(
     """Verify the checksums of prepared data; print its lengths, and how full sequences will be."""
     check_command(check, locals())
     folders, weights = parse_dataset_weights(data)
-    samples = PreparedDataset(*folders)
     if wrong := [message for folder in folders for message in verify_checksums(folder)]:
         more = f"; and {len(wrong) - 3} more files" if wrong[3:] else ""
         raise UserError(f"{'; '.join(wrong[:3])}{more}: prepare it again")
+    samples = PreparedDataset(*folders)
     print(summarize_dataset(samples, weights, seq_len, tokens_per_s))
     print("all checksums are right")
 

@@ -120,7 +120,16 @@ RULES = [  # (settings, whether a value x is allowed beside settings s, what is 
         lambda x, s: s.temperature > 0 or s.questions or s.score,
         "changes nothing at --temperature=0",
     ),
-    ("out report submission", lambda x, s: Path(x).parent.is_dir(), "is in no existing folder"),
+    (
+        "questions annotations images score out report",
+        lambda x, s: not os.path.exists(x) or os.path.isfile(x) or os.path.isdir(x),
+        "is a pipe or a device",
+    ),
+    (
+        "out report submission",
+        lambda x, s: os.access(f"{os.path.dirname(os.path.realpath(x))}/.", os.W_OK),
+        "is in no existing folder that can be written",
+    ),
     (
         "out",  # the scores go to the .json
         lambda x, s: x.endswith(".jsonl") and x != s.score,
@@ -212,9 +221,10 @@ def stream_answer(checkpoint, turns, images, **generation):
 def generate_and_print(checkpoint, turns, images, **generation):
     """Prints the answer to a conversation while it is generated; returns all of it."""
     start, parts = time.time(), []
+    shown = cli.CONTROL_CHARACTERS if sys.stdout and sys.stdout.isatty() else {}
     for part in stream_answer(checkpoint, turns, images, **generation):
         parts.append(part)
-        print(part, end="", flush=True)
+        print(part.translate(shown), end="", flush=True)
     print(flush=True)
     count = len(parts) - 1  # the last part belongs to no token
     cut = f", cut off at --max_tokens={count}" if count == generation["max_tokens"] else ""

@@ -364,6 +364,7 @@ def load_samples(run, checkpoint):
     folders, weights = parse_dataset_weights(run.data)
     samples = PreparedDataset(*folders)
     samples.check_fingerprint(checkpoint.fingerprint())
+    samples.check_ids(checkpoint.shapes["decoder"]["vocab_size"])
     return samples, weights
 
 

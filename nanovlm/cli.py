@@ -230,9 +230,13 @@ def check_rules(values, rules, settings):
 # ---- running a script ----
 
 
+# Control characters as text: no id, answer or name of a file may move the cursor of a terminal.
+CONTROL_CHARACTERS = {i: f"\\x{i:02x}" for i in (*range(9), *range(11, 32), *range(127, 160))}
+
+
 def print_status(*words):
     """Print to standard error, at once."""
-    print(*words, file=sys.stderr, flush=True)
+    print(" ".join(words).translate(CONTROL_CHARACTERS), file=sys.stderr, flush=True)
 
 
 def print_help(function):
@@ -290,7 +294,7 @@ def run_script(functions):
         call_with_arguments(functions, sys.argv[1:])
         print(end="", flush=True)
     except UserError as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {error}".translate(CONTROL_CHARACTERS))
     except BrokenPipeError:
         # `python sample.py … | head -1` is no error; the rest of the buffer goes to /dev/null.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

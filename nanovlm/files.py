@@ -81,6 +81,38 @@ OLD_PARAMETER_NAMES = [
     (r"\.down\.", ".down_proj."),
 ]
 
+# The largest sizes that a model may have, far beyond any that is published. A larger one is a
+# broken or a hostile file, and is refused before it takes memory.
+MAX_SIZE = 1 << 20
+MAX_SIZES = {
+    "layers": 1024,
+    "num_hidden_layers": 1024,
+    "tile": 8192,
+    "tiles": 256,
+    "max_position_embeddings": 1 << 30,
+}
+
+
+def size_error(name, value):
+    """Returns what is wrong with a size that a file names, None if it is plausible."""
+    most = MAX_SIZES.get(name, MAX_SIZE)
+    if type(value) is int and 1 <= value <= most:
+        return None
+    return f"{name} {value!r:.80} is no whole number from 1 on, at most {most:,}"
+
+
+@contextlib.contextmanager
+def refuse_odd_values(path):
+    """Raises UserError for an error of Python that a stranger's file causes, by a field of another
+    kind than its format has."""
+    try:
+        yield
+    except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as error:
+        raise UserError(
+            f"{path}: a value is of no kind or size that a model can have; restore it: "
+            f"{type(error).__name__}: {error}"
+        ) from None
+
 
 def rename_keys(value, names):
     """Returns a JSON value with other keys in its dicts, nested ones too. names: {old: new}."""
@@ -99,18 +131,27 @@ def parameter_name(name, renames=OLD_PARAMETER_NAMES):
     return name
 
 
+def read_text(path):
+    """Returns the text of a file in UTF-8. Raises UserError if there is none."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"no such file: {path}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not text in UTF-8: {error}; save it in UTF-8") from None
+
+
 def read_json(path, *required, kind=None):
     """Returns the dict in a JSON file, with today's names of its keys.
 
     required: keys that it must have. kind: a key of OLD_NAMES, by default the file's own name.
     Raises UserError if there is no such file, no dict in it, or no required key.
     """
+    text = read_text(path)
     try:
-        content = json.loads(Path(path).read_text())
-    except FileNotFoundError:
-        raise UserError(f"no such file: {path}") from None
+        content = json.loads(text)
     except (ValueError, RecursionError) as error:
-        # not JSON, not UTF-8, a number with thousands of digits, or nested too deeply
+        # not JSON, a number with thousands of digits, or nested too deeply
         raise UserError(f"{path} is not JSON: {error}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} is no JSON object: {content!r:.80}")
@@ -158,21 +199,25 @@ def read_log(path):
     """Yields the objects of a file of JSON lines, to which a run may still be writing.
 
     A last line that is incomplete is skipped: a killed run leaves one. Raises UserError if there is
-    no such file or if another line is not JSON.
+    no such file or if another line is not a JSON object in UTF-8.
     """
     try:
-        lines = Path(path).read_text().splitlines()
+        lines = Path(path).read_bytes().split(b"\n")
     except FileNotFoundError:
         raise UserError(f"no such file: {path}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not text in UTF-8: {error}") from None
     names = OLD_NAMES.get(Path(path).name, {})
     for number, line in enumerate(lines, 1):
+        problem = "not a JSON object"
         try:
-            yield rename_keys(json.loads(line), names)
-        except (ValueError, RecursionError):
-            if number < len(lines):
-                raise UserError(f"{path}, line {number}: not JSON") from None
+            content = rename_keys(json.loads(line.decode()), names)
+        except (ValueError, RecursionError) as error:
+            # not JSON, not UTF-8, a number with thousands of digits, or nested too deeply
+            content, problem = None, f"not JSON: {error}"
+            if number == len(lines):
+                return
+        if not isinstance(content, dict):
+            raise UserError(f"{path}, line {number}: {problem}; remove the line")
+        yield content
 
 
 # ---- folders of pretrained models ----

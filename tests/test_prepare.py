@@ -160,7 +160,9 @@ def test_prepared_data_has_the_content_of_its_source(home, run_prepare, tmp_path
     printed = capsys.readouterr()
     assert (
         printed.out == ""
-        and "4 samples" in printed.err
+        and "samples of 0 image(s): 1\nsamples of 1 image(s): 2\nsamples of 2 image(s): 1\n"
+        f"{tmp_path}/set: 4 samples"
+        in printed.err
         and f"longest of {read.table[:, dataset.LENGTH].max()} tokens" in printed.err
     )
 

@@ -406,6 +406,10 @@ def test_a_conversation_continues_after_an_invalid_line(run_sample):
             "--out=none/answers.jsonl is in no existing folder",
         ),
         (
+            ["--questions=questions.jsonl", "--out=a.png/answers.jsonl"],
+            "--out=a.png/answers.jsonl is in no existing folder",
+        ),
+        (
             ["--questions=questions.jsonl", "--benchmark=extact"],
             "--benchmark=extact is not known: exact, contains, ",
         ),
@@ -457,12 +461,30 @@ def test_a_conversation_continues_after_an_invalid_line(run_sample):
             )
             for path in ("a.png", "model/nanovlm.json")
         ),
+        (["--questions=pipe"], "--questions=pipe is a pipe or a device"),
+        (["--score=/dev/zero", "--benchmark=exact"], "--score=/dev/zero is a pipe or a device"),
+        (["--prompt=a", "--image=pipe"], "pipe: not a regular file"),
+        (["--prompt=a", "--model=\x1b]0;a\a\x9b2J"], r"no such model: \x1b]0;a\x07\x9b2J"),
+        (
+            ["--questions=a.png", "--report=locked/a.html"],
+            "--report=locked/a.html is in no existing folder that can be written",
+        ),
         (["--device=abacus", "--prompt=a"], "--device=abacus is none of auto, cpu, cuda"),
         (["--kernels=mine", "--prompt=a"], "--kernels=mine is none of auto, torch"),
     ],
 )
-def test_what_cannot_be_done_is_one_line_and_exit_code_1(folder, run_sample, words, message):
+def test_what_cannot_be_done_is_one_line_and_exit_code_1(
+    folder, run_sample, monkeypatch, words, message
+):
     (folder / "mine.html").write_text("mine")
+    if not (folder / "pipe").exists():
+        os.mkfifo(folder / "pipe")
+        (folder / "locked").mkdir()
+    # root may write everywhere
+    access = os.access
+    monkeypatch.setattr(
+        os, "access", lambda path, mode: "locked" not in path and access(path, mode)
+    )
     if "--out=questions.jsonl" in words:
         (folder / "questions.jsonl").write_text("{}")
     code, out, err = run_sample(*words)
@@ -765,3 +787,13 @@ def test_a_closed_pipe_is_not_an_error(folder):
     process.stdout.close()
     assert (process.wait(timeout=60), process.stderr.read()) == (141, b"")
     process.stderr.close()
+
+
+def test_a_terminal_is_not_controlled_by_an_answer(checkpoint, capsys, monkeypatch):
+    """A pipe gets the answer as it is."""
+    answer = "a\x1b[2Jb\r\x9bc\n\té"
+    monkeypatch.setattr(script, "stream_answer", lambda *_, **how: iter([answer, ""]))
+    for is_terminal, printed in ((False, answer), (True, "a\\x1b[2Jb\\x0d\\x9bc\n\té")):
+        monkeypatch.setattr(sys.stdout, "isatty", lambda is_terminal=is_terminal: is_terminal)
+        assert script.generate_and_print(checkpoint, [], [], max_tokens=9) == answer
+        assert capsys.readouterr().out == printed + "\n"

@@ -7,6 +7,7 @@ Every payload would write a file, the `sentinel`, if it ran. A real one would do
 import contextlib
 import io
 import json
+import math
 import os
 import pickle
 import re
@@ -34,11 +35,18 @@ import prepare
 import sample
 import train
 from nanovlm import UserError
-from nanovlm.checkpoints import huggingface
-from nanovlm.checkpoints.checkpoint import Checkpoint, load_checkpoint_info, save_checkpoint
+from nanovlm.checkpoints import huggingface, llava
+from nanovlm.checkpoints.checkpoint import (
+    Checkpoint,
+    build_model,
+    load_checkpoint_info,
+    save_checkpoint,
+)
 from nanovlm.data import dataset, image_files, jinja, jinja_template, tokenizer
 from nanovlm.evals import benchmarks, formats
 from nanovlm.files import download_pretrained
+from nanovlm.models.decoder import Decoder
+from nanovlm.models.vision_encoder import VisionEncoder
 
 QUESTION = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "An egg."}]
 
@@ -427,8 +435,12 @@ def test_a_template_that_raises_any_error_refuses_the_conversation(template):
 
 def test_a_template_that_is_not_text_is_refused(copied):
     as_jinja_file(bad := copied("decoder"), b"\xff\xfe{{")
-    with refused("as none of ours does"):
+    with refused("chat_template.jinja is not text in UTF-8"):
         huggingface.read_decoder(bad, tensors=False)
+    for encoding in ("cp1252", "utf-16"):
+        as_jinja_file(bad, "{{ bos_token }}é’".encode(encoding))
+        with refused("chat_template.jinja is not text in UTF-8"):
+            huggingface.read_decoder(bad, tensors=False)
 
 
 @pytest.mark.parametrize(
@@ -550,8 +562,109 @@ def test_an_index_that_is_nested_too_deep_is_refused(copied):
 
 def test_a_config_of_a_billion_layers_is_refused_before_they_are_built(copied):
     test_huggingface.edit((bad := copied("decoder")) / "config.json", num_hidden_layers=10**9)
-    with refused("num_hidden_layers 1000000000 is more than"):
+    with refused("num_hidden_layers 1000000000 is no whole number from 1 on, at most 1,024"):
         huggingface.read_decoder(bad)
+
+
+ODD_VALUES = [None, "zzz", "1e-05", [], [[7]], {}, {"a": 1}, True, 0, -1, -5.5, 2.5, 10**9, 10**400]
+ODD_VALUES += [math.nan, math.inf, 1e300]
+
+
+def edits(value):
+    """Yields (names, copy of a JSON value) with one field, nested ones too, set to each of ODD_VALUES, and
+    once without it."""
+    fields = list(value) if isinstance(value, dict) else range(len(value))
+    for field in fields:
+        for odd in ODD_VALUES:
+            yield (
+                f"{field} {odd!r:.20}",
+                {**value, field: odd}
+                if isinstance(value, dict)
+                else [*value[:field], odd, *value[field + 1 :]],
+            )
+        if isinstance(value, dict):
+            yield f"no {field}", {name: value[name] for name in fields if name != field}
+        if isinstance(value[field], dict | list):
+            for name, inner in edits(value[field]):
+                changed = value.copy()
+                changed[field] = inner
+                yield f"{field}: {name}", changed
+
+
+def read_and_build(part, folder):
+    """What reads a folder's configs; then the model is built without memory."""
+    read = {
+        "vision": lambda: huggingface.read_vision_encoder(folder, tensors=False),
+        "decoder": lambda: huggingface.read_decoder(folder, template="chatml", tensors=False),
+        "llava": lambda: llava.read_llava(folder, template="llama2", tensors=False),
+        "model": lambda: load_checkpoint_info(folder),
+    }
+    found = read[part]()
+    with torch.device("meta"):
+        if part == "vision":
+            VisionEncoder(**found.shapes["vision"])
+        elif part == "decoder":
+            Decoder(**found.shapes["decoder"])
+        else:
+            build_model(found.shapes, found.image_config)
+
+
+@pytest.mark.parametrize(
+    "part, name",
+    [
+        ("vision", "config.json"),
+        ("vision", "preprocessor_config.json"),
+        ("decoder", "config.json"),
+        ("llava", "config.json"),
+        ("llava", "preprocessor_config.json"),
+        ("model", "nanovlm.json"),
+    ],
+)
+def test_any_odd_value_in_a_config_is_refused_in_one_line_or_harmless(part, name, copied):
+    path = (folder := copied(part)) / name
+    read_and_build(part, folder)
+    step = 7 if part == "llava" else 1  # it reads the others' fields by the same functions
+    for edit, content in list(edits(json.loads(path.read_text())))[::step]:
+        path.write_text(json.dumps(content))
+        try:
+            read_and_build(part, folder)
+        except UserError as error:
+            assert "\n" not in str(error) and len(str(error)) < 1500, edit
+        except Exception as error:
+            pytest.fail(f"{name}, {edit}: {type(error).__name__} {error}")
+
+
+@pytest.mark.parametrize(
+    "field, value, message",
+    [
+        ("std", [0.5, -5.5, 0.5], "std .* is not three numbers"),
+        ("std", [0.5, 0, 0.5], "std .* is not three numbers"),
+        ("fit", "zzz", "fit 'zzz' is none of"),
+        ("tile", 10**9, "tile 1000000000 is no whole number from 1 on, at most 8,192"),
+        ("tile", 24, "image config differs from the shapes"),
+        ("chat_template", "zzz", "chat_template 'zzz' is none of mistral"),
+        ("eps", "1e-05", "nanovlm.json: .* eps '1e-05'"),
+        ("rope_theta", math.nan, "rope_theta nan"),
+        ("rope_scaling", {"rope_type": "linear", "factor": 0}, "RoPE of 8 numbers"),
+        ("heads", 5, "5 heads do not divide"),
+        ("layers", 10**9, "layers 1000000000"),
+        ("activation", "zzz", "activation 'zzz'"),
+    ],
+)
+def test_a_false_number_in_nanovlm_json_is_named(field, value, message, copied):
+    path = copied("model") / "nanovlm.json"
+    meta = json.loads(path.read_text())
+    if field == "activation":
+        part = meta["shapes"]["vision"]
+    elif field in meta:
+        part = meta
+    else:
+        part = meta["image_config" if field in meta["image_config"] else "shapes"]
+        part = part if field in part else part["decoder"]
+    part[field] = value
+    path.write_text(json.dumps(meta))
+    with refused(message):
+        load_checkpoint_info(path.parent)
 
 
 # ---- prepared data ----

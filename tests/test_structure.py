@@ -39,8 +39,8 @@ KNOWS_ONLY = {
     "inference": ["inference", "models", "kernels/dispatch"],
 }
 MAX_STATEMENTS, MAX_NESTING = 45, 4  # of a function; a settings signature counts as none
-# Python tokens outside tests, docstrings and comments. The aim is 75,000.
-MAX_TOKENS = 80_200
+# Python tokens outside tests, docstrings and comments; more only for an issue that asks for more.
+MAX_TOKENS = 83_400
 MAX_FOREIGN, MAX_FOREIGN_IN_FOLDER = 0.045, 0.08  # share of words in names
 
 # Top-level names that stand in two files, where both mean the same.
@@ -397,7 +397,8 @@ def test_no_name_of_the_glossarys_left_column_is_defined(path):
 KNOWN_BY_NAME = {
     "decoder family": (
         r"mistral|vicuna|zephyr|smollm|qwen|gemma|llama(?!3)",
-        {"checkpoints/huggingface", "checkpoints/llava", "data/chat_template"},
+        # data/tokenizer: LlamaTokenizer, whose setting `legacy` places a space
+        {"checkpoints/huggingface", "checkpoints/llava", "data/chat_template", "data/tokenizer"},
     ),
     "vision encoder": (
         r"clip_vision|siglip|dinov2",
@@ -405,7 +406,8 @@ KNOWN_BY_NAME = {
     ),
     "benchmark": (
         "|".join(name for name in BENCHMARKS if not BENCHMARKS[name].from_user),
-        {"evals/benchmarks", "evals/formats", "evals/metrics"},
+        # evals/cider: "mme" is an abbreviation, too
+        {"evals/benchmarks", "evals/formats", "evals/metrics", "evals/cider"},
     ),
 }
 # The default chat template of `prepare.py random_init` and of the demonstration.

@@ -12,6 +12,7 @@ the last step keep their weights in sharded/ instead of model.safetensors.
 """
 
 import contextlib
+import inspect
 import json
 import os
 import shutil
@@ -21,14 +22,19 @@ from typing import NamedTuple
 import torch
 
 from .. import UserError, distributed, files
+from ..data.chat_template import TEMPLATES
 from ..data.dataset import make_fingerprint
+from ..data.image_processing import check_image_config
 from ..data.tokenizer import Tokenizer
-from ..files import fsync_path, read_json, read_tensors, write_tensors
+from ..files import fsync_path, read_json, read_tensors, size_error, write_tensors
+from ..models.decoder import Decoder, rope_cos_sin
+from ..models.vision_encoder import ACTIVATIONS, VisionEncoder
 from ..models.vlm import VLM
 from . import sharded
 
 CHECKPOINT_VERSION = 2
 READABLE_VERSIONS = (1, 2)  # the keys of version 1 are in files.OLD_NAMES
+SIZES = ("tile", "patch", "shuffle")  # that the shapes and the image config share
 CHECKPOINT_FIELDS = ("shapes", "image_config", "chat_template", "history")  # in nanovlm.json
 
 
@@ -59,6 +65,61 @@ def build_model(shapes, image_config):
         std=image_config["std"],
         newline=image_config["fit"] == "anyres",
     )
+
+
+def is_plausible(name, value, default, layers):
+    """Whether a value of a file can be the argument `name` of VisionEncoder or Decoder."""
+    match default:
+        case bool():
+            return isinstance(value, bool)
+        case float():  # eps, rope_theta
+            most = 1 if name == "eps" else 1e12
+            return type(value) in (int, float) and 0 < value <= most
+        case str():
+            return value in list(ACTIVATIONS)
+        case int():
+            return type(value) is int and 1 <= abs(value) <= layers
+    if isinstance(value, list):  # sliding_window
+        return len(value) == layers and not any(x and size_error(name, x) for x in value)
+    return value is default is None or name == "rope_scaling" or not size_error(name, value)
+
+
+def check_arguments(module, values, where, names={}):
+    """Raises UserError unless a dict of a file holds plausible arguments of a module.
+
+    module: VisionEncoder or Decoder. names: what the file at `where` calls them.
+    """
+    with files.refuse_odd_values(where):
+        parameters = inspect.signature(module).parameters
+        defaults = {name: parameter.default for name, parameter in parameters.items()}
+        for name, value in (defaults | {"layers": None} | values).items():
+            if not is_plausible(name, value, defaults[name], values["layers"]):
+                raise ValueError(f"{names.get(name, name)} {value!r:.80}")
+        width, heads = values["width"], values["heads"]
+        if width % heads and not values.get("head_dim") or heads % values.get("kv_heads", 1):
+            raise ValueError(f"{heads} heads do not divide a width of {width}")
+        if module is Decoder:
+            head_dim, theta = (
+                values.get("head_dim") or width // heads,
+                values.get("rope_theta", 1e4),
+            )
+            scaling = values.get("rope_scaling")
+            tables = rope_cos_sin(torch.ones(1, 1, device="cpu"), head_dim, theta, scaling)
+            if head_dim % 2 or not tables[0].isfinite().all():
+                raise ValueError(f"RoPE of {head_dim} numbers with {scaling}")
+
+
+def check_checkpoint_info(meta, path):
+    """Raises UserError unless the fields of a nanovlm.json are plausible and fit each other."""
+    shapes, image_config, template = (meta[name] for name in CHECKPOINT_FIELDS[:3])
+    check_image_config(image_config, path)
+    check_arguments(VisionEncoder, shapes["vision"], path)
+    check_arguments(Decoder, shapes["decoder"], path)
+    sizes = {name: shapes["vision"].get(name, shapes["shuffle"]) for name in SIZES}
+    if sizes != {name: image_config[name] for name in SIZES}:
+        raise UserError(f"{path}: the image config differs from the shapes, {sizes}")
+    if template not in TEMPLATES:
+        raise UserError(f"{path}: chat_template {template!r:.80} is none of {', '.join(TEMPLATES)}")
 
 
 def list_checkpoints(out):
@@ -116,9 +177,11 @@ def load_checkpoint_info(folder):
             f"{folder} has format version {meta.get('version')}, this nanovlm reads "
             f"{' and '.join(map(str, READABLE_VERSIONS))}: use the nanovlm that wrote it"
         )
+    with files.refuse_odd_values(path):
+        check_checkpoint_info(meta, path)
+        meta["history"]["folder"] = str(folder)  # it is not saved again
     tokenizer = Tokenizer.load(folder)
     check_vocab_size(tokenizer, meta["shapes"]["decoder"], path)
-    meta["history"]["folder"] = str(folder)  # it is not saved again
     return Checkpoint(None, tokenizer, **{name: meta[name] for name in CHECKPOINT_FIELDS})
 
 
@@ -150,7 +213,7 @@ def load_checkpoint(folder, device="cpu", dtype=torch.float32, template=None, de
     elif defer_weights:
         return found._replace(sharded=shards)
     else:
-        rows = {name: torch.empty(shape) for name, shape in shapes.items()}
+        rows = {name: torch.full(shape, torch.nan) for name, shape in shapes.items()}
         copy_from_shards(rows, shards)
         tensors = {name: (tensor, shards) for name, tensor in rows.items()}
     tensors = files.match_finite_tensors(shapes, tensors, "(?!)", [path])
@@ -226,6 +289,7 @@ def write_checkpoint_files(checkpoint, folder, tensors):
 @contextlib.contextmanager
 def atomic_folder(folder):
     """Yields a temporary folder, which replaces `folder` at the end if nothing was raised."""
+    folder = Path(folder)  # without a slash at its end
     try:
         yield start_folder(folder)
         finish_folder(folder)

@@ -13,6 +13,7 @@ tensors; and the defaults of its config.json. llava.py uses the same tables for 
 compares names, shapes and dtypes with the expected ones.
 """
 
+import functools
 import math
 import re
 from types import SimpleNamespace
@@ -22,6 +23,7 @@ import torch.nn.functional as F
 
 from .. import UserError
 from ..data import chat_template
+from ..data.image_processing import check_image_config
 from ..data.jinja_template import identify_template
 from ..data.tokenizer import Tokenizer
 from ..files import (
@@ -29,12 +31,15 @@ from ..files import (
     list_weight_files,
     match_finite_tensors,
     read_json,
+    read_text,
     read_weights,
+    refuse_odd_values,
+    size_error,
     weights_source,
 )
 from ..models.decoder import Decoder
 from ..models.vision_encoder import VisionEncoder
-from .checkpoint import Checkpoint, build_model, check_vocab_size
+from .checkpoint import Checkpoint, build_model, check_arguments, check_vocab_size
 
 # ---- names of tensors ----
 # ours: published. * is a layer's number. A module's name stands for its weight and its bias.
@@ -188,7 +193,6 @@ DECODER_REQUIRED = dict(
     hidden_act="silu", attention_bias=False, mlp_bias=False, partial_rotary_factor=1.0
 )
 IMAGE_REQUIRED = dict(do_resize=True, do_rescale=True, rescale_factor=1 / 255, do_normalize=True)
-MAX_LAYERS = 1024  # a model is built on the meta device before weights are found to be missing
 ACTIVATION = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
 RESAMPLE = {2: "bilinear", 3: "bicubic"}  # by Pillow's numbers
 ROPE_FIELDS = {  # of each rope_type, with their defaults; ... is a required field
@@ -236,13 +240,8 @@ def model_config(config, inner, types, where):
     config = DEFAULTS[model_type] | config
     for field, default in DEFAULTS[model_type].items():
         is_size = type(default) is int and field != "sliding_window"
-        if is_size and (type(config[field]) is not int or config[field] < 1):
-            raise UserError(f"{where}: {field} {config[field]!r} is no whole number from 1 on")
-    if config["num_hidden_layers"] > MAX_LAYERS:
-        raise UserError(
-            f"{where}: num_hidden_layers {config['num_hidden_layers']} is more than the "
-            f"{MAX_LAYERS} that are allowed"
-        )
+        if is_size and (error := size_error(field, config[field])):
+            raise UserError(f"{where}: {error}")
     return config
 
 
@@ -379,7 +378,7 @@ def read_image_config(folder, tile, fit):
     edges, own_fit = edge_lengths(crop or size), preprocessor_fit(config, size, crop, path)
     # DINOv2's resizes to 256 and crops 224 from the center
     is_known = fit or (own_fit and edge_lengths(size) == edges)
-    if not is_known or (tile is None and len(edges) != 1):
+    if not is_known or (tile is None and [size_error("tile", edge) for edge in edges] != [None]):
         raise UserError(
             f"{path}: its resizing, size {size}, crop {crop}, is not known here: choose --fit "
             "(squash, pad or crop); if it is not square, choose --tile, too"
@@ -429,7 +428,10 @@ def load_published_tensors(module, table, found, ignored, files):
     names = {name: published_name(name, table) for name in state}
     shapes = {names[name]: tensor.shape for name, tensor in state.items()}
     matched = match_finite_tensors(shapes, found, ignored, files)
-    module.load_state_dict({name: matched[names[name]] for name in state}, assign=True)
+    # Some folders keep norms in float32, the rest in bfloat16. The widest dtype changes no number.
+    dtype = functools.reduce(torch.promote_types, (tensor.dtype for tensor in matched.values()))
+    state = {name: matched[names[name]].to(dtype) for name in state}
+    module.load_state_dict(state, assign=True)
     return module.eval()
 
 
@@ -454,16 +456,20 @@ def read_vision_encoder(
     """
     folder = find_pretrained(name)
     path = folder / "config.json"
-    config = model_config(read_json(path), "vision_config", VISION_TYPES, path)
-    image_config = read_image_config(folder, tile, fit)
+    with refuse_odd_values(folder / "preprocessor_config.json"):
+        image_config = read_image_config(folder, tile, fit)
+    with refuse_odd_values(path):
+        config = model_config(read_json(path), "vision_config", VISION_TYPES, path)
+        shapes = vision_shapes(config, image_config["tile"], vision_feature_layer, path)
     image_config |= {"patch": config["patch_size"], "shuffle": shuffle, **more}
-    shapes = vision_shapes(config, image_config["tile"], vision_feature_layer, path)
     side, own_side = (edge // shapes["patch"] for edge in (shapes["tile"], config["image_size"]))
     if side < 1 or side % shuffle:
         raise UserError(
             f"--shuffle={shuffle} does not divide the {side} patches across a tile of "
             f"{shapes['tile']} pixels"
         )
+    check_image_config(image_config, f"{folder}: image config")
+    check_arguments(VisionEncoder, shapes, path, VISION_FIELDS)
     vlm_shapes = {"vision": shapes, "decoder": None, "shuffle": shuffle}
     part = Checkpoint(None, None, vlm_shapes, image_config, None, {})
     if not tensors:
@@ -498,8 +504,10 @@ def read_decoder(name, *, template=None, tensors=True):
     """
     folder = find_pretrained(name)
     path = folder / "config.json"
-    config = model_config(read_json(path), "text_config", DECODER_TYPES, path)
-    shapes = decoder_shapes(config, path)
+    with refuse_odd_values(path):
+        config = model_config(read_json(path), "text_config", DECODER_TYPES, path)
+        shapes = decoder_shapes(config, path)
+    check_arguments(Decoder, shapes, path, DECODER_FIELDS)
     tokenizer = Tokenizer.load(folder)
     if template is None:
         template = identify_template(*read_chat_template(folder), tokenizer, folder)
@@ -544,7 +552,7 @@ def read_chat_template(folder):
             tokens[name] = value
     text, path = config.get("chat_template"), folder / "chat_template.jinja"
     if path.is_file():
-        text = path.read_text(errors="replace")
+        text = read_text(path)
     if not isinstance(text, list):
         return text, tokens
     for item in text:  # several templates with names

@@ -53,12 +53,11 @@ def read_llava(name, template=None, tensors=True):
             f"({', '.join(LLAVA_TYPES)}); prepare.py stitch joins a vision encoder and a decoder"
         )
     layer = config.get("vision_feature_layer", -2)
-    if not isinstance(layer, int):
+    if type(layer) is not int:
         raise UserError(f"{path}: vision_feature_layer {layer} is not known here, only one layer")
     vision = huggingface.read_vision_encoder(name, vision_feature_layer=layer, tensors=tensors)
     decoder = huggingface.read_decoder(name, template=template, tensors=tensors)
     check_joint_config(config, vision, decoder, path)
-    image_processing.check_image_config(vision.image_config)
     with torch.device("meta"):
         found = huggingface.combine_parts(vision, decoder, {"folder": str(name)})
     if not tensors:
@@ -246,6 +245,7 @@ def json_files(checkpoint, image_id):
             if "tokenizer.model" in tokenizer.files
             else "PreTrainedTokenizerFast",
             "bos_token": form["start"] or None,
+            "legacy": tokenizer.prefix_space != "first",  # of a tokenizer.model
             "add_bos_token": False,  # for llama.cpp's converter: the template writes it
             "eos_token": form["end"],
             "pad_token": pad,

@@ -1,12 +1,20 @@
 """A new model with random weights, and a tokenizer trained on text, for training from scratch."""
 
+import os
+
 import torch
 
-from .. import cli
+from .. import UserError, cli
 from ..data.chat_template import special_token_names
 from ..data.image_processing import tokens_per_tile
 from ..data.tokenizer import train_tokenizer
-from .checkpoint import Checkpoint, build_model, save_checkpoint
+from ..models.decoder import Decoder
+from ..models.vision_encoder import VisionEncoder
+from .checkpoint import Checkpoint, build_model, check_arguments, save_checkpoint
+
+
+def parameter_count(model):
+    return sum(p.numel() for p in model.parameters())
 
 
 def create_model(texts, *, out, vocab_size, template, image_config, vision, decoder, seed):
@@ -15,6 +23,20 @@ def create_model(texts, *, out, vocab_size, template, image_config, vision, deco
     texts: strings that a tokenizer of `vocab_size` tokens is trained on; the special tokens of
     `template` are added. vision, decoder: arguments of VisionEncoder and Decoder.
     """
+    largest = {"vocab_size": vocab_size, **decoder}
+    check_arguments(VisionEncoder, vision, "random_init")
+    check_arguments(Decoder, largest, "random_init")
+    with torch.device("meta"):  # takes no memory
+        model = build_model({"vision": vision, "decoder": largest}, image_config)
+    size, memory = (
+        4 * parameter_count(model),
+        os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+    )
+    if size > memory:
+        raise UserError(
+            f"these sizes make a model of {size >> 30:,} GiB, this machine has {memory >> 30:,}: "
+            "choose a smaller --width, --layers, --intermediate_size or --vocab_size"
+        )
     tokenizer = train_tokenizer(texts, vocab_size, special_token_names(template))
     shapes = {
         "vision": vision,
@@ -25,8 +47,7 @@ def create_model(texts, *, out, vocab_size, template, image_config, vision, deco
     model = build_model(shapes, image_config)
     history = {"random_init": f"seed {seed}"}
     save_checkpoint(Checkpoint(model, tokenizer, shapes, image_config, template, history), out)
-    parameters = sum(p.numel() for p in model.parameters())
     cli.print_status(
-        f"{out}: {parameters:,} random parameters, {tokenizer.vocab_size} tokens, "
+        f"{out}: {parameter_count(model):,} random parameters, {tokenizer.vocab_size} tokens, "
         f"{tokens_per_tile(image_config)} tokens per image"
     )

@@ -24,6 +24,7 @@ follow from the image config (image_processing.image_feature_index). Sample 7, r
     pixels = np.memmap(f"{shard}/tiles", "u1").reshape(-1, 3, 336, 336)[tile : tile + tiles]
 """
 
+import functools
 import hashlib
 import json
 import math
@@ -252,31 +253,54 @@ def map_file(path, dtype, rows, shape):
     return mapped.view(dtype).reshape(rows, *shape)
 
 
-def map_shard(files, tile):
+def map_shard(files, tile, count_tokens):
     """Returns {kind: array} of a shard's memory-mapped files; `names` is a list of texts.
 
-    files: of read_header; tile: width and height of a tile in pixels. Raises UserError if a file
-    has another size, or if samples or images point outside the files.
+    files: of read_header; tile: width and height of a tile in pixels; count_tokens: of
+    is_consistent. Raises UserError if a file has another size, or if is_consistent says no.
     """
     shapes = {"tiles": (3, tile, tile), "images": (4,), "samples": (len(COLUMNS),)}
     shard = {}
     for kind, (path, rows, _) in files.items():
         shard[kind] = map_file(path, FILE_DTYPES[kind], rows, shapes.get(kind, ()))
-    table, images = shard["samples"], shard["images"]
     shard["names"] = shard["names"].tobytes().decode(errors="replace").split("\n")[:-1]
-    is_wrong = len(shard["names"]) != len(table)
+    if not is_consistent(shard, count_tokens):
+        folder = files["samples"][0].parent
+        raise UserError(
+            f"{folder} has samples without a name or out of order, some that lie outside its "
+            "files, or another number of tokens or images: altered; `python prepare.py check "
+            f"--data={folder.parent}` names the file; prepare it again"
+        )
+    return shard
+
+
+def is_consistent(shard, count_tokens):
+    """Returns whether the tables of a shard are as write_shard_files writes them.
+
+    count_tokens: a function from (tiles, width, height) of an image to its number of tokens.
+
+    Samples, images and tiles follow one another and fill their files, each sample has a name, and
+    its length is that of its ids with the tokens of its images.
+    """
+    table, images, ids = shard["samples"], shard["images"], shard["ids"]
     for first, count, size in (
-        (table[:, FIRST_ID], table[:, ID_COUNT], len(shard["ids"])),
+        (table[:, FIRST_ID], table[:, ID_COUNT], len(ids)),
         (table[:, FIRST_IMAGE], table[:, IMAGE_COUNT], len(images)),
         (images[:, 0], images[:, 1], len(shard["tiles"])),
     ):
-        is_wrong |= ((first < 0) | (count < 0) | (count > size - first)).any()
-    if is_wrong:
-        raise UserError(
-            f"{files['samples'][0].parent} has samples without a name, or some that lie outside "
-            "its files: altered; prepare it again"
-        )
-    return shard
+        is_within = (count >= 0) & (count <= size) & (first == np.cumsum(count) - count)
+        if not is_within.all() or count.sum() != size:
+            return False
+    try:
+        counts = np.array([count_tokens(*row) for row in images[:, 1:].tolist()], np.int64)
+    except (ValueError, ArithmeticError):  # no image of that size has so many tiles
+        return False
+    positions = np.flatnonzero(ids == IMAGE_TOKEN_ID)
+    if len(shard["names"]) != len(table) or len(positions) != len(images):
+        return False
+    sample_of = np.searchsorted(table[:, FIRST_ID], positions, side="right") - 1
+    added = np.bincount(sample_of, counts - 1, minlength=len(table))
+    return (table[:, ID_COUNT] + added == table[:, LENGTH]).all()
 
 
 class PreparedDataset:
@@ -289,6 +313,11 @@ class PreparedDataset:
     def __init__(self, *folders):
         self.folders = [Path(folder) for folder in folders]
         self.shards, self.names, tables, set_numbers = [], [], [], []
+
+        @functools.cache  # many images have the same size
+        def count_tokens(tiles, *size):
+            return len(image_processing.image_feature_index(size, self.image_config, tiles))
+
         for number, folder in enumerate(self.folders):
             fingerprint, shards = read_header(folder)
             if number == 0:
@@ -299,7 +328,7 @@ class PreparedDataset:
                     + "; ".join(wrong)
                 )
             for files in shards:
-                shard = map_shard(files, self.image_config["tile"])
+                shard = map_shard(files, self.image_config["tile"], count_tokens)
                 tables.append(shard.pop("samples"))
                 self.names += shard.pop("names")
                 self.shards.append(shard)
@@ -317,6 +346,16 @@ class PreparedDataset:
         image config; it names the part that differs."""
         if wrong := list_differences(self.fingerprint, fingerprint, "its"):
             raise UserError(f"{self} was prepared for another model: {'; '.join(wrong)}")
+
+    def check_ids(self, vocab_size):
+        """Raises UserError if an id is none of a vocabulary of this size."""
+        for ids in (shard["ids"] for shard in self.shards):
+            if len(ids) and not IMAGE_TOKEN_ID <= ids.min() <= ids.max() < vocab_size:
+                raise UserError(
+                    f"{self} holds ids from {ids.min()} to {ids.max()}, but the vocabulary has "
+                    f"{vocab_size}: see `python prepare.py check --data="
+                    f"{','.join(map(str, self.folders))}`"
+                )
 
     def stored_sample(self, i):
         """Returns (ids, loss_mask, images) of sample i as written: one image token per image."""

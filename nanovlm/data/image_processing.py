@@ -35,11 +35,13 @@ import torch.nn.functional as F
 from PIL import Image
 
 from .. import UserError
+from ..files import size_error
 from . import image_files
 
 FITS = ("squash", "pad", "crop")  # each of these makes one tile of any image
 RESAMPLE_FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 SMALL_IMAGE_PIXELS = 1 << 16  # Pillow's first step takes at most half a millisecond for these
+MAX_IMAGE_PIXELS = 1 << 28  # of all tiles of an image
 IMAGE_NEWLINE = -1  # in feature_index: the learned vector at the end of a row (image_newline)
 
 
@@ -54,8 +56,11 @@ class ProcessedImage(NamedTuple):
 # ---- the image config ----
 
 
-def check_image_config(image_config):
-    """Raises UserError if an image config lacks a key, has an unknown one or an invalid value."""
+def check_image_config(image_config, where="image config"):
+    """Raises UserError, which begins with `where`, if an image config lacks a key, has an unknown
+    one or an invalid value."""
+    if not isinstance(image_config, dict):
+        raise UserError(f"{where}: {image_config!r:.80} is no image config")
     keys = ["tile", "patch", "shuffle", "fit", "resample", "mean", "std"]
     if image_config.get("fit") == "tiles":
         keys += ["tiles", "choice", "thumbnail", "tags"]
@@ -68,8 +73,8 @@ def check_image_config(image_config):
             errors.append(f"{key} is not known")
         elif values and repr(value) not in map(repr, values):  # 1 == True, but its repr differs
             errors.append(f"{key} {value!r} is none of {', '.join(map(str, values))}")
-        elif key in ("tile", "patch", "shuffle", "tiles") and not is_positive_int(value):
-            errors.append(f"{key} {value!r} is no whole number from 1 on")
+        elif key in ("tile", "patch", "shuffle", "tiles"):
+            errors += filter(None, [size_error(key, value)])
         elif key in ("mean", "std") and not is_color(value, 0 if key == "mean" else 1e-6):
             errors.append(f"{key} {value!r} is not three numbers from 0 to 1, for std above 0")
     if not errors:
@@ -82,15 +87,13 @@ def check_image_config(image_config):
                 f"by {shuffle}"
             )
         pinpoints = np.array(image_config.get("pinpoints", [[tile, tile]]), dtype=object)
-        is_whole = [is_positive_int(edge) and edge % tile == 0 for edge in pinpoints.ravel()]
+        is_whole = [not (size_error("edge", edge) or edge % tile) for edge in pinpoints.ravel()]
         if pinpoints.shape[1:] != (2,) or not all(is_whole):
             errors.append("pinpoints is no list of heights and widths in whole tiles")
+        elif max(pinpoints.prod(1)) + image_config.get("tiles", 1) * tile**2 > MAX_IMAGE_PIXELS:
+            errors.append(f"the tiles of an image have more than {MAX_IMAGE_PIXELS:,} pixels")
     if errors:
-        raise UserError(f"image config: {'; '.join(errors)}")
-
-
-def is_positive_int(x):
-    return type(x) is int and x >= 1
+        raise UserError(f"{where}: {'; '.join(errors)}")
 
 
 def is_color(value, low):

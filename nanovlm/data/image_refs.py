@@ -3,6 +3,7 @@
 An image lies in a file of its own, in a zip or in a tar, or its bytes came with its record.
 """
 
+import errno
 import functools
 import os
 import stat
@@ -100,6 +101,13 @@ def open_zip(path, process):
         ) from None
 
 
+def open_file(path):
+    """Returns an open file. Raises OSError if it is a pipe or a device, which may never end."""
+    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return open(path, "rb")
+
+
 def load_image_bytes(ref):
     """Returns (bytes, name for messages) of an image.
 
@@ -130,7 +138,7 @@ def open_image_ref(ref):
     if isinstance(ref, ZipMember):
         archive = open_zip(ref.archive, os.getpid())
         return archive.open(ref.name), archive.getinfo(ref.name).file_size
-    file = open(ref[0], "rb")
+    file = open_file(ref[0])
     if isinstance(ref, ImageFile):
         return file, os.fstat(file.fileno()).st_size
     file.seek(ref.offset)

@@ -9,10 +9,11 @@ Each format has a reader, which returns these tables. The Tokenizer at the end k
     tokenizer.json    Hugging Face: byte-level BPE (GPT-2, Llama 3, SmolLM2, what `train_tokenizer`
                       makes) or a converted SentencePiece (Llama 2, LLaVA)
     tokenizer.model   SentencePiece BPE (Mistral to v0.3, Llama 2, Vicuna), with the
-                      added_tokens.json that may lie beside it
+                      added_tokens.json and tokenizer_config.json that may lie beside it
 
 Special tokens are never found in a text. A user who types "</s>" types four characters. Templates
-(chat_template.py) ask for special tokens by name.
+(chat_template.py) ask for special tokens by name. Only the tokens that an owner added as words
+("special": false in a tokenizer.json, such as [SEG]) are found in texts, as in Hugging Face.
 """
 
 import base64
@@ -31,6 +32,7 @@ import tiktoken
 from tiktoken._educational import bpe_train
 
 from .. import UserError
+from ..files import read_json
 
 GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # SmolLM2 splits off each digit before it applies GPT-2's pattern to the text between them. So white
@@ -218,7 +220,20 @@ def read_sentencepiece(files):
     order = sorted(scores, key=lambda name: (-scores[name], -len(name)))
     merges = {piece_bytes(name): rank for rank, name in enumerate(order)}
     prefix_space = "always" if normalizer.get(3, 1) else "never"
+    if prefix_space == "always" and "tokenizer_config.json" in files:
+        prefix_space = "first"
     return piece_vocabulary(pieces, merges, special, prefix_space)
+
+
+def is_legacy(folder):
+    """Whether transformers 5 puts SentencePiece's space of a tokenizer.model before each text
+    between special tokens, or only at the start: by `legacy`, or else by the model."""
+    config = {}
+    for name in ("config.json", "tokenizer_config.json"):
+        config |= read_json(folder / name) if (folder / name).is_file() else {}
+    own_class = f"{config.get('model_type')}tokenizer"  # if it has the class of its own model
+    is_own = str(config.get("tokenizer_class")).lower().removesuffix("fast") == own_class
+    return config.get("legacy", not is_own)
 
 
 def piece_bytes(piece):
@@ -270,11 +285,26 @@ def read_huggingface(files):
             )
         merges[token_bytes(left), token_bytes(right)] = rank
     special = {token["content"]: token["id"] for token in spec["added_tokens"]}
+    for token in spec["added_tokens"]:
+        flags = [flag for flag in ("lstrip", "rstrip", "single_word") if token.get(flag)]
+        if token.get("normalized") and spec.get("normalizer") and token["content"] in words(spec):
+            flags.append("normalized")
+        check_settings((f"the flags of its added token {token['content']!r}", flags, []))
     pieces = {piece: i for piece, i in vocab.items() if piece not in special}
     if prefix_space is not None:
         check_settings(("byte_fallback", model.get("byte_fallback", False), True))
         return piece_vocabulary(pieces, merges, special, prefix_space)
     return byte_level_vocabulary(model, pieces, merges, special, pattern)
+
+
+def words(spec):
+    """Returns the added tokens of a tokenizer.json that are found in texts, the longest first.
+
+    Those of chats never are, whatever the file says: a user who types one would end his turn.
+    """
+    tokens = [token["content"] for token in spec["added_tokens"] if token.get("special") is False]
+    found = [name for name in tokens if not regex.match(r"<\||</?s>|\[/?INST", name)]
+    return sorted(found, key=len, reverse=True)
 
 
 def byte_level_bytes(piece):
@@ -358,6 +388,8 @@ class Tokenizer:
             ranks, bytes_of, self.special, pattern, self.prefix_space = TOKENIZER_READERS[name](
                 files
             )
+            spec = json.loads(files.get("tokenizer.json", '{"added_tokens": []}'))
+            self.words = regex.compile("|".join(map(regex.escape, words(spec))) or "(?!)")
             # Special tokens are not found in texts.
             blank = [name for name in self.special if not piece_bytes(name).strip()]
             check_settings(("the list of special tokens of white space", blank[:3], []))
@@ -389,7 +421,10 @@ class Tokenizer:
             raise UserError(f"{folder} holds none of {', '.join(TOKENIZER_READERS)}")
         if names == ["tokenizer.model"] and (folder / "added_tokens.json").is_file():
             names.append("added_tokens.json")
-        return cls({name: (folder / name).read_bytes() for name in names}, folder / names[0])
+        files = {name: (folder / name).read_bytes() for name in names}
+        if names[0] == "tokenizer.model" and not is_legacy(folder):
+            files["tokenizer_config.json"] = b'{"legacy": false}'  # all that is needed of it
+        return cls(files, folder / names[0])
 
     def save(self, folder):
         """Write the tokenizer's files to a folder, unchanged."""
@@ -402,6 +437,15 @@ class Tokenizer:
         space: whether SentencePiece's space is put before it; None: as the tokenizer's file says.
         Raises UserError if the pattern takes too long.
         """
+        ids, start = [], 0
+        for match in self.words.finditer(text):
+            ids += self.encode_part(text[start : match.start()], space)
+            ids.append(self.special[match[0]])
+            start, space = match.end(), False if self.prefix_space == "first" else None
+        return ids + self.encode_part(text[start:], space)
+
+    def encode_part(self, text, space):
+        """Returns the ids of a text without added tokens; space: as for encode."""
         if self.prefix_space and text:
             text = text.replace("▁", " ")
             if space is None:

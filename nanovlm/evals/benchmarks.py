@@ -170,9 +170,10 @@ BENCHMARKS = {
         lists_choices=True,
         open_prompt="Answer the question using a single word or phrase.",
         hidden_answers=("?",),
+        summarize=metrics.mmmu_metrics,
     ),
     "mmstar": Benchmark(
-        metrics.letter_score,
+        metrics.mmstar_score,
         "Answer with the option's letter from the given choices directly.",
         ("mmstar.parquet",),
         parse_mmstar,
@@ -190,7 +191,7 @@ BENCHMARKS = {
         extra_keys=("dataset_name dataset",),
     ),
     "pope": Benchmark(
-        metrics.yes_no_score,
+        metrics.pope_score,
         "Answer the question using a single word or phrase.",
         ("coco_pope_*.json",),
         parse_split_files,
@@ -420,6 +421,10 @@ def benchmark_metrics(name, results):
     found = {benchmark.score_name: metrics.mean_score(scores)}
     if benchmark.summarize:
         found = benchmark.summarize(results)
+    if benchmark.score in (metrics.pope_score, metrics.mme_score):
+        read = [metrics.yes_no_score(result["answer"], result["answers"]) for result in results]
+        if metrics.mean_score(read) != metrics.mean_score(scores):
+            found["accuracy, read with punctuation"] = metrics.mean_score(read)
     return found | {"unparsed": sum(score is None for score in scores) / len(scores)}
 
 

@@ -11,21 +11,28 @@ from .. import UserError
 
 # pycocoevalcap keeps brackets: they are -lrb- here, but its list of removed tokens has -LRB-.
 BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
-CONTRACTION = r"(?:n't|'(?:s|m|d|ll|ve|re))(?!\w)"
+CONTRACTION = r"(?:(?:n't|'(?:s|m|d|ll|ve|re))(?!\w)|'n(?:'|(?!\w)))"
 ABBREVIATIONS = (
-    "mr|mrs|ms|dr|prof|st|ave|jr|sr|inc|corp|ltd|vs|etc"
-    r"|jan|feb|mar|apr|aug|sept?|oct|nov|dec|ph\.d"
+    "mr|mrs|ms|messrs|mme|mlle|dr|prof|rev|hon|esq|jr|sr|bros|jos|wm|mfg"
+    "|gen|gov|sens?|reps?|lt|col|cpl|capt|cmdr|sgt|adm|maj|brig|pres|supt|pvt|pfc"
+    "|st|ste|ave|blvd|rd|bldg|ft|mt|sq|inc|cos?|corp|ltd|plc|pty|assn|assoc|dept|univ|intl|natl"
+    "|jan|feb|mar|apr|jun|jul|aug|sept?|oct|nov|dec|mon|tues?|wed|thu|thurs|fri"
+    "|ala|ariz|calif|colo|conn|ct|dak|fla|ga|ind|kans?|ky|md|mich|minn|mo|mont|neb|nev|okla|penn"
+    r"|tenn|va|vt|wisc?|wyo|al|adv|elec|est|ext|tel|cf|vs|etc|ph\.d"
 )
 TOKEN_PATTERN = re.compile(
     rf"""
-    (?:[a-z]\.){{2,}} | (?:{ABBREVIATIONS})\. | no\.(?=\s*\d)
+    (?:[a-z]\.){{2,}} | (?:{ABBREVIATIONS})\. | (?:nos?|ca|figs?|pp)\.(?=\s*\d)
+    | (?-i:[A-Z]+(?:&[A-Z]+)+)
     | can(?=not\b) | (?:gon|wan)(?=na\b) | got(?=ta\b)
     | y'(?=all\b) | lem(?=me\b) | gim(?=me\b) | 't(?=is\b|was\b)
     | {CONTRACTION} | '\d\ds?\b | o'clock\b | ma'am\b | d'oh\b
-    | \d+(?:[.,:/]\d+)*(?:-?\w+(?:-\w+)*)?
+    | '(?:em|till?|cause)\b | ol'(?!\w)
+    | (?<![-\w])[-+](?:\d+|(?=\.\d))(?:[.,:]\d+)*
+    | (?:\d+|(?<!\.)(?=\.\d))(?:[.,:/]\d+)*(?:-?\w+(?:-\w+)*)?
     | @?\w(?:(?!{CONTRACTION})(?:\w|[-./](?=\w)|'(?=\w)))*
-    | \*+ | [^\s\w]""",
-    re.VERBOSE,
+    | \*+ | [!?]{{2,}} | [^\s\w]""",
+    re.VERBOSE | re.IGNORECASE,
 )
 PUNCTUATION = set("`'\".?!,:-;\u2018\u2019\u201c\u201d\u2013\u2014\u2026")
 
@@ -37,8 +44,8 @@ def tokenize_caption(text):
     n't, man's is man 's. That one is a Java program; this one is equal on captions, and differs on
     smileys, <tags>, web addresses and the like.
     """
-    tokens = TOKEN_PATTERN.findall(text.lower().replace("\u2019", "'"))
-    return [BRACKETS.get(token, token) for token in tokens if token not in PUNCTUATION]
+    tokens = TOKEN_PATTERN.findall(text.replace("\u2019", "'"))
+    return [BRACKETS.get(token, token.lower()) for token in tokens if token not in PUNCTUATION]
 
 
 def cider_scores(answers, references):

@@ -42,7 +42,7 @@ CONTRACTIONS["somebody'd"] = "somebodyd"
 
 def exact_match(answer, references, question=None):
     """Returns 1.0 if the answer equals a reference, apart from white space at the ends."""
-    return float(answer.strip() in [reference.strip() for reference in references])
+    return float(answer.strip() in map(str.strip, references))
 
 
 def contains_reference(answer, references, question=None):
@@ -109,10 +109,10 @@ def normalize_vqa(text):
 
 
 def relaxed_accuracy(answer, references, question=None):
-    """Returns ChartQA's relaxed accuracy: a number may differ by 5% from a reference.
+    """Returns ChartQA's relaxed accuracy (pix2struct, metrics.py): a number may differ by 5%.
 
-    Other texts must be equal, in any case. 50% is 0.5; a year is a number. As in pix2struct's
-    metrics.py, a reference of 0 is a text. Numbers may have thousands separators in both.
+    Other texts must be equal, in any case. 50% is 0.5; a year is a number; 1,000 and a reference of
+    0 are texts.
     """
 
     def matches(text, reference):
@@ -125,31 +125,36 @@ def relaxed_accuracy(answer, references, question=None):
 
 
 def parse_number(text):
-    found = re.fullmatch(rf"({NUMBER})\s*(%?)", text)
-    return float(found[1].replace(",", "")) / (100 if found[2] else 1) if found else None
+    try:
+        return float(text.rstrip("%")) / 100 if text.endswith("%") else float(text)
+    except ValueError:
+        return None
 
 
 def anls_score(answer, references, question=None):
     """Returns the average normalized Levenshtein similarity, ANLS (DocVQA, InfoVQA).
 
-    With the normalized distance NL: 1 - NL if NL < 0.5, else 0; the best over all references. Case
-    and white space at the ends do not count.
+    With the normalized distance NL: 1 - NL if NL <= 0.5, else 0; the best over all references. As
+    in the competition's script, case and the amount of white space do not count for the distance,
+    but white space counts for the length that the distance is divided by.
     """
-    answer = answer.strip().lower()
-    return max(
-        (levenshtein_similarity(answer, text.strip().lower()) for text in references), default=0.0
-    )
+    return max((levenshtein_similarity(answer, text) for text in references), default=0.0)
 
 
-def levenshtein_similarity(left, right):
-    costs = list(range(len(right) + 1))
-    for i, letter in enumerate(left, 1):
-        previous, costs = costs, [i]
-        for j, other in enumerate(right, 1):
-            replace = previous[j - 1] + (letter != other)
-            costs.append(min(previous[j] + 1, costs[-1] + 1, replace))
-    distance = costs[-1] / max(len(left), len(right), 1)
-    return 1 - distance if distance < 0.5 else 0.0
+def levenshtein_similarity(answer, reference):
+    length = max(len(answer), len(reference), 1)
+    left, right = (" ".join(text.lower().split()) for text in (answer, reference))
+    # The distance is at least the difference in length: a very long answer is not compared.
+    if abs(len(left) - len(right)) > length / 2:
+        return 0.0
+    letters, steps = np.array([*map(ord, right)]), np.arange(len(right) + 1)
+    costs = steps
+    for letter in map(ord, left):
+        best = np.minimum(costs[1:] + 1, costs[:-1] + (letters != letter))
+        # An insertion costs 1 more than the entry to the left.
+        costs = np.minimum.accumulate(np.append(costs[0] + 1, best) - steps) + steps
+    similarity = 1 - int(costs[-1]) / length
+    return similarity if similarity >= 0.5 else 0.0
 
 
 def ocrbench_score(answer, references, question):
@@ -170,27 +175,33 @@ def ocrbench_score(answer, references, question):
 
 
 def yes_no_score(answer, references, question=None):
-    """Returns 1.0 if the answer's yes or no (see parse_yes_no) is a reference."""
-    word = parse_yes_no(answer)
-    return None if word is None else float(word in [text.strip().lower() for text in references])
+    """Returns 1.0 if the answer's yes or no is a reference, None if it has neither.
 
-
-def parse_yes_no(answer):
-    """Returns "no" if the first sentence has the word no or not, "yes" if it only has yes, or None.
-
-    POPE's own script counts None as yes.
+    It is no if the first sentence has the word no or not, yes if it only has yes.
     """
-    words = re.findall(r"\w+", answer.partition(".")[0].lower())
-    return "no" if {"no", "not"} & set(words) else "yes" if "yes" in words else None
+    words = {*re.findall(r"\b(?:yes|not?)\b", answer.partition(".")[0].lower())}
+    return score_parsed("no" if words - {"yes"} else "yes", references) if words else None
+
+
+def pope_score(answer, references, question=None):
+    """POPE (its evaluate.py): no if the first sentence has No, no or not between spaces.
+
+    All else is yes, also "No!" and an empty answer.
+    """
+    sentence = answer.partition(".")[0].replace(",", "")
+    is_no = re.search("(?<![^ ])([Nn]o|not)(?![^ ])", sentence)
+    return score_parsed("no" if is_no else "yes", references)
 
 
 def mme_score(answer, references, question=None):
-    """Returns 1.0 if the answer's first word, yes or no, is a reference.
+    """MME (its calculation.py): yes or no if the first four letters contain it, else None."""
+    word = re.search("yes|no", answer.strip().lower()[:4])
+    return score_parsed(word and word[0], references)
 
-    MME's script compares four letters, and takes "not" and "noti" for a no.
-    """
-    word = re.match(r"\W*(yes|no)(?!\w)", answer.lower())
-    return float(word[1] in [text.strip().lower() for text in references]) if word else None
+
+def score_parsed(found, references):
+    """Returns whether a word or letter is a reference, in any case; None if it is None."""
+    return found and float(found.lower() in [text.strip().lower() for text in references])
 
 
 def letter_score(answer, references, question):
@@ -200,55 +211,79 @@ def letter_score(answer, references, question):
     """
     if not all(re.fullmatch("[A-Z]", reference.strip()) for reference in references):
         return float(strip_punctuation(answer) in map(strip_punctuation, references))
-    letter = extract_choice(answer, question.get("choices") or [])
-    return None if letter is None else float(letter in [text.strip() for text in references])
+    return score_parsed(extract_choice(answer, question.get("choices") or []), references)
+
+
+# A letter that is no word ("A dog") and not denied ("B is wrong"); with it a second one ("B or C").
+LETTER = (
+    r"([A-Z]|[a-z](?=\W*$|[).:]| [-(]))\b(?!['\u2019]|(?<=[AI]) +(?!because\b|is\b)\w"
+    r"|\)? (?:is|was) (?:not|incorrect|wrong|false)\b)"
+)
+SECOND = r"(?:\)?\s*(?:[,/&]|or\b|and\b)\s*(?:or |and )?\(?([A-Z])\b)?"
+NOUN = r"\b(?i:answer|option|choice)"
+CONCLUSION = rf"{NOUN}(?: letter)?(?:\s+is|\s*:)+\s*[\"'(*]*{LETTER}{SECOND}"
+AT_START = (
+    rf"^\W*{LETTER}(?=\W*$|[*\s]*[).:(,\n]|[*\s]+(?:[-\u2013\u2014*]|is\b|because\b)){SECOND}"
+)
+NAMED = rf"(?:{NOUN}\s+[\"'(*]*|\((?=[A-Z]\))){LETTER}{SECOND}"
+BEFORE_TEXT = rf"^(?i:the )?(?i:correct )?(?i:answer)(?i: is:?|:)\s+|{AT_START}[*\s]*[).:(,]*\s*"
 
 
 def extract_choice(answer, choices):
     """Returns the letter that an answer chooses, or None.
 
-    The first of these patterns that is found decides; if it is found with two letters, none is
-    chosen:
+    The first of these that is found decides; if it is found with two letters, none is chosen:
 
-    1. nothing but a letter: B, b, "B.", (B)
-    2. a letter after the word answer, option or choice: the answer is B, "Answer: (B)"
-    3. a letter in brackets, or at the start with a mark after it: "B. the cat", "B: the cat"
-    4. a choice's text, alone or after "the answer is"
+    1. a letter after "answer is", "answer:", "option letter is"
+    2. a letter at the start, alone or with a mark after it: "B", "b) a cat", "B is right"; and a
+       choice's text, alone, after such a letter or after "the answer is", or at the start of a
+       longer answer with a mark after it: "Yes, there are two"
+    3. a letter in brackets, or after the word answer, option or choice
 
-    Before a word, A is an article and I a pronoun, except before "because". A letter after the last
-    choice is no choice; if the choices are not known, A to Z are.
+    Before a word, A is an article and I a pronoun, except before "because" and "is". A letter after
+    the last choice is no choice; if the choices are not known, A to Z are.
     """
-    known = "".join(chr(65 + i) for i in range(len(choices) or 26))
-    text = answer.strip()
-    alone = re.findall(r"^\W*([A-Za-z])\W*$", text)
-    named = re.findall(
-        r"\b(?:[Aa]nswer|[Oo]ption|[Cc]hoice)(?:\s+is|\s*:)*\s*[\"'(*]*"
-        r"\b([A-Z])\b(?!['’])(?!(?<=[AI])\s+(?!because\b)[a-z])",
-        text,
-    )
-    marked = re.findall(r"\(([A-Z])\)", text) + re.findall(r"^([A-Z])\s*[).:\n]", text)
-    for found in ([letter.upper() for letter in alone], named, marked):
-        if found:
-            return found[0] if len(set(found)) == 1 and found[0] in known else None
-    prefix = r"^(?:the )?(?:correct )?answer(?: is:?|:)\s+"
-    content = strip_punctuation(re.sub(prefix, "", text, flags=re.IGNORECASE))
-    equal = [
+    known = string.ascii_uppercase[: len(choices) or 26]
+    text, texts = answer.strip(), [*map(strip_punctuation, choices)]
+
+    def find_letters(pattern):
+        return "".join(map("".join, re.findall(pattern, text))).upper()
+
+    content = strip_punctuation(re.sub(BEFORE_TEXT, "", text))
+    # A number with a mark after it may be one of a list, as may a text before another choice.
+    others = "|".join(map(re.escape, texts))
+    end = rf"(?:$|(?<=[^\W\d])[,.;:]\s+(?!(?:and |or )?(?:{others})\b))"
+    by_text = "".join(
         letter
-        for letter, choice in zip(known, choices, strict=False)
-        if strip_punctuation(choice) == content
-    ]
-    return equal[0] if len(equal) == 1 else None
+        for letter, choice in zip(known, texts, strict=False)
+        if not re.fullmatch("[a-z]?", choice) and re.match(re.escape(choice) + end, content)
+    )
+    found = find_letters(CONCLUSION) or find_letters(AT_START) + by_text or find_letters(NAMED)
+    return found[0] if len({*found}) == 1 and found[0] in known else None
 
 
 def strip_punctuation(text):
     """Returns the text in lower case, without quotes, brackets and the end of a sentence."""
-    return text.strip().strip("\"'`()[]").rstrip(".!?;:,").strip().lower()
+    return text.strip().lstrip("\"'`()[]").rstrip("\"'`()[].!?;:, ").strip().lower()
 
 
-MMMU_NUMBERS = (  # eval_utils.py's patterns: with commas, in scientific notation, simple
+def mmstar_score(answer, references, question):
+    """MMStar (its evaluate/mmstar.py): the letter that the answer begins with.
+
+    "(", "option " or "the answer is " may be in front of it.
+    """
+    last = string.ascii_lowercase[len(question.get("choices") or []) - 1]
+    start = rf"(?:\(|option\s|the\sanswer\sis\s)?([a-{last}])"
+    letter = re.match(start, answer.strip().lower())
+    return score_parsed(letter and letter[1], references)
+
+
+# eval_utils.py's patterns: with commas, in scientific notation, simple. (?<!\d) is ours: it changes
+# no match, and makes the time linear.
+MMMU_NUMBERS = (
     r"-?\b\d{1,3}(?:,\d{3})+\b",
-    r"-?\d+(?:\.\d+)?[eE][+-]?\d+",
-    r"-?(?:\d+\.\d+|\.\d+|\d+\b)(?![eE][+-]?\d+)(?![,\d])",
+    r"-?(?<!\d)\d+(?:\.\d+)?[eE][+-]?\d+",
+    r"-?(?:(?<!\d)\d+\.\d+|\.\d+|(?<!\d)\d+\b)(?![eE][+-]?\d+)(?![,\d])",
 )
 
 
@@ -259,7 +294,7 @@ def mmmu_score(answer, references, question):
     one.
     """
     if question.get("choices"):
-        return letter_score(answer, references, question)
+        return score_parsed(parse_mmmu_choice(answer, question["choices"]), references)
     responses = extract_responses(answer.strip().strip(".").lower())
     numbers = []
     for response in responses:
@@ -273,6 +308,28 @@ def mmmu_score(answer, references, question):
         if isinstance(form, str) and any(isinstance(e, str) and e in form for e in expected):
             return 1.0
     return 0.0
+
+
+def parse_mmmu_choice(answer, choices):
+    """Returns the letter that MMMU's script finds, or None if it takes one at random.
+
+    Of "(A)", else "A ", else "A.", else the texts of choices in more than five words: the last one.
+    """
+    for mark in ",.!?;:'":
+        answer = answer.strip(mark)
+    text = f" {answer} "
+    forms = [(text, "({0})", "({0})"), (text, "{0} ", " {0} "), (text, "{0}.", " {0} ")]
+    if len(text.split()) > 5:
+        forms.append((text.lower(), "{1}", "{1}"))
+    for body, form, last_form in forms:  # the script looks for the last "A." as for the last " A "
+        last_positions = {
+            letter: body.rfind(last_form.format(letter, choice))
+            for letter, choice in zip(string.ascii_uppercase, map(str.lower, choices), strict=False)
+            if form.format(letter, choice) in body
+        }
+        if last_positions:
+            return max(last_positions, key=last_positions.get)
+    return None
 
 
 def extract_responses(answer):
@@ -316,9 +373,7 @@ def mathvista_score(answer, references, question):
         letter = extract_choice(text, choices)
         return None if letter is None else float(choices[ord(letter) - 65].strip() == reference)
     kind = question["answer_type"]
-    if kind == "text":
-        return float(strip_punctuation(text) == strip_punctuation(reference))
-    value = r"\[[^\[\]]*\]" if kind == "list" else rf"(?<![\w.]){NUMBER}(?!\w)"
+    value = r"\[[^\[\]{}]*\]" if kind == "list" else rf"(?<![\w.]){NUMBER}(?!\w)"
     patterns = (rf"answer(?:\s+is|\s*:)+\s*\$?({value})", rf"=\s*\$?({value})\W*$", value)
     for pattern in patterns:
         found = set(re.findall(pattern, text, re.IGNORECASE))
@@ -331,13 +386,13 @@ def mathvista_score(answer, references, question):
 
 def format_reference(found, kind, question):
     """Returns a number or list as MathVista's references are written."""
-    if kind == "list":
-        try:
+    try:
+        if kind == "list":
             return str(json.loads(found))
-        except json.JSONDecodeError:
-            return found
-    value = float(found.replace(",", ""))
-    return str(int(value)) if kind == "integer" else str(round(value, int(question["precision"])))
+        value = float(found.replace(",", ""))
+        return str(int(value) if kind == "integer" else round(value, int(question["precision"])))
+    except (OverflowError, ValueError):
+        return found
 
 
 # ---- checks ----
@@ -361,9 +416,10 @@ def check_references(score, question, where):
             "use --benchmark=exact"
         )
     words = {reference.lower() for reference in references}
-    if score in (yes_no_score, mme_score) and not words <= {"yes", "no"}:
+    if score in (pope_score, mme_score) and not words <= {"yes", "no"}:
         raise UserError(f"{where}: its answers, {references!r:.80}, are not yes or no")
-    if score in (letter_score, mmmu_score) and letters and not {*references} <= {*letters}:
+    is_choice = letters and score in (letter_score, mmmu_score, mmstar_score)
+    if is_choice and not {*references} <= {*letters}:
         raise UserError(
             f"{where}: its answers, {references!r:.80}, are not letters of its "
             f"{len(letters)} choices"
@@ -394,36 +450,40 @@ def confidence_interval(scores, seed=0, samples=1000):
     return tuple(float(bound) for bound in np.quantile(means, (0.025, 0.975)))
 
 
-def pope_metrics(results):
-    """Returns POPE's metrics of all questions and of each of its files; yes is the positive class.
+def mmmu_metrics(results):
+    """Returns the mean score without and with a guess if no choice is found.
 
-    An answer that cannot be parsed is wrong and no yes: it lowers accuracy and recall, not
-    precision.
+    MMMU's script guesses at random: this is the mean of what it returns.
     """
-    kinds = {"": Counter()}
+    accuracy = mean_score([result["score"] for result in results])
+    guesses = sum(1 / len(result["choices"]) for result in results if result["score"] is None)
+    return {"accuracy": accuracy, "accuracy with guesses": accuracy + guesses / len(results)}
+
+
+def pope_metrics(results):
+    """Returns POPE's metrics of all questions and of each file; yes is the positive class."""
+    kinds = {"": results}
     for result in results:
-        pair = parse_yes_no(result["answer"]), result["answers"][0].strip().lower()
-        for kind in ("", f"{result['kind']} "):
-            kinds.setdefault(kind, Counter())[pair] += 1
+        kinds.setdefault(f"{result['kind']} ", []).append(result)
     found = {}
-    for kind, counts in kinds.items():
+    for kind, part in kinds.items():
         if len(kinds) > 2 or not kind:
-            found |= {f"{kind}{name}": value for name, value in yes_no_metrics(counts).items()}
+            found |= {f"{kind}{name}": value for name, value in yes_no_metrics(part).items()}
     return found
 
 
-def yes_no_metrics(counts):
-    """Returns the metrics of {(answer, reference): count}."""
-    true_yes, yes = counts["yes", "yes"], counts["yes", "yes"] + counts["yes", "no"]
+def yes_no_metrics(results):
+    counts = Counter((row["score"], row["answers"][0].strip().lower()) for row in results)
+    true_yes, yes = counts[1.0, "yes"], counts[1.0, "yes"] + counts[0.0, "no"]
     expected_yes = sum(count for (_, reference), count in counts.items() if reference == "yes")
     precision = true_yes / yes if yes else 0.0
     recall = true_yes / expected_yes if expected_yes else 0.0
     return {
-        "accuracy": (true_yes + counts["no", "no"]) / counts.total(),
+        "accuracy": (true_yes + counts[1.0, "no"]) / len(results),
         "precision": precision,
         "recall": recall,
         "F1": 2 * precision * recall / (precision + recall) if true_yes else 0.0,
-        "yes-rate": yes / counts.total(),
+        "yes-rate": yes / len(results),
     }
 
 

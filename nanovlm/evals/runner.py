@@ -9,9 +9,9 @@ answers.json   the settings, the model's history, the command and the versions, 
 """
 
 import contextlib
+import functools
 import hashlib
 import importlib.metadata
-import io
 import itertools
 import json
 import os
@@ -21,8 +21,6 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
-
-from PIL import Image
 
 from .. import IMAGE_TOKEN_ID, UserError, cli, distributed, files
 from ..data import chat_template, image_files, image_processing, image_refs, packing
@@ -73,12 +71,8 @@ def read_image_size(ref):
     It is nearly always the size of the loaded image, which is enough to sort by.
     """
     content, name = image_refs.load_image_bytes(ref)
-    with (
-        image_files.image_errors(name),
-        Image.open(io.BytesIO(content), formats=image_files.IMAGE_FORMATS) as image,
-    ):
-        image_files.check_image_size(*image.size)
-        return image.size
+    with image_files.image_errors(name):
+        return image_files.open_image(content, lambda image: image.size)
 
 
 def prompt_lengths(checkpoint, questions):
@@ -232,9 +226,11 @@ def make_result(question, output):
 def evaluation_settings(checkpoint, questions, benchmark, prompt, generation):
     """Returns what must stay the same if an evaluation is resumed.
 
-    The model and the questions are identified by their content, not by their paths.
+    The model, the questions and their images are identified by their content, not by their paths.
     """
     content = short_hash([[question["id"], question["question"]] for question in questions])
+    hash_once = functools.cache(hash_image)  # several questions may ask about one image
+    shown = [list(map(hash_once, question["image"])) for question in questions]
     weights = hash_weights(checkpoint.history["folder"])
     dtype = next(checkpoint.model.parameters()).dtype
     return {
@@ -242,6 +238,7 @@ def evaluation_settings(checkpoint, questions, benchmark, prompt, generation):
         "dtype": str(dtype).removeprefix("torch."),
         "benchmark": benchmark,
         "questions": f"{len(questions):,} ({content})",
+        "images": f"{sum(map(len, shown)):,} ({short_hash(shown)})",
         "prompt": prompt,
         **generation,
     }
@@ -249,6 +246,11 @@ def evaluation_settings(checkpoint, questions, benchmark, prompt, generation):
 
 def short_hash(value):
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:8]
+
+
+def hash_image(ref):
+    content, _ = image_refs.load_image_bytes(ref)
+    return hashlib.sha256(content).hexdigest()
 
 
 def hash_weights(model):
@@ -363,7 +365,9 @@ def read_results(path):
             } if all(isinstance(reference, str) for reference in references):
                 name = str(result["id"])
             case _:
-                raise UserError(f"{path}, line {number}: not a line of answers: {result!r:.80}")
+                raise UserError(
+                    f"{path}, line {number}: not a line of answers, remove it: {result!r:.80}"
+                )
         if name in seen:
             raise UserError(f"{path}, line {number}: question {name} is answered twice")
         seen.add(name)
@@ -473,7 +477,7 @@ def summarize(results, metadata, questions, benchmark, seed=0, *, out="", page="
     known = [result for result in results if result["answers"]]
     owner_metrics = benchmark_metrics(benchmark, known) if known else {}
     table = report.format_table(lines, owner_metrics, benchmark, metadata.get("tokens_per_s"))
-    print(table)
+    print(table.translate(cli.CONTROL_CHARACTERS))
     if out:
         settings = {**metadata.get("settings", {}), "benchmark": benchmark}
         rows = [line._asdict() for line in lines]

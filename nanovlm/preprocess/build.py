@@ -43,6 +43,7 @@ SHARD_RECORDS = 1024  # at 12 tiles of 448 pixels 8 GB, which an interruption ma
 SHARD_IMAGE_BYTES = 1 << 26
 # the tile limits that Megatron-LM's examples/multimodal tries if a sample is too long
 TILE_LIMITS = (12, 8, 6, 4, 2, 1)
+NAMED_IMAGES = "images that records name"
 
 
 class BuildOptions(NamedTuple):
@@ -145,12 +146,16 @@ def build_shard(folder, raws, options):
 
     Returns the number of records, the bytes of the tiles, and where the last record stands.
     """
-    skipped = []
+    skipped, counts = [], Counter()
 
     def samples():
         for raw in raws:
             try:
-                yield process_sample(readers.make_sample(raw, options.images), options)
+                sample = readers.make_sample(raw, options.images)
+                yield process_sample(sample, options)
+                counts[f"samples of {len(sample.images)} image(s)"] += 1
+                counts[NAMED_IMAGES] += 0 if raw.images else len(sample.images)
+                counts.update(f"samples with an unused `{field}`" for field in sample.unused)
             except UserError as error:
                 skipped.append(
                     {
@@ -161,7 +166,7 @@ def build_shard(folder, raws, options):
                     }
                 )
 
-    receipt = {"records": len(raws), "skipped": skipped}
+    receipt = {"records": len(raws), "skipped": skipped, "counts": counts}
     dataset.write_shard(folder, options.image_config, samples(), receipt)
     return len(raws), (folder / "tiles").stat().st_size, raws[-1].where
 
@@ -266,11 +271,12 @@ def completed_shards(tasks, options, workers):
 
 def finish_dataset(tmp, options, max_skipped):
     """Make a folder of shards a dataset; raises UserError if too much was skipped."""
-    records, skipped, shards = 0, [], []
+    records, skipped, counts, shards = 0, [], Counter(), []
     while (path := tmp / f"{len(shards):05d}" / "receipt.json").exists():
         receipt = files.read_json(path)
         records += receipt["records"]
         skipped += receipt["skipped"]
+        counts += Counter(receipt.get("counts"))
         shards.append(receipt["files"])
     (tmp / "skipped.jsonl").write_text("".join(json.dumps(one) + "\n" for one in skipped))
     if len(skipped) > max_skipped * records or len(skipped) == records:
@@ -280,6 +286,14 @@ def finish_dataset(tmp, options, max_skipped):
             f"{'; '.join(one['error'] for one in skipped[:3])}; all are in {tmp}/skipped.jsonl; "
             f"correct them, then remove {tmp}"
         )
+    # Text of which every field is used lacks no image.
+    if options.images and NAMED_IMAGES not in counts and counts.keys() != {"samples of 0 image(s)"}:
+        raise UserError(
+            f"no sample names an image in --images={options.images}: {dict(counts)}; leave it out, "
+            f"or name the images in a field `image`, then remove {tmp}"
+        )
+    for what, count in sorted(counts.items()):
+        cli.print_status(image_refs.printable(f"{what}: {count:,}"))
     options.tokenizer.save(tmp)
     for path in tmp.iterdir():
         files.fsync_path(path)

@@ -63,6 +63,7 @@ class Sample(NamedTuple):
     where: str  # for messages
     turns: list  # [(role, text)]
     images: list  # refs, one per <image>
+    unused: list  # names of the fields of its record that have no use
 
 
 # ---- sources ----
@@ -298,6 +299,14 @@ def parse_members(file, members):
     If the json is of unknown kind (metadata of the image), the txt beside it is the record.
     """
     images, texts = [], {}
+    stems = {member.name.removeprefix("./").rpartition(".")[0] for member in members}
+    # a.left.jpg, a.right.jpg and a.txt, or a.1.jpg and a.1.txt; but not a.1.jpg and a.2.txt
+    if len(stems) > 1 and tar_key(members[0].name)[0] not in stems:
+        raise UserError(
+            f"has members {sorted(stems)!a:.80}, which share only the name up to its first dot: "
+            "one must have just this name, or none have a dot in it",
+            "names that share a key by chance",
+        )
     for member in members:
         name = member.name
         is_outside = name.startswith("/") or ".." in name.split("/")
@@ -324,7 +333,8 @@ def parse_members(file, members):
         record, _ = parse_value(texts["json"])
     if "txt" in texts and not records.find_kind(record):
         try:
-            record = {"caption": texts["txt"].decode()}
+            # A byte-order mark is no text.
+            record = {"caption": texts["txt"].decode("utf-8-sig")}
         except UnicodeDecodeError as error:
             raise UserError(
                 f"has a txt that is not text in UTF-8: {error}", "not text in UTF-8"
@@ -339,7 +349,7 @@ def make_sample(raw, images=""):
     """Returns a RawRecord as a Sample; images: as in read_records. Raises UserError."""
     name, turns, paths = parse_conversation(raw)
     refs = raw.images or [find_image_ref(path, raw.folder, images, raw.where) for path in paths]
-    return Sample(name, raw.where, turns, refs)
+    return Sample(name, raw.where, turns, refs, records.find_kind(raw.record)[2])
 
 
 def parse_conversation(raw):

@@ -4,9 +4,12 @@
     conversations | messages                its own; a turn may be a list of parts, as OpenAI's
     texts                                   its pairs of user and assistant (the_cauldron)
     question | context, choices | options   choices by letter; the answer is the letter of the right
-                                            one, which is given by its letter or index
+                                            one, which is given by its letter, index or text
     question | context, answers | answer    one of the answers, by weight if there are weights
     caption | text                          a request for a brief description, and the caption
+
+`system` becomes the first turn; `context` and `hint` stand before their `question`. Fields without
+a use are counted; one that seems to name the image of a record without images is refused.
 
 Images come first unless the text says where. Random choices are made by a hash of the sample's id,
 so they are the same in every run.
@@ -14,6 +17,8 @@ so they are the same in every run.
 
 import hashlib
 import itertools
+import math
+import re
 import string
 from bisect import bisect
 
@@ -35,35 +40,53 @@ CAPTION_PROMPTS = (
     "Create a compact narrative representing the image presented.",
 )
 LETTERS = string.ascii_uppercase
+# 'name': value of a field that may hold an image: by its name, a file's name, or bytes
+IMAGE_FIELD = re.compile(
+    r"^[^:]*(image|img|\bpic\b|picture|photo)|\.(jpe?g|png|webp|bmp|gif|tiff?|ppm)\W*$|: b['\"]",
+    re.IGNORECASE,
+)
 
 
 def first_field(record, *names):
     """Returns the first field that a record has of several names for one thing, or None.
 
-    None and an empty list count as missing.
+    None, NaN (pandas' None) and an empty list count as missing.
     """
-    return next((record[name] for name in names if record.get(name) not in (None, [])), None)
+    values = map(record.get, names)
+    return next((value for value in values if value not in (None, []) and value == value), None)
 
 
 def find_kind(record):
-    """Returns (the function that makes a conversation of a record, the fields that it needs).
+    """Returns (the function that makes a conversation of a record, the values that it needs, the
+    names of the fields without a use).
 
     Returns None if the kind of the record is unknown.
     """
-    for kind, *fields in RECORD_KINDS:
+    for kind, optional, *fields in RECORD_KINDS:
         values = [first_field(record, *names) for names in fields]
         if None not in values:
-            return kind, values
+            used = {*ANY_KIND, *optional}.union(*fields)
+            return kind, values, [x for x in record if x not in used and first_field(record, x)]
     return None
 
 
 def record_messages(record, name, image_count):
     """Returns the messages of a record of known kind; name: its id. Raises UserError."""
-    kind, values = find_kind(record)
+    kind, values, unused = find_kind(record)
+    for key in [] if image_count else unused:
+        if IMAGE_FIELD.search(field := f"{key!r}: {record[key]!r}"):
+            raise UserError(
+                f"it has no image, but {field:.160}; call this field `image`, or remove it",
+                "image in an unknown field",
+            )
     if kind is caption_question and not image_count:
         raise UserError("a caption, but no image", "no image")
     messages = kind(record, name, *values)
-    return messages if kind is conversation_turns else alternate_turns(messages, image_count)
+    if kind is not conversation_turns:
+        messages = alternate_turns(messages, image_count)
+    if (system := first_field(record, "system")) and isinstance(messages, list):
+        messages = [{"role": "system", "content": system}, *messages]
+    return messages
 
 
 def image_paths(record):
@@ -89,8 +112,9 @@ def alternate_turns(texts, image_count):
 
 
 def as_text(value, name):
-    """Returns a text, or a number as text; raises UserError for anything else."""
-    if type(value) not in (str, int, float):  # not bool, which is an int
+    """Returns a text, or a finite number as text; raises UserError for anything else."""
+    # not bool, which is an int, and no float that is NaN or infinite
+    if type(value) not in (str, int) and not (type(value) is float and math.isfinite(value)):
         raise UserError(f"its {name} is no text: {value!r:.80}", f"{name} is no text")
     return str(value).strip()
 
@@ -136,36 +160,51 @@ def text_pairs(record, name, pairs):
     return texts
 
 
-def choice_question(record, name, question, choices, right):
+def question_text(record):
+    """Returns the question of a record, after its context and hint as in LLaVA's MMBench."""
+    fields = (first_field(record, name) for name in ("context", "hint", "question"))
+    return "\n".join(as_text(field, "question") for field in fields if field not in (None, ""))
+
+
+def choice_question(record, name, _, choices, right):
     if not isinstance(choices, list) or len(choices) > len(LETTERS):
         raise UserError(
             f"its choices are no list of up to {len(LETTERS)}: {choices!r:.80}",
             "choices are no list",
         )
-    letters, letter = LETTERS[: len(choices)], None
-    if isinstance(right, str):
-        letter = right.strip().upper()
-    elif type(right) is int and 0 <= right < len(letters):
-        letter = letters[right]
-    if letter not in [*letters]:
+    texts = [as_text(choice, "choice") for choice in choices]
+    bare = [re.sub(rf"^\(?{LETTERS[i]}[.):]+\s*", "", text) for i, text in enumerate(texts)]
+    if {*bare} & {*texts}:  # they do not all begin with their letters
+        bare = texts
+    lines, found = [question_text(record)], []
+    key = right.strip() if isinstance(right, str) else f"index {right}"
+    for i, text in enumerate(texts):
+        lines.append(f"{LETTERS[i]}. {bare[i]}")
+        names = (f"index {i}", str(i), text, bare[i], lines[-1])
+        if key in names or key.strip("().:").upper() == LETTERS[i]:
+            found.append(LETTERS[i])
+    if len(found) != 1:
         raise UserError(
-            f"{right!r:.80} is neither the letter nor the index of one of its "
-            f"{len(choices)} choices",
+            f"{right!r:.80} must be the letter, index or text of one of its choices, not {found}",
             "no right choice",
         )
-    lines = [as_text(question, "question")]
-    for option, choice in zip(letters, choices, strict=True):
-        lines.append(f"{option}. {as_text(choice, 'choice')}")
-    return ["\n".join([*lines, chat_template.LETTER_PROMPT]), letter]
+    return ["\n".join([*lines, chat_template.LETTER_PROMPT]), *found]
 
 
-def answer_question(record, name, question, answers):
-    prompt = f"{as_text(question, 'question')}\n{chat_template.SHORT_PROMPT}"
+def answer_question(record, name, _, answers):
+    prompt = f"{question_text(record)}\n{chat_template.SHORT_PROMPT}"
     weights = first_field(record, "answer_weights", "weights")
     return [prompt, choose_answer(answers, weights, name)]
 
 
 def caption_question(record, name, captions):
+    evaluation = first_field(record, "question_id", "label", "question", "answer", "answers")
+    if evaluation is not None and first_field(record, "caption") is None:
+        raise UserError(
+            "its `text` is the question of an evaluation, with no answer to learn: call it "
+            "`question`, beside an `answer`, or `caption` if it is one",
+            "question of an evaluation",
+        )
     number = int(hash_fraction("prompt", name) * len(CAPTION_PROMPTS))
     return [CAPTION_PROMPTS[number], choose_answer(captions, None, name)]
 
@@ -197,15 +236,16 @@ def choose_answer(answers, weights, name):
 
 
 # names of fields; a record has any one of them
+ANY_KIND = ("id", "question_id", "image", "images", "system")
 QUESTION = ("question", "context")
 CHOICES = ("choices", "options")
 RIGHT = ("correct_choice_idx", "correct", "answer")
 ANSWERS = ("answers", "answer")
 CAPTION = ("caption", "text")
-RECORD_KINDS = [
-    (conversation_turns, ("conversations", "messages")),
-    (text_pairs, ("texts",)),
-    (choice_question, QUESTION, CHOICES, RIGHT),
-    (answer_question, QUESTION, ANSWERS),
-    (caption_question, CAPTION),
+RECORD_KINDS = [  # (kind, fields that it may have, and fields that it needs)
+    (conversation_turns, (), ("conversations", "messages")),
+    (text_pairs, (), ("texts",)),
+    (choice_question, ("hint",), QUESTION, CHOICES, RIGHT),
+    (answer_question, ("hint", "answer_weights", "weights"), QUESTION, ANSWERS),
+    (caption_question, (), CAPTION),
 ]

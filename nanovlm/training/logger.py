@@ -23,8 +23,24 @@ import math
 import time
 from pathlib import Path
 
+from .. import UserError
 from ..distributed import get_rank, raise_on_all_ranks
 from ..files import lock_path, read_log, write_text
+
+
+def read_training_log(path):
+    """Yields the lines of a log.jsonl. Raises UserError for a line that is something else."""
+    for number, line in enumerate(read_log(path), 1):
+        for name, value in {"step": None, **line}.items():
+            is_number = isinstance(value, float) or (
+                isinstance(value, int) and value.bit_length() < 64
+            )
+            if not is_number and name != "eval_score":  # null without reference answers
+                raise UserError(
+                    f"{path}, line {number} is not from a training run: its {name} is "
+                    f"{value!r:.40}; remove the line, or choose another file"
+                )
+        yield line
 
 
 class Logger:
@@ -62,7 +78,7 @@ class Logger:
 
     def read_earlier_lines(self):
         """Keep the lines up to the step that the run resumes from, and their totals."""
-        lines = read_log(self.path) if self.path.exists() else []
+        lines = read_training_log(self.path) if self.path.exists() else []
         lines = [line for line in lines if line["step"] <= self.start]
         write_text(self.path, "".join(json.dumps(line) + "\n" for line in lines))
         for line in lines:

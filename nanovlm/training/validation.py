@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from .. import IGNORE_INDEX, IMAGE_TOKEN_ID
+from ..cli import CONTROL_CHARACTERS
 from ..data.dataset import LENGTH
 from ..data.packing import collate, collate_images, pack_sequences
 from ..distributed import all_reduce_sum, get_rank, get_world_size, is_sharded, unsharded
@@ -84,4 +85,5 @@ def print_answer(checkpoint, samples, i, autocast):
     if get_rank() == 0:
         answer = checkpoint.tokenizer.decode(ids)
         reference = checkpoint.tokenizer.decode(ids_T[start:end].tolist())
-        print(f"  {samples.names[i]}: answer {answer!r}, reference {reference!r}", flush=True)
+        line = f"  {samples.names[i]}: answer {answer!r}, reference {reference!r}"
+        print(line.translate(CONTROL_CHARACTERS), flush=True)

@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from .. import UserError, files
+from .. import UserError
+from ..training.logger import read_training_log
 
 CURVES = ("loss", "val_loss", "grad_norm", "tokens_per_s")
 
@@ -12,13 +13,15 @@ def read_curves(paths):
     runs = {}
     for path in paths:
         curves = runs[str(Path(path).parent)] = {name: ([], []) for name in CURVES}
-        for number, line in enumerate(files.read_log(path), 1):
-            if not isinstance(line, dict) or "step" not in line:
-                raise UserError(f"{path}, line {number} is not from a training run: it has no step")
+        for line in read_training_log(path):
             for name, (steps, values) in curves.items():
                 if name in line:
                     steps.append(line["step"])
                     values.append(line[name])
+        if not any(steps for steps, _ in curves.values()):
+            raise UserError(
+                f"{path} holds no line of a run, which writes one every --log_every steps"
+            )
     return runs
 
 

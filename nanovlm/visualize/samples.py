@@ -7,6 +7,7 @@ import numpy as np
 from PIL import Image
 
 from .. import IMAGE_TOKEN_ID, UserError
+from ..cli import CONTROL_CHARACTERS
 from ..data.dataset import IMAGE_COUNT, LENGTH
 from ..data.image_processing import tile_to_image
 from ..data.packing import epoch_samples, pack_sequences
@@ -38,7 +39,7 @@ def sample_as_text(samples, i, tokenizer):
             else:
                 parts.append(token_as_text(int(token_id), tokenizer))
         lines.append(f"{'label' if has_loss else 'no loss':>8}  {'|'.join(parts)}")
-    return "\n".join(lines)
+    return "\n".join(lines).translate(CONTROL_CHARACTERS)
 
 
 def token_as_text(token_id, tokenizer):

@@ -4,6 +4,7 @@ is broken, unknown or missing is named."""
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -1133,6 +1134,31 @@ def test_a_stitched_model_has_the_features_and_logits_of_its_parts(tmp_path):
         rtol=1e-3,  # positions are rounded to float16
         atol=1e-3,
     )
+
+
+@pytest.mark.parametrize("wide", ["norm", "embed_tokens|lm_head"])
+def test_a_part_in_two_dtypes_is_stitched_in_the_wider_one_with_a_slash_after_out(
+    wide, published, decoder_folder, tmp_path
+):
+    path = decoder_folder / "model.safetensors"
+    tensors = {
+        name: tensor.float() if re.search(wide, name) else tensor.bfloat16()
+        for name, tensor in load_file(path).items()
+    }
+    save_file(tensors, path, metadata={"format": "pt"})
+    out = f"{tmp_path / 'out'}/"
+    prepare.stitch(
+        vision=str(published[0]), decoder=str(decoder_folder), out=out, template="chatml"
+    )
+    decoder = load_checkpoint(out, dtype=None).model.decoder
+    theirs = hf.LlamaForCausalLM.from_pretrained(decoder_folder, dtype=torch.float32)
+    ids_BT = torch.tensor([[3, 1, 4, 1, 5]])
+    with torch.no_grad():
+        hidden_BTD = decoder(decoder.embed_tokens(ids_BT), torch.arange(5)[None])
+        torch.testing.assert_close(
+            decoder.lm_head(hidden_BTD), theirs(ids_BT).logits, atol=1e-5, rtol=1e-5
+        )
+    assert sorted(p.name for p in tmp_path.iterdir() if "out" in p.name) == ["out"]
 
 
 def test_a_nanovlm_vision_encoder_with_a_published_decoder(published, tmp_path):

@@ -12,6 +12,7 @@ from conftest import write_set
 from hypothesis import given
 from hypothesis import strategies as st
 
+import prepare
 from nanovlm import IGNORE_INDEX, IMAGE_TOKEN_ID, UserError
 from nanovlm.data import dataset, image_processing
 
@@ -265,6 +266,52 @@ def test_a_single_altered_bit_is_named_by_its_file(tmp_path, kind):
     path.write_bytes(content)
     (message,) = dataset.verify_checksums(tmp_path / "set")
     assert str(path) in message
+
+
+@pytest.mark.parametrize(
+    "kind, place, value",
+    [
+        ("samples", (3, dataset.LENGTH), 2**55),
+        ("samples", (3, dataset.LENGTH), 1),
+        ("samples", (3, dataset.ID_COUNT), 2),
+        ("samples", (slice(3, 5), dataset.FIRST_ID), 0),
+        ("samples", (slice(3, 5),), slice(4, 2, -1)),  # two samples in the other order
+        ("images", (1, 1), 2**55),
+        ("images", (1, 0), 0),
+        ("ids", (0,), IMAGE_TOKEN_ID),
+        ("names", (2,), ord("\n")),
+    ],
+)
+def test_altered_tables_are_refused_with_the_command_that_names_the_file(
+    tmp_path, kind, place, value
+):
+    read = write(tmp_path / "set", make_samples(9))
+    assert read.stored_sample(0)[0][0] >= 0
+    path = tmp_path / "set/00000" / kind
+    table = np.fromfile(path, dataset.FILE_DTYPES[kind])
+    if kind in ("samples", "images"):
+        table = table.reshape(-1, {"samples": 6, "images": 4}[kind])
+    table[place] = table[value] if isinstance(value, slice) else value
+    table.tofile(path)
+    with pytest.raises(
+        UserError, match=rf"00000 has .*prepare.py check --data={tmp_path}/set` names"
+    ):
+        dataset.PreparedDataset(tmp_path / "set")
+    with pytest.raises(UserError, match=f"{path}: its bytes have the checksum"):
+        prepare.check(data=str(tmp_path / "set"))
+
+
+@pytest.mark.parametrize("i", [-2, 500])
+def test_ids_outside_the_vocabulary_are_refused(tmp_path, i):
+    path = tmp_path / "set/00000/ids"
+    write(tmp_path / "set", make_samples(9)).check_ids(500)
+    ids = np.fromfile(path, "<i4")
+    ids[np.flatnonzero(ids >= 0)[-1]] = i
+    ids.tofile(path)
+    with pytest.raises(
+        UserError, match=f"ids from .*{i}.* but the vocabulary has 500: see `python "
+    ):
+        dataset.PreparedDataset(tmp_path / "set").check_ids(500)
 
 
 @pytest.mark.parametrize(

@@ -248,6 +248,65 @@ def test_an_animation_is_its_first_frame(tmp_path, suffix):
     assert pixels(path).reshape(-1, 3).tolist() == [[255, 0, 0]] * 96
 
 
+def png_chunk(kind, content, checksum=None):
+    checksum = zlib.crc32(kind + content) if checksum is None else checksum
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", checksum)
+
+
+EXIF_TURNED = Image.Exif()
+EXIF_TURNED[0x0112] = 6
+TURNED = EXIF_TURNED.tobytes()[6:]
+LONG = zlib.compress(bytes(3 << 20))
+PROFILE = zlib.compress(np.random.default_rng(0).bytes(5 << 20))
+NOTES = {
+    "EXIF that is none": png_chunk(b"eXIf", b"no exif"),
+    "EXIF with a wrong checksum": png_chunk(b"eXIf", TURNED.replace(b"\6", b"\1"), 1),
+    "3 MB of zTXt": png_chunk(b"zTXt", b"a\0\0" + LONG),
+    "3 MB of iTXt": png_chunk(b"iTXt", b"a\0\1\0\0\0" + LONG),
+    "3 MB of tEXt": png_chunk(b"tEXt", b"a\0" + b"x" * (3 << 20)),
+    "a profile of 5 MB": png_chunk(b"iCCP", b"a\0\0" + PROFILE),
+    "a text with a wrong checksum": png_chunk(b"tEXt", b"a\0b", 1),
+    "a text that is not packed": png_chunk(b"zTXt", b"a\0\0xxxx"),
+    "a time with a wrong checksum": png_chunk(b"tIME", bytes(7), 1),
+}
+
+
+@pytest.mark.parametrize("name", NOTES)
+@pytest.mark.parametrize("place", [b"IDAT", b"IEND"])
+def test_the_notes_of_a_png_do_not_matter(tmp_path, name, place):
+    """The same pixels, turned by the EXIF that is intact; a wrong checksum of pixels is an error."""
+    image = Image.fromarray(noise(17, 11))
+    plain = saved(tmp_path / "a.png", image).read_bytes()
+    start = plain.index(place) - 4
+    noted = plain[:start] + NOTES[name] + plain[start:]
+    (tmp_path / "b.png").write_bytes(noted)
+    assert np.array_equal(pixels(tmp_path / "b.png"), pixels(tmp_path / "a.png"))
+    assert image_files.open_image(noted, lambda image: image.size) == (17, 11)
+    if "EXIF" not in name:
+        turned = plain[:33] + png_chunk(b"eXIf", TURNED) + noted[33:]
+        assert image_files.read_image(turned)[1] == (11, 17)
+    with pytest.raises(UserError, match="no image|broken"):
+        broken = bytearray(noted)
+        broken[noted.index(b"IDAT") + 9] ^= 255
+        image_files.read_image(bytes(broken))
+
+
+@pytest.mark.parametrize("suffix", ["png", "webp", "jpg"])
+@pytest.mark.parametrize("exif", [b"Exif\0\0MM\0\0garbage", b"Exif\0\0" + bytes(20)])
+def test_an_image_with_broken_exif_is_read(tmp_path, suffix, exif):
+    path = saved(tmp_path / f"a.{suffix}", Image.fromarray(noise(17, 11)), exif=exif)
+    for size in (None, lambda size: (2, 2)):
+        assert image_files.read_image(path, required_size=size)[1] == (17, 11)
+
+
+@pytest.mark.parametrize("name", ["pipe", "/dev/zero"])
+def test_only_regular_files_are_opened(tmp_path, name):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match=f"{name}: not a regular file") as caught:
+        image_files.read_image(tmp_path / name)
+    assert caught.value.reason == "image cannot be read"
+
+
 @pytest.mark.parametrize(
     "name, content, message",
     [

@@ -18,8 +18,10 @@ from sentencepiece import SentencePieceProcessor
 from test_real_weights import real as weights_of
 from tokenizers import AddedToken, pre_tokenizers
 from tokenizers import Tokenizer as Reference
+from transformers import AutoTokenizer
 
 from nanovlm import UserError
+from nanovlm.data import chat_template
 from nanovlm.data.tokenizer import DIGITS_GPT2, Tokenizer, train_tokenizer
 
 TEXTS = [
@@ -409,3 +411,77 @@ def test_a_damaged_file_is_refused_in_one_line(tmp_path, name, damage):
     with pytest.raises(UserError) as caught:
         Tokenizer.load(tmp_path)
     assert str(tmp_path / name) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def with_added(source, *tokens):
+    """Returns the reference of a tokenizer.json with added tokens, and the source of the two."""
+    reference = Reference.from_str(source.decode())
+    reference.add_tokens(list(tokens))
+    return reference, reference.to_str().encode()
+
+
+@pytest.mark.parametrize("scheme", [None, "always", "first", "never"])
+def test_a_token_that_is_added_as_a_word_is_found_in_texts(scheme):
+    """Of tokens that begin alike, tokenizers takes the longest. What follows one is not the start
+    of a text: SentencePiece's space is there if the scheme says always."""
+    source = TRAINED.files["tokenizer.json"]
+    if scheme:
+        spec = converted((MISTRAL / "tokenizer.model.v1").read_bytes())
+        spec.normalizer = None
+        spec.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+        source = spec.to_str().encode()
+    reference, source = with_added(source, "[SEG]", "[SEG]x", "<loc>")
+    ours = Tokenizer({"tokenizer.json": source})
+    for text in (
+        "egg [SEG] b",
+        "[SEG]a[SEG][SEG]xx y",
+        " [SEG]",
+        "<loc>",
+        "",
+        "milk[SEG]\n <loc>a",
+    ):
+        assert ours.encode(text) == reference.encode(text, add_special_tokens=False).ids
+    assert ours.decode(ours.encode("a [SEG]")) == "a [SEG]"
+    assert ours.encode("[SEG]") == [reference.token_to_id("[SEG]")]
+
+
+def test_a_token_of_chats_is_never_found_in_a_text_even_if_it_was_added_as_a_word():
+    _, source = with_added(TRAINED.files["tokenizer.json"], "<|im_end|>")
+    ours = Tokenizer({"tokenizer.json": source})
+    assert "<|im_end|>" in ours.special and len(ours.encode("<|im_end|>")) > 1
+
+
+@pytest.mark.parametrize("flag", ["lstrip", "rstrip", "single_word"])
+def test_an_added_token_that_takes_in_what_is_beside_it_is_refused(flag):
+    _, source = with_added(TRAINED.files["tokenizer.json"], AddedToken("[SEG]", **{flag: True}))
+    with pytest.raises(UserError, match=rf"its added token '\[SEG\]' is \['{flag}'\]"):
+        Tokenizer({"tokenizer.json": source})
+
+
+def test_an_added_word_that_a_normalizer_changes_is_refused():
+    source = converted((MISTRAL / "tokenizer.model.v1").read_bytes()).to_str().encode()
+    Tokenizer({"tokenizer.json": with_added(source, AddedToken("[S]", normalized=False))[1]})
+    with pytest.raises(UserError, match=r"'\[S\]' is \['normalized'\]"):
+        Tokenizer({"tokenizer.json": with_added(source, "[S]")[1]})
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "llava"])
+@pytest.mark.parametrize("fields", [{}, {"legacy": True}, {"legacy": False}, {"legacy": None}])
+def test_a_space_after_a_special_token_is_that_of_transformers(kind, fields, tmp_path):
+    """transformers 5 puts no space after a special token if `legacy` is false; for a Llama also if
+    it is not given."""
+    source = (MISTRAL / "mistral_instruct_tokenizer_240216.model.v2").read_bytes()
+    (tmp_path / "tokenizer.model").write_bytes(source)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+    config = {"tokenizer_class": "LlamaTokenizer", **fields}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    reference = AutoTokenizer.from_pretrained(tmp_path)
+    ours = Tokenizer.load(tmp_path)
+    turns = [("user", "Hi"), ("assistant", "Yes"), ("user", "USER")]
+    ids = chat_template.render_conversation(turns, ours, "vicuna")[0]
+    end = len(ids) - ids[::-1].index(2) - 1
+    theirs = reference.encode("</s>USER: USER ASSISTANT:", add_special_tokens=False)
+    assert ids[end:] == theirs
+    (tmp_path / "out").mkdir()
+    ours.save(tmp_path / "out")  # a checkpoint has no config.json
+    assert Tokenizer.load(tmp_path / "out").prefix_space == ours.prefix_space

@@ -1279,7 +1279,9 @@ def test_choices_count_only_if_their_letters_are_in_order_and_the_answer_is_one(
                     "precision": places,
                     "metadata": {"task": "x"},
                 },
-                f"a precision from 0 to 9, not {kind!r} with {places!r}",
+                # NaN stands for a missing value.
+                f"a precision from 0 to 9, not {kind!r} with "
+                f"{places if places == places else None!r}",
             )
             for kind, places in (
                 ("float", None),

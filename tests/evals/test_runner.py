@@ -27,6 +27,7 @@ from nanovlm import files as disk
 from nanovlm.checkpoints.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from nanovlm.data import chat_template, image_processing, image_refs, tokenizer
 from nanovlm.evals import benchmarks, report, runner
+from nanovlm.training.logger import read_training_log
 
 IMAGE_CONFIG = {
     "tile": 12,
@@ -556,6 +557,33 @@ def test_answers_json_has_the_settings_and_the_scores(checkpoint, questions, tmp
     )
 
 
+def test_an_evaluation_does_not_resume_with_other_images(
+    folder, checkpoint, questions, tmp_path, monkeypatch
+):
+    """The same names and sizes: one number of the last pixel differs."""
+    out = tmp_path / "answers.jsonl"
+    rows = run_and_summarize(checkpoint, questions, out)
+    out.write_text(runner.format_lines(rows[:9]))
+
+    def answer_from(images):
+        asked = benchmarks.load_questions(
+            "contains", str(folder / "questions.jsonl"), images=str(images)
+        )
+        return run_and_summarize(checkpoint, asked, out)
+
+    copied = tmp_path / "copied"
+    shutil.copytree(folder, copied, ignore=lambda *_: ["model"])
+    again = answer_from(copied)
+    assert [row["answer"] for row in again] == [row["answer"] for row in rows]
+    assert str(copied) in again[0]["image"][0], "only the folder has another name"
+    with Image.open(copied / "a.png") as image:
+        pixels = np.asarray(image).copy()
+    pixels[-1, -1, -1] ^= 1
+    Image.fromarray(pixels).save(copied / "a.png")
+    with pytest.raises(UserError, match=r"images was \d+ \(\w{8}\), now \d+ \(\w{8}\); choose"):
+        answer_from(copied)
+
+
 def test_progress_prints_speed_and_the_time_left(monkeypatch, capsys):
     clock = [100.0]
     monkeypatch.setattr(report.time, "perf_counter", lambda: clock[0])
@@ -577,6 +605,11 @@ def test_the_table_ends_with_the_speed_if_it_is_known():
         table = report.make_table([scored(1, "b"), scored(0, "a")])
         b, a, every = report.format_table(table, {}, "exact", speed).splitlines()
         assert every.endswith(message) and a.endswith("cut off") and b.endswith("cut off")
+
+
+def test_a_terminal_is_not_controlled_by_a_kind(capsys):
+    runner.summarize([scored(1.0, kind="a\x1b[2J\x9b")], {}, [], "exact")
+    assert capsys.readouterr().out.startswith(r"a\x1b[2J\x9b ")
 
 
 def test_versions_include_a_hash_of_our_files_and_pillows(tmp_path, monkeypatch):
@@ -669,8 +702,7 @@ def test_prompts_longer_than_those_of_training_give_a_warning(
 @pytest.mark.parametrize(
     "text, message",
     [
-        ('{"id": 1}\n', "line 1: not a line of answers: {'id': 1}"),
-        ("[]\n", "line 1: not a line of answers"),
+        ('{"id": 1}\n', "line 1: not a line of answers, remove it: {'id': 1}"),
         ('{"id": 1\n{"id": 2}\n', "line 1: not JSON"),
         (2 * (json.dumps(RESULT) + "\n"), "line 2: question x is answered twice"),
         (json.dumps(RESULT | {"answer": 3}) + "\n", "line 1: not a line of answers"),
@@ -704,6 +736,19 @@ def test_answers_are_scored_again_by_the_references_of_the_questions(
     ):
         new = questions[0] | {"id": "new"}
         runner.rescore(tmp_path / "answers.jsonl", [*questions, new], "exact")
+
+
+@pytest.mark.parametrize("line", [b"null", b"7", b"[]", b"\xff", b'{"id": %s}' % (b"1" * 5000)])
+def test_a_broken_line_of_answers_or_of_a_log_is_named(tmp_path, line):
+    """Of any file of JSON lines; a last line without its end is what a killed run leaves."""
+    for name, read in {
+        "answers.jsonl": runner.read_results,
+        "log.jsonl": read_training_log,
+    }.items():
+        path = tmp_path / name
+        path.write_bytes(line + b"\n")
+        with pytest.raises(UserError, match=rf"{name}, line 1: not .*; remove the line$"):
+            list(read(path))
 
 
 # ---- the page ----

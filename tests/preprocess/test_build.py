@@ -11,9 +11,11 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow
 import pytest
 from conftest import ROOT
 from PIL import Image
+from pyarrow import parquet
 
 from nanovlm import UserError
 from nanovlm.data import dataset, image_processing, image_refs, tokenizer
@@ -446,6 +448,49 @@ def test_a_source_without_a_usable_record_makes_no_dataset_at_any_limit(source_f
     (tmp_path / "bad.json").write_text(json.dumps([record(1, "nowhere.png")]))
     with pytest.raises(UserError, match="1 of 1 samples cannot be used"):
         make(tmp_path / "set", tmp_path / "bad.json", max_skipped=1.0)
+
+
+# ---- what became of the records ----
+
+
+def test_a_build_ends_with_how_many_samples_have_how_many_images_and_the_fields_without_a_use(
+    source_folder, tmp_path, capsys
+):
+    records = [record(n, "0.png" if n % 3 else None, model="", url="x") for n in range(6)]
+    records += [record(9, None, tools="[{}]"), record(10, None, img="0.png")]
+    (tmp_path / "a.json").write_text(json.dumps(records))
+    options = OPTIONS._replace(images=str(source_folder))
+    for workers in (1, 2):
+        out = tmp_path / f"{workers}"
+        (skipped,) = make(out, tmp_path / "a.json", options, workers, max_skipped=0.5)
+        assert skipped["reason"] == "image in an unknown field"
+        assert capsys.readouterr().err.splitlines() == [
+            "images that records name: 4",
+            "samples of 0 image(s): 3",
+            "samples of 1 image(s): 4",
+            "samples with an unused `tools`: 1",
+            "samples with an unused `url`: 6",
+        ]
+    assert content(tmp_path / "1") == content(tmp_path / "2")
+
+
+def test_images_that_no_record_uses_are_refused(source_folder, tmp_path):
+    """Text of which every field is used, the demonstration's for instance, lacks no image."""
+    options = OPTIONS._replace(images=str(source_folder))
+    (tmp_path / "a.json").write_text(json.dumps([record(1, None, file=17)]))
+    with pytest.raises(
+        UserError,
+        match=f"no sample names an image in --images={source_folder}: "
+        r"\{'samples of 0 image\(s\)': 1, 'samples with an unused `file`': 1\}; leave it out, or name",
+    ):
+        make(tmp_path / "set", tmp_path / "a.json", options)
+    assert not (tmp_path / "set").exists()
+    columns = {"image": [(source_folder / "0.png").read_bytes()], "caption": ["An egg."]}
+    parquet.write_table(pyarrow.table(columns), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match="no sample names an image in --images="):
+        make(tmp_path / "other", tmp_path / "a.parquet", options)
+    (tmp_path / "b.json").write_text(json.dumps([record(1, None)]))
+    assert make(tmp_path / "text", tmp_path / "b.json", options) == []
 
 
 # ---- tiles ----

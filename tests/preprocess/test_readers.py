@@ -402,7 +402,236 @@ def test_the_prompt_of_a_caption_is_one_of_llavas_eleven_by_the_id_alone():
         turns_of({"caption": "An egg."})
 
 
+# ---- what the fields of published formats mean ----
+
+# (a record, the fields that nothing is made from; or why it cannot be used)
+PUBLISHED = {
+    "LLaVA-1.5": ({"id": 1, "image": "0.jpg", "conversations": talk("<image>?", "x")}, []),
+    "LLaVA-1.5, text": ({"id": 1, "model": "", "conversations": talk("Why?", "So.")}, []),
+    "ShareGPT, LLaMA-Factory": (
+        {"conversations": talk("Why?", "So."), "system": "Be brief.", "tools": "[{}]"},
+        ["tools"],
+    ),
+    "OpenOrca": ({"system_prompt": "x", "question": "Why?", "response": "So."}, "no known kind"),
+    "the_cauldron": (
+        {"image": "0.jpg", "texts": [{"user": "a", "assistant": "b", "source": "x"}]},
+        [],
+    ),
+    "A-OKVQA": (
+        {
+            "image": "0.jpg",
+            "question_id": "x",
+            "question": "Which?",
+            "choices": ["a", "b"],
+            "correct_choice_idx": 1,
+            "direct_answers": "['b']",
+            "rationales": ["Since."],
+        },
+        ["direct_answers", "rationales"],
+    ),
+    "ScienceQA": (
+        {
+            "image": None,
+            "question": "Which?",
+            "choices": ["a", "b"],
+            "answer": 1,
+            "hint": "Look.",
+            "lecture": "",
+            "solution": "Since.",
+        },
+        ["solution"],
+    ),
+    "SQuAD": ({"context": "He is four.", "question": "How old?", "answers": ["four"]}, []),
+    "VQAv2": (
+        {"image_id": 42, "question": "What?", "question_id": 420, "answers": [{"answer": "x"}]},
+        "image in an unknown field",
+    ),
+    "Hateful Memes": ({"id": 1, "img": "0.jpg", "label": 0, "text": "x"}, "image in an unknown"),
+    "COCO": ({"id": 1, "file_name": "0.jpg", "caption": "x"}, "image in an unknown field"),
+    "LLaVA's questions": (
+        {"question_id": 0, "image": "0.jpg", "text": "Is it?", "category": "x"},
+        "question of an evaluation",
+    ),
+    "POPE": (
+        {"question_id": 1, "image": "0.jpg", "text": "Is it?", "label": "yes"},
+        "question of an evaluation",
+    ),
+    "img2dataset": ({"caption": "x", "image": "0.jpg", "url": "http://x/y.jpg"}, ["url"]),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_each_field_of_a_published_format_is_used_counted_or_refused(folder, name):
+    record, expected = PUBLISHED[name]
+    raws = list(readers.read_records([put(folder / "a.json", [COLLECTION[2], record])]))
+    if isinstance(expected, str):
+        assert reasons(raws)[0].startswith(expected)
+    else:
+        assert sorted(readers.make_sample(raws[1]).unused) == expected
+
+
+@pytest.mark.parametrize(
+    "field, value, is_image",
+    [
+        ("img", "a", True),
+        ("image_path", "a", True),
+        ("image_id", 7, True),
+        ("Image", "a", True),
+        ("IMAGES", ["a"], True),
+        ("picture", "a", True),
+        ("photo_url", "http://x", True),
+        ("file", "deep/a.JPG", True),
+        ("files", ["a.png", "b.webp"], True),
+        ("data", b"\xff", True),
+        ("data", {"bytes": b"'", "path": None}, True),
+        ("pic", "a", True),
+        ("topic", "a", False),  # ScienceQA
+        ("has_image", False, False),
+        ("img", None, False),
+        ("img", float("nan"), False),
+        ("source", "a page about x.jpg and more", False),
+        ("time", 7, False),
+    ],
+)
+def test_an_image_in_an_unknown_field_is_refused_not_trained_blind(field, value, is_image):
+    for record in (QUESTION, {"conversations": talk("Why?", "So.")}, {"caption": "x"}):
+        if is_image:
+            with pytest.raises(UserError, match=re.escape(f"it has no image, but '{field}': ")):
+                turns_of(record | {field: value})
+        elif "caption" not in record:
+            assert turns_of(record | {field: value}) == turns_of(record)
+    # beside an image that is used it is only counted
+    assert turns_of({"caption": "x", field: value}, 1) == turns_of({"caption": "x"}, 1)
+
+
+def test_a_system_beside_a_conversation_is_its_first_turn():
+    for record in (
+        {"conversations": talk("Why?", "So.")},
+        {
+            "messages": [
+                {"role": "user", "content": "Why?"},
+                {"role": "assistant", "content": "So."},
+            ]
+        },
+        {"texts": [{"user": "Why?", "assistant": "So."}]},
+    ):
+        plain = [("user", "Why?"), ("assistant", "So.")]
+        assert turns_of(record | {"system": "Be brief."}) == [("system", "Be brief."), *plain]
+        for empty in ("", None, float("nan"), []):
+            assert turns_of(record | {"system": empty}) == plain
+    for system in (7, ["x"]):
+        with pytest.raises(UserError, match="a turn needs a text"):
+            turns_of({"conversations": talk("Why?", "So."), "system": system})
+    for turns in (5, "text", {"a": 1}):
+        with pytest.raises(UserError, match="is a list of turns"):
+            turns_of({"conversations": turns, "system": "Be brief."})
+    with pytest.raises(UserError, match="not system, system, user, assistant"):
+        first = {"from": "system", "value": "Be brief."}
+        turns_of({"conversations": [first, *talk("Why?", "So.")], "system": "Be brief."})
+
+
+def test_context_and_hint_stand_before_the_question_as_in_llavas_mmbench():
+    """llava/eval/model_vqa_mmbench.py: if not is_none(hint): question = hint + '\\n' + question"""
+    record = {"question": "How old?", "answer": "four"}
+    for more, text in [
+        ({"hint": "He is four."}, "He is four.\nHow old?"),
+        ({"context": "He is four."}, "He is four.\nHow old?"),
+        ({"context": "He is four.", "hint": "Read."}, "He is four.\nRead.\nHow old?"),
+        ({"context": "", "hint": None}, "How old?"),
+        ({"hint": float("nan")}, "How old?"),
+        ({"question": None, "context": "How old?"}, "How old?"),
+    ]:
+        assert turns_of(record | more)[0][1] == f"{text}\n{chat_template.SHORT_PROMPT}"
+        choice = {"choices": ["three", "four"], **record, **more}
+        assert turns_of(choice)[0][1].startswith(f"{text}\nA. three\nB. four\n")
+    with pytest.raises(UserError, match="its question is no text"):
+        turns_of(record | {"context": {"contexts": ["He is four."]}})
+
+
+def test_a_number_that_is_none_is_missing_and_never_a_word(folder):
+    """pandas writes NaN for None, in JSON and in parquet."""
+    nan, infinite = float("nan"), float("inf")
+    rows = [
+        ({"image": "0.jpg", "caption": nan}, "no known kind of record"),
+        ({"image": "0.jpg", "caption": [nan]}, "answer is no text"),
+        ({"question": "What?", "answer": nan}, "no known kind of record"),
+        ({"question": "What?", "answer": infinite}, "answer is no text"),
+        ({"question": "What?", "answers": ["a", nan], "weights": [0, 1]}, "answer is no text"),
+        ({"question": nan, "answer": "x"}, "no known kind of record"),
+        (CHOICE | {"choices": ["a", nan]}, "choice is no text"),
+        ({"texts": [{"user": "a", "assistant": nan}]}, "turn is no text"),
+    ]
+    source = put(folder / "a.json", [COLLECTION[2], *(row for row, _ in rows)])
+    assert reasons(readers.read_records([source])) == [reason for _, reason in rows]
+    assert turns_of({"question": "What?", "answers": nan, "answer": 1.5})[1] == ("assistant", "1.5")
+    columns = {"image": ["0.jpg"] * 3, "caption": [nan, nan, 4.0], "id": [nan, 1.0, 2.0]}
+    parquet.write_table(pyarrow.table(columns), folder / "a.parquet")
+    found = shown(readers.read_records([str(folder / "a.parquet")]), str(folder))
+    assert found[:2] == ["no known kind of record"] * 2 and found[2][1][1] == ("assistant", "4.0")
+
+
+def test_choices_as_ai2d_publishes_them():
+    """lmms-lab/ai2d gives the index as a text; others a letter in brackets, or the choice."""
+    record = {"question": "Who eats it?", "options": ["krill", "cod", "fox", "2"]}
+    lines = "Who eats it?\nA. krill\nB. cod\nC. fox\nD. 2\n"
+    for right in ("1", 1, "cod", "B", "b", "(B)", "B.", "b)", "B. cod", " cod "):
+        prompt, answer = turns_of(record | {"answer": right})
+        assert answer == ("assistant", "B") and prompt[1] == lines + chat_template.LETTER_PROMPT
+    # 2 is an index and a choice; a number is always an index
+    assert turns_of(record | {"answer": 2})[1][1] == "C"
+    for right in ("2", "Cod", "4", "E", "", "()"):
+        with pytest.raises(UserError, match="must be the letter, index or text of one"):
+            turns_of(record | {"answer": right})
+    with pytest.raises(UserError, match=re.escape("not ['A', 'B']")):
+        turns_of({"question": "?", "choices": ["yes", "yes"], "answer": "yes"})
+    with pytest.raises(UserError, match=re.escape("not ['A', 'B']")):
+        turns_of({"question": "Which letter?", "choices": ["B", "A"], "answer": "A"})
+
+
+def test_choices_that_carry_their_letters_have_them_once():
+    for form in ("{}. {}", "({}) {}", "{}) {}", "{}: {}", "{}.{}"):
+        choices = [form.format(*pair) for pair in zip("ABC", ("krill", "cod", "A"), strict=True)]
+        for right in ("B", 1, "cod", choices[1]):
+            prompt, answer = turns_of({"question": "?", "choices": choices, "answer": right})
+            assert prompt[1].startswith("?\nA. krill\nB. cod\nC. A\n") and answer[1] == "B"
+    species = {"question": "?", "choices": ["A. afarensis", "H. sapiens"], "answer": 0}
+    assert turns_of(species)[0][1].startswith("?\nA. A. afarensis\nB. H. sapiens\n")
+
+
 # ---- WebDataset ----
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    with webdataset.TarWriter(str(tmp_path / "a.tar")) as tar:
+        tar.write({"__key__": "1", "jpg": b"x", "txt": b"\xef\xbb\xbfAn egg."})
+        tar.write({"__key__": "2", "jpg": b"x", "json": b'\xef\xbb\xbf{"caption": "An egg."}'})
+    found = shown(readers.read_records([str(tmp_path / "a.tar")]))
+    assert [turns[1] for _, turns, _ in found] == [("assistant", "An egg.")] * 2
+
+
+@pytest.mark.parametrize(
+    "names, is_sample",
+    [
+        ("v1.0_a.png v1.0_b.png v1.0_c.txt", False),
+        ("v1.0_a.png v1.0_c.txt", False),
+        ("v1.0_a.png v1.0_a.txt v1.0_b.png", False),
+        ("./v1.0_a.png ./v1.0_b.png ./v1.0_c.json", False),
+        ("v1.left.png v1.right.png v1.txt", True),
+        ("./x/v1.left.png ./x/v1.right.png ./x/v1.json", True),
+        ("v1.0_a.png v1.0_a.txt", True),
+        ("v1.png v1.caption.txt", True),
+        ("v1.png v1.seg.png v1.cls v1.txt", True),
+    ],
+)
+def test_members_share_a_key_only_if_they_mean_to(tmp_path, names, is_sample):
+    """webdataset's key is a name up to its first dot, so version numbers join what lies apart."""
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        add_sample(tar, "0")
+        for name in names.split():
+            content = b'{"caption": "x"}' if name.endswith(("json", "txt")) else IMAGES["0.jpg"]
+            add(tar, name, content)
+    expected = [] if is_sample else ["names that share a key by chance"]
+    assert reasons(readers.read_records([str(tmp_path / "a.tar")])) == expected
 
 
 def test_megatrons_own_shards(folder):
@@ -931,6 +1160,10 @@ FIELDS = [
     "correct",
     "caption",
     "text",
+    "system",
+    "hint",
+    "img",
+    "label",
 ]
 BOUNDED = dict(
     deadline=5000, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]

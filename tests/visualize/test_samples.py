@@ -181,15 +181,19 @@ def test_the_curves_of_finished_and_running_runs_are_drawn(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "lines, message",
+    "text, message",
     [
-        (["{"], "line 1: not JSON"),
-        (["5"], "line 1 is not from a training run"),
-        (['{"loss": 1}'], "line 1 is not from a training run"),
+        ("{\n", ", line 1: not JSON"),
+        ("5\n", ", line 1: not a JSON object"),
+        ('{"loss": 1}\n', ", line 1 is not from a training run: its step is None; remove"),
+        ('{"step": 1, "loss": "low"}\n', ", line 1 is not .*: its loss is 'low'"),
+        ('{"step": 1, "loss": 1%s}\n' % ("0" * 400), ", line 1 is not .*: its loss is 1000"),
+        ("", " holds no line of a run"),
+        ('{"step": 1, "lo', " holds no line of a run"),
     ],
 )
-def test_a_file_that_is_not_a_log_is_named(tmp_path, lines, message):
+def test_a_file_that_is_not_a_log_is_named(tmp_path, text, message):
     path = tmp_path / "log.jsonl"
-    path.write_text("\n".join([*lines, '{"step": 1}']))
-    with pytest.raises(UserError, match=f"{path}, {message}"):
+    path.write_text(text)
+    with pytest.raises(UserError, match=f"{path}{message}"):
         curves.read_curves([path])
