@@ -34,7 +34,6 @@ from . import sharded
 
 CHECKPOINT_VERSION = 2
 READABLE_VERSIONS = (1, 2)  # the keys of version 1 are in files.OLD_NAMES
-SIZES = ("tile", "patch", "shuffle")  # that the shapes and the image config share
 CHECKPOINT_FIELDS = ("shapes", "image_config", "chat_template", "history")  # in nanovlm.json
 
 
@@ -96,17 +95,21 @@ def check_arguments(module, values, where, names={}):
             if not is_plausible(name, value, defaults[name], values["layers"]):
                 raise ValueError(f"{names.get(name, name)} {value!r:.80}")
         width, heads = values["width"], values["heads"]
-        if width % heads and not values.get("head_dim") or heads % values.get("kv_heads", 1):
+        if width % heads and not values.get("head_dim"):
             raise ValueError(f"{heads} heads do not divide a width of {width}")
         if module is Decoder:
-            head_dim, theta = (
-                values.get("head_dim") or width // heads,
-                values.get("rope_theta", 1e4),
-            )
-            scaling = values.get("rope_scaling")
-            tables = rope_cos_sin(torch.ones(1, 1, device="cpu"), head_dim, theta, scaling)
-            if head_dim % 2 or not tables[0].isfinite().all():
-                raise ValueError(f"RoPE of {head_dim} numbers with {scaling}")
+            check_heads(values, values.get("head_dim") or width // heads)
+
+
+def check_heads(values, head_dim):
+    """Raises ValueError if the heads of a decoder cannot share keys, or its RoPE is not finite."""
+    heads, kv_heads, scaling = values["heads"], values["kv_heads"], values.get("rope_scaling")
+    if heads % kv_heads:
+        raise ValueError(f"{kv_heads} key/value heads do not divide {heads} heads")
+    position_11 = torch.ones(1, 1, device="cpu")
+    cos, _ = rope_cos_sin(position_11, head_dim, values.get("rope_theta", 1e4), scaling)
+    if head_dim % 2 or not cos.isfinite().all():
+        raise ValueError(f"RoPE of {head_dim} numbers with {scaling}")
 
 
 def check_checkpoint_info(meta, path):
@@ -115,8 +118,9 @@ def check_checkpoint_info(meta, path):
     check_image_config(image_config, path)
     check_arguments(VisionEncoder, shapes["vision"], path)
     check_arguments(Decoder, shapes["decoder"], path)
-    sizes = {name: shapes["vision"].get(name, shapes["shuffle"]) for name in SIZES}
-    if sizes != {name: image_config[name] for name in SIZES}:
+    vision = shapes["vision"]
+    sizes = {"tile": vision["tile"], "patch": vision["patch"], "shuffle": shapes["shuffle"]}
+    if sizes != {name: image_config[name] for name in sizes}:
         raise UserError(f"{path}: the image config differs from the shapes, {sizes}")
     if template not in TEMPLATES:
         raise UserError(f"{path}: chat_template {template!r:.80} is none of {', '.join(TEMPLATES)}")

@@ -28,10 +28,8 @@ def create_model(texts, *, out, vocab_size, template, image_config, vision, deco
     check_arguments(Decoder, largest, "random_init")
     with torch.device("meta"):  # takes no memory
         model = build_model({"vision": vision, "decoder": largest}, image_config)
-    size, memory = (
-        4 * parameter_count(model),
-        os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-    )
+    size = 4 * parameter_count(model)  # bytes, in float32
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if size > memory:
         raise UserError(
             f"these sizes make a model of {size >> 30:,} GiB, this machine has {memory >> 30:,}: "

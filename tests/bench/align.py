@@ -8,7 +8,7 @@ questions about the held-out photographs are answered three times: by the stitch
 aligned model, and by the aligned model with the image of another photograph, which shows whether it
 uses the image.
 
-Two settings are not those of the stage. --lr=1e-3 is LLaVA-1.5's: the preset 1.5e-4 is Megatron's
+The run is short: 185 steps of 8 sequences. --lr=1e-3 is LLaVA-1.5's: the preset 1.5e-4 is Megatron's
 for 20,000 steps, too slow for 185. After 60 steps of 8 photographs, 1.5e-4 names 68.0% (validation
 loss 0.23) and 1e-3 names 88.7% (0.036). --shuffle=4 joins 4 × 4 patches: a sequence has 66 tokens
 instead of 306, which the frozen language model must read. The 7 tokens of an answer are 11% of a
