@@ -233,6 +233,8 @@ def parse_row(row, where):
                 images.append(ImageBytes(f"{where}, image {len(images) + 1}", content))
             case {"path": path} | path:
                 paths.append(path)
+    if images and paths:
+        raise UserError("has images as bytes and as paths: give all as one", "images of two kinds")
     return (record | {"images": paths}, []) if paths else (record, images)
 
 

@@ -894,6 +894,14 @@ def test_a_file_too_large_for_an_image_is_not_read(tmp_path):
 # ---- parquet ----
 
 
+def test_a_row_with_images_as_bytes_and_as_paths_is_refused(folder):
+    images = [{"bytes": b"x", "path": None}, {"bytes": None, "path": "0.png"}]
+    table = pyarrow.Table.from_pylist([{"images": images, "caption": "Two."}])
+    parquet.write_table(table, folder / "a.parquet")
+    with pytest.raises(UserError, match="row 1 has images as bytes and as paths"):
+        list(readers.read_records([str(folder / "a.parquet")]))
+
+
 def test_parquet_of_plain_bytes_or_paths_without_ids(folder):
     rows = [
         {"image": IMAGES.get(name), "caption": "An egg."} for name in ("0.jpg", "none", "1.jpg")
