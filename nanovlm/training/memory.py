@@ -217,7 +217,7 @@ def choose_dtype(run, device):
 
 
 def plan_memory(run, model, sequence, device, dtype, world):
-    """Choose between DDP and FSDP by the estimated memory of a rank, and print both.
+    """Set run.parallel by the estimated memory of a rank; print the choice and the estimate.
 
     sequence: a batch of one, for which the estimate is made.
     """
