@@ -646,7 +646,7 @@ def test_any_odd_value_in_a_config_is_refused_in_one_line_or_harmless(part, name
         ("eps", "1e-05", "nanovlm.json: .* eps '1e-05'"),
         ("rope_theta", math.nan, "rope_theta nan"),
         ("rope_scaling", {"rope_type": "linear", "factor": 0}, "RoPE of 8 numbers"),
-        ("heads", 5, "5 heads do not divide"),
+        ("heads", 5, "2 key/value heads do not divide 5 heads"),
         ("layers", 10**9, "layers 1000000000"),
         ("activation", "zzz", "activation 'zzz'"),
     ],
