@@ -9,11 +9,19 @@
     python prepare.py estimate --stage=sft --model=M        memory and days of a training run
     python prepare.py plot out/*/log.jsonl                  the curves of training runs
     python prepare.py figures                               the figures of the READMEs
-    python prepare.py export --model=M --out=DIR            a LLaVA folder for transformers, vLLM
+    python prepare.py export --model=M --out=DIR            a folder for transformers and vLLM
+    python prepare.py merge_lora --model=RUN --out=DIR      LoRA folded into the weights
+    python prepare.py export_lora --model=RUN --base=DIR --out=DIR    LoRA as peft's adapter
 
 `data` cuts images into tiles and text into tokens, once, before training.
 COMMAND --help lists its settings.
 """
+
+import signal
+
+if __name__ == "__main__":
+    # Ctrl-C prints nothing while torch is imported, which takes seconds. cli.run_script ends that.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import os
 from pathlib import Path
@@ -22,23 +30,34 @@ from types import SimpleNamespace
 import torch
 
 from nanovlm import UserError, cli
-from nanovlm.checkpoints.checkpoint import build_model, load_checkpoint, load_checkpoint_info
+from nanovlm.checkpoints.checkpoint import (
+    build_like_files,
+    load_checkpoint,
+    load_checkpoint_info,
+    save_checkpoint,
+)
+from nanovlm.checkpoints.hf_nanovlm import export_hf_nanovlm
+from nanovlm.checkpoints.idefics3 import export_idefics3
 from nanovlm.checkpoints.llava import export_checkpoint
+from nanovlm.checkpoints.lora import add_lora
+from nanovlm.checkpoints.peft import export_adapter, merge_adapter
 from nanovlm.checkpoints.random_init import create_model
 from nanovlm.checkpoints.stitch import stitch_folders
 from nanovlm.data.chat_template import TEMPLATES
 from nanovlm.data.dataset import PreparedDataset, verify_checksums
 from nanovlm.data.image_processing import FITS, GRID_CHOICES, check_image_config
-from nanovlm.data.packing import collate, parse_dataset_weights
+from nanovlm.data.packing import parse_dataset_weights
 from nanovlm.data.tokenizer import Tokenizer
 from nanovlm.demo.figures import draw_figures
 from nanovlm.demo.fridge import write_fridges
-from nanovlm.preprocess.build import prepare_dataset
+from nanovlm.files import name_file, size_rules
+from nanovlm.preprocess.build import measure_pixels, prepare_dataset
 from nanovlm.preprocess.readers import read_texts
 from nanovlm.training.memory import print_estimate
 from nanovlm.training.recipes import freeze_parts, load_settings
 from nanovlm.visualize.curves import plot_curves, read_curves
-from nanovlm.visualize.samples import concat_tiles, sample_as_text, summarize_dataset
+from nanovlm.visualize.sample_page import draw_tiles, sample_page
+from nanovlm.visualize.samples import sample_as_text, summarize_dataset
 
 
 def fridge(
@@ -51,7 +70,8 @@ def fridge(
 ):
     """Draw the fridges of the demonstration: JPEGs, and JSON in LLaVA's format."""
     check_command(fridge, locals())
-    write_fridges(out=out, scenes=scenes, text=text, eval_scenes=eval_scenes, seed=seed)
+    with name_file(out):
+        write_fridges(out=out, scenes=scenes, text=text, eval_scenes=eval_scenes, seed=seed)
 
 
 def random_init(
@@ -62,6 +82,7 @@ def random_init(
     template: str = "mistral",  # chat template: mistral, chatml, llama3, …
     seed: int = 0,  # of the random weights
     # --- images
+    images: str = "",  # folder or zip: normalize pixels by its images' mean and std; unset: 0.5
     tile: int = 64,  # pixels across an image for the vision encoder
     patch: int = 8,  # pixels across a patch
     shuffle: int = 2,  # pixel shuffle: shuffle² patches become one token
@@ -97,6 +118,9 @@ def random_init(
         **tiling_config(tiles, thumbnail, tile_choice, tile_tags),
     }
     check_image_config(image_config)
+    if images:
+        image_config["mean"], image_config["std"] = measure_pixels(source, images, image_config)
+        cli.print_status("pixels: mean {mean}, standard deviation {std}".format_map(image_config))
     create_model(
         read_texts(source),
         out=out,
@@ -179,8 +203,10 @@ def data(
     model: str = "out/random_init",  # checkpoint whose tokenizer, template, image config to use
     source: list[str] = [],  # JSON, JSON lines, tar or parquet; may be repeated
     images: str = "",  # folder or zip of the images; unset: the folder of the source
+    allow_outside_images: bool = False,  # read images outside it, too: you trust the source
     out: str = "",  # folder of the prepared data
     seq_len: int = 2048,  # most tokens of a sample; larger images get fewer tiles to fit
+    split_turns: bool = False,  # each question about images becomes a sample of its own
     workers: int = 0,  # processes; 0: one for each CPU core
     max_skipped: float = 0.01,  # share of samples that may be skipped: 0.01 or 1%
 ):
@@ -194,29 +220,37 @@ def data(
         seq_len=seq_len,
         workers=workers,
         max_skipped=max_skipped,
+        split_turns=split_turns,
+        allow_outside_images=allow_outside_images,
     )
 
 
 def show(
     *,
     data: str = "",  # prepared data
-    sample: str = "",  # id of a sample
-    out: str = "sample.png",  # image of its tiles
+    sample: list[str] = [],  # id of a sample; several are packed into one sequence
+    out: str = "sample.png",  # image of its tiles (.png), or page of its tokens and tiles (.html)
 ):
-    """Print a sample as the model gets it, with its loss mask; write an image of its tiles."""
+    """Print a sample as the model gets it, with its loss mask; write an image or a page of it."""
     check_command(show, locals())
     samples = PreparedDataset(data)
-    indices = [i for i, name in enumerate(samples.names) if name == sample]
-    if not indices:
-        first = ", ".join(samples.names[:3])
-        raise UserError(f"{data} holds no sample {sample!r}; its first ones are {first}")
-    tokenizer = Tokenizer.load(data)
+    indices = [i for i, name in enumerate(samples.names) if name in sample]
+    for name in sample:
+        if name not in samples.names:
+            first = ", ".join(samples.names[:3])
+            raise UserError(f"{data} holds no sample {name!r}; its first ones are {first}")
+    tokenizer, images = Tokenizer.load(data), []
     for i in indices:
         print(sample_as_text(samples, i, tokenizer))
-    tiles_NCYX = collate(samples, [indices])[0]["tiles_NCYX"].numpy()
-    if len(tiles_NCYX):
-        concat_tiles(tiles_NCYX).save(out)
-        cli.print_status(f"{out}: its {len(tiles_NCYX)} tile{'s' * (len(tiles_NCYX) > 1)}")
+        images += samples.stored_sample(i)[2]
+    if out.lower().endswith(".html"):
+        Path(out).write_text(sample_page(samples, indices, tokenizer))
+    elif images:
+        draw_tiles(images, samples.image_config).save(out)
+    else:
+        return
+    count = sum(len(image.tiles) for image in images)
+    cli.print_status(f"{out}: {count} tile{'s' * (count != 1)}")
 
 
 def check(
@@ -246,6 +280,8 @@ def estimate(
     global_batch_size: int | None = None,  # sequences in a step, over all GPUs
     micro_batch_size: int = 16,  # sequences in a forward pass of a GPU
     freeze: str = "",  # parts not to train: vision,projector,decoder or none; unset: the stage's
+    lora_rank: int = 0,  # LoRA: rank of the two matrices that train beside a weight; 0: no LoRA
+    lora_target: str = "decoder",  # whose blocks have LoRA: decoder, vision or both
     dtype: str = "auto",  # of matrix products: float32 or bfloat16; auto: bfloat16
     activation_checkpointing: str = "none",  # of blocks: none, decoder or all
     cpu_offload: bool = False,  # FSDP: keep parameters and optimizer state in host memory
@@ -255,9 +291,11 @@ def estimate(
     """Print memory and days of a training run on 1, 8 and 64 GPUs; no weight or data is read."""
     run = load_settings(dict(locals()), world=1)
     info = load_checkpoint_info(run.model)
-    with torch.device("meta"):
-        model = build_model(info.shapes, info.image_config).train()
-    freeze_parts(model, run.peak_lrs)
+    model = build_like_files(info).train()
+    if run.lora:
+        with torch.device("meta"):
+            add_lora(model, **run.lora)
+    freeze_parts(model, run.peak_lrs, run.lora)
     print_estimate(run, model, info.image_config, speed=peak_tflops * 1e12 * mfu)
 
 
@@ -278,25 +316,72 @@ def figures(
 ):
     """Draw the figures of the READMEs from the demonstration's own run."""
     draw_figures(out)
-    cli.print_status(f"{out}: answers.png, losses.png, sequence.png")
+    cli.print_status(f"{out}: answers.png, attention.png, losses.png, sequence.png")
 
 
 def export(
     *,
     model: str = "out/sft",  # checkpoint with weights, tokenizer, template and image config
     out: str = "",  # new folder
-    template: str | None = None,  # chat template of a published LLaVA whose own is not known
+    template: str | None = None,  # chat template of a published VLM whose own is not known
 ):
-    """Export a model as a LLaVA folder for transformers, vLLM and llama.cpp's converter."""
+    """Export a model as a folder for transformers, vLLM and llama.cpp: LLaVA's, or SmolVLM's."""
     check_command(export, locals())
     checkpoint = load_checkpoint(model, dtype=None, template=template)
-    export_checkpoint(checkpoint, out)
-    cli.print_status(f"{out}: a LLaVA folder, its template {checkpoint.chat_template}")
+    layouts = {"idefics3": export_idefics3, "nanovlm": export_hf_nanovlm}
+    layout = next((name for name in layouts if name in checkpoint.history), "LLaVA")
+    layouts.get(layout, export_checkpoint)(checkpoint, out)
+    cli.print_status(f"{out}: layout {layout}, template {checkpoint.chat_template}")
+
+
+def merge_lora(
+    *,
+    model: str = "out/sft",  # run with --lora_rank; with --adapter: any model
+    adapter: str = "",  # folder of an adapter of peft, for the decoder of the model
+    out: str = "",  # folder of the new model
+):
+    """Fold LoRA into the weights: the new model needs neither its base nor an adapter."""
+    check_command(merge_lora, locals())
+    if not adapter and not load_checkpoint_info(model).lora:
+        raise UserError(f"--model={model} is no run with --lora_rank; give an --adapter for it")
+    checkpoint = load_checkpoint(model, dtype=None)
+    if adapter:
+        merge_adapter(checkpoint, adapter)
+    save_checkpoint(checkpoint, out)
+    cli.print_status(f"{out}: {model} with {adapter or 'its LoRA'} in its weights")
+
+
+def export_lora(
+    *,
+    model: str = "out/sft",  # run with --lora_rank
+    base: str = "",  # its base for transformers: what `export` wrote of it, or its decoder's folder
+    out: str = "",  # folder of the adapter
+):
+    """Export the LoRA of a run as an adapter, which peft loads onto a model of transformers."""
+    check_command(export_lora, locals())
+    checkpoint = load_checkpoint(model, dtype=None, merge=False)
+    if not checkpoint.lora:
+        raise UserError(f"--model={model} is no run with --lora_rank")
+    export_adapter(checkpoint, base, out)
+    cli.print_status(f"{out}: an adapter of {base} for peft")
 
 
 COMMANDS = {
     command.__name__: command
-    for command in (fridge, random_init, stitch, data, show, check, estimate, plot, figures, export)
+    for command in (
+        fridge,
+        random_init,
+        stitch,
+        data,
+        show,
+        check,
+        estimate,
+        plot,
+        figures,
+        export,
+        merge_lora,
+        export_lora,
+    )
 }
 
 
@@ -310,16 +395,17 @@ NEEDED_SETTINGS = {  # settings that have no default
     check: "data",
     plot: "log",
     export: "out",
+    merge_lora: "out",
+    export_lora: "base out",
 }
+SIZES = (
+    "scenes text eval_scenes tile patch shuffle tiles width layers heads kv_heads "
+    "intermediate_size vision_width vision_layers vision_heads vision_intermediate_size seq_len"
+)
 # (settings, whether a value x is allowed beside settings s, what is wrong if not)
 PREPARE_RULES = [
-    (
-        "scenes text eval_scenes tile patch shuffle tiles width layers heads kv_heads "
-        "intermediate_size vision_width vision_layers vision_heads vision_intermediate_size "
-        "seq_len",
-        lambda x, s: x >= 1,
-        "must be at least 1",
-    ),
+    (SIZES, lambda x, s: x >= 1, "must be at least 1"),
+    *size_rules(f"{SIZES} vocab_size workers"),
     ("workers tokens_per_s", lambda x, s: x >= 0, "must be at least 0"),
     ("vocab_size", lambda x, s: x >= 256, "must be at least 256, a token for each byte"),
     ("max_skipped", lambda x, s: 0 <= x <= 1, "must be from 0 to 1"),
@@ -357,7 +443,8 @@ PREPARE_RULES = [
     ),
     ("images", lambda x, s: Path(x).exists(), "is no folder or zip"),
 ]
-NEW_FOLDERS = (fridge, random_init, stitch, data, export)  # commands that write one, --out
+# commands that write one, --out
+NEW_FOLDERS = (fridge, random_init, stitch, data, export, merge_lora, export_lora)
 
 
 def is_multiple(number, divisor):
@@ -371,9 +458,11 @@ def check_command(command, settings):
         raise UserError(f"prepare.py {command.__name__} needs {missing}")
     changed = cli.changed_settings(command, settings)
     cli.check_rules(changed, PREPARE_RULES, SimpleNamespace(**settings))
-    if command is show and not settings["out"].lower().endswith(".png"):
-        raise UserError(f"--out={settings['out']} must end in .png")
-    if command in NEW_FOLDERS:
+    if command is show and not settings["out"].lower().endswith((".png", ".html")):
+        raise UserError(f"--out={settings['out']} must end in .png or .html")
+    # build_dataset compares the plan of a dataset with this command
+    is_dataset = command is data and Path(settings["out"], "plan.json").is_file()
+    if command in NEW_FOLDERS and not is_dataset:
         refuse_to_overwrite(settings["out"])
 
 

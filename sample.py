@@ -2,6 +2,7 @@
 
     python sample.py --image fridge.jpg
     python sample.py --image fridge.jpg --chat=true
+    python sample.py --image fridge.jpg --attention_map=attention.html
     python sample.py --model=out/sft --image a.jpg --image b.jpg --prompt "What was taken out?"
     python sample.py --model=llava-hf/llava-v1.6-mistral-7b-hf --image a.jpg
     echo "Is there any milk?" | python sample.py --image fridge.jpg
@@ -16,10 +17,18 @@ Evaluate it on a benchmark, your own questions or a public one:
     python sample.py --score=mmmu.jsonl
 """
 
+import signal
+
+if __name__ == "__main__":
+    # Ctrl-C prints nothing while torch is imported, which takes seconds. cli.run_script ends that.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+import math
 import os
 import sys
 import time
 from pathlib import Path
+from statistics import fmean
 from types import SimpleNamespace
 
 import torch
@@ -29,9 +38,11 @@ from nanovlm.checkpoints.checkpoint import load_checkpoint
 from nanovlm.data import chat_template, image_processing, packing
 from nanovlm.evals import benchmarks, runner
 from nanovlm.evals.runner import MAX_SEQUENCE
+from nanovlm.files import size_rules
 from nanovlm.inference.generate import generate
 from nanovlm.inference.optimize import optimize
 from nanovlm.kernels import dispatch
+from nanovlm.visualize.attention_map import record_answer, write_image, write_page
 
 # ---- settings ----
 
@@ -39,15 +50,18 @@ from nanovlm.kernels import dispatch
 def sample(
     *,
     # --- model and question
-    model: str = "",  # a checkpoint, run or LLaVA, or owner/name; unset: out/sft, else out/demo/sft
+    model: str = "",  # a checkpoint, run, VLM folder or owner/name; unset: out/sft or out/demo/sft
     image: list[str] = [],  # an image file; may be repeated
     prompt: str = "",  # question, with <image>s; unset: standard input, or "Describe this image."
     chat: bool = False,  # a conversation: answer the prompt, then each line of standard input
+    attention_map: str = "",  # write where it looked: a page (.html) or an image (.png)
+    logit_lens: bool = False,  # on that page: what each image token would say next, by layer
     # --- benchmark
     benchmark: str = "",  # how to read, ask and score the questions, such as mmmu; unset: exact
     questions: str = "",  # the benchmark's questions: a file or folder, as published, or JSONL
     annotations: str = "",  # the benchmark's reference answers, if they are in a separate file
     images: str = "",  # folder or zip of the benchmark's images; unset: beside the questions
+    allow_outside_images: bool = False,  # read images outside it, too: you trust the questions
     out: str = "",  # write or resume the answers, a .jsonl file; the scores go to the .json
     score: str = "",  # score the answers in this file again, without a model
     report: str = "",  # write an HTML page of images, questions, answers and scores
@@ -58,6 +72,7 @@ def sample(
     top_p: float = 1.0,  # sample from the fewest tokens that hold this much of the probability
     top_k: int = 0,  # sample from this many likeliest tokens; 0: from all
     max_tokens: int = 256,  # the longest answer, in tokens
+    logprobs: bool = False,  # print each token's probability, or keep the mean of each answer
     seed: int = 0,  # of sampling, and of the bootstrap for a benchmark's confidence intervals
     # --- device
     device: str = "auto",  # auto, cpu, cuda, cuda:1 (or another GPU's number) or mps
@@ -73,15 +88,19 @@ def sample(
     generation = dict(
         temperature=temperature, top_p=top_p, top_k=top_k, max_tokens=max_tokens, seed=seed
     )
+    if logprobs:  # else an evaluation has the settings of earlier versions, and resumes theirs
+        generation["logprobs"] = True
     if questions or score:
         return run_evaluation(settings, generation)
     question = "" if chat else read_question(prompt, len(image), model)
     checkpoint = load_model(model, distributed.pick_device(device), dtype)
     loaded = [image_processing.load_image(path, checkpoint.image_config) for path in image]
     if chat:
-        chat_in_terminal(checkpoint, loaded, prompt, **generation)
-    else:
-        generate_and_print(checkpoint, [("user", question)], loaded, **generation)
+        return chat_in_terminal(checkpoint, loaded, prompt, **generation)
+    turns = [("user", question)]
+    if attention_map:
+        return print_recorded(checkpoint, turns, loaded, attention_map, logit_lens, **generation)
+    generate_and_print(checkpoint, turns, loaded, **generation)
 
 
 # ---- rules that the settings must meet ----
@@ -95,6 +114,7 @@ RULES = [  # (settings, whether a value x is allowed beside settings s, what is 
     ("max_tokens", lambda x, s: 1 <= x <= MAX_SEQUENCE, f"must be from 1 to {MAX_SEQUENCE:,}"),
     ("seed", lambda x, s: 0 <= x < 2**63, "must be at least 0 and below 2^63"),
     ("batch_size", lambda x, s: x >= 1, "must be at least 1"),
+    *size_rules("batch_size"),
     cli.one_of("dtype", *WEIGHT_DTYPES),
     cli.one_of("kernels", "auto", "torch"),
     ("questions score", lambda x, s: not (s.image or s.chat), "excludes --image and --chat"),
@@ -103,9 +123,13 @@ RULES = [  # (settings, whether a value x is allowed beside settings s, what is 
         lambda x, s: s.questions or s.score,
         "needs --questions or --score",
     ),
-    ("annotations images report", lambda x, s: s.questions, "needs --questions"),
     (
-        "model batch_size temperature top_p top_k max_tokens dtype kernels",
+        "annotations images allow_outside_images report",
+        lambda x, s: s.questions,
+        "needs --questions",
+    ),
+    (
+        "model batch_size temperature top_p top_k max_tokens logprobs dtype kernels",
         lambda x, s: not s.score,
         "changes nothing if answers are scored again",
     ),
@@ -126,7 +150,7 @@ RULES = [  # (settings, whether a value x is allowed beside settings s, what is 
         "is a pipe or a device",
     ),
     (
-        "out report submission",
+        "attention_map out report submission",
         lambda x, s: os.access(f"{os.path.dirname(os.path.realpath(x))}/.", os.W_OK),
         "is in no existing folder that can be written",
     ),
@@ -134,6 +158,21 @@ RULES = [  # (settings, whether a value x is allowed beside settings s, what is 
         "out",  # the scores go to the .json
         lambda x, s: x.endswith(".jsonl") and x != s.score,
         "must end in .jsonl, and not be the file of --score",
+    ),
+    (
+        "attention_map",
+        lambda x, s: not (s.chat or s.questions or s.score or s.logprobs),
+        "excludes --chat, --questions, --score and --logprobs",
+    ),
+    (
+        "attention_map",
+        lambda x, s: x.endswith((".html", ".png")) and is_missing_or_page(x),
+        "must end in .html or .png, and be a new file or an older page",
+    ),
+    (
+        "logit_lens",
+        lambda x, s: s.image and s.attention_map.endswith(".html"),
+        "needs an --image and --attention_map=FILE.html",
     ),
     (
         "report",
@@ -218,18 +257,41 @@ def stream_answer(checkpoint, turns, images, **generation):
     yield text.flush()
 
 
-def generate_and_print(checkpoint, turns, images, **generation):
+def generate_and_print(checkpoint, turns, images, logprobs=False, **generation):
     """Prints the answer to a conversation while it is generated; returns all of it."""
-    start, parts = time.time(), []
+    start, parts, steps = time.time(), [], [] if logprobs else None
     shown = cli.CONTROL_CHARACTERS if sys.stdout and sys.stdout.isatty() else {}
-    for part in stream_answer(checkpoint, turns, images, **generation):
+    for part in stream_answer(checkpoint, turns, images, logprobs=steps, **generation):
         parts.append(part)
         print(part.translate(shown), end="", flush=True)
     print(flush=True)
+    mean = print_probabilities(checkpoint.tokenizer, steps) if logprobs else ""
     count = len(parts) - 1  # the last part belongs to no token
     cut = f", cut off at --max_tokens={count}" if count == generation["max_tokens"] else ""
-    cli.print_status(f"{count} tokens in {time.time() - start:.2f} s{cut}")
+    cli.print_status(f"{count} tokens in {time.time() - start:.2f} s{cut}{mean}")
     return "".join(parts)
+
+
+def print_probabilities(tokenizer, steps):
+    """Prints each token of an answer behind its probability; returns their mean as text.
+
+    steps: the `logprobs` of generate. It is the model's own probability, whatever the temperature.
+    """
+    logprobs = []
+    for ((next_id, logprob),) in steps:
+        text = tokenizer.bytes_of.get(next_id, b"").decode(errors="replace")
+        cli.print_status(f"{math.exp(logprob):.4f} {text!r}")
+        logprobs.append(logprob)
+    return f", mean log-probability {fmean(logprobs):.4f}"
+
+
+def print_recorded(checkpoint, turns, images, path, with_lens, **generation):
+    """Prints the answer to a conversation, and writes where the model looked for it."""
+    found = record_answer(checkpoint, turns, images, with_lens, **generation)
+    write = write_page if path.endswith(".html") else write_image
+    write(found, path)
+    print(found.answer)
+    cli.print_status(f"{len(found.tokens)} tokens, shown in {path}")
 
 
 def chat_in_terminal(checkpoint, images, prompt, **generation):
@@ -241,7 +303,7 @@ def chat_in_terminal(checkpoint, images, prompt, **generation):
                 question = prepare_question(line.strip(), 0 if turns else len(images))
                 new_turns = [*turns, ("user", question)]
                 answer = generate_and_print(checkpoint, new_turns, images, **generation)
-                turns = [*new_turns, ("assistant", answer)]
+                turns = [*new_turns, ("assistant", answer.strip())]
             except UserError as error:
                 cli.print_status(f"error: {error}")
         print("> ", end="", file=sys.stderr, flush=True)
@@ -282,6 +344,7 @@ def run_evaluation(settings, generation):
                 settings.annotations,
                 settings.images,
                 settings.prompt,
+                settings.allow_outside_images,
             )
         if settings.score:
             results = runner.rescore(settings.score, questions, benchmark)

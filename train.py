@@ -8,6 +8,13 @@
 --help lists the settings.
 """
 
+import signal
+
+if __name__ == "__main__":
+    # Ctrl-C prints nothing while torch is imported, which takes seconds. cli.run_script ends that.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+import itertools
 import math
 import os
 import shlex
@@ -20,7 +27,8 @@ from types import SimpleNamespace
 import torch
 
 from nanovlm import IGNORE_INDEX, UserError, cli
-from nanovlm.checkpoints.checkpoint import load_checkpoint, load_deferred_weights
+from nanovlm.checkpoints.checkpoint import base_source, load_checkpoint, load_deferred_weights
+from nanovlm.checkpoints.lora import add_lora
 from nanovlm.data.dataset import PreparedDataset, write_subset
 from nanovlm.data.packing import PackedDataLoader, parse_dataset_weights
 from nanovlm.demo.run import run_demonstration
@@ -73,9 +81,14 @@ def train(
     seed: int = 0,  # of the order of the samples
     # --- optimization
     steps: int | None = None,  # optimizer steps in all
+    epochs: float | None = None,  # instead of --steps: passes over the data; 0.5 is half a pass
+    patience: int = 0,  # stop after this many validations without a lower val_loss; 0: never
     global_batch_size: int | None = None,  # sequences in a step, over all ranks
     micro_batch_size: int = 16,  # sequences in a forward pass of a rank
     freeze: str = "",  # parts not to train: vision,projector,decoder or none; unset: the stage's
+    lora_rank: int = 0,  # LoRA: rank of the two matrices that train beside a weight; 0: no LoRA
+    lora_alpha: float | None = None,  # their product is scaled by alpha / rank; unset: 2 × rank
+    lora_target: str = "decoder",  # whose blocks have LoRA: decoder, vision or both
     lr: float | None = None,  # peak learning rate of every trained part
     vision_lr: float | None = None,  # of the vision encoder; unset: --lr
     projector_lr: float | None = None,  # of the projector; unset: --lr
@@ -127,11 +140,11 @@ def train(
         check_inputs(run)
         checkpoint = load_for_training(saved or run.model, run)
         vlm = checkpoint.model
-        samples, run.weights = load_samples(run, checkpoint)
+        samples = load_samples(run, checkpoint)
         must_agree = settings_to_keep(run, samples)
-        start = resume_step(saved, must_agree) if saved else 0
-        if start == run.steps:
-            print_on_rank_0(f"{stage}: {run.out} has all of its {start} steps already")
+        start, last = resume_step(saved, must_agree) if saved else (0, 0)
+        if last == run.steps or is_out_of_patience(run, start, last):
+            print_on_rank_0(f"{stage}: {run.out} is finished, at step {last} of {run.steps}")
             return
         loader = make_loader(
             samples,
@@ -145,7 +158,7 @@ def train(
         )
         # One packed sequence, for which the memory is estimated.
         ((sequence, _),) = next(make_loader(samples, run, global_batch_size=1, micro_batch_size=1))
-        validation_set = pack_validation_set(samples, run.seq_len)
+        validation_set = load_validation_set(run, samples)
         questions = load_eval_questions(run)
         print_on_rank_0(describe_run(run, saved, device, world))
 
@@ -167,7 +180,9 @@ def train(
     optimizer = make_optimizer(vlm, run.peak_lrs, run.weight_decay, (run.beta1, run.beta2))
     if saved:
         load_optimizer(saved, vlm, optimizer)
-    saver = Saver(checkpoint, optimizer, run.out, must_agree, run.keep_checkpoints)
+    saver = Saver(
+        checkpoint, optimizer, run.out, must_agree, run.keep_checkpoints, keep_best=patience > 0
+    )
 
     validate_at = partial(
         run_validation, run, checkpoint, samples, validation_set, questions, autocast
@@ -182,9 +197,10 @@ def train(
 def training_loop(run, start, vlm, wrapped, autocast, loader, optimizer, validate_at, saver):
     """Train from step `start` on. Returns the SignalHandler if a signal stopped it, else None.
 
+    With --patience, the run ends with its best checkpoint: later ones are deleted.
     vlm: the model; wrapped: the same under DDP or FSDP; validate_at: `run_validation` of a step.
     """
-    done, stopping, device = start, False, vlm.mean_C11.device
+    done, ended, stopping, device = start, False, False, vlm.mean_C11.device
     with (
         Logger(run.out, start, run.steps, run.tensorboard) as logger,
         ThreadPoolExecutor(1) as prefetcher,
@@ -192,7 +208,7 @@ def training_loop(run, start, vlm, wrapped, autocast, loader, optimizer, validat
         profile_steps(run.profile, vlm, run.out) as profile,
     ):
         next_micro_batches = prefetcher.submit(next, loader)  # read during the step before
-        while done < run.steps and not stopping:
+        while not (ended or stopping):
             micro_batches = logger.wait(next_micro_batches)
             next_micro_batches = prefetcher.submit(next, loader)
             lr_now = set_learning_rates(optimizer, done, run)
@@ -218,10 +234,19 @@ def training_loop(run, start, vlm, wrapped, autocast, loader, optimizer, validat
                     label_fraction=stats.labels / stats.tokens,
                     **norms,
                 )
-            if saving:
+            best_step = logger.best[1]
+            if saving or (run.patience and best_step == done):
                 saver.save(done, is_last, metrics)
+            ended = is_last or is_out_of_patience(run, best_step, done)
     logger.print_summary(done, run.stage)
-    return signals if done < run.steps else None
+    if ended and run.patience:
+        on_rank_0(saver.delete_after_best, done)
+    return None if ended else signals
+
+
+def is_out_of_patience(run, best_step, done):
+    """Whether --patience validations up to step `done` have not improved on that of best_step."""
+    return 0 < best_step <= done - run.patience * run.validate_every and run.patience > 0
 
 
 # ---- the optimizer and a step ----
@@ -260,7 +285,8 @@ def make_optimizer(model, peak_lrs, weight_decay, betas):
     groups = []
     for part, peak_lr in peak_lrs.items():
         for is_matrix in (True, False):
-            params = [p for p in getattr(model, part).parameters() if (p.dim() >= 2) == is_matrix]
+            params = [p for p in getattr(model, part).parameters() if p.requires_grad]
+            params = [p for p in params if (p.dim() >= 2) == is_matrix]
             decay = weight_decay if is_matrix else 0.0
             if params:
                 groups.append({"params": params, "peak_lr": peak_lr, "weight_decay": decay})
@@ -348,24 +374,40 @@ def run_validation(run, checkpoint, samples, validation_set, questions, autocast
 
 
 def load_for_training(folder, run):
-    """Load a checkpoint, freeze the parts that do not train, and note the stage in its history.
+    """Load a checkpoint, add LoRA if the run has it, and freeze what does not train.
 
     Sharded weights stay in their files until it is known which rank needs which
-    (`load_deferred_weights`).
+    (`load_deferred_weights`), but not below LoRA.
     """
-    checkpoint = load_checkpoint(folder, dtype=None, defer_weights=True)
-    checkpoint.history[run.stage] = f"{run.steps} steps from {run.model} on {run.data}"
-    freeze_parts(checkpoint.model.train(), run.peak_lrs)
-    return checkpoint
+    checkpoint = load_checkpoint(
+        folder, dtype=None, defer_weights=not run.lora, merge=not run.resume
+    )
+    vlm = checkpoint.model.train()
+    if run.lora and not run.resume:
+        torch.manual_seed(run.seed)
+        add_lora(vlm, **run.lora)
+        base = base_source(checkpoint.history["folder"])
+        checkpoint = checkpoint._replace(lora=run.lora | {"trained": [*run.peak_lrs], "base": base})
+    freeze_parts(vlm, run.peak_lrs, run.lora)
+    dtypes = {name: p.dtype for name, p in vlm.named_parameters() if not p.requires_grad}
+    return checkpoint._replace(dtypes=dtypes)
 
 
 def load_samples(run, checkpoint):
-    """Returns (samples, shares of the data folders); checks that they are for this model."""
-    folders, weights = parse_dataset_weights(run.data)
+    """Returns the samples, after a check that they are for this model.
+
+    Sets run.weights, the shares of the data folders, and run.steps if there are --epochs. Then the
+    checkpoint's history notes the stage.
+    """
+    folders, run.weights = parse_dataset_weights(run.data)
     samples = PreparedDataset(*folders)
     samples.check_fingerprint(checkpoint.fingerprint())
     samples.check_ids(checkpoint.shapes["decoder"]["vocab_size"])
-    return samples, weights
+    if run.epochs:
+        options = dict(global_batch_size=run.global_batch_size, micro_batch_size=1)
+        run.steps = make_loader(samples, run, **options).count_steps(run.epochs)
+    checkpoint.history[run.stage] = f"{run.steps} steps from {run.model} on {run.data}"
+    return samples
 
 
 def make_loader(samples, run, **options):
@@ -373,6 +415,18 @@ def make_loader(samples, run, **options):
     return PackedDataLoader(
         samples, seq_len=run.seq_len, seed=run.seed, weights=run.weights, **options
     )
+
+
+def load_validation_set(run, samples):
+    """Packs the validation set. Raises UserError if --patience would wait for its loss in vain."""
+    sequences = pack_validation_set(samples, run.seq_len)
+    held_out = itertools.chain(*sequences)
+    if run.patience and not any((samples.read(i)[1] != IGNORE_INDEX).any() for i in held_out):
+        raise UserError(
+            f"--patience={run.patience} needs a val_loss: no held-out sample of {run.data} has "
+            "labels; one sample in 64 is held out, so add samples"
+        )
+    return sequences
 
 
 def load_eval_questions(run):
@@ -397,10 +451,11 @@ def describe_run(run, saved, device, world):
     """The plan of a run in one line."""
     sequences = -(-run.global_batch_size // world)  # of a rank
     accumulation = -(-sequences // run.micro_batch_size)
+    epochs = f" ({run.epochs:g} epochs)" if run.epochs else ""
     return (
-        f"{run.stage}: {run.steps} steps of {run.global_batch_size} sequences of {run.seq_len} "
-        f"tokens on {world} × {device}, {accumulation} gradient-accumulation steps of "
-        f"{run.micro_batch_size} sequences, from {saved or run.model} on {run.data}"
+        f"{run.stage}: {run.steps} steps{epochs} of {run.global_batch_size} sequences of "
+        f"{run.seq_len} tokens on {world} × {device}, {accumulation} gradient-accumulation steps "
+        f"of {run.micro_batch_size} sequences, from {saved or run.model} on {run.data}"
     )
 
 
@@ -430,7 +485,13 @@ def resume_command(given):
         return "python train.py"
     launcher = ["python"]
     if "LOCAL_WORLD_SIZE" in os.environ:
-        launcher = ["torchrun", f"--nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}"]
+        torchrun = "torchrun --nproc_per_node={LOCAL_WORLD_SIZE}"
+        if os.environ.get("GROUP_WORLD_SIZE", "1") != "1":  # several machines, this is the first
+            torchrun += (
+                " --nnodes={GROUP_WORLD_SIZE} --node_rank=0 --master_addr={MASTER_ADDR}"
+                " --master_port={MASTER_PORT}"
+            )
+        launcher = torchrun.format(**os.environ).split()
     settings = cli.changed_settings(train, given) | {"resume": True}
     arguments = [f"--{name}={cli.format_value(value)}" for name, value in settings.items()]
     return shlex.join([*launcher, sys.argv[0], *arguments])

@@ -6,7 +6,7 @@ A name carries the shape of its tensor: `q_BTHK` has four dimensions. The letter
 
     B batch   T tokens   S cached and new tokens   N tiles   P patches of a tile   D width
     H query heads   G key/value heads   K size of a head   F width of the MLP   V vocabulary
-    C channels   Y X pixels (or patches) down and across
+    C channels   Y X pixels (or patches) down and across   L layers
 
 D is the width of the part that a tensor is in. After pixel shuffle, P counts image features. In the
 loss, N counts labelled tokens. A lower-case letter is a part of its capital (n of N tokens in a

@@ -9,6 +9,7 @@ import difflib
 import inspect
 import math
 import os
+import signal
 import sys
 import textwrap
 import types
@@ -287,6 +288,7 @@ def run_script(functions):
     Exit codes: 1 user error, 130 Ctrl-C, 141 closed pipe. Standard input that is not text is read
     as surrogates, as Python does for argv. Characters that the terminal lacks are escaped.
     """
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "backslashreplace")):
         if stream:
             stream.reconfigure(errors=errors)

@@ -12,8 +12,10 @@ they are given and the model is not wrapped, so train.py needs no second path. I
 
 import atexit
 import contextlib
+import ctypes
 import functools
 import os
+import signal
 import sys
 import time
 
@@ -81,11 +83,21 @@ def init_distributed(device):
 
     CPU tensors use gloo, even if the model is on GPUs. So the ranks can agree that a setting is
     wrong before they use any GPU memory. NCCL starts with the first collective of a GPU tensor.
+    Raises UserError if the ranks cannot connect.
     """
     if "RANK" not in os.environ:
         return 0, 1
     if not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+            # PR_SET_PDEATHSIG, 1: a worker gets SIGTERM if torchrun is killed and cannot send it.
+            ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+        try:
+            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        except RuntimeError as error:
+            raise UserError(
+                f"the ranks cannot connect: {str(error).splitlines()[0]}; on several machines, set "
+                "GLOO_SOCKET_IFNAME to the name of the network interface between them"
+            ) from None
         atexit.register(destroy_process_group)
     return dist.get_rank(), dist.get_world_size()
 
@@ -206,16 +218,18 @@ def wrap_model(model, parallel, device, dtype, hsdp_shard_size=0, cpu_offload=Fa
 
     Calling `wrapped` calls the model and averages gradients over the ranks; `autocast` is the
     context to call it in. parallel: none, ddp or fsdp. Parameters come from a file (mmap) or from
-    the meta device, and become float32 on `device`; matrix products are in `dtype`.
+    the meta device, and get the dtypes of `resting_dtypes` on `device`; matrix products are in
+    `dtype`.
 
     FSDP shards one unit after another, so that no rank ever holds more than one whole unit.
     hsdp_shard_size: ranks that share one copy of the model (HSDP); 0 means all ranks.
     cpu_offload: parameters, gradients and optimizer state stay in host memory.
     """
     activate_device(device)
+    dtypes = resting_dtypes(model, dtype)  # a parameter leaves it, or FSDP could not free it
     if parallel != "fsdp":
         for p in model.parameters():
-            materialize(p, device)
+            materialize(p, device, dtypes.pop(p))
         wrapped = model.to(device)
         if parallel == "ddp":
             wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
@@ -235,17 +249,34 @@ def wrap_model(model, parallel, device, dtype, hsdp_shard_size=0, cpu_offload=Fa
         offload_policy = CPUOffloadPolicy(pin_memory=device.type == "cuda")
     for unit in fsdp_units(model):
         for p in [p for p in unit.parameters() if not isinstance(p, DTensor)]:
-            materialize(p, device)
+            materialize(p, device, dtypes.pop(p))
         fully_shard(unit, mesh=mesh, mp_policy=mixed_precision, offload_policy=offload_policy)
     return model, contextlib.nullcontext()
 
 
-def materialize(p, device):
-    """Give a parameter its own float32 memory on a device, so that nothing writes into its file.
+def resting_dtypes(model, dtype):
+    """Returns {parameter: the dtype in which it rests in memory} if products are in `dtype`.
+
+    What trains is float32. A frozen weight of a linear layer keeps the dtype of its file if
+    products are in bfloat16: the product is the same, as autocast would round the weight. If they
+    are in float32, it becomes float32. Frozen embeddings, norms, biases and convolutions are
+    float32, too: sums are in float32, and they are small.
+    """
+    dtypes = dict.fromkeys(model.parameters(), torch.float32)
+    if dtype == torch.bfloat16:
+        for layer in model.modules():
+            if isinstance(layer, torch.nn.Linear) and not layer.weight.requires_grad:
+                dtypes[layer.weight] = layer.weight.dtype
+        dtypes[model.decoder.embed_tokens.weight] = torch.float32  # lm_head's, too, if it is tied
+    return dtypes
+
+
+def materialize(p, device, dtype):
+    """Give a parameter its own memory on a device, so that nothing writes into its file.
 
     A parameter on the meta device becomes NaN: `load_deferred_weights` refuses a NaN that stays.
     """
-    values = torch.full(p.shape, torch.nan, dtype=torch.float32, device=device)
+    values = torch.full(p.shape, torch.nan, dtype=dtype, device=device)
     if not p.is_meta:
         values.copy_(p.detach())
     torch.utils.swap_tensors(p, torch.nn.Parameter(values, p.requires_grad))

@@ -81,8 +81,8 @@ OLD_PARAMETER_NAMES = [
     (r"\.down\.", ".down_proj."),
 ]
 
-# The largest sizes that a model may have, far beyond any that is published. A larger one is a
-# broken or a hostile file, and is refused before it takes memory.
+# The largest sizes of models and settings, far beyond any that is published. A larger one is a
+# slip of the hand, or a broken or a hostile file, and is refused before it takes memory.
 MAX_SIZE = 1 << 20
 MAX_SIZES = {
     "layers": 1024,
@@ -90,12 +90,29 @@ MAX_SIZES = {
     "tile": 8192,
     "tiles": 256,
     "max_position_embeddings": 1 << 30,
+    "steps": 1 << 30,
+    "epochs": 1024,
+    "workers": 1024,
 }
+
+
+def max_size(name):
+    return MAX_SIZES.get(name.removeprefix("vision_"), MAX_SIZE)
+
+
+def size_rules(names):
+    """Returns the rules of settings that are sizes, for cli.check_rules: none is beyond its
+    largest."""
+    rules = []
+    for name in names.split():
+        most = max_size(name)
+        rules.append((name, lambda x, s, most=most: x <= most, f"must be at most {most:,}"))
+    return rules
 
 
 def size_error(name, value):
     """Returns what is wrong with a size that a file names, None if it is plausible."""
-    most = MAX_SIZES.get(name, MAX_SIZE)
+    most = max_size(name)
     if type(value) is int and 1 <= value <= most:
         return None
     return f"{name} {value!r:.80} is no whole number from 1 on, at most {most:,}"
@@ -180,6 +197,17 @@ def lock_path(path):
         os.close(handle)
 
 
+@contextlib.contextmanager
+def name_file(path):
+    """An OSError inside names the file or folder `path` if it names none, as for a full disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            raise OSError(error.errno, error.strerror or str(error), str(path)) from None
+        raise
+
+
 def fsync_path(path):
     """Wait until a file, or a folder's list of names, is on disk."""
     handle = os.open(path, os.O_RDONLY)
@@ -191,7 +219,8 @@ def write_text(path, text):
     """Write a file completely or not at all."""
     path = os.path.realpath(path)  # the target of a link, which would be replaced otherwise
     tmp = Path(f"{path}.tmp")
-    tmp.write_text(text, encoding="utf-8")
+    with name_file(path):
+        tmp.write_text(text, encoding="utf-8")
     os.replace(tmp, path)
 
 
@@ -364,7 +393,7 @@ def write_tensors(tensors, path, header={}):
     try:
         save_file(tensors, path, metadata={"format": "pt", **header})
     except SafetensorError as error:  # safetensors reports a full disk this way
-        raise OSError(f"could not write {path}: {error}") from None
+        raise OSError(None, str(error), str(path)) from None
 
 
 def read_weights(files, renames):

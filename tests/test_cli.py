@@ -2,6 +2,7 @@
 
 import inspect
 import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -216,8 +217,9 @@ def test_any_words_give_settings_or_an_error(argv):
 
 
 SCRIPT = """
-import os, sys
+import os, signal, sys
 sys.path.insert(0, {root!r})
+signal.signal(signal.SIGINT, signal.SIG_DFL)
 from nanovlm import UserError, cli
 
 def first(*,
@@ -231,7 +233,7 @@ def first(*,
     if path == "bug":
         raise KeyError("bug")
     if path == "interrupt":
-        raise KeyboardInterrupt
+        os.kill(os.getpid(), signal.SIGINT)
     if path == "pipe":
         print("x" * 1_000_000)
     print(lr, on, open(path).read() if path else "")
@@ -298,6 +300,19 @@ def run(scripts, line):
 )
 def test_results_errors_and_help_are_printed_where_they_belong(scripts, line, expected):
     assert run(scripts, line) == expected
+
+
+@pytest.mark.parametrize("script", ["train.py", "sample.py", "prepare.py"])
+def test_ctrl_c_while_torch_is_imported_prints_nothing(script, tmp_path):
+    """A shell prints 130 as the exit code of a process that SIGINT has ended."""
+    (tmp_path / "torch.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    done = subprocess.run(
+        [sys.executable, ROOT / script, "--help"],
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        timeout=60,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, b"", b"")
 
 
 def test_a_bug_keeps_its_traceback(scripts):

@@ -1,4 +1,4 @@
-"""The commands of the README's "Your own images", on fewer real photographs."""
+"""The commands of "A small model from nothing" (training/README.md), on fewer photographs."""
 
 import os
 import re

@@ -171,6 +171,31 @@ def test_images_are_beside_the_source_without_a_folder(home, run_prepare):
     assert run_prepare("data", images="", source=source(home / "images", RECORDS)) is None
 
 
+def test_the_same_command_again_is_done_and_another_one_is_refused(run_prepare, tmp_path, capsys):
+    assert run_prepare("data") is None
+    printed = capsys.readouterr().err
+    assert run_prepare("data", workers=1) is None
+    again = capsys.readouterr().err
+    assert (
+        again == f"{tmp_path}/set is done: the same command made it\n{printed.splitlines()[-1]}\n"
+    )
+    for other in (dict(seq_len=99), dict(images=""), dict(allow_outside_images="true")):
+        assert_refused(run_prepare("data", **other), "set was begun with other settings: ")
+
+
+def test_images_outside_are_skipped_by_name_or_read_with_a_setting(home, run_prepare, tmp_path):
+    (tmp_path / "egg.png").symlink_to(home / "images" / "egg.png")
+    words = dict(source=source(tmp_path, [changed(id="a link"), RECORDS[1]]), images="")
+    refused = run_prepare("data", **words)
+    assert_refused(
+        refused, "1 of 2 samples cannot be used, more than --max_skipped=1% ({'path climbs"
+    )
+    assert_refused(refused, "the path 'egg.png' climbs out of")
+    words |= dict(out=tmp_path / "read", allow_outside_images="true")
+    assert run_prepare("data", **words) is None
+    assert dataset.PreparedDataset(tmp_path / "read").names == ["a link", "7"]
+
+
 def test_conversations_about_one_image_are_held_out_together(home, run_prepare, tmp_path):
     """LLaVA's own data gives one id to all conversations about one image. Training on one of them
     and validating on another would leak the image."""
@@ -178,7 +203,7 @@ def test_conversations_about_one_image_are_held_out_together(home, run_prepare, 
         {"id": number % 200, "conversations": conversation(f"Question {number}", "Answer")}
         for number in range(400)
     ]
-    assert run_prepare("data", source=source(tmp_path, records)) is None
+    assert run_prepare("data", source=source(tmp_path, records), images="") is None
     held_out = dataset.PreparedDataset(tmp_path / "set").table[:, dataset.IS_VALIDATION].tolist()
     assert held_out[:200] == held_out[200:] and 0 < sum(held_out) < 40
 
@@ -297,6 +322,11 @@ def test_tiles_are_part_of_the_image_config(run_prepare, tmp_path):
     [
         (dict(vocab_size=10), "--vocab_size=10 must be at least 256"),
         (dict(heads=0, layers=-1), "--layers=-1 must be at least 1; --heads=0 must be at least 1"),
+        (
+            dict(layers=10**12, vision_width=10**12),
+            "--layers=1000000000000 must be at most 1,024; --vision_width=1000000000000 must be at "
+            "most 1,048,576",
+        ),
         (dict(heads=5), "--width=24 must be a multiple of 2 × --heads=5"),
         (dict(kv_heads=4), "--heads=6 must be a multiple of --kv_heads=4"),
         (dict(vision_heads=3), "--vision_width=20 must be a multiple of --vision_heads=3"),

@@ -212,41 +212,42 @@ def lines_without_input(road):
         there.add(values["out"])
 
 
-def roads():
-    """The README's blocks of commands that begin with a fetched or a stitched model."""
-    title = "## A real vision encoder and language model\n"
-    section = README.read_text().partition(title)[2].partition("\n## ")[0]
-    blocks = re.findall(r"(?:^ {4}.+\n)+", section, re.MULTILINE)
-    found = [commands(block + "\n") for block in blocks]
-    return [road for road in found if re.match(r"hf download|python prepare.py stitch", road[0])]
+ROADS = {  # a README's section: the published models that its first command names
+    "README.md: Fine-tune a published model on your own images": ["HuggingFaceTB/SmolVLM"],
+    "README.md: A real vision encoder and language model": [
+        "openai/clip-vit-large-patch14-336",
+        "mistralai/Mistral-7B-Instruct-v0.3",
+    ],
+    "nanovlm/checkpoints/README.md: SigLIP and SmolLM2, on one GPU": [
+        "google/siglip-base-patch16-224",
+        "HuggingFaceTB/SmolLM2-135M-Instruct",
+    ],
+}
 
 
-def test_each_of_the_three_roads_reads_only_what_it_has_made():
+def read_road(section):
+    """The commands of a README's section."""
+    path, _, title = section.partition(": ")
+    text = (ROOT / path).read_text().partition(f"## {title}\n")[2].partition("\n## ")[0]
+    return commands(text)
+
+
+@pytest.mark.parametrize("section", ROADS)
+def test_a_road_reads_only_what_it_has_made(section):
     """From published parts to an answer; every folder has the name by which the next line asks."""
-    found = roads()
-    parts = [
-        ("llava-hf/llava-v1.6-mistral-7b-hf",),
-        ("openai/clip-vit-large-patch14-336", "mistralai/Mistral-7B-Instruct-v0.3"),
-        ("google/siglip-base-patch16-224", "HuggingFaceTB/SmolLM2-135M-Instruct"),
-    ]
-    assert len(found) == 3
-    for road, names in zip(found, parts, strict=True):
-        assert all(name in road[0] for name in names)
-        assert not list(lines_without_input(road))
-    for road in found[1:]:
-        steps = [(f.__name__, values.get("stage")) for f, values in map(command_settings, road)]
-        assert steps == [
-            ("stitch", None),
-            ("data", None),
-            ("train", "pretrain"),
-            ("data", None),
-            ("train", "sft"),
-            ("sample", None),
-        ]
+    road = read_road(section)
+    assert all(name in road[0] for name in ROADS[section])
+    assert not list(lines_without_input(road))
+    steps = [(f.__name__, values.get("stage")) for f, values in map(command_settings, road[1:])]
+    tuned = [("data", None), ("train", "sft")]
+    if road[0].startswith("hf download"):
+        assert steps == [*tuned, ("export", None)]
+    else:
+        assert steps == [("data", None), ("train", "pretrain"), *tuned, ("sample", None)]
 
 
 def test_a_line_without_its_input_is_seen():
-    road = next(road for road in roads() if "--out=out/small" in road[0])
+    road = read_road("nanovlm/checkpoints/README.md: SigLIP and SmolLM2, on one GPU")
     for n in range(5):
         assert list(lines_without_input(road[:n] + road[n + 1 :])), "a line is left out"
     other = [*road[:2], road[2].replace("small-pretrain", "small-pre"), *road[3:]]

@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import os
 import signal
 import subprocess
@@ -384,7 +385,15 @@ def test_a_conversation_continues_after_an_invalid_line(run_sample):
             "--benchmark=contains needs --questions or --score",
         ),
         (["--prompt=a", "--batch_size=3"], "--batch_size=3 needs --questions or --score"),
+        (
+            ["--image=a.png", "--allow_outside_images=true"],
+            "--allow_outside_images=true needs --questions",
+        ),
         (["--questions=questions.jsonl", "--batch_size=0"], "--batch_size=0 must be at least 1"),
+        (
+            ["--questions=questions.jsonl", "--batch_size=1e12"],
+            "--batch_size=1000000000000 must be at most 1,048,576",
+        ),
         (["--batch=3"], "--batch is not a setting, did you mean --batch_size?"),
         (["--questions=questions.jsonl"], "no such file: questions.jsonl"),
         (
@@ -536,6 +545,17 @@ def question_words(folder, checkpoint):
         )
     )
     return ["--questions=sub/questions.jsonl", "--images=.", "--max_tokens=9"]
+
+
+def test_images_outside_are_shown_only_if_it_is_allowed(folder, run_sample, question_words):
+    """A stranger's questions could put a person's files into a report."""
+    question = QUESTIONS[0] | {"image": "../a.png", "answers": ["milk"]}
+    (folder / "sub" / "outside.jsonl").write_text(json.dumps(question))
+    words = ["--questions=sub/outside.jsonl", question_words[2]]
+    code, _, err = run_sample(*words)
+    assert code == 1 and "climbs out of sub: if you trust the source, give --allow_outside" in err
+    code, out, _ = run_sample(*words, "--allow_outside_images=true")
+    assert code == 0 and "1 questions" in out
 
 
 def test_an_evaluation_gives_the_answers_to_single_questions_and_scores_them(
@@ -787,6 +807,32 @@ def test_a_closed_pipe_is_not_an_error(folder):
     process.stdout.close()
     assert (process.wait(timeout=60), process.stderr.read()) == (141, b"")
     process.stderr.close()
+
+
+def test_logprobs_print_each_token_behind_its_probability(folder, checkpoint, run_sample):
+    """The same answer goes to standard output. The end token has a probability, too."""
+    words = ("--image=a.png", "--prompt=is there", "--max_tokens=60")
+    steps = []
+    ids = [START, *turn("<image>\nis there")]
+    _, answer = expected(checkpoint, ids, tiles_of(folder, "a.png"), 60, logprobs=steps)
+    code, out, err = run_sample(*words, "--logprobs=true")
+    assert (code, out) == run_sample(*words)[:2]
+    *lines, status = err.splitlines()
+    names = {START: "<s>", OPEN: "[INST]", CLOSE: "[/INST]", END: "</s>"}
+    for line, next_id, ((_, logprob),) in zip(lines, answer, steps, strict=True):
+        text = names.get(next_id) or bytes([next_id]).decode(errors="replace")
+        assert line == f"{math.exp(logprob):.4f} {text!r}"
+    mean = np.mean([logprob for ((_, logprob),) in steps])
+    assert status.endswith(f", mean log-probability {mean:.4f}")
+
+
+def test_a_terminal_is_not_controlled_by_a_token(checkpoint, capsys):
+    """A token that clears the screen is shown as text, and so are a new line and a space."""
+    steps = [[(i, math.log(0.5))] for i in (0x1B, 0x0A, 0x20, 0x9B, 999)]
+    script.print_probabilities(checkpoint.tokenizer, steps)
+    assert capsys.readouterr().err.splitlines() == [
+        rf"0.5000 {text}" for text in (r"'\x1b'", r"'\n'", "' '", "'\ufffd'", "''")
+    ]
 
 
 def test_a_terminal_is_not_controlled_by_an_answer(checkpoint, capsys, monkeypatch):

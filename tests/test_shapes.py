@@ -35,7 +35,9 @@ from nanovlm.inference.optimize import optimize
 from nanovlm.kernels import dispatch
 from nanovlm.models.attention import attention
 from nanovlm.models.cross_entropy import linear_cross_entropy
+from nanovlm.preprocess import build
 from nanovlm.training import flops, memory, validation
+from nanovlm.visualize import attention_map
 
 ALPHABET = "".join(
     re.findall(
@@ -50,6 +52,7 @@ LOOKS_LIKE = re.compile(r"[a-z]\w*_[A-Za-z]*[A-Z]\w*$")
 # 36 patches, 9 tokens after pixel shuffle by 2
 VISION_SHAPES = VISION | {"tile": 18, "class_token": True, "layer_scale": True}
 DECODER_SHAPES = DECODER | {"vocab_size": 260, "sliding_window": [None, 14, None]}
+DECODER_SHAPES |= {"qkv_bias": True, "qk_norm": True, "rope_layers": [1, 0, 1]}
 IMAGE_CONFIG = {
     "tile": 18,
     "patch": 3,
@@ -213,6 +216,8 @@ def everything(folder):
         for name in ("colour.png", "grey.png")
     )
     image_processing.tile_to_image(grey.tiles[0])
+    (folder / "captions.json").write_text('[{"image": "colour.png", "caption": "x"}]')
+    build.measure_pixels([str(folder / "captions.json")], str(folder), IMAGE_CONFIG)
     (folder / "deep.png").write_bytes(base64.b64decode(DEEP))
     image_files.read_image(folder / "deep.png")
 
@@ -226,7 +231,8 @@ def everything(folder):
         ],
     )
     checkpoint.tokenizer.save(folder / "set")
-    prepare.show(data=str(folder / "set"), sample="sample 3", out=str(folder / "tiles.png"))
+    for out in ("tiles.png", "page.html"):
+        prepare.show(data=str(folder / "set"), sample=["sample 3"], out=str(folder / out))
     flops.assumed_sequence(51, IMAGE_CONFIG)
     samples = dataset.PreparedDataset(folder / "set")
     (batch, _), *_ = next(
@@ -272,10 +278,15 @@ def everything(folder):
         ("x", []),
         ("<image><image>two", [colour, grey]),
     ]
-    for how in ({"temperature": 1.0, "top_k": 50}, {}):
+    for how in ({"temperature": 1.0, "top_k": 50}, {"logprobs": True}):
         runner.generate_answers(checkpoint, questions, max_tokens=5, **how)
     runner.generate_answers(checkpoint, questions, blank_images=True, max_tokens=2)
     list(sample.stream_answer(checkpoint, [("user", "<image>x")], [colour], max_tokens=3))
+    record = attention_map.record_answer(
+        checkpoint, [("user", "<image>x")], [colour], with_lens=True, max_tokens=3
+    )
+    attention_map.write_page(record, folder / "attention.html")
+    attention_map.write_image(record, folder / "attention.png")
     optimized = optimize(load_checkpoint(folder / "model").model)
     list(
         generate(

@@ -40,7 +40,7 @@ KNOWS_ONLY = {
 }
 MAX_STATEMENTS, MAX_NESTING = 45, 4  # of a function; a settings signature counts as none
 # Python tokens outside tests, docstrings and comments; more only for an issue that asks for more.
-MAX_TOKENS = 83_400
+MAX_TOKENS = 98_300
 MAX_FOREIGN, MAX_FOREIGN_IN_FOLDER = 0.045, 0.08  # share of words in names
 
 # Top-level names that stand in two files, where both mean the same.
@@ -112,10 +112,10 @@ def test_an_import_is_seen_as_the_file_that_it_names():
 
 
 def test_the_core_stands_alone():
-    """models/: at most 700 lines, no file over 250; of ours it loads only kernels/dispatch.py."""
+    """models/: at most 850 lines, no file over 250; of ours it loads only kernels/dispatch.py."""
     files = sorted((ROOT / "nanovlm/models").glob("*.py"))
     lines = {path.name: len(path.read_text().splitlines()) for path in files}
-    assert sum(lines.values()) <= 700 and max(lines.values()) <= 250, lines
+    assert sum(lines.values()) <= 850 and max(lines.values()) <= 250, lines
     code = "import sys, nanovlm.models.vlm; print(*sys.modules)"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
@@ -398,7 +398,15 @@ KNOWN_BY_NAME = {
     "decoder family": (
         r"mistral|vicuna|zephyr|smollm|qwen|gemma|llama(?!3)",
         # data/tokenizer: LlamaTokenizer, whose setting `legacy` places a space
-        {"checkpoints/huggingface", "checkpoints/llava", "data/chat_template", "data/tokenizer"},
+        # checkpoints/peft, idefics3: the table LLAMA, of all decoders' names of tensors
+        {
+            "checkpoints/huggingface",
+            "checkpoints/idefics3",
+            "checkpoints/llava",
+            "checkpoints/peft",
+            "data/chat_template",
+            "data/tokenizer",
+        },
     ),
     "vision encoder": (
         r"clip_vision|siglip|dinov2",

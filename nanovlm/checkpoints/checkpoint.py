@@ -8,7 +8,8 @@
                           which the model skips and other software expects (llava.py exports them)
 
 A run writes out/NAME/step-000200 with its optimizer state (training/resume.py). Under FSDP, all but
-the last step keep their weights in sharded/ instead of model.safetensors.
+the last step keep their weights in sharded/ instead of model.safetensors. With --lora_rank (see
+lora.py) a step holds what has trained, and nanovlm.json names the base with the other weights.
 """
 
 import contextlib
@@ -31,6 +32,7 @@ from ..models.decoder import Decoder, rope_cos_sin
 from ..models.vision_encoder import ACTIVATIONS, VisionEncoder
 from ..models.vlm import VLM
 from . import sharded
+from .lora import LORA_PARTS, add_lora, is_trained, merged_weights
 
 CHECKPOINT_VERSION = 2
 READABLE_VERSIONS = (1, 2)  # the keys of version 1 are in files.OLD_NAMES
@@ -51,6 +53,8 @@ class Checkpoint(NamedTuple):
     history: dict  # where each part came from
     unused_vision_tensors: dict = {}  # of layers after the feature layer, by their published names
     sharded: Path | None = None  # folder of weights that load_deferred_weights has to read
+    lora: dict | None = None  # rank, alpha, target, the trained parts, and what base_source returns
+    dtypes: dict = {}  # {frozen parameter of a run: the dtype in which it is saved}
 
     def fingerprint(self):
         return make_fingerprint(self)
@@ -78,8 +82,10 @@ def is_plausible(name, value, default, layers):
             return value in list(ACTIVATIONS)
         case int():
             return type(value) is int and 1 <= abs(value) <= layers
-    if isinstance(value, list):  # sliding_window
+    if isinstance(value, list):  # sliding_window, rope_layers
         return len(value) == layers and not any(x and size_error(name, x) for x in value)
+    if name == "rope_layers":
+        return value is None
     return value is default is None or name == "rope_scaling" or not size_error(name, value)
 
 
@@ -118,12 +124,24 @@ def check_checkpoint_info(meta, path):
     check_image_config(image_config, path)
     check_arguments(VisionEncoder, shapes["vision"], path)
     check_arguments(Decoder, shapes["decoder"], path)
+    if not isinstance(shapes.get("projector_mlp", True), bool):
+        raise UserError(f"{path}: projector_mlp {shapes['projector_mlp']!r:.80} is no bool")
     vision = shapes["vision"]
     sizes = {"tile": vision["tile"], "patch": vision["patch"], "shuffle": shapes["shuffle"]}
     if sizes != {name: image_config[name] for name in sizes}:
         raise UserError(f"{path}: the image config differs from the shapes, {sizes}")
     if template not in TEMPLATES:
         raise UserError(f"{path}: chat_template {template!r:.80} is none of {', '.join(TEMPLATES)}")
+    if lora := meta.get("lora"):
+        parts, texts = {"vision", "projector", "decoder"}, [lora["base"]["from"]]
+        texts += lora["base"]["files"].values()
+        if (
+            size_error("rank", lora["rank"])
+            or not 0 < lora["alpha"] < 1e9
+            or not parts >= {*LORA_PARTS[lora["target"]], *lora["trained"]}
+            or not all(isinstance(text, str) for text in texts)
+        ):
+            raise ValueError(f"lora {lora!r:.200}")
 
 
 def list_checkpoints(out):
@@ -158,21 +176,35 @@ def is_huggingface(folder):
     return (Path(folder) / "config.json").is_file() or files.cached_snapshot(folder) is not None
 
 
+def read_published(folder, template=None, tensors=True):
+    """Returns the Checkpoint of a published model, read by the file that knows its layout."""
+    from . import hf_nanovlm, idefics3, llava  # which import this file
+
+    config = read_json(files.find_pretrained(folder) / "config.json")
+    if config.get("model_type") in idefics3.IDEFICS3_TYPES:
+        return idefics3.read_idefics3(folder, template, tensors)
+    if "vit_hidden_dim" in config:
+        return hf_nanovlm.read_hf_nanovlm(folder, template, tensors)
+    return llava.read_llava(folder, template, tensors)
+
+
 def check_vocab_size(tokenizer, shapes, where):
     """Raises UserError if the tokenizer has more tokens than the decoder has embeddings."""
     if tokenizer.vocab_size > shapes["vocab_size"]:
+        extra = min(i for i in tokenizer.bytes_of if i >= shapes["vocab_size"])
+        token = tokenizer.bytes_of[extra].decode(errors="replace")
         raise UserError(
             f"{where}: the vocabulary is {shapes['vocab_size']:,}, its folder's tokenizer knows "
-            f"{tokenizer.vocab_size:,} tokens"
+            f"{tokenizer.vocab_size:,} tokens: {token!r} ({extra}) has no embedding; remove it "
+            "from the tokenizer's files, or save the model with more embeddings "
+            "(resize_token_embeddings in transformers)"
         )
 
 
 def load_checkpoint_info(folder):
     """Returns a Checkpoint without its model; no weights are read. Preparing data needs no more."""
     if is_huggingface(folder):
-        from . import llava  # which imports this file
-
-        return llava.read_llava(folder, tensors=False)
+        return read_published(folder, tensors=False)
     folder = latest_checkpoint(folder)
     path = folder / "nanovlm.json"
     meta = read_json(path, *CHECKPOINT_FIELDS)
@@ -186,43 +218,128 @@ def load_checkpoint_info(folder):
         meta["history"]["folder"] = str(folder)  # it is not saved again
     tokenizer = Tokenizer.load(folder)
     check_vocab_size(tokenizer, meta["shapes"]["decoder"], path)
-    return Checkpoint(None, tokenizer, **{name: meta[name] for name in CHECKPOINT_FIELDS})
+    fields = {name: meta[name] for name in CHECKPOINT_FIELDS}
+    return Checkpoint(None, tokenizer, **fields, lora=meta.get("lora"))
 
 
-def load_checkpoint(folder, device="cpu", dtype=torch.float32, template=None, defer_weights=False):
+def build_on_meta(info, lora=None):
+    """Returns the model of a Checkpoint on the meta device; lora: see add_lora."""
+    with torch.device("meta"):
+        model = build_model(info.shapes, info.image_config)
+        if lora:
+            add_lora(model, **lora)
+    return model
+
+
+def build_like_files(info):
+    """Returns the model of a Checkpoint on the meta device, in the dtypes of its weight files.
+
+    Of a published model it is the widest of them. Without files, and of shards, it is float32.
+    """
+    model, paths = build_on_meta(info), weight_files(info.history["folder"])
+    paths = {path: names for path, names in paths.items() if path.parent.name != "sharded"}
+    found = files.read_weights(paths, files.OLD_PARAMETER_NAMES)
+    dtypes = {name: tensor.dtype for name, (tensor, _) in found.items()}
+    widest = max(dtypes.values(), key=lambda dtype: dtype.itemsize, default=torch.float32)
+    for name, parameter in model.named_parameters():
+        parameter.data = parameter.data.to(dtypes.get(name, widest))
+    return model
+
+
+def weight_files(name):
+    """Returns {path: the names of its tensors, or None} of a published model or a checkpoint."""
+    if is_huggingface(name):
+        return files.list_weight_files(files.find_pretrained(name))
+    folder = latest_checkpoint(name)
+    found = [*folder.glob("model.safetensors")] or sorted(folder.glob("sharded/rank-*.safetensors"))
+    return dict.fromkeys(found)
+
+
+def base_source(name):
+    """Returns {"from": name, "files": {file: sha256}, …} of a model as the base of LoRA.
+
+    Raises UserError if it holds LoRA itself.
+    """
+    if load_checkpoint_info(name).lora:
+        raise UserError(
+            f"{name} holds LoRA, which cannot be the base of another: merge it first, "
+            f"python prepare.py merge_lora --model={name} --out=DIR"
+        )
+    paths = weight_files(name)
+    return files.weights_source(name, next(iter(paths)).parent, paths)["folder"]
+
+
+def read_base(info):
+    """Returns the Checkpoint of the base of a run with LoRA, in the dtypes of its files.
+
+    Raises UserError if it is not there, or is not what it was.
+    """
+    folder, source = info.history["folder"], info.lora["base"]
+    name, was = source["from"], source["files"]
+    if not (Path(name).exists() or is_huggingface(name)):
+        raise UserError(
+            f"{folder} is LoRA of the model {name}, which is not there: put it back, or write its "
+            f"new place into {folder}/nanovlm.json"
+        )
+    now = base_source(name)["files"]
+    if now != was:
+        file = next(file for file in was | now if was.get(file) != now.get(file))
+        raise UserError(
+            f"{folder} is LoRA of the model {name}, which has changed: the sha256 of {file} was "
+            f"{was.get(file)!s:.12}, now it is {now.get(file)!s:.12}; put the old one back"
+        )
+    return load_checkpoint(name, dtype=None)
+
+
+def load_checkpoint(
+    folder, device="cpu", dtype=torch.float32, template=None, defer_weights=False, merge=True
+):
     """Returns the latest Checkpoint in a folder, or a published LLaVA; its model is in eval mode.
 
     dtype: of all parameters, None for their dtypes in the file.
     template: of a published LLaVA whose own template is unknown.
     defer_weights: leave sharded weights in their files and the model on the meta device;
         load_deferred_weights reads them once it is known which rank needs which.
+    merge: fold LoRA into the weights; False to train it further.
     """
     distributed.activate_device(torch.device(device))
     if is_huggingface(folder):
-        from . import llava
-
-        found = llava.read_llava(folder, template)
+        found = read_published(folder, template)
         return found._replace(model=found.model.to(device, dtype))
     if template is not None:
         raise UserError(f"--template={template}: {folder} is a checkpoint and has its own template")
     found = load_checkpoint_info(folder)
     folder = Path(found.history["folder"])
-    with torch.device("meta"):
-        model = build_model(found.shapes, found.image_config)
+    model, lora, base_weights = build_on_meta(found, found.lora), found.lora, {}
     found = found._replace(model=model, unused_vision_tensors=read_unused_vision_tensors(folder))
     path, shards = folder / "model.safetensors", folder / "sharded"
     shapes = {name: tensor.shape for name, tensor in saved_parameters(model).items()}
+    if lora:
+        shapes = {n: shape for n, shape in shapes.items() if is_trained(n, lora["trained"], lora)}
+        base = read_base(found)
+        base_weights = saved_parameters(base.model)
+        found = found._replace(unused_vision_tensors=base.unused_vision_tensors)
     if path.is_file() or not shards.is_dir():
         tensors = files.read_weights({path: None}, files.OLD_PARAMETER_NAMES)
-    elif defer_weights:
-        return found._replace(sharded=shards)
     else:
-        rows = {name: torch.full(shape, torch.nan) for name, shape in shapes.items()}
+        # Parameters on the meta device: names and shapes are compared, and no memory is taken.
+        copy_from_shards(saved_parameters(model), shards)
+        dtypes = sharded.read_dtypes(shards)
+        for name, parameter in model.named_parameters():
+            parameter.data = parameter.data.to(dtypes[f"model.{name}"])
+        if defer_weights:
+            return found._replace(sharded=shards)
+        rows = {}
+        for name, tensor in saved_parameters(model).items():
+            rows[name] = torch.full_like(tensor, torch.nan, device="cpu")
         copy_from_shards(rows, shards)
         tensors = {name: (tensor, shards) for name, tensor in rows.items()}
-    tensors = files.match_finite_tensors(shapes, tensors, "(?!)", [path])
+    tensors = base_weights | files.match_finite_tensors(shapes, tensors, "(?!)", [path])
     if dtype is not None:
         tensors = {name: tensor.to(dtype, copy=True) for name, tensor in tensors.items()}
+    if lora and merge:
+        tensors = merged_weights(tensors, lora["alpha"] / lora["rank"])
+        model, found = build_on_meta(found), found._replace(lora=None)
     # a tied lm_head is not saved
     tensors.setdefault("decoder.lm_head.weight", tensors["decoder.embed_tokens.weight"])
     model.load_state_dict(tensors, assign=True)
@@ -282,30 +399,42 @@ def write_checkpoint_files(checkpoint, folder, tensors):
     for name in CHECKPOINT_FIELDS:
         meta[name] = getattr(checkpoint, name)
     meta["history"] = {key: value for key, value in meta["history"].items() if key != "folder"}
+    if checkpoint.lora:
+        meta["lora"] = checkpoint.lora
     if tensors is not None:
         write_tensors(tensors, folder / "model.safetensors")
     (folder / "nanovlm.json").write_text(json.dumps(meta, indent=1))
     checkpoint.tokenizer.save(folder)
-    if unused := checkpoint.unused_vision_tensors:
+    unused = checkpoint.unused_vision_tensors
+    if unused and not checkpoint.lora:  # else the base has them
         write_tensors(unused, folder / "unused_vision_tensors.safetensors")
 
 
 @contextlib.contextmanager
 def atomic_folder(folder):
-    """Yields a temporary folder, which replaces `folder` at the end if nothing was raised."""
+    """Yields a temporary folder, which replaces `folder` at the end if nothing was raised.
+
+    Raises UserError if another process is writing `folder`.
+    """
     folder = Path(folder)  # without a slash at its end
-    try:
-        yield start_folder(folder)
-        finish_folder(folder)
-    finally:
-        remove_unfinished(folder)
+    tmp = Path(f"{folder}.tmp")
+    tmp.mkdir(parents=True, exist_ok=True)
+    with files.lock_path(tmp), files.name_file(tmp):
+        try:
+            yield start_folder(folder)
+            finish_folder(folder)
+        finally:
+            remove_unfinished(folder)
 
 
 def start_folder(folder):
-    """Returns a new temporary folder for `folder`."""
-    remove_unfinished(folder)
+    """Returns an empty temporary folder for `folder`. One that is there is emptied, and keeps its
+    lock."""
     tmp = Path(f"{folder}.tmp")
-    tmp.mkdir(parents=True)
+    tmp.mkdir(parents=True, exist_ok=True)
+    for path in tmp.iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    restore_older(folder)
     return tmp
 
 
@@ -326,12 +455,17 @@ def finish_folder(folder):
 
 
 def remove_unfinished(folder):
-    """Remove what start_folder and finish_folder leave if they are interrupted.
+    """Remove what start_folder and finish_folder leave if they are interrupted."""
+    shutil.rmtree(f"{folder}.tmp", ignore_errors=True)
+    restore_older(folder)
 
-    If that was between the two renames, the older folder gets its name back.
+
+def restore_older(folder):
+    """Give an older folder its name back if finish_folder was interrupted between its two renames.
+
+    If it was interrupted after them, the older folder is removed.
     """
-    tmp, old = f"{folder}.tmp", f"{folder}.old.tmp"
+    old = f"{folder}.old.tmp"
     if os.path.exists(old) and not os.path.exists(folder):
         os.rename(old, folder)
-    for path in (tmp, old):
-        shutil.rmtree(path, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)

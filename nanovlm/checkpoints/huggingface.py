@@ -8,8 +8,8 @@
     tokenizer.*, tekken.json   the tokenizer of a decoder; its chat template is identified by the
                                text that it writes, never by the folder's name
 
-A family of models is a row in VISION_FAMILIES, or a name in DECODER_TYPES; a table of its names of
-tensors; and the defaults of its config.json. llava.py uses the same tables for export. files.py
+A family of models is a row in VISION_FAMILIES or DECODER_FAMILIES; a table of its names of tensors;
+and the defaults of its config.json. llava.py uses the same tables for export. files.py
 compares names, shapes and dtypes with the expected ones.
 """
 
@@ -84,6 +84,8 @@ LLAMA = {
     "layers.*.k_proj": "model.layers.*.self_attn.k_proj",
     "layers.*.v_proj": "model.layers.*.self_attn.v_proj",
     "layers.*.o_proj": "model.layers.*.self_attn.o_proj",
+    "layers.*.q_norm": "model.layers.*.self_attn.q_norm",
+    "layers.*.k_norm": "model.layers.*.self_attn.k_norm",
     "layers.*.gate_proj": "model.layers.*.mlp.gate_proj",
     "layers.*.up_proj": "model.layers.*.mlp.up_proj",
     "layers.*.down_proj": "model.layers.*.mlp.down_proj",
@@ -91,7 +93,7 @@ LLAMA = {
 # The prefixes of those names in a larger model, in transformers 4 and 5: (pattern, replacement).
 VISION_PREFIXES = [(r"^(model\.)?(vision_tower\.)?(vision_model\.|dinov2\.)?", "")]
 DECODER_PREFIXES = [
-    (r"^(model\.)?language_model\.(model\.)?(?!lm_head)", "model."),
+    (r"^(model\.)?(language_model|text_model)\.(model\.)?(?!lm_head)", "model."),
     (r"^language_model\.(?=lm_head)", ""),
 ]
 # Tensors that a folder may hold and a part does not use: other parts, heads for other tasks, and
@@ -99,11 +101,11 @@ DECODER_PREFIXES = [
 VISION_IGNORED = (
     r"text_model\.|(text|visual)_projection\.|logit_(scale|bias)$|head\.|classifier\.|"
     r"embeddings\.(position_ids|mask_token)$|"
-    r"multi_modal_projector\.|language_model\.|lm_head\.|image_newline$"
+    r"multi_modal_projector\.|connector\.|language_model\.|lm_head\.|image_newline$"
 )
 DECODER_IGNORED = (
-    r".*rotary_emb\.inv_freq$|(model\.)?(vision_tower|vision_model|multi_modal_projector)\.|"
-    r"(model\.)?image_newline$"
+    r".*rotary_emb\.inv_freq$|(model\.)?image_newline$|"
+    r"(model\.)?(vision_tower|vision_model|multi_modal_projector|connector)\."
 )
 
 
@@ -124,10 +126,30 @@ def published_name(name, table):
 VISION_FAMILIES = {
     "clip_vision_model": (CLIP, dict(class_token=True, pre_norm=True, patch_bias=False)),
     "siglip_vision_model": (CLIP, {}),
+    "idefics3_vision": (CLIP, {}),  # a SigLIP, also SmolVLM's
     "dinov2": (DINOV2, dict(class_token=True, layer_scale=True)),
 }
-VISION_TYPES = tuple(VISION_FAMILIES)
-DECODER_TYPES = ("llama", "mistral", "ministral")  # their names of tensors are LLAMA's
+# model_type: the arguments of Decoder that config.json leaves out; names of tensors are LLAMA's
+DECODER_FAMILIES = {
+    "llama": {},
+    "mistral": {},
+    "ministral": {},
+    "qwen2": dict(qkv_bias=True),  # and Qwen2.5
+    "qwen3": dict(qk_norm=True),
+    "smollm3": {},  # rope_layers is in config.json
+}
+# a pattern of model types that are refused: what one of them needs
+NOT_COMPUTED = {
+    "siglip2": "tiles of any shape (NaFlex): take a SigLIP 2 of a fixed resolution, such as "
+    "google/siglip2-base-patch16-256",
+    "moe|mixtral|deepseek|gpt_oss|llama4|dbrx|minimax": "a mixture of experts",
+    "mamba|jamba|bamba|zamba|lfm|qwen3_next|qwen3_5|hybrid|recurrent|falcon_h1|nemotron_h|rwkv": (
+        "layers that are no attention: state-space, linear or convolutional ones"
+    ),
+    "gemma": "scaled embeddings, norms by 1 + weight, also after each sublayer, and a GELU",
+    "phi": "joint q/k/v and gate/up layers, and another RoPE",
+    "olmo": "norms after the sublayers, and one of q and k over all heads",
+}
 # arguments of VisionEncoder and of Decoder: their fields in config.json
 VISION_FIELDS = {
     "patch": "patch_size",
@@ -174,6 +196,16 @@ DEFAULTS = {
         hidden_act="gelu_pytorch_tanh",
         layer_norm_eps=1e-6,
     ),
+    "idefics3_vision": dict(
+        hidden_size=1152,
+        num_hidden_layers=12,
+        num_attention_heads=16,
+        image_size=224,
+        intermediate_size=3072,
+        patch_size=32,
+        hidden_act="gelu_pytorch_tanh",
+        layer_norm_eps=1e-6,
+    ),
     "dinov2": dict(VIT_BASE, mlp_ratio=4, patch_size=14, hidden_act="gelu", layer_norm_eps=1e-6),
     "llama": dict(
         LLAMA_7B, intermediate_size=11008, num_key_value_heads=None, max_position_embeddings=2048
@@ -185,8 +217,34 @@ DEFAULTS = {
         max_position_embeddings=131072,
         sliding_window=4096,
     ),
+    "smollm3": dict(
+        LLAMA_7B,
+        vocab_size=128256,
+        hidden_size=2048,
+        intermediate_size=11008,
+        num_hidden_layers=36,
+        num_attention_heads=16,
+        num_key_value_heads=4,
+        max_position_embeddings=32768,
+        tie_word_embeddings=True,
+        rope_theta=2e6,
+        use_sliding_window=False,
+        no_rope_layers=None,
+        no_rope_layer_interval=4,
+    ),
+    "qwen2": dict(
+        LLAMA_7B,
+        vocab_size=151936,
+        intermediate_size=22016,
+        num_key_value_heads=32,
+        max_position_embeddings=32768,
+        use_sliding_window=False,
+        sliding_window=4096,
+        max_window_layers=28,
+    ),
 }
 DEFAULTS["ministral"] = DEFAULTS["mistral"]
+DEFAULTS["qwen3"] = DEFAULTS["qwen2"] | dict(head_dim=128)
 # Fields that must have the value that this project computes, if config.json has them.
 VISION_REQUIRED = dict(num_channels=3, qkv_bias=True, use_swiglu_ffn=False, apply_layernorm=True)
 DECODER_REQUIRED = dict(
@@ -194,7 +252,8 @@ DECODER_REQUIRED = dict(
 )
 IMAGE_REQUIRED = dict(do_resize=True, do_rescale=True, rescale_factor=1 / 255, do_normalize=True)
 ACTIVATION = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
-RESAMPLE = {2: "bilinear", 3: "bicubic"}  # by Pillow's numbers
+RESAMPLE = {1: "lanczos", 2: "bilinear", 3: "bicubic"}  # by Pillow's numbers
+MAX_LONGEST_EDGE = 4096  # Idefics3's processor makes larger images smaller again
 ROPE_FIELDS = {  # of each rope_type, with their defaults; ... is a required field
     "default": {},
     "linear": dict(factor=...),
@@ -234,12 +293,15 @@ def model_config(config, inner, types, where):
         config = inner_config(config, inner)
     model_type = config.get("model_type")
     if model_type not in types:
+        needs = [what for kind, what in NOT_COMPUTED.items() if re.search(kind, str(model_type))]
+        needs = f"; it needs {needs[0]}" if needs else ""
         raise UserError(
             f"{where}: a model of type {model_type} is not known here, only {', '.join(types)}"
+            f"{needs}"
         )
     config = DEFAULTS[model_type] | config
     for field, default in DEFAULTS[model_type].items():
-        is_size = type(default) is int and field != "sliding_window"
+        is_size = type(default) is int and "window" not in field
         if is_size and (error := size_error(field, config[field])):
             raise UserError(f"{where}: {error}")
     return config
@@ -249,9 +311,11 @@ def inner_config(config, inner):
     """Returns the vision_config or text_config of a larger model's config, with its model_type."""
     outer = config.get("model_type")
     model_type = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}.get(outer)
-    if outer in ("llava", "llava_next"):
+    if outer in ("llava", "llava_next", "idefics3", "smolvlm"):
         model_type = "clip_vision_model" if inner == "vision_config" else "llama"
     found = {"model_type": model_type} | config[inner]
+    if outer in ("idefics3", "smolvlm") and inner == "vision_config":
+        found["model_type"] = "idefics3_vision"  # whatever the section says, as in transformers
     # CLIP's first name of the section; transformers gives it precedence over the second
     if first := config.get(f"{inner}_dict"):
         found |= DEFAULTS.get(found["model_type"], {}) | first
@@ -336,20 +400,39 @@ def decoder_shapes(config, where):
     shapes["kv_heads"] = shapes["kv_heads"] or shapes["heads"]
     shapes["head_dim"] = shapes["head_dim"] or shapes["width"] // shapes["heads"]
     shapes["rope_theta"], shapes["rope_scaling"] = rope_config(config, where)
-    windows = layer_windows(config, where)
+    shapes |= DECODER_FAMILIES[config["model_type"]]
+    if config["model_type"] == "smollm3":
+        interval = config["no_rope_layer_interval"]  # every fourth layer is without
+        usual = [int((i + 1) % interval != 0) for i in range(shapes["layers"])]
+        shapes["rope_layers"] = (config["no_rope_layers"] or usual)[: shapes["layers"]]
+    windows = layer_windows(config, shapes.get("rope_layers"), where)
     shapes["sliding_window"] = windows[0] if len(set(windows)) == 1 else windows
     return shapes
 
 
-def layer_windows(config, where):
-    """Returns the sliding window of each layer, None for full attention. Only Ministral mixes."""
-    layers, window = config["num_hidden_layers"], config.get("sliding_window")
-    usual = "full_attention" if window is None else "sliding_attention"
-    types = config.get("layer_types") or [usual] * layers
-    allowed = {usual, "full_attention"} if config["model_type"] == "ministral" else {usual}
-    if len(types) != layers or not set(types) <= allowed:
+def layer_windows(config, rope_layers, where):
+    """Returns the sliding window of each layer, None for full attention.
+
+    rope_layers: as Decoder takes it.
+    """
+    model_type, layers = config["model_type"], config["num_hidden_layers"]
+    window = config.get("sliding_window")
+    if "use_sliding_window" in DEFAULTS[model_type] and not config["use_sliding_window"]:
+        window = None
+    sliding = range(layers)
+    if model_type in ("qwen2", "qwen3"):
+        sliding = range(config["max_window_layers"], layers)
+    elif rope_layers:
+        sliding = [i for i, rope in enumerate(rope_layers) if not rope]
+    usual = ["full_attention"] * layers
+    if window is not None:
+        usual = ["sliding_attention" if i in sliding else "full_attention" for i in range(layers)]
+    types = config.get("layer_types") or usual
+    known = {"full_attention", "sliding_attention"} if window is not None else {"full_attention"}
+    is_fixed = model_type in ("llama", "mistral")
+    if len(types) != layers or not set(types) <= known or (is_fixed and types != usual):
         raise UserError(
-            f"{where}: layer_types {types} do not fit {layers} layers of {config['model_type']} "
+            f"{where}: layer_types {types} do not fit {layers} layers of {model_type} "
             f"with a sliding_window of {window}"
         )
     return [window if layer == "sliding_attention" else None for layer in types]
@@ -369,11 +452,11 @@ def read_image_config(folder, tile, fit):
     check_fields(config, IMAGE_REQUIRED, path)
     resample = config.get("resample", 3)
     if resample not in RESAMPLE:
-        raise UserError(f"{path}: resample {resample} is not known here, only 2 or 3")
+        raise UserError(f"{path}: resample {resample} is not known here, only 1, 2 or 3")
     for name in ("image_mean", "image_std"):
         if name not in config:
             raise UserError(f"{path} holds no {name}")
-    size = config.get("size")
+    size = config.get("max_image_size", config.get("size"))  # the first is of Idefics3's tiles
     crop = config.get("crop_size") if config.get("do_center_crop") else None
     edges, own_fit = edge_lengths(crop or size), preprocessor_fit(config, size, crop, path)
     # DINOv2's resizes to 256 and crops 224 from the center
@@ -392,6 +475,12 @@ def read_image_config(folder, tile, fit):
     }
     if image_config["fit"] == "anyres":
         image_config["pinpoints"] = config.get("image_grid_pinpoints")
+    if image_config["fit"] == "split":
+        check_fields(config, {"do_image_splitting": True}, path)
+        edge = config["size"]["longest_edge"]
+        if edge > MAX_LONGEST_EDGE:
+            raise UserError(f"{path}: longest_edge {edge} is more than {MAX_LONGEST_EDGE}")
+        image_config |= {"longest_edge": edge, "tile_texts": "idefics3"}
     return image_config
 
 
@@ -403,8 +492,10 @@ def edge_lengths(size):
 
 
 def preprocessor_fit(config, size, crop, path):
-    """Returns how a preprocessor makes an image square: "anyres", "pad", "squash" or "crop"; None
-    if that is not known here."""
+    """Returns how a preprocessor makes an image square: "anyres", "split", "pad", "squash" or
+    "crop"; None if that is not known here."""
+    if "max_image_size" in config:
+        return "split"  # its do_pad pads the tiles of a batch
     fit = "crop" if crop else None
     if isinstance(size, dict) and "height" in size:
         fit = "squash"
@@ -448,7 +539,7 @@ def resize_position_embeddings(positions_PD, side, leading):
 def read_vision_encoder(
     name, *, tile=None, fit=None, vision_feature_layer=None, shuffle=1, tensors=True, **more
 ):
-    """Returns the vision encoder of a CLIP, SigLIP or DINOv2 folder as a Checkpoint.
+    """Returns the vision encoder of a CLIP, SigLIP, SigLIP 2 or DINOv2 folder as a Checkpoint.
 
     tile: pixels, None for its own. fit, more: of the image config (data/image_processing.py).
     vision_feature_layer: the layer whose output is used, without the final norm; None for the
@@ -456,10 +547,11 @@ def read_vision_encoder(
     """
     folder = find_pretrained(name)
     path = folder / "config.json"
+    with refuse_odd_values(path):
+        config = model_config(read_json(path), "vision_config", VISION_FAMILIES, path)
     with refuse_odd_values(folder / "preprocessor_config.json"):
         image_config = read_image_config(folder, tile, fit)
     with refuse_odd_values(path):
-        config = model_config(read_json(path), "vision_config", VISION_TYPES, path)
         shapes = vision_shapes(config, image_config["tile"], vision_feature_layer, path)
     image_config |= {"patch": config["patch_size"], "shuffle": shuffle, **more}
     side, own_side = (edge // shapes["patch"] for edge in (shapes["tile"], config["image_size"]))
@@ -497,7 +589,7 @@ def read_vision_encoder(
 
 
 def read_decoder(name, *, template=None, tensors=True):
-    """Returns the decoder of a Llama or Mistral folder, with its tokenizer, as a Checkpoint.
+    """Returns the decoder of a folder of DECODER_FAMILIES, with its tokenizer, as a Checkpoint.
 
     template: a name of chat_template.TEMPLATES, if the folder's own is unknown. tensors: False for
     a Checkpoint without its model.
@@ -505,7 +597,7 @@ def read_decoder(name, *, template=None, tensors=True):
     folder = find_pretrained(name)
     path = folder / "config.json"
     with refuse_odd_values(path):
-        config = model_config(read_json(path), "text_config", DECODER_TYPES, path)
+        config = model_config(read_json(path), "text_config", DECODER_FAMILIES, path)
         shapes = decoder_shapes(config, path)
     check_arguments(Decoder, shapes, path, DECODER_FIELDS)
     tokenizer = Tokenizer.load(folder)

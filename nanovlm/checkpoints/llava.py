@@ -49,8 +49,9 @@ def read_llava(name, template=None, tensors=True):
     config = files.read_json(path)
     if config.get("model_type") not in LLAVA_TYPES:
         raise UserError(
-            f"{path}: a model of type {config.get('model_type')} is no LLaVA "
-            f"({', '.join(LLAVA_TYPES)}); prepare.py stitch joins a vision encoder and a decoder"
+            f"{path}: a model of type {config.get('model_type')} is not read here as a whole, as "
+            f"{', '.join(LLAVA_TYPES)} (LLaVA-1.5 and 1.6), idefics3, smolvlm and nanoVLM "
+            "are; prepare.py stitch joins a vision encoder and a language model by a new projector"
         )
     layer = config.get("vision_feature_layer", -2)
     if type(layer) is not int:
@@ -107,11 +108,16 @@ def export_checkpoint(checkpoint, folder):
     check_exportable(checkpoint)
     tensors = llava_tensors(checkpoint)
     image_id = add_image_token(checkpoint, tensors)
+    jinja = template_to_jinja(checkpoint.chat_template, checkpoint.tokenizer)
+    write_folder(checkpoint, folder, json_files(checkpoint, image_id), jinja, tensors)
+
+
+def write_folder(checkpoint, folder, contents, jinja, tensors):
+    """Write a published folder. contents: {file name: content} of its JSON files."""
     with atomic_folder(folder) as tmp:
         checkpoint.tokenizer.save(tmp)
-        for name, content in json_files(checkpoint, image_id).items():
+        for name, content in contents.items():
             (tmp / name).write_text(json.dumps(content, indent=2) + "\n")
-        jinja = template_to_jinja(checkpoint.chat_template, checkpoint.tokenizer)
         (tmp / "chat_template.jinja").write_text(jinja)
         files.write_tensors(tensors, tmp / "model.safetensors")
 
@@ -123,6 +129,14 @@ def check_exportable(checkpoint):
     rules = [  # (whether it is so, what a LLaVA folder lacks and how to stitch instead)
         (shuffle != 1, f"pixel shuffle by {shuffle}: stitch without --shuffle"),
         (checkpoint.image_config["fit"] == "tiles", "InternVL's tiles: stitch without --tiles"),
+        (
+            not checkpoint.shapes.get("projector_mlp", True),
+            "a projector of one layer: stitch again",
+        ),
+        (
+            checkpoint.image_config["fit"] in ("split", "grid"),
+            "images split as in SmolVLM: stitch with --fit=squash",
+        ),
         (
             vision_type(vision) is None,
             "a vision encoder that is neither CLIP nor SigLIP: stitch with --vision of one of "
@@ -140,6 +154,11 @@ def check_exportable(checkpoint):
         (
             "tekken.json" in checkpoint.tokenizer.files,
             "a tekken.json: stitch with a --decoder folder whose only tokenizer is tokenizer.json",
+        ),
+        (
+            not chat_template.TEMPLATES[template]["image_space"],
+            f"the template {template}, which has no line break after an image: stitch with another "
+            "--template",
         ),
         (
             chat_template.TEMPLATES[template]["caption_only"],
@@ -174,13 +193,19 @@ def llava_tensors(checkpoint):
         "projector": ("", PROJECTOR),
         "decoder": ("language_model.", huggingface.LLAMA),
     }
+    tensors = published_tensors(checkpoint.model, parts)
+    for name, tensor in checkpoint.unused_vision_tensors.items():
+        tensors[prefix + name] = tensor
+    return tensors
+
+
+def published_tensors(model, parts):
+    """Returns {published name: tensor}; parts: {part: (what stands before a name, the table)}."""
     tensors = {}
-    for name, tensor in saved_parameters(checkpoint.model).items():
+    for name, tensor in saved_parameters(model).items():
         part, _, rest = name.partition(".")
         before, table = parts[part]
         tensors[before + published_name(rest, table)] = tensor
-    for name, tensor in checkpoint.unused_vision_tensors.items():
-        tensors[prefix + name] = tensor
     return tensors
 
 
@@ -268,8 +293,8 @@ def json_files(checkpoint, image_id):
         )
         files["tokenizer_config.json"]["added_tokens_decoder"] = {str(image_id): token}
     source = tokenizer.files.get("tokenizer.json", b"")
-    if b'"SpecialToken"' in source and not form["start"]:
-        # its post-processor puts a start token before every text
+    if b'"SpecialToken"' in source:
+        # its post-processor puts a start token before every text, where the template has its own
         files["tokenizer.json"] = json.loads(source) | {"post_processor": None}
     return files
 
@@ -289,21 +314,36 @@ def vision_config(checkpoint):
 
 
 def text_config(checkpoint):
+    """Returns the config of the decoder; its model_type is a family that has the same options.
+
+    Raises UserError if no family has them all.
+    """
     defaults = inspect.signature(Decoder).parameters
     decoder = {name: argument.default for name, argument in defaults.items()}
     decoder |= checkpoint.shapes["decoder"]
     config = {theirs: decoder[ours] for ours, theirs in huggingface.DECODER_FIELDS.items()}
     window = decoder["sliding_window"]
+    windows = window if isinstance(window, list) else [window] * decoder["layers"]
     config["model_type"] = "llama" if window is None else "mistral"
-    if isinstance(window, list):
+    types = {"qkv_bias": "qwen2", "qk_norm": "qwen3", "rope_layers": "smollm3"}
+    options = [name for name in types if decoder[name]]
+    if len(options) > 1:
+        raise UserError(f"no decoder of transformers has {' and '.join(options)} together")
+    if options:
+        config |= {"model_type": types[options[0]], "use_sliding_window": any(windows)}
+    if decoder["rope_layers"]:
+        # pad_token_id is 128004 by default, which must be in the vocabulary
+        config |= {"no_rope_layers": decoder["rope_layers"], "pad_token_id": None}
+    if isinstance(window, list) and not options:
         config["model_type"] = "ministral"
+    if isinstance(window, list) or options:
         config["layer_types"] = [
-            "full_attention" if w is None else "sliding_attention" for w in window
+            "full_attention" if w is None else "sliding_attention" for w in windows
         ]
-        window = max(w or 0 for w in window)
-    if window is not None:
-        config["sliding_window"] = window
-    source = checkpoint.history.get("decoder", checkpoint.history.get("llava", {}))
+    if any(windows):
+        config["sliding_window"] = max(w or 0 for w in windows)
+    sources = [checkpoint.history.get(name) for name in ("decoder", "llava", "idefics3")]
+    source = next(filter(None, sources), {})
     scaling = decoder["rope_scaling"] or {"rope_type": "default"}
     return config | {
         "head_dim": decoder["head_dim"] or decoder["width"] // decoder["heads"],
@@ -355,6 +395,7 @@ JINJA_TURNS = """\
 {%- set system = state.system if «first» or state.last == 0 else '' %}
 {%- set text = (system + content_text(message['content']))|trim_input %}
 {{- prepend_space(«user» + prepend_space(text, «user_text») + «opening», state.gap) }}
+{{- «last_opening» if loop.index0 + 2 >= messages|length }}
 {%- set state.system = '' if system else state.system %}
 {%- set state.last = state.last - 1 %}
 {%- elif message['role'] == 'assistant' %}
@@ -397,6 +438,7 @@ def template_to_jinja(template, tokenizer):
         slots[name] = needs_space(parts[left], parts.get(right, ""), tokenizer, form)
     slots["opening_answer"] = answer_needs_space(parts["opening"], tokenizer, form)
     slots["no_space_before"] = " " if tokenizer.prefix_space == "missing" else "<image>"
+    slots["last_opening"] = form["last_opening"]
     slots["inside"] = bool(form["system_inside"])
     slots["first"] = form["system_inside"] == "first"
     # as chat_template.conversation_segments

@@ -10,7 +10,14 @@ from ..data.image_processing import tokens_per_tile
 from ..data.tokenizer import train_tokenizer
 from ..models.decoder import Decoder
 from ..models.vision_encoder import VisionEncoder
-from .checkpoint import Checkpoint, build_model, check_arguments, save_checkpoint
+from .checkpoint import (
+    Checkpoint,
+    atomic_folder,
+    build_model,
+    check_arguments,
+    saved_parameters,
+    write_checkpoint_files,
+)
 
 
 def parameter_count(model):
@@ -35,16 +42,18 @@ def create_model(texts, *, out, vocab_size, template, image_config, vision, deco
             f"these sizes make a model of {size >> 30:,} GiB, this machine has {memory >> 30:,}: "
             "choose a smaller --width, --layers, --intermediate_size or --vocab_size"
         )
-    tokenizer = train_tokenizer(texts, vocab_size, special_token_names(template))
-    shapes = {
-        "vision": vision,
-        "decoder": {"vocab_size": tokenizer.vocab_size, **decoder},
-        "shuffle": image_config["shuffle"],
-    }
-    torch.manual_seed(seed)
-    model = build_model(shapes, image_config)
-    history = {"random_init": f"seed {seed}"}
-    save_checkpoint(Checkpoint(model, tokenizer, shapes, image_config, template, history), out)
+    with atomic_folder(out) as tmp:
+        tokenizer = train_tokenizer(texts, vocab_size, special_token_names(template))
+        shapes = {
+            "vision": vision,
+            "decoder": {"vocab_size": tokenizer.vocab_size, **decoder},
+            "shuffle": image_config["shuffle"],
+        }
+        torch.manual_seed(seed)
+        model = build_model(shapes, image_config)
+        history = {"random_init": f"seed {seed}"}
+        checkpoint = Checkpoint(model, tokenizer, shapes, image_config, template, history)
+        write_checkpoint_files(checkpoint, tmp, saved_parameters(model))
     cli.print_status(
         f"{out}: {parameter_count(model):,} random parameters, {tokenizer.vocab_size} tokens, "
         f"{tokens_per_tile(image_config)} tokens per image"

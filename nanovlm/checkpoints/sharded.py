@@ -61,8 +61,8 @@ def write_local_rows(state, folder):
 def read_shards(state, folder):
     """Copy saved rows into {name: tensor}; this rank may hold only some rows of a tensor.
 
-    Ranks read independently. Raises UserError if a file is broken, if rows are missing, or if a
-    shape or dtype differs.
+    Ranks read independently. Raises UserError if a file is broken, if rows are missing, if a shape
+    differs, or if a tensor cannot hold the numbers of a saved dtype.
     """
     pieces = read_pieces(folder)
     for name, tensor in state.items():
@@ -71,7 +71,8 @@ def read_shards(state, folder):
         rows, first, _ = distributed.local_rows(tensor.detach())
         rows = torch.atleast_1d(rows)
         for piece in pieces[name]:
-            if piece.shape != tuple(tensor.shape) or piece.rows.dtype != tensor.dtype:
+            wide = torch.promote_types(piece.rows.dtype, tensor.dtype)
+            if piece.shape != tuple(tensor.shape) or wide != tensor.dtype:
                 raise UserError(
                     f"{folder}: {name} is {list(piece.shape)} {piece.rows.dtype}, the model has "
                     f"{list(tensor.shape)} {tensor.dtype}"
@@ -100,6 +101,11 @@ def read_pieces(folder):
         found.sort(key=lambda piece: piece.first)
         check_complete(name, found, folder)
     return pieces
+
+
+def read_dtypes(folder):
+    """Returns {name: dtype} of the tensors in a folder. No numbers are read."""
+    return {name: pieces[0].rows.dtype for name, pieces in read_pieces(folder).items()}
 
 
 def read_file_pieces(path):

@@ -6,7 +6,13 @@ from pathlib import Path
 import torch
 
 from .. import UserError, cli
-from .checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
+from .checkpoint import (
+    atomic_folder,
+    list_checkpoints,
+    load_checkpoint,
+    saved_parameters,
+    write_checkpoint_files,
+)
 from .huggingface import combine_parts, read_decoder, read_vision_encoder
 
 
@@ -47,9 +53,11 @@ def stitch_folders(*, vision, decoder, out, seed, vision_choices={}, template=No
     its own.
     """
     options = {} if template is None else {"template": template}
-    vision_part = load_part(vision, read_vision_encoder, **vision_choices)
-    decoder_part = load_part(decoder, read_decoder, **options)
-    save_checkpoint(stitch_parts(vision_part, decoder_part, seed), out)
+    with atomic_folder(out) as tmp:
+        vision_part = load_part(vision, read_vision_encoder, **vision_choices)
+        decoder_part = load_part(decoder, read_decoder, **options)
+        stitched = stitch_parts(vision_part, decoder_part, seed)
+        write_checkpoint_files(stitched, tmp, saved_parameters(stitched.model))
     cli.print_status(
         f"{out}: the vision encoder of {vision}, the decoder of {decoder}, a new projector"
     )

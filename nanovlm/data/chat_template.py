@@ -26,6 +26,7 @@ TEMPLATE_DEFAULTS = {
     "default_system": None,  # system message of a conversation that has none
     # A question, and the opening of its answer: a prompt for generation ends after it.
     "user": "[INST]{}[/INST]",
+    "last_opening": "",  # what follows the opening of the last answer, and of no answer before it
     "answer": "{}",
     "end": "</s>",  # token that ends an answer
     "after_end": "",  # what follows it
@@ -38,6 +39,8 @@ TEMPLATE_DEFAULTS = {
     "space_before_answer": True,
     "space_after_end": False,
     "caption_only": False,  # the words of a message with an image are left out
+    # whether a line break after <image> is kept, and a space before one that begins a message
+    "image_space": True,
 }
 CHATML = {
     "start": "",
@@ -47,6 +50,15 @@ CHATML = {
     "after_end": "\n",
 }
 VICUNA = {"system": "{} ", "user": "USER: {} ASSISTANT:"}
+IDEFICS3 = {
+    "start": "<|begin_of_text|>",
+    "system": "System: {}<end_of_utterance>\n",
+    "user": "User: {}<end_of_utterance>\nAssistant:",
+    "answer": " {}",
+    "end": "<end_of_utterance>",
+    "after_end": "\n",
+    "image_space": False,
+}
 TEMPLATE_FIELDS = {  # of each template, where it differs from TEMPLATE_DEFAULTS
     "mistral": {"system_inside": "last", "trim": "answer"},
     "mistral-v1": {"system_inside": "first", "user": "[INST] {} [/INST]", "space_after_end": True},
@@ -54,6 +66,21 @@ TEMPLATE_FIELDS = {  # of each template, where it differs from TEMPLATE_DEFAULTS
     "chatml": CHATML,
     "smollm2": CHATML
     | {"default_system": "You are a helpful AI assistant named SmolLM, trained by Hugging Face"},
+    # Without thinking. The published one writes today's date; here it is jinja.TODAY, as a prompt
+    # must not change from day to day.
+    "smollm3": CHATML
+    | {
+        "default_system": "You are a helpful AI assistant named SmolLM, trained by Hugging Face.",
+        "system": "<|im_start|>system\n## Metadata\n\nKnowledge Cutoff Date: June 2025\n"
+        "Today Date: 08 July 2025\nReasoning Mode: /no_think\n\n"
+        "## Custom Instructions\n\n{}\n\n",
+        "user": CHATML["user"] + "<think>\n\n</think>\n",
+    },
+    "qwen2": CHATML | {"default_system": "You are a helpful assistant."},
+    "qwen2.5": CHATML
+    | {"default_system": "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."},
+    # without thinking: an empty block of thoughts stands before the last answer alone
+    "qwen3": CHATML | {"last_opening": "<think>\n\n</think>\n\n"},
     "llama2": {
         "start": "",
         "system": "<<SYS>>\n{}\n<</SYS>>\n\n",
@@ -78,6 +105,9 @@ TEMPLATE_FIELDS = {  # of each template, where it differs from TEMPLATE_DEFAULTS
     # as llava-hf publishes LLaVA-1.5, but with an end token after each answer, as in LLaVA's
     # training
     "llava": VICUNA,
+    "idefics3": IDEFICS3,
+    "nanovlm": CHATML | {"image_space": False},
+    "smolvlm": IDEFICS3 | {"start": "<|im_start|>"},
     "zephyr": {
         "start": "",
         "system": "<|system|>\n{}</s>\n",
@@ -217,9 +247,13 @@ def conversation_segments(turns, template):
         if fields["caption_only"] and "<image>" in text:
             text = keep_image_tags(text, is_prompt=i == len(turns) - 1)
         before, after = fields[role].split("{}")
+        if not fields["image_space"]:
+            text = text.replace("<image>\n", "<image>")
+            before = before.rstrip(" ") if text.startswith("<image>") else before
         yield before, "template", False
         yield text, "message", False
-        yield after, "template", False
+        is_last = role == "user" and i >= len(turns) - 2
+        yield after + fields["last_opening"] * is_last, "template", False
 
 
 def split_at_tokens(text, token_ids):
@@ -294,28 +328,35 @@ def end_token_id(tokenizer, template):
 def special_token_names(template):
     """Returns the special tokens of a template, for a tokenizer that is trained for it."""
     text = " ".join(map(str, TEMPLATES[template].values()))
-    return list(dict.fromkeys(re.findall(r"<\|\w+\|>|</?s>|\[/?\w+\]", text)))
+    return list(dict.fromkeys(re.findall(r"<\|\w+\|>|</?s>|\[/?\w+\]|<end_\w+>", text)))
 
 
 def add_tile_tags(ids, loss_mask, images, tokenizer, image_config):
-    """Returns (ids, loss_mask, images) with a text before each tile, as NVLM (Dai et al. 2024).
+    """Returns (ids, loss_mask, images) with the texts of image_processing.tile_tags.
 
-    ids, loss_mask: of render_conversation; images: a ProcessedImage per IMAGE_TOKEN_ID. If the
-    image config has `tags`, each tile becomes an image of its own, after a text with its number
-    that has no loss. Otherwise the arguments are returned unchanged.
+    ids, loss_mask: of render_conversation; images: a ProcessedImage per IMAGE_TOKEN_ID. Each tile
+    becomes an image of its own, with a text before it that has no loss. In these texts names of
+    special tokens become these tokens. If there are none, the arguments are returned unchanged.
     """
-    if not image_config.get("tags"):
+    fit = image_config["fit"]
+    if not image_config.get("tags") and fit not in ("split", "grid"):
         return ids, loss_mask, images
-    tagged_ids, tagged_mask, tile_images, remaining = [], [], [], iter(images)
+    tagged_ids, tagged_mask, tile_images, remaining = [], [], [], enumerate(images)
     for token_id, has_loss in zip(ids, loss_mask, strict=True):
         new = [token_id]
         if token_id == IMAGE_TOKEN_ID:
-            image, new = next(remaining), []
+            (number, image), new = next(remaining), []
             index = image_processing.image_feature_index(image.size, image_config, 1)
-            for n, tag in enumerate(image_processing.tile_tags(len(image.tiles), image_config)):
-                new += [*tokenizer.encode(tag), IMAGE_TOKEN_ID]
-                tile = image.tiles[n : n + 1]
-                tile_images.append(image._replace(tiles=tile, feature_index=index))
+            tags = image_processing.tile_tags(len(image.tiles), image_config, image.size)
+            if fit == "grid" and len(images) > 1:  # as in nanoVLM's training
+                tags[0] = f"<image: {number}>{tags[0]}"
+            for n, tag in enumerate(tags):
+                for part in split_at_tokens(tag, tokenizer.special):
+                    new += tokenizer.encode(part) if isinstance(part, str) else [part]
+                if n < len(image.tiles):
+                    new.append(IMAGE_TOKEN_ID)
+                    tile = image.tiles[n : n + 1]
+                    tile_images.append(image._replace(tiles=tile, feature_index=index))
         tagged_ids += new
         tagged_mask += [has_loss] * len(new)
     return tagged_ids, tagged_mask, tile_images

@@ -5,7 +5,8 @@ per shard with little-endian files, which are memory-mapped:
 
     00000/tiles      uint8    (tiles, C, Y, X)    images, resized and cut, not yet normalized
     00000/images     int64    (images, 4)         first tile, number of tiles, width and height in
-                                                  pixels before cutting
+                                                  pixels before cutting; several may show the same
+                                                  tiles
     00000/ids        int32    (tokens,)           token ids, IMAGE_TOKEN_ID (-1) once per image
     00000/loss_mask  uint8    (tokens,)           1 if the token is the assistant's
     00000/samples    int64    (samples, 6)        COLUMNS below
@@ -40,8 +41,8 @@ from .. import IGNORE_INDEX, IMAGE_TOKEN_ID, UserError
 from ..files import fsync_path, read_json
 from . import image_processing
 
-DATASET_VERSION = 3
-READABLE_DATASET_VERSIONS = (2, 3)
+DATASET_VERSION = 4  # in versions 2 and 3 each image has tiles of its own
+READABLE_DATASET_VERSIONS = (2, 3, 4)
 # names of a shard's files in version 2 (for the keys of its header.json see files.OLD_NAMES)
 VERSION_2_FILES = {"pictures": "images", "trained": "loss_mask"}
 # LENGTH: tokens of the sample, with the tokens of its images
@@ -78,6 +79,11 @@ def check_sample_name(name):
     # A lone surrogate, which UTF-8 has not, becomes "?".
     if name.splitlines() != [name.encode(errors="replace").decode()]:
         raise UserError(f"the id {name!r} is not one line of text", "id is not one line of text")
+
+
+def tiles_key(tiles_NCYX):
+    """Returns where tiles lie in memory: two images with the same key show the same tiles."""
+    return tiles_NCYX.ctypes.data, len(tiles_NCYX)
 
 
 def token_repeats(ids, counts):
@@ -129,8 +135,12 @@ def write_shard(folder, image_config, samples, receipt={}):
 
 
 def write_shard_files(folder, image_config, samples):
-    """Write the files of a shard; returns {kind: [rows, crc32]}."""
+    """Write the files of a shard; returns {kind: [rows, crc32]}.
+
+    Tiles that the sample before shows, too, are written once.
+    """
     tile_count, checksum = 0, 0
+    written = {}  # tiles_key of the last sample's tiles -> (first tile, the tiles)
     rows = {kind: [] for kind in FILE_DTYPES if kind != "tiles"}
     with open(folder / "tiles", "wb") as file:  # too many bytes to keep until the end
         for name, ids, loss_mask, images in samples:
@@ -138,19 +148,24 @@ def write_shard_files(folder, image_config, samples):
             length = len(expand_image_tokens(ids, counts))
             spans = [len(rows["ids"]), len(ids), len(rows["images"]), len(images)]
             rows["samples"].append([*spans, length, is_validation(name)])
-            for tiles_NCYX, _, size in images:
-                rows["images"].append([tile_count, len(tiles_NCYX), *size])
-                content = tiles_NCYX.tobytes()
-                file.write(content)
-                checksum = zlib.crc32(content, checksum)
-                tile_count += len(tiles_NCYX)
+            keys = [tiles_key(image.tiles) for image in images]
+            written = {key: written[key] for key in keys if key in written}
+            for key, (tiles_NCYX, _, size) in zip(keys, images, strict=True):
+                if key not in written:
+                    content = tiles_NCYX.tobytes()
+                    file.write(content)
+                    checksum = zlib.crc32(content, checksum)
+                    # Held, so that no other tiles get their place in memory.
+                    written[key] = tile_count, tiles_NCYX
+                    tile_count += len(tiles_NCYX)
+                rows["images"].append([written[key][0], len(tiles_NCYX), *size])
             rows["ids"].extend(ids)  # list += array would add numbers
             rows["loss_mask"].extend(loss_mask)
             rows["names"] += f"{name}\n".encode()
     files = {"tiles": [tile_count, checksum]}
     for kind, values in rows.items():
         array = np.array(values, FILE_DTYPES[kind])
-        array.tofile(folder / kind)
+        (folder / kind).write_bytes(array)
         files[kind] = [len(array), zlib.crc32(array.data)]
     return files
 
@@ -279,14 +294,19 @@ def is_consistent(shard, count_tokens):
 
     count_tokens: a function from (tiles, width, height) of an image to its number of tokens.
 
-    Samples, images and tiles follow one another and fill their files, each sample has a name, and
-    its length is that of its ids with the tokens of its images.
+    Samples, images and tiles follow one another and fill their files (an image may repeat an
+    earlier one), each sample has a name, and its length is that of its ids with the tokens of its
+    images.
     """
     table, images, ids = shard["samples"], shard["images"], shard["ids"]
+    _, rows, number = np.unique(images[:, 0], return_index=True, return_inverse=True)
+    distinct = images[rows]
+    if (np.diff(rows) < 0).any() or (distinct[number] != images).any():
+        return False
     for first, count, size in (
         (table[:, FIRST_ID], table[:, ID_COUNT], len(ids)),
         (table[:, FIRST_IMAGE], table[:, IMAGE_COUNT], len(images)),
-        (images[:, 0], images[:, 1], len(shard["tiles"])),
+        (distinct[:, 0], distinct[:, 1], len(shard["tiles"])),
     ):
         is_within = (count >= 0) & (count <= size) & (first == np.cumsum(count) - count)
         if not is_within.all() or count.sum() != size:
@@ -303,16 +323,24 @@ def is_consistent(shard, count_tokens):
     return (table[:, ID_COUNT] + added == table[:, LENGTH]).all()
 
 
+def shares_image(table, images):
+    """Returns for each sample of a shard whether its first image is that of the sample before."""
+    has_image = table[:, IMAGE_COUNT] > 0
+    first_tiles = np.full(len(table) + 1, -1)
+    first_tiles[1:][has_image] = images[table[has_image, FIRST_IMAGE], 0]
+    return has_image & (first_tiles[1:] == first_tiles[:-1])
+
+
 class PreparedDataset:
     """The samples of one or several prepared datasets, one after another; memory-mapped.
 
     table: (samples, COLUMNS); names: the id of each sample in its source; set_of: the number of the
-    dataset of each sample.
+    dataset of each sample; shares_image: whether its first image is that of the sample before.
     """
 
     def __init__(self, *folders):
         self.folders = [Path(folder) for folder in folders]
-        self.shards, self.names, tables, set_numbers = [], [], [], []
+        self.shards, self.names, tables, set_numbers, shares = [], [], [], [], []
 
         @functools.cache  # many images have the same size
         def count_tokens(tiles, *size):
@@ -330,11 +358,12 @@ class PreparedDataset:
             for files in shards:
                 shard = map_shard(files, self.image_config["tile"], count_tokens)
                 tables.append(shard.pop("samples"))
+                shares.append(shares_image(tables[-1], shard["images"]))
                 self.names += shard.pop("names")
                 self.shards.append(shard)
                 set_numbers.append(number)
         sizes = list(map(len, tables))
-        self.table = np.concatenate(tables)
+        self.table, self.shares_image = np.concatenate(tables), np.concatenate(shares)
         self.shard_of = np.repeat(np.arange(len(tables)), sizes)
         self.set_of = np.repeat(set_numbers, sizes)
 
@@ -393,7 +422,7 @@ def write_subset(samples, members, folder):
     subset = ((samples.names[i], *samples.stored_sample(i)) for i in members)
     files = write_shard(folder / "00000", samples.image_config, subset)
     for path in samples.folders[0].iterdir():
-        if path.is_file() and path.name not in ("header.json", "skipped.jsonl"):
+        if path.is_file() and path.name not in ("header.json", "plan.json", "skipped.jsonl"):
             shutil.copy(path, folder)
     write_header(folder, samples.fingerprint, [files])
 

@@ -7,12 +7,13 @@ plain dict that is part of the checkpoint:
     tile      width and height of a tile in pixels
     patch     width and height of a patch in pixels
     shuffle   shuffle² patches become one token (pixel shuffle)
-    fit       squash, pad (to a square, with the mean color), crop (the middle square), tiles or
-              anyres
-    resample  bicubic or bilinear
+    fit       squash, pad (to a square, with the mean color), crop (the middle square), tiles,
+              anyres, split or grid
+    resample  bicubic, bilinear or lanczos
     mean, std three numbers each, of pixels between 0 and 1; the model normalizes on its device
-    draft     whether a JPEG may be decoded at a half, a quarter or an eighth of its size, as long
-              as that is at least twice the size that it is resized to
+    draft     faster, but other pixels: whether a JPEG may be decoded at a half, a quarter or an
+              eighth of its size, as long as that is at least twice the size that it is resized
+              to, and torch may resize instead of Pillow
 
     tiles     for fit=tiles, the way of InternVL (Chen et al. 2024) and NVLM (Dai et al. 2024): the
               image is squashed to a grid of at most `tiles` tiles, chosen by its shape, and cut row
@@ -22,6 +23,14 @@ plain dict that is part of the checkpoint:
     pinpoints for fit=anyres, the way of LLaVA-NeXT (Liu et al. 2024): the heights and widths in
               pixels that an image may be enlarged to. The first tile is the whole image, squashed.
               The others are the enlarged image with black borders, cut row by row.
+    longest_edge
+              for fit=split, the way of Idefics3 (Laurençon et al. 2024) and SmolVLM: the long side
+              of the image becomes so many pixels; then each side is stretched to whole tiles and
+              cut. If there are several tiles, the result, squashed to one, is the last. tile_texts:
+              which texts stand around the tiles (TILE_TEXTS).
+              For fit=grid, the way of Hugging Face's nanoVLM: each side is enlarged to whole tiles,
+              the long one to at most longest_edge, or just to it with `enlarge`. The tile of the
+              whole is the first.
 """
 
 import functools
@@ -39,7 +48,23 @@ from ..files import size_error
 from . import image_files
 
 FITS = ("squash", "pad", "crop")  # each of these makes one tile of any image
-RESAMPLE_FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+RESAMPLE_FILTERS = {
+    "bicubic": Image.Resampling.BICUBIC,
+    "bilinear": Image.Resampling.BILINEAR,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+# The texts before a tile of the grid, with its row and column from 1 on, after each row, after the
+# grid, before the global tile, and after it.
+TILE_TEXTS = {
+    "idefics3": (
+        "<fake_token_around_image><row_{row}_col_{column}>",
+        "\n",
+        "\n",
+        "<fake_token_around_image><global-img>",
+        "<fake_token_around_image>",
+    ),
+    "nanovlm": ("<row_{row}_col_{column}>", "", "", "<|global_image|>", ""),
+}
 SMALL_IMAGE_PIXELS = 1 << 16  # Pillow's first step takes at most half a millisecond for these
 MAX_IMAGE_PIXELS = 1 << 28  # of all tiles of an image
 IMAGE_NEWLINE = -1  # in feature_index: the learned vector at the end of a row (image_newline)
@@ -66,6 +91,10 @@ def check_image_config(image_config, where="image config"):
         keys += ["tiles", "choice", "thumbnail", "tags"]
     if image_config.get("fit") == "anyres":
         keys.append("pinpoints")
+    if image_config.get("fit") in ("split", "grid"):
+        keys += ["longest_edge", "tile_texts"]
+    if image_config.get("fit") == "grid":
+        keys.append("enlarge")
     errors = [f"{key} is missing" for key in keys if key not in image_config]
     for key, value in image_config.items():
         values = CONFIG_VALUES.get(key)
@@ -73,7 +102,7 @@ def check_image_config(image_config, where="image config"):
             errors.append(f"{key} is not known")
         elif values and repr(value) not in map(repr, values):  # 1 == True, but its repr differs
             errors.append(f"{key} {value!r} is none of {', '.join(map(str, values))}")
-        elif key in ("tile", "patch", "shuffle", "tiles"):
+        elif key in ("tile", "patch", "shuffle", "tiles", "longest_edge"):
             errors += filter(None, [size_error(key, value)])
         elif key in ("mean", "std") and not is_color(value, 0 if key == "mean" else 1e-6):
             errors.append(f"{key} {value!r} is not three numbers from 0 to 1, for std above 0")
@@ -86,11 +115,15 @@ def check_image_config(image_config, where="image config"):
                 f"{tile // patch} patches of {patch} pixels across a tile of {tile} do not shuffle "
                 f"by {shuffle}"
             )
+        split_edge = image_config.get("longest_edge", -tile) + tile
         pinpoints = np.array(image_config.get("pinpoints", [[tile, tile]]), dtype=object)
         is_whole = [not (size_error("edge", edge) or edge % tile) for edge in pinpoints.ravel()]
         if pinpoints.shape[1:] != (2,) or not all(is_whole):
             errors.append("pinpoints is no list of heights and widths in whole tiles")
-        elif max(pinpoints.prod(1)) + image_config.get("tiles", 1) * tile**2 > MAX_IMAGE_PIXELS:
+        elif (
+            max(pinpoints.prod(1)) + image_config.get("tiles", 1) * tile**2 + split_edge**2
+            > MAX_IMAGE_PIXELS
+        ):
             errors.append(f"the tiles of an image have more than {MAX_IMAGE_PIXELS:,} pixels")
     if errors:
         raise UserError(f"{where}: {'; '.join(errors)}")
@@ -158,7 +191,9 @@ def closest_area_weighted_aspect_ratio(size, tile, grids):
 
 GRID_CHOICES = {"aspect": closest_aspect_ratio, "area": closest_area_weighted_aspect_ratio}
 CONFIG_VALUES = {
-    "fit": (*FITS, "tiles", "anyres"),
+    "fit": (*FITS, "tiles", "anyres", "split", "grid"),
+    "enlarge": (True, False),
+    "tile_texts": tuple(TILE_TEXTS),
     "resample": tuple(RESAMPLE_FILTERS),
     "choice": tuple(GRID_CHOICES),
     "thumbnail": (True, False),
@@ -176,11 +211,48 @@ def tile_grid(size, image_config, max_tiles=None):
     if fit == "anyres":
         height, width = select_best_resolution(size, image_config)
         return height // tile, width // tile
+    if fit == "split":
+        return split_grid(size, image_config)
+    if fit == "grid":
+        return whole_tile_grid(size, image_config)
     if fit != "tiles":
         return 1, 1
     most = min(max_tiles or image_config["tiles"], image_config["tiles"])
     columns, rows = GRID_CHOICES[image_config["choice"]](size, tile, candidate_grids(most))
     return rows, columns
+
+
+def scale_longest_edge(size, longest_edge):
+    """Returns (width, height) with the long side `longest_edge`, the other rounded up to even.
+
+    `_resize_output_size_rescale_to_max_len` of transformers.
+    """
+    ratio = size[0] / size[1]
+    short = int(longest_edge / ratio if ratio >= 1 else longest_edge * ratio)
+    short = max(short + short % 2, 1)
+    return (longest_edge, short) if ratio >= 1 else (short, longest_edge)
+
+
+def split_grid(size, image_config):
+    """Returns the (rows, columns) of fit=split (`resize_for_vision_encoder` of transformers)."""
+    tile = image_config["tile"]
+    width, height = scale_longest_edge(size, image_config["longest_edge"])
+    columns, rows = math.ceil(width / tile), math.ceil(height / tile)
+    if width >= height:
+        rows = math.ceil(int(columns * tile / (width / height)) / tile)
+    else:
+        columns = math.ceil(int(rows * tile * (width / height)) / tile)
+    return rows, columns
+
+
+def whole_tile_grid(size, image_config):
+    """Returns the (rows, columns) of fit=grid (`DynamicResize` of nanoVLM)."""
+    tile = image_config["tile"]
+    most = max(image_config["longest_edge"] // tile, 1)
+    length = most if image_config["enlarge"] else min(most, math.ceil(max(size) / tile))
+    scale = length * tile / max(size)
+    short = max(math.ceil(min(size) * scale / tile), 1)
+    return (short, length) if size[0] >= size[1] else (length, short)
 
 
 def select_best_resolution(size, image_config):
@@ -200,7 +272,9 @@ def select_best_resolution(size, image_config):
 def tile_count(size, image_config, max_tiles=None):
     """Returns the number of tiles of an image, with its overview; arguments of tile_grid."""
     count = math.prod(tile_grid(size, image_config, max_tiles))
-    has_overview = image_config["fit"] == "anyres" or (count > 1 and image_config["thumbnail"])
+    has_overview = image_config["fit"] == "anyres" or (
+        count > 1 and image_config.get("thumbnail", True)
+    )
     return count + has_overview
 
 
@@ -238,34 +312,58 @@ def image_token_count(size, image_config, max_tiles=None):
     return len(plan_image(size, image_config, max_tiles).feature_index)
 
 
-def tile_tags(tiles, image_config):
-    """Returns NVLM's text before each tile of an image; None without tags in the image config."""
-    if not image_config.get("tags"):
+def tile_tags(tiles, image_config, size=None):
+    """Returns a text before each tile of an image and one after the last; None if it has none.
+
+    They are NVLM's, or those of TILE_TEXTS for split and grid. size: as for image_feature_index.
+    """
+    if image_config.get("tags"):
+        # Megatron-LM's examples/multimodal: all tags of a model have equally many tokens
+        digits, end = (2, "0") if image_config["tiles"] > 9 else (1, "")
+        tags = [f"<tile_{i:0{digits}}>" for i in range(1, tiles + 1)]
+        last = [f"<tile_global_thumbnail{end}>"] if image_config["thumbnail"] else tags[-1:]
+        return [*tags[:-1], *last, ""]
+    if image_config["fit"] not in ("split", "grid"):
         return None
-    tags = [f"<tile_{i}>" for i in range(1, tiles + 1)]
-    return [*tags[:-1], "<tile_global_thumbnail>"] if image_config["thumbnail"] else tags
+    of_tile, row_end, grid_end, of_global, end = TILE_TEXTS[image_config["tile_texts"]]
+    rows, columns = tile_grid(size, image_config)
+    tags, before = [], ""
+    for row in range(1, rows + 1 if tiles > 1 else 1):
+        for column in range(1, columns + 1):
+            tags.append(before + of_tile.format(row=row, column=column))
+            before = ""
+        before = row_end
+    if image_config["fit"] == "grid":
+        return [of_global, *tags, end]
+    return [*tags, before + grid_end * (tiles > 1) + of_global, end]
 
 
 # ---- resizing and cutting ----
 
 
-def resize_image(pixels, size, resample):
-    """Returns an image resized as Pillow does: uint8 (Y, X, C) -> (C, Y, X).
+def resize_image(pixels, size, image_config):
+    """Returns an image resized: uint8 (Y, X, C) -> (C, Y, X). size: (width, height).
 
-    size: (width, height). If the image gets smaller, it is about five times as fast as Pillow. Each
-    number is Pillow's or differs from it by one level of 255.
+    Pillow resizes it, as for the training of the published vision encoders. With `draft`, torch
+    does, except for lanczos, which it lacks: about five times as fast if the image gets smaller,
+    and each number differs from Pillow's by at most two levels of 255.
 
     An image is resized in one direction, rounded to whole levels, then resized in the other. torch
-    rounds a filter's weights to 16 bits, Pillow to 32. Two steps by torch may each differ by a
-    level. So Pillow does the first step if it is short (SMALL_IMAGE_PIXELS), or if the image gets
-    wider, where torch's weights are even coarser. Like Pillow 13, it resizes the height first if
-    that saves more. The number of threads changes nothing. On another CPU torch may compute in
-    another way, with the same bound.
+    rounds a filter's weights to 16 bits, Pillow to 32, so a step by torch may differ by a level.
+    Pillow does the first step if it is short (SMALL_IMAGE_PIXELS), or if the image gets wider,
+    where torch's weights are even coarser. Like Pillow 13, torch resizes the height first if that
+    saves more. The number of threads changes nothing. On another CPU torch may compute in another
+    way, with the same bound.
     """
+    resample = image_config["resample"]
+    resample_filter = RESAMPLE_FILTERS[resample]
+    if resample == "lanczos" or not image_config.get("draft"):
+        resized = Image.fromarray(pixels).resize(size, resample_filter)
+        return np.ascontiguousarray(np.asarray(resized).transpose(2, 0, 1))
     (height, width), (columns, rows) = pixels.shape[:2], size
     first = (width, rows) if height - rows > max(2 * (width - columns), 0) else (columns, height)
     if columns > width or width * height < SMALL_IMAGE_PIXELS:
-        pixels = np.asarray(Image.fromarray(pixels).resize(first, RESAMPLE_FILTERS[resample]))
+        pixels = np.asarray(Image.fromarray(pixels).resize(first, resample_filter))
     step = functools.partial(F.interpolate, mode=resample, antialias=True)
     # torch warns that Pillow's arrays are read-only; nothing writes to them here.
     with warnings.catch_warnings(action="ignore"):
@@ -305,20 +403,27 @@ def process_image(image, size, image_config, max_tiles=None):
     image, size: as image_files.read_image returns them; max_tiles: as for tile_grid.
     """
     tile, fit = image_config["tile"], image_config["fit"]
-    resample = image_config["resample"]
     new_size = resized_size(size, image_config, max_tiles)
     if fit == "pad":
         image, new_size = expand_to_square(image, image_config["mean"]), (tile, tile)
     pixels = np.asarray(image)
+    if fit == "split":
+        edges = scale_longest_edge(size, image_config["longest_edge"])
+        pixels = resize_image(pixels, edges, image_config).transpose(1, 2, 0)
     resize = resize_and_pad if fit == "anyres" else resize_image
-    resized = resize(pixels, new_size, resample)  # (C, height, width)
+    resized = resize(pixels, new_size, image_config)  # (C, height, width)
     if fit == "crop":
         top, left = (resized.shape[1] - tile) // 2, (resized.shape[2] - tile) // 2
         resized = np.ascontiguousarray(resized[:, top : top + tile, left : left + tile])
     tiles_NCYX = split_into_tiles(resized, tile)
     if len(tiles_NCYX) < tile_count(size, image_config, max_tiles):
-        overview = resize_image(pixels, (tile, tile), resample)[None]
-        parts = [overview, tiles_NCYX] if fit == "anyres" else [tiles_NCYX, overview]
+        if fit in ("split", "grid"):
+            pixels = resized.transpose(1, 2, 0)
+        if fit == "grid":
+            image_config = image_config | {"resample": "bilinear"}
+        overview = resize_image(pixels, (tile, tile), image_config)[None]
+        is_first = fit in ("anyres", "grid")
+        parts = [overview, tiles_NCYX] if is_first else [tiles_NCYX, overview]
         tiles_NCYX = np.concatenate(parts)
     index = image_feature_index(size, image_config, len(tiles_NCYX))
     return ProcessedImage(tiles_NCYX, index, size)
@@ -332,7 +437,7 @@ def expand_to_square(image, mean):
     return square
 
 
-def resize_and_pad(pixels_YXC, size, resample):
+def resize_and_pad(pixels_YXC, size, image_config):
     """Returns an image in the middle of `size` (width, height), as large as fits: (C, Y, X).
 
     The borders are black. `get_patch_output_size` of transformers.
@@ -344,7 +449,7 @@ def resize_and_pad(pixels_YXC, size, resample):
     top, left = (height - new_height) // 2, (width - new_width) // 2
     padded = np.zeros((3, height, width), np.uint8)
     padded[:, top : top + new_height, left : left + new_width] = resize_image(
-        pixels_YXC, (new_width, new_height), resample
+        pixels_YXC, (new_width, new_height), image_config
     )
     return padded
 

@@ -15,7 +15,7 @@ import torch
 
 from .. import IGNORE_INDEX, UserError
 from . import image_processing
-from .dataset import LENGTH
+from .dataset import LENGTH, tiles_key
 
 # samples packed together: enough to fill the sequences, few enough to keep the order random
 PACKING_WINDOW = 1024
@@ -27,7 +27,8 @@ def parse_dataset_weights(text):
     """Returns (folders, weights) of --data.
 
     "a:0.7,b:0.3" gives each dataset's share of the samples that are read. "a,b" gives None as
-    weights: each sample is read once per epoch. Raises UserError if it can be neither.
+    weights: each sample is read once per epoch. The samples of one image (group_samples) count as
+    one. Raises UserError if the text is neither.
     """
     folders, weights = [], []
     for part in map(str.strip, text.split(",")):
@@ -73,6 +74,28 @@ def epoch_samples(set_of, weights, seed, epoch):
     return np.sort(np.concatenate(parts))
 
 
+def group_samples(samples, members, seq_len):
+    """Returns (groups, lengths) of samples: (first, end) of each group, and its tokens; arrays.
+
+    Adjacent samples of one image (`prepare.py data --split_turns=true`) are a group, as many as fit
+    into a sequence, so that the vision encoder sees their image once. Others are alone.
+    """
+    groups, lengths = [], []
+    for i, length in zip(members.tolist(), samples.table[members, LENGTH].tolist(), strict=True):
+        if samples.shares_image[i] and lengths and lengths[-1] + length <= seq_len:
+            groups[-1][1] = i + 1
+            lengths[-1] += length
+        else:
+            groups.append([i, i + 1])
+            lengths.append(length)
+    return np.array(groups, np.int64).reshape(-1, 2), np.array(lengths, np.int64)
+
+
+def members_of_groups(groups):
+    """Returns the numbers of the samples of some groups: an array."""
+    return np.concatenate([np.arange(*group) for group in groups])
+
+
 def pack_sequences(lengths, seq_len, window=PACKING_WINDOW):
     """Yields sequences of at most seq_len tokens, each a list of indices of samples in `lengths`.
 
@@ -95,32 +118,46 @@ def pack_sequences(lengths, seq_len, window=PACKING_WINDOW):
         yield from sorted(sorted(members) for _, _, members in sequences)
 
 
-def packed_sequences(lengths, seq_len, seed, set_of, weights):
-    """Yields packed sequences without end, each the indices of its samples in `lengths`.
+def epoch_sequences(epoch, lengths, seq_len, seed, set_of, weights):
+    """Yields the packed sequences of an epoch, each the indices of its samples in `lengths`.
 
-    Each epoch has an order of its own. A sequence is a function of (seed, its number) alone.
+    Each epoch has an order of its own.
+    """
+    samples = epoch_samples(set_of, weights, seed, epoch)
+    order = samples[np.random.default_rng([seed, epoch]).permutation(len(samples))]
+    for members in pack_sequences(lengths[order], seq_len):
+        yield order[members]
+
+
+def packed_sequences(*packing):
+    """Yields the sequences of one epoch after another without end; packing: of epoch_sequences.
+
+    A sequence is a function of (seed, its number) alone.
     """
     for epoch in itertools.count():
-        samples = epoch_samples(set_of, weights, seed, epoch)
-        order = samples[np.random.default_rng([seed, epoch]).permutation(len(samples))]
-        for members in pack_sequences(lengths[order], seq_len):
-            yield order[members]
+        yield from epoch_sequences(epoch, *packing)
 
 
 def collate_images(images, image_config, pin_memory=False):
     """Returns a list of ProcessedImages, which may be empty, as arguments of VLM.forward.
 
-    tiles_NCYX: all their tiles, uint8. image_feature_index: their feature_index, counted over all
-    tiles. pin_memory: a GPU can copy the tiles by itself.
+    tiles_NCYX: all their tiles, uint8; those of an image that comes several times are there once.
+    image_feature_index: their feature_index, counted over all tiles. pin_memory: a GPU can copy the
+    tiles by itself.
     """
-    count, tile = sum(len(image.tiles) for image in images), image_config["tile"]
+    distinct = {tiles_key(image.tiles): image.tiles for image in images}
+    count, tile = sum(map(len, distinct.values())), image_config["tile"]
     tokens = image_processing.tokens_per_tile(image_config)
     tiles_NCYX = torch.empty(count, 3, tile, tile, dtype=torch.uint8, pin_memory=pin_memory)
-    indices, start = [np.empty(0, np.int64)], 0
-    for tiles_nCYX, index, _ in images:
+    starts, start = {}, 0
+    for key, tiles_nCYX in distinct.items():
         tiles_NCYX.numpy()[start : start + len(tiles_nCYX)] = tiles_nCYX
-        indices.append(np.where(index < 0, index, index + start * tokens))  # < 0: IMAGE_NEWLINE
+        starts[key] = start
         start += len(tiles_nCYX)
+    indices = [np.empty(0, np.int64)]
+    for tiles_nCYX, index, _ in images:
+        offset = starts[tiles_key(tiles_nCYX)] * tokens
+        indices.append(np.where(index < 0, index, index + offset))  # < 0: IMAGE_NEWLINE
     index = torch.from_numpy(np.concatenate(indices))
     return {"tiles_NCYX": tiles_NCYX, "image_feature_index": index}
 
@@ -181,7 +218,7 @@ class PackedDataLoader:
         self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
         self.rank, self.world_size = rank, world_size
         training = samples.split(validation=False)
-        lengths, set_of = samples.table[training, LENGTH], samples.set_of[training]
+        set_of = samples.set_of[training]
         for number, folder in enumerate(samples.folders):
             if not (set_of == number).any():
                 raise UserError(f"{folder} holds no training samples")
@@ -193,9 +230,23 @@ class PackedDataLoader:
                 f"{folder}: sample {samples.names[longest]} takes "
                 f"{samples.table[longest, LENGTH]} tokens, more than --seq_len={seq_len}"
             )
-        sequences = packed_sequences(lengths, seq_len, seed, set_of, weights)
-        sequences = (training[members] for members in sequences)
+        groups, lengths = group_samples(samples, training, seq_len)
+        self.packing = lengths, seq_len, seed, samples.set_of[groups[:, 0]], weights
+        sequences = (
+            members_of_groups(groups[numbers]) for numbers in packed_sequences(*self.packing)
+        )
         self.sequences = itertools.islice(sequences, start_step * global_batch_size, None)
+
+    def count_steps(self, epochs):
+        """Returns the number of steps that read so many epochs, which may be a fraction.
+
+        If the sequences of these epochs do not fill the last step, the next epoch's first ones do.
+        """
+        sequences = 0
+        for epoch in range(math.ceil(epochs)):
+            share = min(1, epochs - epoch)
+            sequences += share * sum(1 for _ in epoch_sequences(epoch, *self.packing))
+        return math.ceil(sequences / self.global_batch_size)
 
     def __next__(self):
         step = list(itertools.islice(self.sequences, self.global_batch_size))

@@ -23,6 +23,7 @@ import contextlib
 import hashlib
 import json
 import struct
+import unicodedata
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -40,6 +41,7 @@ GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+
 DIGITS_GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
 WHOLE_TEXT = r"(?s).+"  # SentencePiece takes a text as one piece
 NO_RANK = 1 << 32  # more than any rank
+NFC = {"type": "NFC"}  # the normalizer that composes characters: e and ´ become é
 BYTES = [bytes([b]) for b in range(256)]
 # GPT-2 writes a byte as one character: itself if it is printable, else one from U+0100 on.
 BYTE_TO_UNICODE = {b: chr(b) for b in range(256) if chr(b).isprintable() and chr(b) != " "}
@@ -221,19 +223,25 @@ def read_sentencepiece(files):
     merges = {piece_bytes(name): rank for rank, name in enumerate(order)}
     prefix_space = "always" if normalizer.get(3, 1) else "never"
     if prefix_space == "always" and "tokenizer_config.json" in files:
-        prefix_space = "first"
+        config = json.loads(files["tokenizer_config.json"])
+        prefix_space = "missing" if config["legacy"] else "first"
     return piece_vocabulary(pieces, merges, special, prefix_space)
 
 
-def is_legacy(folder):
-    """Whether transformers 5 puts SentencePiece's space of a tokenizer.model before each text
-    between special tokens, or only at the start: by `legacy`, or else by the model."""
+def prefix_space_config(folder):
+    """Returns what decides where transformers 5 puts SentencePiece's space of a tokenizer.model.
+
+    {"legacy": False}: at the start. {}: before each text between special tokens. A true `legacy`
+    with a Llama's class: before each of these that has none.
+    """
     config = {}
     for name in ("config.json", "tokenizer_config.json"):
         config |= read_json(folder / name) if (folder / name).is_file() else {}
     own_class = f"{config.get('model_type')}tokenizer"  # if it has the class of its own model
     is_own = str(config.get("tokenizer_class")).lower().removesuffix("fast") == own_class
-    return config.get("legacy", not is_own)
+    if not config.get("legacy", not is_own):
+        return {"legacy": False}
+    return {name: config[name] for name in ("legacy", "model_type", "tokenizer_class") if is_own}
 
 
 def piece_bytes(piece):
@@ -338,7 +346,7 @@ def pre_tokenizer_pattern(spec):
     """Returns the pattern by which a tokenizer.json splits texts, and its prefix_space."""
     steps = []
     for step in (spec.get("normalizer"), spec.get("pre_tokenizer")):
-        if step:
+        if step and step != NFC:
             steps += step.get("normalizers") or step.get("pretokenizers") or [step]
     match steps:
         case [
@@ -390,6 +398,7 @@ class Tokenizer:
             )
             spec = json.loads(files.get("tokenizer.json", '{"added_tokens": []}'))
             self.words = regex.compile("|".join(map(regex.escape, words(spec))) or "(?!)")
+            self.has_nfc = spec.get("normalizer") == NFC
             # Special tokens are not found in texts.
             blank = [name for name in self.special if not piece_bytes(name).strip()]
             check_settings(("the list of special tokens of white space", blank[:3], []))
@@ -422,8 +431,9 @@ class Tokenizer:
         if names == ["tokenizer.model"] and (folder / "added_tokens.json").is_file():
             names.append("added_tokens.json")
         files = {name: (folder / name).read_bytes() for name in names}
-        if names[0] == "tokenizer.model" and not is_legacy(folder):
-            files["tokenizer_config.json"] = b'{"legacy": false}'  # all that is needed of it
+        config = prefix_space_config(folder) if names[0] == "tokenizer.model" else {}
+        if config:
+            files["tokenizer_config.json"] = json.dumps(config).encode()
         return cls(files, folder / names[0])
 
     def save(self, folder):
@@ -446,6 +456,8 @@ class Tokenizer:
 
     def encode_part(self, text, space):
         """Returns the ids of a text without added tokens; space: as for encode."""
+        if self.has_nfc:
+            text = unicodedata.normalize("NFC", text)
         if self.prefix_space and text:
             text = text.replace("▁", " ")
             if space is None:

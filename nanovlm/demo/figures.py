@@ -2,6 +2,7 @@
 
 answers.png   the image of a fridge, and the model's answers to questions about it
 losses.png    the validation loss of each stage, with the images and with blank ones
+attention.png which image tokens each food word of an answer attends to
 sequence.png  a packed sequence: its image tokens, its text, its loss mask
 
 Positions and sizes are in pixels of a web page. A figure has DENSITY² pixels for each of them, for
@@ -21,7 +22,9 @@ from ..data.image_processing import load_image, tile_to_image
 from ..data.packing import PackedDataLoader
 from ..data.tokenizer import Tokenizer
 from ..evals.runner import generate_answers
+from ..visualize.attention_map import draw_heat, record_answer, split_attention
 from ..visualize.samples import token_as_text
+from .fridge import FOODS
 
 WIDTH, MARGIN, DENSITY = 840, 20, 2
 SMOOTHING = 2  # a figure is drawn so many times larger, then reduced: its edges are smooth
@@ -100,7 +103,9 @@ def draw_figures(out):
             raise UserError(f"{path} is missing: run `python train.py`, the demonstration, first")
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    draw_answers(photo, load_checkpoint("out/demo/sft"), out / "answers.png")
+    checkpoint = load_checkpoint("out/demo/sft")
+    draw_answers(photo, checkpoint, out / "answers.png")
+    draw_attention(photo, checkpoint, out / "attention.png")
     draw_losses("out/demo", out / "losses.png")
     draw_sequence("data/demo/chats", out / "sequence.png")
 
@@ -114,6 +119,23 @@ def draw_answers(photo, checkpoint, path):
     for i, (question, output) in enumerate(zip(QUESTIONS, outputs, strict=True)):
         canvas.text(376, 34 + 68 * i, question)
         canvas.text_box(376, 64 + 68 * i, output.answer, is_label=True)
+    canvas.save(path)
+
+
+def draw_attention(photo, checkpoint, path):
+    """A heat map for each food word of the answer: the mean over all layers and heads."""
+    image, turns = (
+        load_image(photo, checkpoint.image_config),
+        [("user", f"<image>\n{QUESTIONS[0]}")],
+    )
+    found = record_answer(checkpoint, turns, [image], with_test=False, max_tokens=64)
+    weights, _ = split_attention(found, slice(None), slice(None))
+    words = [t for t, token in enumerate(found.tokens) if token.strip() in FOODS]
+    canvas, width = Canvas(height=196), 126
+    for n, t in enumerate(words[:6]):
+        left = MARGIN + n * (width + 8.8)
+        canvas.paste(draw_heat(*found.images[0], weights[t]), left, MARGIN, width)
+        canvas.text(left, MARGIN + width + 24, found.tokens[t].strip())
     canvas.save(path)
 
 

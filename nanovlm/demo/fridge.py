@@ -436,14 +436,20 @@ def make_training_sample(number, seed, folder):
     return caption, {"id": name, "image": images, "conversations": turns}
 
 
-def make_eval_sample(number, seed, folder):
-    """Write the images of a held-out fridge; returns a question of each kind that fits it."""
+def held_out_scene(number, seed):
+    """Returns a scene of the evaluation, as (rng, scene, what `remove_random_food` returns)."""
     # "exam" here and "told" below are old names; they are in the seeds, so they decide the data.
-    rng, name = random.Random(f"{seed}-exam-{number}"), f"eval-{number:05d}"
+    rng = random.Random(f"{seed}-exam-{number}")
     scene = random_scene(rng, True)
     while not remove_random_food(rng, scene, True):
         scene = random_scene(rng, True)
-    rest, taken = remove_random_food(rng, scene, True)
+    return rng, scene, remove_random_food(rng, scene, True)
+
+
+def make_eval_sample(number, seed, folder):
+    """Write the images of a held-out fridge; returns a question of each kind that fits it."""
+    rng, scene, (rest, taken) = held_out_scene(number, seed)
+    name = f"eval-{number:05d}"
     image = save_scene(scene, rng, folder / f"{name}.jpg")
     both = [image, save_scene(rest, rng, folder / f"{name}-b.jpg")]
     questions = [(kind, make(rng, scene), image) for kind, make in QUESTION_KINDS.items()]

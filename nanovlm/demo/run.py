@@ -19,6 +19,7 @@ from ..evals.benchmarks import load_questions
 from ..evals.runner import evaluate
 from ..preprocess.build import prepare_dataset
 from ..preprocess.readers import read_texts
+from .attention_score import attention_score, format_attention_score
 from .fridge import write_fridges
 
 FRIDGE = "data/demo/fridge"
@@ -112,6 +113,7 @@ def run_demonstration(train):
         "blank_image": score_questions("out/demo/sft", questions, blank_images=True),
     }
     print_scores(scores)
+    print(format_attention_score(attention_score("out/demo/sft", f"{FRIDGE}/images")))
     Path("out/demo/scores.json").write_text(json.dumps(scores))
     shutil.copy(f"{FRIDGE}/fridge.jpg", "fridge.jpg")
     print(
@@ -151,7 +153,7 @@ def prepare_inputs():
             prepare_dataset,
             model="out/demo/random_init",
             source=[f"{FRIDGE}/{name}.json"],
-            images=f"{FRIDGE}/images",
+            images="" if name == "text" else f"{FRIDGE}/images",
             out=f"data/demo/{name}",
             seq_len=2048,
         )

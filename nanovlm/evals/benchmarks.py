@@ -236,7 +236,9 @@ def find_benchmark(name):
 # ---- questions ----
 
 
-def load_questions(name, questions, annotations="", images="", prompt=""):
+def load_questions(
+    name, questions, annotations="", images="", prompt="", allow_outside_images=False
+):
     """Returns the questions of a benchmark, a dict each:
 
     id, kind
@@ -247,7 +249,8 @@ def load_questions(name, questions, annotations="", images="", prompt=""):
     and the benchmark's extra_keys.
 
     questions, annotations: each a file, a folder or a pattern (see find_question_files). images: a
-    folder or zip, if the images are not beside the questions.
+    folder or zip, if the images are not beside the questions. allow_outside_images: they may lie
+    elsewhere, too.
     prompt: replaces the benchmark's prompt; for a user's own questions, it replaces the questions.
     Raises UserError, naming the question, for a question that cannot be parsed or scored, a missing
     image, or a repeated id.
@@ -266,7 +269,7 @@ def load_questions(name, questions, annotations="", images="", prompt=""):
                 "questions"
             )
         notes = read_document(notes_file.name)
-    for file in find_question_files(questions, benchmark.files):
+    for file in find_question_files(questions, benchmark.files, allow_outside_images):
         records = read_benchmark(name, file, notes, annotations)
         for number, record in enumerate(records, 1):
             where = f"{file.name}, question {number}"

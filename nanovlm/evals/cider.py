@@ -12,25 +12,28 @@ from .. import UserError
 # pycocoevalcap keeps brackets: they are -lrb- here, but its list of removed tokens has -LRB-.
 BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
 CONTRACTION = r"(?:(?:n't|'(?:s|m|d|ll|ve|re))(?!\w)|'n(?:'|(?!\w)))"
-ABBREVIATIONS = (
-    "mr|mrs|ms|messrs|mme|mlle|dr|prof|rev|hon|esq|jr|sr|bros|jos|wm|mfg"
-    "|gen|gov|sens?|reps?|lt|col|cpl|capt|cmdr|sgt|adm|maj|brig|pres|supt|pvt|pfc"
-    "|st|ste|ave|blvd|rd|bldg|ft|mt|sq|inc|cos?|corp|ltd|plc|pty|assn|assoc|dept|univ|intl|natl"
+ABBREVIATIONS = (  # PTBLexer.flex knows the states of the last line only with a capital
+    "mr|mrs|ms|messrs|mme|mlle|drs?|profs?|rev|hon|esq|jr|sr|bros|jos|alex|wm|mfg|mtg|seq|cie"
+    "|gen|govs?|sens?|reps?|lt|lieut|col|cpl|capt|cmdr|comdr|sgt|sfc|spc|adm|adj|maj|brig|pres"
+    "|supts?|pvt|pfc|det|ens|insp|asst|attys?|msgr|treas|invt|st|ste|ave|blvd|rd|rt|bldg|ft|mt|sq"
+    "|inc|cos?|corp|bancorp|ltd|plc|bhd|pty|pp?tys|ppty|ptes?|sys|assn|assoc|dept|univ|intl|natl"
     "|jan|feb|mar|apr|jun|jul|aug|sept?|oct|nov|dec|mon|tues?|wed|thu|thurs|fri"
     "|ala|ariz|calif|colo|conn|ct|dak|fla|ga|ind|kans?|ky|md|mich|minn|mo|mont|neb|nev|okla|penn"
-    r"|tenn|va|vt|wisc?|wyo|al|adv|elec|est|ext|tel|cf|vs|etc|ph\.d"
+    r"|tenn|va|vt|wisc?|wyo|al|adv|elec|est|ext|tel|cf|vs|etc|ph(?:\.d)?"
+    "|(?=(?-i:[A-Z]))(?:az|ark|del|ill|la|mass|miss|ore|pa|tex|wash)"
 )
 TOKEN_PATTERN = re.compile(
     rf"""
-    (?:[a-z]\.){{2,}} | (?:{ABBREVIATIONS})\. | (?:nos?|ca|figs?|pp)\.(?=\s*\d)
+    (?:[a-z]\.){{2,}}(?!\w) | [a-z]\.(?!\w|\s+(?-i:An?|The(?:re|se|y)?|Th(?:is|at)|It)\b)
+    | (?:{ABBREVIATIONS})\. | (?:nos?|ca|figs?|pp|op|art|prop)\.(?=\s*\d)
     | (?-i:[A-Z]+(?:&[A-Z]+)+)
     | can(?=not\b) | (?:gon|wan)(?=na\b) | got(?=ta\b)
     | y'(?=all\b) | lem(?=me\b) | gim(?=me\b) | 't(?=is\b|was\b)
     | {CONTRACTION} | '\d\ds?\b | o'clock\b | ma'am\b | d'oh\b
     | '(?:em|till?|cause)\b | ol'(?!\w)
-    | (?<![-\w])[-+](?:\d+|(?=\.\d))(?:[.,:]\d+)*
-    | (?:\d+|(?<!\.)(?=\.\d))(?:[.,:/]\d+)*(?:-?\w+(?:-\w+)*)?
-    | @?\w(?:(?!{CONTRACTION})(?:\w|[-./](?=\w)|'(?=\w)))*
+    | (?<![-a-z])[-+](?:\d+|(?=\.\d))(?:[.,:]\d+)*
+    | (?:\d+|(?<!\.)(?=\.\d))(?:[.,:/]\d+)*(?:-?\w+(?:-\w+)*)? (?:\.(?=[,;:]))?
+    | @?\w(?:(?!{CONTRACTION})(?:\w|[-./](?=\w)|'(?=\w)|[!?](?=[^\W\d])))* (?:\.(?=[,;:]))?
     | \*+ | [!?]{{2,}} | [^\s\w]""",
     re.VERBOSE | re.IGNORECASE,
 )

@@ -17,9 +17,16 @@ from PIL import ImageDraw, ImageFont
 
 from .. import UserError
 from ..data import image_files
-from ..data.image_refs import ImageBytes, ImageFile, find_image_ref, load_image_bytes
+from ..data.image_refs import (
+    ImageBytes,
+    ImageFile,
+    embedded_image,
+    find_image_ref,
+    load_image_bytes,
+    open_file,
+)
 from ..preprocess import readers
-from ..preprocess.records import LETTERS
+from ..preprocess.records import LETTERS, image_first
 
 
 class QuestionFile(NamedTuple):
@@ -27,37 +34,40 @@ class QuestionFile(NamedTuple):
 
     root: str
     path: str
+    allow_outside_images: bool = False  # its images may lie outside the folder, or --images
 
     @property
     def name(self):
         return os.path.join(self.root, self.path)
 
 
-def find_question_files(path, patterns):
+def find_question_files(path, patterns, allow_outside_images=False):
     """Returns the files that `path` names: a file, a folder or a pattern (MMMU/*/test-*.parquet).
 
     Of a folder: the files that match the first of `patterns` that any file matches.
+    allow_outside_images: of each QuestionFile.
     """
     path = str(Path(path))
     if not os.path.isdir(path):
         found = [path] if os.path.isfile(path) else sorted(glob.glob(path, recursive=True))
         if not found:
             raise UserError(f"no such file: {path}")
-        return [QuestionFile(*os.path.split(file)) for file in found]
+        return [QuestionFile(*os.path.split(file), allow_outside_images) for file in found]
     names = [str(file.relative_to(path)) for file in Path(path).rglob("*") if file.is_file()]
     for pattern in patterns:
         found = [name for name in names if fnmatch.fnmatchcase(f"/{name}", f"*/{pattern}")]
         if found:
-            return [QuestionFile(path, name) for name in sorted(found)]
+            return [QuestionFile(path, name, allow_outside_images) for name in sorted(found)]
     raise UserError(f"{path} has no {' and no '.join(patterns)}")
 
 
 def read_document(path):
     """Returns the content of a file: the rows of a parquet, a text, or the JSON."""
-    if path.endswith(".parquet"):
-        return readers.read_parquet(path)
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
+        with open_file(path) as file, io.TextIOWrapper(file, "utf-8-sig") as lines:
+            if path.endswith(".parquet"):
+                return readers.read_parquet(path)
+            text = lines.read()
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not text in UTF-8 (unpack a zip first): {error}") from None
     return text if path.endswith((".txt", ".csv")) else parse_json_document(text, path)
@@ -90,10 +100,10 @@ def find_image(value, paths, file, images, where):
     """
     if isinstance(value, ImageBytes | ImageFile):
         return value
+    if ref := embedded_image(value, f"{where}, its image"):
+        return ref
     if isinstance(value, dict):
-        value = value.get("bytes") or value.get("path")
-    if isinstance(value, bytes):
-        return ImageBytes(f"{where}, its image", value)
+        value = value.get("path")
     if not isinstance(value, str) or not value.strip():
         raise UserError(f"{where}: `image` must be a non-empty text, not {value!r:.80}")
     folders = [""] if images else [os.path.dirname(file.path), ""]
@@ -101,7 +111,7 @@ def find_image(value, paths, file, images, where):
     for folder, form in itertools.product(folders, paths):
         path = os.path.join(folder, form.format(value, name=os.path.basename(value)))
         try:
-            return find_image_ref(os.path.normpath(path), file.root, images, where)
+            return find_image_ref(path, file.root, images, where, file.allow_outside_images)
         except UserError as error:
             first_error = first_error or error
     raise first_error
@@ -132,6 +142,8 @@ def parse_user_questions(content, file, notes):
                     *_,
                 ]
             }:
+                if question.count("<image>") == 1:
+                    question = image_first(question)  # as it is trained
                 kind = record.get("label")
                 yield {**record, "question": question, "answers": [answer], "kind": kind}
             case dict() if not record.keys() <= {*USER_FIELDS}:

@@ -121,6 +121,20 @@ def format_table(lines, owner_metrics, benchmark, tokens_per_s=None):
     return "\n".join(texts)
 
 
+def calibration(results):
+    """Returns the mean scores of two thirds of the answers: those with the highest mean_logprob, of
+    which the model is most certain, and those with the lowest. {} for fewer than three answers."""
+    known = [result for result in results if result.get("mean_logprob") is not None]
+    known.sort(key=lambda result: result["mean_logprob"])
+    scores, third = [result["score"] for result in known], len(known) // 3
+    if not third:
+        return {}
+    return {
+        "score of the most certain third": metrics.mean_score(scores[-third:]),
+        "score of the least certain third": metrics.mean_score(scores[:third]),
+    }
+
+
 # ---- the page ----
 
 

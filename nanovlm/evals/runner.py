@@ -2,8 +2,9 @@
 
 answers.jsonl  a line per question, written as soon as it is answered: id, kind, images, references,
                what else the score needs, the rendered prompt, the answer, its number of tokens,
-               and whether it was cut off at --max_tokens. Once all are answered, the lines are in
-               the questions' order and have their scores (null: it cannot be parsed).
+               whether it was cut off at --max_tokens and, with --logprobs, its mean_logprob. Once
+               all are answered, the lines are in the questions' order and have their scores (null:
+               it cannot be parsed).
 answers.json   the settings, the model's history, the command and the versions, which are enough to
                repeat the evaluation; and the table of scores
 """
@@ -20,6 +21,7 @@ import shlex
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from statistics import fmean
 from typing import NamedTuple
 
 from .. import IMAGE_TOKEN_ID, UserError, cli, distributed, files
@@ -39,6 +41,7 @@ class Output(NamedTuple):
     answer: str
     tokens: int
     cut: bool  # it has max_tokens tokens and no end token
+    mean_logprob: float | None = None  # of its tokens, with the end token; None: not computed
 
 
 # ---- prompts ----
@@ -113,12 +116,14 @@ def check_prompt_lengths(checkpoint, lengths, max_tokens):
 # ---- answers ----
 
 
-def generate_answers(checkpoint, prompts, *, blank_images=False, autocast=None, **generation):
+def generate_answers(
+    checkpoint, prompts, *, blank_images=False, autocast=None, logprobs=False, **generation
+):
     """Returns the Output for each of the prompts, (text with <image> for each image, [images]).
 
     They are generated as one batch. blank_images: all images are gray. autocast: a context for the
-    model's calls. generation: of generate. All ranks call a sharded model equally often: until the
-    last answer of any rank has ended.
+    model's calls. logprobs: whether an Output has its mean_logprob. generation: of generate. All
+    ranks call a sharded model equally often: until the last answer of any rank has ended.
     """
     model, tokenizer = checkpoint.model, checkpoint.tokenizer
     end = chat_template.end_token_id(tokenizer, checkpoint.chat_template)
@@ -133,9 +138,11 @@ def generate_answers(checkpoint, prompts, *, blank_images=False, autocast=None, 
         inputs["tiles_NCYX"].fill_(128)
     is_sharded = distributed.is_sharded(model)
     stop = set() if is_sharded else {end}
-    generated = [[] for _ in prompts]
+    generated, token_logprobs = [[] for _ in prompts], [] if logprobs else None
     with autocast or contextlib.nullcontext(), distributed.unsharded(model):
-        for step in generate(model, prompt_ids, **inputs, stop=stop, **generation):
+        for step in generate(
+            model, prompt_ids, **inputs, stop=stop, logprobs=token_logprobs, **generation
+        ):
             for ids, next_id in zip(generated, step, strict=True):
                 if not ids or ids[-1] != end:
                     ids.append(next_id)
@@ -144,9 +151,12 @@ def generate_answers(checkpoint, prompts, *, blank_images=False, autocast=None, 
                 if not distributed.all_reduce_sum([unfinished], model.mean_C11.device)[0]:
                     break
     outputs = []
-    for prompt, ids in zip(prompt_texts, generated, strict=True):
-        answer = tokenizer.decode([i for i in ids if i != end])
-        outputs.append(Output(prompt, answer, len(ids), ids[-1] != end))
+    for number, (prompt, ids) in enumerate(zip(prompt_texts, generated, strict=True)):
+        answer, mean = tokenizer.decode([i for i in ids if i != end]), None
+        if logprobs:
+            # rounded: the last digits depend on the size of the batch
+            mean = round(fmean(step[number][1] for step in token_logprobs[: len(ids)]), 4)
+        outputs.append(Output(prompt, answer, len(ids), ids[-1] != end, mean))
     return outputs
 
 
@@ -217,7 +227,7 @@ def make_result(question, output):
         ref.name if isinstance(ref, image_refs.ImageBytes) else os.path.join(*ref[:2])
         for ref in question["image"]
     ]
-    return result | output._asdict()
+    return result | {name: x for name, x in output._asdict().items() if x is not None}
 
 
 # ---- what identifies an evaluation ----
@@ -353,7 +363,7 @@ def read_results(path):
     """Yields the lines of an answers.jsonl. Raises UserError for a line that is something else."""
     seen = set()
     for number, result in enumerate(files.read_log(path), 1):
-        match result:
+        match {"mean_logprob": None} | result:
             case {
                 "id": str() | int(),
                 "kind": str(),
@@ -362,6 +372,7 @@ def read_results(path):
                 "answers": [*references],
                 "tokens": int(),
                 "cut": bool(),
+                "mean_logprob": None | float(),
             } if all(isinstance(reference, str) for reference in references):
                 name = str(result["id"])
             case _:
@@ -387,7 +398,7 @@ def read_outputs(path, questions):
                 f"{path} answers question {result['id']}, which is not in --questions: choose "
                 "another file"
             )
-        output = Output(*(result[name] for name in Output._fields))
+        output = Output(*map(result.get, Output._fields))
         outputs[indices[str(result["id"])]] = output
     return outputs
 
@@ -435,7 +446,10 @@ def run_benchmark(
     outputs = distributed.all_gather_object(outputs)[0]
     progress = report.EvaluationProgress(len(questions), len(outputs))
     options = dict(batch_size=batch_size, done=set(outputs), lengths=lengths, **generation)
-    with open(out, "a", encoding="utf-8") if writes else contextlib.nullcontext() as file:
+    with (
+        files.name_file(out),
+        open(out, "a", encoding="utf-8") if writes else contextlib.nullcontext() as file,
+    ):
         for pairs in answer_questions(checkpoint, questions, **options):
             outputs |= pairs
             results = [make_result(questions[i], output) | {"score": None} for i, output in pairs]
@@ -476,6 +490,7 @@ def summarize(results, metadata, questions, benchmark, seed=0, *, out="", page="
     lines = report.make_table(results, seed)
     known = [result for result in results if result["answers"]]
     owner_metrics = benchmark_metrics(benchmark, known) if known else {}
+    owner_metrics |= report.calibration(known)
     table = report.format_table(lines, owner_metrics, benchmark, metadata.get("tokens_per_s"))
     print(table.translate(cli.CONTROL_CHARACTERS))
     if out:

@@ -21,6 +21,7 @@ def generate(
     top_k=0,
     top_p=1.0,
     seed=0,
+    logprobs=None,
     cuda_graph=("cuda",),
 ):
     """Continues every prompt, a list of ids with one IMAGE_TOKEN_ID for each image token.
@@ -28,8 +29,10 @@ def generate(
     Yields a list for each step: the next id of every sequence, None once it has ended. A sequence
     ends after an id of `stop`, which is yielded, or after max_tokens. Prompts of unequal length are
     padded on the left. Each sequence draws from a generator of its own, so that it does not depend
-    on the others. cuda_graph: types of devices on which the steps of a long answer are captured. A
-    model in training mode is never captured: its prefetching thread would break the capture.
+    on the others. logprobs: a list to which each step appends [(id, log-probability)] of all
+    sequences, by the softmax of the logits before temperature, top_k and top_p. cuda_graph: types
+    of devices on which the steps of a long answer are captured. A model in training mode is never
+    captured: its prefetching thread would break the capture.
     """
     decoder, device = model.decoder, model.decoder.embed_tokens.weight.device
     B, T = len(prompts), max(map(len, prompts))
@@ -52,6 +55,9 @@ def generate(
     finished, graph_step = [False] * B, None
     for count in range(1, max_tokens + 1):
         next_ids = sample_next_token(logits_BV.float(), temperature, top_k, top_p, generators)
+        if logprobs is not None:
+            chosen_B = logits_BV.float().log_softmax(-1)[torch.arange(B), next_ids]
+            logprobs.append(list(zip(next_ids, chosen_B.tolist(), strict=True)))
         yield [None if done else i for i, done in zip(next_ids, finished, strict=True)]
         finished = [done or i in stop for i, done in zip(next_ids, finished, strict=True)]
         if all(finished) or count == max_tokens:

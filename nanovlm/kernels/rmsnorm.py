@@ -165,10 +165,10 @@ def rmsnorm_bwd_kernel(
 def as_three_dims(x):
     """Returns x as (B, T, D) with contiguous vectors, a view of nearly every x, and the strides of
     B and T."""
-    x_BTD = x if x.stride(-1) == 1 else x.contiguous()
+    x = x if x.stride(-1) == 1 else x.contiguous()
     if x.dim() == 1:
-        x_BTD = x_BTD[None]
-    x_BTD = x_BTD.reshape(math.prod(x_BTD.shape[:-2]), *x_BTD.shape[-2:])
+        x = x[None]
+    x_BTD = x.reshape(math.prod(x.shape[:-2]), *x.shape[-2:])
     return x_BTD, *x_BTD.stride()[:2]
 
 

@@ -1,4 +1,9 @@
-"""The decoder: a Mistral-style language model. Llama, Mistral and SmolLM2 are numbers and options.
+"""The decoder: a Mistral-style language model. Options make it one of these:
+
+                           Llama, Mistral   Qwen2, Qwen2.5   Qwen3   SmolLM3
+    bias of q, k and v     no               yes              no      no
+    norm of q and k        no               no               yes     no
+    RoPE                   in all layers    in all           in all  in three of four
 
 In every layer a token attends to the tokens before it, then passes through an MLP (SwiGLU). The
 head turns the last hidden state into a logit for every next token. RoPE encodes the position: it
@@ -97,13 +102,28 @@ class KVCache:
 
 
 class Block(nn.Module):
-    def __init__(self, *, width, heads, kv_heads, head_dim, intermediate_size, eps, sliding_window):
+    def __init__(
+        self,
+        *,
+        width,
+        heads,
+        kv_heads,
+        head_dim,
+        intermediate_size,
+        eps,
+        sliding_window,
+        rope=True,
+        qkv_bias=False,
+        qk_norm=False,
+    ):
         super().__init__()
-        self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
+        self.heads, self.kv_heads, self.head_dim, self.rope = heads, kv_heads, head_dim, rope
         self.attention_norm = RMSNorm(width, eps)
-        self.q_proj = nn.Linear(width, heads * head_dim, bias=False)
-        self.k_proj = nn.Linear(width, kv_heads * head_dim, bias=False)
-        self.v_proj = nn.Linear(width, kv_heads * head_dim, bias=False)
+        self.q_proj = nn.Linear(width, heads * head_dim, bias=qkv_bias)
+        self.k_proj = nn.Linear(width, kv_heads * head_dim, bias=qkv_bias)
+        self.v_proj = nn.Linear(width, kv_heads * head_dim, bias=qkv_bias)
+        self.q_norm = RMSNorm(head_dim, eps) if qk_norm else None
+        self.k_norm = RMSNorm(head_dim, eps) if qk_norm else None
         self.o_proj = nn.Linear(heads * head_dim, width, bias=False)
         self.attention = Attention(window=sliding_window)
         self.mlp_norm = RMSNorm(width, eps)
@@ -114,7 +134,12 @@ class Block(nn.Module):
     def forward(self, x_BTD, cos_sin, documents_BS, cache, layer_index):
         qkv = self.qkv_proj(self.attention_norm(x_BTD))
         q_BTHK, k_BTGK, v_BTGK = (x.unflatten(-1, (-1, self.head_dim)) for x in qkv)
-        q_BTHK, k_BTGK = apply_rope(q_BTHK, cos_sin), apply_rope(k_BTGK, cos_sin)
+        if self.q_norm is not None:
+            # Under autocast the norm's weight is float32, and so would be its result.
+            q_BTHK = self.q_norm(q_BTHK).to(v_BTGK.dtype)
+            k_BTGK = self.k_norm(k_BTGK).to(v_BTGK.dtype)
+        if self.rope:
+            q_BTHK, k_BTGK = apply_rope(q_BTHK, cos_sin), apply_rope(k_BTGK, cos_sin)
         if cache is None:
             out_BTHK = self.attention(q_BTHK, k_BTGK, v_BTGK, documents_BS)
         else:
@@ -138,7 +163,9 @@ class Decoder(nn.Module):
 
     rope_theta, rope_scaling: see `rope_cos_sin`. sliding_window: how far back a token attends, in
     all layers, or a list with one number per layer (Ministral); None: to the start. tied: lm_head
-    and embed_tokens share a weight.
+    and embed_tokens share a weight. qkv_bias: q_proj, k_proj and v_proj have a bias. qk_norm: an
+    RMSNorm of each query and key, before RoPE. rope_layers: 1 for each layer with RoPE, 0 for each
+    without, which knows the order of tokens from the others (Yang et al. 2025); None: all have it.
     """
 
     def __init__(
@@ -156,6 +183,9 @@ class Decoder(nn.Module):
         eps=1e-5,
         sliding_window=None,
         tied=False,
+        qkv_bias=False,
+        qk_norm=False,
+        rope_layers=None,
     ):
         super().__init__()
         self.head_dim = head_dim or width // heads
@@ -163,15 +193,20 @@ class Decoder(nn.Module):
         windows = sliding_window if isinstance(sliding_window, list) else [sliding_window] * layers
         block = dict(width=width, heads=heads, kv_heads=kv_heads, head_dim=self.head_dim)
         block |= dict(intermediate_size=intermediate_size, eps=eps)
+        block |= dict(qkv_bias=qkv_bias, qk_norm=qk_norm)
         self.embed_tokens = nn.Embedding(vocab_size, width)
         self.layers = nn.ModuleList(
-            Block(sliding_window=windows[i], **block) for i in range(layers)
+            Block(sliding_window=windows[i], rope=not rope_layers or bool(rope_layers[i]), **block)
+            for i in range(layers)
         )
         self.norm = RMSNorm(width, eps)
         self.lm_head = nn.Linear(width, vocab_size, bias=False)
         # A standard deviation of 1 / sqrt(width). For a width of 2,500 that is Llama's 0.02.
-        for weight in [p for p in self.parameters() if p.dim() == 2]:
-            nn.init.normal_(weight, std=width**-0.5)
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 2:
+                nn.init.normal_(parameter, std=width**-0.5)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
         # The sum of 2 · layers residuals stays near the embeddings' size (GPT-2, section 2.3).
         for layer in self.layers:
             nn.init.normal_(layer.o_proj.weight, std=(2 * layers * width) ** -0.5)

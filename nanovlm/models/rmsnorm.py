@@ -34,8 +34,8 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
 
-    def forward(self, x_BTD, y_BTD=None):
-        """Returns the norm of x; with y, (x + y, the norm of x + y)."""
-        if y_BTD is None:
-            return rmsnorm(x_BTD, self.weight, self.eps)
-        return add_rmsnorm(x_BTD, y_BTD, self.weight, self.eps)
+    def forward(self, x, y=None):
+        """Returns the norm of x (..., D); with y, (x + y, the norm of x + y)."""
+        if y is None:
+            return rmsnorm(x, self.weight, self.eps)
+        return add_rmsnorm(x, y, self.weight, self.eps)

@@ -3,7 +3,7 @@
 A tile of Y × X pixels is cut into patches. Each becomes a vector, plus the embedding of its
 position, and attends to all the others in every layer. Options make it one of these:
 
-                            CLIP         SigLIP       DINOv2
+                            CLIP         SigLIP 1, 2  DINOv2
     class token             yes          no           yes
     norm before the layers  yes          no           no
     activation              quick-GELU   tanh-GELU    GELU

@@ -21,16 +21,28 @@ from .vision_encoder import VisionEncoder
 
 class VLM(nn.Module):
     """Returns a loss when called; for logits see inference/generate.py. vision, decoder: keyword
-    arguments of VisionEncoder and Decoder. shuffle, newline: see Projector. mean, std: of pixels
-    between 0 and 1, three numbers each."""
+    arguments of VisionEncoder and Decoder. shuffle, newline, projector_mlp: see Projector.
+    mean, std: of pixels between 0 and 1, three numbers each."""
 
     def __init__(
-        self, *, vision, decoder, shuffle=1, mean=(0.5,) * 3, std=(0.5,) * 3, newline=False
+        self,
+        *,
+        vision,
+        decoder,
+        shuffle=1,
+        projector_mlp=True,
+        mean=(0.5,) * 3,
+        std=(0.5,) * 3,
+        newline=False,
     ):
         super().__init__()
         self.vision = VisionEncoder(**vision)
         self.projector = Projector(
-            vision_width=vision["width"], width=decoder["width"], shuffle=shuffle, newline=newline
+            vision_width=vision["width"],
+            width=decoder["width"],
+            shuffle=shuffle,
+            newline=newline,
+            mlp=projector_mlp,
         )
         self.decoder = Decoder(**decoder)
         self.tile = vision["tile"]

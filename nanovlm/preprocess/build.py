@@ -5,7 +5,8 @@ order, are split into shards of SHARD_RECORDS each, or fewer if they carry more 
 SHARD_IMAGE_BYTES. A worker makes a complete shard or none. So the dataset is the same byte for byte
 for any number of workers and interruptions: the same command makes the missing shards.
 
-    out.tmp/plan.json    what the shards are made from; a command with another plan is refused
+    out.tmp/plan.json    what the shards are made from; a command with another plan is refused.
+                         It stays in the dataset, so the same command knows that it is done
     out.tmp/00012/       a shard (data/dataset.py) with its receipt.json: the number of its records,
                          and which of them were skipped and why
 """
@@ -29,6 +30,7 @@ from concurrent.futures import (
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from .. import UserError, cli, files
@@ -54,6 +56,8 @@ class BuildOptions(NamedTuple):
     image_config: dict
     seq_len: int  # the most tokens of a sample
     images: str  # the folder or zip in which records name their images
+    split_turns: bool = False  # each question about images is a sample of its own
+    allow_outside_images: bool = False  # records may name images outside --images
 
 
 def build_dataset(paths, out, options, workers, max_skipped):
@@ -65,10 +69,14 @@ def build_dataset(paths, out, options, workers, max_skipped):
     # raises UserError for what is no source before anything is written
     raws = readers.read_records(paths, options.images)
     out = Path(out)
+    if (out / "plan.json").exists():
+        check_plan(out / "plan.json", make_plan(paths, options))
+        cli.print_status(f"{out} is done: the same command made it")
+        return list(files.read_log(out / "skipped.jsonl"))
     tmp = out.with_name(f"{out.name}.tmp")
     tmp.mkdir(parents=True, exist_ok=True)
     try:
-        with files.lock_path(tmp):
+        with files.lock_path(tmp), files.name_file(tmp):
             for unfinished in tmp.glob("*.*.tmp"):  # shards of a run that was killed
                 shutil.rmtree(unfinished, ignore_errors=True)
             check_plan(tmp / "plan.json", make_plan(paths, options))
@@ -100,6 +108,8 @@ def make_plan(paths, options):
         "seq_len": options.seq_len,
         "fingerprint": dataset.make_fingerprint(options),
         "images": options.images,
+        "allow_outside_images": options.allow_outside_images,
+        "split_turns": options.split_turns,
         # by number, because their order counts, too
         "sources": {
             str(n): stamp for n, stamp in enumerate(readers.source_stamps(paths, options.images))
@@ -151,11 +161,12 @@ def build_shard(folder, raws, options):
     def samples():
         for raw in raws:
             try:
-                sample = readers.make_sample(raw, options.images)
-                yield process_sample(sample, options)
-                counts[f"samples of {len(sample.images)} image(s)"] += 1
+                sample = readers.make_sample(raw, options.images, options.allow_outside_images)
                 counts[NAMED_IMAGES] += 0 if raw.images else len(sample.images)
-                counts.update(f"samples with an unused `{field}`" for field in sample.unused)
+                for processed in process_record(sample, options):
+                    yield processed
+                    counts[f"samples of {len(processed[3])} image(s)"] += 1
+                counts.update(f"samples with {what}" for what in sample.counted)
             except UserError as error:
                 skipped.append(
                     {
@@ -171,20 +182,38 @@ def build_shard(folder, raws, options):
     return len(raws), (folder / "tiles").stat().st_size, raws[-1].where
 
 
-def process_sample(sample, options):
-    """Returns a readers.Sample as write_shard takes it: (name, ids, loss_mask, images).
+def split_conversation(turns):
+    """Returns [(turns, number of images)]: each question of a conversation, as it is asked alone.
 
-    Images are cut into fewer tiles until the sample has at most seq_len tokens. Raises UserError if
-    it stays longer.
+    The system turn and the images of the questions before it stand before its text.
     """
-    ids, loss_mask = chat_template.render_conversation(
-        sample.turns, options.tokenizer, options.chat_template
-    )
+    first = int(turns[0][0] == "system")
+    parts, image_count = [], 0
+    for (_, question), answer in zip(turns[first::2], turns[first + 1 :: 2], strict=True):
+        text = "<image>\n" * image_count + question
+        image_count = text.count("<image>")
+        parts.append(([*turns[:first], ("user", text), answer], image_count))
+    return parts
+
+
+def process_record(sample, options):
+    """Returns the samples that a readers.Sample becomes: one, or one for each question about images
+    with split_turns. They are as write_shard takes them: (name, ids, loss_mask, images).
+
+    Images are cut into fewer tiles until all of them have at most seq_len tokens. Raises UserError
+    if one stays longer.
+    """
     config, tokenizer = options.image_config, options.tokenizer
+    parts, rendered, lengths = [(sample.turns, len(sample.images))], [], []
+    if options.split_turns and sample.images:
+        parts = split_conversation(sample.turns)
+    for turns, image_count in parts:
+        ids, loss_mask = chat_template.render_conversation(turns, tokenizer, options.chat_template)
+        rendered.append((ids, loss_mask, image_count))
+        lengths.append(len(ids) + image_count * (image_processing.tokens_per_tile(config) - 1))
     # Images are opened only if they can fit: a sample of a thousand images fits no memory.
-    length = len(ids) + len(sample.images) * (image_processing.tokens_per_tile(config) - 1)
     opened, limits = [], []
-    if length <= options.seq_len:
+    if max(lengths) <= options.seq_len:
         required_size, tiles = image_processing.required_size(config), config.get("tiles", 1)
         limits = [tiles, *(limit for limit in TILE_LIMITS if limit < tiles)]
         for ref in sample.images:
@@ -192,13 +221,16 @@ def process_sample(sample, options):
             opened.append(image_files.read_image(content, name, required_size))
     for limit in limits:
         images = [image_processing.process_image(*image, config, limit) for image in opened]
-        tagged = chat_template.add_tile_tags(ids, loss_mask, images, tokenizer, config)
-        counts = [len(image.feature_index) for image in tagged[2]]
-        length = len(dataset.expand_image_tokens(tagged[0], counts))
-        if length <= options.seq_len:
-            return sample.name, *tagged
+        processed, lengths = [], []
+        for ids, loss_mask, count in rendered:
+            tagged = chat_template.add_tile_tags(ids, loss_mask, images[:count], tokenizer, config)
+            counts = [len(image.feature_index) for image in tagged[2]]
+            lengths.append(len(dataset.expand_image_tokens(tagged[0], counts)))
+            processed.append((sample.name, *tagged))
+        if max(lengths) <= options.seq_len:
+            return processed
     raise UserError(
-        f"{sample.where}: at least {length:,} tokens, --seq_len={options.seq_len}",
+        f"{sample.where}: at least {max(lengths):,} tokens, --seq_len={options.seq_len}",
         "longer than seq_len",
     )
 
@@ -280,17 +312,20 @@ def finish_dataset(tmp, options, max_skipped):
         shards.append(receipt["files"])
     (tmp / "skipped.jsonl").write_text("".join(json.dumps(one) + "\n" for one in skipped))
     if len(skipped) > max_skipped * records or len(skipped) == records:
+        limit = f"more than --max_skipped={max_skipped * 100:g}%"
         raise UserError(
-            f"{len(skipped):,} of {records:,} samples cannot be used, more than "
-            f"--max_skipped={max_skipped * 100:g}% ({dict(count_reasons(skipped))}): "
+            f"{len(skipped):,} of {records:,} samples cannot be used, "
+            f"{'so none is left' if len(skipped) == records else limit} "
+            f"({dict(count_reasons(skipped))}): "
             f"{'; '.join(one['error'] for one in skipped[:3])}; all are in {tmp}/skipped.jsonl; "
             f"correct them, then remove {tmp}"
         )
-    # Text of which every field is used lacks no image.
-    if options.images and NAMED_IMAGES not in counts and counts.keys() != {"samples of 0 image(s)"}:
+    if options.images and NAMED_IMAGES not in counts:
+        found = f"{dict(counts)}; leave it out, or name the images in a field `image`"
+        if not skipped and counts.keys() == {"samples of 0 image(s)"}:  # and all fields are used
+            found = "the source has only text; leave it out"
         raise UserError(
-            f"no sample names an image in --images={options.images}: {dict(counts)}; leave it out, "
-            f"or name the images in a field `image`, then remove {tmp}"
+            f"no sample names an image in --images={options.images}: {found}, then remove {tmp}"
         )
     for what, count in sorted(counts.items()):
         cli.print_status(image_refs.printable(f"{what}: {count:,}"))
@@ -301,8 +336,8 @@ def finish_dataset(tmp, options, max_skipped):
 
 
 def remove_build_files(tmp):
-    """Remove the files that only the workers needed."""
-    for path in (*tmp.glob("*/receipt.json"), tmp / "plan.json"):
+    """Remove the files that only the workers needed, the receipts."""
+    for path in tmp.glob("*/receipt.json"):
         path.unlink()
     files.fsync_path(tmp)
 
@@ -312,7 +347,43 @@ def count_reasons(skipped):
     return Counter(one["reason"] for one in skipped).most_common()
 
 
-def prepare_dataset(*, model, source, images, out, seq_len, workers=0, max_skipped=0.01):
+def measure_pixels(paths, images, image_config, count=512):
+    """Returns the mean and the standard deviation of each channel, over about `count` images.
+
+    paths, images: as in read_records. They are of pixels from 0 to 1, for an image config. Images
+    that cannot be read are left out; raises UserError if there is no other.
+    """
+    records = sum(1 for _ in readers.read_records(paths, images))
+    moments, error = [], UserError(f"the records of {', '.join(paths)} have no images")
+    for raw in itertools.islice(readers.read_records(paths, images), 0, None, -(-records // count)):
+        try:
+            for ref in readers.make_sample(raw, images).images:
+                content, name = image_refs.load_image_bytes(ref)
+                image = image_processing.load_image(content, image_config, name=name)
+                pixels_NCYX = image.tiles / 255.0
+                moments.append([(pixels_NCYX**power).mean((0, 2, 3)) for power in (1, 2)])
+        except UserError as problem:
+            error = problem
+    if not moments:
+        raise error
+    mean_C, square_C = np.mean(moments, axis=0)
+    # at least 0.05: images of one color have no deviation to divide by
+    std_C = np.sqrt(np.maximum(square_C - mean_C**2, 0.05**2))
+    return mean_C.round(4).tolist(), std_C.round(4).tolist()
+
+
+def prepare_dataset(
+    *,
+    model,
+    source,
+    images,
+    out,
+    seq_len,
+    workers=0,
+    max_skipped=0.01,
+    split_turns=False,
+    allow_outside_images=False,
+):
     """Prepare the dataset `out` for the tokenizer, chat template and image config of `model`.
 
     The arguments are the settings of `prepare.py data`.
@@ -321,7 +392,15 @@ def prepare_dataset(*, model, source, images, out, seq_len, workers=0, max_skipp
     template = checkpoint.chat_template
     # raises UserError if the tokenizer lacks the token
     chat_template.end_token_id(checkpoint.tokenizer, template)
-    options = BuildOptions(checkpoint.tokenizer, template, checkpoint.image_config, seq_len, images)
+    options = BuildOptions(
+        checkpoint.tokenizer,
+        template,
+        checkpoint.image_config,
+        seq_len,
+        images,
+        split_turns,
+        allow_outside_images,
+    )
     workers = workers or len(os.sched_getaffinity(0))
     skipped = build_dataset(source, out, options, workers, max_skipped)
     table = dataset.PreparedDataset(out).table

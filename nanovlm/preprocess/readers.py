@@ -5,10 +5,10 @@ matter only for the members of a tar.
 
     source           its records
     JSON list,       objects; `image` or `images` are paths into --images (a folder or a zip), or
-    JSON lines       beside the source
+    JSON lines       beside the source, or data: URIs
     WebDataset tar   the members that share a key (a name up to its first dot): images, and a json
                      (an object or LLaVA's list of turns) or a txt
-    parquet          rows; `image` or `images` are bytes, {"bytes", "path"} or paths
+    parquet          rows; `image` or `images` are bytes, {"bytes", "path"}, paths or data: URIs
 
 A record without an id is named by its place. A record that cannot be used has an error with a
 reason, and never stops the others.
@@ -18,6 +18,7 @@ import glob
 import itertools
 import json
 import os
+import re
 import tarfile
 from functools import partial
 from pathlib import Path
@@ -29,6 +30,7 @@ from ..data.dataset import check_sample_name
 from ..data.image_refs import (
     ImageBytes,
     TarMember,
+    embedded_image,
     find_image_ref,
     load_image_bytes,
     one_line,
@@ -38,7 +40,8 @@ from ..data.image_refs import (
 from . import records
 
 # names of a tar's members that are images
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm")
+IMAGE_SUFFIXES = ("jpg", "jpeg", "jfif", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm")
+UNREADABLE_SUFFIXES = ("avif", "heic", "heif", "jp2", "jxl", "svg")
 MAX_TEXT = 1 << 26  # bytes of a tar's json or txt
 MAX_DEPTH = 32  # of lists and objects inside one another
 UNKNOWN_KIND = "no known kind of record"
@@ -63,7 +66,7 @@ class Sample(NamedTuple):
     where: str  # for messages
     turns: list  # [(role, text)]
     images: list  # refs, one per <image>
-    unused: list  # names of the fields of its record that have no use
+    counted: list  # what the end of `prepare.py data` counts: "an unused `url`"
 
 
 # ---- sources ----
@@ -123,6 +126,11 @@ def open_source(file):
         return partial(read_tar_records, file)
     match head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1]:
         case b"{":
+            if next(json_lines(file))[1].strip(b"\xef\xbb\xbf \t\r\n") == b"{":
+                raise UserError(
+                    f"{file} is one JSON object over several lines: give a list of records, or one "
+                    "record a line"
+                )
             return partial(read_json_records, file, "line", partial(json_lines, file))
         case b"[":
             try:
@@ -177,16 +185,12 @@ def read_json_records(file, word, values):
     """Yields the RawRecords of a JSON file; values() yields (number, JSON value or text)."""
     name, folder = Path(file).name, str(Path(file).parent)
     for number, value in values():
-        yield make_record(
-            f"{file}, {word} {number}", f"{name}:{number}", folder, parse_value, value
-        )
+        where = f"{file}, {word} {number}"
+        yield make_record(where, f"{name}:{number}", folder, parse_row, value, where)
 
 
 def parse_value(value):
-    """Returns the record that a JSON value (or its text: bytes) means, and its images: none.
-
-    A list is a conversation.
-    """
+    """Returns the record that a JSON value (or its text: bytes) means. A list is a conversation."""
     try:
         if isinstance(value, bytes):
             value = parse_json(value)
@@ -200,7 +204,30 @@ def parse_value(value):
         value = {"conversations": value}
     if not isinstance(value, dict):
         raise UserError(f"is no object: {value!r:.200}", UNKNOWN_KIND)
-    return value, []
+    return value
+
+
+def parse_row(value, where):
+    """Returns the record that a row or a JSON value means, and its images as ImageBytes.
+
+    If it names files, their paths are `images` of the record, and there are no ImageBytes.
+    """
+    record = parse_value(value)
+    images, paths = [], []
+    for value in records.image_values(record):
+        match embedded_image(value, f"{where}, image {len(images) + 1}") or value:
+            case ImageBytes() as ref:
+                images.append(ref)
+            case {"path": str(path)} | str(path):
+                paths.append(path)
+            case _:
+                raise UserError(
+                    f"has an image that is no path: {value!r:.80}", "no path of an image"
+                )
+    if images and paths:
+        raise UserError("has images as bytes and as paths: give all as one", "images of two kinds")
+    rest = {name: value for name, value in record.items() if name not in ("image", "images")}
+    return (rest | {"images": paths} if paths else rest), images
 
 
 def is_nested_too_deep(value, left=MAX_DEPTH):
@@ -220,22 +247,6 @@ def read_parquet_records(file):
     for number, row in enumerate(read_parquet(file), 1):
         where = f"{file}, row {number}"
         yield make_record(where, f"{Path(file).name}:{number}", None, parse_row, row, where)
-
-
-def parse_row(row, where):
-    """Returns the record of a row, and its images as ImageBytes or, in the record, as paths."""
-    record, _ = parse_value(row)
-    values = record.pop("images", None) or record.pop("image", None) or []
-    images, paths = [], []
-    for value in values if isinstance(values, list) else [values]:
-        match value:
-            case bytes(content) | {"bytes": bytes(content)}:
-                images.append(ImageBytes(f"{where}, image {len(images) + 1}", content))
-            case {"path": path} | path:
-                paths.append(path)
-    if images and paths:
-        raise UserError("has images as bytes and as paths: give all as one", "images of two kinds")
-    return (record | {"images": paths}, []) if paths else (record, images)
 
 
 def read_parquet(file):
@@ -265,7 +276,8 @@ def read_tar_records(file):
     for key, group in itertools.groupby(tar_members(file), lambda member: tar_key(member.name)[0]):
         # read here, because damage ends the whole source, not only this record
         members = list(group)
-        yield make_record(f"{file}, {printable(key)}", key, None, parse_members, file, members)
+        where = f"{file}, {printable(key)}"
+        yield make_record(where, key, None, parse_members, file, members, where)
 
 
 def tar_members(file):
@@ -295,7 +307,7 @@ def tar_key(name):
     return folder + slash + stem, suffix.rpartition(".")[2].lower()
 
 
-def parse_members(file, members):
+def parse_members(file, members, where):
     """Returns the record and the images of a tar's members that share a key.
 
     If the json is of unknown kind (metadata of the image), the txt beside it is the record.
@@ -306,7 +318,7 @@ def parse_members(file, members):
     if len(stems) > 1 and tar_key(members[0].name)[0] not in stems:
         raise UserError(
             f"has members {sorted(stems)!a:.80}, which share only the name up to its first dot: "
-            "one must have just this name, or none have a dot in it",
+            "one must have just this name, or none have a dot in it (write v1_0_a for v1.0_a)",
             "names that share a key by chance",
         )
     for member in members:
@@ -322,6 +334,12 @@ def parse_members(file, members):
         ref = TarMember(file, name, member.offset_data, member.size)
         if suffix in IMAGE_SUFFIXES:
             images.append(ref)
+        elif suffix in UNREADABLE_SUFFIXES:
+            raise UserError(
+                f"has an image {name!a} of a format that is not read here: convert it to JPEG or "
+                "PNG",
+                "no image",
+            )
         elif suffix in ("json", "txt"):
             if suffix in texts or ref.size > MAX_TEXT:
                 raise UserError(
@@ -330,9 +348,16 @@ def parse_members(file, members):
                     "two texts or a text too large",
                 )
             texts[suffix] = load_image_bytes(ref)[0]
+    if images and not texts:
+        raise UserError(
+            f"is {UNKNOWN_KIND}: has an image, but no json or txt beside it; the members of a "
+            "record must follow one another, as tar --sort=name writes them",
+            UNKNOWN_KIND,
+        )
     record = {}
     if "json" in texts:
-        record, _ = parse_value(texts["json"])
+        text = texts["json"]
+        record, images = (parse_value(text), images) if images else parse_row(text, where)
     if "txt" in texts and not records.find_kind(record):
         try:
             # A byte-order mark is no text.
@@ -347,11 +372,26 @@ def parse_members(file, members):
 # ---- samples ----
 
 
-def make_sample(raw, images=""):
-    """Returns a RawRecord as a Sample; images: as in read_records. Raises UserError."""
+def make_sample(raw, images="", allow_outside=False):
+    """Returns a RawRecord as a Sample. Raises UserError.
+
+    images: as in read_records. allow_outside: as in find_image_ref.
+    """
     name, turns, paths = parse_conversation(raw)
-    refs = raw.images or [find_image_ref(path, raw.folder, images, raw.where) for path in paths]
-    return Sample(name, raw.where, turns, refs, records.find_kind(raw.record)[2])
+    refs = raw.images or [
+        find_image_ref(path, raw.folder, images, raw.where, allow_outside) for path in paths
+    ]
+    counted = [f"an unused `{field}`" for field in records.find_kind(raw.record)[2]]
+    match raw.record:
+        case {"conversations": [{"value": str()}, *_]} if len(refs) == 1:  # LLaVA's format
+            questions = [text for role, text in turns if role != "assistant"]
+            if any(re.search(r"\S\s*<image>", text) for text in questions):
+                counted.append("<image> moved to the front of its turn, as LLaVA does")
+            turns = [
+                (role, text if role == "assistant" else records.image_first(text))
+                for role, text in turns
+            ]
+    return Sample(name, raw.where, turns, refs, counted)
 
 
 def parse_conversation(raw):
@@ -364,7 +404,7 @@ def parse_conversation(raw):
     try:
         name = records.as_text(record_id(raw), "id")
         check_sample_name(name)
-        paths = [] if raw.images else records.image_paths(raw.record)
+        paths = [] if raw.images else raw.record.get("images", [])
         image_count = len(raw.images or paths)
         messages = records.record_messages(raw.record, name, image_count)
     except UserError as error:

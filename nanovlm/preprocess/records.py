@@ -40,9 +40,11 @@ CAPTION_PROMPTS = (
     "Create a compact narrative representing the image presented.",
 )
 LETTERS = string.ascii_uppercase
-# 'name': value of a field that may hold an image: by its name, a file's name, or bytes
+# 'name': value of a field that may hold an image: by its name (but FineVision rates each answer in
+# `image_correspondence_ratings`, texts without images too), bytes, a data: URI or a file's name
 IMAGE_FIELD = re.compile(
-    r"^[^:]*(image|img|\bpic\b|picture|photo)|\.(jpe?g|png|webp|bmp|gif|tiff?|ppm)\W*$|: b['\"]",
+    r"^(?!'\w+_(ratings|min)':)[^:]*(image|img|\bpic\b|picture|photo)|: (b['\"]|\[?['\"]data:image)"
+    r"|\.(jpe?g|jfif|png|webp|bmp|gif|tiff?|ppm|avif|heic)\W*$",
     re.IGNORECASE,
 )
 
@@ -73,14 +75,22 @@ def find_kind(record):
 def record_messages(record, name, image_count):
     """Returns the messages of a record of known kind; name: its id. Raises UserError."""
     kind, values, unused = find_kind(record)
-    for key in [] if image_count else unused:
-        if IMAGE_FIELD.search(field := f"{key!r}: {record[key]!r}"):
+    fields = [(key, record[key]) for key in unused]
+    for turn in values[0] if isinstance(values[0], list) else []:
+        found = turn.items() if isinstance(turn, dict) else ()
+        fields += [(key, value) for key, value in found if key not in TURN_FIELDS]
+    for key, value in [] if image_count else fields:
+        if value not in (None, []) and IMAGE_FIELD.search(field := f"{key!r}: {value!r}"):
             raise UserError(
-                f"it has no image, but {field:.160}; call this field `image`, or remove it",
+                f"it has no image, but {field:.160}; make it the record's `image`, or remove it",
                 "image in an unknown field",
             )
     if kind is caption_question and not image_count:
-        raise UserError("a caption, but no image", "no image")
+        raise UserError(
+            "a caption, but no image (in a tar, the members of a record follow one another, as "
+            "tar --sort=name writes them)",
+            "no image",
+        )
     messages = kind(record, name, *values)
     if kind is not conversation_turns:
         messages = alternate_turns(messages, image_count)
@@ -89,16 +99,34 @@ def record_messages(record, name, image_count):
     return messages
 
 
-def image_paths(record):
-    """Returns the paths of the images that a record names."""
-    paths = first_field(record, "image", "images") or []
-    if isinstance(paths, str):
-        paths = [paths]
-    if not isinstance(paths, list) or not all(isinstance(path, str) for path in paths):
-        raise UserError(
-            f"`image` is neither a path nor a list of paths: {paths!r:.80}", "no path of an image"
-        )
-    return paths
+def image_values(record):
+    """Returns what a record gives as its images: in `image`, `images` or the parts of its turns.
+
+    Each should be a path, bytes, {"bytes", "path"} or a data: URI. Raises UserError if two places
+    give different images.
+    """
+    turns, found = first_field(record, "conversations", "messages"), []
+    for turn in turns if isinstance(turns, list) else []:
+        parts = first_field(turn, "value", "content") if isinstance(turn, dict) else None
+        for part in parts if isinstance(parts, list) else []:
+            match part:
+                case {"image_url": {"url": str(url)} | str(url)} | {"image": str(url)} if url:
+                    found.append(url)
+    for value in (first_field(record, "image"), first_field(record, "images")):
+        values = value if isinstance(value, list) else [value]
+        if found and value and values != found:
+            raise UserError(
+                "gives other images in its turns, in `image` or in `images`", "images in two places"
+            )
+        found = values if value else found
+    return found
+
+
+def image_first(text):
+    """Returns a turn with <image> on a line before it, as LLaVA's preprocess_multimodal does."""
+    if "<image>" not in text:
+        return text
+    return f"<image>\n{text.replace('<image>', '').strip()}".strip()
 
 
 def alternate_turns(texts, image_count):
@@ -237,6 +265,7 @@ def choose_answer(answers, weights, name):
 
 # names of fields; a record has any one of them
 ANY_KIND = ("id", "question_id", "image", "images", "system")
+TURN_FIELDS = ("from", "value", "role", "content", "user", "assistant")
 QUESTION = ("question", "context")
 CHOICES = ("choices", "options")
 RIGHT = ("correct_choice_idx", "correct", "answer")

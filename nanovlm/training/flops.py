@@ -2,8 +2,9 @@
 
 A product of (n, a) and (a, b) takes 2·n·a·b operations. The backward pass of a layer takes as many
 for the gradient of its input, and as many for the gradient of its weight; it skips a gradient that
-no trained parameter needs. Attention is two products in the forward pass and four in the backward
-pass, over all pairs of tokens of a sequence (PaLM, appendix B): a mask does not change the count.
+no trained parameter needs (only a first layer with LoRA counts that of its input, too). Attention
+is two products in the forward pass and four in the backward pass, over all pairs of tokens of a
+sequence (PaLM, appendix B): a mask does not change the count.
 """
 
 import torch
@@ -13,16 +14,18 @@ from .. import IGNORE_INDEX, IMAGE_TOKEN_ID
 from ..data import image_processing
 
 
-def linear_flops(module, positions, input_grad=False, weight_grad=False):
+def linear_flops(module, positions, input_grad=None):
     """Operations of a module's linear layers on so many positions.
 
-    input_grad, weight_grad: whether the backward pass computes these gradients.
+    input_grad: whether the backward pass computes the gradient of a layer's input; None: there is
+    no backward pass. It computes that of a weight if the weight trains.
     """
-    weights = 0
+    total = 0
     for layer in module.modules():
         if isinstance(layer, nn.Linear | nn.Conv2d):
-            weights += layer.weight.numel()
-    return 2 * weights * positions * (1 + input_grad + weight_grad)
+            backward = 0 if input_grad is None else input_grad + layer.weight.requires_grad
+            total += 2 * layer.weight.numel() * positions * (1 + backward)
+    return total
 
 
 def step_flops(model, peak_lrs, batch, activation_checkpointing="none"):
@@ -32,22 +35,21 @@ def step_flops(model, peak_lrs, batch, activation_checkpointing="none"):
     the forward pass of these blocks counts twice.
     """
     vision, projector, decoder = model.vision, model.projector, model.decoder
-    train_vision, train_projector, train_decoder = (
-        part in peak_lrs for part in ("vision", "projector", "decoder")
-    )
+    train_vision = "vision" in peak_lrs
     tiles, vision_length = len(batch["tiles_NCYX"]), len(vision.positions)
     patches = tiles * (vision_length - (vision.class_token is not None))
     tokens = patches // projector.shuffle**2
     sequences, length = batch["ids_BT"].shape
     labelled_tokens = int((batch["targets_BT"] != IGNORE_INDEX).sum())
-    through_linear_2 = train_vision or train_projector
-    linear_layers = [  # part, module, positions, gradient of its input, gradient of its weight
-        ("vision", vision.patches, patches, False, train_vision),
-        ("vision", vision.layers, tiles * vision_length, train_vision, train_vision),
-        ("projector", projector.linear_1, tokens, train_vision, train_projector),
-        ("projector", projector.linear_2, tokens, through_linear_2, train_projector),
-        ("decoder", decoder.layers, sequences * length, True, train_decoder),
-        ("head", decoder.lm_head, labelled_tokens, True, train_decoder),
+    linear_2 = projector.linear_2 or nn.Identity()  # without operations
+    through_linear_2 = train_vision or "projector" in peak_lrs
+    linear_layers = [  # part, module, positions, gradient of its input
+        ("vision", vision.patches, patches, False),
+        ("vision", vision.layers, tiles * vision_length, train_vision),
+        ("projector", projector.linear_1, tokens, train_vision),
+        ("projector", linear_2, tokens, through_linear_2),
+        ("decoder", decoder.layers, sequences * length, True),
+        ("head", decoder.lm_head, labelled_tokens, True),
     ]
     vision_twice = train_vision and activation_checkpointing == "all"
     decoder_twice = activation_checkpointing != "none"
@@ -56,8 +58,8 @@ def step_flops(model, peak_lrs, batch, activation_checkpointing="none"):
         ("decoder", decoder.layers, sequences, length, True, decoder_twice),
     ]
     flops = dict.fromkeys(("vision", "projector", "decoder", "head"), 0)
-    for part, module, positions, input_grad, weight_grad in linear_layers:
-        flops[part] += linear_flops(module, positions, input_grad, weight_grad)
+    for part, module, positions, input_grad in linear_layers:
+        flops[part] += linear_flops(module, positions, input_grad)
     for part, layers, count, length, backward, forward_twice in blocks:
         # query · key and weights · value; q_proj.out_features = heads · head_dim
         attention = len(layers) * count * 4 * layers[0].q_proj.out_features * length**2

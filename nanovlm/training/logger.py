@@ -8,6 +8,7 @@ A line of log.jsonl holds:
     label_fraction             labelled tokens of this step, as a share of all its tokens
     grad_norm                  before clipping; grad_norm_vision, …: of each trained part
     val_loss, blank_image_loss on the held-out samples, with their images and with grey images
+    first_turn_loss            on the first answers of the held-out samples, if some have several
     eval_score                 mean score on --eval_questions
     tokens_per_s               of all ranks, since the last line
     tflops                     10^12 operations per second of one rank
@@ -25,7 +26,7 @@ from pathlib import Path
 
 from .. import UserError
 from ..distributed import get_rank, raise_on_all_ranks
-from ..files import lock_path, read_log, write_text
+from ..files import lock_path, name_file, read_log, write_text
 
 
 def read_training_log(path):
@@ -55,7 +56,7 @@ class Logger:
         self.start_time = self.line_time = time.time()
         self.wait_seconds, self.tokens, self.flops = 0.0, 0, 0  # since the last line
         self.totals = {"samples": 0, "tokens": 0, "hours": 0.0}
-        self.best = math.inf, 0  # lowest val_loss, and its step
+        self.best = math.inf, 0  # lowest val_loss, and its step; identical on every rank
         self.writer = None
         self.open_files = contextlib.ExitStack()
 
@@ -70,7 +71,7 @@ class Logger:
 
                 writer = SummaryWriter(self.path.parent, purge_step=self.start + 1)
                 self.writer = self.open_files.enter_context(writer)
-            self.read_earlier_lines()
+        self.read_earlier_lines()
         return self
 
     def __exit__(self, *_):
@@ -80,7 +81,8 @@ class Logger:
         """Keep the lines up to the step that the run resumes from, and their totals."""
         lines = read_training_log(self.path) if self.path.exists() else []
         lines = [line for line in lines if line["step"] <= self.start]
-        write_text(self.path, "".join(json.dumps(line) + "\n" for line in lines))
+        if get_rank() == 0:
+            write_text(self.path, "".join(json.dumps(line) + "\n" for line in lines))
         for line in lines:
             self.totals |= {name: line[name] for name in self.totals if name in line}
             self.update_best(line)
@@ -121,7 +123,7 @@ class Logger:
         self.update_best(line)
         if get_rank() > 0:
             return
-        with open(self.path, "a") as file:
+        with name_file(self.path), open(self.path, "a") as file:
             file.write(json.dumps(line) + "\n")
         for name in line if self.writer else ():
             self.writer.add_scalar(name, line[name], step)

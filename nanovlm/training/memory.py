@@ -10,6 +10,7 @@ from ..distributed import (
     choose_parallelism,
     fsdp_units,
     get_rank,
+    resting_dtypes,
     transformer_blocks,
 )
 from ..models.cross_entropy import CHUNK, linear_cross_entropy
@@ -68,8 +69,9 @@ def saved_activation_bytes(model, batch, device, dtype, low_precision_weights):
         return torch.empty(x.shape, dtype=dtype, device=device)
 
     with FakeTensorMode():
-        weights, weight_dtype = {}, dtype if low_precision_weights else torch.float32
+        weights, resting = {}, resting_dtypes(model, dtype)
         for name, p in forward.named_parameters():
+            weight_dtype = dtype if low_precision_weights else resting[p]
             weights[name] = fake(p, weight_dtype).requires_grad_(p.requires_grad)
         buffers = {name: fake(x, x.dtype) for name, x in forward.named_buffers()}
         batch = {name: fake(x, x.dtype) for name, x in batch.items()}
@@ -114,7 +116,8 @@ def estimate_memory(run, model, sequence, device, dtype, parallel="none", gpus=1
     saved = activations(blocks)
     # what one block saves without checkpointing
     block = activations(blocks[:-1]) - saved if blocks else 0
-    weights, trained = 4 * count_parameters(model), 4 * count_parameters(model, trained=True)
+    resting, trained = resting_dtypes(model, dtype), 4 * count_parameters(model, trained=True)
+    weights = sum(p.numel() * resting[p].itemsize for p in resting)
     labels = micro_batch_size * int((sequence["targets_BT"] != IGNORE_INDEX).sum())
     # Logits of a chunk and their gradient, in float32.
     logits = 2 * min(CHUNK, labels) * model.decoder.lm_head.weight.shape[0] * 4
@@ -159,8 +162,7 @@ def print_plan(model, peak_lrs, sizes):
     """
     print(f"{'part':10} {'parameters':>13} {'trained':>13} {'peak lr':>9}")
     for part, module in model.named_children():
-        count = count_parameters(module)
-        trained = count if part in peak_lrs else 0
+        count, trained = count_parameters(module), count_parameters(module, trained=True)
         rate = f"{peak_lrs[part]:.1e}" if part in peak_lrs else "frozen"
         print(f"{part:10} {count:13,} {trained:13,} {rate:>9}", flush=True)
     sizes = sizes | {"in all": sum(sizes.values())}
@@ -210,7 +212,7 @@ def print_estimate(run, model, image_config, speed):
 
 
 def choose_dtype(run, device):
-    """Returns the dtype of matrix products; parameters stay float32."""
+    """Returns the dtype of matrix products; see resting_dtypes for that of the parameters."""
     if run.dtype == "bfloat16" or (run.dtype == "auto" and device.type == "cuda"):
         return torch.bfloat16
     return torch.float32

@@ -5,8 +5,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from .. import UserError
+from ..checkpoints.lora import LORA_PARTS, is_trained
 from ..cli import check_rules, did_you_mean, one_of
-from ..files import is_repo_id, read_json
+from ..files import is_repo_id, read_json, size_rules
 
 # The values of a stage for settings that the user does not give. `decoder` and `vision` are stages
 # of the demonstration; `pretrain` (alignment: projector only) and `sft` are the recipe of
@@ -89,6 +90,8 @@ LLAVA_1_5 = {
 }
 RECIPES = {"megatron": STAGES, "llava": LLAVA_1_5}
 PARTS = ("vision", "projector", "decoder")
+# Settings that runs of an older version do not have in their training.json.
+NEW_SETTINGS = {"lora_rank": 0, "lora_alpha": None, "lora_target": "decoder"}
 OLD_STAGES = {"brain": "decoder", "eye": "vision"}  # in runs of an older version
 # These settings may change if a run resumes; all others must stay the same.
 FREE_ON_RESUME = (
@@ -114,6 +117,8 @@ FREE_ON_RESUME = (
     "profile",
     "tensorboard",
     "recipe",
+    "epochs",  # gives the steps, which must stay the same
+    "patience",
 )
 
 # The command that makes the checkpoint from which a stage starts.
@@ -137,15 +142,20 @@ SETTING_RULES = [
         lambda x, s: x >= s.world,
         "must be at least {world}, a sequence for each rank",
     ),
+    *size_rules("steps epochs global_batch_size seq_len"),
     (
-        "lr vision_lr projector_lr decoder_lr grad_clip peak_tflops",
+        "lr vision_lr projector_lr decoder_lr grad_clip peak_tflops epochs",
         lambda x, s: x > 0,
         "must be above 0",
     ),
     ("mfu", lambda x, s: 0 < x <= 1, "must be above 0 and at most 1"),
     ("min_lr", lambda x, s: 0 <= x <= s.lr, "must be between 0 and --lr={lr}"),
-    ("weight_decay seed", lambda x, s: x >= 0, "must be at least 0"),
+    ("weight_decay seed patience", lambda x, s: x >= 0, "must be at least 0"),
     ("warmup_ratio beta1 beta2", lambda x, s: 0 <= x < 1, "must be at least 0 and below 1"),
+    ("lora_rank", lambda x, s: x >= 0, "must be at least 0; 0 is no LoRA"),
+    ("lora_alpha", lambda x, s: x > 0 and s.lora_rank, "must be above 0, and needs --lora_rank"),
+    one_of("lora_target", *LORA_PARTS),
+    ("lora_target", lambda x, s: x == "decoder" or s.lora_rank, "needs --lora_rank"),
     one_of("dtype", "auto", "float32", "bfloat16"),
     one_of("parallel", "auto", "ddp", "fsdp"),
     one_of("activation_checkpointing", "none", "decoder", "all"),
@@ -172,8 +182,9 @@ SETTING_RULES = [
 def load_settings(given, world):
     """Returns the settings of a run on `world` ranks, as attributes.
 
-    given: the user's settings; the recipe has the values of those that are None or empty. peak_lrs
-    is added, {trained part: its peak learning rate}. Raises UserError if a rule is broken.
+    given: the user's settings; the recipe has the values of those that are None or empty. Added are
+    peak_lrs, {trained part: its peak learning rate}, and lora, the arguments of add_lora or None.
+    A part with LoRA trains, whatever --freeze is. Raises UserError if a rule is broken.
     """
     run = SimpleNamespace(**given)
     stages = RECIPES.get(run.recipe, {})
@@ -186,6 +197,7 @@ def load_settings(given, world):
         "out": f"{folder}/{run.stage}",
         "warmup_ratio": 0.01,
         "beta2": 0.95,
+        "lora_alpha": 2 * run.lora_rank or None,
         "hsdp_shard_size": 0,  # which prepare.py estimate does not have
         **STAGES[run.stage],
         **stages[run.stage],
@@ -196,13 +208,20 @@ def load_settings(given, world):
     frozen = [part.strip() for part in run.freeze.split(",")] if run.freeze != "none" else []
     if unknown := [part for part in frozen if part not in PARTS]:
         raise UserError(f"--freeze={run.freeze}: {unknown[0]!r} is none of {', '.join(PARTS)}")
+    lora_parts = LORA_PARTS.get(run.lora_target, ()) if run.lora_rank else ()
+    frozen = [part for part in frozen if part not in lora_parts]
     if not (trained := [part for part in PARTS if part not in frozen]):
         raise UserError(f"--freeze={run.freeze} leaves nothing to train")
     unused = " ".join(f"{part}_lr" for part in frozen)
     is_frozen = (unused, lambda x, s: False, "is for a part that --freeze={freeze} freezes")
+    one_length = ("epochs", lambda x, s: given["steps"] is None, "excludes --steps={steps}")
+    rules = [*SETTING_RULES, is_frozen, one_length]
     values = {name: value for name, value in vars(run).items() if value is not None}
-    check_rules(values, [*SETTING_RULES, is_frozen], SimpleNamespace(**vars(run), world=world))
+    check_rules(values, rules, SimpleNamespace(**vars(run), world=world))
     run.peak_lrs = {part: getattr(run, f"{part}_lr", None) or run.lr for part in trained}
+    run.lora = None
+    if run.lora_rank:
+        run.lora = dict(rank=run.lora_rank, alpha=run.lora_alpha, target=run.lora_target)
     run.micro_batch_size = min(run.micro_batch_size, -(-run.global_batch_size // world))
     return run
 
@@ -222,14 +241,14 @@ def check_inputs(run):
         )
 
 
-def freeze_parts(model, peak_lrs):
-    """Freeze all parts that have no learning rate."""
-    for part in PARTS:
-        getattr(model, part).requires_grad_(part in peak_lrs)
+def freeze_parts(model, peak_lrs, lora=None):
+    """Freeze all parts that have no learning rate, and the base of those with LoRA."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(is_trained(name, peak_lrs, lora))
 
 
 def read_saved_settings(path):
     """Returns the step and the settings in a checkpoint's training.json."""
     settings = read_json(path, "step", "seq_len")
     stage = settings.get("stage")
-    return settings | {"stage": OLD_STAGES.get(stage, stage)}
+    return NEW_SETTINGS | settings | {"stage": OLD_STAGES.get(stage, stage)}

@@ -1,11 +1,12 @@
 """The checkpoints of a training run, and how it resumes from them, on any number of ranks.
 
     out/NAME/step-000200     a checkpoint (checkpoints/checkpoint.py), and in it
-      training.json          the step, the settings that must stay the same, and its val_loss
+      training.json          the step, the settings that must stay the same, and its val_loss; if
+                             --patience has deleted later steps, the last_step of the run, too
       training.safetensors   the optimizer state, as "decoder.norm.weight/exp_avg"
-      sharded/               under FSDP instead: weights and optimizer state, of which each rank has
-                             written its own rows (checkpoints/sharded.py); only the last step has a
-                             model.safetensors, too
+      sharded/               under FSDP, but not with LoRA, instead: weights and optimizer state, of
+                             which each rank has written its own rows (checkpoints/sharded.py);
+                             only the last step has a model.safetensors, too
 
 A step's folder gets its name after it is complete and flushed to disk. Only then older steps are
 deleted, so there is always a complete checkpoint.
@@ -41,7 +42,7 @@ from ..distributed import (
     on_rank_0,
     raise_on_all_ranks,
 )
-from ..files import lock_path, parameter_name, read_json, read_tensors, write_tensors
+from ..files import lock_path, parameter_name, read_json, read_tensors, write_tensors, write_text
 from .recipes import FREE_ON_RESUME, read_saved_settings
 
 # ---- which checkpoint to resume from, and whether it may ----
@@ -61,7 +62,10 @@ def find_resume_checkpoint(run):
 
 
 def resume_step(folder, must_agree):
-    """Returns the step of a checkpoint. Raises UserError if a setting differs from its own."""
+    """Returns (step of a checkpoint, last step of its run if --patience deleted later ones).
+
+    Without such, the two are equal. Raises UserError if a setting differs from its own.
+    """
     was = read_saved_settings(folder / "training.json")
     wrong = []
     for name, value in must_agree.items():
@@ -69,7 +73,7 @@ def resume_step(folder, must_agree):
             wrong.append(f"--{name} was {was.get(name)}, now {value}")
     if wrong:
         raise UserError(f"{folder} cannot resume with other settings: {'; '.join(wrong)}")
-    return was["step"]
+    return was["step"], was.get("last_step", was["step"])
 
 
 def settings_to_keep(run, samples):
@@ -81,7 +85,7 @@ def settings_to_keep(run, samples):
     tokens = samples.table[:, LENGTH].sum()
     content = f"{len(samples.table):,} samples of {tokens:,} tokens ({checksum})"
     blend = "" if run.weights is None else f" blended by {run.weights}"
-    skipped = (*FREE_ON_RESUME, "peak_lrs", "weights")
+    skipped = (*FREE_ON_RESUME, "peak_lrs", "weights", "lora")
     settings = {name: value for name, value in vars(run).items() if name not in skipped}
     return settings | {"data": content + blend}
 
@@ -158,12 +162,14 @@ class Saver:
     """Writes the checkpoints of one run.
 
     must_agree: the settings that must stay the same if the run resumes. keep_checkpoints: the
-    number of newest checkpoints to keep; from 2 on, the one with the lowest val_loss stays, too.
+    number of newest checkpoints to keep; from 2 on, or with keep_best, the one with the lowest
+    val_loss stays, too.
     """
 
-    def __init__(self, checkpoint, optimizer, out, must_agree, keep_checkpoints):
+    def __init__(self, checkpoint, optimizer, out, must_agree, keep_checkpoints, keep_best=False):
         self.checkpoint, self.optimizer, self.out = checkpoint, optimizer, Path(out)
         self.must_agree, self.keep_checkpoints = must_agree, keep_checkpoints
+        self.keep_best = keep_best or keep_checkpoints > 1
 
     @raise_on_all_ranks()
     def save(self, step, is_last, metrics={}):
@@ -205,7 +211,14 @@ class Saver:
     def write_files(self, tmp, training, is_last):
         model = self.checkpoint.model
         weights, state = saved_parameters(model), optimizer_state(model, self.optimizer)
-        if is_sharded(model):
+        if self.checkpoint.lora:  # what trains is small: one file without shards
+            names = [name for name, p in model.named_parameters() if p.requires_grad]
+            weights = gather_to_rank_0({name: weights[name] for name in names})
+            state = gather_to_rank_0(state)
+        else:
+            for name, dtype in self.checkpoint.dtypes.items():
+                weights[name] = weights[name].to(dtype)
+        if is_sharded(model) and not self.checkpoint.lora:
             tensors = {f"model.{name}": tensor for name, tensor in weights.items()}
             tensors |= {f"optimizer.{name}": tensor for name, tensor in state.items()}
             sharded.write_shards(tensors, tmp / "sharded")
@@ -218,11 +231,25 @@ class Saver:
     def delete_old(self, newest):
         folders = list_checkpoints(self.out)
         kept = {newest, *folders[-self.keep_checkpoints :]}
-        if self.keep_checkpoints > 1:
+        if self.keep_best:
             kept.add(min(folders, key=saved_val_loss))
         for folder in self.out.glob("step-*"):
             if folder not in kept:
                 shutil.rmtree(folder)
+
+    def delete_after_best(self, last_step):
+        """Delete the checkpoints after the one with the lowest val_loss, and note last_step in it.
+
+        So a run with --patience ends with its best checkpoint, from which it is not resumed.
+        """
+        folders = list_checkpoints(self.out)
+        best = min(folders, key=saved_val_loss)
+        path = best / "training.json"
+        training = read_json(path) | {"last_step": last_step}
+        write_text(path, json.dumps(training, indent=1))
+        for folder in folders[folders.index(best) + 1 :]:
+            shutil.rmtree(folder)
+        print(f"--patience leaves the checkpoint with the lowest val_loss: {best}")
 
 
 def saved_val_loss(folder):

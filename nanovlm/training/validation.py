@@ -7,18 +7,17 @@ import torch
 
 from .. import IGNORE_INDEX, IMAGE_TOKEN_ID
 from ..cli import CONTROL_CHARACTERS
-from ..data.dataset import LENGTH
-from ..data.packing import collate, collate_images, pack_sequences
+from ..data.packing import collate, collate_images, group_samples, members_of_groups, pack_sequences
 from ..distributed import all_reduce_sum, get_rank, get_world_size, is_sharded, unsharded
 from ..inference.generate import generate
 
 
 def pack_validation_set(samples, seq_len):
-    """Pack the first 64 held-out samples into sequences. Returns the sample indices of each."""
-    members = samples.split(validation=True)[:64]
-    return [
-        members[positions] for positions in pack_sequences(samples.table[members, LENGTH], seq_len)
-    ]
+    """Pack the first 64 held-out groups of samples (packing.group_samples; most are one sample)
+    into sequences. Returns the sample indices of each."""
+    groups, lengths = group_samples(samples, samples.split(validation=True), seq_len)
+    sequences = pack_sequences(lengths[:64], seq_len)
+    return [members_of_groups(groups[numbers]) for numbers in sequences]
 
 
 def validate(checkpoint, samples, sequences, autocast):
@@ -42,20 +41,48 @@ def validation_losses(model, samples, sequences, autocast):
     """Returns {"val_loss": mean over labelled tokens, "blank_image_loss": with all images grey}.
 
     sequences: those of this rank; the mean is over all ranks. {} if no token has a label. If the
-    two losses are equal, the model does not use its images.
+    two losses are equal, the model does not use its images. If a sample has several answers, there
+    is a "first_turn_loss" of the first ones. Where it is far above val_loss, the model answers from
+    the turns before.
     """
-    loss_sum, blank_sum, labels, device = 0.0, 0.0, 0, model.mean_C11.device
-    for members in sequences:
-        batch = {name: x.to(device) for name, x in collate(samples, [members])[0].items()}
+    device = model.mean_C11.device
+
+    def batches():
+        for members in sequences:
+            yield {name: x.to(device) for name, x in collate(samples, [members])[0].items()}
+
+    loss_sum, blank_sum, labels, first_sum, first_labels = 0.0, 0.0, 0, 0.0, 0
+    for batch in batches():
         blank = {**batch, "tiles_NCYX": torch.full_like(batch["tiles_NCYX"], 128)}
         with autocast:
             loss_sum += model(**batch).item()
             blank_sum += model(**blank).item()
         labels += int((batch["targets_BT"] != IGNORE_INDEX).sum())
-    loss_sum, blank_sum, labels = all_reduce_sum([loss_sum, blank_sum, labels], device)
+        first_labels += int((first_turn_targets(batch) != IGNORE_INDEX).sum())
+    sums = all_reduce_sum([loss_sum, blank_sum, labels, first_labels], device)
+    loss_sum, blank_sum, labels, first_labels = sums
     if not labels:
         return {}
-    return {"val_loss": loss_sum / labels, "blank_image_loss": blank_sum / labels}
+    losses = {"val_loss": loss_sum / labels, "blank_image_loss": blank_sum / labels}
+    if first_labels < labels:  # on all ranks or on none, because each call may be collective
+        for batch in batches():
+            with autocast:
+                first_sum += model(**{**batch, "targets_BT": first_turn_targets(batch)}).item()
+        losses["first_turn_loss"] = all_reduce_sum([first_sum], device)[0] / first_labels
+    return losses
+
+
+def first_turn_targets(batch):
+    """Returns targets_BT with IGNORE_INDEX in all answers of a sample but its first."""
+    targets_BT = batch["targets_BT"]
+    is_labelled_BT = targets_BT != IGNORE_INDEX
+    # The last token of a sequence, which roll moves to the front, has no label.
+    begins_BT = is_labelled_BT & ~is_labelled_BT.roll(1, dims=1)
+    answers_BT = begins_BT.cumsum(1)  # so far in the sequence
+    # A sample begins at position 0: there, the answers of the samples before it are counted.
+    is_first_BT = batch["positions_BT"] == 0
+    before_BT = torch.where(is_first_BT, answers_BT - begins_BT.long(), 0).cummax(1).values
+    return torch.where(answers_BT - before_BT > 1, IGNORE_INDEX, targets_BT)
 
 
 def print_answer(checkpoint, samples, i, autocast):

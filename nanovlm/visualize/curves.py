@@ -5,7 +5,7 @@ from pathlib import Path
 from .. import UserError
 from ..training.logger import read_training_log
 
-CURVES = ("loss", "val_loss", "grad_norm", "tokens_per_s")
+CURVES = ("loss", "val_loss", "blank_image_loss", "first_turn_loss", "grad_norm", "tokens_per_s")
 
 
 def read_curves(paths):
@@ -34,11 +34,11 @@ def plot_curves(runs, out):
         from matplotlib.figure import Figure
     except ImportError:
         raise UserError("curves need matplotlib: pip install matplotlib") from None
-    figure = Figure(figsize=(12, 8), layout="constrained")
+    figure = Figure(figsize=(18, 8), layout="constrained")
     formats = figure.canvas.get_supported_filetypes()
     if Path(out).suffix[1:].lower() not in formats:
         raise UserError(f"--out={out} does not end in one of .{', .'.join(sorted(formats))}")
-    for axes, name in zip(figure.subplots(2, 2).flat, CURVES, strict=True):
+    for axes, name in zip(figure.subplots(2, 3).flat, CURVES, strict=True):
         for run, curves in runs.items():
             axes.plot(*curves[name], label=run, marker=".")
         axes.set(title=name, xlabel="step", yscale="log" if "loss" in name else "linear")

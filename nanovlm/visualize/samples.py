@@ -4,13 +4,11 @@ import datetime
 import itertools
 
 import numpy as np
-from PIL import Image
 
 from .. import IMAGE_TOKEN_ID, UserError
 from ..cli import CONTROL_CHARACTERS
 from ..data.dataset import IMAGE_COUNT, LENGTH
-from ..data.image_processing import tile_to_image
-from ..data.packing import epoch_samples, pack_sequences
+from ..data.packing import epoch_samples, group_samples, members_of_groups, pack_sequences
 
 GAP = 4  # pixels between tiles
 
@@ -47,18 +45,6 @@ def token_as_text(token_id, tokenizer):
     return repr(text)[1:-1]
 
 
-def concat_tiles(tiles_NCYX, columns=6):
-    """Returns one image of all tiles, side by side in `columns`."""
-    count, _, height, width = tiles_NCYX.shape
-    columns, rows = min(columns, count), -(-count // columns)
-    size = columns * (width + GAP) - GAP, rows * (height + GAP) - GAP
-    image = Image.new("RGB", size, "white")
-    for n, tile_CYX in enumerate(tiles_NCYX):
-        row, column = divmod(n, columns)
-        image.paste(tile_to_image(tile_CYX), (column * (width + GAP), row * (height + GAP)))
-    return image
-
-
 def summarize_dataset(samples, weights, seq_len, tokens_per_s):
     """Returns the contents of a dataset, and the number of sequences of seq_len tokens in an epoch.
 
@@ -71,7 +57,9 @@ def summarize_dataset(samples, weights, seq_len, tokens_per_s):
                 f"{folder}: all {(samples.set_of == number).sum():,} samples are held out for "
                 "validation, none is left to train on: add samples"
             )
-    epoch = training[epoch_samples(samples.set_of[training], weights, seed=0, epoch=0)]
+    groups, group_lengths = group_samples(samples, training, seq_len)
+    numbers = epoch_samples(samples.set_of[groups[:, 0]], weights, seed=0, epoch=0)
+    epoch = members_of_groups(groups[numbers])
     lengths, all_lengths = samples.table[epoch, LENGTH], samples.table[:, LENGTH]
     image_counts = samples.table[:, IMAGE_COUNT]
     tiles = sum(len(shard["tiles"]) for shard in samples.shards)
@@ -96,7 +84,7 @@ def summarize_dataset(samples, weights, seq_len, tokens_per_s):
             "larger --seq_len, or prepare with this one"
         )
         return "\n".join(lines)
-    sequences = sum(1 for _ in pack_sequences(lengths, seq_len))
+    sequences = sum(1 for _ in pack_sequences(group_lengths[numbers], seq_len))
     lines.append(
         f"an epoch: {len(epoch):,} samples, {lengths.sum():,} tokens in {sequences:,} sequences of "
         f"{seq_len:,}, {lengths.sum() / sequences / seq_len:.1%} full"

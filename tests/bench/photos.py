@@ -1,4 +1,4 @@
-"""The README's four commands for your own images, on CIFAR-10, and the time they take.
+"""A small model from nothing on CIFAR-10, by the four commands of training/README.md, timed.
 
     python tests/bench/photos.py                          50,000 photographs, 500 held out: minutes
     python tests/bench/photos.py --train=4000 --steps=60  a short run
@@ -100,7 +100,13 @@ def photos(
         fetch(raw, train, test)
     start = time.time()
     for script, *settings in [
-        ("prepare.py", "random_init", f"--source={raw}/train.json", f"--out={out}/random_init"),
+        (
+            "prepare.py",
+            "random_init",
+            f"--source={raw}/train.json",
+            f"--images={raw}/images",
+            f"--out={out}/random_init",
+        ),
         (
             "prepare.py",
             "data",

@@ -3,11 +3,12 @@
     python tests/bench/train.py                                  on the CPU: minutes
     python tests/bench/train.py --rounds=3                       fewer measurements
     python tests/bench/train.py --dtype=bfloat16 --compile=true  our fastest settings
+    python tests/bench/train.py --lora_rank=16                   LoRA of the decoder, beside peft's
 
-The shapes are those of SmolLM2-135M and a small CLIP. Projector and decoder train, as in sft. For
-transformers each sample is a sequence, padded to the longest; ours are packed. Measured with
-samples of one length, which need no padding, and with lengths such as in LLaVA's data. The two take
-turns in one run; times are medians.
+The shapes are those of SmolLM2-135M and a small CLIP. Projector and decoder train, as in sft; with
+--lora_rank the decoder has LoRA, that of peft for transformers. For transformers each sample is a
+sequence, padded to the longest; ours are packed. Measured with samples of one length, which need no
+padding, and with lengths such as in LLaVA's data. The two take turns in one run; times are medians.
 """
 
 import json
@@ -19,6 +20,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import peft
 import torch
 import transformers as hf
 
@@ -27,8 +29,10 @@ from conftest import make_batch  # noqa: E402
 
 from nanovlm import IGNORE_INDEX, IMAGE_TOKEN_ID, cli, distributed  # noqa: E402
 from nanovlm.checkpoints.checkpoint import load_checkpoint  # noqa: E402
+from nanovlm.checkpoints.lora import add_lora  # noqa: E402
 from nanovlm.data.packing import pack_sequences  # noqa: E402
 from nanovlm.data.tokenizer import train_tokenizer  # noqa: E402
+from nanovlm.training.recipes import freeze_parts  # noqa: E402
 
 VISION = dict(
     hidden_size=192,
@@ -52,8 +56,11 @@ DECODER = dict(  # SmolLM2-135M
 PATCHES, IMAGE_ID, SEQ_LEN = 64, 49151, 512
 
 
-def two_models():
-    """Returns a LLaVA of transformers, and our model read from the folder that it writes."""
+def two_models(lora_rank):
+    """Returns a LLaVA of transformers, and our model read from the folder that it writes.
+
+    lora_rank: of the decoder, by peft for transformers; 0: the decoder trains whole.
+    """
     torch.manual_seed(0)
     config = hf.LlavaConfig(
         vision_config=hf.CLIPVisionConfig(**VISION),
@@ -74,8 +81,19 @@ def two_models():
         (Path(folder) / "preprocessor_config.json").write_text(json.dumps(preprocessor))
         train_tokenizer(["a"], 256, ["<s>", "</s>", "<image>"]).save(folder)
         ours = load_checkpoint(folder, template="plain").model
-    for frozen in (theirs.model.vision_tower, ours.vision):
-        frozen.requires_grad_(False)
+    theirs.model.vision_tower.requires_grad_(False)
+    lora = None
+    if lora_rank:
+        lora = dict(rank=lora_rank, alpha=2 * lora_rank, target="decoder")
+        config = peft.LoraConfig(
+            r=lora_rank,
+            lora_alpha=2 * lora_rank,
+            target_modules=r".*language_model.*_proj",
+            modules_to_save=["multi_modal_projector"],
+        )
+        theirs = peft.get_peft_model(theirs, config)
+        add_lora(ours, **lora)
+    freeze_parts(ours, ("projector", "decoder"), lora)
     return theirs.train(), ours.train()
 
 
@@ -140,8 +158,8 @@ def peak_bytes(run):
     return int(np.cumsum([size for _, size in events]).max())
 
 
-def compare(name, lengths, rounds, autocast, compile):
-    theirs, ours = two_models()
+def compare(name, lengths, rounds, autocast, compile, lora_rank):
+    theirs, ours = two_models(lora_rank)
     distributed.compile_blocks(distributed.transformer_blocks(ours) if compile else ())
     samples, optimizers = samples_of(lengths), []
     for model in (theirs, ours):
@@ -186,6 +204,7 @@ def bench(
     samples: int = 8,  # in a step
     dtype: str = "float32",  # of matrix products: float32 or bfloat16
     compile: bool = False,  # torch.compile our blocks, as train.py --compile=true does
+    lora_rank: int = 0,  # LoRA of the decoder's blocks; 0: none
 ):
     """Print the speed and the memory of our training step beside those of transformers."""
     torch.set_num_threads(len(os.sched_getaffinity(0)))
@@ -194,8 +213,8 @@ def bench(
         (PATCHES + g.lognormal(4.3, 0.9, samples).clip(12, SEQ_LEN - PATCHES)).astype(int).tolist()
     )
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16")
-    compare("even", [SEQ_LEN // 2] * samples, rounds, autocast, compile)
-    compare("ragged", ragged, rounds, autocast, compile)
+    compare("even", [SEQ_LEN // 2] * samples, rounds, autocast, compile, lora_rank)
+    compare("ragged", ragged, rounds, autocast, compile, lora_rank)
 
 
 if __name__ == "__main__":

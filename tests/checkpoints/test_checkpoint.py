@@ -9,7 +9,7 @@ from conftest import DECODER, VISION, make_batch, make_samples, make_vlm
 from safetensors.torch import load_file, save_file
 
 from nanovlm import UserError
-from nanovlm.checkpoints import stitch
+from nanovlm.checkpoints import sharded, stitch
 from nanovlm.checkpoints.checkpoint import (
     Checkpoint,
     latest_checkpoint,
@@ -19,6 +19,7 @@ from nanovlm.checkpoints.checkpoint import (
     read_tensors,
     remove_unfinished,
     save_checkpoint,
+    saved_parameters,
 )
 from nanovlm.data import tokenizer
 from nanovlm.training import resume
@@ -133,7 +134,8 @@ def test_a_vocabulary_smaller_than_the_tokenizer_is_refused(words, tmp_path):
     save_checkpoint(checkpoint, tmp_path / "a")
     with pytest.raises(
         UserError,
-        match="nanovlm.json: the vocabulary is 259, its folder's tokenizer knows 260 tokens",
+        match="nanovlm.json: the vocabulary is 259, its folder's tokenizer knows 260 tokens: "
+        r"'</s>' \(259\) has no embedding; remove it from the tokenizer's files, or save the model",
     ):
         load_checkpoint(tmp_path / "a")
 
@@ -186,6 +188,25 @@ def test_another_format_version_or_a_missing_key_is_refused(words, tmp_path):
     )
     with pytest.raises(UserError, match="nanovlm.json holds no image_config"):
         load_checkpoint(tmp_path / "a")
+
+
+def test_sharded_weights_take_memory_only_if_they_have_the_models_shapes(
+    words, tmp_path, monkeypatch
+):
+    checkpoint = make_checkpoint(words)
+    save_checkpoint(checkpoint, tmp_path)
+    state = {f"model.{name}": x for name, x in saved_parameters(checkpoint.model).items()}
+    sharded.write_shards(state, tmp_path / "sharded")
+    (tmp_path / "model.safetensors").unlink()
+    same_tensors(load_checkpoint(tmp_path).model.state_dict(), checkpoint.model.state_dict())
+    path = tmp_path / "nanovlm.json"
+    meta = json.loads(path.read_text())
+    meta["shapes"]["decoder"]["intermediate_size"] = 1 << 20  # a model of 900 MB
+    path.write_text(json.dumps(meta))
+    monkeypatch.setattr(torch, "full", None)
+    for defer_weights in (False, True):
+        with pytest.raises(UserError, match=r"is \[36, 24\] .*, the model has \[1048576, 24\]"):
+            load_checkpoint(tmp_path, defer_weights=defer_weights)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU, so nothing fails")

@@ -13,8 +13,9 @@ import pytest
 import torch
 import transformers as hf
 from conftest import ROOT
+from PIL import Image
 from safetensors.torch import load_file, save_file
-from test_parity import CHATML, DECODER, clip, dinov2, publish, shake, siglip
+from test_parity import CHATML, DECODER, PREPROCESSOR, clip, dinov2, publish, shake, siglip
 
 import prepare
 from nanovlm import UserError
@@ -230,6 +231,58 @@ def test_the_vision_encoder_of_a_whole_clip_and_of_a_whole_siglip(tmp_path):
         )
 
 
+@torch.no_grad()
+def test_a_siglip_2_of_fixed_resolution_by_its_own_preprocessor_file(tmp_path):
+    """It is a whole model with SigLIP's names; its preprocessor_config.json, here with 28 pixels,
+    squashes an image. Its pixels may differ by one level of 255, its features do not differ."""
+    text = dict(DECODER, max_position_embeddings=8, bos_token_id=1, eos_token_id=2)
+    theirs = shake(
+        hf.SiglipModel(hf.SiglipConfig(vision_config=siglip().config.to_dict(), text_config=text)),
+        7,
+    )
+    folder = publish(theirs, tmp_path / "siglip2")
+    published = {
+        "do_convert_rgb": None,
+        "do_normalize": True,
+        "do_rescale": True,
+        "do_resize": True,
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_processor_type": "SiglipImageProcessor",
+        "image_std": [0.5, 0.5, 0.5],
+        "processor_class": "SiglipProcessor",
+        "resample": 2,
+        "rescale_factor": 0.00392156862745098,
+        "size": {"height": 28, "width": 28},
+    }
+    (folder / "preprocessor_config.json").write_text(json.dumps(published))
+    numbers = torch.randint(256, (31, 57, 3), generator=torch.Generator().manual_seed(0))
+    photo = Image.fromarray(numbers.to(torch.uint8).numpy())
+    photo.save(tmp_path / "a.png")
+    processor = hf.AutoImageProcessor.from_pretrained(folder, backend="pil")
+    pixels_NCYX = processor(photo, return_tensors="pt")["pixel_values"]
+    ours = huggingface.read_vision_encoder(folder)
+    tiles = image_processing.load_image(tmp_path / "a.png", ours.image_config).tiles
+    assert (torch.tensor(tiles) - (pixels_NCYX + 1) * 127.5).abs().max() < 1.01
+    torch.testing.assert_close(
+        ours.model.vision(pixels_NCYX), theirs.vision_model(pixels_NCYX).last_hidden_state
+    )
+
+
+def test_naflex_is_refused_with_what_to_take_instead(tmp_path):
+    sizes = dict(hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4)
+    hf.Siglip2Config(vision_config=sizes, text_config=sizes).save_pretrained(tmp_path)
+    processor = {"image_processor_type": "Siglip2ImageProcessor", "patch_size": 16}
+    (tmp_path / "preprocessor_config.json").write_text(
+        json.dumps(PREPROCESSOR | processor | {"size": None, "max_num_patches": 256})
+    )
+    with pytest.raises(
+        UserError,
+        match="siglip2_vision_model is not known here, only .*; it needs tiles of any shape .NaFlex.: "
+        "take a SigLIP 2 of a fixed resolution, such as google/siglip2-base-patch16-256$",
+    ):
+        huggingface.read_vision_encoder(tmp_path)
+
+
 def test_rope_as_older_and_newer_folders_write_it():
     base = dict(huggingface.DEFAULTS["llama"], model_type="llama")
     old = {"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 2.0}}
@@ -260,7 +313,7 @@ def test_clips_vision_config_dict_has_precedence_over_vision_config():
         "vision_config_dict": {"hidden_size": 60, "patch_size": 14},
     }
     ours, theirs = (
-        huggingface.model_config(config, "vision_config", huggingface.VISION_TYPES, "here"),
+        huggingface.model_config(config, "vision_config", huggingface.VISION_FAMILIES, "here"),
         hf.CLIPConfig(**config).vision_config.to_dict(),
     )
     assert {name: theirs[name] for name in huggingface.DEFAULTS["clip_vision_model"]} == {
@@ -283,7 +336,7 @@ def test_clips_vision_config_dict_has_precedence_over_vision_config():
         ("rope_scaling", {"rope_type": "longrope"}),
         ("rope_scaling", {"rope_type": "llama3"}),
         ("rope_scaling", {"type": "linear", "factor": 2.0, "original": 7}),
-        ("model_type", "qwen2"),
+        ("model_type", "gpt2"),
         ("layer_types", ["full_attention", "chunked_attention"]),
         ("layer_types", ["full_attention", "sliding_attention"]),
     ],
@@ -315,6 +368,48 @@ def test_a_vision_encoder_that_computes_something_else_is_refused_by_name(
     edit(publish(make(), tmp_path) / "config.json", **{field: value})
     with pytest.raises(UserError, match=value if field == "model_type" else f"{field} {value}"):
         huggingface.read_vision_encoder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "model_type, needs",
+    [
+        ("gemma2", "scaled embeddings, norms by 1 [+] weight, .* and a GELU"),
+        ("gemma3_text", "scaled embeddings"),
+        ("phi3", "joint q/k/v and gate/up layers, and another RoPE"),
+        ("olmo2", "norms after the sublayers, and one of q and k over all heads"),
+        ("qwen3_moe", "a mixture of experts"),
+        ("mixtral", "a mixture of experts"),
+        ("qwen3_next", "layers that are no attention: state-space, linear or convolutional ones"),
+        ("granitemoehybrid", "a mixture of experts"),
+        ("falcon_h1", "layers that are no attention"),
+    ],
+)
+def test_a_decoder_of_another_kind_is_refused_with_what_it_needs(model_type, needs, decoder_folder):
+    edit(decoder_folder / "config.json", model_type=model_type)
+    with pytest.raises(
+        UserError,
+        match=f"type {model_type} is not known here, only llama, .*, smollm3; it needs {needs}",
+    ):
+        huggingface.read_decoder(decoder_folder)
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"no_rope_layers": [1, 0, 1]}, r"rope_layers \[1, 0, 1\]"),
+        ({"no_rope_layers": 7}, "TypeError"),
+        ({"no_rope_layer_interval": 0}, "no_rope_layer_interval 0 is no whole number"),
+        ({"layer_types": ["sliding_attention"] * 4}, "sliding_window of None"),
+    ],
+)
+def test_odd_layers_without_rope_are_refused(fields, message, tmp_path):
+    ids = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    config = hf.SmolLM3Config(**DECODER | {"num_hidden_layers": 4} | ids)
+    folder = publish(hf.SmolLM3ForCausalLM(config), tmp_path)
+    assert huggingface.read_decoder(folder).shapes["decoder"]["rope_layers"] == [1, 1, 1, 0]
+    edit(folder / "config.json", **fields)
+    with pytest.raises(UserError, match=f"config.json: .*{message}"):
+        huggingface.read_decoder(folder)
 
 
 REQUIRED = {"decoder": huggingface.DECODER_REQUIRED, "vision": huggingface.VISION_REQUIRED}
@@ -384,13 +479,16 @@ class Read(dict):
         hf.LlamaConfig,
         hf.MistralConfig,
         hf.MinistralConfig,
+        hf.Qwen2Config,
+        hf.Qwen3Config,
+        hf.SmolLM3Config,
     ],
     ids=lambda kind: kind.model_type,
 )
 def test_every_field_that_transformers_knows_is_read_or_changes_nothing(kind):
     config = kind(**{"sliding_window": 9} if kind is hf.MinistralConfig else {}).to_dict()
     read = Read(huggingface.DEFAULTS[kind.model_type] | config)
-    if kind.model_type in huggingface.VISION_TYPES:
+    if kind.model_type in huggingface.VISION_FAMILIES:
         huggingface.vision_shapes(read, read["image_size"], None, "here")
     else:
         huggingface.decoder_shapes(read, "here")
@@ -671,7 +769,9 @@ def test_a_full_size_mistral_is_matched_without_reading_its_numbers(tmp_path):
     folder = mistral_7b(tmp_path)
     paths, where = list_weight_files(folder), folder / "config.json"
     shapes = huggingface.decoder_shapes(
-        huggingface.model_config(read_json(where), "text_config", huggingface.DECODER_TYPES, where),
+        huggingface.model_config(
+            read_json(where), "text_config", huggingface.DECODER_FAMILIES, where
+        ),
         where,
     )
     with torch.device("meta"):
@@ -909,8 +1009,77 @@ LOOP = (
     "{%- else %}{%- set loop_messages = messages %}{%- endif %}{{- bos_token }}{%- for message in "
     "loop_messages %}"
 )
+# The published ones without their tools.
+QWEN3 = """{%- if messages[0].role == 'system' %}
+    {{- '<|im_start|>system\\n' + messages[0].content + '<|im_end|>\\n' }}
+{%- endif %}
+{%- set ns = namespace(last_query=messages|length - 1, searching=true) %}
+{%- for message in messages[::-1] %}
+    {%- if ns.searching and message.role == 'user' %}
+        {%- set ns.searching = false %}
+        {%- set ns.last_query = messages|length - 1 - loop.index0 %}
+    {%- endif %}
+{%- endfor %}
+{%- for message in messages %}
+    {%- if message.role == 'user' or (message.role == 'system' and not loop.first) %}
+        {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' + '\\n' }}
+    {%- elif message.role == 'assistant' %}
+        {%- if loop.index0 > ns.last_query and loop.last %}
+            {{- '<|im_start|>assistant\\n<think>\\n\\n</think>\\n\\n' + message.content }}
+        {%- else %}
+            {{- '<|im_start|>assistant\\n' + message.content }}
+        {%- endif %}
+        {{- '<|im_end|>\\n' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+    {%- if enable_thinking is defined and enable_thinking is false %}
+        {{- '<think>\\n\\n</think>\\n\\n' }}
+    {%- endif %}
+{%- endif %}"""
+SMOLLM3 = """{%- if enable_thinking is not defined %}{% set enable_thinking = true %}{% endif %}
+{%- set mode = '/think' if enable_thinking else '/no_think' %}
+{{- '<|im_start|>system\\n' }}
+{%- if messages[0].role == 'system' %}{% set instructions = messages[0].content.rstrip() %}{% endif %}
+{{- '## Metadata\\n\\nKnowledge Cutoff Date: June 2025\\n' }}
+{%- set today = strftime_now('%d %B %Y') %}
+{{- 'Today Date: ' ~ today ~ '\\nReasoning Mode: ' + mode + '\\n\\n## Custom Instructions\\n\\n' }}
+{%- if instructions %}
+    {{- instructions + '\\n\\n' }}
+{%- else %}
+    {{- 'You are a helpful AI assistant named SmolLM, trained by Hugging Face.\\n\\n' }}
+{%- endif %}
+{%- for message in messages %}
+    {%- if message.role == 'user' %}
+        {{- '<|im_start|>user\\n' + message.content + '<|im_end|>\\n' }}
+    {%- elif message.role == 'assistant' %}
+        {%- generation %}
+        {{- '<|im_start|>assistant\\n' }}
+        {{- '<think>\\n\\n</think>\\n' if mode == '/no_think' }}
+        {{- message.content.lstrip('\\n') + '<|im_end|>\\n' }}
+        {%- endgeneration %}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' + ('<think>\\n\\n</think>\\n' if mode == '/no_think' else '') }}
+{%- endif %}"""
 PUBLISHED = {
     "chatml": CHATML,
+    "qwen2": "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' "
+    "%}{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}{% endif %}"
+    "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
+    "qwen2.5": "{%- if messages[0]['role'] == 'system' %}{{- '<|im_start|>system\n' + "
+    "messages[0]['content'] + '<|im_end|>\n' }}{%- else %}{{- '<|im_start|>system\nYou are Qwen, "
+    "created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\n' }}{%- endif %}"
+    "{%- for message in messages %}{%- if (message.role == 'user') or (message.role == 'system' "
+    "and not loop.first) or (message.role == 'assistant' and not message.tool_calls) %}"
+    "{{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>' + '\n' }}"
+    "{%- endif %}{%- endfor %}{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}"
+    "{%- endif %}",
+    "qwen3": QWEN3,
+    "smollm3": SMOLLM3,
     "smollm2": "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' "
     "%}{{ '<|im_start|>system\nYou are a helpful AI "
     "assistant named SmolLM, trained by Hugging Face<|im_end|>\n' }}{% endif %}{{'<|im_start|>' + "
@@ -977,6 +1146,10 @@ SPECIAL = {
 KIND = {
     "chatml": "chatml",
     "smollm2": "chatml",
+    "qwen2": "chatml",
+    "qwen2.5": "chatml",
+    "qwen3": "chatml",
+    "smollm3": "chatml",
     "llama3": "llama3",
     "mistral, v3": "mistral",
     "mistral, tekken": "mistral",
@@ -1015,22 +1188,32 @@ def test_a_template_is_identified_by_the_text_that_it_writes(name, tmp_path):
     )
 
 
-@pytest.mark.parametrize("name", ["chatml", "smollm2", "llama3", "mistral, tekken", "mistral-v7"])
+BYTE_LEVEL = [name for name in KIND if name != "mistral, v3"]
+
+
+@pytest.mark.parametrize("name", BYTE_LEVEL)
 def test_our_ids_are_those_of_apply_chat_template(name, tmp_path):
+    """Of prompts, and of whole conversations. A model that can think is not asked to. The date in
+    SmolLM3's is the day of its release, not today's."""
     special = SPECIAL[KIND[name]]
     own = tokenizer.train_tokenizer(["hello goodbye be kind"], 265, special)
     own.save(tmp_path)
     theirs = hf.PreTrainedTokenizerFast(
         tokenizer_file=str(tmp_path / "tokenizer.json"),
-        chat_template=PUBLISHED[name],
+        chat_template=PUBLISHED[name].replace("strftime_now('%d %B %Y')", "'08 July 2025'"),
         bos_token=special[0],
         eos_token={"mistral": "</s>"}.get(KIND[name], special[-1]),
     )
     turns = [("user", "Hello, you?\n  Two"), ("assistant", "Yes: <3"), ("user", "Goodbye")]
-    for conversation in (turns, turns[:1], [("system", "Be kind."), turns[0]]):
+    system = ("system", "Be kind.")
+    for conversation in (turns, turns[:1], [system, turns[0]], turns[:2], [*turns, turns[1]]):
         messages = [{"role": role, "content": text} for role, text in conversation]
         expected = theirs.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=True, return_dict=False
+            messages,
+            add_generation_prompt=conversation[-1][0] == "user",
+            tokenize=True,
+            return_dict=False,
+            enable_thinking=False,
         )
         assert (
             chat_template.render_conversation(conversation, own, name.split(",")[0])[0] == expected
@@ -1070,8 +1253,8 @@ def test_a_template_is_found_where_transformers_has_put_it(place, decoder_folder
     [
         (..., "has no chat template; name it by --template of .prepare.py stitch. .*: mistral, "),
         ("{{ messages[0]['content'] }}", "its chat template writes 'Hello', as none of ours does"),
-        ("{{ ''.__class__.__mro__ }}", "writes None"),  # the sandbox refuses it
-        ("{{ today }}{{ raise_exception('no') }}", "writes None"),
+        ("{{ ''.__class__.__mro__ }}", "chat template fails"),  # the sandbox refuses it
+        ("{{ today }}{{ raise_exception('no') }}", "chat template fails"),
         (
             CHATML.replace("m['content']", "m['content'] | upper"),
             "writes '<|im_start|>user\\\\nHELLO",

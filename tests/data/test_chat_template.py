@@ -84,11 +84,13 @@ def test_a_prompt_is_the_beginning_of_the_conversation(template, answer, questio
 
 @ALL
 def test_every_turn_of_a_conversation_begins_with_the_ones_before(template):
-    """Not if the template moves the system message to the last user message; then a prompt is the
-    beginning of the conversation with its own answer alone."""
-    turns = TURNS[1:] if chat_template.TEMPLATES[template]["system_inside"] == "last" else TURNS
+    """Not if the template moves the system message to the last user message, or writes something
+    before the last answer alone; then a prompt is the beginning of the conversation with its own
+    answer alone."""
+    fields = chat_template.TEMPLATES[template]
+    turns = TURNS[1:] if fields["system_inside"] == "last" else TURNS
     ids, _ = render(turns, template)
-    for length in range(2, len(turns) + 1):
+    for length in range(len(turns) - 1 if fields["last_opening"] else 2, len(turns) + 1):
         part, _ = render(turns[:length], template)
         assert part == ids[: len(part)]
     prompt, _ = render(TURNS[:4], template)
@@ -413,6 +415,8 @@ def test_plain_is_an_image_and_its_caption():
 def test_an_image_token_stands_where_the_text_has_its_tag(template, text):
     (ids, loss_mask), parts = render([("user", text)], template), text.split("<image>")
     assert ids.count(IMAGE_TOKEN_ID) == len(parts) - 1 and not any(loss_mask)
+    if not chat_template.TEMPLATES[template]["image_space"]:
+        parts[1:] = [part.removeprefix("\n") for part in parts[1:]]
     assert "".join(parts) in TOKENIZER.decode([i for i in ids if i != IMAGE_TOKEN_ID])
     positions = [n for n, i in enumerate(ids) if i == IMAGE_TOKEN_ID]
     texts_before = [

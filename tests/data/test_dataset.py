@@ -278,6 +278,7 @@ def test_a_single_altered_bit_is_named_by_its_file(tmp_path, kind):
         ("samples", (slice(3, 5),), slice(4, 2, -1)),  # two samples in the other order
         ("images", (1, 1), 2**55),
         ("images", (1, 0), 0),
+        ("images", (slice(0, 2),), slice(1, None, -1)),  # two images in the other order
         ("ids", (0,), IMAGE_TOKEN_ID),
         ("names", (2,), ord("\n")),
     ],
@@ -324,7 +325,7 @@ def test_ids_outside_the_vocabulary_are_refused(tmp_path, i):
         ("\xff", "header.json cannot be read"),
         (
             json.dumps({"version": 1, "fingerprint": {}, "shards": []}),
-            r"version is 1, this nanovlm reads \(2, 3\)\): prepare it again",
+            r"version is 1, this nanovlm reads \(2, 3, 4\)\): prepare it again",
         ),
         (json.dumps({"version": dataset.DATASET_VERSION}), "holds no fingerprint"),
         (

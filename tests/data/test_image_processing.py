@@ -29,6 +29,7 @@ IMAGE_CONFIG = {
     "mean": [0.48145466, 0.4578275, 0.40821073],
     "std": [0.5] * 3,
 }
+SPLIT = {"fit": "split", "longest_edge": 90, "tile_texts": "idefics3"}
 TILES = {"fit": "tiles", "tiles": 12, "choice": "aspect", "thumbnail": True, "tags": False}
 SHAPES = [
     (24, 24),
@@ -69,11 +70,8 @@ def cut(image, image_config, max_tiles=None):
     return image_processing.process_image(image, image.size, image_config, max_tiles).tiles
 
 
-def near(found, want, levels=1):
-    """Whether two uint8 arrays have one shape and differ by at most so many levels of 255.
-
-    torch rounds a filter's weights, Pillow does not.
-    """
+def near(found, want, levels):
+    """Whether two uint8 arrays have one shape and differ by at most so many levels of 255."""
     return found.shape == want.shape and np.abs(found.astype(int) - want).max() <= levels
 
 
@@ -625,7 +623,7 @@ def test_images_without_a_dct_or_not_large_enough_are_not_drafted():
             image_processing.load_image(file.getvalue(), image_config | {"draft": draft})
             for draft in (False, True)
         )
-        assert np.array_equal(whole.tiles, drafted.tiles)
+        assert near(drafted.tiles, whole.tiles, levels=2)
 
 
 # ---- counting ----
@@ -725,23 +723,38 @@ def test_every_token_of_every_tile_is_counted_and_used(tmp_path):
         )
 
 
-def test_tags_number_the_tiles_and_name_the_whole_image():
-    image_config = IMAGE_CONFIG | TILES | {"tags": True}
-    assert image_processing.tile_tags(3, image_config) == [
-        "<tile_1>",
-        "<tile_2>",
-        "<tile_global_thumbnail>",
-    ]
-    # as in NVLM: one tile is the whole image
-    assert image_processing.tile_tags(1, image_config) == ["<tile_global_thumbnail>"]
-    assert image_processing.tile_tags(2, image_config | {"thumbnail": False}) == [
-        "<tile_1>",
-        "<tile_2>",
-    ]
-    assert (
-        image_processing.tile_tags(3, image_config | {"tags": False}) is None
-        and image_processing.tile_tags(1, IMAGE_CONFIG) is None
-    )
+def megatrons_tile_tags(max_num_tiles):
+    """The texts of `_get_tile_tags` in Megatron-LM's examples/multimodal/model.py, word for word,
+    for the prompt formats mistral and chatml. Its models use the first tags and the last."""
+    if max_num_tiles < 10:
+        thumbnail_tag_text = "<tile_global_thumbnail>"
+        return [f"<tile_{i}>" for i in range(1, max_num_tiles + 1)] + [thumbnail_tag_text]
+    thumbnail_tag_text = "<tile_global_thumbnail0>"
+    return [f"<tile_{i:02d}>" for i in range(1, max_num_tiles + 1)] + [thumbnail_tag_text]
+
+
+@pytest.mark.parametrize("most", [1, 6, 9, 10, 12])
+def test_tags_are_megatrons(most):
+    image_config = IMAGE_CONFIG | TILES | {"tags": True, "tiles": most}
+    numbers, last = megatrons_tile_tags(most)[:-1], megatrons_tile_tags(most)[-1]
+    for tiles in range(1, most + 2):  # one tile is the whole image
+        tags = image_processing.tile_tags(tiles, image_config)
+        assert tags == [*numbers[: tiles - 1], last, ""]
+    without = image_config | {"thumbnail": False}
+    assert image_processing.tile_tags(most, without) == [*numbers, ""]
+    for change in ({"tags": False}, {"fit": "crop", "tags": False}):
+        assert image_processing.tile_tags(3, image_config | change) is None
+
+
+def test_texts_of_split_images_number_rows_and_columns():
+    """24 × 20 pixels become 90 × 76, then 96 × 96, which are four by four tiles of 24 pixels."""
+    image_config, beside = IMAGE_CONFIG | SPLIT, "<fake_token_around_image>"
+    texts = image_processing.tile_tags(17, image_config, (24, 20))
+    assert texts[:2] == [f"{beside}<row_1_col_1>", f"{beside}<row_1_col_2>"]
+    assert texts[4] == f"\n{beside}<row_2_col_1>"
+    assert texts[16:] == [f"\n\n{beside}<global-img>", beside] and len(texts) == 18
+    texts = image_processing.tile_tags(1, image_config | {"longest_edge": 24}, (24, 20))
+    assert texts == [f"{beside}<global-img>", beside]
 
 
 @pytest.mark.parametrize(
@@ -775,11 +788,15 @@ def test_tags_number_the_tiles_and_name_the_whole_image():
         (TILES | {"choice": "best"}, "choice 'best' is none of aspect, area"),
         (TILES | {"thumbnail": "yes"}, "thumbnail 'yes' is none of True, False"),
         (TILES | {"tags": None}, "tags None is none of True, False"),
+        ({"fit": "split"}, "longest_edge is missing; tile_texts is missing"),
+        (SPLIT | {"longest_edge": 0}, "longest_edge 0 is no whole number from 1 on"),
+        (SPLIT | {"longest_edge": 8192, "tile": 8192}, "tiles of an image have more than"),
+        (SPLIT | {"tile_texts": "idefics2"}, "tile_texts 'idefics2' is none of idefics3"),
     ],
 )
 def test_an_invalid_image_config_is_refused(change, message):
     anyres = {"fit": "anyres", "pinpoints": [[24, 48], [48, 24]]}
-    for good in ({}, {"draft": True}, TILES, anyres):
+    for good in ({}, {"draft": True}, TILES, anyres, SPLIT):
         good = IMAGE_CONFIG | good
         image_processing.check_image_config(good)
     with pytest.raises(UserError, match=message):
@@ -805,7 +822,7 @@ def test_crop_is_clips(size, resample):
         do_normalize=False,
     )
     want = clip(image, return_tensors="np")["pixel_values"]
-    assert near(cut(image, IMAGE_CONFIG | {"fit": "crop", "resample": resample}), want)
+    assert np.array_equal(cut(image, IMAGE_CONFIG | {"fit": "crop", "resample": resample}), want)
 
 
 @pytest.mark.parametrize("resample", image_processing.RESAMPLE_FILTERS)
@@ -826,10 +843,12 @@ def test_pad_is_llavas(size, resample):
         image_mean=IMAGE_CONFIG["mean"],
     )
     found = cut(image, IMAGE_CONFIG | {"fit": "pad", "resample": resample})
-    assert near(found, llava(image, return_tensors="np")["pixel_values"])
+    assert np.array_equal(found, llava(image, return_tensors="np")["pixel_values"])
     square = Image.new("RGB", (max(size),) * 2, (122, 116, 104))  # LLaVA-1.5's gray
     square.paste(image, ((max(size) - size[0]) // 2, (max(size) - size[1]) // 2))
-    assert near(found[0], np.asarray(square.resize((tile, tile), kind)).transpose(2, 0, 1))
+    assert np.array_equal(
+        found[0], np.asarray(square.resize((tile, tile), kind)).transpose(2, 0, 1)
+    )
 
 
 @pytest.mark.parametrize("resample", image_processing.RESAMPLE_FILTERS)
@@ -838,7 +857,7 @@ def test_squash_is_a_plain_resize(size, resample):
     image = Image.fromarray(noise(*size))
     want = np.asarray(image.resize((24, 24), image_processing.RESAMPLE_FILTERS[resample]))
     found = cut(image, IMAGE_CONFIG | {"resample": resample})
-    assert near(found, want.transpose(2, 0, 1)[None])
+    assert np.array_equal(found, want.transpose(2, 0, 1)[None])
 
 
 @pytest.mark.parametrize("fit", [*image_processing.FITS, "tiles"])
@@ -859,7 +878,7 @@ def test_resampling_matters():
     for fit in image_processing.FITS:
         for resample in image_processing.RESAMPLE_FILTERS:
             found.add(cut(image, IMAGE_CONFIG | {"fit": fit, "resample": resample}).tobytes())
-    assert len(found) == 6
+    assert len(found) == 9
 
 
 EDGE = st.sampled_from([1, 2, 3, 5, 17, 24, 64, 101, 224, 333, 600])
@@ -873,16 +892,33 @@ EDGE = st.sampled_from([1, 2, 3, 5, 17, 24, 64, 101, 224, 333, 600])
     EDGE,
     st.sampled_from(sorted(image_processing.RESAMPLE_FILTERS)),
 )
-def test_resizing_is_pillows_to_a_level(width, height, columns, rows, resample):
+def test_resizing_is_pillows_and_within_two_levels_with_draft(
+    width, height, columns, rows, resample
+):
     """Smaller or larger, height or width first, lines of one pixel; noise is the worst case."""
-    image = noise(width, height)
+    image, config = noise(width, height), IMAGE_CONFIG | {"resample": resample}
     want = Image.fromarray(image).resize(
         (columns, rows), image_processing.RESAMPLE_FILTERS[resample]
     )
-    assert near(
-        image_processing.resize_image(image, (columns, rows), resample),
-        np.asarray(want).transpose(2, 0, 1),
+    found, drafted = (
+        image_processing.resize_image(image, (columns, rows), config | {"draft": draft})
+        for draft in (False, True)
     )
+    assert np.array_equal(found, np.asarray(want).transpose(2, 0, 1))
+    assert near(drafted, found, levels=2)
+
+
+def test_a_color_gradient_is_resized_as_by_pillow():
+    """With draft, 17% of these numbers differ by one level and 0.65% by two, with AVX2."""
+    y, x = np.mgrid[:480, :640]
+    gradient = np.stack([x, y, x + y], -1).astype(np.uint8)
+    want = Image.fromarray(gradient).resize((448, 336), Image.Resampling.BICUBIC)
+    found, drafted = (
+        image_processing.resize_image(gradient, (448, 336), IMAGE_CONFIG | {"draft": draft})
+        for draft in (False, True)
+    )
+    assert np.array_equal(found, np.asarray(want).transpose(2, 0, 1))
+    assert near(drafted, found, levels=2)
 
 
 @pytest.mark.parametrize("size", [(640, 480), (480, 640)])
@@ -891,7 +927,8 @@ def test_resizing_is_the_same_on_any_count_of_threads_and_in_a_batch(size):
     found = []
     for threads in (1, 2, 5):
         torch.set_num_threads(threads)
-        found.append(image_processing.resize_image(pixels_YXC, (336, 336), "bicubic"))
+        config = IMAGE_CONFIG | {"draft": True}
+        found.append(image_processing.resize_image(pixels_YXC, (336, 336), config))
     torch.set_num_threads(before)
     assert np.array_equal(found[0], found[1]) and np.array_equal(found[0], found[2])
     if size == (640, 480):  # its width is resized first, as F.interpolate does
@@ -922,8 +959,8 @@ def test_tiles_are_pillows_resize_and_crop(size, resample):
         len(parts) > 1
     )
     want = np.stack([np.asarray(part).transpose(2, 0, 1) for part in parts])
-    assert near(cut(image, image_config), want)
-    assert near(cut(image, image_config | {"thumbnail": False}), want[: columns * rows])
+    assert np.array_equal(cut(image, image_config), want)
+    assert np.array_equal(cut(image, image_config | {"thumbnail": False}), want[: columns * rows])
 
 
 @pytest.mark.parametrize("size", SHAPES)
@@ -938,7 +975,7 @@ def test_tiles_are_those_of_internvl_in_transformers(size):
         do_rescale=False,
         do_normalize=False,
     )
-    assert near(
+    assert np.array_equal(
         cut(image, IMAGE_CONFIG | TILES), theirs(image, return_tensors="np")["pixel_values"]
     )
 

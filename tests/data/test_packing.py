@@ -1,10 +1,12 @@
 """The order of samples and their packed sequences: a batch is a function of (seed, step) alone."""
 
 import itertools
+import math
 from collections import Counter
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from test_dataset import IMAGE_CONFIG, TOKENS, make_image, make_samples, write
@@ -18,6 +20,26 @@ def written(tmp_path_factory):
     return write(
         tmp_path_factory.mktemp("data") / "set", make_samples(200), make_samples(300)[200:]
     )
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    """A dataset in which one to five samples in succession have an id and their first image in
+    common."""
+    g, shards = np.random.default_rng(4), ([], [])
+    for number, (name, *_) in enumerate(make_samples(90)):
+        image, samples = make_image(g, 2), shards[number > 50]
+        for _ in range(g.integers(1, 6)):
+            words, others = g.integers(0, 500, size=4).tolist(), [make_image(g, 1)]
+            images = [image, *others[: g.integers(0, 2)]]
+            ids = [dataset.IMAGE_TOKEN_ID] * len(images) + words
+            samples.append((name, ids, [0] * len(images) + [0, 0, 1, 1], images))
+    return write(tmp_path_factory.mktemp("data") / "set", *shards)
+
+
+@pytest.fixture(scope="module", params=["written", "shared"])
+def any_set(request):
+    return request.getfixturevalue(request.param)
 
 
 # ---- packing ----
@@ -103,6 +125,56 @@ def test_feature_indices_of_several_images_count_all_tiles_and_newlines_stay_new
     ].tolist() == [0, 11, -1, 3 * TOKENS + 7, -1, 3 * TOKENS + 1]
 
 
+def test_samples_of_one_image_share_a_sequence_and_a_batch_has_each_image_once(shared):
+    """Each image token of a batch has the feature of the very tile that its sample has alone."""
+    training, tiles_of = shared.split(validation=False).tolist(), {}
+    for i in training:  # groups: adjacent samples with the same tiles
+        tiles_of.setdefault(shared.read(i)[2][0].tiles.tobytes(), []).append(i)
+    groups = {frozenset(members) for members in tiles_of.values()}
+    assert max(map(len, groups)) == 5 and min(map(len, groups)) == 1
+    batches, seen = loader(shared, micro_batch_size=7, seq_len=100), Counter()
+    for _ in range(12):
+        ((batch, members),) = next(batches)
+        sequences = [set() for _ in batch["ids_BT"]]
+        for i, (b, _) in zip(members, sorted(documents_of(batch)), strict=True):
+            sequences[b].add(i)
+        for b, group in itertools.product(range(len(sequences)), groups):
+            assert not group & sequences[b] or group <= sequences[b]
+        images = [image for i in members for image in shared.read(i)[2]]
+        distinct = {image.tiles.tobytes() for image in images}
+        assert len(batch["tiles_NCYX"]) == sum(len(x) for x in distinct) // (3 * 6 * 6)
+        # number the features of all tiles, then look where each image token's feature lies
+        tile_of = batch["image_feature_index"].reshape(-1, TOKENS) // TOKENS
+        alone = torch.from_numpy(np.concatenate([image.tiles for image in images]))
+        assert batch["tiles_NCYX"][tile_of[:, 0]].equal(alone)
+        assert (batch["image_feature_index"].reshape(-1, TOKENS) % TOKENS).tolist() == [
+            list(range(TOKENS))
+        ] * len(alone)
+        seen.update(members)
+    assert seen.keys() == set(training)
+
+
+def documents_of(batch):
+    """Returns (sequence, document) of each sample of a batch."""
+    return {
+        (b, document)
+        for b, documents_T in enumerate(batch["documents_BT"].tolist())
+        for document in documents_T
+        if document >= 0
+    }
+
+
+def test_samples_of_one_image_that_do_not_fit_into_a_sequence_are_cut_into_groups_that_fit(shared):
+    members = shared.split(validation=False)
+    groups, lengths = packing.group_samples(shared, members, 30)
+    assert packing.members_of_groups(groups).tolist() == members.tolist()
+    assert lengths.tolist() == [shared.table[a:b, dataset.LENGTH].sum() for a, b in groups]
+    assert lengths.max() <= 30
+    for (_, end), length in zip(groups[:-1], lengths[:-1], strict=True):
+        if end in members and shared.shares_image[end]:  # the next sample had no room
+            assert length + shared.table[end, dataset.LENGTH] > 30
+
+
 # ---- the order ----
 
 
@@ -136,11 +208,11 @@ def sequences_of(step):
 @pytest.mark.parametrize("world", [1, 2, 3, 7])
 @pytest.mark.parametrize("micro", [1, 2, 5])
 def test_a_step_has_the_same_sequences_on_any_number_of_ranks_and_micro_batches(
-    written, world, micro
+    any_set, world, micro
 ):
-    single = loader(written, micro_batch_size=7)
+    single = loader(any_set, micro_batch_size=7)
     ranks = [
-        loader(written, micro_batch_size=micro, rank=rank, world_size=world)
+        loader(any_set, micro_batch_size=micro, rank=rank, world_size=world)
         for rank in range(world)
     ]
     for _ in range(8):  # the dataset has 300 samples, so some steps reach into the next epoch
@@ -161,10 +233,10 @@ def test_a_step_has_the_same_sequences_on_any_number_of_ranks_and_micro_batches(
             )
 
 
-def test_a_loader_that_starts_at_a_step_gives_what_the_whole_run_gives_there(written):
-    run = steps_of(written, 20)
+def test_a_loader_that_starts_at_a_step_gives_what_the_whole_run_gives_there(any_set):
+    run = steps_of(any_set, 20)
     for start in (0, 1, 13, 19):
-        batch, members = next(loader(written, start_step=start))[0]
+        batch, members = next(loader(any_set, start_step=start))[0]
         assert members == run[start][0][1]
         assert all(x.equal(run[start][0][0][name]) for name, x in batch.items())
 
@@ -183,6 +255,27 @@ def test_each_sample_is_read_once_per_epoch_and_each_epoch_has_another_order(wri
     assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
     steps = Counter(i for step in steps_of(written, 200) for i in members_of(step))
     assert max(steps.values()) - min(steps.values()) <= 1  # over many epochs
+
+
+def read_in(samples, steps, **options):
+    """Returns how often each sample comes in so many steps."""
+    return Counter(i for step in steps_of(samples, steps, **options) for i in members_of(step))
+
+
+def test_the_steps_of_an_epoch_hold_each_sample_once(any_set):
+    """If an epoch does not fill its last step, the next one begins there."""
+    training = any_set.split(validation=False).tolist()
+    alone = loader(any_set, global_batch_size=1)
+    for epochs in (1, 2):
+        read = read_in(any_set, alone.count_steps(epochs), global_batch_size=1)
+        assert read == dict.fromkeys(training, epochs)
+    several = loader(any_set, rank=1, world_size=2)  # each rank counts the steps of all
+    steps = several.count_steps(2)
+    assert steps == math.ceil(alone.count_steps(2) / 7)
+    assert min(read_in(any_set, steps).values()) == 2
+    assert min(read_in(any_set, steps - 1).values()) == 1
+    assert several.count_steps(0.5) == math.ceil(alone.count_steps(1) / 14)
+    assert several.count_steps(1e-9) == 1
 
 
 def test_seeds_differ(written):
@@ -274,6 +367,14 @@ def test_a_blend_is_the_same_on_any_ranks_and_from_any_step(blended):
     assert [members_of(step) for step in steps_of(blended, 30, weights=[0.3, 0.5, 0.2])] != [
         members_of(step) for step in run
     ]
+
+
+def test_an_epoch_of_a_blend_has_as_many_samples_as_all_datasets_have(blended):
+    """But for what is rounded down of each dataset's share. Some samples come several times."""
+    options = dict(weights=[0.7, 0.2, 0.1], global_batch_size=1)
+    read = read_in(blended, loader(blended, **options).count_steps(1), **options)
+    assert 0 <= len(blended.split(validation=False)) - read.total() < 3
+    assert max(read.values()) > 1
 
 
 def test_without_weights_each_sample_of_all_datasets_is_read_once(blended):

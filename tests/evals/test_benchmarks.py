@@ -1,7 +1,9 @@
 """Each benchmark is read from a small fixture in its owner's format; errors name the question."""
 
+import base64
 import io
 import json
+import os
 import re
 import zipfile
 
@@ -128,9 +130,7 @@ def test_json_lines_a_list_and_llavas_format_give_the_same_questions(tmp_path):
             "conversations": turns("What?\n<image>", "milk", "Sure?", "yes"),
         }
     ]
-    assert read_user_questions(tmp_path, json.dumps(llava)) == [
-        {**want[0], "question": "What?\n<image>"}
-    ], "the image stays where it was"
+    assert read_user_questions(tmp_path, json.dumps(llava)) == want[:1], "as LLaVA trains it"
     bare = [{"id": 1, "image": "a.jpg", "conversations": turns("<image>", "a cat")}]
     for name in ("exact", "contains", "letters", "captions"):
         for source in (llava, bare):
@@ -140,6 +140,34 @@ def test_json_lines_a_list_and_llavas_format_give_the_same_questions(tmp_path):
                 ]
                 == "<image>\nSay."
             )
+
+
+def test_a_question_may_hold_its_image_and_none_is_downloaded(tmp_path):
+    uri = f"data:image/jpeg;base64,{base64.b64encode(jpeg()).decode()}"
+    (row,) = read_user_questions(tmp_path, json.dumps(GOOD | {"image": uri}))
+    assert image_refs.load_image_bytes(row["image"][0])[0] == jpeg()
+    (row,) = read_user_questions(tmp_path, json.dumps(GOOD | {"image": uri[:-1] + "?"}))
+    with pytest.raises(
+        UserError, match="questions.json, question 1, its image cannot be read: "
+    ) as e:
+        image_refs.load_image_bytes(row["image"][0])
+    assert uri[-40:-1] not in str(e.value)
+    with pytest.raises(UserError, match="question 1: 'https://x.org/a.jpg' is a URL"):
+        read_user_questions(tmp_path, json.dumps(GOOD | {"image": "https://x.org/a.jpg"}))
+
+
+@pytest.mark.parametrize("name", ["../c.jpg", "{}/c.jpg", "link.jpg"])
+def test_an_image_outside_is_shown_only_if_it_is_allowed(tmp_path, name):
+    """A stranger's questions could put a person's files into a report."""
+    (inner := tmp_path / "inner").mkdir()
+    (tmp_path / "c.jpg").write_bytes(b"secret")
+    (inner / "link.jpg").symlink_to(tmp_path / "c.jpg")
+    text = json.dumps(GOOD | {"image": name.format(tmp_path)})
+    for images in ("", str(inner)):
+        with pytest.raises(UserError, match="climbs out of .*--allow_outside_images=true"):
+            read_user_questions(inner, text, images=images)
+        (row,) = read_user_questions(inner, text, images=images, allow_outside_images=True)
+        assert image_refs.load_image_bytes(row["image"][0])[0] == b"secret"
 
 
 def test_the_prompt_follows_the_question_once(tmp_path):
@@ -365,6 +393,19 @@ def test_annotations_of_other_questions_are_refused(tmp_path):
             benchmarks.load_questions("vqav2", tmp_path / "q.json", tmp_path / f"{number}.json")
     with pytest.raises(UserError, match="notes.csv is not in the format that"):
         benchmarks.load_questions("vqav2", tmp_path / "q.json", tmp_path / "notes.csv")
+
+
+@pytest.mark.parametrize("name", ["pipe", "pipe.parquet", "zero"])
+def test_only_regular_files_of_questions_are_opened(name, tmp_path):
+    """A pipe would wait, and a device never ends."""
+    if name == "zero":
+        (tmp_path / name).symlink_to("/dev/zero")
+    else:
+        os.mkfifo(tmp_path / name)
+    with pytest.raises(OSError, match=f"not a regular file: .*{name}"):
+        benchmarks.load_questions("exact", str(tmp_path / name))
+    with pytest.raises(UserError, match="has no"):
+        benchmarks.load_questions("exact", tmp_path)
 
 
 def test_what_does_not_go_together_is_named(tmp_path):

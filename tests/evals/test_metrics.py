@@ -978,6 +978,12 @@ TREEBANK = {  # by PTBTokenizer 3.4.1 -lowerCase, less what pycocoevalcap drops
     "get 'em at AT&T, 6 ft. of Mt. Fuji on Sunset Blvd. ca. 1900, salt&pepper": (
         "get 'em at at&t 6 ft. of mt. fuji on sunset blvd. ca. 1900 salt & pepper"
     ),
+    "No!No!The man, -5-6., at plan b. in Wash., a cat., Pa. and Ore., to wash. ore.": (
+        "no!no!the man -5 -6 at plan b. in wash. a cat. pa. and ore. to wash ore"
+    ),
+    "x!y or J. Smith, vitamin c. The U.S. The Ph.D. of Rt. 5, art. 7, art. and a mass.": (
+        "x!y or j. smith vitamin c the u.s. the ph.d. of rt. 5 art. 7 art and a mass"
+    ),
     "rock'n'roll 'til Tues. in Calif., ol' man o'neil": (
         "rock 'n' roll 'til tues. in calif. ol' man o'neil"
     ),

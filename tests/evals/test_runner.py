@@ -708,6 +708,7 @@ def test_prompts_longer_than_those_of_training_give_a_warning(
         (json.dumps(RESULT | {"answer": 3}) + "\n", "line 1: not a line of answers"),
         (json.dumps(RESULT | {"cut": 0}) + "\n", "line 1: not a line of answers"),
         (json.dumps(RESULT | {"answers": [3]}) + "\n", "line 1: not a line of answers"),
+        (json.dumps(RESULT | {"mean_logprob": "x"}) + "\n", "line 1: not a line of answers"),
         ("", "has no answers"),
     ],
 )
@@ -715,6 +716,61 @@ def test_a_file_that_is_not_an_answers_jsonl_is_named(tmp_path, text, message):
     (tmp_path / "answers.jsonl").write_text(text)
     with pytest.raises(UserError, match=message):
         runner.rescore(tmp_path / "answers.jsonl", [], "exact")
+
+
+@pytest.mark.parametrize("cut", [lambda checkpoint: checkpoint, with_tiles])
+def test_the_mean_logprob_is_over_the_tokens_of_an_answer_with_its_end(checkpoint, questions, cut):
+    """In a batch as one by one; without it, the answers are the same."""
+    checkpoint = cut(checkpoint)
+    outputs = answers(checkpoint, questions, batch_size=4, max_tokens=12, logprobs=True)
+    assert len({output.tokens for output in outputs}) > 3
+    plain = answers(checkpoint, questions, batch_size=4, max_tokens=12)
+    assert [output._replace(mean_logprob=None) for output in outputs] == plain
+    for question, output in zip(questions, outputs, strict=True):
+        steps = []
+        answer_alone(checkpoint, question, max_tokens=12, logprobs=steps)
+        logprobs = [logprob for ((_, logprob),) in steps]
+        assert len(logprobs) == output.tokens
+        assert output.mean_logprob == pytest.approx(np.mean(logprobs), abs=1e-4)
+
+
+def test_calibration_is_the_score_of_the_most_and_the_least_certain_third():
+    lines = [(-0.1, 1), (-0.9, None), (-0.3, 0), (-0.2, 0.5), (-0.5, 0), (-0.7, 0.25)]
+    rows = [scored(score) | {"mean_logprob": mean} for mean, score in lines]
+    assert report.calibration(rows) == {
+        "score of the most certain third": 0.75,  # -0.1 and -0.2
+        "score of the least certain third": 0.125,  # -0.9, which is unparsed, and -0.7
+    }
+    assert report.calibration(rows[:5]) == {  # a third of five is one answer
+        "score of the most certain third": 1.0,
+        "score of the least certain third": 0.0,
+    }
+    assert report.calibration(rows[:2]) == report.calibration([scored(1)] * 6) == {}
+
+
+def test_the_mean_logprob_is_kept_in_each_line_if_asked_for(
+    checkpoint, questions, tmp_path, capsys
+):
+    kept, plain = tmp_path / "kept.jsonl", tmp_path / "plain.jsonl"
+    rows = run_and_summarize(checkpoint, questions, kept, logprobs=True)
+    table = capsys.readouterr().out
+    means = [row.pop("mean_logprob") for row in rows]
+    assert rows == run_and_summarize(checkpoint, questions, plain) and len(set(means)) > 10
+    for name, score in report.calibration(list(runner.read_results(kept))).items():
+        assert f"{name}: {score:.5g}\n" in table and name not in capsys.readouterr().out
+    again = runner.rescore(kept, questions, "contains")
+    assert [row.pop("mean_logprob") for row in again] == means and again == rows
+    with pytest.raises(UserError, match="logprobs was True, now None; choose"):
+        run_and_summarize(checkpoint, questions, kept)
+    with pytest.raises(UserError, match="logprobs was None, now True; choose"):
+        run_and_summarize(checkpoint, questions, plain, logprobs=True)
+    whole = kept.read_text()
+    kept.write_text("".join(whole.splitlines(keepends=True)[:8]))
+    run_and_summarize(checkpoint, questions, kept, logprobs=True)
+    for one, other in zip(
+        runner.read_results(kept), map(json.loads, whole.splitlines()), strict=True
+    ):
+        assert one == other | {"mean_logprob": pytest.approx(other["mean_logprob"], abs=1e-4)}
 
 
 def test_answers_are_scored_again_by_the_references_of_the_questions(

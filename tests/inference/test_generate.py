@@ -27,6 +27,7 @@ SHAPES = {
     "windows": {"sliding_window": [None, 5, 3]},
     "every head its keys": {"kv_heads": 6},
     "tied": {"tied": True},
+    "biases, norms, no RoPE": {"qkv_bias": True, "qk_norm": True, "rope_layers": [1, 0, 1]},
 }
 
 
@@ -74,6 +75,27 @@ def test_every_form_gives_the_tokens_of_full_forward_passes(form, shape, monkeyp
     how = {"cuda_graph": ("cpu",)} if "captured" in form else {}
     assert answers(vlm, PROMPTS, 12, **how) == expected
     assert [answers(vlm, [prompt], 12, **how)[0] for prompt in PROMPTS] == expected
+
+
+@pytest.mark.parametrize("how", [{}, {"temperature": 1.7, "top_k": 9, "top_p": 0.9, "seed": 2}])
+def test_logprobs_are_those_of_a_full_forward_pass_in_float64(vlm, monkeypatch, how):
+    """They are of the softmax before temperature, top_k and top_p, and change no token."""
+    monkeypatch.setattr(generate_file, "CAPTURE_AFTER", 4)
+    logprobs, precise = [], make_vlm().double()
+    found = answers(vlm, PROMPTS, 9, logprobs=logprobs, cuda_graph=("cpu",), **how)
+    assert found == answers(vlm, PROMPTS, 9, **how)
+    for number, (prompt, ids) in enumerate(zip(PROMPTS, found, strict=True)):
+        ids_BT = torch.tensor([prompt + ids[:-1]])
+        with torch.no_grad():
+            hidden_BTD = precise.decoder(
+                precise.decoder.embed_tokens(ids_BT), torch.arange(ids_BT.shape[1])[None]
+            )
+            logprobs_TV = precise.decoder.lm_head(hidden_BTD[0, len(prompt) - 1 :]).log_softmax(-1)
+        expected = [(i, float(x_V[i])) for i, x_V in zip(ids, logprobs_TV, strict=True)]
+        assert [step[number][0] for step in logprobs] == ids
+        assert [step[number][1] for step in logprobs] == pytest.approx(
+            [x for _, x in expected], abs=1e-4
+        )
 
 
 def test_an_optimized_model_gives_the_same_image_features(vlm, monkeypatch):

@@ -11,7 +11,7 @@ import transformers as hf
 
 from nanovlm.checkpoints import huggingface
 from nanovlm.data import tokenizer
-from nanovlm.models.decoder import Decoder
+from nanovlm.models.decoder import Decoder, KVCache
 from nanovlm.models.vision_encoder import VisionEncoder
 
 VISION = dict(
@@ -142,7 +142,9 @@ def test_patches_that_do_not_fill_the_tile(tmp_path):
 
 
 DEFAULT = {"rope_type": "default"}
-# Each differs in its own way: head_dim, a window shorter than the text, tied weights, RoPE scaling.
+QWEN_ROPE = DEFAULT | {"rope_theta": 1e6}
+# Each differs in its own way: head_dim, a window shorter than the text, tied weights, RoPE scaling,
+# biases, norms of queries and keys, layers without RoPE.
 DECODERS = {
     "mistral 0.1": (
         hf.MistralForCausalLM,
@@ -188,6 +190,55 @@ DECODERS = {
             }
         ),
     ),
+    "qwen2.5": (
+        hf.Qwen2ForCausalLM,
+        hf.Qwen2Config,
+        # tied, as the small ones are; the window does not count
+        dict(tie_word_embeddings=True, sliding_window=7, rope_parameters=QWEN_ROPE),
+    ),
+    "qwen2 with windows from a layer on": (
+        hf.Qwen2ForCausalLM,
+        hf.Qwen2Config,
+        dict(use_sliding_window=True, sliding_window=7, max_window_layers=1),
+    ),
+    "qwen2.5 for long texts": (
+        hf.Qwen2ForCausalLM,
+        hf.Qwen2Config,
+        dict(rope_parameters=QWEN_ROPE | {"rope_type": "yarn", "factor": 4.0}),
+    ),
+    "qwen3": (
+        hf.Qwen3ForCausalLM,
+        hf.Qwen3Config,
+        dict(head_dim=10, num_key_value_heads=3, rope_parameters=QWEN_ROPE),
+    ),
+    "qwen3 with windows": (
+        hf.Qwen3ForCausalLM,
+        hf.Qwen3Config,
+        dict(
+            head_dim=14,
+            use_sliding_window=True,
+            sliding_window=5,
+            layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        ),
+    ),
+    "smollm3": (
+        hf.SmolLM3ForCausalLM,
+        hf.SmolLM3Config,
+        dict(no_rope_layer_interval=2, pad_token_id=0, bos_token_id=1, eos_token_id=2),
+    ),
+    "smollm3 with windows where it has no RoPE": (
+        hf.SmolLM3ForCausalLM,
+        hf.SmolLM3Config,
+        dict(
+            no_rope_layers=[0, 1, 0],
+            use_sliding_window=True,
+            sliding_window=6,
+            tie_word_embeddings=False,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+        ),
+    ),
     "linear": (
         hf.LlamaForCausalLM,
         hf.LlamaConfig,
@@ -229,15 +280,21 @@ DECODERS = {
 @torch.no_grad()
 @pytest.mark.parametrize("kind", DECODERS)
 def test_a_decoder_gives_the_logits_of_transformers(kind, tmp_path):
+    """All tokens at once, and in steps with a KV cache."""
     model, config, own = DECODERS[kind]
     theirs = shake(model(config(**DECODER | own)), 4)
     ours = huggingface.read_decoder(publish(theirs, tmp_path)).model.decoder
-    assert (ours.lm_head.weight is ours.embed_tokens.weight) == (kind == "smollm2")
+    assert (ours.lm_head.weight is ours.embed_tokens.weight) == theirs.config.tie_word_embeddings
     ids_BT = torch.randint(301, (2, 45), generator=torch.Generator().manual_seed(5))
-    close(
-        ours.lm_head(ours(ours.embed_tokens(ids_BT), torch.arange(45).expand(2, -1))),
-        theirs(ids_BT).logits,
-    )
+    x_BTD, positions_BT = ours.embed_tokens(ids_BT), torch.arange(45).expand(2, -1)
+    wanted_BTV = theirs(ids_BT).logits
+    close(ours.lm_head(ours(x_BTD, positions_BT)), wanted_BTV)
+    cache, steps = KVCache(ours, 2, 50), (x_BTD.split([31, 12, 1, 1], dim=1))
+    hidden = [
+        ours(x_BtD, positions_BT[:, cache.length :][:, : x_BtD.shape[1]], cache=cache)
+        for x_BtD in steps
+    ]
+    close(ours.lm_head(torch.cat(hidden, dim=1)), wanted_BTV)
 
 
 @pytest.mark.parametrize(
@@ -248,13 +305,21 @@ def test_a_decoder_gives_the_logits_of_transformers(kind, tmp_path):
         ("dinov2", hf.Dinov2Config),
         ("llama", hf.LlamaConfig),
         ("mistral", hf.MistralConfig),
+        ("qwen2", hf.Qwen2Config),
+        ("qwen3", hf.Qwen3Config),
+        ("smollm3", hf.SmolLM3Config),
     ],
 )
 def test_what_a_config_leaves_out_is_what_transformers_assumes(kind, config):
     """The config.json of google/siglip-base-patch16-224 has only the type of its vision encoder."""
     assumed = config()
     for field, value in huggingface.DEFAULTS[kind].items():
-        theirs = getattr(assumed, field)
+        if field in ("sliding_window", "no_rope_layers"):  # transformers fills them in
+            theirs = config.__dataclass_fields__[field].default
+        elif field == "rope_theta":
+            theirs = assumed.rope_parameters[field]
+        else:
+            theirs = getattr(assumed, field, None)
         derived = {
             "num_key_value_heads": assumed.to_dict().get("num_attention_heads"),
             "head_dim": 128,
@@ -300,6 +365,53 @@ FULL_SIZE = {
         16_060_522_496,
     ),
     "lmsys/vicuna-7b-v1.5": (dict(BIG_DECODER, model_type="llama"), 13_476_831_232),
+    "Qwen/Qwen2.5-0.5B-Instruct": (
+        dict(
+            model_type="qwen2",
+            hidden_size=896,
+            intermediate_size=4864,
+            num_hidden_layers=24,
+            num_attention_heads=14,
+            num_key_value_heads=2,
+            tie_word_embeddings=True,
+            sliding_window=32768,
+            max_window_layers=21,
+            use_sliding_window=False,
+            rope_theta=1e6,
+        ),
+        988_065_536,
+    ),
+    "Qwen/Qwen2.5-7B-Instruct": (
+        dict(
+            model_type="qwen2",
+            vocab_size=152064,
+            hidden_size=3584,
+            intermediate_size=18944,
+            num_hidden_layers=28,
+            num_attention_heads=28,
+            num_key_value_heads=4,
+            rope_theta=1e6,
+        ),
+        15_231_233_024,
+    ),
+    "Qwen/Qwen3-8B": (
+        dict(
+            model_type="qwen3",
+            intermediate_size=12288,
+            num_hidden_layers=36,
+            num_key_value_heads=8,
+            head_dim=128,
+            max_position_embeddings=40960,
+            max_window_layers=36,
+            rope_theta=1e6,
+            sliding_window=None,
+        ),
+        16_381_470_720,
+    ),
+    "HuggingFaceTB/SmolLM3-3B": (
+        dict(model_type="smollm3", max_window_layers=28, rope_theta=5e6),
+        6_150_197_248,
+    ),
 }
 
 
@@ -309,7 +421,7 @@ def test_the_shapes_of_a_full_size_decoder(name):
     in memory."""
     config, size = FULL_SIZE[name]
     shapes = huggingface.decoder_shapes(
-        huggingface.model_config(config, "text_config", huggingface.DECODER_TYPES, name), name
+        huggingface.model_config(config, "text_config", huggingface.DECODER_FAMILIES, name), name
     )
     with torch.device("meta"):
         ours = Decoder(**shapes)
@@ -319,6 +431,8 @@ def test_the_shapes_of_a_full_size_decoder(name):
         for n, tensor in ours.state_dict().items()
     }
     assert plan == {n: tensor.shape for n, tensor in theirs.state_dict().items()}
+    if shapes["tied"]:
+        del plan["lm_head.weight"]
     assert sum(2 * shape.numel() for shape in plan.values()) == size
 
 

@@ -42,12 +42,25 @@ def same_gradients(a, b):
         torch.testing.assert_close(grad, grads_b[name], rtol=1e-3, atol=1e-4, msg=name)
 
 
-def test_packed_sequences_give_the_loss_and_gradients_of_the_samples_alone(vlm):
+@pytest.mark.parametrize(
+    "decoder", [{}, {"qkv_bias": True, "qk_norm": True, "rope_layers": [1, 0, 1]}]
+)
+def test_packed_sequences_give_the_loss_and_gradients_of_the_samples_alone(decoder):
+    """Also where a layer has no RoPE: then only the mask tells samples apart."""
+    vlm = make_vlm(decoder=decoder)
     a, b, c, d = make_samples()
     same_gradients(
         gradients(vlm, [make_batch([[a, b], [c, d]])]),
         gradients(vlm, [make_batch([[s]]) for s in (a, b, c, d)]),
     )
+
+
+def test_a_new_decoder_has_biases_of_zero_and_norms_of_one():
+    decoder = Decoder(**DECODER, qkv_bias=True, qk_norm=True)
+    vectors = {name: p for name, p in decoder.named_parameters() if p.dim() == 1}
+    assert len(vectors) == 3 * (3 + 2 + 2) + 1
+    for name, p in vectors.items():
+        assert (p == ("norm" in name)).all(), name
 
 
 def test_accumulated_micro_batches_give_the_gradients_of_one_batch(vlm):
@@ -270,12 +283,16 @@ CHANGED = {
         eps=0.1,
         sliding_window=[3, None, 4],
         tied=True,
+        qkv_bias=True,
+        qk_norm=True,
+        rope_layers=[1, 0, 1],
     ),
-    Projector: dict(vision_width=24, width=28, shuffle=1, newline=True),
+    Projector: dict(vision_width=24, width=28, shuffle=1, newline=True, mlp=False),
     VLM: dict(
         vision=VISION | {"intermediate_size": 30},
         decoder=DECODER | {"intermediate_size": 40},
         shuffle=1,
+        projector_mlp=False,
         mean=(0.1, 0.2, 0.3),
         std=(0.3, 0.2, 0.1),
         newline=True,

@@ -13,12 +13,13 @@ from pathlib import Path
 import numpy as np
 import pyarrow
 import pytest
-from conftest import ROOT
+import torch
+from conftest import ROOT, make_batch, make_vlm
 from PIL import Image
 from pyarrow import parquet
 
 from nanovlm import UserError
-from nanovlm.data import dataset, image_processing, image_refs, tokenizer
+from nanovlm.data import chat_template, dataset, image_processing, image_refs, packing, tokenizer
 from nanovlm.preprocess import build, readers
 
 IMAGE_CONFIG = {
@@ -90,6 +91,7 @@ def test_any_number_of_workers_writes_the_same_bytes(source_folder, tmp_path):
     assert sorted(os.listdir(tmp_path / "1")) == [
         *(f"{n:05d}" for n in range(6)),
         "header.json",
+        "plan.json",
         "skipped.jsonl",
         "tokenizer.json",
     ]
@@ -111,6 +113,106 @@ def test_a_dataset_has_the_texts_and_images_of_its_source(source_folder, tmp_pat
                 image.tiles,
                 image_processing.load_image(source_folder / f"{i % 4}.png", IMAGE_CONFIG).tiles,
             )
+
+
+@pytest.mark.parametrize("count, step", [(512, 1), (12, 2), (5, 5)])
+def test_pixels_are_measured_over_images_in_equal_distances(source_folder, count, step):
+    """The records are 23; two of three have an image."""
+    config = {key: IMAGE_CONFIG[key] for key in ("tile", "patch", "shuffle", "resample")}
+    config |= {"fit": "squash", "mean": [0.5] * 3, "std": [0.5] * 3}
+    shown = [f"{i % 4}.png" for i in range(0, 23, step) if i % 3]
+    opened = [image_processing.load_image(source_folder / name, config) for name in shown]
+    pixels_CN = np.concatenate([image.tiles for image in opened]).swapaxes(0, 1).reshape(3, -1)
+    found = build.measure_pixels([str(source_folder / "good.json")], "", config, count)
+    for numbers, expected in zip(found, (pixels_CN.mean(1), pixels_CN.std(1)), strict=True):
+        assert numbers == pytest.approx((expected / 255).tolist(), abs=1e-4)
+
+
+def test_images_of_one_color_have_a_deviation_to_divide_by(tmp_path):
+    Image.new("RGB", (5, 7), (0, 51, 255)).save(tmp_path / "0.png")
+    (tmp_path / "one.json").write_text(json.dumps([record(0, "0.png")]))
+    config = {**IMAGE_CONFIG, "tiles": 1}
+    mean, std = build.measure_pixels([str(tmp_path / "one.json")], "", config)
+    assert (mean, std) == ([0.0, 0.2, 1.0], [0.05] * 3)
+    image_processing.check_image_config(config | {"mean": mean, "std": std})
+
+
+# ---- each question a sample of its own ----
+
+CHAT = {
+    "id": "chat",
+    "image": ["0.png", "3.png"],
+    "messages": [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "<image>\nWhat?"},
+        {"role": "assistant", "content": "An egg."},
+        {"role": "user", "content": "Where?"},
+        {"role": "assistant", "content": "Left."},
+        {"role": "user", "content": "And <image>?"},
+        {"role": "assistant", "content": "No egg."},
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def split_set(source_folder, tmp_path_factory):
+    """CHAT, a conversation of two turns without images, and CHAT under another id."""
+    folder = tmp_path_factory.mktemp("split")
+    words = {"id": "words", "messages": [x for x in CHAT["messages"][1:5] if x["content"]]}
+    words["messages"][0] = {"role": "user", "content": "What?"}
+    (folder / "chats.json").write_text(json.dumps([CHAT, words, CHAT | {"id": "again"}]))
+    options = OPTIONS._replace(split_turns=True, images=str(source_folder), seq_len=200)
+    make(folder / "set", folder / "chats.json", options)
+    return dataset.PreparedDataset(folder / "set")
+
+
+def test_a_conversation_of_n_turns_about_images_becomes_n_samples_as_asked_alone(
+    split_set, source_folder
+):
+    system, what, egg, where, left, _, no = ((x["role"], x["content"]) for x in CHAT["messages"])
+    alone = [
+        ([system, what, egg], ["0.png"]),
+        ([system, ("user", chat_template.place_images(where[1], 1)), left], ["0.png"]),
+        ([system, ("user", "<image>\nAnd <image>?"), no], ["0.png", "3.png"]),
+    ]
+    whole = [([("user", "What?"), egg, where, left], [])]
+    assert split_set.names == ["chat"] * 3 + ["words"] + ["again"] * 3
+    for i, (turns, files) in enumerate([*alone, *whole, *alone]):
+        ids, loss_mask, images = split_set.stored_sample(i)
+        expected = chat_template.render_conversation(turns, TOKENIZER, "mistral")
+        assert (ids.tolist(), loss_mask.astype(bool).tolist()) == expected
+        for image, file in zip(images, files, strict=True):
+            opened = image_processing.load_image(source_folder / file, IMAGE_CONFIG)
+            assert np.array_equal(image.tiles, opened.tiles)
+
+
+def test_the_samples_of_one_conversation_store_their_tiles_once(split_set):
+    (shard,) = split_set.shards
+    tiles = [len(image.tiles) for image in split_set.stored_sample(2)[2]]
+    assert len(shard["tiles"]) == 2 * sum(tiles)
+    assert split_set.shares_image.tolist() == [False, True, True, False, False, True, True]
+
+
+def test_samples_of_one_image_have_together_the_loss_and_gradients_that_each_has_alone(split_set):
+    """The vision encoder sees each distinct tile once."""
+    vlm = make_vlm(decoder={"vocab_size": TOKENIZER.vocab_size}).double()
+    seen, distinct = [], len(split_set.shards[0]["tiles"])
+    vlm.vision.register_forward_hook(lambda _, inputs, __: seen.append(len(inputs[0])))
+    batch, _ = packing.collate(split_set, [[0, 1, 3, 2], [5, 4, 6]])
+    together = vlm(**batch)
+    together.backward()
+    assert seen == [distinct] and len(batch["ids_BT"][batch["ids_BT"] == -1]) > distinct * 4
+    gradient = vlm.vision.patches.weight.grad.clone()
+    vlm.zero_grad()
+    losses = []
+    for ids, targets, images in (split_set.read(i) for i in range(len(split_set.names))):
+        tiles = [torch.empty(0, 3, 12, 12, dtype=torch.uint8)]
+        tiles += [torch.from_numpy(image.tiles.copy()) for image in images]
+        sample = torch.from_numpy(ids), torch.from_numpy(targets), torch.cat(tiles)
+        losses.append(vlm(**make_batch([[sample]])))
+    sum(losses).backward()
+    assert together.item() == pytest.approx(sum(losses).item(), rel=1e-6)
+    torch.testing.assert_close(vlm.vision.patches.weight.grad, gradient, rtol=1e-5, atol=1e-8)
 
 
 @pytest.mark.parametrize("after", [1, 3])
@@ -234,6 +336,7 @@ def test_a_build_killed_at_its_very_end_continues(source_folder, tmp_path, monke
             dict(options=OPTIONS._replace(chat_template="mistral-v1")),
             "its fingerprint chat_template is mistral, now mistral-v1",
         ),
+        (dict(options=OPTIONS._replace(split_turns=True)), "its split_turns is False, now True"),
         (dict(), "its sources 0 is .*good.json"),
     ],
 )
@@ -322,6 +425,28 @@ def test_progress_names_the_speed_and_the_place_in_the_sources(monkeypatch, caps
     monkeypatch.setattr(build, "completed_shards", completed)
     build.build_missing_shards([], Path("set.tmp"), OPTIONS, 1)
     assert capsys.readouterr().err == "40 samples, 5/s, 2.0 GB of tiles, at b, 7\n"
+
+
+def test_a_build_killed_after_its_end_is_done_for_the_same_command(
+    source_folder, tmp_path, monkeypatch, capsys
+):
+    source, reasons = dirty(source_folder, tmp_path)
+    with monkeypatch.context() as killed:
+        killed.setattr(
+            build.files, "fsync_path", lambda path: sys.exit() if path == tmp_path else 0
+        )
+        with pytest.raises(SystemExit):  # after the last rename
+            make(tmp_path / "set", source, max_skipped=0.6)
+    before = content(tmp_path / "set")
+    monkeypatch.setattr(build, "build_shard", lambda *_: pytest.fail("a shard was made again"))
+    capsys.readouterr()
+    assert len(make(f"{tmp_path}/set/", source, max_skipped=0.6)) == len(reasons)
+    assert f"{tmp_path}/set is done: the same command made it\n" in capsys.readouterr().err
+    assert content(tmp_path / "set") == before and not (tmp_path / "set.tmp").exists()
+    with pytest.raises(
+        UserError, match="set was begun with other settings: its seq_len is 60, now"
+    ):
+        make(tmp_path / "set", source, OPTIONS._replace(seq_len=61))
 
 
 def test_two_processes_do_not_write_the_same_dataset(source_folder, tmp_path, monkeypatch):
@@ -446,7 +571,7 @@ def test_too_many_skipped_records_are_an_error_until_the_limit_is_raised(
 
 def test_a_source_without_a_usable_record_makes_no_dataset_at_any_limit(source_folder, tmp_path):
     (tmp_path / "bad.json").write_text(json.dumps([record(1, "nowhere.png")]))
-    with pytest.raises(UserError, match="1 of 1 samples cannot be used"):
+    with pytest.raises(UserError, match=r"1 of 1 samples cannot be used, so none is left \(\{"):
         make(tmp_path / "set", tmp_path / "bad.json", max_skipped=1.0)
 
 
@@ -475,8 +600,27 @@ def test_a_build_ends_with_how_many_samples_have_how_many_images_and_the_fields_
     assert content(tmp_path / "1") == content(tmp_path / "2")
 
 
+def test_a_build_ends_with_how_many_images_were_moved_as_llava_does(
+    source_folder, tmp_path, capsys
+):
+    """Its training moves <image> to the front (llava/train/train.py, preprocess_multimodal)."""
+    records = [record(n, f"{n % 4}.png") for n in range(7)]
+    (tmp_path / "front.json").write_text(json.dumps(records))
+    for n in range(2, 5):
+        records[n]["conversations"][0]["value"] = f"{n}?\n<image>"
+    (tmp_path / "last.json").write_text(json.dumps(records))
+    for name in ("front", "last"):
+        options = OPTIONS._replace(images=str(source_folder))
+        make(tmp_path / name, tmp_path / f"{name}.json", options)
+    line = "samples with <image> moved to the front of its turn, as LLaVA does: 3\n"
+    assert capsys.readouterr().err.count(line) == 1
+    for name in ("ids", "loss_mask", "tiles"):
+        parts = [tmp_path / folder / "00001" / name for folder in ("front", "last")]
+        assert parts[0].read_bytes() == parts[1].read_bytes()
+
+
 def test_images_that_no_record_uses_are_refused(source_folder, tmp_path):
-    """Text of which every field is used, the demonstration's for instance, lacks no image."""
+    """With text alone the message says so."""
     options = OPTIONS._replace(images=str(source_folder))
     (tmp_path / "a.json").write_text(json.dumps([record(1, None, file=17)]))
     with pytest.raises(
@@ -491,7 +635,12 @@ def test_images_that_no_record_uses_are_refused(source_folder, tmp_path):
     with pytest.raises(UserError, match="no sample names an image in --images="):
         make(tmp_path / "other", tmp_path / "a.parquet", options)
     (tmp_path / "b.json").write_text(json.dumps([record(1, None)]))
-    assert make(tmp_path / "text", tmp_path / "b.json", options) == []
+    with pytest.raises(UserError, match="the source has only text; leave it out, then remove"):
+        make(tmp_path / "text", tmp_path / "b.json", options)
+    assert make(tmp_path / "words", tmp_path / "b.json") == []
+    # an image that is named, but does not fit, is no text
+    (tmp_path / "c.json").write_text(json.dumps([record(1, "1.png", "x" * 99), record(2, None)]))
+    assert len(make(tmp_path / "long", tmp_path / "c.json", options, max_skipped=0.5)) == 1
 
 
 # ---- tiles ----

@@ -1,7 +1,9 @@
 """Every kind of source gives the same samples, and a record that cannot be used never stops the
 others."""
 
+import base64
 import collections
+import copy
 import gc
 import io
 import json
@@ -12,8 +14,12 @@ import random
 import re
 import sys
 import tarfile
+import unicodedata
+import urllib.request
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
+from urllib.parse import quote
 
 import pyarrow
 import pytest
@@ -150,14 +156,14 @@ def as_parquet(folder):
     return str(folder / "parquet.data")
 
 
-def shown(raws, images=""):
+def shown(raws, images="", **options):
     """[(id, turns, bytes of the images)], or the reason if a record cannot be used. Every RawRecord
     and Sample is pickled once, as on its way to a worker."""
     found = []
     for raw in raws:
         raw = pickle.loads(pickle.dumps(raw))
         try:
-            sample = pickle.loads(pickle.dumps(readers.make_sample(raw, images)))
+            sample = pickle.loads(pickle.dumps(readers.make_sample(raw, images, **options)))
             found.append(
                 (
                     sample.name,
@@ -171,8 +177,20 @@ def shown(raws, images=""):
     return found
 
 
-def reasons(raws, images=""):
-    return [found for found in shown(raws, images) if isinstance(found, str)]
+def reasons(raws, images="", **options):
+    return [found for found in shown(raws, images, **options) if isinstance(found, str)]
+
+
+def errors(source, images=""):
+    """The messages of all records of a source that cannot be used."""
+    found = []
+    for raw in readers.read_records([source], images):
+        try:
+            for ref in readers.make_sample(raw, images).images:
+                readers.load_image_bytes(ref)
+        except UserError as error:
+            found.append(str(error))
+    return found
 
 
 # ---- one collection in every format ----
@@ -271,6 +289,41 @@ def test_an_absolute_path_must_lead_into_the_folder_of_the_images(folder):
     ]
 
 
+@pytest.mark.parametrize("name", ["../0.jpg", "{}/0.jpg", "link.jpg", "linked/0.jpg"])
+@pytest.mark.parametrize("kind", ["folder", "beside", "zip"])
+def test_an_image_outside_is_read_only_if_it_is_allowed(folder, name, kind):
+    """By `..`, by an absolute path, or by a link in the folder of the images."""
+    (inner := folder / "inner").mkdir()
+    (inner / "link.jpg").symlink_to(folder / "0.jpg")
+    (inner / "linked").symlink_to(folder)
+    (inner / "1.jpg").write_bytes(IMAGES["1.jpg"])
+    rows = [{"image": path, "caption": "x"} for path in (name.format(folder), "1.jpg")]
+    source, images = put(inner / "a.json", rows), {"folder": str(inner), "beside": ""}.get(kind)
+    if kind == "zip":
+        images = zip_of(folder / "inner" / "a.zip", {"1.jpg": IMAGES["1.jpg"]})
+        name = name.replace("../", "../../")  # of the zip
+        source = put(inner / "a.json", [rows[0] | {"image": name.format(folder)}, rows[1]])
+    raws = list(readers.read_records([source], images))
+    is_member = kind == "zip" and "link" in name  # which this zip does not have
+    reason = "image missing" if is_member else "path climbs out"
+    assert reasons(raws, images) == [reason]
+    assert is_member or "give --allow_outside_images=true" in errors(source, images)[0]
+    if not is_member:
+        allowed = shown(raws, images, allow_outside=True)
+        assert [sample[2] for sample in allowed] == [[IMAGES["0.jpg"]], [IMAGES["1.jpg"]]]
+
+
+def test_links_are_followed_as_long_as_they_stay_inside(folder):
+    """--images itself may be a link, and an absolute path may name its target."""
+    (folder / "deep").mkdir()
+    (folder / "deep" / "in.jpg").symlink_to("../0.jpg")
+    (folder / "moved").symlink_to(folder)
+    for name in ("deep/in.jpg", "moved/deep/in.jpg", f"{folder}/moved/0.jpg", f"{folder}/0.jpg"):
+        source = put(folder / "a.json", [{"image": name, "caption": "x"}])
+        for images in ("", str(folder), str(folder / "moved")):
+            assert shown(readers.read_records([source], images), images)[0][2] == [IMAGES["0.jpg"]]
+
+
 def test_an_id_is_a_text_or_a_number_and_without_one_it_is_the_place(folder):
     records = [COLLECTION[2] | {"id": name} for name in ("a b", 7, 1.5, None)] + [
         {"question": "Why?", "answer": "So.", "question_id": 262148000}
@@ -297,6 +350,9 @@ def test_an_id_is_a_text_or_a_number_and_without_one_it_is_the_place(folder):
 
 
 # ---- kinds of records ----
+
+
+ANSWER = {"role": "assistant", "content": "An egg."}
 
 
 def turns_of(record, images=0, name="x"):
@@ -333,6 +389,74 @@ def test_openai_parts_become_text_with_the_images_in_place():
                     ]
                 }
             )
+
+
+def preprocess_multimodal(sources, data_args):
+    """LLaVA's llava/train/train.py, literally."""
+    is_multimodal = data_args.is_multimodal
+    if not is_multimodal:
+        return sources
+
+    for source in sources:
+        for sentence in source:
+            if DEFAULT_IMAGE_TOKEN in sentence["value"]:
+                sentence["value"] = sentence["value"].replace(DEFAULT_IMAGE_TOKEN, "").strip()
+                sentence["value"] = DEFAULT_IMAGE_TOKEN + "\n" + sentence["value"]
+                sentence["value"] = sentence["value"].strip()
+                if "mmtag" in conversation_lib.default_conversation.version:
+                    sentence["value"] = sentence["value"].replace(
+                        DEFAULT_IMAGE_TOKEN, "<Image>" + DEFAULT_IMAGE_TOKEN + "</Image>"
+                    )
+            replace_token = DEFAULT_IMAGE_TOKEN
+            if data_args.mm_use_im_start_end:
+                replace_token = DEFAULT_IM_START_TOKEN + replace_token + DEFAULT_IM_END_TOKEN
+            sentence["value"] = sentence["value"].replace(DEFAULT_IMAGE_TOKEN, replace_token)
+
+    return sources
+
+
+# its surroundings: llava/constants.py, and the values of LLaVA-1.5
+DEFAULT_IMAGE_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IM_END_TOKEN = [
+    "<image>",
+    "<im_start>",
+    "<im_end>",
+]
+conversation_lib = SimpleNamespace(default_conversation=SimpleNamespace(version="v1"))
+DATA_ARGS = SimpleNamespace(is_multimodal=True, mm_use_im_start_end=False)
+
+
+@pytest.mark.parametrize(
+    "texts, is_moved",
+    [
+        (["What?\n<image>", "An egg."], True),
+        (["What <image> is it? ", "An egg."], True),
+        (["<image>\nWhat?", "An egg."], False),
+        (["\n <image>What? ", "An egg.", "And now? ", "Milk."], False),
+        (["Hello", "Hello", "What is it?<image>", "An egg."], True),
+        (["<image>\nWrite a tag.", "An egg."], False),
+    ],
+)
+def test_an_image_is_in_front_of_its_question_as_llava_trains_it(folder, texts, is_moved):
+    record = {"id": 1, "image": "0.jpg", "conversations": talk(*texts)}
+    (theirs,) = preprocess_multimodal([copy.deepcopy(record["conversations"])], DATA_ARGS)
+    (raw,) = readers.read_records([put(folder / "a.json", [record])])
+    sample = readers.make_sample(raw)
+    assert [text for _, text in sample.turns] == [turn["value"] for turn in theirs]
+    moved = ["<image> moved to the front of its turn, as LLaVA does"] * is_moved
+    assert sample.counted == moved
+
+
+def test_an_image_stays_where_other_formats_and_several_images_have_it(folder):
+    last = [{"type": "text", "text": "What?"}, {"type": "image"}]
+    for record in (
+        {"image": ["0.jpg", "1.jpg"], "conversations": talk("What <image>, <image>?", "Eggs.")},
+        {"image": "0.jpg", "messages": [{"role": "user", "content": "What? <image>"}, ANSWER]},
+        {"image": "0.jpg", "conversations": [{"role": "user", "content": last}, ANSWER]},
+        {"image": "0.jpg", "question": "What is in <image>?", "answer": "An egg."},
+    ):
+        (raw,) = readers.read_records([put(folder / "a.json", [record])])
+        sample = readers.make_sample(raw)
+        assert sample.counted == [] and sample.turns[0][1].startswith("What")
 
 
 def test_the_place_of_an_image_in_a_conversation_is_never_guessed():
@@ -448,6 +572,15 @@ PUBLISHED = {
     ),
     "Hateful Memes": ({"id": 1, "img": "0.jpg", "label": 0, "text": "x"}, "image in an unknown"),
     "COCO": ({"id": 1, "file_name": "0.jpg", "caption": "x"}, "image in an unknown field"),
+    "Ollama": (
+        {
+            "messages": [
+                {"role": "user", "content": "x?", "images": ["iVBORw0KGgo="]},
+                {"role": "assistant", "content": "y"},
+            ]
+        },
+        "image in an unknown field",
+    ),
     "LLaVA's questions": (
         {"question_id": 0, "image": "0.jpg", "text": "Is it?", "category": "x"},
         "question of an evaluation",
@@ -467,7 +600,8 @@ def test_each_field_of_a_published_format_is_used_counted_or_refused(folder, nam
     if isinstance(expected, str):
         assert reasons(raws)[0].startswith(expected)
     else:
-        assert sorted(readers.make_sample(raws[1]).unused) == expected
+        unused = [f"an unused `{field}`" for field in expected]
+        assert sorted(readers.make_sample(raws[1]).counted) == unused
 
 
 @pytest.mark.parametrize(
@@ -813,6 +947,133 @@ def test_the_members_of_a_tar_are_not_all_kept_in_memory(tmp_path):
     assert len(members) < 10 and len(read) == 199
 
 
+@pytest.mark.parametrize(
+    "names, message",
+    [
+        ("a.jpg b.jpg a.txt b.txt", "an image, but no json or txt beside it; the members of a"),
+        ("a.txt b.txt a.jpg b.jpg", "members of a record follow one another, as tar --sort=name"),
+        ("v1.0_a.jpg v1.0_b.txt", "one must have just this name, or none have a dot in it"),
+        ("a.avif a.txt", "an image 'a.avif' of a format that is not read here: convert it"),
+    ],
+)
+def test_what_is_wrong_with_a_tar_is_told_with_its_remedy(tmp_path, names, message):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        add_sample(tar, "0")
+        for name in names.split():
+            add(tar, name, b"An egg." if name.endswith("txt") else IMAGES["0.jpg"])
+    assert message in errors(str(tmp_path / "a.tar"))[0]
+
+
+def test_a_jfif_is_a_jpeg(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        add(tar, "a.jfif", IMAGES["2.jpg"])
+        add(tar, "a.txt", b"An egg.")
+    assert shown(readers.read_records([str(tmp_path / "a.tar")]))[0][2] == [IMAGES["2.jpg"]]
+
+
+# ---- data: URIs, and URLs ----
+
+
+def data_uri(content):
+    return f"data:image/jpeg;base64,{base64.b64encode(content).decode()}"
+
+
+def image_part(url):
+    return {"type": "image_url", "image_url": {"url": url, "detail": "low"}}
+
+
+def ask(*parts):
+    """A conversation in OpenAI's format."""
+    return {"messages": [{"role": "user", "content": [*parts]}, ANSWER]}
+
+
+WORDS = {"type": "text", "text": "What is it?"}
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        data_uri(IMAGES["3.jpg"]),
+        data_uri(IMAGES["3.jpg"]).replace("data:image/jpeg", "DATA:"),
+        "data:image/jpeg;charset=x;base64,"
+        + "\n".join(re.findall(".{1,76}", data_uri(IMAGES["3.jpg"]).partition(",")[2])),
+        "data:image/jpeg;base64," + quote(base64.b64encode(IMAGES["3.jpg"])),
+        "data:image/jpeg," + quote(IMAGES["3.jpg"]),
+    ],
+    ids=["base64", "upper case", "wrapped", "quoted", "percent"],
+)
+def test_a_data_uri_is_the_image_that_it_holds(folder, uri):
+    """urllib reads it so."""
+    assert urllib.request.urlopen(uri).read() == IMAGES["3.jpg"]
+    caption, question = {"id": "a", "caption": "An egg."}, {"id": "b", "image": "3.jpg"}
+    files = [caption | {"image": "3.jpg"}, question | ask({"type": "image"}, WORDS)]
+    want = shown(readers.read_records([put(folder / "files.json", files)]))
+    rows = [caption | {"image": uri}, {"id": "b"} | ask(image_part(uri), WORDS)]
+    with webdataset.TarWriter(str(folder / "a.tar")) as tar:
+        for row in rows:
+            tar.write({"__key__": row["id"], "json": row})
+    parquet.write_table(pyarrow.Table.from_pylist(rows[:1]), folder / "a.parquet")
+    put(folder / "a.json", rows)
+    put(folder / "a.jsonl", "\n".join(map(json.dumps, rows)))
+    for name in ("a.json", "a.jsonl", "a.tar", "a.parquet"):
+        found = shown(readers.read_records([str(folder / name)]))
+        assert found == want[: len(found)] and len(found) == (1 if name == "a.parquet" else 2)
+
+
+@pytest.mark.parametrize(
+    "record, reason, message",
+    [
+        (ask(image_part("https://x.org/a.jpg"), WORDS), "image on the network", "is a URL"),
+        (ask(image_part("http://x.org/a.jpg"), WORDS), "image on the network", "not downloaded"),
+        (ask(image_part("file:///a/0.jpg"), WORDS), "image on the network", "is a URL"),
+        (ask(image_part("data:image/png;base64,QUJD"), WORDS), None, None),
+        (ask(image_part("data:image/png;base64,QUJDQ"), WORDS), "image cannot be read", "base64"),
+        (ask(image_part("data:image/png;base64,QU-D"), WORDS), "image cannot be read", "image 1"),
+        (
+            ask(image_part("0.jpg"), image_part("data:,QUJD"), WORDS),
+            "images of two kinds",
+            "as bytes and as paths",
+        ),
+        (
+            ask(image_part("0.jpg"), WORDS) | {"image": "1.jpg"},
+            "images in two places",
+            "in its turns",
+        ),
+        (ask(WORDS) | {"image": "0.jpg", "images": ["1.jpg"]}, "images in two places", "`images`"),
+        (ask(image_part("0.jpg"), WORDS) | {"image": "0.jpg"}, None, None),
+        (ask({"type": "image", "image": "0.jpg"}, WORDS), None, None),
+        (
+            {"question": "What?", "answer": "x", "x": "data:image/png;base64,QUJD"},
+            "image in an",
+            "`image`",
+        ),
+    ],
+)
+def test_images_in_a_record_are_read_or_refused_and_never_downloaded(
+    folder, record, reason, message
+):
+    source = put(folder / "a.json", [COLLECTION[2], record])
+    if reason is None:
+        assert reasons(readers.read_records([source])) == []
+    else:
+        assert reasons(readers.read_records([source]))[0].startswith(reason)
+        (error,) = errors(source)
+        assert message in error and (len(error) < 300) and "QU-D" not in error
+
+
+def test_a_data_uri_has_the_size_limit_of_an_image_file(folder, monkeypatch):
+    monkeypatch.setattr(image_refs, "MAX_IMAGE_BYTES", 1000)
+    for size, expected in ((1000, []), (1001, ["image cannot be read"])):
+        row = {"image": data_uri(b"x" * size), "caption": "x"}
+        source = put(folder / "a.json", [row])
+        assert reasons(readers.read_records([source])) == expected
+    (error,) = errors(source)
+    assert (
+        error
+        == f"{source}, sample 1, image 1 cannot be read: 1,001 bytes are more than the 1,000 of an image"
+    )
+
+
 # ---- zips ----
 
 
@@ -863,6 +1124,34 @@ def test_a_path_that_leads_out_or_nowhere(tmp_path, path, reason):
     source = put(tmp_path / "a.json", records)
     for images in (pack, str(tmp_path / "images")):
         assert reasons(readers.read_records([source], images), images) == [reason]
+
+
+def test_a_name_that_differs_only_in_its_spelling_is_told(tmp_path):
+    """As macOS decomposes accents, and Windows separates folders."""
+    names = [
+        unicodedata.normalize("NFD", "Käse.jpg"),
+        unicodedata.normalize("NFC", "Öl.jpg"),
+        "s/a.jpg",
+    ]
+    given = [
+        unicodedata.normalize("NFC", names[0]),
+        unicodedata.normalize("NFD", names[1]),
+        "s\\a.jpg",
+    ]
+    pack = zip_of(tmp_path / "a.zip", {name: IMAGES["0.jpg"] for name in names})
+    with zipfile.ZipFile(pack) as members:
+        members.extractall(tmp_path / "images")
+    source = put(
+        tmp_path / "a.json", [{"image": name, "caption": "x"} for name in (*given, "b.jpg")]
+    )
+    for images in (pack, str(tmp_path / "images")):
+        *found, last = errors(source, images)
+        for name, error in zip(names, found, strict=True):
+            assert (
+                f"no such image: '{images}/" in error
+                and f", but {name!a} exists: name it so" in error
+            )
+        assert last.endswith(f"no such image: '{images}/b.jpg'")
 
 
 def test_a_member_that_cannot_be_unpacked_is_named(tmp_path):
@@ -948,6 +1237,8 @@ def test_without_pyarrow_parquet_is_refused_by_name(folder, monkeypatch):
         (b"[1, 2", "is not JSON"),
         (b"[" * 100_000, "nested too deep"),
         (b"{'id': 1}", "line 1 is not JSON"),
+        (json.dumps({"data": COLLECTION[:2]}, indent=2), "is one JSON object over several lines"),
+        (b'\xef\xbb\xbf{ \r\n"id": 1}', "give a list of records, or one record a line"),
         (b'{"id":\n1}', "line 1 is not JSON"),
         (b"PAR1", "cannot be read beyond row 0"),
         (b"\0" * 257 + b"ustar", "damaged or cut short"),

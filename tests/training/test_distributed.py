@@ -25,6 +25,7 @@ from conftest import ROOT, make_batch, make_samples
 from safetensors.torch import load_file
 from test_train import (
     TWO_RANKS,
+    assert_same_run_to_rounding,
     command_arguments,
     launch,
     log_of,
@@ -244,6 +245,8 @@ def two(home, rank, world):
             eval_questions=str(home / "questions.jsonl"),
             eval_every=5,
         )
+    run(home, "out of patience on 2", parallel="fsdp", **PATIENCE)
+    results["finished"] = run(home, "out of patience on 2", resume=True, **PATIENCE)
     results["full"], results["infinite"] = (
         failing(home, full_on_rank_1),
         failing(home, infinite_on_rank_1),
@@ -256,7 +259,9 @@ def four(home, rank, world):
         "hsdp": train_two_steps(home, rank, world, "fsdp", hsdp_shard_size=2),
         "fsdp": train_two_steps(home, rank, world, "fsdp", micro_batch_size=1),
     }
-    resume_from(home, "fsdp", 3, "two to four", parallel="fsdp", hsdp_shard_size=2)
+    resume_from(
+        home, "fsdp", 3, "two to four", parallel="fsdp", hsdp_shard_size=2, steps=None, epochs=1.2
+    )  # 1.2 epochs of 33 sequences are 8 steps of 5
     resume_from(home, "fsdp to ddp", 6, "ddp to four", parallel="fsdp", hsdp_shard_size=2)
     deep = load_checkpoint(home / "deep", dtype=None).model  # its numbers are in its file
     whole = sum(p.nbytes for p in deep.parameters())
@@ -267,6 +272,10 @@ def four(home, rank, world):
         ),
     )
     return results
+
+
+# With this learning rate, val_loss rises after step 6.
+PATIENCE = dict(lr=0.1, steps=20, validate_every=2, patience=1, save_every=100)
 
 
 def killed(home, rank, world):
@@ -764,7 +773,7 @@ def damage_shards(parts, damage):
         case "another shape":
             rewrite(parts, lambda tensors: tensors.update({norm: torch.ones(5)}))
         case "another dtype":
-            rewrite(parts, lambda tensors: tensors.update({norm: torch.ones(24).half()}))
+            rewrite(parts, lambda tensors: tensors.update({norm: torch.ones(24).double()}))
 
 
 def rewrite(parts, change):
@@ -796,7 +805,7 @@ def rewrite(parts, change):
         ),
         (
             "another dtype",
-            r"decoder.norm.weight is \[24\] torch.float16, the model has \[24\] torch.float32",
+            r"decoder.norm.weight is \[24\] torch.float64, the model has \[24\] torch.float32",
         ),
     ],
 )
@@ -900,6 +909,15 @@ def test_a_resume_on_four_ranks_and_on_one_is_equal_to_rounding(home, two_ranks,
     assert_same_to_rounding(home / "two to one", home / "whole", after=3)
 
 
+def test_two_ranks_run_out_of_patience_at_the_step_of_one_process(home, two_ranks):
+    train.train(**settings(home, "out of patience", **PATIENCE))
+    for out in ("out of patience", "out of patience on 2"):
+        assert [path.name for path in list_checkpoints(home / out)] == ["step-000006"]
+        assert log_of(home / out)[-1]["step"] == 8
+    assert "is finished, at step 8 of 20" in two_ranks["finished"]
+    assert load_checkpoint(home / "out of patience on 2").model
+
+
 def test_a_save_that_fails_on_one_rank_fails_on_all_and_keeps_the_last_one(two_ranks):
     ends, left = two_ranks["full"]
     assert left == ["log.jsonl", "step-000003"]
@@ -953,6 +971,84 @@ def test_a_schedulers_sigterm_saves_on_all_ranks_within_the_step(home):
     (step,) = list_checkpoints(home / "evicted")
     last = log_of(home / "evicted")[-1]["step"]
     assert step.name == f"step-{last:06d}" and sharded.read_pieces(step / "sharded")
+
+
+def test_workers_save_and_end_if_torchrun_is_killed(home):
+    """SIGKILL gives torchrun no time to stop its workers; the system sends them SIGTERM."""
+    if sys.platform != "linux":
+        pytest.skip("only Linux sends it")
+    out = home / "torchrun killed"
+    chosen = settings(home, out.name, steps=1000, save_every=1000, validate_every=1000)
+    torchrun = start([*TWO_RANKS, *command_arguments(chosen)])
+    while not (out / "log.jsonl").is_file() or not log_of(out):
+        assert torchrun.poll() is None
+        time.sleep(0.1)
+    torchrun.kill()
+    _, errors = torchrun.communicate(timeout=60)  # until the workers have closed their stderr
+    assert "stopped and saved; to resume:\ntorchrun --nproc_per_node=2 " in errors
+    step = log_of(out)[-1]["step"]
+    assert 0 < step < 1000
+    assert sorted(path.name for path in out.iterdir()) == ["log.jsonl", f"step-{step:06d}"]
+
+
+def start(command, **variables):
+    """Start a process; its output is text in pipes."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | variables
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, cwd=ROOT, env=environment, **pipes)
+
+
+@pytest.fixture
+def two_machines():
+    """Two network namespaces, 10.77.0.1 and 10.77.0.2, which share no more than a cable (veth)."""
+    one, other = names = [f"nanovlm-{os.getpid()}-{number}" for number in (1, 2)]
+    commands = [
+        f"netns add {one}",
+        f"netns add {other}",
+        f"link add eth0 netns {one} type veth peer name eth0 netns {other}",
+    ]
+    for number, name in enumerate(names, 1):
+        commands += [
+            f"-n {name} addr add 10.77.0.{number}/24 dev eth0",
+            f"-n {name} link set eth0 up",
+            f"-n {name} link set lo up",
+        ]
+    if not shutil.which("ip"):
+        pytest.skip("needs the command ip of iproute2")
+    try:
+        for command in commands:
+            done = subprocess.run(["ip", *command.split()], capture_output=True, text=True)
+            if done.returncode:
+                pytest.skip(f"ip {command}: {done.stderr}")
+        yield names
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], capture_output=True)
+
+
+def test_two_machines_are_one_process(home, two_machines):
+    """The commands are those of the training lesson."""
+    torchrun = f"{sys.executable} -m torch.distributed.run --nnodes=2 --nproc_per_node=1"
+    torchrun += " --master_addr=10.77.0.1 --master_port=29500"
+    running = []
+    for rank, name in enumerate(two_machines):
+        machine = f"ip netns exec {name} {torchrun} --node_rank={rank}".split()
+        script = [str(ROOT / "train.py"), *command_arguments(settings(home, "two machines"))]
+        running.append(start([*machine, *script], GLOO_SOCKET_IFNAME="eth0"))
+    printed = [machine.communicate(timeout=100) for machine in running]
+    assert [machine.returncode for machine in running] == [0, 0], printed
+    assert "tokens on 2 × cpu" in printed[0][0]
+    assert_same_run_to_rounding(home / "two machines", home / "whole")
+
+
+def test_ranks_that_cannot_connect_name_the_way_out(monkeypatch):
+    def fail(backend):
+        raise RuntimeError("Gloo connectFullMesh failed: Connection refused\nframe #0: …")
+
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr(distributed.dist, "init_process_group", fail)
+    with pytest.raises(UserError, match="refused; on several machines, set GLOO_SOCKET_IFNAME to"):
+        distributed.init_distributed(CPU)
 
 
 def test_the_best_step_stays_beside_the_newest(home):

@@ -20,9 +20,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from nanovlm import IGNORE_INDEX, IMAGE_TOKEN_ID
+from nanovlm.checkpoints.lora import add_lora
 from nanovlm.data import tokenizer
 from nanovlm.models import cross_entropy
-from nanovlm.training import flops, memory
+from nanovlm.training import flops, memory, recipes
 
 
 def count_head(hidden_shape, head_shape, targets_shape, dtype, hidden_grad, head_grad, **_):
@@ -34,23 +35,35 @@ def count_head(hidden_shape, head_shape, targets_shape, dtype, hidden_grad, head
     return counter.get_total_flops()
 
 
+LORA = dict(rank=2, alpha=4, target="decoder")
+
+
 @pytest.mark.parametrize(
-    "peak_lrs",
+    "peak_lrs, lora",
     [
-        {"vision": 1, "projector": 1, "decoder": 1},
-        {"projector": 1},
-        {"projector": 1, "decoder": 1},
-        {"decoder": 1},
-        {"vision": 1, "projector": 1},
-        {"vision": 1},
+        ({"vision": 1, "projector": 1, "decoder": 1}, None),
+        ({"projector": 1}, None),
+        ({"projector": 1, "decoder": 1}, None),
+        ({"decoder": 1}, None),
+        ({"vision": 1, "projector": 1}, None),
+        ({"vision": 1}, None),
+        ({"projector": 1, "decoder": 1}, LORA),
+        ({"vision": 1, "projector": 1, "decoder": 1}, LORA),
     ],
 )
-@pytest.mark.parametrize("vision", [{}, {"class_token": True, "vision_feature_layer": -2}])
-def test_operations_are_those_that_torch_counts(peak_lrs, vision):
+@pytest.mark.parametrize(
+    "vision, decoder",
+    [
+        ({}, {"qkv_bias": True, "qk_norm": True, "rope_layers": [1, 0, 1]}),
+        ({"class_token": True, "vision_feature_layer": -2}, {}),
+    ],
+)
+def test_operations_are_those_that_torch_counts(peak_lrs, lora, vision, decoder):
     """SDPBackend.MATH computes attention as products, which the counter sees."""
-    model = make_vlm(vision=vision).train()
-    for part in ("vision", "projector", "decoder"):
-        getattr(model, part).requires_grad_(part in peak_lrs)
+    model = make_vlm(vision=vision, decoder=decoder).train()
+    if lora:
+        add_lora(model, **lora)
+    recipes.freeze_parts(model, peak_lrs, lora)
     batch = make_batch(
         [[sample] for sample in make_samples(lengths=(13, 13, 9, 13), images=(1, 1, 2, 1))]
     )

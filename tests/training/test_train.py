@@ -29,6 +29,7 @@ from nanovlm.checkpoints.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
+from nanovlm.checkpoints.lora import add_lora
 from nanovlm.data import dataset, image_processing, packing, tokenizer
 from nanovlm.evals import benchmarks, runner
 from nanovlm.models.vlm import VLM
@@ -344,11 +345,17 @@ def peak_bytes(run):
 
 
 @pytest.mark.parametrize(
-    "peak_lrs", [{"vision": 1, "projector": 1, "decoder": 1}, {"projector": 1}]
+    "peak_lrs, lora",
+    [
+        ({"vision": 1, "projector": 1, "decoder": 1}, None),
+        ({"projector": 1}, None),
+        ({"projector": 1, "decoder": 1}, dict(rank=9, alpha=9, target="decoder")),
+    ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("activation_checkpointing", ["none", "decoder", "all"])
-def test_estimated_memory_is_the_memory_taken(peak_lrs, dtype, activation_checkpointing):
+def test_estimated_memory_is_the_memory_taken(peak_lrs, lora, dtype, activation_checkpointing):
+    """A frozen decoder comes from its file in bfloat16."""
     torch.manual_seed(0)
     model = VLM(
         vision=dict(tile=24, patch=3, width=80, layers=3, heads=5, intermediate_size=200),
@@ -357,17 +364,14 @@ def test_estimated_memory_is_the_memory_taken(peak_lrs, dtype, activation_checkp
         ),
         shuffle=4,
     ).train()
-    for part, module in model.named_children():
-        module.requires_grad_(part in peak_lrs)
-    sequence, autocast = (
-        make_batch([make_samples(lengths=(40, 61), images=(1, 2))]),
-        torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16),
-    )
+    if lora or "decoder" not in peak_lrs:
+        model.decoder.to(torch.bfloat16)
+    if lora:
+        add_lora(model, **lora)
+    recipes.freeze_parts(model, peak_lrs, lora)
+    sequence = make_batch([make_samples(lengths=(40, 61), images=(1, 2))])
     sequence["tiles_NCYX"] = sequence["tiles_NCYX"].repeat(1, 1, 2, 2)  # 64 patches, 4 tokens
-    optimizer, batch = (
-        train.make_optimizer(model, peak_lrs, 0.1, (0.9, 0.95)),
-        {name: torch.cat([x] * 6) for name, x in sequence.items()},
-    )
+    batch = {name: torch.cat([x] * 6) for name, x in sequence.items()}
     run = SimpleNamespace(
         micro_batch_size=6, global_batch_size=6, activation_checkpointing=activation_checkpointing
     )
@@ -375,6 +379,8 @@ def test_estimated_memory_is_the_memory_taken(peak_lrs, dtype, activation_checkp
     distributed.checkpoint_activations(
         distributed.transformer_blocks(model, activation_checkpointing)
     )
+    _, autocast = distributed.wrap_model(model, "none", torch.device("cpu"), dtype)
+    optimizer = train.make_optimizer(model, peak_lrs, 0.1, (0.9, 0.95))
 
     def step():
         train.compute_gradients(
@@ -384,7 +390,7 @@ def test_estimated_memory_is_the_memory_taken(peak_lrs, dtype, activation_checkp
 
     step()
     optimizer.zero_grad()
-    held = sum(p.numel() * 4 * (3 if p.requires_grad else 1) for p in model.parameters())
+    held = sum(p.numel() * (p.itemsize + 8 * p.requires_grad) for p in model.parameters())
     assert estimated["weights"] + estimated["optimizer"] == held
     assert sum(estimated.values()) == pytest.approx(held + peak_bytes(step), rel=0.15)
 
@@ -436,6 +442,33 @@ def test_validation_is_the_mean_loss_of_held_out_tokens_with_and_without_images(
             )
         assert found[name] == pytest.approx(torch.cat(losses).mean().item(), rel=1e-5)
     assert found["val_loss"] != pytest.approx(found["blank_image_loss"], rel=1e-5)
+    assert found.keys() == {"val_loss", "blank_image_loss"}  # each sample has one answer
+
+
+def test_first_turn_loss_is_the_validation_loss_of_samples_that_end_after_their_first_answer(
+    home, tmp_path
+):
+    checkpoint, g, sets = load_checkpoint(home / "model"), np.random.default_rng(3), ([], [])
+    names = filter(dataset.is_validation, map(str, itertools.count()))
+    for number, answers in enumerate((3, 1, 2, 4)):
+        name, loss_mask = next(names), []
+        for _ in range(answers):
+            loss_mask += [0] * g.integers(1, 5) + [1] * g.integers(1, 4)
+        loss_mask += [0] * (number % 2)
+        ids = g.integers(97, 123, size=len(loss_mask)).tolist()
+        end = (loss_mask + [0]).index(0, loss_mask.index(1))
+        sets[0].append((name, ids, loss_mask, []))
+        sets[1].append((name, ids[:end], loss_mask[:end], []))
+    found = []
+    for number, samples in enumerate(sets):
+        conftest.write_set(tmp_path / str(number), checkpoint.fingerprint(), samples)
+        held_out = dataset.PreparedDataset(tmp_path / str(number))
+        sequences = validation.pack_validation_set(held_out, 40)
+        autocast = torch.autocast("cpu", enabled=False)
+        found.append(validation.validation_losses(checkpoint.model, held_out, sequences, autocast))
+    assert len(sequences) < 4  # several samples in a sequence
+    assert found[0]["first_turn_loss"] == pytest.approx(found[1]["val_loss"], rel=1e-6)
+    assert found[0]["first_turn_loss"] != pytest.approx(found[0]["val_loss"], rel=1e-3)
 
 
 def test_validation_prints_an_answer_and_its_reference(home, capsys):
@@ -770,8 +803,126 @@ def test_a_nan_loss_names_its_step_and_sample_and_changes_nothing(home, monkeypa
 def test_a_finished_run_is_not_resumed(home, capsys):
     before = (home / "whole" / "log.jsonl").read_bytes()
     train.train(**settings(home, "whole", resume=True))
-    assert "has all of its 8 steps already" in capsys.readouterr().out
+    assert "is finished, at step 8 of 8" in capsys.readouterr().out
     assert (home / "whole" / "log.jsonl").read_bytes() == before
+
+
+# ---- epochs and patience ----
+
+
+def test_epochs_are_the_steps_that_the_plan_prints(home, monkeypatch, capsys):
+    chosen = settings(home, "epochs", steps=None, epochs=1.5, validate_every=100)
+    train.train(**chosen)
+    printed = re.search(r"sft: (\d+) steps \(1.5 epochs\) of 5 sequences", capsys.readouterr().out)
+    train.train(**settings(home, "its steps", steps=int(printed[1]), validate_every=100))
+    assert_same_run(home / "epochs", home / "its steps")
+    by_epochs, by_steps = (load_checkpoint(home / out).history for out in ("epochs", "its steps"))
+    assert by_epochs["sft"] == by_steps["sft"]
+    # a run that dies at step 5 resumes from step 3
+    chosen["out"] = str(home / "resumed epochs")
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "check_finite", lambda done, *_: 1 // (done - 5))
+        with pytest.raises(ZeroDivisionError):
+            train.train(**chosen)
+    train.train(**chosen | {"resume": True})
+    assert_same_run(home / "epochs", home / "resumed epochs")
+    with pytest.raises(UserError, match=f"--steps was {printed[1]}, now 14"):
+        train.train(**chosen | {"resume": True, "epochs": 2.0})
+
+
+def steps_in(out):
+    return [int(path.name.removeprefix("step-")) for path in list_checkpoints(out)]
+
+
+@pytest.fixture
+def run_with_losses(home, monkeypatch):
+    """Train with a validation loss after each step as given, and infinity where there is none."""
+
+    def run(out, losses, **others):
+        def made_up(run, checkpoint, samples, validation_set, questions, autocast, done):
+            return {"val_loss": losses[done - 1]} if done <= len(losses) else {}
+
+        monkeypatch.setattr(train, "run_validation", made_up)
+        chosen = dict(steps=12, global_batch_size=1, validate_every=1, save_every=100)
+        train.train(**settings(home, out, **chosen | others))
+        return [line["step"] for line in log_of(home / out)]
+
+    return run
+
+
+# The best is that of step 4; step 5 is as good, which is no improvement.
+LOSSES = [5.0, 4.0, 4.5, 3.0, 3.0, 3.5, 3.2, 2.0, 2.5, 2.4, 2.3, 2.2]
+
+
+def test_a_run_out_of_patience_ends_with_its_best_checkpoint(home, run_with_losses, capsys):
+    assert run_with_losses("impatient", LOSSES, patience=3) == [1, 2, 3, 4, 5, 6, 7]
+    end = capsys.readouterr().out.splitlines()[-3:]
+    assert (
+        end[0].startswith("sft: step 7 of 12 after") and "best val_loss 3.0000 at step 4" in end[1]
+    )
+    best = home / "impatient" / "step-000004"
+    assert end[2] == f"--patience leaves the checkpoint with the lowest val_loss: {best}"
+    assert steps_in(home / "impatient") == [4]
+    assert str(load_checkpoint(home / "impatient").history["folder"]) == str(best)
+    # It is finished, unless there is more patience. Then it is the run that always had more.
+    assert run_with_losses("impatient", LOSSES, patience=3, resume=True)[-1] == 7
+    assert "impatient is finished, at step 7 of 12" in capsys.readouterr().out
+    run_with_losses("patient", LOSSES, patience=4)
+    run_with_losses("impatient", LOSSES, patience=4, resume=True)
+    assert steps_in(home / "patient") == [8] and len(log_of(home / "patient")) == 12
+    assert_same_run(home / "patient", home / "impatient")
+
+
+def test_the_best_checkpoint_is_left_at_the_last_step_as_well(home, run_with_losses, capsys):
+    many = dict(patience=5, save_every=1, keep_checkpoints=3, steps=6)
+    assert len(run_with_losses("all steps", LOSSES, **many)) == 6
+    assert steps_in(home / "all steps") == [4]  # of the newest three: 4, 5 and 6
+    run_with_losses("all steps", LOSSES, **many, resume=True)
+    assert "all steps is finished, at step 6 of 6" in capsys.readouterr().out
+
+
+def test_a_killed_run_has_the_patience_of_an_uninterrupted_one(home, run_with_losses):
+    """It dies at step 6, after a save at step 5, and has to know that step 4 was the best."""
+    chosen = dict(patience=3, save_every=5)
+    run_with_losses("patience", LOSSES, **chosen)
+    with pytest.raises(TypeError):
+        run_with_losses("killed", [*LOSSES[:5], None], **chosen)
+    assert steps_in(home / "killed") == [4, 5]
+    run_with_losses("killed", LOSSES, **chosen, resume=True)
+    assert_same_run(home / "patience", home / "killed")
+
+
+def test_without_patience_the_newest_checkpoint_stays(home, run_with_losses):
+    assert len(run_with_losses("endless", LOSSES)) == 12 and steps_in(home / "endless") == [12]
+
+
+def test_the_best_checkpoint_is_that_of_a_run_without_patience(home):
+    """With this learning rate the loss on the held-out samples rises after step 6."""
+    chosen = dict(steps=20, lr=0.1, seed=0)
+    train.train(**settings(home, "rising", **chosen, validate_every=2, patience=1, save_every=100))
+    losses = {line["step"]: line.get("val_loss", math.inf) for line in log_of(home / "rising")}
+    (best,) = steps_in(home / "rising")
+    assert best == min(losses, key=losses.get) == max(losses) - 2 < 18
+    every = dict(save_every=best, keep_checkpoints=9, validate_every=100)
+    train.train(**settings(home, "all of it", **chosen, **every))
+    for name in ("model.safetensors", "training.safetensors"):
+        ours, theirs = (home / out / f"step-{best:06d}" / name for out in ("rising", "all of it"))
+        torch.testing.assert_close(load_file(ours), load_file(theirs), rtol=0, atol=0)
+
+
+def test_patience_needs_a_validation_loss(home):
+    checkpoint = load_checkpoint(home / "model")
+    write_set(home / "none held out", checkpoint, held_out=0, count=9)
+    sample = ("sample-33", [97] * 7, [0] * 7, [])
+    conftest.write_set(
+        home / "no labels", checkpoint.fingerprint(), [sample, ("other", [98] * 5, [1] * 5, [])]
+    )
+    assert dataset.is_validation("sample-33")
+    for name in ("none held out", "no labels"):
+        with pytest.raises(
+            UserError, match=f"^--patience=2 needs a val_loss: no held-out sample of .*{name} has"
+        ):
+            train.train(**settings(home, "refused", data=str(home / name), patience=2))
 
 
 # ---- what is refused ----
@@ -790,11 +941,18 @@ REFUSED = [
         dict(lr=0, grad_clip=-1.0, projector_lr=0),
         "--lr=0 must be above 0; --projector_lr=0 .*--grad_clip=-1.0 must",
     ),
+    (
+        dict(steps=10**12, global_batch_size=10**12, seq_len=10**12),
+        "--seq_len=10{12} must be at most 1,048,576; --steps=10{12} must be at most 1,073,741,824; "
+        "--global_batch_size=10{12} must be at most 1,048,576",
+    ),
     (dict(min_lr=0.02), "--min_lr=0.02 must be between 0 and --lr=0.01"),
     (
         dict(warmup_ratio=1.0, beta1=-0.1, beta2=1),
         "--warmup_ratio=1.0 .*--beta1=-0.1 .*--beta2=1 must",
     ),
+    (dict(epochs=2.0), "--epochs=2.0 excludes --steps=8"),
+    (dict(steps=None, epochs=0.0, patience=-1), "--epochs=0.0 must .*--patience=-1 must be at"),
     (dict(weight_decay=-0.1, seed=-1), "--seed=-1 must be at least 0; --weight_decay=-0.1 must"),
     (dict(dtype="float16"), "--dtype=float16 is none of auto"),
     (dict(device="tpu"), "--device=tpu is none of auto"),
@@ -855,6 +1013,9 @@ OTHERS = dict(
     beta2=0.9,
     seed=1,
     dtype="float32",
+    lora_rank=2,
+    lora_alpha=3.0,
+    lora_target="vision",
 )
 
 
@@ -863,7 +1024,8 @@ OTHERS = dict(
 )
 def test_a_run_resumes_only_with_its_settings(home, name):
     with pytest.raises(UserError, match=rf"--{name} was .*, now {OTHERS[name]}"):
-        train.train(**settings(home, "whole", resume=True, **{name: OTHERS[name]}))
+        rank = {"lora_rank": 2} if name.startswith("lora") else {}
+        train.train(**settings(home, "whole", resume=True, **rank | {name: OTHERS[name]}))
 
 
 def test_a_held_out_sample_must_fit_into_a_sequence_as_well(home):
@@ -880,7 +1042,7 @@ def test_a_held_out_sample_must_fit_into_a_sequence_as_well(home):
 def test_a_run_resumes_only_with_its_data_in_any_folder(home, capsys):
     os.symlink(home / "data", home / "moved")
     train.train(**settings(home, "whole", resume=True, data=str(home / "moved")))
-    assert "has all of its 8 steps" in capsys.readouterr().out
+    assert "is finished, at step 8 of 8" in capsys.readouterr().out
     write_set(home / "other", load_checkpoint(home / "model"), count=61)
     with pytest.raises(UserError, match=r"--data was 65 samples of .*, now 66 samples of"):
         train.train(**settings(home, "whole", resume=True, data=str(home / "other")))
@@ -963,6 +1125,13 @@ def test_the_resume_command_has_the_given_settings(monkeypatch):
     assert (
         train.resume_command(everything | {"stage": "sft", "resume": True})
         == "torchrun --nproc_per_node=8 train.py --stage=sft --resume=true"
+    )
+    machines = {"GROUP_WORLD_SIZE": "2", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
+    for name, value in machines.items():
+        monkeypatch.setenv(name, value)
+    assert train.resume_command(everything | {"stage": "sft"}) == (
+        "torchrun --nproc_per_node=8 --nnodes=2 --node_rank=0 --master_addr=10.0.0.1 "
+        "--master_port=29500 train.py --stage=sft --resume=true"
     )
     monkeypatch.setattr(sys, "argv", ["train.py"])
     assert train.resume_command(everything | {"stage": "sft"}) == "python train.py"

@@ -1,6 +1,7 @@
 """`prepare.py show` and `check` print what training reads; `plot` draws what it logged."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from test_dataset import FINGERPRINT, TILE, TOKENS, make_image, make_samples, wr
 import prepare
 from nanovlm import IMAGE_TOKEN_ID, UserError
 from nanovlm.data import dataset, tokenizer
-from nanovlm.visualize import curves, samples
+from nanovlm.visualize import curves, sample_page
 
 WORDS = tokenizer.train_tokenizer(["a b"], 256, ["<s>", "[INST]", "[/INST]", "</s>"])
 
@@ -40,7 +41,7 @@ def prepared(tmp_path):
 
 def test_a_sample_is_shown_as_tokens_and_its_images_as_counts(prepared, capsys, tmp_path):
     folder, images = prepared
-    prepare.show(data=str(folder), sample="one", out=str(tmp_path / "tiles.png"))
+    prepare.show(data=str(folder), sample=["one"], out=str(tmp_path / "tiles.png"))
     assert capsys.readouterr().out == (
         "one: 24 tokens, 4 of them labels, images: 2\n"
         " no loss  <s>|[INST]|<image 1: 2 tiles, 8 tokens>|o|r| |<image 2: 1 tile, 4 tokens>|?|"
@@ -48,21 +49,37 @@ def test_a_sample_is_shown_as_tokens_and_its_images_as_counts(prepared, capsys, 
         "   label  n|\\\\xc3|\\\\xa9|</s>\n"
     )
     pixels = np.asarray(Image.open(tmp_path / "tiles.png"))
-    for n, tile_CYX in enumerate(np.concatenate([image.tiles for image in images])):
-        left = n * (TILE + samples.GAP)
-        assert np.array_equal(pixels[:, left : left + TILE], tile_CYX.transpose(1, 2, 0))
+    scale = -(-sample_page.MIN_TILE // TILE)
+    small = pixels[scale // 2 :: scale, scale // 2 :: scale]
+    windows = np.lib.stride_tricks.sliding_window_view(small, (TILE, TILE), axis=(0, 1))
+    for tile_CYX in np.concatenate([image.tiles for image in images]):
+        assert (windows == tile_CYX).all((2, 3, 4)).sum() == 1
+
+
+def test_a_page_shows_every_token_and_colors_those_with_a_loss(prepared, tmp_path):
+    folder, _ = prepared
+    prepare.show(data=str(folder), sample=["one"], out=str(tmp_path / "page.html"))
+    page = (tmp_path / "page.html").read_text()
+    with_loss = re.findall(r"<b title[^>]*>(.*?)</b>", page)
+    assert with_loss == ["n", r"\\xc3", r"\\xa9", "&lt;/s&gt;"]
+    without = re.findall(r"<span title[^>]*>(.*?)</span>", page)
+    assert without == ["&lt;s&gt;", "[INST]", "o", "r", " ", "?", r"\n", "[/INST]"]
+    assert page.count('alt="image token"') == 8 + 4
+    assert "1 samples, 24 tokens. The 4 blue ones" in page and "http" not in page
+    # The template's last token predicts the first one of the answer.
+    assert f"position 19, label: {ord('n')} “n”" in page
 
 
 def test_a_missing_sample_is_named_with_the_first_ones(prepared):
     with pytest.raises(UserError, match="holds no sample 'onne'; its first ones are one"):
-        prepare.show(data=str(prepared[0]), sample="onne")
+        prepare.show(data=str(prepared[0]), sample=["onne"])
 
 
 @pytest.mark.parametrize(
     "settings, message",
     [
-        (dict(sample="one", out="tiles"), "--out=tiles must end in .png"),
-        (dict(sample="one", data=""), "show needs --data"),
+        (dict(sample=["one"], out="tiles"), "--out=tiles must end in .png or .html"),
+        (dict(sample=["one"], data=""), "show needs --data"),
     ],
 )
 def test_show_prints_nothing_if_its_settings_are_wrong(prepared, capsys, settings, message):
@@ -95,16 +112,6 @@ def test_a_dataset_that_is_all_held_out_is_named(tmp_path):
             match=f"held: all {len(held_out)} samples are held out for validation, none is left",
         ):
             prepare.check(data=text)
-
-
-def test_tiles_are_laid_out_in_rows():
-    tiles_NCYX = np.arange(5 * 3 * 2 * 7, dtype=np.uint8).reshape(5, 3, 2, 7)
-    pixels = np.asarray(samples.concat_tiles(tiles_NCYX, columns=2))
-    assert pixels.shape == (3 * 2 + 2 * samples.GAP, 2 * 7 + samples.GAP, 3)
-    assert np.array_equal(
-        pixels[2 + samples.GAP : 4 + samples.GAP, 7 + samples.GAP :],
-        tiles_NCYX[3].transpose(1, 2, 0),
-    )
 
 
 def test_the_summary_counts_samples_tiles_and_tokens(tmp_path, capsys):
@@ -158,7 +165,8 @@ def test_the_curves_of_finished_and_running_runs_are_drawn(tmp_path):
             tmp_path / "a/log.jsonl",
             step,
             # the names of commit 1c7a388
-            {"step": 2, "loss": 2.0, "norm": 1.0, "tokens_per_s": 10.0, "validation": 2.5},
+            {"step": 2, "loss": 2.0, "norm": 1.0, "tokens_per_s": 10.0, "validation": 2.5}
+            | {"first_turn_loss": 2.75},
             incomplete='{"step": 3, "lo',
         ),
         write_log(tmp_path / "b/log.jsonl", {**step, "loss": 4.0}),
@@ -167,6 +175,8 @@ def test_the_curves_of_finished_and_running_runs_are_drawn(tmp_path):
     assert found[str(tmp_path / "a")] == {
         "loss": ([1, 2], [3.0, 2.0]),
         "val_loss": ([2], [2.5]),
+        "blank_image_loss": ([], []),
+        "first_turn_loss": ([2], [2.75]),
         "grad_norm": ([1, 2], [1.0, 1.0]),
         "tokens_per_s": ([1, 2], [10.0, 10.0]),
     }
