@@ -266,9 +266,9 @@ def split_attention(record, layers, heads):
     part[:prompt], part[0], part[positions] = 2, 0, 1
     weights, shares = [], []
     for weights_LHS in record.steps:
-        weights_S = weights_LHS[layers, heads].mean((0, 1))
-        weights.append(weights_S[positions])
-        of_parts = torch.zeros(len(ATTENDED_PARTS)).index_add(0, part[: len(weights_S)], weights_S)
+        mean = weights_LHS[layers, heads].mean((0, 1))  # of each token before
+        weights.append(mean[positions])
+        of_parts = torch.zeros(len(ATTENDED_PARTS)).index_add(0, part[: len(mean)], mean)
         shares.append([round(share, 3) for share in of_parts.tolist()])
     return torch.stack(weights), shares
 
