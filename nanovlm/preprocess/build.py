@@ -163,9 +163,9 @@ def build_shard(folder, raws, options):
             try:
                 sample = readers.make_sample(raw, options.images, options.allow_outside_images)
                 counts[NAMED_IMAGES] += 0 if raw.images else len(sample.images)
-                for processed in process_record(sample, options):
+                for image_count, processed in process_record(sample, options):
                     yield processed
-                    counts[f"samples of {len(processed[3])} image(s)"] += 1
+                    counts[f"samples of {image_count} image(s)"] += 1
                 counts.update(f"samples with {what}" for what in sample.counted)
             except UserError as error:
                 skipped.append(
@@ -198,7 +198,8 @@ def split_conversation(turns):
 
 def process_record(sample, options):
     """Returns the samples that a readers.Sample becomes: one, or one for each question about images
-    with split_turns. They are as write_shard takes them: (name, ids, loss_mask, images).
+    with split_turns: (number of images, sample as write_shard takes it). With texts around tiles, a
+    tile is an image of its own there.
 
     Images are cut into fewer tiles until all of them have at most seq_len tokens. Raises UserError
     if one stays longer.
@@ -226,7 +227,7 @@ def process_record(sample, options):
             tagged = chat_template.add_tile_tags(ids, loss_mask, images[:count], tokenizer, config)
             counts = [len(image.feature_index) for image in tagged[2]]
             lengths.append(len(dataset.expand_image_tokens(tagged[0], counts)))
-            processed.append((sample.name, *tagged))
+            processed.append((count, (sample.name, *tagged)))
         if max(lengths) <= options.seq_len:
             return processed
     raise UserError(

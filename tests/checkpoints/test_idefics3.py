@@ -316,6 +316,7 @@ def test_a_published_folder_is_trained_sampled_and_exported(tmp_path, capsys):
     (tmp_path / "x.json").write_text(json.dumps(records))
     data = str(tmp_path / "set")
     prepare.data(model=str(folder), source=[str(tmp_path / "x.json")], out=data)
+    assert "samples of 1 image(s): 3" in capsys.readouterr().err  # whatever their tiles
     run = tmp_path / "run"
     settings = dict(steps=2, seq_len=96, global_batch_size=2, micro_batch_size=1, lr=1e-3)
     train.train(
