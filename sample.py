@@ -260,16 +260,21 @@ def stream_answer(checkpoint, turns, images, **generation):
 def generate_and_print(checkpoint, turns, images, logprobs=False, **generation):
     """Prints the answer to a conversation while it is generated; returns all of it."""
     start, parts, steps = time.time(), [], [] if logprobs else None
-    shown = cli.CONTROL_CHARACTERS if sys.stdout and sys.stdout.isatty() else {}
     for part in stream_answer(checkpoint, turns, images, logprobs=steps, **generation):
         parts.append(part)
-        print(part.translate(shown), end="", flush=True)
+        print(for_terminal(part), end="", flush=True)
     print(flush=True)
     mean = print_probabilities(checkpoint.tokenizer, steps) if logprobs else ""
     count = len(parts) - 1  # the last part belongs to no token
     cut = f", cut off at --max_tokens={count}" if count == generation["max_tokens"] else ""
     cli.print_status(f"{count} tokens in {time.time() - start:.2f} s{cut}{mean}")
     return "".join(parts)
+
+
+def for_terminal(text):
+    """Returns an answer with its control characters as text, if a terminal would obey them."""
+    is_terminal = sys.stdout and sys.stdout.isatty()
+    return text.translate(cli.CONTROL_CHARACTERS) if is_terminal else text
 
 
 def print_probabilities(tokenizer, steps):
@@ -290,7 +295,7 @@ def print_recorded(checkpoint, turns, images, path, with_lens, **generation):
     found = record_answer(checkpoint, turns, images, with_lens, **generation)
     write = write_page if path.endswith(".html") else write_image
     write(found, path)
-    print(found.answer)
+    print(for_terminal(found.answer))
     cli.print_status(f"{len(found.tokens)} tokens, shown in {path}")
 
 
