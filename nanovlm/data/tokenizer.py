@@ -472,10 +472,26 @@ class Tokenizer:
             raise UserError(
                 f"the tokenizer's pattern does not come to an end with this text: {text[:40]!a}"
             ) from None
+        if not all(map(self.ids_of_rank.get, ranks)):
+            ranks = self.ranks_of_known_bytes(text)
         ids = []
         for rank in ranks:
             ids += self.ids_of_rank[rank]
         return ids
+
+    def ranks_of_known_bytes(self, text):
+        """Returns the ranks of a text in which some bytes have no id.
+
+        Such a byte leaves its piece before the merges, as in Hugging Face: its neighbors may merge.
+        """
+        missing = bytes(b for b in range(256) if not self.ids_of_rank[b])
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # as tiktoken
+        ranks = []
+        for piece in regex.findall(self.encoding._pat_str, text):
+            known = piece.encode().translate(None, missing)
+            if known:  # tiktoken panics at no bytes
+                ranks += self.encoding._encode_single_piece(known)
+        return ranks
 
     def decode(self, ids):
         stream = self.stream()

@@ -10,7 +10,7 @@ from functools import cache, partial
 import pytest
 from bench.tokenizer import MISTRAL, converted, converted_tekken, ids_of
 from conftest import ROOT
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from mistral_common.tokens.tokenizers.base import SpecialTokenPolicy
 from mistral_common.tokens.tokenizers.tekken import Tekkenizer
@@ -349,6 +349,9 @@ def test_a_real_file_gives_the_ids_and_the_text_of_its_reference(kind):
 @REAL
 @settings(max_examples=100, deadline=None)
 @given(text=ANY_TEXT)
+# SmolLM2 has no id for the byte F2: without it, the bytes beside it merge.
+@example(text="\x82\U000b9000")
+@example(text="\x82\U000b9000\U000b9000, as\U000b9000if")
 def test_a_real_file_gives_the_ids_of_its_reference_for_any_text(kind, text):
     ours, encode, _ = real(kind)
     assert ours.encode(text) == encode(text)
@@ -399,7 +402,8 @@ def test_a_megabyte_of_one_character_takes_linear_time(kind, unit):
 @REAL
 def test_a_lone_surrogate_becomes_a_replacement_character_as_in_tiktoken(kind):
     ours = real(kind)[0]
-    assert ours.encode("egg\udc00") == ours.encode("egg\ufffd")
+    for rest in ("", "\U000b9000"):  # whose first byte has no id in SmolLM2
+        assert ours.encode("egg\udc00" + rest) == ours.encode("egg\ufffd" + rest)
 
 
 def test_a_folders_file_is_found_and_saved_unchanged(tmp_path):
