@@ -6,9 +6,11 @@
     python sample.py --model=out/sft --image a.jpg --image b.jpg --prompt "What was taken out?"
     python sample.py --model=llava-hf/llava-v1.6-mistral-7b-hf --image a.jpg
     echo "Is there any milk?" | python sample.py --image fridge.jpg
+    python sample.py --serve=8000
 
 Only the answer goes to standard output. If no question is typed or piped, it is "Describe this
-image." or, for the demonstration's model, "What is in the fridge?".
+image." or, for the demonstration's model, "What is in the fridge?". --serve is a chat page and
+OpenAI's API (nanovlm/server/README.md).
 
 Evaluate it on a benchmark, your own questions or a public one:
 
@@ -36,12 +38,14 @@ import torch
 from nanovlm import UserError, cli, distributed
 from nanovlm.checkpoints.checkpoint import load_checkpoint
 from nanovlm.data import chat_template, image_processing, packing
+from nanovlm.data.turns import LONE_SURROGATE
 from nanovlm.evals import benchmarks, runner
 from nanovlm.evals.runner import MAX_SEQUENCE
 from nanovlm.files import size_rules
 from nanovlm.inference.generate import generate
 from nanovlm.inference.optimize import optimize
 from nanovlm.kernels import dispatch
+from nanovlm.server.server import serve_chat
 from nanovlm.visualize.attention_map import record_answer, write_image, write_page
 
 # ---- settings ----
@@ -56,6 +60,10 @@ def sample(
     chat: bool = False,  # a conversation: answer the prompt, then each line of standard input
     attention_map: str = "",  # write where it looked: a page (.html) or an image (.png)
     logit_lens: bool = False,  # on that page: what each image token would say next, by layer
+    # --- server
+    serve: int = 0,  # a port: serve a chat page and an OpenAI-compatible API there
+    host: str = "127.0.0.1",  # 127.0.0.1: for this machine alone; 0.0.0.0: for all that reach it
+    api_key: str = "",  # the key that each request must send
     # --- benchmark
     benchmark: str = "",  # how to read, ask and score the questions, such as mmmu; unset: exact
     questions: str = "",  # the benchmark's questions: a file or folder, as published, or JSONL
@@ -92,8 +100,19 @@ def sample(
         generation["logprobs"] = True
     if questions or score:
         return run_evaluation(settings, generation)
-    question = "" if chat else read_question(prompt, len(image), model)
+    question = "" if chat or serve else read_question(prompt, len(image), model)
     checkpoint = load_model(model, distributed.pick_device(device), dtype)
+    if serve:
+        return serve_chat(
+            host,
+            serve,
+            checkpoint=checkpoint,
+            name=model,
+            stream_answer=stream_answer,
+            generation=generation,
+            rules=GENERATION_RULES,
+            api_key=api_key,
+        )
     loaded = [image_processing.load_image(path, checkpoint.image_config) for path in image]
     if chat:
         return chat_in_terminal(checkpoint, loaded, prompt, **generation)
@@ -106,13 +125,25 @@ def sample(
 # ---- rules that the settings must meet ----
 
 WEIGHT_DTYPES = ("auto", "float32", "bfloat16", "float16")
-RULES = [  # (settings, whether a value x is allowed beside settings s, what is wrong if not)
+# (settings, whether a value x is allowed beside settings s, what is wrong if not)
+GENERATION_RULES = [  # also of the requests to a server
     # a smaller temperature or top_p gives infinity or a probability of 0 in float32
     ("temperature", lambda x, s: x == 0 or 0.001 <= x <= 1000, "must be 0 or from 0.001 to 1000"),
     ("top_p", lambda x, s: 0.001 <= x <= 1, "must be from 0.001 to 1"),
     ("top_k", lambda x, s: 0 <= x < 2**31, "must be at least 0 and below 2^31"),
     ("max_tokens", lambda x, s: 1 <= x <= MAX_SEQUENCE, f"must be from 1 to {MAX_SEQUENCE:,}"),
     ("seed", lambda x, s: 0 <= x < 2**63, "must be at least 0 and below 2^63"),
+]
+RULES = [
+    *GENERATION_RULES,
+    ("serve", lambda x, s: 1 <= x < 2**16, "must be from 1 to 65535"),
+    (
+        "serve",
+        lambda x, s: not (s.image or s.prompt or s.chat or s.questions or s.score or s.logprobs),
+        "excludes --image, --prompt, --chat, --questions, --score and --logprobs",
+    ),
+    ("host api_key", lambda x, s: s.serve, "needs --serve"),
+    ("host", lambda x, s: s.api_key, "needs --api_key: all who reach it could use the model"),
     ("batch_size", lambda x, s: x >= 1, "must be at least 1"),
     *size_rules("batch_size"),
     cli.one_of("dtype", *WEIGHT_DTYPES),
@@ -138,10 +169,14 @@ RULES = [  # (settings, whether a value x is allowed beside settings s, what is 
         lambda x, s: s.questions or not s.score,
         "changes nothing if answers are scored again",
     ),
-    ("top_p top_k", lambda x, s: s.temperature > 0, "changes nothing at --temperature=0"),
+    (
+        "top_p top_k",
+        lambda x, s: s.temperature > 0 or s.serve,  # a request may give a temperature
+        "changes nothing at --temperature=0",
+    ),
     (
         "seed",
-        lambda x, s: s.temperature > 0 or s.questions or s.score,
+        lambda x, s: s.temperature > 0 or s.questions or s.score or s.serve,
         "changes nothing at --temperature=0",
     ),
     (
@@ -161,8 +196,8 @@ RULES = [  # (settings, whether a value x is allowed beside settings s, what is 
     ),
     (
         "attention_map",
-        lambda x, s: not (s.chat or s.questions or s.score or s.logprobs),
-        "excludes --chat, --questions, --score and --logprobs",
+        lambda x, s: not (s.chat or s.questions or s.score or s.logprobs or s.serve),
+        "excludes --chat, --questions, --score, --logprobs and --serve",
     ),
     (
         "attention_map",
@@ -231,8 +266,8 @@ def read_question(prompt, image_count, model):
 
 def prepare_question(text, image_count):
     """Returns a question with one <image> per image. Raises UserError if it cannot be one."""
-    # Python decodes the bytes of standard input that are no text as lone surrogates.
-    if chat_template.LONE_SURROGATE.search(text):
+    # Python decodes the bytes of standard input that are not text as lone surrogates.
+    if LONE_SURROGATE.search(text):
         encoding = sys.stdin.encoding if sys.stdin else "UTF-8"
         raise UserError(f"the question is not text in {encoding}: {text[:80]!r}")
     return chat_template.place_images(text, image_count)

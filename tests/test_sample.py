@@ -363,7 +363,7 @@ def test_a_conversation_continues_after_an_invalid_line(run_sample):
         (["--prompt=a", "--image=none.png"], "none.png: No such file or directory"),
         (
             ["--prompt=a", "--image=model/nanovlm.json"],
-            "model/nanovlm.json is no image that can be read here",
+            "model/nanovlm.json is not an image that can be read here",
         ),
         (["--prompt=a", "--image=model"], "model: Is a directory"),
         (
@@ -478,8 +478,8 @@ def test_a_conversation_continues_after_an_invalid_line(run_sample):
             ["--questions=a.png", "--report=locked/a.html"],
             "--report=locked/a.html is in no existing folder that can be written",
         ),
-        (["--device=abacus", "--prompt=a"], "--device=abacus is none of auto, cpu, cuda"),
-        (["--kernels=mine", "--prompt=a"], "--kernels=mine is none of auto, torch"),
+        (["--device=abacus", "--prompt=a"], "--device=abacus is not one of auto, cpu, cuda"),
+        (["--kernels=mine", "--prompt=a"], "--kernels=mine is not one of auto, torch"),
     ],
 )
 def test_what_cannot_be_done_is_one_line_and_exit_code_1(
@@ -617,11 +617,7 @@ def test_answers_are_scored_again_without_a_model(folder, run_sample, question_w
         "--report=again/b.html",
     )
     assert (code, out, (folder / "again/b.jsonl").read_bytes()) == (0, table, answers)
-    assert (
-        (folder / "again/b.html").read_text() == page
-        and page.count("<img ") == 4
-        and page.count("<section>") == 4
-    )
+    assert (folder / "again/b.html").read_text() == page
     assert (
         run_sample("--score=again/answers.jsonl", "--benchmark=contains", "--out=again/c.jsonl")[0]
         == 0

@@ -3,14 +3,13 @@
 record_attention    the attention weights of each forward pass, from its own queries and keys
 image_cells         where each image token lies on the tiles that the model gets
 masked_patch_test   how far the probability of a token falls if its most attended patches are
-                    covered: attention alone is no cause
+                    covered: high attention does not prove influence
 logit_lens          what each image token would say next, layer by layer (nostalgebraist 2020)
 record_answer      all of these for one question; write_page and write_image show them
 """
 
 import base64
 import contextlib
-import io
 import itertools
 import json
 import math
@@ -20,11 +19,12 @@ from typing import NamedTuple
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from .. import IMAGE_TOKEN_ID
+from .. import IMAGE_TOKEN_ID, UserError
 from ..cli import CONTROL_CHARACTERS
 from ..data.chat_template import encode_prompt, end_token_id
 from ..data.image_processing import tile_count, tile_grid, tile_to_image, tokens_per_tile
 from ..data.packing import collate_images
+from ..evals.report import data_uri
 from ..evals.runner import check_prompt_lengths
 from ..inference.generate import generate
 from .samples import GAP, token_as_text
@@ -33,6 +33,7 @@ MAX_BYTES = 150_000  # of attention weights on a page, as one byte each
 MAX_MASKED = 64  # answer tokens with a masked-patch test, which takes two forward passes each
 MASKED_SHARE = 8  # one image token in so many is masked
 MAX_LENS_WORDS = 6000
+MAX_WORD = 16  # tokens of an answer that was generated before
 ATTENTION_PAGE = Path(__file__).with_name("attention_map.html")
 
 
@@ -201,30 +202,38 @@ def logit_lens(checkpoint, prompt, inputs):
 # ---- one question ----
 
 
-def record_answer(checkpoint, turns, images, with_lens=False, with_test=True, **generation):
+def record_answer(
+    checkpoint, turns, images, with_lens=False, with_test=True, answer=(), first=0, **generation
+):
     """Answers a conversation. Returns an AnswerRecord.
 
-    with_lens, with_test: also run logit_lens and masked_patch_test. generation: options of
-    `generate`.
+    with_lens, with_test: also run logit_lens and masked_patch_test. answer: the ids of an answer
+    that was generated before; the record is that of answer[first:]. generation: options of
+    `generate`. Raises UserError if the answer or the sequence is impossible.
     """
     prompt, question = encode_prompt(checkpoint, turns, images), turns[-1][1]
     end = end_token_id(checkpoint.tokenizer, checkpoint.chat_template)
-    check_prompt_lengths(checkpoint, [len(prompt)], generation["max_tokens"])
     inputs = collate_images(images, checkpoint.image_config)
     with record_attention(checkpoint.model.decoder) as steps:
-        generated = generate(
-            checkpoint.model, [prompt], **inputs, stop={end}, cuda_graph=(), **generation
-        )
-        answer = [next_id for (next_id,) in generated]
+        if answer:
+            check_answer(answer, first, checkpoint.shapes["decoder"]["vocab_size"])
+            for t in range(first, len(answer)):
+                next_token_logits(checkpoint.model, prompt + answer[:t], inputs)
+        else:
+            check_prompt_lengths(checkpoint, [len(prompt)], generation["max_tokens"])
+            generated = generate(
+                checkpoint.model, [prompt], **inputs, stop={end}, cuda_graph=(), **generation
+            )
+            answer = [next_id for (next_id,) in generated]
     positions = (torch.tensor(prompt) == IMAGE_TOKEN_ID).nonzero().flatten()
-    masked = []
+    before, tokens, masked = prompt + answer[:first], answer[first:], []
     if with_test and images:
         weights_TN = torch.stack([weights[..., positions].mean((0, 1)) for weights in steps])
-        masked = masked_patch_test(checkpoint, prompt, answer, inputs, weights_TN)
+        masked = masked_patch_test(checkpoint, before, tokens, inputs, weights_TN)
     return AnswerRecord(
         question=question.replace("<image>", "").strip(),
-        answer=checkpoint.tokenizer.decode([i for i in answer if i != end]),
-        tokens=[token_text(i, checkpoint.tokenizer) for i in answer],
+        answer=checkpoint.tokenizer.decode([i for i in tokens if i != end]),
+        tokens=[token_text(i, checkpoint.tokenizer) for i in tokens],
         steps=steps,
         image_positions=positions,
         prompt_length=len(prompt),
@@ -232,6 +241,13 @@ def record_answer(checkpoint, turns, images, with_lens=False, with_test=True, **
         masked=masked,
         lens=logit_lens(checkpoint, prompt, inputs) if with_lens and images else [],
     )
+
+
+def check_answer(answer, first, vocab_size):
+    """Raises UserError unless answer[first:] are 1 to MAX_WORD ids of a vocabulary."""
+    is_known = all(type(i) is int and 0 <= i < vocab_size for i in answer)
+    if not is_known or not 0 <= first < len(answer) <= first + MAX_WORD:
+        raise UserError(f"{len(answer)} ids from {first} on: give 1 to {MAX_WORD} of the model's")
 
 
 def token_text(token_id, tokenizer):
@@ -262,7 +278,8 @@ ATTENDED_PARTS = ("first token", "image", "rest of the prompt", "answer so far")
 def split_attention(record, layers, heads):
     """Returns (weights_TN, shares) of `attention_views`: the mean over some layers and heads."""
     prompt, positions = record.prompt_length, record.image_positions
-    part = torch.full((prompt + len(record.steps),), 3)  # of each token, a number of ATTENDED_PARTS
+    longest = record.steps[-1].shape[-1]
+    part = torch.full((longest,), 3)  # of each token, a number of ATTENDED_PARTS
     part[:prompt], part[0], part[positions] = 2, 0, 1
     weights, shares = [], []
     for weights_LHS in record.steps:
@@ -283,13 +300,6 @@ def encode_weights(weights_TN):
     return base64.b64encode(bytes_TN.numpy().tobytes()).decode()
 
 
-def data_uri(image):
-    """Returns a PIL image as a data: URI, a JPEG."""
-    file = io.BytesIO()
-    image.save(file, "JPEG", quality=85)
-    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
-
-
 def page_data(record):
     """Returns what the page shows, as plain lists and texts. Heads that take more than MAX_BYTES
     are left out."""
@@ -302,7 +312,7 @@ def page_data(record):
         views.append(view | {"weights": encode_weights(weights_TN)})
     images, first = [], 0
     for grid, cells in record.images:
-        image = {"src": data_uri(grid), "width": grid.width, "height": grid.height}
+        image = {"src": data_uri(grid, quality=85), "width": grid.width, "height": grid.height}
         images.append(image | {"cells": cells, "first": first})
         first += len(cells)
     L, H = record.steps[0].shape[:2]
@@ -320,11 +330,15 @@ def page_data(record):
     }
 
 
-def write_page(record, path):
-    """Writes an HTML page that needs no other file."""
+def page_html(record):
+    """Returns an HTML page that needs no other file."""
     # "<" would end the element that the data are in.
     data = json.dumps(page_data(record)).replace("<", "\\u003c")
-    Path(path).write_text(ATTENTION_PAGE.read_text().replace("DATA", data, 1))
+    return ATTENTION_PAGE.read_text().replace("DATA", data, 1)
+
+
+def write_page(record, path):
+    Path(path).write_text(page_html(record))
 
 
 def draw_heat(grid, cells, weights_N):

@@ -106,6 +106,28 @@ def test_the_shares_of_a_token_sum_to_one():
     assert views[0][:2] == (0, 0) and views[-1][:2] == (3, 6)
 
 
+def test_the_record_of_an_answer_that_was_generated_before_is_that_of_its_generation():
+    """By a pass without a KV cache for each token: the last five of seven."""
+    checkpoint, images = make_checkpoint(), [random_image(CONFIG, (12, 12))]
+    ids, prompt = [], encode_prompt(checkpoint, QUESTION, images)
+    inputs = collate_images(images, CONFIG)
+    for (next_id,) in generate(checkpoint.model, [prompt], **inputs, stop=(), max_tokens=7):
+        ids.append(next_id)
+    whole = explain(checkpoint, images)
+    assert len(whole.tokens) == 7, "no end token"
+    late = attention_map.record_answer(checkpoint, QUESTION, images, answer=ids, first=2)
+    assert late.tokens == whole.tokens[2:]
+    for step, expected in zip(late.steps, whole.steps[2:], strict=True):
+        torch.testing.assert_close(step, expected, atol=1e-5, rtol=1e-4)
+    # the last column covers other image tokens at random
+    found, expected = np.array(late.masked)[:, :2], np.array(whole.masked)[2:, :2]
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    (_, _, weights_TN, shares), *_ = attention_map.attention_views(late)
+    (_, _, expected_TN, expected_shares), *_ = attention_map.attention_views(whole)
+    torch.testing.assert_close(weights_TN, expected_TN[2:], atol=1e-5, rtol=1e-4)
+    np.testing.assert_allclose(shares, expected_shares[2:], atol=2e-3)
+
+
 # ---- the cells ----
 
 
