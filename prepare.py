@@ -9,6 +9,7 @@
     python prepare.py estimate --stage=sft --model=M        memory and days of a training run
     python prepare.py plot out/*/log.jsonl                  the curves of training runs
     python prepare.py figures                               the figures of the READMEs
+    python prepare.py experiment --name=projector           train with it and without it; compare
     python prepare.py export --model=M --out=DIR            a folder for transformers and vLLM
     python prepare.py merge_lora --model=RUN --out=DIR      LoRA folded into the weights
     python prepare.py export_lora --model=RUN --base=DIR --out=DIR    LoRA as peft's adapter
@@ -46,18 +47,19 @@ from nanovlm.checkpoints.stitch import stitch_folders
 from nanovlm.data.chat_template import TEMPLATES
 from nanovlm.data.dataset import PreparedDataset, verify_checksums
 from nanovlm.data.image_processing import FITS, GRID_CHOICES, check_image_config
-from nanovlm.data.packing import parse_dataset_weights
 from nanovlm.data.tokenizer import Tokenizer
+from nanovlm.demo.experiments import EXPERIMENTS, run_experiment
 from nanovlm.demo.figures import draw_figures
 from nanovlm.demo.fridge import write_fridges
 from nanovlm.files import name_file, size_rules
 from nanovlm.preprocess.build import measure_pixels, prepare_dataset
 from nanovlm.preprocess.readers import read_texts
 from nanovlm.training.memory import print_estimate
-from nanovlm.training.recipes import freeze_parts, load_settings
+from nanovlm.training.recipes import freeze_parts, load_settings, parse_dataset_weights
 from nanovlm.visualize.curves import plot_curves, read_curves
 from nanovlm.visualize.sample_page import draw_tiles, sample_page
 from nanovlm.visualize.samples import sample_as_text, summarize_dataset
+from train import train
 
 
 def fridge(
@@ -104,7 +106,7 @@ def random_init(
     vision_heads: int = 4,  # attention heads
     vision_intermediate_size: int = 512,  # of the MLP
 ):
-    """A model with random weights, and a tokenizer trained on your text, to train from nothing."""
+    """A model with random weights, and a tokenizer trained on your text, to train from scratch."""
     check_command(random_init, locals())
     image_config = {
         "tile": tile,
@@ -165,6 +167,7 @@ def stitch(
     decoder: str = "",  # a checkpoint, a Llama, Mistral, … folder, or Hugging Face owner/name
     out: str = "out/stitched",  # folder of the new model
     template: str | None = None,  # chat template of a published language model; unset: its own
+    projector: str = "mlp",  # mlp: two layers (LLaVA-1.5); linear: one without a bias (Idefics3)
     seed: int = 0,  # of the new projector
     # --- images, for a published vision encoder
     tile: int | None = None,  # pixels across an image; unset: its own
@@ -176,6 +179,7 @@ def stitch(
     draft: bool = False,  # decode large JPEGs at a lower resolution: faster, but other pixels
     vision_feature_layer: int | None = None,  # whose output to use; unset: CLIP -2, others the last
     shuffle: int | None = None,  # pixel shuffle: shuffle² patches become one token; unset: 1
+    longest_edge: int | None = None,  # pixels of the long side, then cut into tiles (Idefics3)
 ):
     """Join a vision encoder and a language model by a new projector; their weights stay as is."""
     check_command(stitch, locals())
@@ -187,6 +191,8 @@ def stitch(
         "fit": fit,
         **tiling_config(tiles, thumbnail, tile_choice, tile_tags),
     }
+    if longest_edge is not None:
+        choices |= {"fit": "split", "longest_edge": longest_edge, "tile_texts": "idefics3"}
     choices = {name: value for name, value in choices.items() if value is not None}
     stitch_folders(
         vision=vision,
@@ -195,6 +201,7 @@ def stitch(
         vision_choices=choices,
         template=template,
         seed=seed,
+        projector=projector,
     )
 
 
@@ -304,7 +311,7 @@ def plot(
     log: list[str] = [],  # log.jsonl of each run
     out: str = "curves.png",  # file of the figure
 ):
-    """Plot training runs: loss, validation loss, gradient norm, speed."""
+    """Plot training runs: losses, gradient norms, learning rates, speed, evaluation score."""
     check_command(plot, locals())
     plot_curves(read_curves(log), out)
     cli.print_status(f"{out}: {len(log)} runs")
@@ -319,18 +326,30 @@ def figures(
     cli.print_status(f"{out}: answers.png, attention.png, losses.png, sequence.png")
 
 
+def experiment(
+    *,
+    name: str = "",  # projector, image_tokens or vision_encoder: nanovlm/demo/README.md
+):
+    """Train the demonstration's parts in several ways that differ in one thing, and compare."""
+    check_command(experiment, locals())
+    run_experiment(train, name)
+
+
 def export(
     *,
     model: str = "out/sft",  # checkpoint with weights, tokenizer, template and image config
     out: str = "",  # new folder
     template: str | None = None,  # chat template of a published VLM whose own is not known
 ):
-    """Export a model as a folder for transformers, vLLM and llama.cpp: LLaVA's, or SmolVLM's."""
+    """Export a model as a folder for transformers, vLLM and llama.cpp, in a published layout."""
     check_command(export, locals())
     checkpoint = load_checkpoint(model, dtype=None, template=template)
-    layouts = {"idefics3": export_idefics3, "nanovlm": export_hf_nanovlm}
-    layout = next((name for name in layouts if name in checkpoint.history), "LLaVA")
-    layouts.get(layout, export_checkpoint)(checkpoint, out)
+    layout, write = "LLaVA", export_checkpoint
+    if checkpoint.image_config["fit"] == "split":
+        layout, write = "idefics3", export_idefics3
+    if "nanovlm" in checkpoint.history:
+        layout, write = "nanovlm", export_hf_nanovlm
+    write(checkpoint, out)
     cli.print_status(f"{out}: layout {layout}, template {checkpoint.chat_template}")
 
 
@@ -343,7 +362,7 @@ def merge_lora(
     """Fold LoRA into the weights: the new model needs neither its base nor an adapter."""
     check_command(merge_lora, locals())
     if not adapter and not load_checkpoint_info(model).lora:
-        raise UserError(f"--model={model} is no run with --lora_rank; give an --adapter for it")
+        raise UserError(f"--model={model} is not a run with --lora_rank; give an --adapter for it")
     checkpoint = load_checkpoint(model, dtype=None)
     if adapter:
         merge_adapter(checkpoint, adapter)
@@ -361,7 +380,7 @@ def export_lora(
     check_command(export_lora, locals())
     checkpoint = load_checkpoint(model, dtype=None, merge=False)
     if not checkpoint.lora:
-        raise UserError(f"--model={model} is no run with --lora_rank")
+        raise UserError(f"--model={model} is not a run with --lora_rank")
     export_adapter(checkpoint, base, out)
     cli.print_status(f"{out}: an adapter of {base} for peft")
 
@@ -378,6 +397,7 @@ COMMANDS = {
         estimate,
         plot,
         figures,
+        experiment,
         export,
         merge_lora,
         export_lora,
@@ -394,6 +414,7 @@ NEEDED_SETTINGS = {  # settings that have no default
     show: "data",
     check: "data",
     plot: "log",
+    experiment: "name",
     export: "out",
     merge_lora: "out",
     export_lora: "base out",
@@ -413,11 +434,18 @@ PREPARE_RULES = [
     cli.one_of("template", *TEMPLATES),
     cli.one_of("fit", *FITS),
     cli.one_of("tile_choice", *GRID_CHOICES),
+    cli.one_of("name", *EXPERIMENTS),
     (
         "fit",
         lambda x, s: s.tiles is None,
         "makes one tile of an image, --tiles={tiles} several: give one of the two",
     ),
+    (
+        "longest_edge",
+        lambda x, s: s.tiles is s.fit is None,
+        "splits an image into tiles: leave out --tiles and --fit",
+    ),
+    cli.one_of("projector", "mlp", "linear"),
     (
         "thumbnail tile_choice tile_tags",
         lambda x, s: s.tiles is not None,
@@ -441,7 +469,7 @@ PREPARE_RULES = [
         "does not fit: --width={width} must be a multiple of 2 × --heads={heads}: "
         "RoPE rotates pairs of numbers in a head",
     ),
-    ("images", lambda x, s: Path(x).exists(), "is no folder or zip"),
+    ("images", lambda x, s: Path(x).exists(), "is not a folder or zip"),
 ]
 # commands that write one, --out
 NEW_FOLDERS = (fridge, random_init, stitch, data, export, merge_lora, export_lora)

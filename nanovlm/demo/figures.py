@@ -26,6 +26,7 @@ from ..visualize.attention_map import draw_heat, record_answer, split_attention
 from ..visualize.samples import token_as_text
 from .fridge import FOODS
 
+PHOTO = "data/demo/fridge/fridge.jpg"
 WIDTH, MARGIN, DENSITY = 840, 20, 2
 SMOOTHING = 2  # a figure is drawn so many times larger, then reduced: its edges are smooth
 BLACK, GREY, LIGHT, WHITE = "#1f2328", "#59636e", "#e8ebef", "#ffffff"
@@ -95,17 +96,21 @@ class Canvas:
         image.save(path, optimize=True)
 
 
-def draw_figures(out):
-    """Write the figures into a folder. Raises UserError if there is no finished demonstration."""
-    photo = Path("data/demo/fridge/fridge.jpg")
-    for path in ("out/demo/scores.json", "data/demo/chats", photo):
+def check_finished():
+    """Raises UserError unless there is a finished demonstration."""
+    for path in ("out/demo/scores.json", "data/demo/chats", PHOTO):
         if not Path(path).exists():
             raise UserError(f"{path} is missing: run `python train.py`, the demonstration, first")
+
+
+def draw_figures(out):
+    """Write the figures into a folder. Raises UserError if there is no finished demonstration."""
+    check_finished()
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     checkpoint = load_checkpoint("out/demo/sft")
-    draw_answers(photo, checkpoint, out / "answers.png")
-    draw_attention(photo, checkpoint, out / "attention.png")
+    draw_answers(PHOTO, checkpoint, out / "answers.png")
+    draw_attention(PHOTO, checkpoint, out / "attention.png")
     draw_losses("out/demo", out / "losses.png")
     draw_sequence("data/demo/chats", out / "sequence.png")
 
@@ -139,27 +144,36 @@ def draw_attention(photo, checkpoint, path):
     canvas.save(path)
 
 
+def read_validations(run):
+    """Returns the lines of a run's log that have a val_loss."""
+    return [line for line in files.read_log(f"{run}/log.jsonl") if "val_loss" in line]
+
+
 def draw_losses(run, path):
-    logs = {}
-    for stage in TRAINED_PARTS:
-        log = files.read_log(f"{run}/{stage}/log.jsonl")
-        logs[stage] = [line for line in log if "val_loss" in line]
-    losses = [line[name] for log in logs.values() for line in log for name in LOSS_CURVES]
+    panels = {}
+    for stage, parts in TRAINED_PARTS.items():
+        panels[stage] = parts, read_validations(f"{run}/{stage}")
+    draw_loss_panels(panels, path)
+
+
+def draw_loss_panels(panels, path):
+    """Validation losses of up to four runs. panels: {title: (a note, lines of the log)}."""
+    losses = [line[name] for _, log in panels.values() for line in log for name in LOSS_CURVES]
     canvas = Canvas(height=404)
     canvas.text(MARGIN, 30, "Validation loss", size=18)
     for x, (color, name) in zip((494, 688), LOSS_CURVES.values(), strict=True):
         canvas.dot(x, 30, color)
         canvas.text(x + 12, 30, name, color)
-    for n, (stage, log) in enumerate(logs.items()):
-        draw_loss_curves(canvas, 44 + 200 * n, stage, log, highest=math.ceil(max(losses)))
+    for n, (title, (note, log)) in enumerate(panels.items()):
+        draw_loss_curves(canvas, 44 + 200 * n, title, note, log, highest=math.ceil(max(losses)))
     canvas.save(path)
 
 
-def draw_loss_curves(canvas, left, stage, log, highest):
-    """The curves of one stage. highest: the loss at the upper end."""
+def draw_loss_curves(canvas, left, title, note, log, highest):
+    """The curves of one run. highest: the loss at the upper end."""
     right, bottom, height = left + 170, 360, 232
-    canvas.text(left, 70, stage)
-    canvas.text(left, 92, TRAINED_PARTS[stage], GREY, 14)
+    canvas.text(left, 70, title)
+    canvas.text(left, 92, note, GREY, 14)
     for loss in range(highest + 1):
         y = bottom - height * loss / highest
         canvas.line([(left, y), (right, y)], LIGHT)
@@ -167,14 +181,18 @@ def draw_loss_curves(canvas, left, stage, log, highest):
     last = log[-1]
     canvas.text(left, bottom + 20, "0", GREY, 14)
     canvas.text(right, bottom + 20, f"{last['step']} steps", GREY, 14, "r")
+    y = 0
     for name, (color, _) in LOSS_CURVES.items():
-        points = []
+        points, above = [], y
         for line in log:
             x = left + (right - left) * line["step"] / last["step"]
             points.append((x, bottom - height * line[name] / highest))
             canvas.dot(*points[-1], color)
         canvas.line(points, color, 2.5)
-        canvas.text(right, points[-1][1] - 15, f"{last[name]:#.2g}", color, 15, "r")
+        # Below the curve if this is just below another one: labels must not lie on each other.
+        y = points[-1][1]
+        shift = 15 if 0 < y - above < 30 else -15
+        canvas.text(right, y + shift, f"{last[name]:#.2g}", color, 15, "r")
 
 
 def draw_sequence(data, path):

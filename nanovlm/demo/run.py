@@ -3,7 +3,8 @@
 It draws images (fridge.py), trains a small language model on text, and a vision encoder in front of
 it. With these two it does what real training does: stitch, align (pretrain), fine-tune (sft) and
 evaluate. Each step is also a command. Steps that are finished are skipped. All files are in
-out/demo and data/demo.
+out/demo and data/demo, but for fridge.jpg, which is for the reader. `train` of train.py is passed
+in, as nothing here imports a script.
 """
 
 import json
@@ -16,7 +17,8 @@ from ..checkpoints.random_init import create_model
 from ..checkpoints.stitch import stitch_folders
 from ..distributed import pick_device
 from ..evals.benchmarks import load_questions
-from ..evals.runner import evaluate
+from ..evals.report import html_page, make_table
+from ..evals.runner import run_benchmark
 from ..preprocess.build import prepare_dataset
 from ..preprocess.readers import read_texts
 from .attention_score import attention_score, format_attention_score
@@ -48,26 +50,43 @@ def run_step(path, title, function, *arguments, **settings):
         function(*arguments, **settings)
 
 
-def run_stage(train, stage, title, **settings):
+def run_stage(train, stage, title, out=None, validate_every=200, **settings):
     """Train a stage, or continue it. train: the function of train.py."""
     print(f"\n== {title}", flush=True)
-    out = f"out/demo/{stage}"
-    resume = bool(list_checkpoints(out))
-    train(stage=stage, out=out, resume=resume, validate_every=200, log_every=50, **settings)
+    settings |= {"out": out or f"out/demo/{stage}", "validate_every": validate_every}
+    train(stage=stage, resume=bool(list_checkpoints(settings["out"])), log_every=50, **settings)
+
+
+def benchmark_results(model, questions, blank_images=False):
+    """Returns the questions with their answers and scores."""
+    checkpoint = load_checkpoint(model, pick_device("auto"))
+    options = dict(batch_size=100, blank_images=blank_images, max_tokens=64)
+    return run_benchmark(checkpoint, questions, benchmark="exact", **options)[0]
 
 
 def score_questions(model, questions, blank_images=False):
     """Returns [(kind, number of questions, share of right answers)]; the last is over all kinds."""
-    checkpoint = load_checkpoint(model, pick_device("auto"))
-    table = evaluate(
-        checkpoint,
-        questions,
-        benchmark="exact",
-        batch_size=100,
-        blank_images=blank_images,
-        max_tokens=64,
+    return [line[:3] for line in make_table(benchmark_results(model, questions, blank_images))]
+
+
+def load_fridge_questions():
+    """Returns all questions about the held-out fridges, and those that read a whole fridge."""
+    questions = load_questions("exact", f"{FRIDGE}/questions.jsonl", images=f"{FRIDGE}/images")
+    return questions, [q for q in questions if q["kind"] == "reading"]
+
+
+def prepare_records(name, model, out):
+    """Prepare text, captions or chats."""
+    run_step(
+        out,
+        f"Prepare {name} once: tiles and token ids, so that training only reads.",
+        prepare_dataset,
+        model=model,
+        source=[f"{FRIDGE}/{name}.json"],
+        images="" if name == "text" else f"{FRIDGE}/images",
+        out=out,
+        seq_len=2048,
     )
-    return [line[:3] for line in table]
 
 
 def run_demonstration(train):
@@ -75,8 +94,7 @@ def run_demonstration(train):
     start = time.time()
     prepare_inputs()
     train_parts(train)
-    questions = load_questions("exact", f"{FRIDGE}/questions.jsonl", images=f"{FRIDGE}/images")
-    readings = [q for q in questions if q["kind"] == "reading"]
+    questions, readings = load_fridge_questions()
     before = score_questions("out/demo/stitched", readings)[-1][2]
     run_stage(
         train,
@@ -89,6 +107,7 @@ def run_demonstration(train):
         seq_len=320,
         lr=2e-3,
         min_lr=1e-4,
+        validate_every=25,
     )
     after = score_questions("out/demo/pretrain", readings)[-1][2]
     print(f"fridges that are read without an error: {before:.1%} before, {after:.1%} after")
@@ -105,16 +124,22 @@ def run_demonstration(train):
         min_lr=2e-5,
     )
     print(f"\n== Evaluate on {len(readings)} held-out fridges.", flush=True)
+    results = benchmark_results("out/demo/sft", questions)
+    table = make_table(results)
     scores = {
         "fridges": len(readings),
         "before_pretrain": before,
         "after_pretrain": after,
-        "sft": score_questions("out/demo/sft", questions),
+        "sft": [line[:3] for line in table],
         "blank_image": score_questions("out/demo/sft", questions, blank_images=True),
     }
     print_scores(scores)
     print(format_attention_score(attention_score("out/demo/sft", f"{FRIDGE}/images")))
     Path("out/demo/scores.json").write_text(json.dumps(scores))
+    blank_scores = {kind: score for kind, _, score in scores["blank_image"]}
+    page = html_page(results, questions, "exact", "out/demo/sft", table, (), blank_scores)
+    Path("out/demo/evaluation.html").write_text(page)
+    print("each question and its answer: out/demo/evaluation.html")
     shutil.copy(f"{FRIDGE}/fridge.jpg", "fridge.jpg")
     print(
         f"\nThe demonstration took {time.time() - start:.0f} s. "
@@ -147,16 +172,7 @@ def prepare_inputs():
         **SHAPES,
     )
     for name in ("text", "captions", "chats"):
-        run_step(
-            f"data/demo/{name}",
-            f"Prepare {name} once: tiles and token ids, so that training only reads.",
-            prepare_dataset,
-            model="out/demo/random_init",
-            source=[f"{FRIDGE}/{name}.json"],
-            images="" if name == "text" else f"{FRIDGE}/images",
-            out=f"data/demo/{name}",
-            seq_len=2048,
-        )
+        prepare_records(name, "out/demo/random_init", f"data/demo/{name}")
 
 
 def train_parts(train):

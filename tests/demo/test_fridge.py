@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from nanovlm.data import chat_template
+from nanovlm.data.turns import check_turns, read_turns
 from nanovlm.demo import fridge
 
 
@@ -74,7 +74,7 @@ def test_conversations_are_in_llavas_format_and_their_images_exist(dataset):
         for record in json.loads(files[f"{name}.json"]):
             paths = record.get("image", [])
             paths = [paths] if isinstance(paths, str) else paths
-            chat_template.check_turns(chat_template.read_turns(record, name), len(paths), name)
+            check_turns(read_turns(record, name), len(paths), name)
             image_counts[name, len(paths)] += 1
             for path in paths:
                 with Image.open(folder / "images" / path) as image:
