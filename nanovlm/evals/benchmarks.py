@@ -8,8 +8,9 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from .. import UserError
-from ..data.chat_template import LONE_SURROGATE, place_images
+from ..data.chat_template import place_images
 from ..data.image_refs import one_line
+from ..data.turns import CAPTION_PROMPT, LETTER_PROMPT, LONE_SURROGATE, SHORT_PROMPT
 from ..preprocess.records import LETTERS, first_field
 from . import metrics
 from .cider import cider_scores
@@ -64,21 +65,22 @@ class Benchmark(NamedTuple):
         return self.score is cider_scores
 
 
-# The prompts are LLaVA-1.5's, which its training data has, too. For TextVQA, DocVQA and InfoVQA
-# answers may also be numbers.
+# The prompts are LLaVA-1.5's, which its training data has, too. This one is for TextVQA, DocVQA and
+# InfoVQA.
+NUMBER_PROMPT = "Answer the question using a single word, phrase, or number."
 BENCHMARKS = {
     "exact": Benchmark(metrics.exact_match, parse=parse_user_questions, from_user=True),
     "contains": Benchmark(metrics.contains_reference, parse=parse_user_questions, from_user=True),
     "vqa": Benchmark(
         metrics.vqa_accuracy,
-        "Answer the question using a single word or phrase.",
+        prompt=SHORT_PROMPT,
         parse=parse_user_questions,
         from_user=True,
         score_name="VQA accuracy",
     ),
     "letters": Benchmark(
         metrics.letter_score,
-        "Answer with the option's letter from the given choices directly.",
+        prompt=LETTER_PROMPT,
         parse=parse_user_questions,
         from_user=True,
         lists_choices=True,
@@ -86,7 +88,7 @@ BENCHMARKS = {
     "captions": Benchmark(
         cider_scores,
         parse=parse_user_questions,
-        default_question="Give a brief description of this image in one sentence.",
+        default_question=CAPTION_PROMPT,
         from_user=True,
         score_name="CIDEr-D",
     ),
@@ -95,14 +97,14 @@ BENCHMARKS = {
         files=("dataset_coco.json", "coco_karpathy_test.json"),
         parse=parse_coco,
         image_paths=("val2014/{name}", "{name}"),
-        default_question="Give a brief description of this image in one sentence.",
+        default_question=CAPTION_PROMPT,
         from_user=True,
         submission_keys=("image_id", "caption"),
         score_name="CIDEr-D",
     ),
     "vqav2": Benchmark(
         metrics.vqa_accuracy,
-        "Answer the question using a single word or phrase.",
+        prompt=SHORT_PROMPT,
         files=("*val2014_questions.json", "*test2015_questions.json"),
         parse=parse_vqav2,
         annotation_files=("*val2014_annotations.json",),
@@ -114,8 +116,8 @@ BENCHMARKS = {
     ),
     "textvqa": Benchmark(
         metrics.textvqa_accuracy,
-        "Answer the question using a single word, phrase, or number.",
-        ("TextVQA_*_val.json",),
+        prompt=NUMBER_PROMPT,
+        files=("TextVQA_*_val.json",),
         id_key="question_id",
         image_key="image_id",
         image_paths=("train_images/{}.jpg", "test_images/{}.jpg", "{}.jpg"),
@@ -124,9 +126,9 @@ BENCHMARKS = {
     ),
     "chartqa": Benchmark(
         metrics.relaxed_accuracy,
-        "Answer the question using a single word or phrase.",
-        ("test_*.json",),
-        parse_split_files,
+        prompt=SHORT_PROMPT,
+        files=("test_*.json",),
+        parse=parse_split_files,
         image_key="imgname",
         image_paths=("png/{}", "{}"),
         question_key="query",
@@ -135,8 +137,8 @@ BENCHMARKS = {
     ),
     "docvqa": Benchmark(
         metrics.anls_score,
-        "Answer the question using a single word, phrase, or number.",
-        ("val_v1.0_withQT.json", "val_v1.0.json", "test_v1.0.json"),
+        prompt=NUMBER_PROMPT,
+        files=("val_v1.0_withQT.json", "val_v1.0.json", "test_v1.0.json"),
         id_key="questionId",
         image_paths=("spdocvqa_images/{name}", "{}", "{name}"),
         hidden_answers=(None,),
@@ -145,8 +147,8 @@ BENCHMARKS = {
     ),
     "infovqa": Benchmark(
         metrics.anls_score,
-        "Answer the question using a single word, phrase, or number.",
-        ("infographic*_val_v1.0*.json", "infographic*_test_v1.0.json"),
+        prompt=NUMBER_PROMPT,
+        files=("infographic*_val_v1.0*.json", "infographic*_test_v1.0.json"),
         id_key="questionId",
         image_key="image_local_name",
         image_paths=("infographicsvqa_images/{}", "{}"),
@@ -156,27 +158,27 @@ BENCHMARKS = {
     ),
     "ai2d": Benchmark(
         metrics.letter_score,
-        "Answer with the option's letter from the given choices directly.",
-        ("questions/*.json",),
-        parse_ai2d,
-        ("ai2d_test_ids.csv",),
+        prompt=LETTER_PROMPT,
+        files=("questions/*.json",),
+        parse=parse_ai2d,
+        annotation_files=("ai2d_test_ids.csv",),
         lists_choices=True,
     ),
     "mmmu": Benchmark(
         metrics.mmmu_score,
-        "Answer with the option's letter from the given choices directly.",
-        ("validation-*.parquet", "test-*.parquet"),
-        parse_mmmu,
+        prompt=LETTER_PROMPT,
+        files=("validation-*.parquet", "test-*.parquet"),
+        parse=parse_mmmu,
         lists_choices=True,
-        open_prompt="Answer the question using a single word or phrase.",
+        open_prompt=SHORT_PROMPT,
         hidden_answers=("?",),
         summarize=metrics.mmmu_metrics,
     ),
     "mmstar": Benchmark(
         metrics.mmstar_score,
-        "Answer with the option's letter from the given choices directly.",
-        ("mmstar.parquet",),
-        parse_mmstar,
+        prompt=LETTER_PROMPT,
+        files=("mmstar.parquet",),
+        parse=parse_mmstar,
         id_key="index",
         kind_key="category",
         lists_choices=True,
@@ -192,9 +194,9 @@ BENCHMARKS = {
     ),
     "pope": Benchmark(
         metrics.pope_score,
-        "Answer the question using a single word or phrase.",
-        ("coco_pope_*.json",),
-        parse_split_files,
+        prompt=SHORT_PROMPT,
+        files=("coco_pope_*.json",),
+        parse=parse_split_files,
         image_paths=("val2014/{}", "{}"),
         question_key="text",
         answers_key="label",
@@ -202,9 +204,9 @@ BENCHMARKS = {
     ),
     "mme": Benchmark(
         metrics.mme_score,
-        "Answer the question using a single word or phrase.",
-        ("MME_Benchmark/*.txt", "*.txt"),
-        parse_mme,
+        prompt=SHORT_PROMPT,
+        files=("MME_Benchmark/*.txt", "*.txt"),
+        parse=parse_mme,
         summarize=metrics.mme_metrics,
     ),
     "mathvista": Benchmark(

@@ -252,7 +252,7 @@ def parse_mmmu(content, file, notes):
     for record in content:
         choices, answer = parse_python_list(record["options"]), record["answer"]
         if choices is None:
-            raise ValueError(f"options are no list of texts: {record['options']!r:.80}")
+            raise ValueError(f"options are not a list of texts: {record['options']!r:.80}")
         texts = [record["question"], *choices]
         placed = re.findall(r"<image (\d)>", "\n".join(texts))
         existing = [n for n in "1234567" if record.get(f"image_{n}") is not None]

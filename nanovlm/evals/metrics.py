@@ -207,14 +207,14 @@ def score_parsed(found, references):
 def letter_score(answer, references, question):
     """Multiple choice: returns 1.0 if the answer's letter is a reference.
 
-    References that are no letters are compared as texts, in any case.
+    References that are not letters are compared as texts, in any case.
     """
     if not all(re.fullmatch("[A-Z]", reference.strip()) for reference in references):
         return float(strip_punctuation(answer) in map(strip_punctuation, references))
     return score_parsed(extract_choice(answer, question.get("choices") or []), references)
 
 
-# A letter that is no word ("A dog") and not denied ("B is wrong"); with it a second one ("B or C").
+# A letter, neither a word ("A dog") nor denied ("B is wrong"); with it a second one ("B or C").
 LETTER = (
     r"([A-Z]|[a-z](?=\W*$|[).:]| [-(]))\b(?!['\u2019]|(?<=[AI]) +(?!because\b|is\b)\w"
     r"|\)? (?:is|was) (?:not|incorrect|wrong|false)\b)"
@@ -241,7 +241,7 @@ def extract_choice(answer, choices):
     3. a letter in brackets, or after the word answer, option or choice
 
     Before a word, A is an article and I a pronoun, except before "because" and "is". A letter after
-    the last choice is no choice; if the choices are not known, A to Z are.
+    the last choice is not a choice; if the choices are not known, A to Z are.
     """
     known = string.ascii_uppercase[: len(choices) or 26]
     text, texts = answer.strip(), [*map(strip_punctuation, choices)]

@@ -5,9 +5,14 @@ The page shows images, questions, answers and scores, and needs no other file.
 
 import base64
 import datetime
-import html
 import io
+import itertools
+import json
+import math
+import statistics
 import time
+from collections import Counter
+from pathlib import Path
 from typing import NamedTuple
 
 from .. import cli, distributed
@@ -16,17 +21,11 @@ from . import metrics
 from .benchmarks import BENCHMARKS
 
 PROGRESS_SECONDS = 5.0  # between two lines of progress
-MAX_QUESTIONS = 1000  # on a page: with 15 kB each, a browser still scrolls at once
-MAX_IMAGE_EDGE = 320  # pixels of an image's longer edge on a page
-
-STYLE = """
-body { font: 15px/1.4 sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em }
-section { border-top: 1px solid #bbb; padding: 1em 0; display: flow-root }
-section img { float: left; margin: 0 1em 1em 0 }
-pre { white-space: pre-wrap; font: inherit; margin: .3em 0 }
-pre.table { white-space: pre; font-family: monospace }
-b { display: inline-block; min-width: 6em } .score { float: right; font-size: 1.5em }
-"""
+REPORT_PAGE = Path(__file__).with_name("report.html")
+MAX_QUESTIONS = 5000  # on a page
+PAGE_PIXELS = 128_000_000  # of all images on a page: about 25 MB as JPEGs
+MAX_IMAGE_EDGE = 960  # pixels of an image's longer edge on a page
+MAX_ROWS, MAX_LABEL = 20, 24  # of a confusion table: its references, and their characters
 
 
 class TableLine(NamedTuple):
@@ -98,7 +97,7 @@ def format_table(lines, owner_metrics, benchmark, tokens_per_s=None):
     """Returns the table as text, then owner_metrics: what the benchmark's owners report."""
     is_caption, name = BENCHMARKS[benchmark].is_caption, BENCHMARKS[benchmark].score_name
     label = "right" if name == "accuracy" else name
-    form, scale = ("{:.1f}", 100) if is_caption else ("{:.1%}", 1)  # CIDEr-D is no percentage
+    form, scale = ("{:.1f}", 100) if is_caption else ("{:.1%}", 1)  # CIDEr-D is not a percentage
     width = max(10, *(len(line.kind) for line in lines))
     texts = []
     for line in lines:
@@ -138,21 +137,29 @@ def calibration(results):
 # ---- the page ----
 
 
-def image_tag(ref):
-    """Returns an <img> that contains a small JPEG of an image."""
-    content, name = image_refs.load_image_bytes(ref)
-    small, _ = image_files.read_image(content, name)
-    small.thumbnail((MAX_IMAGE_EDGE, MAX_IMAGE_EDGE))
+def data_uri(image, kind="jpeg", **options):
+    """Returns a PIL image as a data: URI, for a page that needs no other file."""
     file = io.BytesIO()
-    small.save(file, "JPEG", quality=80)
-    data = base64.b64encode(file.getvalue()).decode()
-    return f'<img alt="{html.escape(name)}" src="data:image/jpeg;base64,{data}">'
+    image.save(file, kind, **options)
+    return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
-def score_text(result):
+def small_image(ref, edge):
+    """Returns an image with at most `edge` pixels along its longer edge."""
+    content, name = image_refs.load_image_bytes(ref)
+    image, _ = image_files.read_image(content, name, lambda size: (edge, edge))
+    image.thumbnail((edge, edge))
+    return image
+
+
+def outcome(result, benchmark):
     if not result["answers"]:
         return "not scored"
-    return "unparsed" if result["score"] is None else f"{result['score']:.2f}"
+    if result["score"] is None:
+        return "unparsed"
+    if BENCHMARKS[benchmark].is_caption:  # CIDEr-D compares captions; none is right or wrong
+        return "scored"
+    return {0: "wrong", 1: "right"}.get(result["score"], "partly right")
 
 
 def sort_key(result):
@@ -160,29 +167,71 @@ def sort_key(result):
     return not result["answers"], -1.0 if result["score"] is None else result["score"]
 
 
-def question_section(result, question):
-    """Returns the HTML of a question: its images, prompt, answer and reference answers."""
-    images = "".join(map(image_tag, question["image"]))
-    lines = [
-        ("prompt", result["prompt"]),
-        ("answer", result["answer"] + (" … (cut off)" if result["cut"] else "")),
-        ("reference", " | ".join(dict.fromkeys(result["answers"])) or "not known"),
-    ]
-    texts = "".join(f"<pre><b>{name}</b> {html.escape(text)}</pre>" for name, text in lines)
-    title = html.escape(f"{result['id']}, {result['kind']}")
-    score = f'<span class="score">{score_text(result)}</span>'
-    return f"<section>{score}{images}<p>{title}</p>{texts}</section>"
+def answer_labels(result):
+    """Returns (reference, answer) of a result, in small letters and without a last period.
+
+    A right answer has its reference's label; a wrong one that is spelled like it has None.
+    """
+    texts = statistics.mode(result["answers"] or [""]), result["answer"]
+    reference, answer = (text.strip().removesuffix(".").casefold() for text in texts)
+    if answer == reference:
+        answer = None
+    return reference, reference if result["score"] == 1 else answer
 
 
-def html_page(results, questions, title, table):
-    """Returns the page; questions: those of the results, for their images; table: its text."""
-    pairs = sorted(zip(results, questions, strict=True), key=lambda pair: sort_key(pair[0]))
-    shown = pairs[:MAX_QUESTIONS]
-    sections = "\n".join(question_section(*pair) for pair in shown)
-    title, table = html.escape(title), html.escape(table)
-    return (
-        f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>{title}</title>'
-        f'<style>{STYLE}</style>\n<h1>{title}</h1>\n<pre class="table">{table}</pre>\n'
-        f"<p>{len(shown):,} of {len(pairs):,} questions, the worst first</p>\n"
-        f"{sections}\n</html>\n"
-    )
+def confusion_table(labels):
+    """Returns the references and counts[reference][answer], at the end the number of other answers.
+
+    labels: of answer_labels. None if references are long or many, or if all answers are right.
+    """
+    counts, totals = Counter(labels), Counter(reference for reference, _ in labels)
+    references, table = sorted(totals), []
+    is_small = 2 <= len(references) <= MAX_ROWS and max(map(len, references)) <= MAX_LABEL
+    if not is_small or len(counts) == len(references):
+        return None
+    for reference in references:
+        cells = [counts[reference, answer] for answer in references]
+        table.append([*cells, totals[reference] - sum(cells)])
+    return {"references": references, "counts": table}
+
+
+def html_page(results, questions, benchmark, model, lines, notes=(), blank_scores=None):
+    """Returns the page of an evaluation, which needs no other file.
+
+    questions: those of the results, for their images; lines: of make_table; notes: texts below it;
+    blank_scores: {kind: score with blank images}, if they are known.
+    """
+    labels, rows = {}, []  # {kind: its labels}; a row of the page for each question
+    for result, question in zip(results, questions, strict=True):
+        names = ("id", "kind", "answer", "answers", "cut", "score", "mean_logprob")
+        row = {name: result.get(name) for name in names}
+        row |= {"outcome": outcome(result, benchmark), "labels": answer_labels(result)}
+        row |= {"question": question["question"], "images": question["image"]}
+        row["names"] = [Path(name).name for name in result["image"]]
+        rows.append(row)
+        for kind in {result["kind"], "all"} if result["answers"] else ():
+            labels.setdefault(kind, []).append(row["labels"])
+    rows = sorted(rows, key=sort_key)[:MAX_QUESTIONS]
+    refs = list(dict.fromkeys(itertools.chain(*(row["images"] for row in rows))))
+    edge = min(MAX_IMAGE_EDGE, math.isqrt(PAGE_PIXELS // max(1, len(refs))))
+    uris, number_of = {}, {}  # {uri: its number}, each distinct image once; {ref: that number}
+    for ref in refs:
+        number_of[ref] = uris.setdefault(data_uri(small_image(ref, edge)), len(uris))
+    for row in rows:
+        row["images"] = [number_of[ref] for ref in row["images"]]
+    blank_scores = blank_scores or {}
+    data = {
+        "benchmark": benchmark,
+        "label": BENCHMARKS[benchmark].score_name,
+        "model": model,
+        "notes": notes,
+        "table": [line._asdict() | {"blank": blank_scores.get(line.kind)} for line in lines],
+        "confusions": {kind: confusion_table(pairs) for kind, pairs in labels.items()},
+        "prompt": results[0]["prompt"],
+        "total": len(results),
+        "rows": rows,
+        "images": list(uris),
+    }
+    # "<" would end the element that the data are in
+    text = json.dumps(data).replace("<", "\\u003c")
+    return REPORT_PAGE.read_text().replace("DATA", text, 1)

@@ -501,7 +501,9 @@ def summarize(results, metadata, questions, benchmark, seed=0, *, out="", page="
         # last: it replaces the locked file, and ends the lock
         files.write_text(out, format_lines(results))
     if page:
-        title = f"{benchmark}: {metadata.get('history', {}).get('folder', out)}"
-        files.write_text(page, report.html_page(results, questions, title, table))
+        model = metadata.get("history", {}).get("folder", out)
+        notes = table.splitlines()[len(lines) :]
+        text = report.html_page(results, questions, benchmark, model, lines, notes)
+        files.write_text(page, text)
     if submission:
         files.write_text(submission, format_submission(benchmark, results))

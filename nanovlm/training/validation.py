@@ -11,6 +11,8 @@ from ..data.packing import collate, collate_images, group_samples, members_of_gr
 from ..distributed import all_reduce_sum, get_rank, get_world_size, is_sharded, unsharded
 from ..inference.generate import generate
 
+MAX_QUESTION = 300  # characters of a prompt that are printed; it ends with the question
+
 
 def pack_validation_set(samples, seq_len):
     """Pack the first 64 held-out groups of samples (packing.group_samples; most are one sample)
@@ -86,7 +88,7 @@ def first_turn_targets(batch):
 
 
 def print_answer(checkpoint, samples, i, autocast):
-    """Answer the first question of a sample, and print the answer and the reference."""
+    """Answer the first question of a sample; print it, the expected answer and the answer."""
     ids_T, targets_T, images = samples.read(i)
     is_labelled_T = targets_T != IGNORE_INDEX  # the next token is part of an answer
     if not is_labelled_T.any():
@@ -110,7 +112,14 @@ def print_answer(checkpoint, samples, i, autocast):
         )
         ids = list(itertools.takewhile(lambda x: x != end_token_id, [x for (x,) in tokens]))
     if get_rank() == 0:
-        answer = checkpoint.tokenizer.decode(ids)
-        reference = checkpoint.tokenizer.decode(ids_T[start:end].tolist())
-        line = f"  {samples.names[i]}: answer {answer!r}, reference {reference!r}"
-        print(line.translate(CONTROL_CHARACTERS), flush=True)
+        tokenizer = checkpoint.tokenizer
+        special = {IMAGE_TOKEN_ID, *tokenizer.special.values()}
+        question = [token_id for token_id in ids_T[:start].tolist() if token_id not in special]
+        texts = {
+            "question": tokenizer.decode(question).strip()[-MAX_QUESTION:],
+            "expected": tokenizer.decode(ids_T[start:end].tolist()),
+            "answer": tokenizer.decode(ids),
+        }
+        lines = [f"    {name:8}  {text!r}" for name, text in texts.items()]
+        text = "\n".join([f"  {samples.names[i]}", *lines])
+        print(text.translate(CONTROL_CHARACTERS), flush=True)

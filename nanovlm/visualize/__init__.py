@@ -1,2 +1,2 @@
-"""Output for people: samples.py prints a prepared sample or a summary of a dataset; curves.py plots
-training runs."""
+"""Output for people: attention_map.py shows where a model looks, sample_page.py and samples.py what
+it is trained on, curves.py plots training runs."""

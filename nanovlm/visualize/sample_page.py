@@ -1,14 +1,13 @@
 """A prepared sample as an image of its tiles, or as a page of its tokens and labels."""
 
-import base64
 import html
-import io
 from pathlib import Path
 
 from PIL import Image
 
 from .. import IGNORE_INDEX, IMAGE_TOKEN_ID
 from ..data.packing import collate
+from ..evals.report import data_uri
 from .attention_map import image_cells, token_text
 from .samples import GAP
 
@@ -29,13 +28,6 @@ def draw_tiles(images, image_config):
     return drawing.resize((width * scale, height * scale), Image.Resampling.NEAREST)
 
 
-def png_uri(image):
-    """Returns a PIL image as a data: URI."""
-    file = io.BytesIO()
-    image.save(file, "PNG")
-    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
-
-
 def sample_page(samples, indices, tokenizer):
     """Returns HTML: some samples packed into one sequence, as the model gets it in training.
 
@@ -51,7 +43,7 @@ def sample_page(samples, indices, tokenizer):
             parts.append(f"</div><h2>{html.escape(next(names))}</h2><div class=tokens>")
         note = html.escape(token_note(token_id, target, position, tokenizer))
         if token_id == IMAGE_TOKEN_ID:
-            uri = png_uri(next(crops))
+            uri = data_uri(next(crops), "png")
             parts.append(f'<img title="{note}" src="{uri}" alt="image token">')
         else:
             tag, text = "b" if has_loss else "span", token_text(token_id, tokenizer)
@@ -60,7 +52,7 @@ def sample_page(samples, indices, tokenizer):
         has_loss = target != IGNORE_INDEX
     images, tiles = [image for i in indices for image in samples.stored_sample(i)[2]], ""
     if images:
-        uri = png_uri(draw_tiles(images, samples.image_config))
+        uri = data_uri(draw_tiles(images, samples.image_config), "png")
         tiles = f'<img id="tiles" src="{uri}" alt="the tiles">'
     summary = (
         f"{len(indices)} samples, {batch['ids_BT'].shape[1]} tokens. The {labels} blue ones have a "

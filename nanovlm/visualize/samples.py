@@ -52,13 +52,13 @@ def summarize_dataset(samples, weights, seq_len, tokens_per_s):
     """
     training = samples.split(validation=False)
     for number, folder in enumerate(samples.folders):
-        if not (samples.set_of[training] == number).any():
+        if not (samples.dataset_of[training] == number).any():
             raise UserError(
-                f"{folder}: all {(samples.set_of == number).sum():,} samples are held out for "
+                f"{folder}: all {(samples.dataset_of == number).sum():,} samples are held out for "
                 "validation, none is left to train on: add samples"
             )
     groups, group_lengths = group_samples(samples, training, seq_len)
-    numbers = epoch_samples(samples.set_of[groups[:, 0]], weights, seed=0, epoch=0)
+    numbers = epoch_samples(samples.dataset_of[groups[:, 0]], weights, seed=0, epoch=0)
     epoch = members_of_groups(groups[numbers])
     lengths, all_lengths = samples.table[epoch, LENGTH], samples.table[:, LENGTH]
     image_counts = samples.table[:, IMAGE_COUNT]

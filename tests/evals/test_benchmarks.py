@@ -14,7 +14,7 @@ from pyarrow import parquet
 
 from nanovlm import UserError
 from nanovlm.data import image_files, image_refs
-from nanovlm.data.chat_template import CAPTION_PROMPT, LETTER_PROMPT, SHORT_PROMPT
+from nanovlm.data.turns import CAPTION_PROMPT, LETTER_PROMPT, SHORT_PROMPT
 from nanovlm.evals import benchmarks, formats, metrics
 
 WORD_PROMPT = "Answer the question using a single word, phrase, or number."
@@ -925,7 +925,8 @@ def test_mmmu_has_each_image_where_it_is_named(tmp_path):
             tmp_path, {"open/validation-0.parquet": [mmmu(options=options, image_1=shown(1, 20))]}
         )
         with pytest.raises(
-            UserError, match="that mmmu is published in: ValueError: options are no list of texts: "
+            UserError,
+            match="that mmmu is published in: ValueError: options are not a list of texts: ",
         ) as error:
             benchmarks.load_questions("mmmu", tmp_path / "open")
         assert len(str(error.value)) < 500

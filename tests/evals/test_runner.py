@@ -4,7 +4,6 @@ Its answers equal those to single questions. All that two ranks do is in one lau
 this file, since most of a launch is the import of torch.
 """
 
-import base64
 import contextlib
 import io
 import json
@@ -246,7 +245,8 @@ def test_image_sizes_are_read_from_files_and_from_bytes(folder, tmp_path):
         image_refs.ImageFile(str(folder / "none.png")),
     ):
         with pytest.raises(
-            UserError, match="b is no image|questions.jsonl is no image|none.png cannot be read"
+            UserError,
+            match="b is not an image|questions.jsonl is not an image|none.png cannot be read",
         ):
             runner.read_image_size(ref)
 
@@ -315,7 +315,7 @@ def test_captions_are_scored_all_at_once():
         and "do not compare it with scores over other images" in output
     )
     shares = re.findall(r"[\d.]+%.*?(?=$|   )", output.splitlines()[-2])
-    assert shares == ["0.0% unparsed", "0.0% cut off"], "CIDEr-D is no percentage"
+    assert shares == ["0.0% unparsed", "0.0% cut off"], "CIDEr-D is not a percentage"
 
 
 # ---- an evaluation from beginning to end ----
@@ -805,48 +805,6 @@ def test_a_broken_line_of_answers_or_of_a_log_is_named(tmp_path, line):
         path.write_bytes(line + b"\n")
         with pytest.raises(UserError, match=rf"{name}, line 1: not .*; remove the line$"):
             list(read(path))
-
-
-# ---- the page ----
-
-
-def images_in(page):
-    return [
-        Image.open(io.BytesIO(base64.b64decode(data)))
-        for data in re.findall(r'src="data:image/jpeg;base64,([^"]+)"', page)
-    ]
-
-
-def test_the_page_shows_the_worst_first_and_needs_no_other_file(folder, questions, monkeypatch):
-    rows = [
-        runner.make_result(question, runner.Output(question["question"], f"<b>{i}", 3, i == 1))
-        | {"score": [None, 0.5, 0.0, 1.0, 0.25][i % 5]}
-        for i, question in enumerate(questions)
-    ]
-    rows[7]["answers"] = []
-    table = report.format_table(report.make_table(rows), {}, "exact")
-    text = report.html_page(rows, questions, "exact: a & <model>", table)
-    assert (
-        "<h1>exact: a &amp; &lt;model&gt;" in text
-        and "&lt;three&gt;" in text
-        and "<b>7" not in text
-        and "&lt;b&gt;7" in text
-    )
-    assert not re.search(r"https?://|<script|<link|url\(", text)
-    scores = re.findall(r'class="score">([\w. ]+)<', text)
-    assert scores == ["unparsed"] * 5 + ["0.00"] * 4 + ["0.25"] * 4 + ["0.50"] * 5 + [
-        "1.00"
-    ] * 4 + ["not scored"]
-    assert text.count("(cut off)") == 1
-    found = images_in(text)
-    assert len(found) == sum(len(question["image"]) for question in questions) and {
-        p.size for p in found
-    } == {(12, 12), (50, 13), (11, 70)}
-    monkeypatch.setattr(report, "MAX_QUESTIONS", 9)
-    monkeypatch.setattr(report, "MAX_IMAGE_EDGE", 25)
-    short = report.html_page(rows, questions, "x", table)
-    assert {p.size for p in images_in(short)} == {(12, 12), (25, 7), (4, 25)}
-    assert short.count("<section>") == 9 and "9 of 23 questions, the worst first" in short
 
 
 # ---- ranks ----

@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 
 import numpy as np
 import pytest
@@ -157,37 +158,85 @@ def write_log(path, *lines, incomplete=""):
     return str(path)
 
 
-def test_the_curves_of_finished_and_running_runs_are_drawn(tmp_path):
-    pytest.importorskip("matplotlib")
-    step = {"step": 1, "loss": 3.0, "grad_norm": 1.0, "tokens_per_s": 10.0}
-    logs = [
-        write_log(
-            tmp_path / "a/log.jsonl",
-            step,
-            # the names of commit 1c7a388
-            {"step": 2, "loss": 2.0, "norm": 1.0, "tokens_per_s": 10.0, "validation": 2.5}
-            | {"first_turn_loss": 2.75},
-            incomplete='{"step": 3, "lo',
-        ),
-        write_log(tmp_path / "b/log.jsonl", {**step, "loss": 4.0}),
-    ]
-    found = curves.read_curves(logs)
-    assert found[str(tmp_path / "a")] == {
-        "loss": ([1, 2], [3.0, 2.0]),
-        "val_loss": ([2], [2.5]),
-        "blank_image_loss": ([], []),
-        "first_turn_loss": ([2], [2.75]),
-        "grad_norm": ([1, 2], [1.0, 1.0]),
-        "tokens_per_s": ([1, 2], [10.0, 10.0]),
+STEP = {"step": 1, "loss": 3.0, "lr": 0.25, "grad_norm": 1.0, "tokens_per_s": 10.0}
+
+
+@pytest.fixture
+def logs(tmp_path):
+    """The logs of a run that goes on, of an older version, and of one with a single step."""
+    later = {
+        "step": 2,
+        "loss": 2.0,
+        "lr": 0.5,
+        "norm": 1.5,
+        "validation": 2.5,
+        "blank": 4.0,
+        "first_turn_loss": 2.75,
+        "eval_score": None,
     }
-    prepare.plot(log=logs, out=str(tmp_path / "curves.png"))
-    with Image.open(tmp_path / "curves.png") as figure:
-        assert figure.width > 1000
+    running = write_log(tmp_path / "a/log.jsonl", STEP, later, incomplete='{"step": 3, "lo')
+    (tmp_path / "a/step-000002").mkdir()
+    saved = {"step": 2, "seq_len": 8, "lr": 0.5, "vision_lr": 0.05, "decoder_lr": None}
+    (tmp_path / "a/step-000002/training.json").write_text(json.dumps(saved))
+    return [running, write_log(tmp_path / "b/log.jsonl", STEP | {"loss": 4.0, "eval_score": 0.5})]
+
+
+def test_the_curves_of_finished_and_running_runs_are_read(logs, tmp_path):
+    found = curves.read_curves(logs)[str(tmp_path / "a")]
+    assert found == {
+        "step": ([1, 2], [1, 2]),
+        "loss": ([1, 2], [3.0, 2.0]),
+        "lr": ([1, 2], [0.25, 0.5]),
+        "lr_vision": ([1, 2], pytest.approx([0.025, 0.05])),  # scales as --lr does
+        "grad_norm": ([1, 2], [1.0, 1.5]),
+        "tokens_per_s": ([1], [10.0]),
+        "val_loss": ([2], [2.5]),
+        "blank_image_loss": ([2], [4.0]),
+        "first_turn_loss": ([2], [2.75]),
+    }
+
+
+def test_each_curve_is_drawn_in_its_panel_from_the_first_step_on(logs, tmp_path, monkeypatch):
+    figure_module = pytest.importorskip("matplotlib.figure")
+    figures = []
+
+    def save(figure, out, savefig=figure_module.Figure.savefig):
+        figures.append(figure)
+        savefig(figure, out)
+
+    monkeypatch.setattr(figure_module.Figure, "savefig", save)
+    out = str(tmp_path / "curves.png")
+    prepare.plot(log=logs, out=out)
+    panels, found = figures[0].axes, curves.read_curves(logs)
+    assert len(panels) == len(curves.PANELS)
+    for axes, names in zip(panels, map(str.split, curves.PANELS), strict=True):
+        drawn = [line for line in axes.lines if len(line.get_xdata())]
+        expected = []
+        for run in found.values():
+            expected += [run[name] for name in names if name in run]
+        pairs = [(list(line.get_xdata()), list(line.get_ydata())) for line in drawn]
+        assert sorted(pairs) == sorted(expected)
+        assert axes.get_xscale() == "log" and axes.get_xlim()[0] <= 1
+        labels = [text.get_text() for text in axes.get_legend().get_texts()]
+        assert labels == [name for name in names if any(name in run for run in found.values())]
+    runs = [text.get_text() for text in figures[0].legends[0].get_texts()]
+    assert runs == [str(tmp_path / "a"), str(tmp_path / "b")]
+    with Image.open(out) as figure:
+        assert figure.width > 1200
+    prepare.plot(log=logs[:1], out=out)  # without an eval_score
+    assert len(figures[1].axes) == len(curves.PANELS) - 1
+
+
+def test_a_figure_without_matplotlib_or_of_an_unknown_format_is_refused(logs, monkeypatch):
+    pytest.importorskip("matplotlib")
     for out in ("curves.foo", "curves"):
         with pytest.raises(
             UserError, match=rf"^--out={out} does not end in one of \..*, \.pdf, .*, \.svg, "
         ):
             prepare.plot(log=logs, out=out)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(UserError, match="^curves need matplotlib: pip install matplotlib$"):
+        prepare.plot(log=logs)
 
 
 @pytest.mark.parametrize(
