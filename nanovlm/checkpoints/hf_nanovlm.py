@@ -22,7 +22,7 @@ from ..data.tokenizer import Tokenizer
 from ..models.decoder import Decoder
 from ..models.vision_encoder import VisionEncoder
 from . import checkpoint as checkpoints
-from .huggingface import check_fields, load_published_tensors, published_name
+from .huggingface import add_special_tokens, check_fields, load_published_tensors, published_name
 
 NANOVLM_NAMES = {  # of tensors, ours: published, as in huggingface.py
     "projector.linear_1": "MP.proj",
@@ -120,7 +120,7 @@ def read_numbers(config):
     if edge := config.get("max_img_size"):  # nanoVLM-450M has none
         token = config["vlm_extra_tokens"].get("global_image_token")
         if edge % tile or token != "<|global_image|>":
-            raise ValueError(f"max_img_size {edge} is no multiple of {tile}, or no global image")
+            raise ValueError(f"max_img_size {edge} is not a multiple of {tile}, or no global image")
         image_config |= dict(fit="grid", resample="bicubic", longest_edge=edge)
         image_config["enlarge"] = config.get("resize_to_max_side_len", False)
         image_config["tile_texts"] = "nanovlm"
@@ -138,13 +138,7 @@ def read_tokenizer(folder, config):
         raise UserError(
             f"{folder}: its tokenizer is {name}'s: hf download {name} config.json tokenizer.json"
         )
-    tokenizer = Tokenizer.load(found)
-    spec = json.loads(tokenizer.files["tokenizer.json"])
-    new = [name for name in config["vlm_extra_tokens"].values() if name not in tokenizer.special]
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    for number, name in enumerate(new, tokenizer.vocab_size):
-        spec["added_tokens"].append({"id": number, "content": name, "special": True, **flags})
-    return Tokenizer({"tokenizer.json": json.dumps(spec).encode()})
+    return add_special_tokens(Tokenizer.load(found), config["vlm_extra_tokens"].values())
 
 
 def read_model(shapes, image_config, folder):

@@ -14,6 +14,7 @@ compares names, shapes and dtypes with the expected ones.
 """
 
 import functools
+import json
 import math
 import re
 from types import SimpleNamespace
@@ -25,7 +26,7 @@ from .. import UserError
 from ..data import chat_template
 from ..data.image_processing import check_image_config
 from ..data.jinja_template import identify_template
-from ..data.tokenizer import Tokenizer
+from ..data.tokenizer import SPECIAL_TOKEN, Tokenizer
 from ..files import (
     find_pretrained,
     list_weight_files,
@@ -144,7 +145,7 @@ NOT_COMPUTED = {
     "google/siglip2-base-patch16-256",
     "moe|mixtral|deepseek|gpt_oss|llama4|dbrx|minimax": "a mixture of experts",
     "mamba|jamba|bamba|zamba|lfm|qwen3_next|qwen3_5|hybrid|recurrent|falcon_h1|nemotron_h|rwkv": (
-        "layers that are no attention: state-space, linear or convolutional ones"
+        "layers that are not attention: state-space, linear or convolutional ones"
     ),
     "gemma": "scaled embeddings, norms by 1 + weight, also after each sublayer, and a GELU",
     "phi": "joint q/k/v and gate/up layers, and another RoPE",
@@ -196,16 +197,6 @@ DEFAULTS = {
         hidden_act="gelu_pytorch_tanh",
         layer_norm_eps=1e-6,
     ),
-    "idefics3_vision": dict(
-        hidden_size=1152,
-        num_hidden_layers=12,
-        num_attention_heads=16,
-        image_size=224,
-        intermediate_size=3072,
-        patch_size=32,
-        hidden_act="gelu_pytorch_tanh",
-        layer_norm_eps=1e-6,
-    ),
     "dinov2": dict(VIT_BASE, mlp_ratio=4, patch_size=14, hidden_act="gelu", layer_norm_eps=1e-6),
     "llama": dict(
         LLAMA_7B, intermediate_size=11008, num_key_value_heads=None, max_position_embeddings=2048
@@ -243,6 +234,9 @@ DEFAULTS = {
         max_window_layers=28,
     ),
 }
+DEFAULTS["idefics3_vision"] = DEFAULTS["siglip_vision_model"] | dict(
+    hidden_size=1152, num_attention_heads=16, patch_size=32
+)
 DEFAULTS["ministral"] = DEFAULTS["mistral"]
 DEFAULTS["qwen3"] = DEFAULTS["qwen2"] | dict(head_dim=128)
 # Fields that must have the value that this project computes, if config.json has them.
@@ -275,7 +269,7 @@ ROPE_FIELDS = {  # of each rope_type, with their defaults; ... is a required fie
 
 # ---- config.json ----
 def check_fields(config, required, where):
-    """Raises UserError if a field differs from what this project computes. null is no value."""
+    """Raises UserError if a field differs from what this project computes. null is not a value."""
     for field, value in required.items():
         if config.get(field) not in (None, value):
             only = "" if value is None else f", only {value}"
@@ -475,12 +469,9 @@ def read_image_config(folder, tile, fit):
     }
     if image_config["fit"] == "anyres":
         image_config["pinpoints"] = config.get("image_grid_pinpoints")
-    if image_config["fit"] == "split":
+    if own_fit == "split" and not fit:
         check_fields(config, {"do_image_splitting": True}, path)
-        edge = config["size"]["longest_edge"]
-        if edge > MAX_LONGEST_EDGE:
-            raise UserError(f"{path}: longest_edge {edge} is more than {MAX_LONGEST_EDGE}")
-        image_config |= {"longest_edge": edge, "tile_texts": "idefics3"}
+        image_config |= {"longest_edge": config["size"]["longest_edge"], "tile_texts": "idefics3"}
     return image_config
 
 
@@ -561,6 +552,8 @@ def read_vision_encoder(
             f"{shapes['tile']} pixels"
         )
     check_image_config(image_config, f"{folder}: image config")
+    if (edge := image_config.get("longest_edge", 0)) > MAX_LONGEST_EDGE:
+        raise UserError(f"{folder}: longest_edge {edge} is more than {MAX_LONGEST_EDGE}")
     check_arguments(VisionEncoder, shapes, path, VISION_FIELDS)
     vlm_shapes = {"vision": shapes, "decoder": None, "shuffle": shuffle}
     part = Checkpoint(None, None, vlm_shapes, image_config, None, {})
@@ -627,6 +620,21 @@ def read_decoder(name, *, template=None, tensors=True):
     return part._replace(model=SimpleNamespace(decoder=decoder), history=history)
 
 
+def add_special_tokens(tokenizer, names):
+    """Returns a tokenizer with these special tokens: those that it lacks get the next ids."""
+    new = [name for name in names if name not in tokenizer.special]
+    if not new:
+        return tokenizer
+    if "tokenizer.json" not in tokenizer.files:
+        raise UserError(
+            f"{new[0]} cannot be added to a {next(iter(tokenizer.files))}, only to a tokenizer.json"
+        )
+    spec = json.loads(tokenizer.files["tokenizer.json"])
+    for number, name in enumerate(new, tokenizer.vocab_size):
+        spec["added_tokens"].append({"id": number, "content": name, **SPECIAL_TOKEN})
+    return Tokenizer({"tokenizer.json": json.dumps(spec).encode()})
+
+
 def read_chat_template(folder):
     """Returns (Jinja text or None, {bos_token, eos_token}) of a folder.
 
@@ -651,6 +659,23 @@ def read_chat_template(folder):
         if isinstance(item, dict) and item.get("name") == "default":
             return item.get("template"), tokens
     return None, tokens
+
+
+def read_whole_model(name, vision, decoder, projector, before):
+    """Returns (Checkpoint, names of tensors) of the two parts of a folder and its projector.
+
+    projector: its names of tensors; before: a pattern of what these begin with. No name is read if
+    the parts have no models.
+    """
+    weights = {}
+    with torch.device("meta"):
+        found = combine_parts(vision, decoder, {"folder": str(name)})
+    if found.model:
+        paths = list_weight_files(find_pretrained(name))
+        weights = read_weights(paths, [(r"^model\.", "")])
+        ignored = f"(?!{before})"
+        load_published_tensors(found.model.projector, projector, weights, ignored, paths)
+    return found, weights.keys()
 
 
 def combine_parts(vision, decoder, history):

@@ -24,6 +24,7 @@ import torch
 
 from .. import UserError, files
 from ..data import chat_template, image_processing
+from ..data.tokenizer import SPECIAL_TOKEN
 from ..models.decoder import Decoder
 from . import huggingface
 from .checkpoint import atomic_folder, saved_parameters
@@ -59,17 +60,13 @@ def read_llava(name, template=None, tensors=True):
     vision = huggingface.read_vision_encoder(name, vision_feature_layer=layer, tensors=tensors)
     decoder = huggingface.read_decoder(name, template=template, tensors=tensors)
     check_joint_config(config, vision, decoder, path)
-    with torch.device("meta"):
-        found = huggingface.combine_parts(vision, decoder, {"folder": str(name)})
-    if not tensors:
-        return found
-    paths = files.list_weight_files(folder)
-    weights = files.read_weights(paths, [(r"^model\.", "")])
-    ignored = r"(?!multi_modal_projector|image_newline)"
-    huggingface.load_published_tensors(found.model.projector, PROJECTOR, weights, ignored, paths)
-    is_nested = any(name.startswith("vision_tower.vision_model.") for name in weights)
-    prefix = "vision_tower." + "vision_model." * is_nested
-    found.history["llava"] = decoder.history["folder"] | {"vision_names": prefix}
+    found, names = huggingface.read_whole_model(
+        name, vision, decoder, PROJECTOR, "multi_modal_projector|image_newline"
+    )
+    if tensors:
+        is_nested = any(name.startswith("vision_tower.vision_model.") for name in names)
+        prefix = "vision_tower." + "vision_model." * is_nested
+        found.history["llava"] = decoder.history["folder"] | {"vision_names": prefix}
     return found
 
 
@@ -105,7 +102,7 @@ def export_checkpoint(checkpoint, folder):
 
     Raises UserError if the layout cannot express it.
     """
-    check_exportable(checkpoint)
+    check_exportable(checkpoint, "a LLaVA", llava_rules(checkpoint))
     tensors = llava_tensors(checkpoint)
     image_id = add_image_token(checkpoint, tensors)
     jinja = template_to_jinja(checkpoint.chat_template, checkpoint.tokenizer)
@@ -122,20 +119,46 @@ def write_folder(checkpoint, folder, contents, jinja, tensors):
         files.write_tensors(tensors, tmp / "model.safetensors")
 
 
-def check_exportable(checkpoint):
-    """Raises UserError, which says how to stitch instead, if the layout lacks something."""
-    vision, template = checkpoint.shapes["vision"], checkpoint.chat_template
-    shuffle, post_norm = checkpoint.shapes["shuffle"], vision.get("post_norm", True)
-    rules = [  # (whether it is so, what a LLaVA folder lacks and how to stitch instead)
-        (shuffle != 1, f"pixel shuffle by {shuffle}: stitch without --shuffle"),
-        (checkpoint.image_config["fit"] == "tiles", "InternVL's tiles: stitch without --tiles"),
+def check_exportable(checkpoint, layout, rules):
+    """Raises UserError, which says how to stitch instead, if a layout lacks something.
+
+    rules: of this layout, each (whether it is so, what a folder lacks and how to stitch instead).
+    """
+    template = checkpoint.chat_template
+    rules = [
+        *rules,
         (
-            not checkpoint.shapes.get("projector_mlp", True),
-            "a projector of one layer: stitch again",
+            "tekken.json" in checkpoint.tokenizer.files,
+            "a tekken.json: stitch with a --decoder folder whose only tokenizer is tokenizer.json",
         ),
         (
-            checkpoint.image_config["fit"] in ("split", "grid"),
-            "images split as in SmolVLM: stitch with --fit=squash",
+            chat_template.TEMPLATES[template]["caption_only"],
+            f"the template {template}, which has no questions: stitch with the --template of the "
+            "decoder's own chats",
+        ),
+    ]
+    problems = [problem for is_so, problem in rules if is_so]
+    if problems:
+        raise UserError(f"{layout} folder cannot express {'; nor '.join(problems)}")
+
+
+def llava_rules(checkpoint):
+    """Returns the rules of check_exportable for a LLaVA folder."""
+    vision, template = checkpoint.shapes["vision"], checkpoint.chat_template
+    shuffle, post_norm = checkpoint.shapes["shuffle"], vision.get("post_norm", True)
+    return [
+        (
+            shuffle != 1,
+            f"pixel shuffle by {shuffle}: stitch without --shuffle (or, for Idefics3's layout, a "
+            "SigLIP with --longest_edge and --projector=linear)",
+        ),
+        (
+            checkpoint.image_config["fit"] in ("tiles", "grid"),
+            "several tiles of an image: stitch without --tiles",
+        ),
+        (
+            not checkpoint.shapes.get("projector_mlp", True),
+            "a projector of one layer: stitch without --projector=linear",
         ),
         (
             vision_type(vision) is None,
@@ -152,23 +175,11 @@ def check_exportable(checkpoint):
             "a vision encoder without the layers after its feature layer: stitch again",
         ),
         (
-            "tekken.json" in checkpoint.tokenizer.files,
-            "a tekken.json: stitch with a --decoder folder whose only tokenizer is tokenizer.json",
-        ),
-        (
             not chat_template.TEMPLATES[template]["image_space"],
             f"the template {template}, which has no line break after an image: stitch with another "
             "--template",
         ),
-        (
-            chat_template.TEMPLATES[template]["caption_only"],
-            f"the template {template}, which has no questions: stitch with the --template of the "
-            "decoder's own chats",
-        ),
     ]
-    problems = [problem for is_so, problem in rules if is_so]
-    if problems:
-        raise UserError(f"a LLaVA folder cannot express {'; nor '.join(problems)}")
 
 
 def vision_type(vision):
@@ -283,14 +294,7 @@ def json_files(checkpoint, image_id):
             files[name]["image_grid_pinpoints"] = image_config["pinpoints"]
     if "<image>" not in special:
         files["generation_config.json"]["suppress_tokens"] = [image_id]
-        token = dict(
-            content="<image>",
-            lstrip=False,
-            rstrip=False,
-            single_word=False,
-            normalized=False,
-            special=True,
-        )
+        token = {"content": "<image>", **SPECIAL_TOKEN}
         files["tokenizer_config.json"]["added_tokens_decoder"] = {str(image_id): token}
     source = tokenizer.files.get("tokenizer.json", b"")
     if b'"SpecialToken"' in source:

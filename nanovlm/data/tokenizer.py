@@ -48,6 +48,13 @@ BYTE_TO_UNICODE = {b: chr(b) for b in range(256) if chr(b).isprintable() and chr
 OTHER_BYTES = sorted(set(range(256)) - BYTE_TO_UNICODE.keys())
 BYTE_TO_UNICODE |= {b: chr(256 + n) for n, b in enumerate(OTHER_BYTES)}
 UNICODE_TO_BYTE = {letter: byte for byte, letter in BYTE_TO_UNICODE.items()}
+SPECIAL_TOKEN = {  # the flags of a special token in a tokenizer.json
+    "single_word": False,
+    "lstrip": False,
+    "rstrip": False,
+    "normalized": False,
+    "special": True,
+}
 # Mistral's special tokens by id, for a tekken.json that lists none (versions 1 to 7).
 TEKKEN_SPECIAL_TOKENS = [
     "<unk>",
@@ -254,7 +261,7 @@ def piece_vocabulary(pieces, merges, special, prefix_space):
 
     The bytes of a character are merged before all else. The prefixes of its UTF-8 that arise on the
     way have a rank but no id. pieces: {piece: id}; "<0x0A>" stands for a byte, for characters that
-    are no piece. merges: as for add_merge_ranks.
+    are not a piece. merges: as for add_merge_ranks.
     """
     bytes_of = {}
     for piece, i in pieces.items():
@@ -537,19 +544,13 @@ def tokenizer_spec(ranks, special):
         "trim_offsets": True,
         "use_regex": True,
     }
-    flags = {
-        "single_word": False,
-        "lstrip": False,
-        "rstrip": False,
-        "normalized": False,
-        "special": True,
-    }
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
         "added_tokens": [
-            {"id": len(ranks) + n, "content": name, **flags} for n, name in enumerate(special)
+            {"id": len(ranks) + n, "content": name, **SPECIAL_TOKEN}
+            for n, name in enumerate(special)
         ],
         "normalizer": None,
         "pre_tokenizer": byte_level,

@@ -379,9 +379,9 @@ def test_a_vision_encoder_that_computes_something_else_is_refused_by_name(
         ("olmo2", "norms after the sublayers, and one of q and k over all heads"),
         ("qwen3_moe", "a mixture of experts"),
         ("mixtral", "a mixture of experts"),
-        ("qwen3_next", "layers that are no attention: state-space, linear or convolutional ones"),
+        ("qwen3_next", "layers that are not attention: state-space, linear or convolutional ones"),
         ("granitemoehybrid", "a mixture of experts"),
-        ("falcon_h1", "layers that are no attention"),
+        ("falcon_h1", "layers that are not attention"),
     ],
 )
 def test_a_decoder_of_another_kind_is_refused_with_what_it_needs(model_type, needs, decoder_folder):
@@ -398,7 +398,7 @@ def test_a_decoder_of_another_kind_is_refused_with_what_it_needs(model_type, nee
     [
         ({"no_rope_layers": [1, 0, 1]}, r"rope_layers \[1, 0, 1\]"),
         ({"no_rope_layers": 7}, "TypeError"),
-        ({"no_rope_layer_interval": 0}, "no_rope_layer_interval 0 is no whole number"),
+        ({"no_rope_layer_interval": 0}, "no_rope_layer_interval 0 is not a whole number"),
         ({"layer_types": ["sliding_attention"] * 4}, "sliding_window of None"),
     ],
 )
@@ -655,18 +655,21 @@ def keep_no_weights(folder):
         ),
         (
             lambda folder: edit(folder / "config.json", num_attention_heads=0),
-            "config.json: num_attention_heads 0 is no whole number from 1 on",
+            "config.json: num_attention_heads 0 is not a whole number from 1 on",
         ),
         (
             lambda folder: edit(folder / "config.json", hidden_size="48"),
-            "config.json: hidden_size '48' is no whole number",
+            "config.json: hidden_size '48' is not a whole number",
         ),
         (
             lambda folder: edit(folder / "config.json", tie_word_embeddings=True),
             "lm_head.weight is not embed_tokens.weight",
         ),
         (lambda folder: (folder / "config.json").write_text("{"), "config.json is not JSON"),
-        (lambda folder: (folder / "config.json").write_text("[]"), "config.json is no JSON object"),
+        (
+            lambda folder: (folder / "config.json").write_text("[]"),
+            "config.json is not a JSON object",
+        ),
         (lambda folder: (folder / "config.json").write_text("{}"), "model of type None"),
         (
             lambda folder: (folder / "config.json").unlink(),
@@ -840,7 +843,7 @@ def test_owner_and_name_are_found_in_the_cache(published, decoder_folder, tmp_pa
     part = huggingface.read_decoder("someone/decoder")
     same(part.model.decoder, huggingface.read_decoder(published[1]).model.decoder)
     source, shards = part.history["folder"], sorted(folder.glob("*.safetensors"))
-    assert (source["from"], source["revision"], source["licence"]) == (
+    assert (source["from"], source["revision"], source["license"]) == (
         "someone/decoder",
         "0123abc",
         "apache-2.0",
@@ -900,7 +903,7 @@ def test_only_what_is_read_is_downloaded(tmp_path):
     assert hub.downloaded == ["config.json", "pytorch_model.bin"]
     with pytest.raises(
         UserError,
-        match="a/b is no local folder and was not downloaded: ConnectionError no route to host",
+        match="a/b is not a local folder and was not downloaded: ConnectionError no route to host",
     ):
         download_pretrained("a/b", Hub(names, None))
 
@@ -1267,7 +1270,7 @@ def test_an_unknown_template_must_be_named(template, message, decoder_folder):
         huggingface.read_decoder(decoder_folder)
     assert huggingface.read_decoder(decoder_folder, template="smollm2").chat_template == "smollm2"
     with pytest.raises(
-        UserError, match="llama3 writes <.begin_of_text.>, which is no special token"
+        UserError, match="llama3 writes <.begin_of_text.>, which is not a special token"
     ):
         huggingface.read_decoder(decoder_folder, template="llama3")
 

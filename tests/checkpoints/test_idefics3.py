@@ -1,20 +1,23 @@
 """Idefics3, SmolVLM and SmolVLM2 folders: nanovlm computes what transformers computes, and
 transformers reads what nanovlm writes."""
 
+import contextlib
 import json
 from functools import cache
 
 import numpy as np
 import pytest
+import test_llava
 import torch
 import transformers as hf
-from PIL import Image
 from safetensors.torch import load_file, save_file
-from test_parity import DECODER, shake
+from test_llava import messages, noise_image
+from test_parity import DECODER, VISION, shake
 from transformers.models.idefics3.image_processing_pil_idefics3 import (
     Idefics3ImageProcessorPil,
     get_resize_output_image_size,
 )
+from transformers.models.idefics3.modeling_idefics3 import Idefics3VisionEmbeddings
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 from transformers.models.smolvlm.processing_smolvlm import DEFAULT_CHAT_TEMPLATE
 
@@ -23,6 +26,7 @@ import sample
 import train
 from nanovlm import IMAGE_TOKEN_ID, UserError
 from nanovlm.checkpoints.checkpoint import load_checkpoint, load_checkpoint_info, save_checkpoint
+from nanovlm.checkpoints.idefics3 import IDEFICS3_TOKENS, check_positions
 from nanovlm.data import chat_template, dataset, image_processing, image_refs, packing, tokenizer
 from nanovlm.evals import runner
 from nanovlm.inference.generate import generate
@@ -37,14 +41,6 @@ SMOLVLM = (
 )
 BESIDE_IMAGES = ["<fake_token_around_image>", "<image>", "<end_of_utterance>"]
 PLACES = ["<global-img>", *(f"<row_{i}_col_{j}>" for i in range(1, 7) for j in range(1, 7))]
-VISION = dict(
-    hidden_size=48,
-    intermediate_size=80,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    image_size=28,
-    patch_size=7,
-)
 
 
 def train_words(start, names):
@@ -67,11 +63,6 @@ SIZES = {
     "two": [(200, 133), (41, 113)],
     "none": [],
 }
-
-
-def noise_image(size, seed=0):
-    pixels = np.random.default_rng(seed).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
-    return Image.fromarray(pixels)
 
 
 def publish(
@@ -161,18 +152,6 @@ def load_in_transformers(folder):
 @cache
 def load_ours(folder):
     return load_checkpoint(folder, dtype=None)
-
-
-def messages(turns):
-    """Returns a conversation as transformers takes it: each content in parts, the images first."""
-    return [
-        {
-            "role": role,
-            "content": [{"type": "image"}] * text.count("<image>")
-            + [{"type": "text", "text": text.replace("<image>\n", "")}],
-        }
-        for role, text in turns
-    ]
 
 
 @torch.no_grad()
@@ -297,12 +276,123 @@ def test_a_folder_comes_back_tensor_for_tensor_and_says_the_same(kind, folders, 
     assert load_checkpoint_info(tmp_path / "back").fingerprint() == ours.fingerprint()
 
 
-def test_a_projector_of_two_layers_is_not_exported(folders, tmp_path):
-    folder, ours = str(folders["SmolVLM2"]), str(tmp_path / "ours")
-    prepare.stitch(vision=folder, decoder=folder, out=ours)
-    with pytest.raises(UserError, match="images split as in SmolVLM: stitch with --fit=squash"):
-        prepare.export(model=ours, out=str(tmp_path / "out"))
+# ---- export of what was stitched ----
+LINEAR = dict(encoder="siglip", projector="linear", longest_edge=90)
+ENDS = ("<s>", "</s>")
+STITCHES = {
+    "split": dict(template="smollm2", shuffle=2),
+    "one tile": dict(template="llama3", longest_edge=28),
+    "tied": dict(template="mistral", decoder={"tie_word_embeddings": True, "sliding_window": 9}),
+    "rows to spare": dict(
+        template="zephyr", shuffle=4, vocabulary=520, words=test_llava.sentencepiece("always", ENDS)
+    ),
+    "larger tiles": dict(
+        template="llama2", tile=42, shuffle=3, words=test_llava.sentencepiece("prepend", ENDS)
+    ),
+}
+
+
+@pytest.mark.parametrize("stitch", STITCHES.values(), ids=STITCHES)
+def test_a_stitched_model_is_exported_and_read_again(stitch, tmp_path):
+    folder = test_llava.stitched(tmp_path, **LINEAR | stitch)
+    ours, out = load_checkpoint(folder), tmp_path / "out"
+    prepare.export(model=str(folder), out=str(out))
+    for turns, sizes in [
+        (CONVERSATIONS["turns"], [(40, 31), (20, 83), (3, 2)]),
+        ([("user", "<image>\nIs it a cat?")], [(90, 25)]),
+        ([("user", "a cat?")], []),
+    ]:
+        assert_the_same(ours, out, turns, sizes, tmp_path)
+    back = load_checkpoint(out)
+    for field in ("shapes", "image_config", "chat_template"):
+        assert getattr(back, field) == getattr(ours, field)
+    assert back.tokenizer.special == ours.tokenizer.special
+    for name, tensor in ours.model.state_dict().items():
+        assert torch.equal(back.model.state_dict()[name], tensor)
+
+
+def test_special_tokens_that_are_added_leave_the_other_tokens_as_they_are(tmp_path):
+    """New rows are the mean of the others: such a token is never the most probable."""
+    plain = load_checkpoint(test_llava.stitched(tmp_path, "chatml", "siglip"))
+    choices = dict(projector="linear", longest_edge=90)
+    parts = {"vision": str(tmp_path / "encoder"), "decoder": str(tmp_path / "decoder")}
+    prepare.stitch(**parts, out=str(tmp_path / "split"), template="chatml", **choices)
+    split = load_checkpoint(tmp_path / "split")
+    size, before, after = plain.tokenizer.vocab_size, plain.tokenizer.special, split.tokenizer
+    assert after.special == before | {name: size + n for n, name in enumerate(IDEFICS3_TOKENS)}
+    assert after.encode("<image>") == plain.tokenizer.encode("<image>")  # a user's own text
+    for module in ("embed_tokens", "lm_head"):
+        old_VD = getattr(plain.model.decoder, module).weight
+        new_VD = getattr(split.model.decoder, module).weight
+        assert torch.equal(new_VD[:size], old_VD) and len(new_VD) == size + 3
+        torch.testing.assert_close(new_VD[size:], old_VD.mean(0).expand(3, -1))
+
+
+@pytest.mark.parametrize(
+    "stitch, message",
+    [
+        (dict(projector="mlp"), "a projector of two layers: stitch with --projector=linear"),
+        (
+            dict(encoder="clip"),
+            "is not a SigLIP with its last norm: stitch with the --vision of one",
+        ),
+        (dict(vision_feature_layer=-1), "of one, without --vision_feature_layer"),
+        (dict(tile=19 * 7), "19 patches across a tile the same position.*: choose another --tile"),
+        (
+            dict(template="mistral", words=test_llava.sentencepiece("first", ENDS)),
+            "a SentencePiece whose space stands before the first text alone",
+        ),
+        (dict(template="nanovlm"), "the template nanovlm: stitch with another --template"),
+        (dict(template="plain"), "the template plain, which has no questions"),
+    ],
+)
+def test_what_idefics3_cannot_express_is_refused_with_the_setting_to_stitch_with(
+    stitch, message, tmp_path
+):
+    folder = test_llava.stitched(tmp_path, **LINEAR | {"template": "chatml"} | stitch)
+    with pytest.raises(UserError, match=message):
+        prepare.export(model=str(folder), out=str(tmp_path / "out"))
     assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize(
+    "choices, message",
+    [
+        (dict(longest_edge=90, tiles=2), "--longest_edge=90 splits an image into tiles: leave out"),
+        (dict(longest_edge=90, fit="pad"), "leave out --tiles and --fit"),
+        (dict(longest_edge=4097), "longest_edge 4097 is more than 4096"),
+        (dict(longest_edge=0), "longest_edge 0 is"),
+        (dict(projector="bilinear"), "--projector=bilinear is .*of mlp, linear"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(choices, message, tmp_path):
+    folder = str(test_llava.vision_folder(tmp_path / "encoder", "siglip"))
+    with pytest.raises(UserError, match=message):
+        prepare.stitch(vision=folder, decoder=folder, out=str(tmp_path / "ours"), **choices)
+
+
+def test_tokens_are_added_to_a_tokenizer_json_alone(tmp_path):
+    words = test_llava.sentencepiece("model", ENDS)
+    with pytest.raises(UserError, match="<image> cannot be added to a tokenizer.model, only to a"):
+        test_llava.stitched(tmp_path, "mistral", words=words, **LINEAR)
+    assert not list(tmp_path.glob("ours*"))
+
+
+@torch.no_grad()
+def test_positions_of_patches_are_those_of_transformers_or_refused():
+    refused = []
+    for side in range(1, 40):
+        config = hf.Idefics3VisionConfig(image_size=side, patch_size=1, hidden_size=4)
+        embeddings, pixels = Idefics3VisionEmbeddings(config), torch.zeros(1, 3, side, side)
+        mask = torch.ones(1, side, side, dtype=torch.bool)
+        features = embeddings(pixels, mask)[0] - embeddings.patch_embedding.bias
+        positions_PD = embeddings.position_embedding.weight
+        is_plain = bool((features - positions_PD).abs().max() < 1e-5)
+        refusal = contextlib.nullcontext() if is_plain else pytest.raises(UserError, match="tile")
+        with refusal:
+            check_positions(side, "x")
+        refused += [side] * (not is_plain)
+    assert refused == [19, 25, 29, 31, 38]
 
 
 # ---- training ----
@@ -348,7 +438,7 @@ def test_a_published_folder_is_trained_sampled_and_exported(tmp_path, capsys):
 @pytest.mark.parametrize(
     "file, fields, message",
     [
-        ("config.json", {"scale_factor": "2"}, "scale_factor '2' is no whole number"),
+        ("config.json", {"scale_factor": "2"}, "scale_factor '2' is not a whole number"),
         ("config.json", {"scale_factor": 3}, "--shuffle=3 does not divide the 4 patches"),
         ("config.json", {"tie_word_embeddings": True}, "tie_word_embeddings True"),
         (
@@ -376,10 +466,19 @@ def test_a_folder_that_computes_something_else_is_refused_by_name(file, fields, 
         load_checkpoint_info(folder)
 
 
+def test_a_size_for_which_transformers_rounds_positions_is_refused(tmp_path):
+    kind = KINDS["Idefics3"] | {"max_image_size": {"longest_edge": 19 * 7}}
+    path = publish(tmp_path / "x", **kind) / "config.json"
+    config = json.loads(path.read_text()) | {"vision_config": VISION | {"image_size": 19 * 7}}
+    path.write_text(json.dumps(config))
+    with pytest.raises(UserError, match="some of 19 patches across a tile the same position"):
+        load_checkpoint_info(tmp_path / "x")
+
+
 def test_a_tokenizer_needs_the_tokens_beside_an_image(tmp_path):
     publish(tmp_path / "x", **KINDS["SmolVLM2"])
     train_words("<|im_start|>", BESIDE_IMAGES[1:]).save(tmp_path / "x")
-    with pytest.raises(UserError, match="<fake_token_around_image> is no special token"):
+    with pytest.raises(UserError, match="<fake_token_around_image> is not a special token"):
         load_checkpoint_info(tmp_path / "x")
 
 

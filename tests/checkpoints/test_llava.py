@@ -369,17 +369,17 @@ def messages(turns, **image):
 
 
 @torch.no_grad()
-def assert_the_same(ours, folder, turns, paths):
+def assert_the_same(ours, folder, turns, sizes, tmp_path):
     """transformers, with the exported folder and its chat template, has the ids, the logits and the
-    answer of the nanovlm checkpoint."""
+    answer of a Checkpoint of ours."""
     model, processor = load_in_transformers(folder)
-    ours = load_checkpoint(ours)
-    images = [image_processing.load_image(path, ours.image_config) for path in paths]
+    photos, images = [noise_image(size, number) for number, size in enumerate(sizes)], []
+    for number, photo in enumerate(photos):
+        photo.save(tmp_path / f"{number}.png")
+        images.append(image_processing.load_image(tmp_path / f"{number}.png", ours.image_config))
     ids = chat_template.encode_prompt(ours, turns, images)
     prompt = processor.apply_chat_template(messages(turns), add_generation_prompt=True)
-    theirs = processor(
-        text=prompt, images=[Image.open(path) for path in paths], return_tensors="pt"
-    )
+    theirs = processor(text=prompt, images=photos, return_tensors="pt")
     image_id = model.config.image_token_id
     assert [image_id if i == IMAGE_TOKEN_ID else i for i in ids] == theirs["input_ids"][0].tolist()
     inputs, end = (
@@ -408,10 +408,8 @@ def assert_the_same(ours, folder, turns, paths):
 def test_an_exported_model_answers_in_transformers_as_here(template, turns, tmp_path):
     ours = stitched(tmp_path, template)
     out = exported(ours, tmp_path / "out")
-    paths = [tmp_path / f"{n}.png" for n in range(sum(text.count("<image>") for _, text in turns))]
-    for n, path in enumerate(paths):
-        noise_image((40, 31), n).save(path)
-    assert_the_same(ours, out, turns, paths)
+    sizes = [(40, 31)] * sum(text.count("<image>") for _, text in turns)
+    assert_the_same(load_checkpoint(ours), out, turns, sizes, tmp_path)
 
 
 # ---- SentencePiece's spaces ----
@@ -554,10 +552,8 @@ def test_an_exported_template_puts_spaces_where_render_does(
 )
 def test_an_exported_model_with_sentencepiece_answers_as_here(template, layout, tmp_path):
     ours = stitched(tmp_path, template, words=sentencepiece(layout, next(iter(names_of(template)))))
-    noise_image((40, 31)).save(tmp_path / "a.png")
-    assert_the_same(
-        ours, exported(ours, tmp_path / "out"), CONVERSATIONS["more"], [tmp_path / "a.png"]
-    )
+    out = exported(ours, tmp_path / "out")
+    assert_the_same(load_checkpoint(ours), out, CONVERSATIONS["more"], [(40, 31)], tmp_path)
 
 
 def test_llama_cpp_puts_no_start_token_before_a_prompt(stitched_model, tmp_path):
@@ -604,10 +600,8 @@ MADE = {
 @pytest.mark.parametrize("made", MADE.values(), ids=MADE)
 def test_all_that_the_layout_can_express_is_exported(made, tmp_path):
     ours = stitched(tmp_path, "chatml", **made)
-    noise_image((90, 31)).save(tmp_path / "a.png")
-    assert_the_same(
-        ours, exported(ours, tmp_path / "out"), CONVERSATIONS["a question"], [tmp_path / "a.png"]
-    )
+    out, turns = exported(ours, tmp_path / "out"), CONVERSATIONS["a question"]
+    assert_the_same(load_checkpoint(ours), out, turns, [(90, 31)], tmp_path)
 
 
 def test_an_image_token_is_added_to_a_tokenizer_that_has_none(tmp_path):
@@ -645,8 +639,9 @@ def test_the_grid_is_the_one_that_transformers_chooses():
 @pytest.mark.parametrize(
     "change, message",
     [
-        (dict(shuffle=2), "pixel shuffle by 2: stitch without --shuffle"),
-        (dict(tiles=4), "InternVL's tiles: stitch without --tiles"),
+        (dict(shuffle=2), "pixel shuffle by 2: stitch without --shuffle .*--projector=linear"),
+        (dict(tiles=4), "several tiles of an image: stitch without --tiles"),
+        (dict(projector="linear"), "a projector of one layer: stitch without --projector=linear"),
         (
             dict(encoder="siglip"),
             "a norm after the last layer of the vision encoder: stitch a CLIP or SigLIP folder "
@@ -740,7 +735,7 @@ def edit(path, **fields):
         (
             "preprocessor_config.json",
             {"image_grid_pinpoints": [[28, 50]]},
-            "pinpoints is no list of heights and widths in whole tiles",
+            "pinpoints is not a list of heights and widths in whole tiles",
         ),
         ("preprocessor_config.json", {"size": {"shortest_edge": 40}}, "choose --fit"),
     ],
@@ -802,7 +797,7 @@ def test_an_unknown_template_is_named_to_export_which_stores_it(tmp_path):
             ".*vicuna",
         ):
             read(folder)
-    with pytest.raises(UserError, match="--template=odd is none of mistral"):
+    with pytest.raises(UserError, match="--template=odd is not one of mistral"):
         prepare.export(model=str(folder), out=str(tmp_path / "out"), template="odd")
     prepare.export(model=str(folder), out=str(tmp_path / "out"), template="vicuna")
     assert load_checkpoint(tmp_path / "out").chat_template == "vicuna"

@@ -1,10 +1,13 @@
-"""Each model in the README's list: made small by transformers, stitched, trained for two steps,
-exported, and read again by transformers, which then says the same words."""
+"""Each model in the README's list: made small by transformers (nanoVLM: by its formulas), stitched
+unless it is whole, trained for two steps, exported, and read again by transformers, which then says
+the same words."""
 
 import json
 import re
 
 import pytest
+import test_hf_nanovlm
+import test_idefics3
 import test_llava
 import torch
 from conftest import ROOT
@@ -16,6 +19,7 @@ from nanovlm import IGNORE_INDEX, UserError
 from nanovlm.checkpoints.checkpoint import load_checkpoint, save_checkpoint
 from nanovlm.data import chat_template, image_processing, packing, tokenizer
 
+SIZE = (40, 31)  # of the image
 VISIONS = {"CLIP": clip, "SigLIP": siglip, "SigLIP 2": siglip, "DINOv2": dinov2}
 # name in the README: (a decoder of test_parity, a published chat template of test_huggingface)
 DECODER_KINDS = {
@@ -27,6 +31,15 @@ DECODER_KINDS = {
     "Qwen2.5": ("qwen2.5", "qwen2.5"),
     "Qwen3": ("qwen3", "qwen3"),
     "SmolLM3": ("smollm3", "smollm3"),
+}
+WHOLE_MODELS = {  # name in the README: (its own tests, one of their KINDS)
+    "LLaVA-1.5": (test_llava, "1.5"),
+    "LLaVA-NeXT": (test_llava, "1.6 mistral"),
+    "Idefics3": (test_idefics3, "Idefics3"),
+    "SmolVLM": (test_idefics3, "SmolVLM-256M"),
+    "SmolVLM2": (test_idefics3, "SmolVLM2"),
+    "nanoVLM-450M": (test_hf_nanovlm, "450M"),
+    "nanoVLM-460M-8k": (test_hf_nanovlm, "460M-8k"),
 }
 
 
@@ -40,6 +53,7 @@ def names_in_the_readme(setting):
 def test_the_readme_lists_the_models_that_are_tested_here():
     assert names_in_the_readme("--vision") == list(VISIONS)
     assert names_in_the_readme("--decoder") == list(DECODER_KINDS)
+    assert names_in_the_readme("--model") == list(WHOLE_MODELS)
 
 
 def publish_decoder(folder, name):
@@ -59,10 +73,11 @@ def publish_decoder(folder, name):
     return template.split(",")[0]
 
 
-def train_two_steps(checkpoint, path):
-    """Every parameter trains, on one image and a short answer."""
+def train_two_steps(checkpoint, tmp_path):
+    """Every parameter trains, on one image and a short answer. Returns the saved Checkpoint."""
     words, model = checkpoint.tokenizer, checkpoint.model.train()
-    image = image_processing.load_image(path, checkpoint.image_config)
+    test_llava.noise_image(SIZE).save(tmp_path / "a.png")
+    image = image_processing.load_image(tmp_path / "a.png", checkpoint.image_config)
     turns = [("user", "<image>\nIs it a cat?")]
     prompt = chat_template.encode_prompt(checkpoint, turns, [image])
     end = chat_template.end_token_id(words, checkpoint.chat_template)
@@ -81,25 +96,30 @@ def train_two_steps(checkpoint, path):
         losses.append(loss.item())
     assert losses[1] < losses[0]
     assert not [name for name, p in model.named_parameters() if torch.equal(p, before[name])]
-    model.eval()
+    save_checkpoint(checkpoint, tmp_path / "trained")
+    return load_checkpoint(tmp_path / "trained")
 
 
 PAIRS = [("CLIP", name) for name in DECODER_KINDS] + [(name, "Qwen2.5") for name in VISIONS][1:]
 
 
-@pytest.mark.parametrize("vision, decoder", PAIRS)
-def test_a_model_of_the_list_is_trained_and_handed_back(vision, decoder, tmp_path):
+def stitch(vision, decoder, tmp_path, **choices):
+    """Returns the Checkpoint of two models of the list."""
     VISIONS[vision]().save_pretrained(tmp_path / "vision")
     (tmp_path / "vision/preprocessor_config.json").write_text(json.dumps(PREPROCESSOR))
     template = publish_decoder(tmp_path / "decoder", decoder)
     parts = {part: str(tmp_path / part) for part in ("vision", "decoder")}
-    layer = None if vision == "DINOv2" else -2
-    prepare.stitch(**parts, out=str(tmp_path / "stitched"), vision_feature_layer=layer)
+    prepare.stitch(**parts, out=str(tmp_path / "stitched"), **choices)
     checkpoint = load_checkpoint(tmp_path / "stitched")
     assert checkpoint.chat_template == template
-    test_llava.noise_image((40, 31)).save(tmp_path / "a.png")
-    train_two_steps(checkpoint, tmp_path / "a.png")
-    save_checkpoint(checkpoint, tmp_path / "trained")
+    return checkpoint
+
+
+@pytest.mark.parametrize("vision, decoder", PAIRS)
+def test_a_model_of_the_list_is_trained_and_handed_back(vision, decoder, tmp_path):
+    layer = None if vision == "DINOv2" else -2
+    checkpoint = stitch(vision, decoder, tmp_path, vision_feature_layer=layer)
+    trained = train_two_steps(checkpoint, tmp_path)
     if vision == "DINOv2":
         with pytest.raises(UserError, match="a LLaVA folder cannot express a vision encoder that"):
             test_llava.exported(tmp_path / "trained", tmp_path / "out")
@@ -108,4 +128,22 @@ def test_a_model_of_the_list_is_trained_and_handed_back(vision, decoder, tmp_pat
     config = json.loads((out / "config.json").read_text())
     assert config["text_config"]["model_type"] == DECODERS[DECODER_KINDS[decoder][0]][1].model_type
     turns = test_llava.CONVERSATIONS["more"]
-    test_llava.assert_the_same(tmp_path / "trained", out, turns, [tmp_path / "a.png"])
+    test_llava.assert_the_same(trained, out, turns, [SIZE], tmp_path)
+
+
+@pytest.mark.parametrize("decoder", ["Ministral", "Qwen2.5", "Qwen3", "SmolLM3"])
+def test_a_model_with_pixel_shuffle_and_tiles_is_handed_on_as_idefics3(decoder, tmp_path):
+    choices = dict(shuffle=2, longest_edge=84, projector="linear")
+    trained = train_two_steps(stitch("SigLIP 2", decoder, tmp_path, **choices), tmp_path)
+    out = test_llava.exported(tmp_path / "trained", tmp_path / "out")
+    test_idefics3.assert_the_same(trained, out, [("user", "<image>\nA cat?")], [SIZE], tmp_path)
+
+
+@pytest.mark.parametrize("name", WHOLE_MODELS)
+def test_a_whole_model_of_the_list_is_trained_and_handed_back(name, tmp_path):
+    layout, kind = WHOLE_MODELS[name]
+    folder = layout.publish(tmp_path / "published", **layout.KINDS[kind])
+    trained = train_two_steps(load_checkpoint(folder), tmp_path)
+    out = test_llava.exported(tmp_path / "trained", tmp_path / "out")
+    question = "Is it?" if layout is test_hf_nanovlm else test_llava.CONVERSATIONS["more"]
+    layout.assert_the_same(trained, out, question, [SIZE], tmp_path)
