@@ -28,8 +28,9 @@ class LoRALinear(nn.Linear):
         nn.init.zeros_(self.lora_B.weight)
 
     def forward(self, x):
-        # scaled where it is small, between A and B
-        return super().forward(x) + self.lora_B(self.scale * self.lora_A(x))
+        y = super().forward(x)
+        y += self.lora_B(self.scale * self.lora_A(x))  # scaled where it is small; in place
+        return y
 
 
 def add_lora(model, *, rank, alpha, target, **_):

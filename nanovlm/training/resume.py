@@ -4,9 +4,10 @@
       training.json          the step, the settings that must stay the same, and its val_loss; if
                              --patience has deleted later steps, the last_step of the run, too
       training.safetensors   the optimizer state, as "decoder.norm.weight/exp_avg"
-      sharded/               under FSDP, but not with LoRA, instead: weights and optimizer state, of
-                             which each rank has written its own rows (checkpoints/sharded.py);
-                             only the last step has a model.safetensors, too
+      sharded/               instead, under FSDP without LoRA: weights and optimizer state, each
+                             rank's own rows (checkpoints/sharded.py);
+                             only the last step has a model.safetensors, too, and the best one
+                             if there is --patience
 
 A step's folder gets its name after it is complete and flushed to disk. Only then older steps are
 deleted, so there is always a complete checkpoint.
@@ -172,12 +173,12 @@ class Saver:
         self.keep_best = keep_best or keep_checkpoints > 1
 
     @raise_on_all_ranks()
-    def save(self, step, is_last, metrics={}):
+    def save(self, step, as_one_file, metrics={}):
         """Write out/step-…; all ranks call this.
 
-        is_last: rank 0 also writes sharded weights as one file, gathered one by one. metrics: those
-        of this step. Raises UserError, and keeps the earlier steps, if a weight is NaN or infinite
-        or a file cannot be written.
+        as_one_file: rank 0 also writes sharded weights as one file, gathered one by one. metrics:
+        those of this step. Raises UserError, and keeps the earlier steps, if a weight is NaN or
+        infinite or a file cannot be written.
         """
         folder = self.out / f"step-{step:06d}"
         not_finite = []
@@ -194,7 +195,7 @@ class Saver:
             training["val_loss"] = metrics["val_loss"]
         try:
             on_rank_0(start_folder, folder)
-            self.write_files(Path(f"{folder}.tmp"), training, is_last)
+            self.write_files(Path(f"{folder}.tmp"), training, as_one_file)
             on_rank_0(finish_folder, folder)
         except OSError as error:
             on_rank_0(remove_unfinished, folder)
@@ -208,7 +209,7 @@ class Saver:
         folders = list_checkpoints(self.out)
         return folders[-1] if folders else "no checkpoint"
 
-    def write_files(self, tmp, training, is_last):
+    def write_files(self, tmp, training, as_one_file):
         model = self.checkpoint.model
         weights, state = saved_parameters(model), optimizer_state(model, self.optimizer)
         if self.checkpoint.lora:  # what trains is small: one file without shards
@@ -222,7 +223,7 @@ class Saver:
             tensors = {f"model.{name}": tensor for name, tensor in weights.items()}
             tensors |= {f"optimizer.{name}": tensor for name, tensor in state.items()}
             sharded.write_shards(tensors, tmp / "sharded")
-            weights, state = gather_to_rank_0(weights) if is_last else None, None
+            weights, state = gather_to_rank_0(weights) if as_one_file else None, None
         on_rank_0(write_checkpoint_files, self.checkpoint, tmp, weights)
         if state is not None:
             on_rank_0(write_tensors, state, tmp / "training.safetensors")

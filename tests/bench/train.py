@@ -4,11 +4,13 @@
     python tests/bench/train.py --rounds=3                       fewer measurements
     python tests/bench/train.py --dtype=bfloat16 --compile=true  our fastest settings
     python tests/bench/train.py --lora_rank=16                   LoRA of the decoder, beside peft's
+    taskset -c 0 python tests/bench/train.py                     one thread, beside other processes
 
 The shapes are those of SmolLM2-135M and a small CLIP. Projector and decoder train, as in sft; with
 --lora_rank the decoder has LoRA, that of peft for transformers. For transformers each sample is a
 sequence, padded to the longest; ours are packed. Measured with samples of one length, which need no
-padding, and with lengths such as in LLaVA's data. The two take turns in one run; times are medians.
+padding, and with lengths such as in LLaVA's data. The two take turns in one run; times are medians,
+in seconds of the CPU, for which other processes count less.
 """
 
 import json
@@ -181,9 +183,9 @@ def compare(name, lengths, rounds, autocast, compile, lora_rank):
     seconds = {transformers_step: [], own_step: []}
     for _ in range(rounds):
         for run, times in seconds.items():
-            start = time.perf_counter()
+            start = time.process_time()
             run()
-            times.append(time.perf_counter() - start)
+            times.append((time.process_time() - start) / torch.get_num_threads())
     slow, fast = map(statistics.median, seconds.values())
     large, small = map(peak_bytes, seconds)
     padding = len(lengths) * max(lengths) - sum(lengths)

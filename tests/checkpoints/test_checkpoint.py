@@ -52,7 +52,7 @@ def save_step(checkpoint, out, step):
     bias = checkpoint.model.requires_grad_(False).projector.linear_2.bias.requires_grad_(True)
     optimizer, bias.grad = torch.optim.AdamW([bias]), torch.ones_like(bias)
     optimizer.step()
-    resume.Saver(checkpoint, optimizer, out, {}, keep_checkpoints=1).save(step, is_last=True)
+    resume.Saver(checkpoint, optimizer, out, {}, keep_checkpoints=1).save(step, as_one_file=True)
 
 
 def same_tensors(a, b):

@@ -49,7 +49,7 @@ from nanovlm.checkpoints.checkpoint import (
 )
 from nanovlm.data import dataset, packing
 from nanovlm.models.vlm import VLM
-from nanovlm.training import memory, recipes, resume
+from nanovlm.training import memory, recipes, resume, validation
 
 CPU = torch.device("cpu")
 DEEP = {
@@ -169,7 +169,7 @@ def gradient_norms(home, rank, world, parallel):
     )
     norms = []
     for last, (batch, _) in zip((False, True), batches, strict=True):
-        with distributed.no_sync(wrapped, last):
+        with distributed.sync_gradients_if(last, wrapped):
             wrapped(**batch).backward()
         grads = [distributed.full_tensor(p.grad) for p in vlm.parameters() if p.grad is not None]
         norms.append(
@@ -706,12 +706,15 @@ def assert_same_to_rounding(a, b, after=0):
     torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 
 
-def test_a_sharded_run_equals_one_process(home, two_ranks):
+def test_a_sharded_run_equals_one_process(home, two_ranks, capsys):
     assert_same_to_rounding(home / "fsdp", home / "whole")
-    assert (
-        "parallel: fsdp, as requested" in two_ranks["fsdp"]
-        and two_ranks["fsdp"].count(": answer ") == 4
-    )
+    printed = two_ranks["fsdp"]
+    assert "parallel: fsdp, as requested" in printed and printed.count("    answer  ") == 4
+    samples = dataset.PreparedDataset(home / "data")
+    sequences = validation.pack_validation_set(samples, settings(home, "")["seq_len"])
+    autocast = torch.autocast("cpu", enabled=False)
+    validation.validate(load_checkpoint(home / "fsdp"), samples, sequences, autocast)
+    assert capsys.readouterr().out in printed
     steps = {
         step.name: sorted(path.name for path in step.iterdir())
         for step in list_checkpoints(home / "fsdp")
@@ -915,7 +918,8 @@ def test_two_ranks_run_out_of_patience_at_the_step_of_one_process(home, two_rank
         assert [path.name for path in list_checkpoints(home / out)] == ["step-000006"]
         assert log_of(home / out)[-1]["step"] == 8
     assert "is finished, at step 8 of 20" in two_ranks["finished"]
-    assert load_checkpoint(home / "out of patience on 2").model
+    best = home / "out of patience on 2" / "step-000006"
+    assert (best / "model.safetensors").is_file() and load_checkpoint(best).model
 
 
 def test_a_save_that_fails_on_one_rank_fails_on_all_and_keeps_the_last_one(two_ranks):
@@ -1072,10 +1076,10 @@ def test_the_best_step_stays_beside_the_newest(home):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        (dict(parallel="both"), "--parallel=both is none of auto, ddp, fsdp"),
+        (dict(parallel="both"), "--parallel=both is not one of auto, ddp, fsdp"),
         (
             dict(activation_checkpointing="some"),
-            "--activation_checkpointing=some is none of none, decoder, all",
+            "--activation_checkpointing=some is not one of none, decoder, all",
         ),
         (
             dict(hsdp_shard_size=2),
