@@ -16,9 +16,7 @@ if __name__ == "__main__":
 
 import itertools
 import math
-import os
 import shlex
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -30,7 +28,7 @@ from nanovlm import IGNORE_INDEX, UserError, cli
 from nanovlm.checkpoints.checkpoint import base_source, load_checkpoint, load_deferred_weights
 from nanovlm.checkpoints.lora import add_lora
 from nanovlm.data.dataset import PreparedDataset, write_subset
-from nanovlm.data.packing import PackedDataLoader, parse_dataset_weights
+from nanovlm.data.packing import PackedDataLoader
 from nanovlm.demo.run import run_demonstration
 from nanovlm.distributed import (
     all_gather_object,
@@ -41,10 +39,10 @@ from nanovlm.distributed import (
     compile_blocks,
     get_rank,
     init_distributed,
-    no_sync,
     on_rank_0,
     pick_device,
     raise_on_all_ranks,
+    sync_gradients_if,
     transformer_blocks,
     wrap_model,
 )
@@ -55,7 +53,14 @@ from nanovlm.training.flops import micro_batch_flops
 from nanovlm.training.logger import Logger
 from nanovlm.training.memory import choose_dtype, plan_memory
 from nanovlm.training.profiler import profile_steps
-from nanovlm.training.recipes import STAGES, check_inputs, freeze_parts, load_settings
+from nanovlm.training.recipes import (
+    check_demonstration,
+    check_inputs,
+    describe_run,
+    freeze_parts,
+    load_settings,
+    parse_dataset_weights,
+)
 from nanovlm.training.resume import (
     Saver,
     find_resume_checkpoint,
@@ -88,7 +93,7 @@ def train(
     freeze: str = "",  # parts not to train: vision,projector,decoder or none; unset: the stage's
     lora_rank: int = 0,  # LoRA: rank of the two matrices that train beside a weight; 0: no LoRA
     lora_alpha: float | None = None,  # their product is scaled by alpha / rank; unset: 2 × rank
-    lora_target: str = "decoder",  # whose blocks have LoRA: decoder, vision or both
+    lora_target: str = "decoder",  # whose blocks have LoRA, frozen or not: decoder, vision or both
     lr: float | None = None,  # peak learning rate of every trained part
     vision_lr: float | None = None,  # of the vision encoder; unset: --lr
     projector_lr: float | None = None,  # of the projector; unset: --lr
@@ -127,7 +132,7 @@ def train(
     """
     given = dict(locals())
     if not stage:
-        check_demonstration(given)
+        check_demonstration(train, given)
         return run_demonstration(train)
     device = pick_device(device)
     rank, world = init_distributed(device)
@@ -142,9 +147,9 @@ def train(
         vlm = checkpoint.model
         samples = load_samples(run, checkpoint)
         must_agree = settings_to_keep(run, samples)
-        start, last = resume_step(saved, must_agree) if saved else (0, 0)
-        if last == run.steps or is_out_of_patience(run, start, last):
-            print_on_rank_0(f"{stage}: {run.out} is finished, at step {last} of {run.steps}")
+        start_step, last_step = resume_step(saved, must_agree) if saved else (0, 0)
+        if last_step == run.steps or is_out_of_patience(run, start_step, last_step):
+            print_on_rank_0(f"{stage}: {run.out} is finished, at step {last_step} of {run.steps}")
             return
         loader = make_loader(
             samples,
@@ -153,7 +158,7 @@ def train(
             micro_batch_size=run.micro_batch_size,
             rank=rank,
             world_size=world,
-            start_step=start,
+            start_step=start_step,
             pin_memory=device.type == "cuda",
         )
         # One packed sequence, for which the memory is estimated.
@@ -188,21 +193,21 @@ def train(
         run_validation, run, checkpoint, samples, validation_set, questions, autocast
     )
     stopped_by = training_loop(
-        run, start, vlm, wrapped, autocast, loader, optimizer, validate_at, saver
+        run, start_step, vlm, wrapped, autocast, loader, optimizer, validate_at, saver
     )
     if stopped_by:
-        stopped_by.exit(resume_command(given))
+        stopped_by.exit(train, given)
 
 
-def training_loop(run, start, vlm, wrapped, autocast, loader, optimizer, validate_at, saver):
-    """Train from step `start` on. Returns the SignalHandler if a signal stopped it, else None.
+def training_loop(run, start_step, vlm, wrapped, autocast, loader, optimizer, validate_at, saver):
+    """Train from `start_step` on. Returns the SignalHandler if a signal stopped it, else None.
 
     With --patience, the run ends with its best checkpoint: later ones are deleted.
     vlm: the model; wrapped: the same under DDP or FSDP; validate_at: `run_validation` of a step.
     """
-    done, ended, stopping, device = start, False, False, vlm.mean_C11.device
+    step, ended, stopping, device = start_step, False, False, vlm.mean_C11.device
     with (
-        Logger(run.out, start, run.steps, run.tensorboard) as logger,
+        Logger(run.out, start_step, run.steps, run.tensorboard) as logger,
         ThreadPoolExecutor(1) as prefetcher,
         SignalHandler() as signals,
         profile_steps(run.profile, vlm, run.out) as profile,
@@ -211,23 +216,23 @@ def training_loop(run, start, vlm, wrapped, autocast, loader, optimizer, validat
         while not (ended or stopping):
             micro_batches = logger.wait(next_micro_batches)
             next_micro_batches = prefetcher.submit(next, loader)
-            lr_now = set_learning_rates(optimizer, done, run)
+            lr_now = set_learning_rates(optimizer, step, run)
             stats = compute_gradients(wrapped, micro_batches, device, autocast, signals)
             norms = clip_grad_norm(vlm, run.peak_lrs, run.grad_clip)
-            done += 1
-            check_finite(done, stats, norms["grad_norm"], micro_batches, loader.samples, run.out)
+            step += 1
+            check_finite(step, stats, norms["grad_norm"], micro_batches, loader.samples, run.out)
             optimizer.step()
             optimizer.zero_grad()
             if profile:
                 profile.step()
 
-            is_last, stopping = done == run.steps, stats.stopping
-            saving = is_last or stopping or done % run.save_every == 0
-            metrics = validate_at(done)
+            is_last, stopping = step == run.steps, stats.stopping
+            saving = is_last or stopping or step % run.save_every == 0
+            metrics = validate_at(step)
             logger.count_step(stats, micro_batch_flops(vlm, run.peak_lrs, micro_batches))
-            if metrics or saving or done % run.log_every == 0:
+            if metrics or saving or step % run.log_every == 0:
                 logger.log(
-                    done,
+                    step,
                     metrics,
                     loss=stats.loss,
                     lr=lr_now,
@@ -235,18 +240,20 @@ def training_loop(run, start, vlm, wrapped, autocast, loader, optimizer, validat
                     **norms,
                 )
             best_step = logger.best[1]
-            if saving or (run.patience and best_step == done):
-                saver.save(done, is_last, metrics)
-            ended = is_last or is_out_of_patience(run, best_step, done)
-    logger.print_summary(done, run.stage)
+            is_best = run.patience > 0 and best_step == step
+            if saving or is_best:
+                saver.save(step, is_last or is_best, metrics)
+            ended = is_last or is_out_of_patience(run, best_step, step)
+    logger.print_summary(step, run.stage)
     if ended and run.patience:
-        on_rank_0(saver.delete_after_best, done)
+        on_rank_0(saver.delete_after_best, step)
     return None if ended else signals
 
 
-def is_out_of_patience(run, best_step, done):
-    """Whether --patience validations up to step `done` have not improved on that of best_step."""
-    return 0 < best_step <= done - run.patience * run.validate_every and run.patience > 0
+def is_out_of_patience(run, best_step, step):
+    """Whether --patience validations up to this step have not improved on that of best_step."""
+    waited = step - best_step
+    return run.patience > 0 and best_step > 0 and waited >= run.patience * run.validate_every
 
 
 # ---- the optimizer and a step ----
@@ -279,8 +286,8 @@ def set_learning_rates(optimizer, step, run):
 def make_optimizer(model, peak_lrs, weight_decay, betas):
     """AdamW for the trained parts, with weight decay on matrices only.
 
-    Vectors are norms and biases, which have no reason to be near 0. peak_lrs: {part: peak learning
-    rate}.
+    Vectors (norms, biases, a class token) have no reason to be near 0. peak_lrs: {part: peak
+    learning rate}.
     """
     groups = []
     for part, peak_lr in peak_lrs.items():
@@ -308,7 +315,7 @@ def compute_gradients(wrapped, micro_batches, device, autocast, signals):
     # Gradient accumulation: one micro-batch after another adds to the gradients.
     for number, (batch, _) in enumerate(micro_batches, 1):
         batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
-        with no_sync(wrapped, last=number == len(micro_batches)):
+        with sync_gradients_if(number == len(micro_batches), wrapped):
             with autocast:
                 loss_sum = wrapped(**batch)
             # DDP and FSDP divide gradients by the number of ranks: `world` undoes that.
@@ -326,7 +333,7 @@ def compute_gradients(wrapped, micro_batches, device, autocast, signals):
     )
 
 
-def check_finite(done, stats, grad_norm, micro_batches, samples, out):
+def check_finite(step, stats, grad_norm, micro_batches, samples, out):
     """Raises UserError if the loss or the gradient is NaN or infinite, before the weights change.
 
     The message names the samples of the micro-batches with such a loss, or else all samples of the
@@ -343,28 +350,30 @@ def check_finite(done, stats, grad_norm, micro_batches, samples, out):
         suspects += rank_suspects
         all_samples += rank_samples
     suspects = suspects or all_samples
-    folder = Path(out) / f"not-finite-{done:06d}"
+    folder = Path(out) / f"not-finite-{step:06d}"
     names = [samples.names[i] for i in suspects]
-    more = f" and {len(names) - 50} more" if len(names) > 50 else ""
+    shown = ", ".join(names[:50]) + (f" and {len(names) - 50} more" if len(names) > 50 else "")
+    problem = f"loss {stats.loss}, gradient norm {grad_norm}"
+    if not stats.labels:
+        problem = "no loss, as no token has a label"
     with raise_on_all_ranks():
         on_rank_0(write_subset, samples, suspects, folder)
         raise UserError(
-            f"step {done}: loss {stats.loss}, gradient norm {grad_norm}; earlier checkpoints are "
-            f"unchanged. Samples: {', '.join(names[:50])}{more}. "
+            f"step {step}: {problem}; earlier checkpoints are unchanged. Samples: {shown}. "
             f"Look at one: python prepare.py show --data={folder} --sample={shlex.quote(names[0])}"
         )
 
 
-def run_validation(run, checkpoint, samples, validation_set, questions, autocast, done):
-    """Validation metrics of step `done`; identical on every rank.
+def run_validation(run, checkpoint, samples, validation_set, questions, autocast, step):
+    """Validation metrics of a step; identical on every rank.
 
     Returns val_loss and blank_image_loss every --validate_every steps, eval_score every
     --eval_every steps, all of them at the last step, {} at other steps.
     """
-    is_last, metrics = done == run.steps, {}
-    if is_last or done % run.validate_every == 0:
+    is_last, metrics = step == run.steps, {}
+    if is_last or step % run.validate_every == 0:
         metrics = validate(checkpoint, samples, validation_set, autocast)
-    if questions and (is_last or done % run.eval_every == 0):
+    if questions and (is_last or step % run.eval_every == 0):
         table = evaluate(checkpoint, questions, benchmark=run.eval_benchmark, autocast=autocast)
         metrics["eval_score"] = table[-1].score
     return metrics
@@ -444,57 +453,9 @@ def load_eval_questions(run):
     return questions
 
 
-# ---- settings, and what the run prints before it starts ----
-
-
-def describe_run(run, saved, device, world):
-    """The plan of a run in one line."""
-    sequences = -(-run.global_batch_size // world)  # of a rank
-    accumulation = -(-sequences // run.micro_batch_size)
-    epochs = f" ({run.epochs:g} epochs)" if run.epochs else ""
-    return (
-        f"{run.stage}: {run.steps} steps{epochs} of {run.global_batch_size} sequences of "
-        f"{run.seq_len} tokens on {world} × {device}, {accumulation} gradient-accumulation steps "
-        f"of {run.micro_batch_size} sequences, from {saved or run.model} on {run.data}"
-    )
-
-
 def print_on_rank_0(text):
     if get_rank() == 0:
         print(text)
-
-
-def check_demonstration(given):
-    """Raises UserError for any setting, and under torchrun: both need a --stage."""
-    stages = ", ".join(STAGES)
-    changed = cli.changed_settings(train, given).items()
-    if changed:
-        settings = ", ".join(f"--{name}={cli.format_value(value)}" for name, value in changed)
-        raise UserError(
-            f"{settings}: the demonstration takes no settings; give a --stage ({stages})"
-        )
-    if "RANK" in os.environ:
-        raise UserError(
-            f"the demonstration is one process: with torchrun, give a --stage ({stages})"
-        )
-
-
-def resume_command(given):
-    """The command that continues this run. The demonstration continues by itself."""
-    if len(sys.argv) == 1:
-        return "python train.py"
-    launcher = ["python"]
-    if "LOCAL_WORLD_SIZE" in os.environ:
-        torchrun = "torchrun --nproc_per_node={LOCAL_WORLD_SIZE}"
-        if os.environ.get("GROUP_WORLD_SIZE", "1") != "1":  # several machines, this is the first
-            torchrun += (
-                " --nnodes={GROUP_WORLD_SIZE} --node_rank=0 --master_addr={MASTER_ADDR}"
-                " --master_port={MASTER_PORT}"
-            )
-        launcher = torchrun.format(**os.environ).split()
-    settings = cli.changed_settings(train, given) | {"resume": True}
-    arguments = [f"--{name}={cli.format_value(value)}" for name, value in settings.items()]
-    return shlex.join([*launcher, sys.argv[0], *arguments])
 
 
 if __name__ == "__main__":

@@ -207,7 +207,7 @@ def format_value(value):
 
 def one_of(name, *choices):
     """Returns the rule that a setting has one of these values."""
-    return name, lambda x, s: x in choices, f"is none of {', '.join(choices)}"
+    return name, lambda x, s: x in choices, f"is not one of {', '.join(choices)}"
 
 
 def check_rules(values, rules, settings):
@@ -261,7 +261,7 @@ def choose_command(functions, argv):
         raise UserError(f"{expected}: there is none")
     if argv[0] not in functions:
         hint = did_you_mean(argv[0], functions)
-        raise UserError(f"{expected}: {argv[0]!r} is none of them{hint}")
+        raise UserError(f"{expected}: {argv[0]!r} is not one of them{hint}")
     return functions[argv[0]], argv[1:]
 
 
@@ -298,7 +298,7 @@ def run_script(functions):
     except UserError as error:
         sys.exit(f"error: {error}".translate(CONTROL_CHARACTERS))
     except BrokenPipeError:
-        # `python sample.py … | head -1` is no error; the rest of the buffer goes to /dev/null.
+        # `python sample.py … | head -1` is not an error; the rest of the buffer goes to /dev/null.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except OSError as error:

@@ -56,7 +56,7 @@ def pick_device(name):
     number = number or os.environ.get("LOCAL_RANK", "0")
     if kind not in ("auto", "cuda") or not number.isdecimal():
         raise UserError(
-            f"--device={name} is none of auto, cpu, cuda, cuda:1 (or another GPU's number) and mps"
+            f"--device={name} is not one of auto, cpu, cuda, cuda:1 (or another GPU's number), mps"
         )
     if int(number) >= gpus:
         raise UserError(
@@ -282,11 +282,11 @@ def materialize(p, device, dtype):
     torch.utils.swap_tensors(p, torch.nn.Parameter(values, p.requires_grad))
 
 
-def no_sync(wrapped, last):
+def sync_gradients_if(is_last, wrapped):
     """Average gradients over the ranks only with the last micro-batch of a step."""
     if isinstance(wrapped, FSDPModule):
-        wrapped.set_requires_gradient_sync(last)
-    if isinstance(wrapped, DistributedDataParallel) and not last:
+        wrapped.set_requires_gradient_sync(is_last)
+    if isinstance(wrapped, DistributedDataParallel) and not is_last:
         return wrapped.no_sync()
     return contextlib.nullcontext()
 

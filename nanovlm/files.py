@@ -115,7 +115,7 @@ def size_error(name, value):
     most = max_size(name)
     if type(value) is int and 1 <= value <= most:
         return None
-    return f"{name} {value!r:.80} is no whole number from 1 on, at most {most:,}"
+    return f"{name} {value!r:.80} is not a whole number from 1 on, at most {most:,}"
 
 
 @contextlib.contextmanager
@@ -171,7 +171,7 @@ def read_json(path, *required, kind=None):
         # not JSON, a number with thousands of digits, or nested too deeply
         raise UserError(f"{path} is not JSON: {error}") from None
     if not isinstance(content, dict):
-        raise UserError(f"{path} is no JSON object: {content!r:.80}")
+        raise UserError(f"{path} is not a JSON object: {content!r:.80}")
     content = rename_keys(content, OLD_NAMES.get(kind or Path(path).name, {}))
     for name in required:
         if name not in content:
@@ -303,7 +303,7 @@ def download_pretrained(name, hub):
         return Path(hub.snapshot_download(name, allow_patterns=wanted))
     except Exception as error:  # of the network, of the hub, or for a license not agreed to
         reason = f"{type(error).__name__} {' '.join(str(error).split())[:200]}"
-        raise UserError(f"{name} is no local folder and was not downloaded: {reason}") from None
+        raise UserError(f"{name} is not a local folder and was not downloaded: {reason}") from None
 
 
 def weights_source(name, folder, files):
@@ -317,7 +317,7 @@ def weights_source(name, folder, files):
         header = re.match(r"---\n(.*?)\n---", text, re.S)
         license = header and re.search(r"^license: *(\S+)", header[1], re.M)
         if license:
-            source["licence"] = license[1]
+            source["license"] = license[1]
     for path in files:
         with open(path, "rb") as file:
             source["files"][path.name] = hashlib.file_digest(file, "sha256").hexdigest()

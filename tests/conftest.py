@@ -5,6 +5,7 @@ import os
 import sys
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 
@@ -16,6 +17,9 @@ sys.path.insert(0, str(ROOT))
 # transformers, which replaces linspace.
 with torch.device("meta"):
     torch.empty(0)
+# A shared machine may pause in any example.
+hypothesis.settings.register_profile("no deadline", deadline=None)
+hypothesis.settings.load_profile("no deadline")
 # Small models gain nothing from more threads, and lose much if another process uses the core.
 torch.set_num_threads(1)
 

@@ -571,7 +571,7 @@ def test_an_index_that_is_nested_too_deep_is_refused(copied):
 
 def test_a_config_of_a_billion_layers_is_refused_before_they_are_built(copied):
     test_huggingface.edit((bad := copied("decoder")) / "config.json", num_hidden_layers=10**9)
-    with refused("num_hidden_layers 1000000000 is no whole number from 1 on, at most 1,024"):
+    with refused("num_hidden_layers 1000000000 is not a whole number from 1 on, at most 1,024"):
         huggingface.read_decoder(bad)
 
 
@@ -654,10 +654,10 @@ def test_any_odd_value_in_a_config_is_refused_in_one_line_or_harmless(part, name
     [
         ("std", [0.5, -5.5, 0.5], "std .* is not three numbers"),
         ("std", [0.5, 0, 0.5], "std .* is not three numbers"),
-        ("fit", "zzz", "fit 'zzz' is none of"),
-        ("tile", 10**9, "tile 1000000000 is no whole number from 1 on, at most 8,192"),
+        ("fit", "zzz", "fit 'zzz' is not one of"),
+        ("tile", 10**9, "tile 1000000000 is not a whole number from 1 on, at most 8,192"),
         ("tile", 24, "image config differs from the shapes"),
-        ("chat_template", "zzz", "chat_template 'zzz' is none of mistral"),
+        ("chat_template", "zzz", "chat_template 'zzz' is not one of mistral"),
         ("eps", "1e-05", "nanovlm.json: .* eps '1e-05'"),
         ("rope_theta", math.nan, "rope_theta nan"),
         ("rope_scaling", {"rope_type": "linear", "factor": 0}, "RoPE of 8 numbers"),
@@ -844,22 +844,22 @@ def test_an_image_of_another_format_or_of_too_many_pixels_is_refused(
 ):
     path = put(tmp_path / "a.png", IMAGES[kind](sentinel))
     for source in (path, path.read_bytes()):
-        with refused("is no image that can be read here|is broken or cut short|pixels"):
+        with refused("is not an image that can be read here|is broken or cut short|pixels"):
             image_files.read_image(source)
 
 
 def test_postscript_is_refused_by_each_script(world, tmp_path, ghostscript, sentinel):
     bad = put(tmp_path / "a.png", eps(sentinel))
-    with refused("a.png is no image"):
+    with refused("a.png is not an image"):
         answer(world / "model", image=[str(bad)])
     put(tmp_path / "a.json", [{"id": 1, "image": "a.png", "conversations": QUESTION}])
-    with refused("a.png is no image"):
+    with refused("a.png is not an image"):
         prepare_data(world, tmp_path / "a.json", tmp_path / "set")
     questions = put(
         tmp_path / "questions.jsonl",
         {"id": 1, "image": "a.png", "question": "What?", "answers": ["x"]},
     )
-    with refused("a.png is no image"):
+    with refused("a.png is not an image"):
         sample.sample(model=str(world / "model"), questions=str(questions), device="cpu")
 
 
@@ -888,7 +888,7 @@ ELSEWHERE = [
     "http://127.0.0.1/secret.png",
     "https://example.org/a.png",
     "//example.org/a.png",
-    "data:image/png;base64,AAAA",  # which is no image
+    "data:image/png;base64,AAAA",  # which is not an image
     "~/secret.png",
     "$HOME/secret.png",
     "/dev/zero",

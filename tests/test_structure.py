@@ -20,6 +20,7 @@ FILES = sorted([*ROOT.glob("*.py"), *ROOT.glob("nanovlm/**/*.py")])
 ORDER = [
     ["train", "sample", "prepare"],
     ["demo"],
+    ["server"],
     ["visualize"],
     ["evals"],
     ["training"],
@@ -40,7 +41,7 @@ KNOWS_ONLY = {
 }
 MAX_STATEMENTS, MAX_NESTING = 45, 4  # of a function; a settings signature counts as none
 # Python tokens outside tests, docstrings and comments; more only for an issue that asks for more.
-MAX_TOKENS = 98_300
+MAX_TOKENS = 104_800
 MAX_FOREIGN, MAX_FOREIGN_IN_FOLDER = 0.045, 0.08  # share of words in names
 
 # Top-level names that stand in two files, where both mean the same.
@@ -410,7 +411,8 @@ KNOWN_BY_NAME = {
     ),
     "vision encoder": (
         r"clip_vision|siglip|dinov2",
-        {"checkpoints/huggingface", "checkpoints/llava"},
+        # checkpoints/idefics3: the vision encoder of its layout is a SigLIP
+        {"checkpoints/huggingface", "checkpoints/idefics3", "checkpoints/llava"},
     ),
     "benchmark": (
         "|".join(name for name in BENCHMARKS if not BENCHMARKS[name].from_user),

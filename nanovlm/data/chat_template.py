@@ -1,10 +1,10 @@
 """Conversations become token ids and their loss mask, made together in one pass.
 
 `render_conversation` is the one place where ids and loss mask are made. Training, sampling and
-evaluation call it. It writes a conversation segment by segment, and each segment states if it has a
-loss. The loss mask is true on the assistant's answers and on the token that ends each of them, so
-that the model learns to stop; it is false on everything else. Nothing is searched for in finished
-ids.
+evaluation call it. It writes a conversation segment by segment, and each segment says whether its
+tokens have a loss. The loss mask is true on the assistant's answers and on the token that ends each
+of them, so that the model learns to stop; it is false on everything else. Nothing is searched for
+in finished ids.
 
 From the loss mask, `PreparedDataset.read` in dataset.py makes the labels: the next token's id if
 the mask is true there, and IGNORE_INDEX (ignore_index of the cross-entropy) otherwise.
@@ -16,207 +16,37 @@ import re
 from .. import IMAGE_TOKEN_ID, UserError
 from . import image_processing
 from .dataset import expand_image_tokens
-
-# What a template writes. {} stands for the message. Names of special tokens count only outside {}:
-# a user who types "</s>" types four characters.
-TEMPLATE_DEFAULTS = {
-    "start": "<s>",  # first token of a conversation
-    "system": "{}\n\n",  # a system message
-    "system_inside": None,  # or "first", "last": the user message that it is put in front of
-    "default_system": None,  # system message of a conversation that has none
-    # A question, and the opening of its answer: a prompt for generation ends after it.
-    "user": "[INST]{}[/INST]",
-    "last_opening": "",  # what follows the opening of the last answer, and of no answer before it
-    "answer": "{}",
-    "end": "</s>",  # token that ends an answer
-    "after_end": "",  # what follows it
-    # White space that the published template removes: "all" around each message, or the spaces at
-    # the end of an "answer".
-    "trim": None,
-    # Where SentencePiece's space stands (prepend_space). A SentencePiece tokenizer adds a space
-    # before each text, so "[INST]{}" gives the "[INST] Hello" of Mistral v2 and v3, and the
-    # "[INST]Hello" of Tekken.
-    "space_before_answer": True,
-    "space_after_end": False,
-    "caption_only": False,  # the words of a message with an image are left out
-    # whether a line break after <image> is kept, and a space before one that begins a message
-    "image_space": True,
-}
-CHATML = {
-    "start": "",
-    "system": "<|im_start|>system\n{}<|im_end|>\n",
-    "user": "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n",
-    "end": "<|im_end|>",
-    "after_end": "\n",
-}
-VICUNA = {"system": "{} ", "user": "USER: {} ASSISTANT:"}
-IDEFICS3 = {
-    "start": "<|begin_of_text|>",
-    "system": "System: {}<end_of_utterance>\n",
-    "user": "User: {}<end_of_utterance>\nAssistant:",
-    "answer": " {}",
-    "end": "<end_of_utterance>",
-    "after_end": "\n",
-    "image_space": False,
-}
-TEMPLATE_FIELDS = {  # of each template, where it differs from TEMPLATE_DEFAULTS
-    "mistral": {"system_inside": "last", "trim": "answer"},
-    "mistral-v1": {"system_inside": "first", "user": "[INST] {} [/INST]", "space_after_end": True},
-    "mistral-v7": {"system": "[SYSTEM_PROMPT]{}[/SYSTEM_PROMPT]", "trim": "answer"},
-    "chatml": CHATML,
-    "smollm2": CHATML
-    | {"default_system": "You are a helpful AI assistant named SmolLM, trained by Hugging Face"},
-    # Without thinking. The published one writes today's date; here it is jinja.TODAY, as a prompt
-    # must not change from day to day.
-    "smollm3": CHATML
-    | {
-        "default_system": "You are a helpful AI assistant named SmolLM, trained by Hugging Face.",
-        "system": "<|im_start|>system\n## Metadata\n\nKnowledge Cutoff Date: June 2025\n"
-        "Today Date: 08 July 2025\nReasoning Mode: /no_think\n\n"
-        "## Custom Instructions\n\n{}\n\n",
-        "user": CHATML["user"] + "<think>\n\n</think>\n",
-    },
-    "qwen2": CHATML | {"default_system": "You are a helpful assistant."},
-    "qwen2.5": CHATML
-    | {"default_system": "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."},
-    # without thinking: an empty block of thoughts stands before the last answer alone
-    "qwen3": CHATML | {"last_opening": "<think>\n\n</think>\n\n"},
-    "llama2": {
-        "start": "",
-        "system": "<<SYS>>\n{}\n<</SYS>>\n\n",
-        "system_inside": "first",
-        "user": "<s>[INST] {} [/INST]",
-        "answer": "{} ",
-        "trim": "all",
-    },
-    "llama3": {
-        "start": "<|begin_of_text|>",
-        "system": "<|start_header_id|>system<|end_header_id|>\n\n{}<|eot_id|>",
-        "user": "<|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|>"
-        "<|start_header_id|>assistant<|end_header_id|>\n\n",
-        "end": "<|eot_id|>",
-        "trim": "all",
-    },
-    "vicuna": VICUNA
-    | {
-        "default_system": "A chat between a curious user and an artificial intelligence assistant. "
-        "The assistant gives helpful, detailed, and polite answers to the user's questions."
-    },
-    # as llava-hf publishes LLaVA-1.5, but with an end token after each answer, as in LLaVA's
-    # training
-    "llava": VICUNA,
-    "idefics3": IDEFICS3,
-    "nanovlm": CHATML | {"image_space": False},
-    "smolvlm": IDEFICS3 | {"start": "<|im_start|>"},
-    "zephyr": {
-        "start": "",
-        "system": "<|system|>\n{}</s>\n",
-        "user": "<|user|>\n{}</s>\n<|assistant|>\n",
-        "after_end": "\n",
-        "space_before_answer": False,
-    },
-    # LLaVA's for pretraining: an image, then its caption. Text without an image is kept. LLaVA ends
-    # a caption by a line break; here the token that ends each answer does. For tokenizers with <s>
-    # and </s>: SentencePiece and Tekken.
-    "plain": {"user": "{}", "caption_only": True},
-}
-TEMPLATES = {name: TEMPLATE_DEFAULTS | fields for name, fields in TEMPLATE_FIELDS.items()}
-# JSON can hold one half of a UTF-16 pair; UTF-8 cannot.
-LONE_SURROGATE = re.compile("[\ud800-\udfff]")
-# Megatron's COCO prompt, for captions that come without a question
-CAPTION_PROMPT = "Give a brief description of this image in one sentence."
-# follows a question of VQAv2, ChartQA, POPE and MME
-SHORT_PROMPT = "Answer the question using a single word or phrase."
-# follows a question and its choices in AI2D, MMMU and MMStar
-LETTER_PROMPT = "Answer with the option's letter from the given choices directly."
-ROLES = {
-    "human": "user",
-    "gpt": "assistant",
-    "user": "user",
-    "assistant": "assistant",
-    "system": "system",
-}
+from .turns import CAPTION_PROMPT
 
 
-def read_turns(record, name):
-    """Returns a LLaVA `conversations` or an OpenAI `messages` list as [(role, text)].
+def render_conversation(turns, tokenizer, template):
+    """Returns (ids, loss_mask) of [(role, text)]: two lists of equal length, made in one pass.
 
-    Roles are "system", "user" and "assistant". Raises UserError, which begins with `name`, if it is
-    no conversation.
+    loss_mask is True where a token is a label, that is, has a loss: on the assistant's answers and
+    on their end tokens. All other tokens get IGNORE_INDEX as label. ids hold one IMAGE_TOKEN_ID per
+    image; dataset.expand_image_tokens repeats it. A conversation that ends in a user's turn is a
+    prompt for generation.
     """
-    raw = isinstance(record, dict) and (record.get("conversations") or record.get("messages"))
-    if not raw or not isinstance(raw, list) or not all(isinstance(turn, dict) for turn in raw):
-        raise UserError(
-            f"{name}: neither `conversations` nor `messages` is a list of turns in {record!r:.80}",
-            "no conversation",
-        )
-    turns = []
-    for turn in raw:
-        role, text = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
-        if str(role) not in ROLES or not isinstance(text, str):
-            raise UserError(
-                f"{name}: a turn needs a text and a role, one of {', '.join(ROLES)}, "
-                f"not {turn!r:.80}",
-                "no conversation",
-            )
-        if LONE_SURROGATE.search(text):
-            raise UserError(
-                f"{name}: a turn has half a character (a lone surrogate): {text!a:.80}",
-                "half a character",
-            )
-        # The model must not learn to end an answer in white space.
-        turns.append((ROLES[role], text.strip() if ROLES[role] == "assistant" else text))
-    roles = [role for role, _ in turns]
-    if "user" in roles:
-        first = roles.index("user")
-        if turns[first][1].strip() == "<image>":
-            turns[first] = ("user", f"<image>\n{CAPTION_PROMPT}")
-    return turns
+    message_tokens = {"<image>": IMAGE_TOKEN_ID}
+    token_ids = {"template": tokenizer.special, "message": message_tokens, "answer": {}}
+    parts = []  # (text or id, has_loss)
+    for text, kind, has_loss in conversation_segments(turns, template):
+        parts += [(part, has_loss) for part in split_at_tokens(text, token_ids[kind])]
 
+    def text_and_loss(part):
+        return isinstance(part[0], str), part[1]
 
-def check_turns(turns, image_count, name):
-    """Raises UserError if a conversation cannot be a sample.
-
-    Users and assistants must alternate, each answer must have a text, and there must be one <image>
-    per image.
-    """
-    roles = [role for role, _ in turns]
-    after_system = roles[1:] if roles[:1] == ["system"] else roles
-    pairs = len(after_system) // 2
-    if not pairs or after_system != ["user", "assistant"] * pairs:
-        raise UserError(
-            f"{name}: turns must go (system,) user, assistant, user, assistant …, "
-            f"not {', '.join(roles)}",
-            "turns out of order",
-        )
-    tag_count = sum(text.count("<image>") for role, text in turns if role != "assistant")
-    if tag_count != image_count:
-        raise UserError(
-            f"{name}: {tag_count} <image> in its text but {image_count} images",
-            "wrong number of <image>",
-        )
-    for number, (role, text) in enumerate(turns, 1):
-        if role == "assistant" and not text.strip():
-            raise UserError(
-                f"{name}: turn {number}, the assistant's, is empty: there is nothing to learn",
-                "empty answer",
-            )
-
-
-def keep_image_tags(text, is_prompt):
-    """Returns only the <image> tags of a user's message.
-
-    In data of captions the words ask for a caption, each time in other words; LLaVA leaves them
-    out. is_prompt: the message waits for an answer, so its words matter. Raises UserError if they
-    ask for anything but a caption.
-    """
-    words = text.replace("<image>", "").strip()
-    if is_prompt and words not in ("", CAPTION_PROMPT):
-        raise UserError(
-            "the template plain takes an image and no question: "
-            f"not {words[:80]!r}, only {CAPTION_PROMPT!r}"
-        )
-    return "<image>" * text.count("<image>")
+    ids, loss_mask = [], []
+    # Texts side by side are encoded as one, as the published templates do. None crosses a change of
+    # the loss mask: no token is half prompt and half answer.
+    for (is_text, has_loss), group in itertools.groupby(parts, text_and_loss):
+        new = [part for part, _ in group]
+        if is_text:
+            space = prepend_space(ids, has_loss, tokenizer, TEMPLATES[template])
+            new = tokenizer.encode("".join(new), space)
+        ids += new
+        loss_mask += [has_loss] * len(new)
+    return ids, loss_mask
 
 
 def conversation_segments(turns, template):
@@ -256,41 +86,28 @@ def conversation_segments(turns, template):
         yield after + fields["last_opening"] * is_last, "template", False
 
 
+def keep_image_tags(text, is_prompt):
+    """Returns only the <image> tags of a user's message.
+
+    In data of captions the words ask for a caption, each time in other words; LLaVA leaves them
+    out. is_prompt: the message waits for an answer, so its words matter. Raises UserError if they
+    ask for anything but a caption.
+    """
+    words = text.replace("<image>", "").strip()
+    if is_prompt and words not in ("", CAPTION_PROMPT):
+        raise UserError(
+            "the template plain takes an image and no question: "
+            f"not {words[:80]!r}, only {CAPTION_PROMPT!r}"
+        )
+    return "<image>" * text.count("<image>")
+
+
 def split_at_tokens(text, token_ids):
     """Returns the parts of a text, with the ids of the tokens that it names in their places."""
     # the longest name first, as Hugging Face finds special tokens
     names = sorted((name for name in token_ids if name in text), key=len, reverse=True)
     parts = re.split(f"({'|'.join(map(re.escape, names))})", text) if names else [text]
     return [token_ids.get(part, part) for part in parts if part]
-
-
-def render_conversation(turns, tokenizer, template):
-    """Returns (ids, loss_mask) of [(role, text)]: two lists of equal length, made in one pass.
-
-    loss_mask is True where a token is a label, that is, has a loss: on the assistant's answers and
-    on their end tokens. All other tokens get IGNORE_INDEX as label. ids hold one IMAGE_TOKEN_ID per
-    image; dataset.expand_image_tokens repeats it. A conversation that ends in a user's turn is a
-    prompt for generation.
-    """
-    message_tokens = {"<image>": IMAGE_TOKEN_ID}
-    token_ids = {"template": tokenizer.special, "message": message_tokens, "answer": {}}
-    parts = []  # (text or id, has_loss)
-    for text, kind, has_loss in conversation_segments(turns, template):
-        parts += [(part, has_loss) for part in split_at_tokens(text, token_ids[kind])]
-
-    def text_and_loss(part):
-        return isinstance(part[0], str), part[1]
-
-    ids, loss_mask = [], []
-    # Texts side by side are encoded as one, as the published templates do.
-    for (is_text, has_loss), group in itertools.groupby(parts, text_and_loss):
-        new = [part for part, _ in group]
-        if is_text:
-            space = prepend_space(ids, has_loss, tokenizer, TEMPLATES[template])
-            new = tokenizer.encode("".join(new), space)
-        ids += new
-        loss_mask += [has_loss] * len(new)
-    return ids, loss_mask
 
 
 def prepend_space(ids, is_answer, tokenizer, fields):
@@ -320,7 +137,7 @@ def end_token_id(tokenizer, template):
         if name and name not in tokenizer.special:
             raise UserError(
                 f"the template {template} writes {name}, "
-                "which is no special token of this tokenizer"
+                "which is not a special token of this tokenizer"
             )
     return tokenizer.special[fields["end"]]
 
@@ -362,7 +179,17 @@ def add_tile_tags(ids, loss_mask, images, tokenizer, image_config):
     return tagged_ids, tagged_mask, tile_images
 
 
-# ---- prompts ----
+def encode_prompt(checkpoint, turns, images):
+    """Returns the prompt's ids for `generate`: a conversation that ends before an answer.
+
+    Each image is as many IMAGE_TOKEN_IDs as it has tokens. turns: [(role, text)]; images: a
+    ProcessedImage per <image>.
+    """
+    ids, loss_mask = render_conversation(turns, checkpoint.tokenizer, checkpoint.chat_template)
+    ids, _, images = add_tile_tags(
+        ids, loss_mask, images, checkpoint.tokenizer, checkpoint.image_config
+    )
+    return expand_image_tokens(ids, [len(image.feature_index) for image in images]).tolist()
 
 
 def place_images(text, image_count, where="the question"):
@@ -376,14 +203,111 @@ def place_images(text, image_count, where="the question"):
     return text if placed else "<image>\n" * image_count + text
 
 
-def encode_prompt(checkpoint, turns, images):
-    """Returns the prompt's ids for `generate`: a conversation that ends before an answer.
+# ---- templates ----
 
-    Each image is as many IMAGE_TOKEN_IDs as it has tokens. turns: [(role, text)]; images: a
-    ProcessedImage per <image>.
-    """
-    ids, loss_mask = render_conversation(turns, checkpoint.tokenizer, checkpoint.chat_template)
-    ids, _, images = add_tile_tags(
-        ids, loss_mask, images, checkpoint.tokenizer, checkpoint.image_config
-    )
-    return expand_image_tokens(ids, [len(image.feature_index) for image in images]).tolist()
+# What a template writes. {} stands for the message. Names of special tokens count only outside {}:
+# a user who types "</s>" types four characters.
+TEMPLATE_DEFAULTS = {
+    "start": "<s>",  # first token of a conversation
+    "system": "{}\n\n",  # a system message
+    # None: the system message is a turn. "first", "last": it begins the first or last user message.
+    "system_inside": None,
+    "default_system": None,  # system message of a conversation that has none
+    # A question, and the opening of its answer: a prompt for generation ends after it.
+    "user": "[INST]{}[/INST]",
+    "last_opening": "",  # what follows the opening of the last answer only
+    "answer": "{}",
+    "end": "</s>",  # token that ends an answer
+    "after_end": "",  # what follows it
+    # White space that the published template removes: "all": around each message; "answer": spaces
+    # at the end of an answer.
+    "trim": None,
+    # Where SentencePiece's space stands (prepend_space). A SentencePiece tokenizer adds a space
+    # before each text, so "[INST]{}" gives the "[INST] Hello" of Mistral v2 and v3, and the
+    # "[INST]Hello" of Tekken.
+    "space_before_answer": True,
+    "space_after_end": False,
+    "caption_only": False,  # the words of a message with an image are left out
+    # False: a line break after <image> is left out, and a space before an <image> that begins a
+    # message
+    "image_space": True,
+}
+CHATML = {
+    "start": "",
+    "system": "<|im_start|>system\n{}<|im_end|>\n",
+    "user": "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n",
+    "end": "<|im_end|>",
+    "after_end": "\n",
+}
+VICUNA = {"system": "{} ", "user": "USER: {} ASSISTANT:"}
+IDEFICS3 = {
+    "start": "<|begin_of_text|>",
+    "system": "System: {}<end_of_utterance>\n",
+    "user": "User: {}<end_of_utterance>\nAssistant:",
+    "answer": " {}",
+    "end": "<end_of_utterance>",
+    "after_end": "\n",
+    "image_space": False,
+}
+TEMPLATE_FIELDS = {  # of each template, where it differs from TEMPLATE_DEFAULTS
+    "mistral": {"system_inside": "last", "trim": "answer"},
+    "mistral-v1": {"system_inside": "first", "user": "[INST] {} [/INST]", "space_after_end": True},
+    "mistral-v7": {"system": "[SYSTEM_PROMPT]{}[/SYSTEM_PROMPT]", "trim": "answer"},
+    "chatml": CHATML,
+    "smollm2": CHATML
+    | {"default_system": "You are a helpful AI assistant named SmolLM, trained by Hugging Face"},
+    # Without thinking. The published one writes today's date; here it is that of jinja.TODAY, as a
+    # prompt must not change from day to day.
+    "smollm3": CHATML
+    | {
+        "default_system": "You are a helpful AI assistant named SmolLM, trained by Hugging Face.",
+        "system": "<|im_start|>system\n## Metadata\n\nKnowledge Cutoff Date: June 2025\n"
+        "Today Date: 08 July 2025\nReasoning Mode: /no_think\n\n"
+        "## Custom Instructions\n\n{}\n\n",
+        "user": CHATML["user"] + "<think>\n\n</think>\n",
+    },
+    "qwen2": CHATML | {"default_system": "You are a helpful assistant."},
+    "qwen2.5": CHATML
+    | {"default_system": "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."},
+    # without thinking: the last answer, and no other, begins with an empty block of thoughts
+    "qwen3": CHATML | {"last_opening": "<think>\n\n</think>\n\n"},
+    "llama2": {
+        "start": "",
+        "system": "<<SYS>>\n{}\n<</SYS>>\n\n",
+        "system_inside": "first",
+        "user": "<s>[INST] {} [/INST]",
+        "answer": "{} ",
+        "trim": "all",
+    },
+    "llama3": {
+        "start": "<|begin_of_text|>",
+        "system": "<|start_header_id|>system<|end_header_id|>\n\n{}<|eot_id|>",
+        "user": "<|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n",
+        "end": "<|eot_id|>",
+        "trim": "all",
+    },
+    "vicuna": VICUNA
+    | {
+        "default_system": "A chat between a curious user and an artificial intelligence assistant. "
+        "The assistant gives helpful, detailed, and polite answers to the user's questions."
+    },
+    # as llava-hf publishes LLaVA-1.5, but with an end token after each answer, as in LLaVA's
+    # training
+    "llava": VICUNA,
+    "idefics3": IDEFICS3,
+    "nanovlm": CHATML | {"image_space": False},
+    "smolvlm": IDEFICS3 | {"start": "<|im_start|>"},
+    "zephyr": {
+        "start": "",
+        "system": "<|system|>\n{}</s>\n",
+        "user": "<|user|>\n{}</s>\n<|assistant|>\n",
+        "after_end": "\n",
+        "space_before_answer": False,
+    },
+    # LLaVA's for pretraining: an image, then its caption. Text without an image is kept. LLaVA ends
+    # a caption by a line break; here the token that ends each answer does. For tokenizers with <s>
+    # and </s>: SentencePiece and Tekken.
+    "plain": {"user": "{}", "caption_only": True},
+}
+TEMPLATES = {name: TEMPLATE_DEFAULTS | fields for name, fields in TEMPLATE_FIELDS.items()}

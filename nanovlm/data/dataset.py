@@ -71,7 +71,7 @@ def make_fingerprint(owner):
 
 def is_validation(name):
     """Returns whether a sample is for validation: one of 64, by a hash of its id."""
-    return hashlib.sha256(name.encode()).digest()[7] < 256 // 64
+    return hashlib.sha256(name.encode()).digest()[7] < 256 // 64  # any byte is as good
 
 
 def check_sample_name(name):
@@ -155,7 +155,7 @@ def write_shard_files(folder, image_config, samples):
                     content = tiles_NCYX.tobytes()
                     file.write(content)
                     checksum = zlib.crc32(content, checksum)
-                    # Held, so that no other tiles get their place in memory.
+                    # Kept, so that no other tiles get their address in memory.
                     written[key] = tile_count, tiles_NCYX
                     tile_count += len(tiles_NCYX)
                 rows["images"].append([written[key][0], len(tiles_NCYX), *size])
@@ -223,8 +223,8 @@ def read_header(folder):
     path = folder / "header.json"
     if not path.is_file():
         raise UserError(
-            f"{folder} is no prepared dataset, it has no header.json: see `python prepare.py data "
-            "--help`"
+            f"{folder} is not a prepared dataset, it has no header.json: "
+            "see `python prepare.py data --help`"
         )
     shards = []
     try:
@@ -334,8 +334,8 @@ def shares_image(table, images):
 class PreparedDataset:
     """The samples of one or several prepared datasets, one after another; memory-mapped.
 
-    table: (samples, COLUMNS); names: the id of each sample in its source; set_of: the number of the
-    dataset of each sample; shares_image: whether its first image is that of the sample before.
+    table: (samples, COLUMNS); names: the id of each sample in its source; dataset_of: the number of
+    the dataset of each sample; shares_image: whether its first image is that of the sample before.
     """
 
     def __init__(self, *folders):
@@ -365,7 +365,7 @@ class PreparedDataset:
         sizes = list(map(len, tables))
         self.table, self.shares_image = np.concatenate(tables), np.concatenate(shares)
         self.shard_of = np.repeat(np.arange(len(tables)), sizes)
-        self.set_of = np.repeat(set_numbers, sizes)
+        self.dataset_of = np.repeat(set_numbers, sizes)
 
     def __str__(self):
         return ", ".join(map(str, self.folders))
@@ -377,7 +377,7 @@ class PreparedDataset:
             raise UserError(f"{self} was prepared for another model: {'; '.join(wrong)}")
 
     def check_ids(self, vocab_size):
-        """Raises UserError if an id is none of a vocabulary of this size."""
+        """Raises UserError if an id is not in a vocabulary of this size."""
         for ids in (shard["ids"] for shard in self.shards):
             if len(ids) and not IMAGE_TOKEN_ID <= ids.min() <= ids.max() < vocab_size:
                 raise UserError(

@@ -32,9 +32,9 @@ def read_image(source, name=None, required_size=None):
     the image will be resized to. If it is given, a JPEG may be decoded smaller than the returned
     size.
 
-    Raises UserError, which names the image, if the file is no image of IMAGE_FORMATS, is cut short,
-    has more than MAX_PIXELS, has a side of more than MAX_SIDE or one MAX_ASPECT times the other, or
-    holds gray values that have neither 8 nor 16 bits.
+    Raises UserError, which names the image, if the file is not an image of IMAGE_FORMATS, is cut
+    short, has more than MAX_PIXELS, has a side of more than MAX_SIDE or one MAX_ASPECT times the
+    other, or holds gray values that have neither 8 nor 16 bits.
     """
     in_memory = isinstance(source, bytes)
 
@@ -100,7 +100,7 @@ def image_errors(name):
         raise UserError(f"{name} {error}", error.reason) from None
     except Image.UnidentifiedImageError:
         raise UserError(
-            f"{name} is no image that can be read here ({', '.join(IMAGE_FORMATS)})", "no image"
+            f"{name} is not an image that can be read here ({', '.join(IMAGE_FORMATS)})", "no image"
         ) from None
     except Exception as error:  # on broken bytes Pillow raises nearly every kind of error
         if isinstance(error, OSError) and error.strerror:  # from the system, not from Pillow

@@ -1,8 +1,8 @@
 """The image processor: any image becomes the uint8 tiles that training and inference both take.
 
-`image_feature_index` decides how many tokens an image takes and which features they are;
-`image_token_count` is its length. `load_image` makes the tiles. All follow the image config, a
-plain dict that is part of the checkpoint:
+`image_feature_index` decides how many tokens an image takes and which features they are.
+`load_image` makes the tiles. Both follow the image config, a plain dict that is part of the
+checkpoint:
 
     tile      width and height of a tile in pixels
     patch     width and height of a patch in pixels
@@ -85,7 +85,7 @@ def check_image_config(image_config, where="image config"):
     """Raises UserError, which begins with `where`, if an image config lacks a key, has an unknown
     one or an invalid value."""
     if not isinstance(image_config, dict):
-        raise UserError(f"{where}: {image_config!r:.80} is no image config")
+        raise UserError(f"{where}: {image_config!r:.80} is not an image config")
     keys = ["tile", "patch", "shuffle", "fit", "resample", "mean", "std"]
     if image_config.get("fit") == "tiles":
         keys += ["tiles", "choice", "thumbnail", "tags"]
@@ -101,7 +101,7 @@ def check_image_config(image_config, where="image config"):
         if key not in (*keys, "draft"):
             errors.append(f"{key} is not known")
         elif values and repr(value) not in map(repr, values):  # 1 == True, but its repr differs
-            errors.append(f"{key} {value!r} is none of {', '.join(map(str, values))}")
+            errors.append(f"{key} {value!r} is not one of {', '.join(map(str, values))}")
         elif key in ("tile", "patch", "shuffle", "tiles", "longest_edge"):
             errors += filter(None, [size_error(key, value)])
         elif key in ("mean", "std") and not is_color(value, 0 if key == "mean" else 1e-6):
@@ -119,7 +119,7 @@ def check_image_config(image_config, where="image config"):
         pinpoints = np.array(image_config.get("pinpoints", [[tile, tile]]), dtype=object)
         is_whole = [not (size_error("edge", edge) or edge % tile) for edge in pinpoints.ravel()]
         if pinpoints.shape[1:] != (2,) or not all(is_whole):
-            errors.append("pinpoints is no list of heights and widths in whole tiles")
+            errors.append("pinpoints is not a list of heights and widths in whole tiles")
         elif (
             max(pinpoints.prod(1)) + image_config.get("tiles", 1) * tile**2 + split_edge**2
             > MAX_IMAGE_PIXELS
@@ -301,15 +301,6 @@ def image_feature_index(size, image_config, tiles):
     index_YX = index_YX[top : height - top, left : width - left]
     with_newlines = np.pad(index_YX, ((0, 0), (0, 1)), constant_values=IMAGE_NEWLINE)
     return np.concatenate([np.arange(tokens), with_newlines.ravel()])
-
-
-def image_token_count(size, image_config, max_tiles=None):
-    """Returns how many image tokens an image of `size` (width, height) takes.
-
-    It is the length of image_feature_index, the one place where image tokens are counted. Code that
-    has a ProcessedImage takes len(image.feature_index) instead.
-    """
-    return len(plan_image(size, image_config, max_tiles).feature_index)
 
 
 def tile_tags(tiles, image_config, size=None):

@@ -148,7 +148,7 @@ def real_folder(path):
 def open_zip(path, process):
     """Returns an open zip. Each process (an id) has its own, because a file has one position.
 
-    Raises UserError if it is no zip.
+    Raises UserError if it is not a zip.
     """
     try:
         return zipfile.ZipFile(path)

@@ -1,14 +1,14 @@
 """The order in which training reads samples, and the sequences into which it packs them.
 
-Given the data, seq_len and the global batch size, the sequences of a step are a function of
-(seed, step). They depend neither on the number of ranks or micro-batches nor on earlier steps. So a
-run resumes at any step on any number of machines, and the step is all that it has to remember.
+Given the data, its weights, seq_len and the global batch size, the sequences of a step are a
+function of (seed, step). They depend neither on the number of ranks or micro-batches nor on earlier
+steps. So a run resumes at any step on any number of machines, and the step is all that it has to
+remember.
 """
 
 import itertools
 import math
 from bisect import bisect_left, insort
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,56 +17,26 @@ from .. import IGNORE_INDEX, UserError
 from . import image_processing
 from .dataset import LENGTH, tiles_key
 
-# samples packed together: enough to fill the sequences, few enough to keep the order random
+# samples packed at a time: more fill the sequences better, fewer keep the order more random
 PACKING_WINDOW = 1024
 # arguments of VLM.forward, and the value of each in padding
 PADDING = {"ids_BT": 0, "targets_BT": IGNORE_INDEX, "positions_BT": 0, "documents_BT": -1}
 
 
-def parse_dataset_weights(text):
-    """Returns (folders, weights) of --data.
-
-    "a:0.7,b:0.3" gives each dataset's share of the samples that are read. "a,b" gives None as
-    weights: each sample is read once per epoch. The samples of one image (group_samples) count as
-    one. Raises UserError if the text is neither.
-    """
-    folders, weights = [], []
-    for part in map(str.strip, text.split(",")):
-        folder, colon, weight = part.rpartition(":")
-        if not colon or Path(part).exists():
-            folder, weight = part, None
-        folders.append(folder)
-        weights.append(weight)
-    if "" in folders:
-        raise UserError(f"--data={text} names nothing between two commas")
-    if len(set(map(Path, folders))) < len(folders):
-        raise UserError(f"--data={text} names a dataset twice")
-    if set(weights) == {None}:
-        return folders, None
-    try:
-        numbers = [float(weight) for weight in weights]
-    except (TypeError, ValueError):
-        raise UserError(
-            f"--data={text}: give each dataset a weight, a number after a colon, or give none"
-        ) from None
-    if not all(0 < number < math.inf for number in numbers):
-        raise UserError(f"--data={text}: weights must be above 0")
-    return folders, [number / sum(numbers) for number in numbers]
-
-
-def epoch_samples(set_of, weights, seed, epoch):
+def epoch_samples(dataset_of, weights, seed, epoch):
     """Returns the numbers of an epoch's samples, sorted.
 
-    set_of: the dataset of each sample. Without weights each sample comes once. With weights there
-    are equally many samples, drawn by the weights of their datasets: a dataset is read in one
-    permutation after another, and each epoch continues where the last one ended.
+    dataset_of: the dataset of each sample. Without weights each sample comes once. With weights
+    there are equally many samples, drawn by the weights of their datasets: a dataset is read in one
+    permutation after another, and each epoch continues where the last one ended. If a dataset of
+    3 samples has 2 places in each epoch, the epochs read a b, c B, A C: two permutations.
     """
     if weights is None:
-        return np.arange(len(set_of))
+        return np.arange(len(dataset_of))
     parts = []
     for number, weight in enumerate(weights):
-        members = np.flatnonzero(set_of == number)
-        first, last = (math.floor(weight * len(set_of) * e) for e in (epoch, epoch + 1))
+        members = np.flatnonzero(dataset_of == number)
+        first, last = (math.floor(weight * len(dataset_of) * e) for e in (epoch, epoch + 1))
         for cycle in range(first // len(members), -(-last // len(members))):
             order = np.random.default_rng([seed, number, cycle]).permutation(members)
             start = cycle * len(members)
@@ -92,7 +62,7 @@ def group_samples(samples, members, seq_len):
 
 
 def members_of_groups(groups):
-    """Returns the numbers of the samples of some groups: an array."""
+    """Returns the numbers of the samples of some groups (first, end): an array."""
     return np.concatenate([np.arange(*group) for group in groups])
 
 
@@ -106,9 +76,10 @@ def pack_sequences(lengths, seq_len, window=PACKING_WINDOW):
     lengths = np.asarray(lengths)
     for start in range(0, len(lengths), window):
         window_lengths = lengths[start : start + window]
-        sequences = []  # (room, number, members), the fullest first
+        sequences = []  # (room in tokens, number, members), the fullest first
         for i in np.argsort(-window_lengths, kind="stable").tolist():
             length = int(window_lengths[i])
+            # `sequences` is sorted by room: the first with room for it is the fullest of these.
             position = bisect_left(sequences, (length,))
             if position < len(sequences):
                 room, number, members = sequences.pop(position)
@@ -118,12 +89,12 @@ def pack_sequences(lengths, seq_len, window=PACKING_WINDOW):
         yield from sorted(sorted(members) for _, _, members in sequences)
 
 
-def epoch_sequences(epoch, lengths, seq_len, seed, set_of, weights):
+def epoch_sequences(epoch, lengths, seq_len, seed, dataset_of, weights):
     """Yields the packed sequences of an epoch, each the indices of its samples in `lengths`.
 
     Each epoch has an order of its own.
     """
-    samples = epoch_samples(set_of, weights, seed, epoch)
+    samples = epoch_samples(dataset_of, weights, seed, epoch)
     order = samples[np.random.default_rng([seed, epoch]).permutation(len(samples))]
     for members in pack_sequences(lengths[order], seq_len):
         yield order[members]
@@ -142,8 +113,8 @@ def collate_images(images, image_config, pin_memory=False):
     """Returns a list of ProcessedImages, which may be empty, as arguments of VLM.forward.
 
     tiles_NCYX: all their tiles, uint8; those of an image that comes several times are there once.
-    image_feature_index: their feature_index, counted over all tiles. pin_memory: a GPU can copy the
-    tiles by itself.
+    image_feature_index: their feature_index, counted over all tiles. pin_memory: in memory that a
+    GPU copies from while it computes.
     """
     distinct = {tiles_key(image.tiles): image.tiles for image in images}
     count, tile = sum(map(len, distinct.values())), image_config["tile"]
@@ -180,7 +151,7 @@ def collate(samples, sequences, pin_memory=False):
         for document, i in enumerate(members):
             ids_t, targets_t, sample_images = samples.read(i)
             span = slice(start, start + len(ids_t))
-            values = (ids_t, targets_t, np.arange(len(ids_t)), document)
+            values = (ids_t, targets_t, np.arange(len(ids_t)), document)  # as in PADDING
             for tensor_BT, value_t in zip(batch.values(), values, strict=True):
                 tensor_BT.numpy()[b, span] = value_t
             start = span.stop
@@ -191,11 +162,10 @@ def collate(samples, sequences, pin_memory=False):
 
 
 class PackedDataLoader:
-    """Yields the micro-batches of one rank, step after step: its share of each step's sequences.
+    """An iterator over steps: the micro-batches of one rank, its share of each step's sequences.
 
     global_batch_size: sequences of a step over all ranks; micro_batch_size: sequences of a
-    micro-batch; start_step: the first step; weights: of the datasets, as parse_dataset_weights
-    returns them.
+    micro-batch; start_step: the first step; weights: each dataset's share of the samples, or None.
     All ranks get equally many micro-batches, because under FSDP each call of the model is
     collective. The last one may be one empty sequence.
     """
@@ -218,20 +188,20 @@ class PackedDataLoader:
         self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
         self.rank, self.world_size = rank, world_size
         training = samples.split(validation=False)
-        set_of = samples.set_of[training]
+        dataset_of = samples.dataset_of[training]
         for number, folder in enumerate(samples.folders):
-            if not (set_of == number).any():
+            if not (dataset_of == number).any():
                 raise UserError(f"{folder} holds no training samples")
         # Validation samples count too: they are packed into sequences of the same length.
         longest = samples.table[:, LENGTH].argmax()
         if samples.table[longest, LENGTH] > seq_len:
-            folder = samples.folders[samples.set_of[longest]]
+            folder = samples.folders[samples.dataset_of[longest]]
             raise UserError(
                 f"{folder}: sample {samples.names[longest]} takes "
                 f"{samples.table[longest, LENGTH]} tokens, more than --seq_len={seq_len}"
             )
         groups, lengths = group_samples(samples, training, seq_len)
-        self.packing = lengths, seq_len, seed, samples.set_of[groups[:, 0]], weights
+        self.packing = lengths, seq_len, seed, samples.dataset_of[groups[:, 0]], weights
         sequences = (
             members_of_groups(groups[numbers]) for numbers in packed_sequences(*self.packing)
         )
@@ -248,12 +218,16 @@ class PackedDataLoader:
             sequences += share * sum(1 for _ in epoch_sequences(epoch, *self.packing))
         return math.ceil(sequences / self.global_batch_size)
 
+    def __iter__(self):
+        return self
+
     def __next__(self):
+        """Returns the micro-batches of the next step, each as `collate` returns it."""
         step = list(itertools.islice(self.sequences, self.global_batch_size))
         sequences = step[self.rank :: self.world_size]
         per_rank = -(-self.global_batch_size // self.world_size)
         batches = []
         for i in range(0, per_rank, self.micro_batch_size):
-            members = sequences[i : i + self.micro_batch_size] or [[]]
-            batches.append(collate(self.samples, members, self.pin_memory))
+            micro_batch = sequences[i : i + self.micro_batch_size] or [[]]
+            batches.append(collate(self.samples, micro_batch, self.pin_memory))
         return batches

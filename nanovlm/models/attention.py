@@ -22,43 +22,50 @@ from ..kernels import dispatch
 
 
 class Attention(nn.Module):
-    """Calls `attention`. It has no parameters: it is a module so that a forward hook on it sees the
-    very queries and keys, after RoPE. causal, window: see the top of this file."""
+    """Calls `attention`. It has no parameters; it is a module for forward hooks, which get the very
+    queries and keys, after RoPE. causal, window: see the top of this file."""
 
     def __init__(self, *, causal=True, window=None):
         super().__init__()
         self.causal, self.window = causal, window
 
-    def forward(self, q_BTHK, k_BSGK, v_BSGK, documents_BS=None, cache_length=None):
-        return attention(
-            q_BTHK, k_BSGK, v_BSGK, self.causal, self.window, documents_BS, cache_length
-        )
+    def forward(self, q_BTHK, k_BSGK, v_BSGK, documents_BS=None, cache_length=None, bounds=None):
+        rules = self.causal, self.window, documents_BS, cache_length, bounds
+        return attention(q_BTHK, k_BSGK, v_BSGK, *rules)
 
 
 def attention(
-    q_BTHK, k_BSGK, v_BSGK, causal=True, window=None, documents_BS=None, cache_length=None
+    q_BTHK,
+    k_BSGK,
+    v_BSGK,
+    causal=True,
+    window=None,
+    documents_BS=None,
+    cache_length=None,
+    bounds=None,
 ):
     """Returns out_BTHK. The queries are the last T of S positions; H query heads share G key heads.
 
     documents_BS: a document id (int) for each position; tokens of a document are contiguous. None:
     every sequence is one document. cache_length: how many of the S positions are filled, an int32
     tensor of one number, for T = 1 only; the query is the last of them. None: all are filled.
+    bounds: of the documents, for kernels; Decoder computes them once for all layers.
     A query attends at least to itself, so no row of the softmax is empty.
     """
     if kernel := dispatch.kernel("attention", q_BTHK, k_BSGK, v_BSGK):
-        return kernel(q_BTHK, k_BSGK, v_BSGK, causal, window, documents_BS, cache_length)
+        return kernel(q_BTHK, k_BSGK, v_BSGK, causal, window, documents_BS, cache_length, bounds)
     T, S = q_BTHK.shape[1], k_BSGK.shape[1]
     if documents_BS is not None and T == S and q_BTHK.device.type == "cpu":
         return varlen_attention(q_BTHK, k_BSGK, v_BSGK, causal, window, documents_BS)
-    if T == 1 and documents_BS is None and window is None and cache_length is None:
-        causal = False  # the newest token attends to everything before it: no mask is needed
-    mask = None
-    if window is not None or documents_BS is not None or (causal and T != S):
+    # One query after all its keys needs no mask, and for T = S PyTorch has is_causal.
+    options, mask = (window, documents_BS, cache_length), None
+    if (causal and 1 < T < S) or any(x is not None for x in options):
         mask = attention_mask(T, S, causal, window, documents_BS, q_BTHK.device, cache_length)
         mask = mask[:, None]  # for all heads
+    # scaled_dot_product_attention computes the formula at the top.
     if T == 1:
-        # Query heads that share a key head take the place of several queries. One query at a time
-        # takes a CPU up to 7 times as long (in bfloat16).
+        # The h query heads that share a key head are passed as h queries of that head. One query
+        # for each head takes a CPU up to 7 times as long (in bfloat16).
         q_BGhK = q_BTHK.reshape(len(q_BTHK), k_BSGK.shape[2], -1, q_BTHK.shape[3])
         out_BGhK = F.scaled_dot_product_attention(
             q_BGhK, k_BSGK.transpose(1, 2), v_BSGK.transpose(1, 2), attn_mask=mask

@@ -16,12 +16,15 @@ from torch import Tensor
 
 from ..kernels import dispatch
 
-CHUNK = 1024  # tokens whose logits exist at once: 128 MB with their gradient, for 16k ids
+CHUNK = 1024  # tokens whose logits exist at once: 1 GB with their gradient, for 131,072 ids
 
 
 def linear_cross_entropy(hidden_ND, head_VD, targets_N):
-    """Returns the summed loss (float32) of N labelled tokens; head_VD is the output layer."""
-    dtype = dispatch.autocast_dtype(hidden_ND)  # a compiled operator does not see autocast
+    """Returns the summed loss of N labelled tokens, in float32 (float64 for float64).
+
+    head_VD: the weight of the output layer.
+    """
+    dtype = dispatch.autocast_dtype(hidden_ND)  # inside a compiled operator autocast is off
     grads_needed = [torch.is_grad_enabled() and x.requires_grad for x in (hidden_ND, head_VD)]
     return linear_cross_entropy_op(hidden_ND, head_VD, targets_N, dtype, *grads_needed)[0]
 
@@ -64,7 +67,7 @@ def chunked_loss(hidden_ND, head_VD, targets_N, dtype, hidden_grad, head_grad):
     return loss, grad_hidden_ND, grad_head_VD.to(head_VD.dtype) if head_grad else None
 
 
-# One operator with a gradient of its own: torch.compile and autocast do not look into it.
+# One operator with a gradient of its own, which torch.compile does not look into.
 
 
 @torch.library.custom_op("nanovlm::linear_cross_entropy", mutates_args=())

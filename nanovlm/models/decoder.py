@@ -5,10 +5,15 @@
     norm of q and k        no               no               yes     no
     RoPE                   in all layers    in all           in all  in three of four
 
-In every layer a token attends to the tokens before it, then passes through an MLP (SwiGLU). The
-head turns the last hidden state into a logit for every next token. RoPE encodes the position: it
-rotates queries and keys by an angle that grows with the position, so that their dot product depends
-only on the distance between them (Su et al. 2021).
+In every layer a token attends to itself and to the tokens before it (in some models, not further
+back than a sliding window). Then it passes through an MLP, SwiGLU (Shazeer 2020):
+
+    down_proj(silu(gate_proj(x)) · up_proj(x))
+
+The head turns a token's last hidden state into one logit for each id of the vocabulary: the scores
+of the next token. RoPE encodes positions: it rotates queries and keys by angles that grow with the
+position. So their dot product depends on the two positions only through their difference (Su et al.
+2021).
 """
 
 import math
@@ -17,6 +22,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from ..kernels import dispatch
 from .attention import Attention
 from .rmsnorm import RMSNorm
 
@@ -24,7 +30,9 @@ from .rmsnorm import RMSNorm
 def rope_cos_sin(positions_BT, K, theta, scaling=None):
     """Returns (cos, sin), each (B, T, 1, K): pair i rotates by position · theta^(-2i/K) radians.
 
-    They are float32, as bfloat16 rounds 257 to 256. scaling: see `scale_rope`.
+    In the form that `apply_rope` needs: [cos, cos] and [-sin, sin], with a number for each pair.
+    They are computed in float32: in bfloat16, position 257 would become 256. scaling: see
+    `scale_rope`. YaRN's attention_factor multiplies q and k, so it multiplies q · k by its square.
     """
     exponent_k = torch.arange(0, K, 2, device=positions_BT.device, dtype=torch.float32) / K
     frequency_k = theta**-exponent_k
@@ -73,8 +81,8 @@ def scale_rope(frequency_k, theta, scaling):
 def apply_rope(x, cos_sin):
     """Rotates each pair (a, b) of queries or keys: (a · cos - b · sin, b · cos + a · sin).
 
-    Pair i is (i, i + K/2), Hugging Face's order, so a roll by K/2 puts b in a's place and a in b's.
-    The first half of sin is negative already.
+    Pair i is the numbers i and i + K/2, as in Hugging Face's models. So x is [a, b], and rolled by
+    K/2 it is [b, a]: x · [cos, cos] + rolled · [-sin, sin].
     """
     cos_BT1K, sin_BT1K = cos_sin
     return (x * cos_BT1K + x.roll(x.shape[-1] // 2, dims=-1) * sin_BT1K).to(x.dtype)
@@ -83,7 +91,9 @@ def apply_rope(x, cos_sin):
 class KVCache:
     """Keys and values of the tokens so far: two tensors (B, S, G, K) per layer, filled to `length`.
 
-    cache_length is None here; a StaticKVCache (inference/optimize.py) has a number on the GPU.
+    These are 2 · layers · B · S · G · K numbers: query heads share keys to make them fewer. A
+    sliding window does not. cache_length: None here; a StaticKVCache (inference/optimize.py) has
+    its length as a number on the GPU, too.
     """
 
     def __init__(self, decoder, batch_size, max_length):
@@ -131,7 +141,7 @@ class Block(nn.Module):
         self.up_proj = nn.Linear(width, intermediate_size, bias=False)
         self.down_proj = nn.Linear(intermediate_size, width, bias=False)
 
-    def forward(self, x_BTD, cos_sin, documents_BS, cache, layer_index):
+    def forward(self, x_BTD, cos_sin, documents_BS, cache, layer_index, bounds=None):
         qkv = self.qkv_proj(self.attention_norm(x_BTD))
         q_BTHK, k_BTGK, v_BTGK = (x.unflatten(-1, (-1, self.head_dim)) for x in qkv)
         if self.q_norm is not None:
@@ -141,16 +151,17 @@ class Block(nn.Module):
         if self.rope:
             q_BTHK, k_BTGK = apply_rope(q_BTHK, cos_sin), apply_rope(k_BTGK, cos_sin)
         if cache is None:
-            out_BTHK = self.attention(q_BTHK, k_BTGK, v_BTGK, documents_BS)
+            out_BTHK = self.attention(q_BTHK, k_BTGK, v_BTGK, documents_BS, None, bounds)
         else:
             k_BSGK, v_BSGK = cache.update(layer_index, k_BTGK, v_BTGK)
-            out_BTHK = self.attention(q_BTHK, k_BSGK, v_BSGK, documents_BS, cache.cache_length)
+            rules = documents_BS, cache.cache_length, bounds
+            out_BTHK = self.attention(q_BTHK, k_BSGK, v_BSGK, *rules)
         # x + attention, and its norm, in one call: a GPU has one kernel for both.
         x_BTD, normed_BTD = self.mlp_norm(x_BTD, self.o_proj(out_BTHK.flatten(-2)))
         gate_BTF, up_BTF = self.gate_up_proj(normed_BTD)
         return x_BTD + self.down_proj(F.silu(gate_BTF) * up_BTF)
 
-    # inference/optimize.py replaces each of these two by a single product.
+    # inference/optimize.py joins the layers of each of these two to one matrix product.
     def qkv_proj(self, x_BTD):
         return self.q_proj(x_BTD), self.k_proj(x_BTD), self.v_proj(x_BTD)
 
@@ -201,13 +212,15 @@ class Decoder(nn.Module):
         )
         self.norm = RMSNorm(width, eps)
         self.lm_head = nn.Linear(width, vocab_size, bias=False)
-        # A standard deviation of 1 / sqrt(width). For a width of 2,500 that is Llama's 0.02.
+        # With a standard deviation of 1 / sqrt(width), a product has the size of its input. Llama's
+        # 0.02 is this for a width of 2,500.
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
                 nn.init.normal_(parameter, std=width**-0.5)
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
-        # The sum of 2 · layers residuals stays near the embeddings' size (GPT-2, section 2.3).
+        # Divided by sqrt(2 · layers), for the sum of 2 · layers residuals to have an RMS of about 1
+        # at any depth (GPT-2, section 2.3).
         for layer in self.layers:
             nn.init.normal_(layer.o_proj.weight, std=(2 * layers * width) ** -0.5)
             nn.init.normal_(layer.down_proj.weight, std=(2 * layers * intermediate_size) ** -0.5)
@@ -217,8 +230,12 @@ class Decoder(nn.Module):
     def forward(self, x_BTD, positions_BT, documents_BS=None, cache=None):
         """documents_BS: see `attention`. S counts the cached tokens, too; without a cache S = T."""
         cos_sin = rope_cos_sin(positions_BT, self.head_dim, self.rope_theta, self.rope_scaling)
+        bounds = None
+        if documents_BS is not None and x_BTD.shape[1] > 1:
+            find_bounds = dispatch.kernel("document_bounds", x_BTD)
+            bounds = find_bounds and find_bounds(documents_BS)
         for i, layer in enumerate(self.layers):
-            x_BTD = layer(x_BTD, cos_sin, documents_BS, cache, i)
+            x_BTD = layer(x_BTD, cos_sin, documents_BS, cache, i, bounds)
         if cache is not None:
             cache.length += x_BTD.shape[1]
         return self.norm(x_BTD)

@@ -1,7 +1,7 @@
 """The vision encoder: a Vision Transformer (Dosovitskiy et al. 2020).
 
 A tile of Y × X pixels is cut into patches. Each becomes a vector, plus the embedding of its
-position, and attends to all the others in every layer. Options make it one of these:
+position. In every layer all patches attend to each other. Options make it one of these:
 
                             CLIP         SigLIP 1, 2  DINOv2
     class token             yes          no           yes
@@ -11,6 +11,8 @@ position, and attends to all the others in every layer. Options make it one of t
     LayerScale              no           no           yes
     features                layer -2     last, normed last, normed       (CLIP: as LLaVA does)
 """
+
+import math
 
 import torch
 import torch.nn as nn
@@ -29,7 +31,8 @@ def sincos_positions(side, width):
     """Returns (side², D): sines and cosines of a patch's row and column at D/4 frequencies. It is
     the initial value of the position embeddings, from which a small ViT learns faster than from
     random ones (Beyer et al. 2022, "Better plain ViT baselines")."""
-    frequency_d = 100.0 ** -torch.linspace(0, 1, -(-width // 4))  # radians per patch: 1 to 1/100
+    # radians per patch: 1 to 1/100, as a row has tens of patches, not thousands
+    frequency_d = 100.0 ** -torch.linspace(0, 1, math.ceil(width / 4))
     angle_Yd = torch.arange(side)[:, None] * frequency_d
     embedding = torch.cat([angle_Yd.sin(), angle_Yd.cos()], dim=1)
     rows, columns = embedding.repeat_interleave(side, 0), embedding.repeat(side, 1)
@@ -70,8 +73,9 @@ class VisionEncoder(nn.Module):
     """Tiles (normalized floats) tiles_NCYX -> features_NPD, one per patch, row by row.
 
     vision_feature_layer: the layer whose output is returned, counted as in transformers: -1 is the
-    last, -2 the last but one. Layers after it are not built. post_norm: apply the final LayerNorm
-    to that output. The class token is not returned.
+    last, -2 the last but one, 3 the third. Layers after it are not built. pre_norm: a LayerNorm of
+    the embeddings, before all layers. post_norm: apply the final LayerNorm to the output. The class
+    token is not returned.
     """
 
     def __init__(
@@ -93,7 +97,7 @@ class VisionEncoder(nn.Module):
         vision_feature_layer=-1,
     ):
         super().__init__()
-        self.patches = nn.Conv2d(3, width, patch, patch, bias=patch_bias)
+        self.patches = nn.Conv2d(3, width, kernel_size=patch, stride=patch, bias=patch_bias)
         self.class_token = nn.Parameter(torch.randn(width) * width**-0.5) if class_token else None
         positions = sincos_positions(tile // patch, width)
         self.positions = nn.Parameter(torch.cat([torch.zeros(int(class_token), width), positions]))
@@ -111,6 +115,8 @@ class VisionEncoder(nn.Module):
         self.post_norm = nn.LayerNorm(width, eps) if post_norm else None
 
     def forward(self, tiles_NCYX):
+        # A convolution whose stride is the patch's size is a linear layer on the pixels of each
+        # patch; it gives (N, D, Y / patch, X / patch).
         x_NPD = self.patches(tiles_NCYX).flatten(2).transpose(1, 2)
         if self.class_token is not None:
             x_NPD = torch.cat([self.class_token.expand(len(x_NPD), 1, -1), x_NPD], dim=1)

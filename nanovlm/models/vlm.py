@@ -46,6 +46,7 @@ class VLM(nn.Module):
         )
         self.decoder = Decoder(**decoder)
         self.tile = vision["tile"]
+        # Not in a file of weights, so they get their numbers even under torch.device("meta").
         mean_C11 = torch.tensor(mean, device="cpu").view(3, 1, 1)
         std_C11 = torch.tensor(std, device="cpu").view(3, 1, 1)
         self.register_buffer("mean_C11", mean_C11, persistent=False)
@@ -75,11 +76,13 @@ class VLM(nn.Module):
                 features = features[image_feature_index.to(features.device)]
             if count != len(features):
                 raise UserError(f"{count} image tokens in the ids, {len(features)} image features")
+            # The places of image tokens take the features, one after another in reading order.
             return x_BTD.masked_scatter(is_image_BT[..., None], features.to(x_BTD.dtype))
         if count:
             raise UserError(f"{count} image tokens in the ids, but there is no image")
         if self.training:
-            # Other ranks may wait for this rank's gradients: a blank tile, times 0, gives zeros.
+            # Every rank must have a gradient for every trained parameter, or the others wait for
+            # it. A blank tile, times 0, gives zeros.
             blank_1CYX = ids_BT.new_zeros((1, 3, self.tile, self.tile), dtype=torch.uint8)
             x_BTD = x_BTD + self.encode_images(blank_1CYX).sum().to(x_BTD.dtype) * 0
         return x_BTD
@@ -87,9 +90,11 @@ class VLM(nn.Module):
     def forward(
         self, ids_BT, targets_BT, positions_BT, documents_BT, tiles_NCYX, image_feature_index=None
     ):
-        """Returns the cross-entropy loss (float32), summed over all tokens that have a label.
+        """Returns the cross-entropy loss, summed over all tokens that have a label: train.py
+        divides by the number of labels of the whole step.
 
-        targets_BT: a token's label: the next id, or IGNORE_INDEX where the loss mask is 0.
+        targets_BT: a token's label: the next id, or IGNORE_INDEX where the loss mask is 0. They are
+        shifted already (data/dataset.py), unlike the `labels` of Hugging Face's models.
         positions_BT: its position in its sample. documents_BT: the number of its sample.
         """
         x_BTD = self.embed(ids_BT, tiles_NCYX, image_feature_index)

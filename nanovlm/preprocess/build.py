@@ -66,7 +66,7 @@ def build_dataset(paths, out, options, workers, max_skipped):
     They are those of skipped.jsonl: id, where, reason, error. max_skipped: the share of records
     that may be skipped; raises UserError if it is more.
     """
-    # raises UserError for what is no source before anything is written
+    # raises UserError for what is not a source before anything is written
     raws = readers.read_records(paths, options.images)
     out = Path(out)
     if (out / "plan.json").exists():

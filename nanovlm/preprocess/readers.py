@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .. import UserError, cli
-from ..data import chat_template
 from ..data.dataset import check_sample_name
 from ..data.image_refs import (
     ImageBytes,
@@ -37,6 +36,7 @@ from ..data.image_refs import (
     open_zip,
     printable,
 )
+from ..data.turns import check_turns, read_turns
 from . import records
 
 # names of a tar's members that are images
@@ -76,8 +76,8 @@ def read_records(paths, images=""):
     """Returns an iterator over the RawRecords of all sources, in order.
 
     Each of `paths` is a file, a folder of .tar and .parquet files, or a pattern such as a-*.tar.
-    Raises UserError at once for what is no source or begins with records that cannot be used, and
-    while reading if a source is damaged so that the number of lost records is unknown.
+    Raises UserError at once if one is not a source or begins with records that cannot be used, and
+    while reading if it is damaged so that the number of lost records is unknown.
     """
     if images and not os.path.isdir(images):
         open_zip(images, os.getpid())
@@ -203,7 +203,7 @@ def parse_value(value):
     if isinstance(value, list):
         value = {"conversations": value}
     if not isinstance(value, dict):
-        raise UserError(f"is no object: {value!r:.200}", UNKNOWN_KIND)
+        raise UserError(f"is not an object: {value!r:.200}", UNKNOWN_KIND)
     return value
 
 
@@ -222,7 +222,7 @@ def parse_row(value, where):
                 paths.append(path)
             case _:
                 raise UserError(
-                    f"has an image that is no path: {value!r:.80}", "no path of an image"
+                    f"has an image that is not a path: {value!r:.80}", "no path of an image"
                 )
     if images and paths:
         raise UserError("has images as bytes and as paths: give all as one", "images of two kinds")
@@ -291,7 +291,7 @@ def tar_members(file):
                 if not member.isdir() and not os.path.basename(member.name).startswith("."):
                     yield member
             tar.fileobj.seek(tar.offset)
-            # tarfile takes anything that is no header for the end
+            # tarfile takes anything that is not a header for the end
             if tar.fileobj.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
                 raise tarfile.ReadError(
                     f"neither a member nor the end stands at byte {tar.offset:,}"
@@ -326,8 +326,8 @@ def parse_members(file, members, where):
         is_outside = name.startswith("/") or ".." in name.split("/")
         if is_outside or not name.isprintable() or not member.isreg() or member.issparse():
             raise UserError(
-                f"has a member {name!a}, which is no plain file, would lie outside, or cannot be "
-                "printed",
+                f"has a member {name!a}, which is not a plain file, would lie outside, or cannot "
+                "be printed",
                 "unsafe member of a tar",
             )
         suffix = tar_key(name)[1]
@@ -360,7 +360,7 @@ def parse_members(file, members, where):
         record, images = (parse_value(text), images) if images else parse_row(text, where)
     if "txt" in texts and not records.find_kind(record):
         try:
-            # A byte-order mark is no text.
+            # A byte-order mark is not text.
             record = {"caption": texts["txt"].decode("utf-8-sig")}
         except UnicodeDecodeError as error:
             raise UserError(
@@ -409,8 +409,8 @@ def parse_conversation(raw):
         messages = records.record_messages(raw.record, name, image_count)
     except UserError as error:
         raise UserError(f"{raw.where}: {error}", error.reason) from None
-    turns = chat_template.read_turns({"conversations": messages}, raw.where)
-    chat_template.check_turns(turns, image_count, raw.where)
+    turns = read_turns({"conversations": messages}, raw.where)
+    check_turns(turns, image_count, raw.where)
     return name, turns, paths
 
 

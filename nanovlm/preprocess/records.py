@@ -23,7 +23,7 @@ import string
 from bisect import bisect
 
 from .. import UserError
-from ..data import chat_template
+from ..data.turns import LETTER_PROMPT, SHORT_PROMPT
 
 # "Instructions for brief image description", Liu et al. 2023 (Visual Instruction Tuning), table 11
 CAPTION_PROMPTS = (
@@ -143,7 +143,7 @@ def as_text(value, name):
     """Returns a text, or a finite number as text; raises UserError for anything else."""
     # not bool, which is an int, and no float that is NaN or infinite
     if type(value) not in (str, int) and not (type(value) is float and math.isfinite(value)):
-        raise UserError(f"its {name} is no text: {value!r:.80}", f"{name} is no text")
+        raise UserError(f"its {name} is not a text: {value!r:.80}", f"{name} is not a text")
     return str(value).strip()
 
 
@@ -197,8 +197,8 @@ def question_text(record):
 def choice_question(record, name, _, choices, right):
     if not isinstance(choices, list) or len(choices) > len(LETTERS):
         raise UserError(
-            f"its choices are no list of up to {len(LETTERS)}: {choices!r:.80}",
-            "choices are no list",
+            f"its choices are not a list of up to {len(LETTERS)}: {choices!r:.80}",
+            "choices are not a list",
         )
     texts = [as_text(choice, "choice") for choice in choices]
     bare = [re.sub(rf"^\(?{LETTERS[i]}[.):]+\s*", "", text) for i, text in enumerate(texts)]
@@ -216,11 +216,11 @@ def choice_question(record, name, _, choices, right):
             f"{right!r:.80} must be the letter, index or text of one of its choices, not {found}",
             "no right choice",
         )
-    return ["\n".join([*lines, chat_template.LETTER_PROMPT]), *found]
+    return ["\n".join([*lines, LETTER_PROMPT]), *found]
 
 
 def answer_question(record, name, _, answers):
-    prompt = f"{question_text(record)}\n{chat_template.SHORT_PROMPT}"
+    prompt = f"{question_text(record)}\n{SHORT_PROMPT}"
     weights = first_field(record, "answer_weights", "weights")
     return [prompt, choose_answer(answers, weights, name)]
 

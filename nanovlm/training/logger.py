@@ -4,7 +4,7 @@ A line of log.jsonl holds:
 
     step                       optimizer steps so far
     loss                       mean over the labelled tokens of this step
-    lr                         learning rate of parts without their own; those scale alike
+    lr                         --lr at this step; a part's own follows the same schedule
     label_fraction             labelled tokens of this step, as a share of all its tokens
     grad_norm                  before clipping; grad_norm_vision, …: of each trained part
     val_loss, blank_image_loss on the held-out samples, with their images and with grey images

@@ -18,8 +18,8 @@ from .flops import assumed_sequence, step_flops
 
 
 class FakeForward(torch.nn.Module):
-    """VLM.forward for fake tensors. They have shapes but no values, so the number of labelled
-    tokens is an argument, `labels`.
+    """VLM.forward for fake tensors. They have shapes but no values: nothing can be counted in them,
+    so the number of labelled tokens is an argument, `labels`.
     """
 
     def __init__(self, model):
@@ -89,9 +89,8 @@ def saved_activation_bytes(model, batch, device, dtype, low_precision_weights):
 def estimate_memory(run, model, sequence, device, dtype, parallel="none", gpus=1):
     """Returns {purpose: bytes} at the peak of a training step on one of `gpus` ranks.
 
-    run: the settings, as load_settings returns them. sequence: a batch of one. The estimate runs
-    one and two sequences: a part of the activations, the bfloat16 copies of weights, does not grow
-    with their number.
+    run: the settings, as load_settings returns them. sequence: a batch of one. The activations of n
+    sequences are a + b · n: a is the bfloat16 copies of weights. One and two sequences give both.
 
     With activation checkpointing, blocks keep their inputs. The backward pass holds all activations
     of one block at a time, but no logits any more. With parallel="fsdp" a rank holds its shard and

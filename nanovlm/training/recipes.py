@@ -1,12 +1,14 @@
 """The settings of a training run: the published values of each stage, and rules for all values."""
 
+import math
+import os
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
 from .. import UserError
 from ..checkpoints.lora import LORA_PARTS, is_trained
-from ..cli import check_rules, did_you_mean, one_of
+from ..cli import changed_settings, check_rules, did_you_mean, format_value, one_of
 from ..files import is_repo_id, read_json, size_rules
 
 # The values of a stage for settings that the user does not give. `decoder` and `vision` are stages
@@ -152,7 +154,7 @@ SETTING_RULES = [
     ("min_lr", lambda x, s: 0 <= x <= s.lr, "must be between 0 and --lr={lr}"),
     ("weight_decay seed patience", lambda x, s: x >= 0, "must be at least 0"),
     ("warmup_ratio beta1 beta2", lambda x, s: 0 <= x < 1, "must be at least 0 and below 1"),
-    ("lora_rank", lambda x, s: x >= 0, "must be at least 0; 0 is no LoRA"),
+    ("lora_rank", lambda x, s: x >= 0, "must be at least 0; 0: no LoRA"),
     ("lora_alpha", lambda x, s: x > 0 and s.lora_rank, "must be above 0, and needs --lora_rank"),
     one_of("lora_target", *LORA_PARTS),
     ("lora_target", lambda x, s: x == "decoder" or s.lora_rank, "needs --lora_rank"),
@@ -207,7 +209,7 @@ def load_settings(given, world):
             setattr(run, name, value)
     frozen = [part.strip() for part in run.freeze.split(",")] if run.freeze != "none" else []
     if unknown := [part for part in frozen if part not in PARTS]:
-        raise UserError(f"--freeze={run.freeze}: {unknown[0]!r} is none of {', '.join(PARTS)}")
+        raise UserError(f"--freeze={run.freeze}: {unknown[0]!r} is not one of {', '.join(PARTS)}")
     lora_parts = LORA_PARTS.get(run.lora_target, ()) if run.lora_rank else ()
     frozen = [part for part in frozen if part not in lora_parts]
     if not (trained := [part for part in PARTS if part not in frozen]):
@@ -232,7 +234,7 @@ def check_inputs(run):
         raise UserError(
             f"no such model: {run.model}. --stage={run.stage} starts from a checkpoint: "
             f"{MISSING_MODEL_HINTS[run.stage]}; or give another --model. "
-            "`python train.py` without a --stage runs the demonstration, from nothing to sft"
+            "`python train.py` without a --stage runs the demonstration, from scratch to sft"
         )
     if run.data == STAGES[run.stage]["data"] and not Path(run.data).exists():
         raise UserError(
@@ -252,3 +254,61 @@ def read_saved_settings(path):
     settings = read_json(path, "step", "seq_len")
     stage = settings.get("stage")
     return NEW_SETTINGS | settings | {"stage": OLD_STAGES.get(stage, stage)}
+
+
+def parse_dataset_weights(text):
+    """Returns (folders, weights) of --data.
+
+    "a:0.7,b:0.3" gives each dataset's share of the samples that are read. "a,b" gives None as
+    weights: each sample is read once per epoch. The samples of one image (group_samples) count as
+    one. Raises UserError if the text is neither.
+    """
+    folders, weights = [], []
+    for part in map(str.strip, text.split(",")):
+        folder, colon, weight = part.rpartition(":")
+        if not colon or Path(part).exists():
+            folder, weight = part, None
+        folders.append(folder)
+        weights.append(weight)
+    if "" in folders:
+        raise UserError(f"--data={text} names nothing between two commas")
+    if len(set(map(Path, folders))) < len(folders):
+        raise UserError(f"--data={text} names a dataset twice")
+    if set(weights) == {None}:
+        return folders, None
+    try:
+        numbers = [float(weight) for weight in weights]
+    except (TypeError, ValueError):
+        raise UserError(
+            f"--data={text}: give each dataset a weight, a number after a colon, or give none"
+        ) from None
+    if not all(0 < number < math.inf for number in numbers):
+        raise UserError(f"--data={text}: weights must be above 0")
+    return folders, [number / sum(numbers) for number in numbers]
+
+
+def describe_run(run, saved, device, world):
+    """Returns the plan of a run in one line."""
+    sequences = -(-run.global_batch_size // world)  # of a rank
+    accumulation = -(-sequences // run.micro_batch_size)
+    epochs = f" ({run.epochs:g} epochs)" if run.epochs else ""
+    return (
+        f"{run.stage}: {run.steps} steps{epochs} of {run.global_batch_size} sequences of "
+        f"{run.seq_len} tokens on {world} × {device}, {accumulation} gradient-accumulation steps "
+        f"of {run.micro_batch_size} sequences, from {saved or run.model} on {run.data}"
+    )
+
+
+def check_demonstration(script, given):
+    """Raises UserError for any setting, and under torchrun: both need a --stage."""
+    stages = ", ".join(STAGES)
+    changed = changed_settings(script, given).items()
+    if changed:
+        settings = ", ".join(f"--{name}={format_value(value)}" for name, value in changed)
+        raise UserError(
+            f"{settings}: the demonstration takes no settings; give a --stage ({stages})"
+        )
+    if "RANK" in os.environ:
+        raise UserError(
+            f"the demonstration is one process: with torchrun, give a --stage ({stages})"
+        )

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerFast
 
 from nanovlm import IMAGE_TOKEN_ID, UserError
 from nanovlm.data import chat_template, image_processing, tokenizer
+from nanovlm.data.turns import CAPTION_PROMPT, check_turns, read_turns
 
 NAMES = sorted(
     {
@@ -132,7 +133,7 @@ def test_a_tokenizer_without_the_templates_tokens_is_refused_by_name(template):
     for missing in filter(None, (fields["start"], fields["end"])):
         ours = tokenizer.train_tokenizer(["a b"], 256, [name for name in NAMES if name != missing])
         with pytest.raises(
-            UserError, match=f"template {template} writes .*, which is no special token"
+            UserError, match=f"template {template} writes .*, which is not a special token"
         ):
             chat_template.end_token_id(ours, template)
 
@@ -276,7 +277,7 @@ def of_mistral(kind):
         ("v7", "mistral-v7"),
     ],
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(parts=CONVERSATION_PARTS)
 def test_ids_are_those_of_mistral_common(kind, template, parts):
     """Spaces, the place of the system message, and trimming, for each version of tokenizer."""
@@ -327,7 +328,7 @@ def layout(kind, scheme):
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(parts=CONVERSATION_PARTS)
 def test_ids_are_those_of_apply_chat_template_with_a_converted_sentencepiece(name, parts):
     kind, scheme, has_system = LAYOUTS[name]
@@ -388,7 +389,7 @@ def test_plain_is_an_image_and_its_caption():
     ids, loss_mask = chat_template.render_conversation(turns, ours, "plain")
     assert ids == [1, IMAGE_TOKEN_ID, *caption, 2]
     assert loss_mask == [False] * 2 + [True] * (len(caption) + 1)
-    for question in ("<image>", f"<image>\n{chat_template.CAPTION_PROMPT}"):
+    for question in ("<image>", f"<image>\n{CAPTION_PROMPT}"):
         assert chat_template.render_conversation([("user", question)], ours, "plain")[0] == ids[:2]
     assert (
         TOKENIZER.decode(render([("user", "Two eggs"), ("assistant", " and milk.")], "plain")[0])
@@ -461,21 +462,18 @@ def test_llava_and_openai_records_give_the_same_turns():
         ]
     }
     assert (
-        chat_template.read_turns(llava, "x")
-        == chat_template.read_turns(openai, "x")
+        read_turns(llava, "x")
+        == read_turns(openai, "x")
         == [("system", "Be kind."), ("user", "Hi"), ("assistant", "Hello")]
     )
 
 
 @pytest.mark.parametrize("before", [[], [turn("system", "Be kind.")]])
 def test_an_image_without_a_question_gets_the_caption_prompt(before):
-    turns = chat_template.read_turns(
+    turns = read_turns(
         {"conversations": [*before, turn("human", " <image>\n"), turn("gpt", "An egg.")]}, "x"
     )
-    assert turns[-2:] == [
-        ("user", f"<image>\n{chat_template.CAPTION_PROMPT}"),
-        ("assistant", "An egg."),
-    ]
+    assert turns[-2:] == [("user", f"<image>\n{CAPTION_PROMPT}"), ("assistant", "An egg.")]
 
 
 GOOD = [turn("human", "<image>Hi"), turn("gpt", "Hello")]
@@ -542,16 +540,14 @@ GOOD = [turn("human", "<image>Hi"), turn("gpt", "Hello")]
 )
 def test_a_record_that_is_no_sample_is_refused_in_one_line(record, message):
     with pytest.raises(UserError, match=f"sample 7: .*{message}") as caught:
-        chat_template.check_turns(chat_template.read_turns(record, "sample 7"), 1, "sample 7")
+        check_turns(read_turns(record, "sample 7"), 1, "sample 7")
     assert "\n" not in str(caught.value)
 
 
 def test_a_good_record_passes():
-    turns = chat_template.read_turns({"conversations": GOOD}, "x")
-    chat_template.check_turns(turns, 1, "x")
-    chat_template.check_turns(
-        [("system", "Be kind."), *turns, ("user", "And?"), ("assistant", "Yes.")], 1, "x"
-    )
+    turns = read_turns({"conversations": GOOD}, "x")
+    check_turns(turns, 1, "x")
+    check_turns([("system", "Be kind."), *turns, ("user", "And?"), ("assistant", "Yes.")], 1, "x")
     assert json.dumps(turns)  # plain pairs of text
 
 

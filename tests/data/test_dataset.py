@@ -96,7 +96,7 @@ def test_several_datasets_are_read_one_after_another(tmp_path):
     read = dataset.PreparedDataset(tmp_path / "b", tmp_path / "a")
     assert (
         read.names == [name for name, *_ in second + first]
-        and read.set_of.tolist() == [0] * 7 + [1] * 5
+        and read.dataset_of.tolist() == [0] * 7 + [1] * 5
     )
     assert read.read(7)[0].tolist() == expanded(first[0][1], first[0][3])
 

@@ -13,6 +13,7 @@ from test_dataset import IMAGE_CONFIG, TOKENS, make_image, make_samples, write
 
 from nanovlm import IGNORE_INDEX, UserError
 from nanovlm.data import dataset, image_processing, packing
+from nanovlm.training import recipes
 
 
 @pytest.fixture(scope="module")
@@ -297,8 +298,8 @@ def test_the_order_is_pinned():
         [7, 2],
         [6, 0, 4],
     ]
-    set_of = np.array([0, 0, 0, 1, 1, 1, 1, 1])
-    sequences = packing.packed_sequences(lengths, 10, 0, set_of, [0.75, 0.25])
+    dataset_of = np.array([0, 0, 0, 1, 1, 1, 1, 1])
+    sequences = packing.packed_sequences(lengths, 10, 0, dataset_of, [0.75, 0.25])
     assert [members.tolist() for members in itertools.islice(sequences, 8)] == [
         [1, 4, 2],
         [2, 7],
@@ -339,17 +340,17 @@ def test_a_blend_gives_each_dataset_its_share_after_every_epoch(blended):
     """Of the samples read so far each dataset has the share of its weight, rounded down. All
     samples of a dataset are read before one is read again."""
     training = blended.split(validation=False)
-    set_of, weights = blended.set_of[training], [0.5, 0.3, 0.2]
+    dataset_of, weights = blended.dataset_of[training], [0.5, 0.3, 0.2]
     seen = Counter()
     for epoch in range(9):
-        drawn = packing.epoch_samples(set_of, weights, 4, epoch)
+        drawn = packing.epoch_samples(dataset_of, weights, 4, epoch)
         seen.update(drawn.tolist())
         for number, weight in enumerate(weights):
-            assert sum(seen[i] for i in np.flatnonzero(set_of == number)) == int(
+            assert sum(seen[i] for i in np.flatnonzero(dataset_of == number)) == int(
                 weight * len(training) * (epoch + 1)
             )
     for number in range(3):
-        times = [seen[i] for i in np.flatnonzero(set_of == number)]
+        times = [seen[i] for i in np.flatnonzero(dataset_of == number)]
         assert max(times) - min(times) <= 1
 
 
@@ -396,13 +397,13 @@ def test_without_weights_each_sample_of_all_datasets_is_read_once(blended):
     ],
 )
 def test_dataset_weights_are_parsed(text, folders, weights):
-    assert packing.parse_dataset_weights(text) == (folders, weights)
+    assert recipes.parse_dataset_weights(text) == (folders, weights)
 
 
 def test_a_colon_may_be_part_of_a_folders_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run:2").mkdir()
-    assert packing.parse_dataset_weights("run:2") == (["run:2"], None)
+    assert recipes.parse_dataset_weights("run:2") == (["run:2"], None)
 
 
 @pytest.mark.parametrize(
@@ -422,7 +423,7 @@ def test_a_colon_may_be_part_of_a_folders_name(tmp_path, monkeypatch):
 )
 def test_dataset_weights_that_make_no_sense_are_refused(text, message):
     with pytest.raises(UserError, match=message):
-        packing.parse_dataset_weights(text)
+        recipes.parse_dataset_weights(text)
 
 
 # ---- what the loader refuses ----

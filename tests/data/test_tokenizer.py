@@ -80,7 +80,7 @@ ANY_TEXT = st.text(
 
 
 @pytest.mark.parametrize("kind", BOTH)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(text=ANY_TEXT)
 def test_ids_equal_the_reference_and_decode_to_the_text(kind, text):
     ours, reference = BOTH[kind]
@@ -347,7 +347,7 @@ def test_a_real_file_gives_the_ids_and_the_text_of_its_reference(kind):
 
 
 @REAL
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(text=ANY_TEXT)
 # SmolLM2 has no id for the byte F2: without it, the bytes beside it merge.
 @example(text="\x82\U000b9000")

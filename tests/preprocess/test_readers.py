@@ -30,7 +30,8 @@ from PIL import Image
 from pyarrow import parquet
 
 from nanovlm import UserError
-from nanovlm.data import chat_template, dataset, image_refs
+from nanovlm.data import dataset, image_refs
+from nanovlm.data.turns import LETTER_PROMPT, SHORT_PROMPT
 from nanovlm.preprocess import readers, records
 
 
@@ -210,12 +211,9 @@ def test_a_collection_is_the_same_in_every_format(folder, keep):
         assert turns[str(record["id"])] == [
             (roles[turn["from"]], turn["value"]) for turn in record["conversations"]
         ]
-    assert turns["five"] == [
-        ("user", f"<image>\nHow many?\n{chat_template.SHORT_PROMPT}"),
-        ("assistant", "two"),
-    ]
+    assert turns["five"] == [("user", f"<image>\nHow many?\n{SHORT_PROMPT}"), ("assistant", "two")]
     assert turns["six"] == [
-        ("user", f"<image>\nWhich?\nA. egg\nB. milk\n{chat_template.LETTER_PROMPT}"),
+        ("user", f"<image>\nWhich?\nA. egg\nB. milk\n{LETTER_PROMPT}"),
         ("assistant", "B"),
     ]
     assert turns["seven"][0][1].removeprefix("<image>\n") in records.CAPTION_PROMPTS and turns[
@@ -499,7 +497,7 @@ def test_a_choice_is_its_letter_whether_its_index_or_its_letter_is_given():
     record = {"question": "Which?", "options": ["egg", "milk", 7]}
     for right in ({"correct_choice_idx": 2}, {"correct": "C"}, {"answer": " c "}):
         assert turns_of(record | right) == [
-            ("user", f"Which?\nA. egg\nB. milk\nC. 7\n{chat_template.LETTER_PROMPT}"),
+            ("user", f"Which?\nA. egg\nB. milk\nC. 7\n{LETTER_PROMPT}"),
             ("assistant", "C"),
         ]
     # an open question among others with choices
@@ -675,10 +673,10 @@ def test_context_and_hint_stand_before_the_question_as_in_llavas_mmbench():
         ({"hint": float("nan")}, "How old?"),
         ({"question": None, "context": "How old?"}, "How old?"),
     ]:
-        assert turns_of(record | more)[0][1] == f"{text}\n{chat_template.SHORT_PROMPT}"
+        assert turns_of(record | more)[0][1] == f"{text}\n{SHORT_PROMPT}"
         choice = {"choices": ["three", "four"], **record, **more}
         assert turns_of(choice)[0][1].startswith(f"{text}\nA. three\nB. four\n")
-    with pytest.raises(UserError, match="its question is no text"):
+    with pytest.raises(UserError, match="its question is not a text"):
         turns_of(record | {"context": {"contexts": ["He is four."]}})
 
 
@@ -687,13 +685,13 @@ def test_a_number_that_is_none_is_missing_and_never_a_word(folder):
     nan, infinite = float("nan"), float("inf")
     rows = [
         ({"image": "0.jpg", "caption": nan}, "no known kind of record"),
-        ({"image": "0.jpg", "caption": [nan]}, "answer is no text"),
+        ({"image": "0.jpg", "caption": [nan]}, "answer is not a text"),
         ({"question": "What?", "answer": nan}, "no known kind of record"),
-        ({"question": "What?", "answer": infinite}, "answer is no text"),
-        ({"question": "What?", "answers": ["a", nan], "weights": [0, 1]}, "answer is no text"),
+        ({"question": "What?", "answer": infinite}, "answer is not a text"),
+        ({"question": "What?", "answers": ["a", nan], "weights": [0, 1]}, "answer is not a text"),
         ({"question": nan, "answer": "x"}, "no known kind of record"),
-        (CHOICE | {"choices": ["a", nan]}, "choice is no text"),
-        ({"texts": [{"user": "a", "assistant": nan}]}, "turn is no text"),
+        (CHOICE | {"choices": ["a", nan]}, "choice is not a text"),
+        ({"texts": [{"user": "a", "assistant": nan}]}, "turn is not a text"),
     ]
     source = put(folder / "a.json", [COLLECTION[2], *(row for row, _ in rows)])
     assert reasons(readers.read_records([source])) == [reason for _, reason in rows]
@@ -710,7 +708,7 @@ def test_choices_as_ai2d_publishes_them():
     lines = "Who eats it?\nA. krill\nB. cod\nC. fox\nD. 2\n"
     for right in ("1", 1, "cod", "B", "b", "(B)", "B.", "b)", "B. cod", " cod "):
         prompt, answer = turns_of(record | {"answer": right})
-        assert answer == ("assistant", "B") and prompt[1] == lines + chat_template.LETTER_PROMPT
+        assert answer == ("assistant", "B") and prompt[1] == lines + LETTER_PROMPT
     # 2 is an index and a choice; a number is always an index
     assert turns_of(record | {"answer": 2})[1][1] == "C"
     for right in ("2", "Cod", "4", "E", "", "()"):
@@ -1242,7 +1240,7 @@ def test_without_pyarrow_parquet_is_refused_by_name(folder, monkeypatch):
         (b'{"id":\n1}', "line 1 is not JSON"),
         (b"PAR1", "cannot be read beyond row 0"),
         (b"\0" * 257 + b"ustar", "damaged or cut short"),
-        (b"[5]", "sample 1 is no object: 5"),
+        (b"[5]", "sample 1 is not an object: 5"),
         (
             b'{"a": 5}\n',
             "line 1 is no known kind of record (of a conversation, a question with answers or "
@@ -1321,8 +1319,8 @@ CHOICE = {"id": "x", "question": "What?", "choices": ["a", "b"], "answer": "A"}
         (None, "no known kind of record"),
         ([], "no known kind of record"),
         ({}, "no known kind of record"),
-        (GOOD | {"id": True}, "id is no text"),
-        (GOOD | {"id": ["a"]}, "id is no text"),
+        (GOOD | {"id": True}, "id is not a text"),
+        (GOOD | {"id": ["a"]}, "id is not a text"),
         (GOOD | {"id": ""}, "id is not one line of text"),
         (GOOD | {"id": "a\nb"}, "id is not one line of text"),
         (GOOD | {"id": "\ud800"}, "id is not one line of text"),
@@ -1341,13 +1339,13 @@ CHOICE = {"id": "x", "question": "What?", "choices": ["a", "b"], "answer": "A"}
         (GOOD | {"conversations": talk("<image>", 5)}, "no conversation"),
         (GOOD | {"conversations": talk("<image>", "\ud800")}, "half a character"),
         (GOOD | {"extra": json.loads("[" * 50 + "]" * 50)}, "nested too deep"),
-        ({"id": "x", "texts": [{"user": "a"}]}, "turn is no text"),
+        ({"id": "x", "texts": [{"user": "a"}]}, "turn is not a text"),
         ({"id": "x", "texts": []}, "no known kind of record"),
-        ({"id": "x", "texts": 5}, "turn is no text"),
-        (QUESTION | {"question": {}}, "question is no text"),
+        ({"id": "x", "texts": 5}, "turn is not a text"),
+        (QUESTION | {"question": {}}, "question is not a text"),
         (QUESTION | {"answers": []}, "no known kind of record"),
         (QUESTION | {"answers": [""]}, "empty answer"),
-        (QUESTION | {"answers": [None]}, "answer is no text"),
+        (QUESTION | {"answers": [None]}, "answer is not a text"),
         (QUESTION | {"weights": [1]}, "wrong weights"),
         (QUESTION | {"weights": [1, -1]}, "wrong weights"),
         (QUESTION | {"weights": [1, float("nan")]}, "wrong weights"),
@@ -1364,11 +1362,11 @@ CHOICE = {"id": "x", "question": "What?", "choices": ["a", "b"], "answer": "A"}
         (CHOICE | {"answer": "AB"}, "no right choice"),
         (CHOICE | {"answer": True}, "no right choice"),
         (CHOICE | {"answer": 1.0}, "no right choice"),
-        (CHOICE | {"choices": "ab"}, "choices are no list"),
-        (CHOICE | {"choices": ["a"] * 27}, "choices are no list"),
-        (CHOICE | {"choices": ["a", None]}, "choice is no text"),
+        (CHOICE | {"choices": "ab"}, "choices are not a list"),
+        (CHOICE | {"choices": ["a"] * 27}, "choices are not a list"),
+        (CHOICE | {"choices": ["a", None]}, "choice is not a text"),
         ({"id": "x", "caption": "An egg."}, "no image"),
-        ({"id": "x", "image": "0.jpg", "caption": {}}, "answer is no text"),
+        ({"id": "x", "image": "0.jpg", "caption": {}}, "answer is not a text"),
     ],
 )
 def test_a_record_that_cannot_be_used_is_skipped_with_its_reason(folder, record, reason):

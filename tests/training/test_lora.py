@@ -227,10 +227,13 @@ def test_lora_of_lora_is_merged_first(home, tmp_path):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        (dict(lora_rank=-1), "--lora_rank=-1 must be at least 0; 0 is no LoRA"),
+        (dict(lora_rank=-1), "--lora_rank=-1 must be at least 0; 0: no LoRA"),
         (dict(lora_alpha=8.0), "--lora_alpha=8.0 must be above 0, and needs --lora_rank"),
         (dict(lora_target="vision"), "--lora_target=vision needs --lora_rank"),
-        (dict(lora_rank=2, lora_target="head"), "--lora_target=head is none of decoder, vision, b"),
+        (
+            dict(lora_rank=2, lora_target="head"),
+            "--lora_target=head is not one of decoder, vision, b",
+        ),
         (
             dict(lora_rank=2, freeze="vision,projector", projector_lr=0.1),
             "--projector_lr=0.1 is for a part that --freeze=vision,projector freezes",

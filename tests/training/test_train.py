@@ -471,7 +471,7 @@ def test_first_turn_loss_is_the_validation_loss_of_samples_that_end_after_their_
     assert found[0]["first_turn_loss"] != pytest.approx(found[0]["val_loss"], rel=1e-3)
 
 
-def test_validation_prints_an_answer_and_its_reference(home, capsys):
+def test_validation_prints_two_questions_their_references_and_answers(home, capsys):
     checkpoint, samples = load_checkpoint(home / "model"), dataset.PreparedDataset(home / "data")
     validation.validate(
         checkpoint,
@@ -479,13 +479,19 @@ def test_validation_prints_an_answer_and_its_reference(home, capsys):
         validation.pack_validation_set(samples, 22),
         torch.autocast("cpu", enabled=False),
     )
-    shown = capsys.readouterr().out.splitlines()
-    for line, i in zip(shown, samples.split(validation=True), strict=False):
-        ids_T, _, _ = samples.read(i)
-        assert samples.names[i] in line and line.endswith(
-            f"reference {checkpoint.tokenizer.decode(ids_T[-3:-1].tolist())!r}"
-        )
-    assert len(shown) == 2
+    shown, decode = capsys.readouterr().out.splitlines(), checkpoint.tokenizer.decode
+    assert len(shown) == 2 * 4
+    special = {IMAGE_TOKEN_ID, *checkpoint.tokenizer.special.values()}
+    for i in samples.split(validation=True)[:2]:
+        ids_T, targets_T, _ = samples.read(i)
+        start = int((targets_T != IGNORE_INDEX).argmax()) + 1
+        question = decode([x for x in ids_T[:start].tolist() if x not in special])
+        reference = decode(ids_T[start:-1].tolist())
+        name, *lines = shown[:4]
+        assert name == f"  {samples.names[i]}"
+        assert lines[:2] == [f"    question  {question!r}", f"    expected  {reference!r}"]
+        assert re.match(r"    answer    ['\"]", lines[2])
+        del shown[:4]
 
 
 # ---- the numbers do not depend on how the work is split ----
@@ -779,7 +785,7 @@ def test_a_nan_loss_names_its_step_and_sample_and_changes_nothing(home, monkeypa
     names = loader.samples.names
     step, sequence = next(
         (step, members)
-        for step, batches in enumerate(iter(lambda: next(loader), None), 1)
+        for step, batches in enumerate(loader, 1)
         for _, members in batches
         if "poisoned" in [names[i] for i in members]
     )
@@ -954,17 +960,17 @@ REFUSED = [
     (dict(epochs=2.0), "--epochs=2.0 excludes --steps=8"),
     (dict(steps=None, epochs=0.0, patience=-1), "--epochs=0.0 must .*--patience=-1 must be at"),
     (dict(weight_decay=-0.1, seed=-1), "--seed=-1 must be at least 0; --weight_decay=-0.1 must"),
-    (dict(dtype="float16"), "--dtype=float16 is none of auto"),
-    (dict(device="tpu"), "--device=tpu is none of auto"),
+    (dict(dtype="float16"), "--dtype=float16 is not one of auto"),
+    (dict(device="tpu"), "--device=tpu is not one of auto"),
     (dict(device="cuda:99"), "GPU 99.* finds 0 GPUs"),
-    (dict(freeze="vision,head"), "'head' is none of vision, projector, decoder"),
+    (dict(freeze="vision,head"), "'head' is not one of vision, projector, decoder"),
     (dict(freeze="vision,projector,decoder"), "leaves nothing to train"),
     (
         dict(freeze="vision", vision_lr=0.1),
         "--vision_lr=0.1 is for a part that --freeze=vision freezes",
     ),
     (dict(cpu_offload=True), "--cpu_offload=true needs --parallel=fsdp"),
-    (dict(kernels="mine"), "--kernels=mine is none of auto, torch"),
+    (dict(kernels="mine"), "--kernels=mine is not one of auto, torch"),
     (dict(stage="stf"), "--stage=stf is not known"),
     (
         dict(recipe="lava"),
@@ -974,7 +980,7 @@ REFUSED = [
         dict(recipe="llava", stage="vision"),
         "--stage=vision is not known to --recipe=llava: .*; llava has pretrain, sft",
     ),
-    (dict(data="no/data"), "no/data is no prepared data"),
+    (dict(data="no/data"), "no/data is not a prepared data"),
     (dict(model="no/model"), "no such model: no/model"),
     (dict(seq_len=12), r"sample sample-\d+ takes 20 tokens, more than --seq_len=12"),
     (dict(resume=True), "--resume=true, but .*refused holds no checkpoint of a run"),
@@ -1086,7 +1092,7 @@ def test_infinite_weights_are_not_saved(home):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("", "is not JSON"), ("[]", r"is no JSON object: \[\]"), ("{}", "holds no step")],
+    [("", "is not JSON"), ("[]", r"is not a JSON object: \[\]"), ("{}", "holds no step")],
 )
 def test_an_invalid_training_json_is_named(tmp_path, content, message):
     (tmp_path / "training.json").write_text(content)
@@ -1118,20 +1124,20 @@ def test_the_resume_command_has_the_given_settings(monkeypatch):
     everything = {name: default for name, _, default, _ in cli.settings(train.train)}
     monkeypatch.setattr(sys, "argv", ["train.py", "--stage=sft"])
     assert (
-        train.resume_command(everything | {"stage": "sft", "out": "out/my run"})
+        signals.resume_command(train.train, everything | {"stage": "sft", "out": "out/my run"})
         == "python train.py --stage=sft '--out=out/my run' --resume=true"
     )
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     assert (
-        train.resume_command(everything | {"stage": "sft", "resume": True})
+        signals.resume_command(train.train, everything | {"stage": "sft", "resume": True})
         == "torchrun --nproc_per_node=8 train.py --stage=sft --resume=true"
     )
     machines = {"GROUP_WORLD_SIZE": "2", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
     for name, value in machines.items():
         monkeypatch.setenv(name, value)
-    assert train.resume_command(everything | {"stage": "sft"}) == (
+    assert signals.resume_command(train.train, everything | {"stage": "sft"}) == (
         "torchrun --nproc_per_node=8 --nnodes=2 --node_rank=0 --master_addr=10.0.0.1 "
         "--master_port=29500 train.py --stage=sft --resume=true"
     )
     monkeypatch.setattr(sys, "argv", ["train.py"])
-    assert train.resume_command(everything | {"stage": "sft"}) == "python train.py"
+    assert signals.resume_command(train.train, everything | {"stage": "sft"}) == "python train.py"
