@@ -281,7 +281,7 @@ def run(scripts, line):
             (
                 1,
                 "",
-                "error: the first word is a command (first, second): 'secnd' is none of them, "
+                "error: the first word is a command (first, second): 'secnd' is not one of them, "
                 "did you mean second?\n",
             ),
         ),

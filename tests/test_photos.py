@@ -1,4 +1,4 @@
-"""The commands of "A small model from nothing" (training/README.md), on fewer photographs."""
+"""The commands of "A small model from scratch" (training/README.md), on fewer photographs."""
 
 import os
 import re

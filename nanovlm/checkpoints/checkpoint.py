@@ -125,13 +125,14 @@ def check_checkpoint_info(meta, path):
     check_arguments(VisionEncoder, shapes["vision"], path)
     check_arguments(Decoder, shapes["decoder"], path)
     if not isinstance(shapes.get("projector_mlp", True), bool):
-        raise UserError(f"{path}: projector_mlp {shapes['projector_mlp']!r:.80} is no bool")
+        raise UserError(f"{path}: projector_mlp {shapes['projector_mlp']!r:.80} is not a bool")
     vision = shapes["vision"]
     sizes = {"tile": vision["tile"], "patch": vision["patch"], "shuffle": shapes["shuffle"]}
     if sizes != {name: image_config[name] for name in sizes}:
         raise UserError(f"{path}: the image config differs from the shapes, {sizes}")
     if template not in TEMPLATES:
-        raise UserError(f"{path}: chat_template {template!r:.80} is none of {', '.join(TEMPLATES)}")
+        names = ", ".join(TEMPLATES)
+        raise UserError(f"{path}: chat_template {template!r:.80} is not one of {names}")
     if lora := meta.get("lora"):
         parts, texts = {"vision", "projector", "decoder"}, [lora["base"]["from"]]
         texts += lora["base"]["files"].values()
@@ -294,10 +295,10 @@ def read_base(info):
 def load_checkpoint(
     folder, device="cpu", dtype=torch.float32, template=None, defer_weights=False, merge=True
 ):
-    """Returns the latest Checkpoint in a folder, or a published LLaVA; its model is in eval mode.
+    """Returns the latest Checkpoint in a folder, or a published VLM; its model is in eval mode.
 
     dtype: of all parameters, None for their dtypes in the file.
-    template: of a published LLaVA whose own template is unknown.
+    template: of a published VLM whose own template is unknown.
     defer_weights: leave sharded weights in their files and the model on the meta device;
         load_deferred_weights reads them once it is known which rank needs which.
     merge: fold LoRA into the weights; False to train it further.

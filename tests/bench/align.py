@@ -24,7 +24,7 @@ from pathlib import Path
 from photos import fetch
 
 from nanovlm import UserError, cli
-from nanovlm.data.chat_template import CAPTION_PROMPT
+from nanovlm.data.turns import CAPTION_PROMPT
 
 
 def align(

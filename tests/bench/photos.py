@@ -1,4 +1,4 @@
-"""A small model from nothing on CIFAR-10, by the four commands of training/README.md, timed.
+"""A small model from scratch on CIFAR-10, by the four commands of training/README.md, timed.
 
     python tests/bench/photos.py                          50,000 photographs, 500 held out: minutes
     python tests/bench/photos.py --train=4000 --steps=60  a short run
@@ -21,7 +21,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from nanovlm import cli  # noqa: E402
-from nanovlm.data.chat_template import CAPTION_PROMPT  # noqa: E402
+from nanovlm.data.turns import CAPTION_PROMPT  # noqa: E402
 
 NAMES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 

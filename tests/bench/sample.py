@@ -68,7 +68,7 @@ def sample(
 ):
     """Measure both; print what is missing."""
     if dtype not in ("bfloat16", "float16", "float32"):
-        raise UserError(f"--dtype={dtype} is none of bfloat16, float16, float32")
+        raise UserError(f"--dtype={dtype} is not one of bfloat16, float16, float32")
     torch.set_num_threads(threads)
     if Path(decoder).is_dir():
         compare_engines(decoder, getattr(torch, dtype), threads, tokens, rounds)
