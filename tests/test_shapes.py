@@ -73,8 +73,10 @@ KNOWN = {
     "models/decoder.py": {"D": 24, "H": 6, "G": 2, "K": 8, "V": 260},
     "models/vision_encoder.py": C | {"D": 20, "H": 5, "K": 4, "P": (36, 37)},  # 37: class token
     "models/attention.py": {"H": (6, 5), "G": (2, 5), "K": (8, 4)},
-    "kernels/attention_forward.py": {"H": (6, 5), "G": (2, 5), "K": (8, 4, 16)},  # 16: a block
-    "kernels/attention_backward.py": {"H": (6, 5), "G": (2, 5), "K": (8, 4, 16)},
+    "kernels/attention.py": {"H": (6, 5), "G": (2, 5), "K": (8, 4)},
+    "kernels/attention_forward.py": {"K": 16},  # a block
+    "kernels/attention_backward_dq.py": {"K": 16},
+    "kernels/attention_backward_dkdv.py": {"K": 16},
     "models/cross_entropy.py": {"D": 24, "V": 260},
     "models/vlm.py": C | {"D": (24, 20), "V": 260},
     "models/projector.py": C | {"D": (24, 20), "P": (36, 9)},

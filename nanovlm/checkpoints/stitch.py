@@ -44,9 +44,9 @@ def add_tokens(decoder, names):
     model, shapes = decoder.model.decoder, decoder.shapes["decoder"]
     size = max(shapes["vocab_size"], tokenizer.vocab_size)
     for module in (model.embed_tokens, model.lm_head):
-        weight_VD = module.weight.detach()
-        new_VD = weight_VD.mean(0).expand(size - len(weight_VD), -1)
-        module.weight = nn.Parameter(torch.cat([weight_VD, new_VD]))
+        weight = module.weight.detach()
+        new_rows = weight.mean(0).expand(size - len(weight), -1)
+        module.weight = nn.Parameter(torch.cat([weight, new_rows]))
     if shapes.get("tied"):
         model.lm_head.weight = model.embed_tokens.weight
     shapes = decoder.shapes | {"decoder": shapes | {"vocab_size": size}}

@@ -6,7 +6,8 @@ from ..kernels import dispatch
 from ..models.decoder import KVCache
 from .optimize import CUDAGraphStep
 
-CAPTURE_AFTER = 16  # tokens: capturing a step takes as long as a few steps
+CAPTURE_AFTER = 16  # steps: capturing one takes as long as a few
+CAPACITY_UNIT = 256  # tokens: answers of about the same length share a captured step
 
 
 def generate(
@@ -31,28 +32,39 @@ def generate(
     padded on the left. Each sequence draws from a generator of its own, so that it does not depend
     on the others. logprobs: a list to which each step appends [(id, log-probability)] of all
     sequences, by the softmax of the logits before temperature, top_k and top_p. cuda_graph: types
-    of devices on which the steps of a long answer are captured. A model in training mode is never
-    captured: its prefetching thread would break the capture.
+    of devices on which the steps of a long answer are captured. An optimized model keeps what was
+    captured for its next answers of as many sequences and about that length. A model in training
+    mode is never captured: its weights may move.
     """
     decoder, device = model.decoder, model.decoder.embed_tokens.weight.device
     B, T = len(prompts), max(map(len, prompts))
     pad_B = torch.tensor([T - len(prompt) for prompt in prompts], device=device)
     ids_BT = torch.tensor([[0] * (T - len(p)) + list(p) for p in prompts], device=device)
-    slot_BS = torch.arange(T + max_tokens, device=device).expand(B, -1)
+    # --kernels=torch asks for what PyTorch does by itself
+    captures = device.type in cuda_graph and not model.training and dispatch.choice != "torch"
+    capacity = T + max_tokens
+    if captures:
+        capacity = -(-capacity // CAPACITY_UNIT) * CAPACITY_UNIT
+    slot_BS = torch.arange(capacity, device=device).expand(B, -1)
     positions_BS = (slot_BS - pad_B[:, None]).clamp(min=0)
     # padding is a document of its own
     documents_BS = (slot_BS >= pad_B[:, None]).int() if pad_B.any() else None
     generators = [torch.Generator().manual_seed(seed) for _ in prompts]
-    cache = KVCache(decoder, B, T + max_tokens)
-    # --kernels=torch asks for what PyTorch does by itself
-    captures = device.type in cuda_graph and not model.training and dispatch.choice != "torch"
+    # An optimized model keeps the step of its last answer. While an answer uses it, no other can.
+    steps = getattr(decoder, "graph_steps", {}) if captures else {}
+    key = (B, capacity, documents_BS is None)
+    graph_step = steps.pop(key, None)
+    cache = graph_step.growing_cache if graph_step else KVCache(decoder, B, capacity)
+    cache.length = 0
     # FSDP2 fails on tensors of inference_mode, which have no version counters.
     no_grad = torch.no_grad if model.training else torch.inference_mode
 
     with no_grad():
         x_BTD = model.embed(ids_BT, tiles_NCYX.to(device), image_feature_index)
         logits_BV = next_logits(decoder, cache, x_BTD, positions_BS, documents_BS)
-    finished, graph_step = [False] * B, None
+        if graph_step:
+            graph_step.start(positions_BS, documents_BS)
+    finished = [False] * B
     for count in range(1, max_tokens + 1):
         next_ids = sample_next_token(logits_BV.float(), temperature, top_k, top_p, generators)
         if logprobs is not None:
@@ -61,10 +73,13 @@ def generate(
         yield [None if done else i for i, done in zip(next_ids, finished, strict=True)]
         finished = [done or i in stop for i, done in zip(next_ids, finished, strict=True)]
         if all(finished) or count == max_tokens:
+            if graph_step:
+                steps.clear()  # each holds a KV cache
+                steps[key] = graph_step
             return
         ids_B = torch.tensor(next_ids, device=device)
         with no_grad():
-            if captures and count == CAPTURE_AFTER + 1:
+            if captures and not graph_step and count == CAPTURE_AFTER + 1:
                 graph_step = CUDAGraphStep(decoder, cache, positions_BS, documents_BS)
             if graph_step:
                 logits_BV = graph_step(ids_B)
@@ -87,7 +102,8 @@ def next_logits(decoder, cache, x_BtD, positions_BS, documents_BS):
 def sample_next_token(logits_BV, temperature, top_k, top_p, generators):
     """Returns the next id of each sequence: the likeliest (temperature 0), or a draw from
     softmax(logits / temperature), cut to the top_k likeliest ids (0: all) and to the fewest
-    likeliest ids that hold top_p of the probability (nucleus sampling, Holtzman et al. 2019)."""
+    likeliest ids that hold top_p of the whole distribution (nucleus sampling, Holtzman et al.
+    2019)."""
     if temperature == 0:
         return logits_BV.argmax(-1).tolist()
     sorted_BV, order_BV = (logits_BV / temperature).softmax(-1).sort(dim=-1, descending=True)

@@ -10,12 +10,9 @@ softmax of its own, and its weight is the sum of its exponentials, 2^lse:
 
     out = Σ 2^lse · out_of_split / Σ 2^lse
 
-In a name, H is BLOCK_H (the query heads that share a key head), S is BLOCK_N keys, and K is
-BLOCK_DMODEL (the head size, rounded up to a power of two). Scores are to base 2, the exponential
-that a GPU has an instruction for.
+In a name, H is BLOCK_H (the query heads that share a key head). The rest is as in
+attention_forward.py.
 """
-
-import math
 
 import torch
 import triton
@@ -23,13 +20,16 @@ import triton.language as tl
 from torch import Tensor
 
 from . import dispatch
+from .attention_tiles import load, with_adjacent_heads
+from .cross_entropy import LOG2E
 
-TABLE = {  # compute capability: keys of 2 bytes a number in a block, programs for each
-    # multiprocessor, num_warps, num_stages
-    (0, 0): (16, 3, 4, 1),
-    (8, 0): (64, 2, 4, 3),
-    (9, 0): (64, 2, 4, 3),
-    (10, 0): (64, 2, 4, 3),
+TABLE = {  # compute capability: bytes of a tile of keys, programs for each multiprocessor,
+    # num_warps, num_stages. A tile of values is as large, and of each num_stages are in flight
+    (0, 0): (4096, 3, 4, 1),
+    (8, 0): (16384, 2, 4, 3),
+    (9, 0): (16384, 2, 4, 3),
+    (10, 0): (16384, 2, 4, 3),
+    (12, 0): (16384, 2, 4, 3),
 }
 MIN_SPLIT = 256  # keys
 
@@ -47,18 +47,14 @@ def decode_split_kernel(
     n_heads,
     group_size,
     window,
-    qk_scale,
+    softmax_scale,
     stride_qb,
-    stride_qh,
     stride_kb,
     stride_kt,
-    stride_kh,
     stride_vb,
     stride_vt,
-    stride_vh,
     stride_db,
     HEAD_DIM: tl.constexpr,
-    STRIDE_UNIT: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_DOC: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -77,12 +73,10 @@ def decode_split_kernel(
     lo, hi = first + split * length, tl.minimum(first + (split + 1) * length, end)
     h_H1, k_1K = tl.arange(0, BLOCK_H)[:, None], tl.arange(0, BLOCK_DMODEL)[None, :]
     s_S = tl.arange(0, BLOCK_N)
-    q += (batch * stride_qb + (kv_head * group_size + h_H1) * stride_qh) * STRIDE_UNIT
+    q += batch * stride_qb + (kv_head * group_size + h_H1) * HEAD_DIM
     q_HK = tl.load(q + k_1K, mask=(h_H1 < group_size) & (k_1K < HEAD_DIM), other=0.0)
-    k += (batch * stride_kb + kv_head * stride_kh) * STRIDE_UNIT
-    stride_kt = stride_kt * STRIDE_UNIT
-    v += (batch * stride_vb + kv_head * stride_vh) * STRIDE_UNIT
-    stride_vt = stride_vt * STRIDE_UNIT
+    k += batch * stride_kb + kv_head * HEAD_DIM
+    v += batch * stride_vb + kv_head * HEAD_DIM
     if documents is not None:
         # Keys before the token's own document are not loaded: of the split, its last `count` are.
         documents, count, n_N = documents + batch * stride_db, 0, tl.arange(0, BLOCK_DOC)
@@ -96,20 +90,10 @@ def decode_split_kernel(
     acc_HK, l_H = tl.zeros((BLOCK_H, BLOCK_DMODEL), tl.float32), tl.zeros((BLOCK_H,), tl.float32)
     m_H = tl.full((BLOCK_H,), -1e30, tl.float32)
     for s in range(lo, hi, BLOCK_N):
-        inside_S = s + s_S < hi
-        mask_SK = inside_S[:, None] & (k_1K < HEAD_DIM)
-        k_SK = tl.load(
-            k + tl.cast(s, tl.int64) * stride_kt + s_S[:, None] * stride_kt + k_1K,
-            mask=mask_SK,
-            other=0.0,
-        )
-        v_SK = tl.load(
-            v + tl.cast(s, tl.int64) * stride_vt + s_S[:, None] * stride_vt + k_1K,
-            mask=mask_SK,
-            other=0.0,
-        )
-        qk_HS = tl.dot(q_HK, tl.trans(k_SK), input_precision="tf32x3") * qk_scale
-        qk_HS = tl.where(inside_S[None, :], qk_HS, float("-inf"))
+        k_SK = load(k, s, hi, stride_kt, HEAD_DIM, BLOCK_N, BLOCK_DMODEL, True)
+        v_SK = load(v, s, hi, stride_vt, HEAD_DIM, BLOCK_N, BLOCK_DMODEL, True)
+        qk_HS = tl.dot(q_HK, tl.trans(k_SK), input_precision="tf32x3")
+        qk_HS = tl.where((s + s_S < hi)[None, :], qk_HS * (softmax_scale * LOG2E), float("-inf"))
         new_m_H = tl.maximum(m_H, tl.max(qk_HS, axis=1))
         p_HS, alpha_H = tl.exp2(qk_HS - new_m_H[:, None]), tl.exp2(m_H - new_m_H)
         acc_HK = tl.dot(
@@ -146,31 +130,17 @@ def decode_combine_kernel(
     tl.store(out + own * HEAD_DIM + k_1K, out_1K.to(out.dtype.element_ty), mask=k_1K < HEAD_DIM)
 
 
-# ---- The operator ----
-
-
-def with_strides(*tensors):
-    """Returns the tensors with contiguous vectors, the strides of their other dimensions in one
-    list, in units, and the unit.
-
-    If all strides are multiples of 16 bytes, that is the unit: the compiler then knows that it may
-    load 16 bytes at once. (A stride of 72 is no multiple of 16, so it could not see that itself.)
-    """
-    tensors = [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
-    strides = [stride for x in tensors for stride in x.stride()[:3]]
-    unit = 16 // tensors[0].element_size()
-    if any(stride % unit for stride in strides):
-        unit = 1
-    return tensors, [stride // unit for stride in strides], unit
-
-
 def num_splits(B, S, G, device):
     """Returns into how many parts a cache is split: enough to keep the whole GPU loading."""
     n_programs = dispatch.num_sms(device) * dispatch.config(TABLE, device)[1]
     return max(1, min(triton.cdiv(n_programs, B * G), triton.cdiv(S, MIN_SPLIT), 128))
 
 
-@torch.library.custom_op("nanovlm::decode_attention", mutates_args=())
+def new_decode_out(q_B1HK, *_):
+    return q_B1HK.new_empty(q_B1HK.shape)
+
+
+@dispatch.operator("decode_attention", new_decode_out)
 def decode_attention(
     q_B1HK: Tensor,
     k_BSGK: Tensor,
@@ -185,13 +155,17 @@ def decode_attention(
     query is the last of these. None: all are. As it is read on the GPU, a step whose shapes stay
     the same can be captured in a CUDA graph and replayed while the cache fills up.
     """
-    out_B1HK = decode_attention_fake(q_B1HK, k_BSGK, v_BSGK, documents_BS, cache_length, window)
+    out_B1HK = new_decode_out(q_B1HK)
     (B, _, H, head_dim), (S, G) = q_B1HK.shape, k_BSGK.shape[1:3]
-    tensors, (stride_qb, _, *strides), unit = with_strides(q_B1HK, k_BSGK, v_BSGK)
-    if documents_BS is not None and documents_BS.stride(-1) != 1:
-        documents_BS = documents_BS.contiguous()
-    block, _, num_warps, num_stages = dispatch.config(TABLE, q_B1HK.device)
-    n_splits, block_dmodel = num_splits(B, S, G, q_B1HK.device), triton.next_power_of_2(head_dim)
+    stride_db = None
+    if documents_BS is not None:
+        documents_BS = documents_BS if documents_BS.stride(1) == 1 else documents_BS.contiguous()
+        stride_db = documents_BS.stride(0)
+    tensors, (stride_qb, _, *strides) = with_adjacent_heads(q_B1HK, k_BSGK, v_BSGK)
+    tile, _, num_warps, num_stages = dispatch.config(TABLE, q_B1HK.device)
+    block_dmodel = max(16, triton.next_power_of_2(head_dim))
+    n_splits = num_splits(B, S, G, q_B1HK.device)
+    blocks = dict(HEAD_DIM=head_dim, BLOCK_DMODEL=block_dmodel, num_warps=num_warps)
     split_out = q_B1HK.new_empty((B, H, n_splits, head_dim), dtype=torch.float32)
     lse = q_B1HK.new_empty((B, H, n_splits), dtype=torch.float32)
     with torch.cuda.device_of(q_B1HK):
@@ -205,32 +179,22 @@ def decode_attention(
             H,
             H // G,
             window,
-            math.log2(math.e) / head_dim**0.5,
+            head_dim**-0.5,
             stride_qb,
             *strides,
-            None if documents_BS is None else documents_BS.stride(0),
-            HEAD_DIM=head_dim,
-            STRIDE_UNIT=unit,
+            stride_db,
             BLOCK_H=max(16, triton.next_power_of_2(H // G)),
             BLOCK_DOC=1024,
-            BLOCK_N=max(16, block * 2 // q_B1HK.element_size()),
-            BLOCK_DMODEL=max(16, block_dmodel),
-            num_warps=num_warps,
+            BLOCK_N=max(16, tile // (block_dmodel * q_B1HK.element_size())),
             num_stages=num_stages,
+            **blocks,
         )
         decode_combine_kernel[(B * H,)](
             split_out,
             lse,
             out_B1HK,
             n_splits,
-            HEAD_DIM=head_dim,
             BLOCK_SPLITS=triton.next_power_of_2(n_splits),
-            BLOCK_DMODEL=max(16, block_dmodel),
-            num_warps=num_warps,
+            **blocks,
         )
     return out_B1HK
-
-
-@decode_attention.register_fake
-def decode_attention_fake(q_B1HK, k_BSGK, v_BSGK, documents_BS, cache_length, window):
-    return q_B1HK.new_empty(q_B1HK.shape)

@@ -581,17 +581,26 @@ def tune_loss(run):
     )
 
 
-def fits(call):
-    """Whether the kernels of a call fit the GPU and spill no registers."""
-    launched, run = [], JITFunction.run
+def launched(call):
+    """Returns the compiled kernels that a call launches."""
+    found, run = [], JITFunction.run
     with mock.patch.object(
-        JITFunction, "run", lambda *args, **named: launched.append(run(*args, **named))
+        JITFunction, "run", lambda *args, **named: found.append(run(*args, **named))
     ):
-        try:
-            call(0)
-        except (TritonError, RuntimeError):  # too little memory, or a fault of the compiler
-            return False
-    return not any(kernel.n_spills for kernel in launched)
+        call(0)
+    return found
+
+
+def fits(call):
+    """Whether the kernels of a call fit the GPU and spill at most 64 bytes of registers."""
+    try:
+        return all(4 * kernel.n_spills <= 64 for kernel in launched(call))
+    except (TritonError, RuntimeError):  # too little memory, or a fault of the compiler
+        return False
+
+
+def shared_memory(call):
+    return max(kernel.metadata.shared for kernel in launched(call))
 
 
 def fastest(what, table, key, candidates, call, check):
@@ -729,7 +738,7 @@ def gpu(
     """Check and time the kernels; print and write the results."""
     parts = only.split(",") if only else list(PARTS)
     if strange := [part for part in parts if part not in PARTS]:
-        raise UserError(f"--only={','.join(strange)} is none of {', '.join(PARTS)}")
+        raise UserError(f"--only={','.join(strange)} is not one of {', '.join(PARTS)}")
     if dry and tune:
         raise UserError("--tune=true times, --dry=true does not")
     if not (dry or torch.cuda.is_available()):
@@ -749,6 +758,7 @@ def gpu(
         row=row,
         fastest=fastest,
         fit=fit,
+        shared_memory=shared_memory,
     )
     if not (dry or tune):
         return bench(run, parts, Path(out))

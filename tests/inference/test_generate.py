@@ -1,5 +1,7 @@
 """However fast a model generates, its tokens are those of a full forward pass for each token."""
 
+import contextlib
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -174,6 +176,9 @@ def test_a_packed_linear_layer_is_its_layers_side_by_side(
         monkeypatch.setattr(optimize_file.F, "linear", plain)
         found = product(x)
     assert plain.called == (not packed or rows < product.min_vectors)
+    if plain.called:
+        in_float32 = dtype.itemsize == 2 and not packed and rows > 1
+        assert plain.call_args[0][0].dtype == (torch.float32 if in_float32 else dtype)
     assert found.dtype == dtype
     assert (found.double() - expected).norm() / expected.norm() < error
 
@@ -250,6 +255,65 @@ def test_a_short_answer_is_not_captured(vlm, monkeypatch):
     assert made == []
     answers(vlm, PROMPTS[:1], CAPTURE_AFTER + 2, cuda_graph=("cpu",))
     assert made == [len(PROMPTS[0]) + CAPTURE_AFTER]
+
+
+def test_an_optimized_model_keeps_its_captured_step_for_the_next_answers(monkeypatch):
+    """Of as many sequences and the same capacity of the KV cache, which is rounded up."""
+    vlm, made = optimize(make_vlm()), []
+
+    def make_step(*inputs):
+        made.append(len(inputs[2]))
+        return CUDAGraphStep(*inputs)
+
+    monkeypatch.setattr(generate_file, "CUDAGraphStep", make_step)
+    one, two, count = PROMPTS[:1], PROMPTS[:2], CAPTURE_AFTER + 5
+    for prompts in (one, [PROMPTS[0][:-1]], two, two[::-1], one):
+        expected = answers(vlm, prompts, count, cuda_graph=())
+        assert answers(vlm, prompts, count, cuda_graph=("cpu",)) == expected
+    assert made == [1, 2, 1]
+    # Two answers at the same time: only one of them can have it.
+    how = dict(stop=set(), max_tokens=count, cuda_graph=("cpu",))
+    at_once = zip(*(generate(vlm, one, torch.zeros(0), **how) for _ in range(2)), strict=True)
+    assert all(
+        first == second == [i] for (first, second), i in zip(at_once, expected[0], strict=True)
+    )
+    assert made == [1, 2, 1, 1]
+
+
+def test_a_capture_that_fails_leaves_decoding_without_a_graph(vlm, monkeypatch):
+    """With stand-ins for what torch.cuda has on a GPU."""
+
+    class Capture(contextlib.nullcontext):
+        def __init__(self, graph, stream, capture_error_mode):
+            super().__init__()
+            assert capture_error_mode == "thread_local"
+
+        def __enter__(self):
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    stream, devices = SimpleNamespace(wait_stream=lambda other: None), []
+    stand_ins = dict(
+        current_stream=lambda: stream,
+        Stream=lambda: stream,
+        stream=contextlib.nullcontext,
+        CUDAGraph=object,
+        graph=Capture,
+        device=lambda device: contextlib.nullcontext(devices.append(device)),
+    )
+    for name, stand_in in stand_ins.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    positions_BS, caches = torch.arange(9).expand(2, -1), [KVCache(vlm.decoder, 2, 9) for _ in "ab"]
+    x_BTD = vlm.decoder.embed_tokens(torch.arange(10).view(2, 5))
+    x_B1D, ids_B = vlm.decoder.embed_tokens(torch.tensor([[3], [5]])), torch.tensor([3, 5])
+    with torch.no_grad():
+        for cache in caches:
+            next_logits(vlm.decoder, cache, x_BTD, positions_BS, None)
+        step = CUDAGraphStep(vlm.decoder, caches[0], positions_BS, None)
+        with pytest.warns(UserWarning, match="Without a CUDA graph, decoding is slower: operation"):
+            step.capture()  # as on a GPU
+        expected = next_logits(vlm.decoder, caches[1], x_B1D, positions_BS, None)
+        torch.testing.assert_close(step(ids_B), expected)
+    assert step.graph is None and devices == [ids_B.device]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")

@@ -7,8 +7,10 @@ read or a write outside shows.
 
 import os
 import random
+import re
 import subprocess
 import sys
+import warnings
 from types import SimpleNamespace
 from unittest import mock
 
@@ -16,14 +18,17 @@ import pytest
 import test_kernels
 import torch
 import triton
-from conftest import ROOT
-from test_kernels import DTYPES, PINNED, Fences, close, dispatch_choice, make_block
+import triton.language as tl
+from conftest import ROOT, make_vlm
+from test_kernels import DTYPES, Fences, close, dispatch_choice, make_block
 from torch.utils.checkpoint import checkpoint
 
-from nanovlm.kernels import attention_forward, decode_attention, dispatch
-from nanovlm.kernels.attention_forward import document_bounds
+from nanovlm.kernels import attention as attention_file
+from nanovlm.kernels import attention_tiles, decode_attention, dispatch
+from nanovlm.kernels.attention import document_bounds
+from nanovlm.kernels.attention_tiles import tile_bounds
 from nanovlm.models.attention import attention, attention_mask
-from nanovlm.models.decoder import rope_cos_sin
+from nanovlm.models.decoder import KVCache, rope_cos_sin
 
 # triton 3.6's interpreter
 pytestmark = pytest.mark.filterwarnings(
@@ -114,16 +119,18 @@ def check(case):
     truth = formula(*wide, **case.rules)
     truths = [truth, *torch.autograd.grad(truth, wide, plain[3].double())]
 
-    fences = Fences()
-    *inputs, grad = [
-        fences.put(x, order, gap)
-        for x, order, gap in zip(plain, case.orders, case.gaps, strict=True)
-    ]
+    fences, fenced = Fences(), []
+    for i, (x, order, gap) in enumerate(zip(plain, case.orders, case.gaps, strict=True)):
+        if (case.seed + i) % 2:  # the heads of a token side by side, as the kernels read them
+            fenced.append(fences.put(x.flatten(2), None, gap).unflatten(2, x.shape[2:]))
+        else:
+            fenced.append(fences.put(x, order, gap))
+    *inputs, grad = fenced
     inputs = [x.requires_grad_() for x in inputs]
     with (
         fences.around_outputs(),
         dispatch_choice("triton"),
-        mock.patch.object(attention_forward, "document_bounds", fenced_bounds(fences)),
+        mock.patch.object(attention_file, "document_bounds", fenced_bounds(fences)),
     ):
         out = attention(*inputs, **case.rules)
         ours = [out, *torch.autograd.grad(out, inputs, grad)]
@@ -190,6 +197,17 @@ def test_with_the_blocks_of_a_gpu_and_an_image_of_577_tokens(capability, dtype, 
         check(case)
 
 
+def test_keys_to_which_no_query_attends_have_no_gradient():
+    """The window of the first of 3 queries begins at key 63."""
+    rules = dict(causal=True, window=2)
+    case = dict(B=1, T=3, S=67, H=2, G=1, K=16, dtype=torch.float32, seed=0, rules=rules)
+    check(SimpleNamespace(**case, orders=[None] * 4, gaps=[0] * 4))
+    q, k, v = inputs(B=1, T=3, S=67)
+    with dispatch_choice("triton"):
+        _, *grads = torch.autograd.grad(attention(q, k, v, **rules).sum(), (q, k, v))
+    assert all(grad[:, :63].abs().sum() == 0 and grad[:, 63:].all() for grad in grads)
+
+
 def test_blocks_outside_the_mask_are_not_read():
     """NaN in the keys of other documents, or before the window, would show in every weight."""
     documents_BS = (torch.arange(160)[None] // 80).int()
@@ -234,6 +252,48 @@ def test_gradients_repeat_themselves_to_the_bit_and_sum_all_heads_that_share_a_k
     assert all(
         torch.allclose(all_[:, :, 1], (a + b)[:, :, 1], atol=1e-5)
         for all_, a, b in zip(one[1:], single, others, strict=True)
+    )
+
+
+# ---- tiles ----
+
+
+@triton.jit
+def store_bounds(out, first, last, S, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    start = tl.program_id(0) * BLOCK_M
+    _, _, bounds = tile_bounds(start, first, last, 0, S, None, BLOCK_M, BLOCK_N, True, False)
+    for i in tl.static_range(4):
+        tl.store(out + tl.program_id(0) * 4 + i, bounds[i])
+
+
+def test_the_map_of_tiles_in_the_docstring_is_that_of_the_kernels():
+    S, block_m, block_n = 16, 4, 2
+    first_BS, last_BS = document_bounds((torch.arange(S) >= 5).int()[None])
+    bounds = torch.zeros(S // block_m, 4, dtype=torch.int32)
+    store_bounds[(S // block_m,)](bounds, first_BS, last_BS, S, block_m, block_n)
+    for row, (begin, full_begin, full_end, end) in enumerate(bounds.tolist()):
+        last = full_end + -(-(end - full_end) // block_n) * block_n  # whole tiles
+        kinds = ["m" if begin <= s < last else "." for s in range(S)]
+        kinds[full_begin:full_end] = "F" * (full_end - full_begin)
+        line = f"queries {row * block_m:2} - {row * block_m + block_m - 1:2}   {''.join(kinds)}"
+        assert line in attention_tiles.__doc__
+
+
+def test_the_tracer_prints_every_tile_of_a_small_example():
+    done = script("tests/kernels/trace.py", "--documents=3,5")
+    assert done.returncode == 0, done.stderr
+    tiles = re.findall(r"queries (\d) to \d, keys (\d) and \d, (\w+)", done.stdout)
+    assert tiles == [
+        ("4", "3", "full"),
+        ("4", "5", "masked"),
+        ("4", "7", "masked"),
+        ("0", "0", "masked"),
+        ("0", "2", "masked"),
+    ]
+    assert float(done.stdout.split()[-1]) < 1e-6
+    assert (
+        "--documents=3,4: 7 tokens, not 8"
+        in script("tests/kernels/trace.py", "--documents=3,4").stderr
     )
 
 
@@ -393,6 +453,48 @@ def test_what_the_kernels_do_not_support_runs_the_formula_after_one_warning(shap
                 attention(q, k.to(dtype), k)
 
 
+def test_heads_that_need_more_shared_memory_than_the_gpu_has_run_the_formula_after_one_warning():
+    q, k, v = inputs()
+    own = {(0, 0): {(8, 4): (107_520, *[(16, 16, 4, 1)] * 3)}}
+    message = (
+        "attention with heads of 8 numbers in torch.float32 needs 107,520 bytes of shared memory, "
+        "and NVIDIA A10 (8.6) has 101,376; the formula in PyTorch runs instead"
+    )
+    formula_of = attention(q, k, v)
+    with (
+        dispatch_choice("triton"),
+        mock.patch.object(attention_file, "TABLE", own),
+        mock.patch.object(dispatch, "shared_memory", lambda _: ("NVIDIA A10 (8.6)", 101_376)),
+        mock.patch.object(dispatch, "warned", set()),
+    ):
+        with pytest.warns(UserWarning, match=re.escape(message)):
+            assert torch.equal(attention(q, k, v), formula_of)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert torch.equal(attention(q, k, v), formula_of)
+
+
+def test_documents_are_measured_once_for_all_layers():
+    decoder, calls = make_vlm().decoder, []
+    x_BTD, positions_BT = torch.randn(2, 7, 24), torch.arange(7).expand(2, -1)
+    documents_BT = (positions_BT >= 3).int()
+    found = attention_file.document_bounds
+    counted = lambda documents_BS: calls.append(documents_BS.shape) or found(documents_BS)  # noqa: E731
+    with torch.no_grad(), dispatch_choice("triton"):
+        alone = decoder(x_BTD[:, 3:], positions_BT[:, 3:])
+        with (
+            mock.patch.dict(dispatch.KERNELS, document_bounds=(counted, lambda *_: "")),
+            mock.patch.object(attention_file, "document_bounds", counted),
+        ):
+            packed_BTD = decoder(x_BTD, positions_BT, documents_BT)
+            assert calls == [(2, 7)]
+            cache = KVCache(decoder, 2, 8)
+            decoder(x_BTD, positions_BT, documents_BT, cache)
+            decoder(x_BTD[:, :1], positions_BT[:, :1] + 7, documents_BT[:, [*range(7), 6]], cache)
+    assert calls == [(2, 7)] * 2  # a new token needs none
+    assert len(decoder.layers) == 3 and torch.allclose(packed_BTD[:, 3:], alone, atol=1e-5)
+
+
 def test_the_formula_passes_gradcheck_in_float64():
     q, k, v = (x.detach().double().requires_grad_() for x in inputs(T=5, S=7, K=3))
     for rules in ({}, {"causal": False}, {"window": 3}, {"documents_BS": packed(2, 7) // 3}):
@@ -417,24 +519,6 @@ def script(*command):
     return subprocess.run(
         [sys.executable, *command], cwd=ROOT, env=env, capture_output=True, text=True
     )
-
-
-def test_it_compiles_for_every_gpu_without_spilling_and_the_table_is_true(tmp_path):
-    """The largest case only; all take minutes: `python tests/bench/aot.py`."""
-    done = script(
-        "tests/bench/aot.py",
-        "--of=^heads of 128, documents, window$",
-        f"--out={tmp_path / 'aot.md'}",
-    )
-    assert done.returncode == 0, done.stderr
-    kept = (ROOT / "tests/bench/results/aot.md").read_text().splitlines()
-    made = [
-        line for line in (tmp_path / "aot.md").read_text().splitlines() if line.startswith("| `")
-    ]
-    assert len(made) == 5
-    if triton.__version__ == PINNED:  # another version needs other registers
-        assert set(made) <= set(kept), "run python tests/bench/aot.py"
-    assert all("wgmma" in line for line in made[:3])
 
 
 def test_the_bench_checks_what_it_will_time():
