@@ -33,6 +33,7 @@ BROUGHT = {
     "questions.json",
     "captions.json",
     "chats.json",
+    "hard.json",
     "photo.jpg",
     "mmstar.parquet",
 }

@@ -1,11 +1,14 @@
 """Small images, about ten questions each: does a model answer from the image, or from the turns
 before? The recipe of training/README.md, and its score on questions that are asked alone.
 
-    python tests/bench/shapes.py                                          minutes
-    python tests/bench/shapes.py --split_turns=false --normalize=false    as before split_turns
-    python tests/bench/shapes.py --images=1000 --steps=100                a short run
+    python tests/bench/shapes.py                                              minutes
+    python tests/bench/shapes.py --images=1000 --steps=100                    a short run
+    python tests/bench/shapes.py --hard_share=0 --split_turns=false --normalize=false \\
+        --steps=1500 --model= --train=--seq_len=336                           conversations
 
-The second command scores 84.8%, the shape 38.7%: chance is 33% of three.
+The first command scores 99.8%, the shape 98.9%, in 581 s of CPU; the last one 84.8% and 38.7% in
+606 s: chance is 33% of three. Color is learned in a few thousand images. Shape then stays at chance,
+unless most of what is read asks about nothing else: --hard_share.
 
 An image of 64 × 64 pixels holds one shape of one color, somewhere. A later question of its
 conversation often tells what an earlier one asks: "What color is the circle?" gives the shape away.
@@ -57,6 +60,10 @@ YES_OR_NO = [
     "Is a {} missing?",
 ]
 YES_OR_NO_SHARE = 0.16
+SMALL_MODEL = (
+    "--shuffle=4 --vision_layers=2 --layers=2 --width=64 --heads=2 --intermediate_size=192"
+)
+SMALL_BATCHES = "--seq_len=336 --global_batch_size=6 --projector_lr=1e-4"
 
 
 def draw_shape(rng, shape, color):
@@ -95,36 +102,37 @@ def choose_questions(rng, shape, color):
     return found
 
 
+def make_chat(name, asked):
+    """Returns a record of LLaVA's format; asked: of choose_questions."""
+    turns = []
+    for _, question, answer in asked:
+        turns.append({"from": "human", "value": question})
+        turns.append({"from": "gpt", "value": answer})
+    turns[0]["value"] = "<image>\n" + turns[0]["value"]
+    return {"id": name, "image": f"{name}.png", "conversations": turns}
+
+
 def write_shapes(out, images, held_out, seed):
-    """Draw images; write train.json (a conversation an image) and test.json (questions alone)."""
+    """Draw images; write train.json (a conversation an image), hard.json (of these, the questions
+    about shapes alone) and test.json (questions alone, about held-out images)."""
     (out / "images").mkdir(parents=True)
     rng = random.Random(seed)
-    chats, questions = [], []
+    chats, hard, questions = [], [], []
     for number in range(images + held_out):
         shape, color = rng.choice(SHAPES), rng.choice([*COLORS])
         name = f"{number:05d}"
         draw_shape(rng, shape, color).save(out / "images" / f"{name}.png")
         asked = choose_questions(rng, shape, color)
-        if number < images and asked:
-            turns = []
-            for _, question, answer in asked:
-                turns.append({"from": "human", "value": question})
-                turns.append({"from": "gpt", "value": answer})
-            turns[0]["value"] = "<image>\n" + turns[0]["value"]
-            chats.append({"id": name, "image": f"{name}.png", "conversations": turns})
-        elif number >= images:
-            for n, (kind, question, answer) in enumerate(asked):
-                questions.append(
-                    {
-                        "id": f"{name}-{n}",
-                        "image": f"{name}.png",
-                        "kind": kind,
-                        "question": question,
-                        "answer": answer,
-                    }
-                )
-    (out / "train.json").write_text(json.dumps(chats))
-    (out / "test.json").write_text(json.dumps(questions))
+        if number < images:
+            about_shapes = [line for line in asked if line[0] in ("shape", "is a shape")]
+            chats += [make_chat(name, asked)] if asked else []
+            hard += [make_chat(name, about_shapes)] if about_shapes else []
+            continue
+        for n, (kind, question, answer) in enumerate(asked):
+            line = {"id": f"{name}-{n}", "image": f"{name}.png", "kind": kind}
+            questions.append(line | {"question": question, "answer": answer})
+    for file, records in {"train": chats, "hard": hard, "test": questions}.items():
+        (out / f"{file}.json").write_text(json.dumps(records))
     turns = sum(len(chat["conversations"]) // 2 for chat in chats)
     print(f"{len(chats):,} images, {turns:,} questions; held out: {len(questions):,} questions")
 
@@ -148,29 +156,40 @@ def shapes(
     seed: int = 0,  # of the images and questions
     split_turns: bool = True,  # each question is a sample of its own; false: one conversation
     normalize: bool = True,  # pixels by the images' own mean and standard deviation; false: 0.5
-    steps: int = 1500,  # optimizer steps
-    model: str = "",  # settings of `prepare.py random_init`, separated by spaces
-    train: str = "--seq_len=336",  # settings of train.py, separated by spaces
+    hard_share: float = 0.7,  # of what is read: questions about shapes alone; 0: all questions
+    steps: int = 2500,  # optimizer steps
+    model: str = SMALL_MODEL,  # settings of `prepare.py random_init`, separated by spaces
+    train: str = SMALL_BATCHES,  # settings of train.py, separated by spaces
 ):
     """Draw the images, then prepare, train and evaluate as the README does."""
     out = Path(out)
     raw = out / f"raw-{images}-{held_out}-{seed}"
     if not (raw / "test.json").exists():
         write_shapes(raw, images, held_out, seed)
-    new, data, run = out / "random_init", out / "data", out / "run"
-    for folder in (new, data, run):
+    new, hard, data, run = (out / name for name in ("random_init", "hard", "data", "run"))
+    for folder in (new, hard, data, run):
         shutil.rmtree(folder, ignore_errors=True)
-    source = f"--source={raw}/train.json"
     pictures = f"--images={raw}/images"
     measured = [pictures] if normalize else []
-    split = ["--split_turns=true"] if split_turns else []
-    prepared = [f"--model={new}", source, pictures, f"--out={data}", *split]
-    trained = [f"--model={new}", f"--data={data}", f"--out={run}", f"--steps={steps}"]
+    prepared = [f"--model={new}", pictures, *(["--split_turns=true"] if split_turns else [])]
+    sources = {data: "train", hard: "hard"} if hard_share else {data: "train"}
+    weighted = f"{hard}:{hard_share},{data}:{1 - hard_share:.3g}" if hard_share else data
+    trained = [f"--model={new}", f"--data={weighted}", f"--out={run}", f"--steps={steps}"]
     asked = [f"--model={run}", f"--questions={raw}/test.json", pictures]
+    new = ["random_init", f"--source={raw}/train.json", *measured, f"--out={new}", *model.split()]
     run_scripts(
         [
-            ("prepare.py", "random_init", source, *measured, f"--out={new}", *model.split()),
-            ("prepare.py", "data", *prepared),
+            ("prepare.py", *new),
+            *(
+                (
+                    "prepare.py",
+                    "data",
+                    f"--source={raw}/{source}.json",
+                    f"--out={folder}",
+                    *prepared,
+                )
+                for folder, source in sources.items()
+            ),
             ("train.py", "--stage=vision", "--freeze=none", *trained, *train.split()),
             ("sample.py", *asked, f"--out={out}/answers.jsonl"),
         ]

@@ -310,17 +310,17 @@ def test_only_regular_files_are_opened(tmp_path, name):
     [
         ("missing.png", None, "No such file"),
         ("nul\0.png", None, "null byte"),
-        ("empty.png", b"", "no image that can be read here"),
-        ("text.png", b"not an image at all", "no image that can be read here"),
+        ("empty.png", b"", "not an image that can be read here"),
+        ("text.png", b"not an image at all", "not an image that can be read here"),
         (
             "page.eps",
             b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
-            "no image that can be read here",
+            "not an image that can be read here",
         ),  # would run ghostscript
         (
             "page.svg",
             b"<svg xmlns='http://www.w3.org/2000/svg'/>",
-            "no image that can be read here",
+            "not an image that can be read here",
         ),
     ],
 )
@@ -548,8 +548,8 @@ def test_bytes_are_read_as_their_file_is(tmp_path, name):
 @pytest.mark.parametrize(
     "content, message, reason",
     [
-        (b"", "no image that can be read here", "no image"),
-        (b"text", "no image that can be read here", "no image"),
+        (b"", "not an image that can be read here", "no image"),
+        (b"text", "not an image that can be read here", "no image"),
         (FILES["JPEG"][:-60], "broken or cut short", "image broken"),
     ],
 )
