@@ -4,7 +4,7 @@ before? The recipe of training/README.md, and its score on questions that are as
     python tests/bench/shapes.py                                              minutes
     python tests/bench/shapes.py --images=1000 --steps=100                    a short run
     python tests/bench/shapes.py --hard_share=0 --split_turns=false --normalize=false \\
-        --steps=1500 --model= --train=--seq_len=336                           conversations
+        --steps=1500 --model=--layers=4 --train=--seq_len=336                 conversations
 
 The first command scores 99.8%, the shape 98.9%, in 581 s of CPU; the last one 84.8% and 38.7% in
 606 s: chance is 33% of three. Color is learned in a few thousand images. Shape then stays at chance,

@@ -509,8 +509,8 @@ def test_a_file_that_is_not_an_answers_json_is_named(tmp_path, kept):
     (tmp_path / "answers.json").write_text(kept)
     with pytest.raises(
         UserError,
-        match=f"^{tmp_path}/answers.json(, where the scores of .* belong, is something else| is no "
-        "JSON object)",
+        match=f"^{tmp_path}/answers.json(, where the scores of .* belong, is something else| is not "
+        "a JSON object)",
     ):
         runner.read_metadata(tmp_path / "answers.jsonl")
 
