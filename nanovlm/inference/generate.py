@@ -4,10 +4,10 @@ import torch
 
 from ..kernels import dispatch
 from ..models.decoder import KVCache
-from .optimize import CUDAGraphStep
+from .optimize import CUDAGraphStep, keep_graph_step, take_graph_step
 
 CAPTURE_AFTER = 16  # steps: capturing one takes as long as a few
-CAPACITY_UNIT = 256  # tokens: answers of about the same length share a captured step
+CAPACITY_UNIT = 256  # tokens of a KV cache: answers of about one length share a captured step
 
 
 def generate(
@@ -50,10 +50,7 @@ def generate(
     # padding is a document of its own
     documents_BS = (slot_BS >= pad_B[:, None]).int() if pad_B.any() else None
     generators = [torch.Generator().manual_seed(seed) for _ in prompts]
-    # An optimized model keeps the step of its last answer. While an answer uses it, no other can.
-    steps = getattr(decoder, "graph_steps", {}) if captures else {}
-    key = (B, capacity, documents_BS is None)
-    graph_step = steps.pop(key, None)
+    graph_step = take_graph_step(decoder, positions_BS, documents_BS) if captures else None
     cache = graph_step.growing_cache if graph_step else KVCache(decoder, B, capacity)
     cache.length = 0
     # FSDP2 fails on tensors of inference_mode, which have no version counters.
@@ -73,9 +70,7 @@ def generate(
         yield [None if done else i for i, done in zip(next_ids, finished, strict=True)]
         finished = [done or i in stop for i, done in zip(next_ids, finished, strict=True)]
         if all(finished) or count == max_tokens:
-            if graph_step:
-                steps.clear()  # each holds a KV cache
-                steps[key] = graph_step
+            keep_graph_step(decoder, graph_step)
             return
         ids_B = torch.tensor(next_ids, device=device)
         with no_grad():

@@ -95,8 +95,26 @@ def optimize(model):
     for parameter in model.parameters():
         # A safetensors file stays mapped, all of it, as long as one tensor lies in it.
         parameter.data = parameter.data.clone()
-    model.decoder.graph_steps = {}  # the weights stay as they are: `generate` keeps a captured step
+    model.decoder.graph_step = None  # see take_graph_step: the weights stay as they are
     return model
+
+
+def take_graph_step(decoder, positions_BS, documents_BS):
+    """Returns the CUDAGraphStep that an optimized decoder has kept, or None if there is none for an
+    answer of this shape. While an answer uses it, no other can."""
+    step = getattr(decoder, "graph_step", None)
+    if step is None or step.positions_BS.shape != positions_BS.shape:
+        return None
+    if (step.documents_BS is None) != (documents_BS is None):
+        return None
+    decoder.graph_step = None
+    return step
+
+
+def keep_graph_step(decoder, step):
+    """Keeps the step of an answer that ends, or None. Only one is kept: each holds a KV cache."""
+    if step and hasattr(decoder, "graph_step"):
+        decoder.graph_step = step
 
 
 class StaticKVCache:

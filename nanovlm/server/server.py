@@ -18,7 +18,7 @@ from ..visualize.attention_map import page_html, record_answer
 from .api import RequestError, answer_events, answer_objects, read_request
 
 MAX_BODY = 32 << 20  # bytes of a request, with its images as base64
-MAX_THREADS, MAX_LINE = 200, 33  # two a connection; requests that wait or are answered
+MAX_THREADS, MAX_QUEUE = 200, 33  # two a connection; requests that wait or are answered
 READ_SECONDS, POLL_SECONDS = 20, 0.05
 HTML, JSON, STREAM = "text/html; charset=utf-8", "application/json", "text/event-stream"
 POLICY = "default-src 'self' 'unsafe-inline' data: blob:; frame-ancestors 'none'"
@@ -30,7 +30,7 @@ class ChatServer(ThreadingHTTPServer):
         """settings: checkpoint, name, stream_answer (of sample.py), generation (its options and
         their defaults), rules (of these options, as for cli.check_rules), api_key."""
         super().__init__((host, port), ChatHandler)
-        vars(self).update(settings, reading=threading.Lock(), line=[], has_ended=False)
+        vars(self).update(settings, reading=threading.Lock(), queue=[], has_ended=False)
 
     def verify_request(self, request, client_address):
         return threading.active_count() < MAX_THREADS  # else the connection is closed
@@ -64,14 +64,14 @@ class ChatHandler(BaseHTTPRequestHandler):
         if path == "GET /v1/models":
             model = {"id": self.server.name, "object": "model", "created": 0, "owned_by": "nanovlm"}
             return self.write(json.dumps({"object": "list", "data": [model]}), JSON)
-        ways = {"POST /v1/chat/completions": self.answer, "POST /attention": self.show_attention}
-        if path not in ways:
+        routes = {"POST /v1/chat/completions": self.answer, "POST /attention": self.show_attention}
+        if path not in routes:
             raise RequestError(f"there is no {path:.200}", 404)
         fields, *request = self.read_body()
         if ("token_ids" in fields) != (path == "POST /attention"):
             raise RequestError("token_ids belong to /attention, and nowhere else", 400)
-        with self.turn(fields.get("stream")):
-            answer = ways[path](fields, *request)
+        with self.wait_for_model(fields.get("stream")):
+            answer = routes[path](fields, *request)
         self.write(*answer)
 
     def do_POST(self):
@@ -107,14 +107,14 @@ class ChatHandler(BaseHTTPRequestHandler):
             return read_request(fields, self.server)
 
     @contextlib.contextmanager
-    def turn(self, is_stream):
-        """Waits in the line until the model is free."""
-        line, last = self.server.line, 0
-        if len(line) >= MAX_LINE:
-            raise RequestError(f"{len(line)} requests are before this one", 503)
-        line.append(self)
+    def wait_for_model(self, is_stream):
+        """Waits in the queue until the model is free."""
+        queue, last = self.server.queue, 0
+        if len(queue) >= MAX_QUEUE:
+            raise RequestError(f"{len(queue)} requests are before this one", 503)
+        queue.append(self)
         try:
-            while (before := line.index(self)) and self.is_connected():
+            while (before := queue.index(self)) and self.is_connected():
                 if is_stream and before != last:
                     self.write(f": {before} requests are before this one\n\n", STREAM)
                 last = before
@@ -122,7 +122,7 @@ class ChatHandler(BaseHTTPRequestHandler):
             distributed.activate_device(self.server.checkpoint.model.mean_C11.device)
             yield
         finally:
-            line.remove(self)
+            queue.remove(self)
 
     def is_connected(self):
         """Returns True. Raises ConnectionError if the client has left, or the server ends."""
@@ -186,5 +186,5 @@ def serve_chat(host, port, **settings):
         server.serve_forever()
     finally:  # a thread that is in PyTorch at the end would abort the process
         server.has_ended = True
-        while server.line:
+        while server.queue:
             time.sleep(POLL_SECONDS)

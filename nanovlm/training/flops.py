@@ -3,9 +3,8 @@
 A product of (n, a) and (a, b) takes 2·n·a·b operations. The backward pass of a layer takes as many
 for the gradient of its input, and as many for the gradient of its weight; it skips a gradient that
 no trained parameter needs. (With LoRA, that of the first layer's input is counted although none
-needs it.) Attention
-is two products in the forward pass and four in the backward pass, over all pairs of tokens of a
-sequence (PaLM, appendix B): a mask does not change the count.
+needs it.) Attention is two products in the forward pass and four in the backward pass, over all
+pairs of tokens of a sequence (PaLM, appendix B): a mask does not change the count.
 """
 
 import torch

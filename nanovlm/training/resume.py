@@ -5,9 +5,8 @@
                              --patience has deleted later steps, the last_step of the run, too
       training.safetensors   the optimizer state, as "decoder.norm.weight/exp_avg"
       sharded/               instead, under FSDP without LoRA: weights and optimizer state, each
-                             rank's own rows (checkpoints/sharded.py);
-                             only the last step has a model.safetensors, too, and the best one
-                             if there is --patience
+                             rank's own rows (checkpoints/sharded.py). The last step has a
+                             model.safetensors, too, and with --patience the best one
 
 A step's folder gets its name after it is complete and flushed to disk. Only then older steps are
 deleted, so there is always a complete checkpoint.

@@ -122,11 +122,11 @@ def test_an_answer_is_shown_while_it_is_generated_and_can_be_stopped(page):
         open_page(page, chat_server)
         ask(page, "hm")
         page.wait(f"{ANSWERS}[0]?.length > 5")
-        assert len(chat_server.line) == 1
+        assert len(chat_server.queue) == 1
         page.click("#send")
         answer = last_answer(page, 1)
         assert page.run("document.querySelector('#chat').lastChild.textContent") == "stopped"
-        wait_for(lambda: not chat_server.line)
+        wait_for(lambda: not chat_server.queue)
         ask(page, "hm")
         page.wait(f"{ANSWERS}[1]?.length > 5")
         page.click("#send")

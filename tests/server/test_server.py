@@ -361,7 +361,7 @@ def test_a_failure_of_the_server_shows_no_traceback(checkpoint, capsys):
             pytest.raises(openai.APIError, match="server failed"),
         ):
             list(ask(client, "hm", stream=True))
-        assert not chat_server.line
+        assert not chat_server.queue
     assert "RuntimeError: secret" in capsys.readouterr().err
 
 
@@ -571,19 +571,19 @@ def test_a_client_that_leaves_stops_its_generation():
         stream = ask(client, "hm", stream=True)
         next(stream)
         stream.close()
-        wait_for(lambda: not chat_server.line)
+        wait_for(lambda: not chat_server.queue)
         assert 1 <= counts[0] < 300
         with socket.create_connection(("127.0.0.1", chat_server.server_port)) as connection:
             content = body(HELLO)  # not streamed
             head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
             connection.sendall(head.encode() + content)
             wait_for(lambda: len(counts) == 2 and counts[1] > 3)
-        wait_for(lambda: not chat_server.line)
+        wait_for(lambda: not chat_server.queue)
         assert counts[1] < 300
 
 
 def test_requests_are_answered_in_their_order_and_told_how_many_are_before_them(monkeypatch):
-    monkeypatch.setattr(server, "MAX_LINE", 4)
+    monkeypatch.setattr(server, "MAX_QUEUE", 4)
     with slow_server() as (chat_server, counts), client_of(chat_server) as client:
         first = ask(client, "hm", stream=True)
         next(first)
@@ -596,7 +596,7 @@ def test_requests_are_answered_in_their_order_and_told_how_many_are_before_them(
         threads = [threading.Thread(target=wait, args=[name]) for name in "bcd"]
         for number, thread in enumerate(threads):
             thread.start()
-            wait_for(lambda: len(chat_server.line) == number + 2)  # noqa: B023 (called at once)
+            wait_for(lambda: len(chat_server.queue) == number + 2)  # noqa: B023 (called at once)
         with pytest.raises(openai.InternalServerError, match="4 requests are before") as caught:
             ask(client, "hm")
         assert caught.value.status_code == 503
@@ -649,7 +649,7 @@ def test_two_hundred_requests_of_four_clients_are_all_answered_or_refused(checkp
     for thread in threads:
         thread.join()
     assert sum(counts.values()) == 200 and counts.keys() == {"right", "refused", "left"}, counts
-    wait_for(lambda: not chat_server.line)
+    wait_for(lambda: not chat_server.queue)
     gc.collect()
     assert memory[-1] - memory[50] < 30_000_000
 
