@@ -39,6 +39,7 @@ GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+
 # SmolLM2 splits off each digit before it applies GPT-2's pattern to the text between them. So white
 # space before a digit counts as the end of a text.
 DIGITS_GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
+GPT2_PATTERNS = (GPT2, DIGITS_GPT2)
 WHOLE_TEXT = r"(?s).+"  # SentencePiece takes a text as one piece
 NO_RANK = 1 << 32  # more than any rank
 NFC = {"type": "NFC"}  # the normalizer that composes characters: e and ´ become é
@@ -479,7 +480,8 @@ class Tokenizer:
             raise UserError(
                 f"the tokenizer's pattern does not come to an end with this text: {text[:40]!a}"
             ) from None
-        if not all(map(self.ids_of_rank.get, ranks)):
+        # A stranger's pattern is run by tiktoken alone, which stops one without an end.
+        if self.encoding._pat_str in GPT2_PATTERNS and not all(map(self.ids_of_rank.get, ranks)):
             ranks = self.ranks_of_known_bytes(text)
         ids = []
         for rank in ranks:
@@ -490,6 +492,7 @@ class Tokenizer:
         """Returns the ranks of a text in which some bytes have no id.
 
         Such a byte leaves its piece before the merges, as in Hugging Face: its neighbors may merge.
+        With other patterns than GPT2_PATTERNS it leaves after them.
         """
         missing = bytes(b for b in range(256) if not self.ids_of_rank[b])
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # as tiktoken
